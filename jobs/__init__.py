@@ -1,0 +1,1 @@
+"""Recipes, Ray, DeepSpeed, checkpoints, metrics and the `convmae` command: what composes pipeline and model."""

@@ -1,0 +1,154 @@
+"""Charts of a run as SVG that stands inside a page: text stays text, colours are the page's own variables.
+
+A run of months has millions of steps and a screen a thousand pixels, so series are thinned before they are drawn.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+Floats = npt.NDArray[np.float64]
+
+RAW_POINTS = 1800
+"""Most points of a series as it was recorded: a lowest and a highest for each pixel of the wide canvas."""
+TREND_POINTS = 120
+"""Points of the line of means over it."""
+
+# matplotlib writes fixed colours; these stand for CSS variables and are replaced by them.
+_INK, _FAINT, _RULE, _ACCENT, _MARK = "#010101", "#020202", "#030303", "#040404", "#050505"
+_VARIABLES = {_INK: "var(--ink)", _FAINT: "var(--faint)", _RULE: "var(--rule)", _ACCENT: "var(--accent)"}
+_VARIABLES[_MARK] = "var(--mark)"
+
+_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+
+
+@dataclass(frozen=True, eq=False)
+class History:
+    """Columns over the steps of a run, each (n,), by step."""
+
+    steps: Floats
+    losses: Floats
+    learning_rates: Floats
+    world_sizes: Floats
+
+    @classmethod
+    def of(cls, rows: Sequence[Mapping[str, Any]]) -> History:
+        """Take the columns from history rows, as `RunDirectory.read_history` gives them."""
+        names = ("step", "loss", "learning_rate", "world_size")
+        return cls(*(np.fromiter((row[name] for row in rows), np.float64, len(rows)) for name in names))
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """A size to draw for; text is as large as the page's only if the chart is shown at its own width."""
+
+    name: str
+    width_pixels: int
+    panel_pixels: int
+
+
+CANVASES = (Canvas("wide", 920, 300), Canvas("narrow", 360, 220))
+
+
+def thinned(steps: Floats, values: Floats, points: int) -> tuple[Floats, Floats]:
+    """Leave out points without losing the first, the last, or any extreme of the curve.
+
+    The steps are cut into equal stretches, of which the lowest and the highest value stay.
+
+    Args:
+        steps: (n,) ascending.
+        values: (n,).
+        points: Most points to leave, at least 4.
+
+    Returns:
+        Steps and values, at most `points` of each.
+    """
+    if len(steps) <= points:
+        return steps, values
+    kept = {0, len(steps) - 1}
+    for stretch in np.array_split(np.arange(len(steps)), (points - 2) // 2):
+        kept |= {int(stretch[values[stretch].argmin()]), int(stretch[values[stretch].argmax()])}
+    chosen = np.array(sorted(kept))
+    return steps[chosen], values[chosen]
+
+
+def trend(steps: Floats, values: Floats, points: int) -> tuple[Floats, Floats]:
+    """Means of `points` equal stretches of a series; of single values where there are fewer."""
+    stretches = min(points, len(steps))
+    means = [np.array([part.mean() for part in np.array_split(column, stretches)]) for column in (steps, values)]
+    return means[0], means[1]
+
+
+def training_chart(history: History, restarts: Sequence[int], epoch_steps: int | None, canvas: Canvas) -> str:
+    """Draw loss and learning rate over steps, and the number of workers where it changed, as one `<svg>` element.
+
+    Args:
+        history: At least one step.
+        restarts: Steps that a later attempt went on from; each becomes a vertical line.
+        epoch_steps: Steps in an epoch, if known.
+        canvas: How large.
+    """
+    resized = len(np.unique(history.world_sizes)) > 1
+    heights = [1.0, 0.5, 0.35][: 3 if resized else 2]
+    inches = (canvas.width_pixels / 72, sum(heights) * canvas.panel_pixels / 72)
+    figure = Figure(figsize=inches, dpi=72, layout="constrained")
+    panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    for panel, title in zip(panels, ("loss", "learning rate", "workers"), strict=False):
+        _prepare(panel, title, restarts)
+    _draw_loss(panels[0], history)
+    panels[1].plot(*thinned(history.steps, history.learning_rates, RAW_POINTS // 6), color=_ACCENT, linewidth=1.6)
+    panels[1].set_ylim(bottom=0)
+    panels[1].yaxis.set_major_formatter("{x:g}")
+    if resized:
+        workers = thinned(history.steps, history.world_sizes, RAW_POINTS // 3)
+        panels[2].plot(*workers, color=_ACCENT, linewidth=1.6, drawstyle="steps-post")
+        panels[2].yaxis.set_major_locator(MaxNLocator(3, integer=True))
+        panels[2].set_ylim(0, history.world_sizes.max() * 1.2)
+    label = "step" if epoch_steps is None else f"step ({epoch_steps:,} in an epoch)"
+    panels[-1].set_xlabel(label, color=_FAINT, fontsize=11)
+    panels[-1].xaxis.set_major_locator(MaxNLocator(max(3, canvas.width_pixels // 110), integer=True))
+    panels[-1].xaxis.set_major_formatter(EngFormatter(sep="") if history.steps[-1] >= 10_000 else "{x:.0f}")
+    return _svg(figure, canvas, f"Loss and learning rate over {len(history):,} steps")
+
+
+def _draw_loss(panel: Axes, history: History) -> None:
+    panel.plot(*thinned(history.steps, history.losses, RAW_POINTS), color=_ACCENT, linewidth=1, alpha=0.3)
+    panel.plot(*trend(history.steps, history.losses, TREND_POINTS), color=_ACCENT, linewidth=2)
+    panel.plot(history.steps[-1:], history.losses[-1:], "o", color=_ACCENT, markersize=4, clip_on=False)
+
+
+def _prepare(panel: Axes, title: str, restarts: Sequence[int]) -> None:
+    panel.set_title(title, loc="left", color=_INK, fontsize=12)
+    panel.patch.set_visible(False)
+    panel.spines[:].set_visible(False)
+    panel.margins(x=0.01)
+    panel.grid(axis="y", color=_RULE, linewidth=0.8)
+    panel.tick_params(colors=_FAINT, length=0, labelsize=11)
+    for step in dict.fromkeys(restarts):
+        panel.axvline(step, color=_MARK, linewidth=1, dashes=(3, 3))
+
+
+def _svg(figure: Figure, canvas: Canvas, description: str) -> str:
+    data = io.StringIO()
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": canvas.name}):
+        figure.savefig(data, format="svg", metadata=_NO_METADATA, transparent=True)
+    text = data.getvalue()
+    text = text[text.index("<svg") :]  # what stands before it, and name spaces, belong to a file of its own
+    text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # a page may hold several charts, and each id once
+    text = re.sub("|".join(_VARIABLES), lambda match: _VARIABLES[match[0]], text)
+    return text.replace("<svg", f'<svg class="{canvas.name}" role="img" aria-label="{description}"', 1)

@@ -1,0 +1,330 @@
+"""The `convmae` command. Each command checks its input, calls one function, and prints what it did.
+
+Exit codes: 0 done, 1 failed, 2 bad input (one line on standard error, nothing started, nothing left behind).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from jobs.errors import RunError, RunFailedError
+from jobs.terminal import figure, print_json, print_pairs, say
+from pipeline.errors import UserError
+
+app = typer.Typer(
+    name="convmae",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="""Pretrain ConvMAE: photographs → WebDataset shards → Ray + DeepSpeed → one checkpoint.
+
+On one machine, from nothing: `convmae up`, `convmae shard PHOTOS s3://convmae/datasets/mine`,
+`convmae submit tiny data=s3://convmae/datasets/mine --run first --follow`, `convmae report first`, `convmae down`.
+
+On a cluster, set RAY_ADDRESS and the AWS_* variables; the commands are the same.""",
+)
+RecipeName = Annotated[
+    str, typer.Argument(help="Name of a recipe, or a .toml file that amends one.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[FIELD=VALUE]...", help="Fields to change: epochs=400 model.mask_ratio=0.6"),
+]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, or the URL of its directory.")]
+RunRoot = Annotated[str, typer.Option("--run-root", help="URL under which runs are kept; default: the local stack's.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+RunOption = Annotated[
+    str, typer.Option("--run", help="Name of the run; default: the recipe's. The same name resumes it.")
+]
+
+
+@app.command()
+def up(
+    s3_port: Annotated[int, typer.Option(help="Port of the S3 server; 0: a free one.")] = 0,
+    ray_port: Annotated[int, typer.Option(help="Port of the Ray head; 0: a free one.")] = 0,
+    dashboard_port: Annotated[int, typer.Option(help="Port of the Ray dashboard; 0: a free one.")] = 0,
+    prometheus_port: Annotated[int, typer.Option(help="Port of Prometheus; 0: a free one.")] = 0,
+    cpus: Annotated[int, typer.Option(help="Logical CPUs that Ray may give out; 0: those of the machine.")] = 0,
+) -> None:
+    """Start the local stack: an S3 server, a Ray head, and Prometheus if it is installed.
+
+    Everything listens on loopback only, on free ports, with credentials made for this stack. Data and state are in
+    `.convmae` (or $CONVMAE_HOME). When it is up already, nothing happens; what died is started again.
+    """
+    from jobs import stack
+    from jobs.session import home_folder
+
+    started = stack.up(
+        home_folder(os.environ),
+        s3_port=s3_port,
+        ray_port=ray_port,
+        dashboard_port=dashboard_port,
+        prometheus_port=prometheus_port,
+        num_cpus=cpus or None,
+        on_event=say,
+    )
+    for name, service in started.status().items():
+        say(f"{name}: {service.detail}")
+    say(f"state and data: {home_folder(os.environ)}")
+
+
+@app.command()
+def down() -> None:
+    """Stop what `convmae up` started, by pid. Data stay, and the next `up` finds them."""
+    from jobs import stack
+    from jobs.session import home_folder
+
+    stack.down(home_folder(os.environ), on_event=say)
+
+
+@app.command()
+def shard(
+    source: Annotated[str, typer.Argument(help="Folder of images, or of class folders.")],
+    dest: Annotated[str, typer.Argument(help="URL of the data set to make: s3://bucket/path, or a folder.")],
+    samples_per_shard: Annotated[int, typer.Option(min=1, help="Images in one tar.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Of the shuffle before images are dealt to shards.")] = 0,
+) -> None:
+    """Make a data set: WebDataset tars, their indexes, and a manifest, in parallel Ray tasks.
+
+    JPEGs keep their bytes, other formats become JPEG. An image that does not decode is skipped, counted and listed.
+    The same command again goes on where it was cut off, or says that there is nothing to do.
+    """
+    from jobs.workflow import make_dataset
+
+    make_dataset(_session(), source, dest, samples_per_shard=samples_per_shard, seed=seed)
+
+
+@app.command()
+def inspect(
+    target: Annotated[str, typer.Argument(metavar="RECIPE_OR_DATASET", help="A recipe, or the URL of a data set.")],
+    overrides: Overrides = None,
+) -> None:
+    """Show a recipe as it would run (parameters, FLOPs, steps, bytes), or what a data set holds."""
+    from jobs.plan import DatasetSize, dataset_lines, recipe_lines
+    from jobs.recipes import recipe_names
+    from pipeline.manifest import Manifest
+
+    session = _session()
+    if target not in recipe_names() and not target.endswith(".toml") and ("/" in target or Path(target).is_dir()):
+        session.storage.check(target, write=False)
+        print_pairs(dataset_lines(Manifest.load(session.storage, target)))
+        return
+    recipe = _recipe(target, overrides)
+    print_pairs(recipe_lines(recipe, DatasetSize.of(session.storage, recipe)))
+
+
+@app.command()
+def pretrain(recipe: RecipeName, overrides: Overrides = None, run: RunOption = "") -> None:
+    """Train in the foreground, on the cluster that RAY_ADDRESS names or on the local stack.
+
+    Ctrl-C, or SIGTERM, saves a checkpoint and stops. The same command resumes.
+    """
+    from jobs.driver import plan_run
+    from jobs.workflow import train_here
+
+    session, resolved = _session(), _recipe(recipe, overrides)
+    train_here(session, plan_run(session, resolved, run or resolved.name))
+
+
+@app.command(hidden=True)
+def drive(run_url: str) -> None:
+    """What a submitted job runs: the run whose directory is `run_url`."""
+    from jobs.driver import plan_run
+    from jobs.workflow import train_here
+
+    session = _session()
+    root, _, name = run_url.rpartition("/")
+    recipe = session.run(run_url).read_recipe().amended({"run_root": root})
+    train_here(session, plan_run(session, recipe, name))
+
+
+@app.command()
+def submit(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    run: RunOption = "",
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Show progress until the run ends.")] = False,
+) -> None:
+    """Train as a Ray job, which goes on when this terminal is closed. The same command resumes."""
+    from jobs.driver import plan_run
+    from jobs.workflow import train_as_job
+
+    session, resolved = _session(), _recipe(recipe, overrides)
+    train_as_job(session, plan_run(session, resolved, run or resolved.name), follow=follow)
+
+
+@app.command(name="list")
+def list_command(run_root: RunRoot = "", as_json: AsJson = False) -> None:
+    """List the runs, with what each is doing."""
+    from jobs.run_directory import list_runs
+    from jobs.status import run_status
+
+    session = _session()
+    root = session.run_root(run_root)
+    session.storage.check(root, write=False)
+    rows = [run_status(run) for run in list_runs(session.storage, root)]
+    if as_json:
+        print_json(rows)
+        return
+    table = Table("run", "state", "step", "loss", "images/s", "workers", "url", box=None)
+    for row in rows:
+        figures = (figure(row.get("loss"), ".4f"), figure(row.get("images_per_second"), ".0f"))
+        steps = f"{row['step']}/{row['total_steps']}"
+        workers = figure(row.get("world_size"), "d")
+        table.add_row(row["run"], row["state"], steps, *figures, workers, escape(row["url"]))
+    Console(highlight=False, soft_wrap=True).print(table if rows else f"no runs under {root}")
+
+
+@app.command()
+def status(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
+    """Show what a run is doing, and its events."""
+    from jobs.status import event_line, run_status, status_lines
+
+    directory = _existing_run(_session(), run, run_root)
+    current = run_status(directory)
+    if as_json:
+        print_json({**current, "events": directory.read_events()})
+        return
+    print_pairs(status_lines(current))
+    for event in directory.read_events()[-10:]:
+        say(event_line(event))
+
+
+@app.command()
+def logs(
+    run: RunName,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+    run_root: RunRoot = "",
+) -> None:
+    """Print what a submitted run's newest job printed."""
+    from jobs import submission
+
+    session = _session()
+    for piece in submission.log_lines(session, _existing_run(session, run, run_root), follow=follow):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+
+@app.command()
+def stop(run: RunName, run_root: RunRoot = "") -> None:
+    """Ask a run to save a checkpoint and end; returns when it has."""
+    from jobs.driver import FINAL_STATES, is_live
+
+    directory = _existing_run(_session(), run, run_root)
+    if not is_live(directory):
+        state = directory.read_heartbeat().get("state", "submitted")
+        raise RunError(
+            "run", "must be running to be stopped", f"{directory.name} ({state})", "there is nothing to stop"
+        )
+    directory.write_stop_request()
+    say(f"asked {directory.name} to save and stop")
+    while (heartbeat := directory.read_heartbeat())["state"] not in FINAL_STATES:
+        time.sleep(1.0)
+    say(f"{directory.name}: {heartbeat['state']} at step {heartbeat['step']}; the command that began it resumes it")
+
+
+@app.command()
+def history(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
+    """Print one line a step: step, epoch, loss, learning rate, world size, attempt."""
+    for row in _existing_run(_session(), run, run_root).read_history():
+        if as_json:
+            sys.stdout.write(json.dumps(row) + "\n")
+        else:
+            line = (
+                f"step {row['step']:>8}  epoch {row['epoch']:>4}  loss {row['loss']:.6f}  "
+                f"lr {row['learning_rate']:.3e}  world {row['world_size']:>3}  attempt {row['attempt']:>3}"
+            )
+            sys.stdout.write(line + "\n")
+
+
+@app.command()
+def consolidate(
+    run: RunName,
+    step: Annotated[int, typer.Option(help="A committed step; default: the newest.", show_default=False)] = 0,
+    run_root: RunRoot = "",
+) -> None:
+    """Write a checkpoint's weights as one safetensors file. The run may be training meanwhile."""
+    from jobs.consolidate import consolidate as consolidate_run
+
+    result = consolidate_run(_existing_run(_session(), run, run_root), step or None)
+    say(f"step {result.step}: {result.url} ({result.bytes / 1e6:.1f} MB, sha256 {result.sha256[:16]}…)")
+
+
+@app.command()
+def report(run: RunName, run_root: RunRoot = "") -> None:
+    """Write the run's report.html, with a picture of reconstructions from its newest checkpoint."""
+    from jobs.finish import write_run_report
+
+    say(write_run_report(_existing_run(_session(), run, run_root)))
+
+
+@app.command()
+def demo(
+    images: Annotated[
+        str, typer.Option(help="Folder of your own photographs; default: those of Python packages.")
+    ] = "",
+) -> None:
+    """The main job from photographs to a report, on this machine, in about five minutes. What `make pretrain` runs."""
+    from jobs.demo import run_demo
+
+    run_demo(os.environ, images)
+
+
+def main() -> None:
+    """Entry point: bad input ends in one line and exit code 2, a failed run in one line and exit code 1."""
+    from jobs.stack import StackError
+
+    try:
+        app()
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    except (RunFailedError, StackError, OSError) as error:
+        sys.stderr.write(f"failed: {error}\n")
+        sys.exit(1)
+
+
+def _session() -> Any:
+    from jobs.session import Session
+
+    session = Session.open(os.environ)
+    session.export()
+    return session
+
+
+def _recipe(name: str, overrides: Iterable[str] | None) -> Any:
+    from jobs.recipe import parse_overrides
+    from jobs.recipes import named_recipe
+
+    return named_recipe(name).amended(parse_overrides(list(overrides or ())))
+
+
+def _existing_run(session: Any, name: str, run_root: str) -> Any:
+    """The run's directory.
+
+    Raises:
+        RunError: If there is none; names the nearest that exists.
+    """
+    from jobs.run_directory import list_runs, unknown_run
+
+    directory = session.run(name, run_root)
+    root = directory.url.rpartition("/")[0]
+    session.storage.check(root, write=False)
+    if not directory.exists():
+        raise unknown_run(directory, [known.name for known in list_runs(session.storage, root)])
+    return directory
+
+
+if __name__ == "__main__":
+    main()

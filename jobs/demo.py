@@ -1,0 +1,98 @@
+"""The main job on one machine: `make pretrain`. Each step prints the command that does the same."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jobs import driver, stack, submission
+from jobs.recipes import named_recipe
+from jobs.run_directory import RunDirectory
+from jobs.session import Session, home_folder
+from jobs.terminal import say
+from jobs.workflow import follow_job, make_dataset, train_as_job
+from pipeline.manifest import Manifest
+from pipeline.photographs import PHOTOGRAPHS, cut_tiles
+
+TILES = 1024
+SAMPLES_PER_SHARD = 256
+STEPS = 480
+"""About three and a half minutes of training on two cores."""
+
+
+def run_demo(environ: Mapping[str, str], images: str) -> None:
+    """From photographs to a report; run again, it resumes, or says that all is done.
+
+    Args:
+        environ: Where the local stack's folder is named; other clusters and object stores in it are not used.
+        images: Folder of photographs; empty for those that Python packages ship.
+    """
+    home = home_folder(environ)
+    say("$ convmae up")
+    stack.up(home, on_event=say)
+    session = Session.open({key: value for key, value in environ.items() if not key.startswith(("AWS_", "RAY_"))})
+    session.export()
+
+    run_name, source = _names(images, home)
+    data = f"s3://convmae/datasets/{run_name}"
+    say(f"\n$ convmae shard {source} {data} --samples-per-shard {SAMPLES_PER_SHARD}")
+    if not images:
+        say(f"photographs: {', '.join(photograph.name for photograph in PHOTOGRAPHS)}, cut into {TILES} images")
+        cut_tiles(source, TILES, seed=0)
+    manifest = make_dataset(session, str(source), data, samples_per_shard=SAMPLES_PER_SHARD, seed=0)
+
+    overrides = {"data": data, **_length(manifest)}
+    arguments = " ".join(f"{field}={value}" for field, value in overrides.items())
+    say(f"\n$ convmae submit tiny {arguments} --run {run_name} --follow")
+    plan = driver.plan_run(session, named_recipe("tiny").amended(overrides), run_name)
+    if plan.run.exists() and driver.is_live(plan.run) and (job := submission.newest_job(session, plan.run)):
+        say(f"{run_name} is running already: {job}")
+        follow_job(session, plan.run, job)
+    else:
+        train_as_job(session, plan, follow=True)
+    _show_results(plan.run, home / "results" / run_name, session)
+
+
+def _names(images: str, home: Path) -> tuple[str, Path]:
+    """The run's name, and the folder of its photographs."""
+    if not images:
+        return "demo", home / "photographs"
+    folder = Path(images).expanduser().resolve()
+    slug = re.sub(r"[^a-z0-9]+", "-", folder.name.lower()).strip("-")[:40]
+    return f"demo-{slug or 'images'}", folder
+
+
+def _length(manifest: Manifest) -> dict[str, Any]:
+    """Fields that make the run about `STEPS` long on any data set."""
+    recipe = named_recipe("tiny")
+    batch = min(recipe.global_batch_size, manifest.samples // recipe.lanes * recipe.lanes)
+    steps_per_epoch = max(1, manifest.samples // max(1, batch))
+    epochs = math.ceil(STEPS / steps_per_epoch)
+    fields: dict[str, Any] = {"epochs": epochs, "warmup_epochs": epochs / 20}
+    if epochs * steps_per_epoch > 2 * STEPS:
+        fields["max_steps"] = STEPS
+    if 0 < batch < recipe.global_batch_size:
+        fields["global_batch_size"] = batch
+    return fields
+
+
+def _show_results(run: RunDirectory, folder: Path, session: Session) -> None:
+    """Copy what a person looks at out of the object store, and say where everything is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("report.html", "reconstructions.png"):
+        run.storage.download(run.path(name), folder / name)
+    weights = [name for name in run.storage.list_names(run.path("consolidated")) if name.endswith(".safetensors")]
+    run.storage.download(run.path("consolidated", weights[-1]), folder / "convmae.safetensors")
+    assert session.stack
+    say("")
+    say(f"report           {folder / 'report.html'}")
+    say(f"reconstructions  {folder / 'reconstructions.png'}")
+    say(f"weights          {folder / 'convmae.safetensors'}")
+    say(f"run directory    {run.url} (S3 at {session.stack.endpoint})")
+    say(f"Ray dashboard    {session.stack.dashboard_url}")
+    if session.stack.prometheus_url:
+        say(f"Prometheus       {session.stack.prometheus_url}")
+    say(f"next             convmae status {run.name} | convmae history {run.name} | convmae down")

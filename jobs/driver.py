@@ -1,0 +1,282 @@
+"""The driver of a run: claims the run directory, starts the monitor, and lets Ray Train run workers until the end.
+
+What fails is restarted by Ray Train from the newest committed checkpoint; a failure that restarts cannot mend, or too
+many without progress, end the run with the root cause.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, Literal
+
+from jobs import checkpoint
+from jobs.errors import RecipeError, RunError, RunFailedError
+from jobs.monitor import FLUSH_INTERVAL_SECONDS, MonitorConfig, RunMonitor
+from jobs.recipe import Recipe
+from jobs.run_directory import RunDirectory
+from jobs.schedule import Schedule
+from jobs.session import Session
+from jobs.trainer import TrainJob, order_of, train_worker
+from pipeline.errors import UserError
+from pipeline.manifest import Manifest
+from pipeline.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+FINAL_STATES = frozenset({"finished", "stopped", "failed"})
+# Deaths that follow from another rank's: its peers see the connection break.
+_COLLATERAL = ("connection closed by peer", "connection reset by peer", "gloo", "nccl", "broken pipe")
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run whose every input was found good; nothing was started or written yet."""
+
+    recipe: Recipe
+    run: RunDirectory
+    schedule: Schedule
+
+
+def plan_run(session: Session, recipe: Recipe, name: str) -> RunPlan:
+    """Check everything that can be checked before anything starts.
+
+    Raises:
+        UserError: The first thing that is wrong: URL, credentials, data set, batch arithmetic, port.
+    """
+    if not recipe.data:
+        raise RecipeError("data", "must be the URL of a data set", "", "make one with `convmae shard SOURCE URL`")
+    recipe = recipe.amended(
+        {"data": Storage.absolute(recipe.data), "run_root": recipe.run_root and Storage.absolute(recipe.run_root)}
+    )
+    run = session.run(name, recipe.run_root)
+    session.storage.check(recipe.data, write=False)
+    manifest = Manifest.load(session.storage, recipe.data)
+    order = order_of(recipe, manifest.samples)
+    session.storage.check(run.url, write=True)
+    _check_port(recipe.metrics_port)
+    return RunPlan(recipe, run, Schedule.of(recipe, order.steps_per_epoch))
+
+
+def is_live(run: RunDirectory) -> bool:
+    """Whether another driver works on the run: its heartbeat moves. Takes seconds only if a run was cut off."""
+    first = run.read_heartbeat()
+    if not first or first["state"] in FINAL_STATES:
+        return False
+    deadline = time.monotonic() + 3 * FLUSH_INTERVAL_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(0.5)
+        if run.read_heartbeat().get("updated_at_seconds") != first["updated_at_seconds"]:
+            return True
+    return False
+
+
+def claim_run(plan: RunPlan) -> Literal["new", "resumes", "finished"]:
+    """Take the run's name for this recipe.
+
+    Raises:
+        RunError: If the name belongs to another recipe, or another driver works on the run.
+    """
+    new = plan.run.claim(plan.recipe)
+    if new:
+        return "new"
+    if plan.run.read_heartbeat().get("state") == "finished":
+        commit = checkpoint.latest_commit(plan.run)
+        if commit and commit.step >= plan.schedule.total_steps:
+            return "finished"
+    plan.run.take_stop_request()  # one that nobody heard is not meant for this attempt
+    if is_live(plan.run):
+        remedy = f"watch it with `convmae status {plan.run.name}`, end it with `convmae stop {plan.run.name}`"
+        raise RunError("run", "must not be running already", plan.run.name, remedy)
+    return "resumes"
+
+
+def train(session: Session, plan: RunPlan, on_status: Callable[[Mapping[str, Any]], None]) -> str:
+    """Run `plan` on the connected cluster until it is `finished` or `stopped` (the outcome returned).
+
+    SIGINT and SIGTERM stop it gracefully: a checkpoint is saved first.
+
+    Args:
+        session: Connected to a cluster.
+        plan: From `plan_run`, claimed.
+        on_status: Called about once a second with what the monitor says.
+
+    Raises:
+        RunFailedError: With the root cause, if the run had to be given up.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    monitor = _start_monitor(session, plan)
+    failure: list[BaseException] = []
+    fit = threading.Thread(target=_fit, args=(plan, monitor, failure), name="ray-train", daemon=True)
+    with _StopOnSignal(monitor):
+        fit.start()
+        while fit.is_alive():
+            fit.join(timeout=1.0)
+            try:
+                on_status(ray.get(monitor.status.remote()))
+            except RayError:
+                logger.warning("the run's monitor is being restarted")
+    commit = checkpoint.latest_commit(plan.run)
+    if failure:
+        reason = _root_cause(failure[0])
+        ray.get(monitor.end.remote("failed", reason))
+        raise RunFailedError(reason) from failure[0]
+    outcome = "finished" if commit and commit.step >= plan.schedule.total_steps else "stopped"
+    ray.get(monitor.end.remote(outcome))
+    on_status(ray.get(monitor.status.remote()))
+    ray.kill(monitor)
+    return outcome
+
+
+def _start_monitor(session: Session, plan: RunPlan) -> Any:
+    import ray
+    from ray.util import get_node_ip_address
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    config = MonitorConfig(
+        run=plan.run,
+        schedule=plan.schedule,
+        global_batch_size=plan.recipe.global_batch_size,
+        max_restarts_without_progress=plan.recipe.max_restarts_without_progress,
+        host="127.0.0.1" if session.is_local else get_node_ip_address(),  # type: ignore[no-untyped-call]
+        metrics_port=plan.recipe.metrics_port,
+        targets_folder=str(session.stack.targets_dir) if session.is_local and session.stack else "",
+    )
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(RunMonitor)
+    try:
+        monitor = actor.options(
+            name=f"monitor:{plan.run.url}", num_cpus=0, max_restarts=-1, max_concurrency=4, scheduling_strategy=here
+        ).remote(config)
+    except ValueError as error:
+        remedy = f"watch it with `convmae status {plan.run.name}`"
+        raise RunError("run", "must not be running already on this cluster", plan.run.name, remedy) from error
+    ray.get(monitor.status.remote())
+    return monitor
+
+
+def _fit(plan: RunPlan, monitor: Any, failure: list[BaseException]) -> None:
+    """Ray Train's loop; in a thread, since on the main thread it would take SIGINT for itself."""
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+
+    recipe = plan.recipe
+    elastic = recipe.min_workers != recipe.max_workers
+    workers = (recipe.min_workers, recipe.max_workers) if elastic else recipe.max_workers
+    resources = {"CPU": recipe.cpus_per_worker} | ({"GPU": 1.0} if recipe.device == "cuda" else {})
+    job = TrainJob(recipe, plan.run, monitor)
+    with tempfile.TemporaryDirectory(prefix="convmae-ray-train-") as folder:
+        # Typed as Any: Ray 2.60 annotates TorchTrainer with the configs of Train v1.
+        run_config: Any = RunConfig(
+            name=plan.run.name,
+            storage_path=folder,  # Ray's own bookkeeping; checkpoints are ours
+            failure_config=FailureConfig(max_failures=-1),
+            callbacks=[failure_reporter(monitor)],
+            logging_config=LoggingConfig(log_level="ERROR"),
+        )
+        scaling_config: Any = ScalingConfig(
+            num_workers=workers, use_gpu=recipe.device == "cuda", resources_per_worker=resources
+        )
+        trainer = TorchTrainer(lambda: train_worker(job), scaling_config=scaling_config, run_config=run_config)
+        try:
+            trainer.fit()
+        except BaseException as error:  # handed to the main thread, which raises it
+            failure.append(error)
+
+
+def failure_reporter(monitor: Any) -> Any:
+    """The callback by which Ray Train's controller tells the monitor why a worker group ended, and asks to go on."""
+    from ray.train import UserCallback
+
+    class FailureReporter(UserCallback):
+        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
+            import ray
+
+            for rank, exception in sorted(worker_exceptions.items()):
+                logger.error("rank %d failed: %s", rank, exception)
+            error, fatal = describe_failure(worker_exceptions)
+            if given_up := ray.get(monitor.worker_failed.remote(error, fatal)):
+                raise RunFailedError(given_up)
+
+    return FailureReporter()
+
+
+def describe_failure(worker_exceptions: Mapping[int, Exception]) -> tuple[str, bool]:
+    """The root cause among the errors of a worker group, in one line, and whether no restart can mend it.
+
+    When one rank dies its peers fail too, in their collectives; those are named only if there is nothing else.
+    """
+    causes = {rank: _cause(error) for rank, error in worker_exceptions.items()}
+    fatal = any(isinstance(cause, UserError) for cause in causes.values())
+
+    def suspicion(rank: int) -> int:
+        cause, text = causes[rank], str(causes[rank]).lower()
+        if isinstance(cause, UserError):
+            return 0
+        return 2 if any(word in text for word in _COLLATERAL) else 1
+
+    rank = min(sorted(causes), key=suspicion)
+    lines = str(causes[rank]).strip().splitlines() or [""]
+    return f"rank {rank}: {type(causes[rank]).__name__}: {lines[0]}", fatal
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What Ray Train and Ray wrapped."""
+    for attribute in ("_base_exc", "cause", "__cause__"):
+        inner = getattr(error, attribute, None)
+        if isinstance(inner, BaseException):
+            return _cause(inner)
+    return error
+
+
+def _root_cause(error: BaseException) -> str:
+    """The reason that the reporter gave, if Ray Train wrapped it; else the error's own last line."""
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, RunFailedError):
+            return str(current)
+        current = getattr(current, "controller_failure", None) or current.__cause__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1]
+
+
+class _StopOnSignal:
+    """While active, the first SIGINT or SIGTERM asks the run to stop; a second SIGINT is not caught."""
+
+    def __init__(self, monitor: Any) -> None:
+        self._monitor = monitor
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._previous[number] = signal.signal(number, self._stop)
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _stop(self, number: int, _: FrameType | None) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self._monitor.request_stop.remote(signal.Signals(number).name)
+
+
+def _check_port(port: int) -> None:
+    if port == 0:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            rule = f"must be a port that can be listened on ({os.strerror(error.errno or 0)})"
+            raise RecipeError("metrics_port", rule, port, "choose another, or 0 for any free one") from error

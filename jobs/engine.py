@@ -1,0 +1,85 @@
+"""The one file that speaks DeepSpeed's configuration: recipe in, engine out.
+
+The same lines build the engine on CPU (gloo) and on GPU (NCCL); only the device and its fused AdamW differ.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from jobs.recipe import Recipe
+
+if TYPE_CHECKING:
+    import deepspeed
+
+ADAM_BETAS = (0.9, 0.95)
+"""Of AdamW in pretraining (arXiv:2205.03892, appendix; as MAE)."""
+
+
+def initialize_deepspeed(device: str) -> None:
+    """Attach DeepSpeed to the process group that Ray Train has opened. Once per worker process, before `build_engine`.
+
+    Args:
+        device: `cpu` or `cuda`; DeepSpeed would guess, and warn that it did.
+
+    DeepSpeed compiles its own kernels when it finds a compiler, for minutes, and fails without ninja; torch's AdamW
+    and collectives serve as well here, so it is told that there are none.
+    """
+    os.environ["DS_ACCELERATOR"] = device
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.init_distributed()
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: weight decay on matrices and kernels; none on biases, norms, tokens and positions."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    plain = [parameter for name, parameter in trained if parameter.ndim <= 1 or name.endswith(("token", "pos_embed"))]
+    plain_ids = {id(parameter) for parameter in plain}
+    decayed = [parameter for _, parameter in trained if id(parameter) not in plain_ids]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def build_engine(
+    model: nn.Module, recipe: Recipe, *, micro_batches_per_step: int, world_size: int
+) -> deepspeed.DeepSpeedEngine:
+    """Wrap `model` for ZeRO training. Every rank must call it, after `initialize_deepspeed`.
+
+    The engine divides each micro-batch's loss by `micro_batches_per_step` and averages gradients over ranks; the
+    caller weights losses so that the result is the mean over the global batch (jobs.trainer).
+    """
+    import deepspeed
+
+    on_gpu = recipe.device == "cuda"
+    optimizer = torch.optim.AdamW(
+        parameter_groups(model, recipe.weight_decay), lr=recipe.learning_rate, betas=ADAM_BETAS, fused=on_gpu
+    )
+    config = {
+        # Only the ratio of these three matters to DeepSpeed: micro-batches of unequal size are ours to weight.
+        "train_micro_batch_size_per_gpu": recipe.micro_batch_size,
+        "gradient_accumulation_steps": micro_batches_per_step,
+        "train_batch_size": recipe.micro_batch_size * micro_batches_per_step * world_size,
+        "gradient_clipping": recipe.clip_grad_norm,
+        "zero_optimization": {"stage": recipe.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": recipe.precision == "bf16"},
+        "steps_per_print": 2**62,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    return engine
+
+
+def set_learning_rate(engine: deepspeed.DeepSpeedEngine, learning_rate: float) -> None:
+    """Learning rate of the next update, in every parameter group."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate

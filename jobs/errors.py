@@ -1,0 +1,29 @@
+"""What can go wrong in a run, on top of what can be wrong with data (pipeline.errors).
+
+`UserError` and its children are the user's to mend: the command line prints them as one line and exits 2.
+`RunFailedError` is a run that could not go on: one line, exit 1.
+"""
+
+from __future__ import annotations
+
+from pipeline.errors import UserError
+
+
+class RecipeError(UserError):
+    """A recipe that cannot be trained: unknown key, wrong type, impossible combination."""
+
+
+class RunError(UserError):
+    """A run that cannot be addressed as asked: unknown name, other recipe under the same name, already running."""
+
+
+class ClusterError(UserError):
+    """No Ray cluster to work on, or not the one that was asked for."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be loaded: missing, altered, or of another model."""
+
+
+class RunFailedError(Exception):
+    """A run that ended early; the message is the root cause in one line."""

@@ -1,0 +1,84 @@
+"""The run's /metrics endpoint: run-level series that outlive workers.
+
+Counters take up where the checkpoint left them, so that a restart does not look like a reset.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+
+_GAUGES = {
+    "step": ("convmae_step", "Optimizer steps done."),
+    "total_steps": ("convmae_total_steps", "Optimizer steps that the run will make."),
+    "epoch": ("convmae_epoch", "Epoch of the last step, from 0."),
+    "loss": ("convmae_loss", "Mean loss of the last global batch."),
+    "learning_rate": ("convmae_learning_rate", "Learning rate of the last step."),
+    "gradient_norm": ("convmae_gradient_norm", "Global gradient norm of the last step."),
+    "images_per_second": ("convmae_images_per_second", "Images trained per second over the last steps, all ranks."),
+    "data_wait_ratio": ("convmae_data_wait_ratio", "Share of the last steps that rank 0 waited for data."),
+    "world_size": ("convmae_world_size_ranks", "Ranks that train."),
+    "eta_seconds": ("convmae_eta_seconds", "Predicted seconds to the end of the run."),
+    "last_step_at_seconds": ("convmae_last_step_timestamp_seconds", "Unix time of the last step."),
+    "checkpoint_step": ("convmae_checkpoint_step", "Step of the newest committed checkpoint."),
+    "checkpoint_at_seconds": ("convmae_checkpoint_timestamp_seconds", "Unix time of the newest committed checkpoint."),
+    "checkpoint_bytes": ("convmae_checkpoint_bytes", "Size of the newest committed checkpoint."),
+    "checkpoint_seconds": ("convmae_checkpoint_duration_seconds", "Seconds that training stood still to save it."),
+}
+
+
+class RunExporter:
+    """Serves one run's series over HTTP.
+
+    Owns: the server thread and the registry. Blocking: `update` is O(1) and does no I/O.
+    """
+
+    def __init__(self, run: str, host: str, port: int) -> None:
+        """Start serving.
+
+        Args:
+            run: The run's name, the only label.
+            host: Address to listen on.
+            port: Port to listen on; 0: any free one.
+        """
+        registry = CollectorRegistry()
+        labels = ["run"]
+        self._run = run
+        self._gauges = {key: Gauge(name, text, labels, registry=registry) for key, (name, text) in _GAUGES.items()}
+        self._images = Counter("convmae_images", "Images trained, redone ones included.", labels, registry=registry)
+        self._restarts = Counter(
+            "convmae_restarts", "Restarts of the worker group.", ["run", "reason"], registry=registry
+        )
+        self._images.labels(run)
+        server, _ = start_http_server(port, addr=host, registry=registry)
+        self.address = f"{host}:{server.server_port}"
+
+    @property
+    def url(self) -> str:
+        """Where Prometheus scrapes."""
+        return f"http://{self.address}/metrics"
+
+    def update(self, status: Mapping[str, Any]) -> None:
+        """Set every gauge that `status` has a value for."""
+        for key, gauge in self._gauges.items():
+            if status.get(key) is not None:
+                gauge.labels(self._run).set(status[key])
+
+    def count_images(self, images: float) -> None:
+        """Add trained images."""
+        self._images.labels(self._run).inc(images)
+
+    def count_restart(self, reason: str) -> None:
+        """Add a restart; `reason` is one of a few words."""
+        self._restarts.labels(self._run, reason).inc()
+
+    def announce(self, folder: Path) -> None:
+        """Let the Prometheus of the local stack, which watches `folder`, find this endpoint."""
+        target = [{"targets": [self.address], "labels": {"job": "convmae"}}]
+        temporary = folder / f".{self._run}.json.tmp"
+        temporary.write_text(json.dumps(target))
+        temporary.replace(folder / f"{self._run}.json")

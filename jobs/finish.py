@@ -1,0 +1,32 @@
+"""What a finished run leaves for people: consolidated weights, a picture of reconstructions, a report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from jobs import checkpoint
+from jobs.consolidate import consolidate, load_consolidated
+from jobs.reconstruction import write_reconstructions
+from jobs.report import write_report
+from jobs.run_directory import RunDirectory
+from pipeline.dataset import Dataset
+
+
+def finish(run: RunDirectory) -> Iterator[str]:
+    """Consolidate the newest checkpoint and write the report; one line about each file, as it is written."""
+    result = consolidate(run)
+    yield f"weights: {result.url} ({result.bytes / 1e6:.1f} MB)"
+    yield f"report: {_report(run, result.step)}"
+
+
+def write_run_report(run: RunDirectory) -> str:
+    """Write report and reconstructions of a run, which may be training; returns the report's URL."""
+    if checkpoint.latest_commit(run) is None:  # nothing was saved yet: a report without a picture
+        return write_report(run)
+    return _report(run, consolidate(run).step)
+
+
+def _report(run: RunDirectory, step: int) -> str:
+    dataset = Dataset.open(run.storage, run.read_recipe().data)
+    write_reconstructions(run, load_consolidated(run, step), dataset)
+    return write_report(run)

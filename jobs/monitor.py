@@ -1,0 +1,268 @@
+"""The run's memory while it is live: history, events, heartbeat and metrics, in one actor beside the driver.
+
+Workers come and go; this stays. Rank 0 tells it of every step without waiting; a thread of its own writes to storage,
+so an object store that is away delays no step until the next checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jobs.exporter import RunExporter
+from jobs.run_directory import HISTORY_PART_STEPS, RunDirectory
+from jobs.schedule import Schedule
+
+logger = logging.getLogger(__name__)
+
+FLUSH_INTERVAL_SECONDS = 2.0
+"""Between heartbeats; each is one PUT."""
+RATE_WINDOW_STEPS = 20
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """What a monitor needs to know of its run."""
+
+    run: RunDirectory
+    schedule: Schedule
+    global_batch_size: int
+    max_restarts_without_progress: int
+    host: str
+    metrics_port: int
+    targets_folder: str
+    """Folder that the local Prometheus watches; empty: none."""
+
+
+class RunMonitor:
+    """Record of one run. A plain class: jobs.driver makes an actor of it; tests call it directly.
+
+    Owns: the unwritten tail of history and events; never weights.
+    Concurrency: methods may run in parallel; a lock guards the state, and storage is written outside of it.
+    Failure: dies with its process; a new one continues from the run directory. What was unwritten is of steps after
+        the last commit (`flush` precedes every commit), which are done again.
+    Blocking: `record` is O(1); `flush` waits for storage.
+    """
+
+    def __init__(self, config: MonitorConfig) -> None:
+        """Open the run directory and start serving metrics."""
+        self._config = config
+        self._lock = threading.Lock()
+        self._flushing = threading.Lock()
+        before = config.run.read_heartbeat()
+        self._attempt = config.run.last_attempt()
+        self._events: list[dict[str, Any]] = []
+        self._parts: dict[int, list[dict[str, Any]]] = {}
+        self._dirty = False
+        self._step_times: deque[tuple[float, float]] = deque(maxlen=RATE_WINDOW_STEPS)
+        self._stop_reason = ""
+        self._failure = ""
+        self._failures_without_progress = 0
+        self._outcome = ""
+        self._first_attempt_here = self._attempt + 1
+        self._restarts = 0
+        self._images_total = 0.0
+        self._status: dict[str, Any] = {
+            "run": config.run.name,
+            "state": "starting",
+            "step": before.get("step", 0),
+            "world_size": before.get("world_size"),
+            "total_steps": config.schedule.total_steps,
+            "steps_per_epoch": config.schedule.steps_per_epoch,
+        }
+        self._exporter = RunExporter(config.run.name, config.host, config.metrics_port)
+        if config.targets_folder:
+            self._exporter.announce(Path(config.targets_folder))
+        self._status["metrics_url"] = self._exporter.url
+        threading.Thread(target=self._flush_forever, name="monitor-flush", daemon=True).start()
+
+    def begin_attempt(self, *, world_size: int, resume_step: int, counters: dict[str, float], host: str) -> int:
+        """Number a new life of the worker group. Rank 0 calls it before it restores anything.
+
+        Args:
+            world_size: Ranks that are about to train.
+            resume_step: Steps that the checkpoint to restore holds; 0 for none.
+            counters: Run-level counters of that checkpoint.
+            host: Where rank 0 runs.
+        """
+        self.flush()
+        with self._lock:
+            self._attempt += 1
+            self._events, self._parts = [], {}
+            if self._attempt == self._first_attempt_here:
+                self._images_total = counters.get("images_total", 0.0)
+                self._restarts = int(counters.get("restarts", 0))
+                self._exporter.count_images(self._images_total)
+            before, step_before = self._status["world_size"], int(self._status["step"])
+            kind, reason = self._start_kind(before, world_size)
+            if kind != "start":
+                self._restarts += 1
+                self._exporter.count_restart(kind)
+            self._status.update(
+                world_size=world_size, attempt=self._attempt, state="running", step=resume_step, restarts=self._restarts
+            )
+            self._step_times.clear()
+            self._add_event(
+                kind,
+                reason=reason,
+                step=resume_step,
+                world_size=world_size,
+                world_size_before=before,
+                steps_redone=max(0, step_before - resume_step),
+                host=host,
+            )
+            number = self._attempt
+        self.flush()
+        return number
+
+    def _start_kind(self, before: int | None, now: int) -> tuple[str, str]:
+        if self._attempt == 1:
+            return "start", "new run"
+        if self._attempt == self._first_attempt_here:
+            return "restart", "resumed by a new driver"
+        if self._failure:
+            return "restart", self._failure
+        return "resize", f"workers {before} -> {now}"
+
+    def record(self, row: dict[str, Any], gradient_norm: float, data_wait_seconds: float) -> bool:
+        """Note one finished step; True if the run should save and stop.
+
+        Args:
+            row: The history row: step (from 1), epoch, loss, learning_rate, world_size, attempt.
+            gradient_norm: Before clipping; a diagnostic that is not kept in the history.
+            data_wait_seconds: How long rank 0 waited for the step's images.
+        """
+        now = time.time()
+        with self._lock:
+            newest = max(self._parts, default=None)
+            if newest is None or len(self._parts[newest]) >= HISTORY_PART_STEPS:
+                newest = int(row["step"])
+                self._parts[newest] = []
+            self._parts[newest].append(row)
+            self._dirty = True
+            self._step_times.append((now, data_wait_seconds))
+            self._images_total += self._config.global_batch_size
+            self._exporter.count_images(self._config.global_batch_size)
+            self._status.update(row, gradient_norm=gradient_norm, last_step_at_seconds=now)
+            self._status.update(self._rates(int(row["step"])))
+            self._exporter.update(self._status)
+            return bool(self._stop_reason)
+
+    def _rates(self, step: int) -> dict[str, float]:
+        if len(self._step_times) < 2:
+            return {}
+        seconds = self._step_times[-1][0] - self._step_times[0][0]
+        step_seconds = seconds / (len(self._step_times) - 1)
+        waited = sum(wait for _, wait in list(self._step_times)[1:])
+        return {
+            "images_per_second": self._config.global_batch_size / step_seconds,
+            "data_wait_ratio": min(1.0, waited / seconds),
+            "eta_seconds": (self._config.schedule.total_steps - step) * step_seconds,
+        }
+
+    def checkpoint_committed(self, *, step: int, stall_seconds: float, size_bytes: int, milestone: bool) -> None:
+        """Note a committed checkpoint."""
+        with self._lock:
+            self._status.update(
+                checkpoint_step=step,
+                checkpoint_at_seconds=time.time(),
+                checkpoint_bytes=size_bytes,
+                checkpoint_seconds=stall_seconds,
+            )
+            self._exporter.update(self._status)
+            self._failures_without_progress = 0
+            self._add_event(
+                "checkpoint", step=step, stall_seconds=round(stall_seconds, 3), bytes=size_bytes, milestone=milestone
+            )
+
+    def counters(self) -> dict[str, float]:
+        """What a commit keeps so that counters go on after a restart."""
+        with self._lock:
+            return {"images_total": self._images_total, "restarts": self._restarts}
+
+    def worker_failed(self, error: str, fatal: bool) -> str:
+        """Note why the worker group is about to end; the next attempt's event quotes it.
+
+        Args:
+            error: The root cause in one line.
+            fatal: No restart can mend it (bad input).
+
+        Returns:
+            Why the run should be given up; empty to restart it.
+        """
+        with self._lock:
+            self._failure = error
+            self._failures_without_progress += 1
+            self._status["state"] = "restarting"
+            self._dirty = True
+            if fatal:
+                return error
+            if self._failures_without_progress > self._config.max_restarts_without_progress:
+                return f"{self._failures_without_progress} failures without a new checkpoint; the last: {error}"
+            return ""
+
+    def request_stop(self, reason: str) -> None:
+        """Ask the run to save a checkpoint and end after the current step."""
+        with self._lock:
+            self._stop_reason = self._stop_reason or reason
+            self._status["state"] = "stopping"
+            self._dirty = True
+
+    def end(self, outcome: str, reason: str = "") -> None:
+        """Note that the run is `finished`, `stopped` or `failed`, and write everything."""
+        with self._lock:
+            self._outcome = outcome
+            self._status.update(state=outcome, eta_seconds=0.0 if outcome == "finished" else None)
+            self._add_event(outcome, step=self._status["step"], reason=reason or self._stop_reason)
+        self.flush()
+
+    def status(self) -> dict[str, Any]:
+        """What the heartbeat says, fresh."""
+        with self._lock:
+            return {**self._status, "updated_at_seconds": time.time()}
+
+    def flush(self) -> None:
+        """Write history, events and heartbeat; returns when storage has them."""
+        with self._flushing:
+            with self._lock:
+                attempt, events = self._attempt, list(self._events)
+                parts = {start: list(rows) for start, rows in self._parts.items()}
+                dirty, self._dirty = self._dirty, False
+            try:
+                if dirty:
+                    self._write(attempt, events, parts)
+                self._config.run.write_heartbeat(self.status())
+            except BaseException:
+                with self._lock:
+                    self._dirty = True
+                raise
+            with self._lock:
+                for start in sorted(parts)[:-1]:  # full, and written
+                    self._parts.pop(start, None)
+
+    def _write(self, attempt: int, events: list[dict[str, Any]], parts: dict[int, list[dict[str, Any]]]) -> None:
+        for start, rows in parts.items():
+            self._config.run.write_history(attempt, start, rows)
+        if events:
+            self._config.run.write_events(attempt, events)
+
+    def _add_event(self, kind: str, **fields: Any) -> None:
+        event = {"at_seconds": round(time.time(), 3), "attempt": self._attempt, "kind": kind, **fields}
+        self._events.append(event)
+        self._dirty = True
+        logger.info("%s", event)
+
+    def _flush_forever(self) -> None:
+        while not self._outcome:
+            time.sleep(FLUSH_INTERVAL_SECONDS)
+            try:
+                self.flush()
+                if self._config.run.take_stop_request():
+                    self.request_stop("asked by `convmae stop`")
+            except Exception:
+                logger.warning("history, events and heartbeat could not be written; trying again", exc_info=True)

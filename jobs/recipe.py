@@ -1,0 +1,256 @@
+"""The recipe: everything that decides a run, typed, frozen and validated before anything starts.
+
+A recipe is flat: `field=value` on the command line sets `Recipe.field`, and `model.field=value` sets a field of
+`ConvMAEConfig`. Values are read as TOML, so `epochs=400`, `norm_pix=false` and `[48, 96, 192]` mean what they look
+like; a bare word is a string.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+
+from jobs.errors import RecipeError
+from model import ConvMAEConfig
+from model.errors import ModelConfigError
+
+# Where and how a run executes, not what it computes: these may differ when a run is resumed.
+PLACEMENT_FIELDS = frozenset(
+    {
+        "max_steps",
+        "min_workers",
+        "max_workers",
+        "micro_batch_size",
+        "checkpoint_every_steps",
+        "keep_checkpoints",
+        "cpus_per_worker",
+        "loader_threads",
+        "max_restarts_without_progress",
+        "metrics_port",
+    }
+)
+
+
+def _model_config(value: object) -> ConvMAEConfig:
+    """Build the model's configuration from a mapping; `preset` names the one that the other keys amend."""
+    if isinstance(value, ConvMAEConfig):
+        return value
+    assert isinstance(value, Mapping)
+    fields: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
+    known = [field.name for field in dataclasses.fields(ConvMAEConfig)]
+    for key in fields:
+        if key not in known and key != "preset":
+            raise unknown_key(f"model.{key}", [f"model.{name}" for name in [*known, "preset"]])
+    try:
+        if "preset" in fields:
+            return ConvMAEConfig.preset(fields.pop("preset"), **fields)
+        return ConvMAEConfig(**fields)
+    except ModelConfigError as error:
+        raise RecipeError(f"model.{error.field}", error.rule, error.value, error.remedy) from error
+
+
+ModelField = Annotated[ConvMAEConfig, BeforeValidator(_model_config), PlainSerializer(dataclasses.asdict)]
+
+
+class Recipe(BaseModel):
+    """One pretraining run. Frozen; the batch arithmetic is checked when it is built."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
+
+    name: str
+    """The recipe's name, for people."""
+    data: str = ""
+    """URL of the data set (the folder that holds manifest.json). Required before a run starts."""
+    run_root: str = ""
+    """URL under which the run directory `<run_root>/<run name>` is made. Empty: the local stack's bucket."""
+    model: ModelField
+    """Architecture, masking and loss (`model.<field>`)."""
+
+    epochs: int = Field(gt=0)
+    """Passes over the data; the learning-rate schedule spans them."""
+    max_steps: int = Field(default=0, ge=0)
+    """Stop after this many steps of that schedule; 0: run all epochs."""
+    warmup_epochs: float = Field(default=40.0, ge=0)
+    """Epochs of linear warm-up from zero."""
+    base_learning_rate: float = Field(default=1.5e-4, gt=0)
+    """Per 256 images: learning rate = base_learning_rate * global_batch_size / 256."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    """AdamW's, on matrices and kernels only: not on biases, norms and tokens."""
+    clip_grad_norm: float = Field(default=0.0, ge=0)
+    """Largest global gradient norm; 0: no clipping, as in the paper."""
+    global_batch_size: int = Field(gt=0)
+    """Images in one optimizer step over all ranks; never changes with the world size."""
+    micro_batch_size: int = Field(gt=0)
+    """Most images that one rank sends through the model at once."""
+    lanes: int = Field(gt=0)
+    """Virtual readers that the data order is dealt to; divides global_batch_size and bounds the world size."""
+    block_samples: int = Field(default=32, gt=0)
+    """Consecutive samples that are fetched with one ranged read."""
+    window_blocks: int = Field(default=64, gt=0)
+    """Blocks of one lane that are open, and shuffled together, at once."""
+    seed: int = Field(default=0, ge=0)
+    """Decides order, crops, flips, masks and initial weights."""
+
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Of weights and activations in the model; masters and moments are always fp32."""
+    zero_stage: Literal[1, 2, 3] = 1
+    """What DeepSpeed shards over ranks: optimizer state | + gradients | + parameters."""
+    device: Literal["cpu", "cuda"] = "cuda"
+    """Where workers train: `cuda` takes one GPU each and NCCL, `cpu` takes gloo."""
+    min_workers: int = Field(default=1, gt=0)
+    """Fewest workers to train with; with fewer the run waits."""
+    max_workers: int = Field(default=1, gt=0)
+    """Most workers to train with."""
+    cpus_per_worker: float = Field(default=8.0, gt=0)
+    """Logical CPUs that Ray reserves for one worker."""
+    loader_threads: int = Field(default=8, gt=0)
+    """Decoding threads in one worker."""
+
+    checkpoint_every_steps: int = Field(gt=0)
+    """Steps between checkpoints; one more is saved at the end and when a run is stopped."""
+    keep_checkpoints: int = Field(default=3, gt=0)
+    """Most recent checkpoints to keep; milestones stay for ever."""
+    milestone_epochs: tuple[int, ...] = (200, 400, 800, 1600)
+    """Epochs after which a checkpoint is saved and never deleted (the epochs of the paper's ablation)."""
+    max_restarts_without_progress: int = Field(default=3, ge=0)
+    """Restarts in a row without a new committed checkpoint before the run is given up."""
+    metrics_port: int = Field(default=0, ge=0, le=65535)
+    """Port of the run's /metrics endpoint; 0: any free one."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate after warm-up."""
+        return self.base_learning_rate * self.global_batch_size / 256
+
+    @property
+    def lane_batch_size(self) -> int:
+        """Images that one lane gives to every global batch."""
+        return self.global_batch_size // self.lanes
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.global_batch_size % self.lanes:
+            fits = [lanes for lanes in range(1, self.global_batch_size + 1) if self.global_batch_size % lanes == 0]
+            nearest = min(fits, key=lambda lanes: abs(lanes - self.lanes))
+            rule = f"must divide global_batch_size = {self.global_batch_size}"
+            raise RecipeError("lanes", rule, self.lanes, f"the nearest that does is lanes={nearest}")
+        if self.max_workers > self.lanes:
+            remedy = f"lower max_workers, or raise lanes (a divisor of {self.global_batch_size})"
+            raise RecipeError("max_workers", f"must be at most lanes = {self.lanes}", self.max_workers, remedy)
+        if self.min_workers > self.max_workers:
+            remedy = f"set min_workers={self.max_workers} or max_workers={self.min_workers}"
+            raise RecipeError(
+                "min_workers", f"must be at most max_workers = {self.max_workers}", self.min_workers, remedy
+            )
+        if self.warmup_epochs >= self.epochs:
+            remedy = f"set warmup_epochs={self.epochs / 10:g}, a tenth of the epochs, or train longer"
+            raise RecipeError("warmup_epochs", f"must be below epochs = {self.epochs}", self.warmup_epochs, remedy)
+        return self
+
+    def trajectory(self) -> dict[str, Any]:
+        """The fields that decide what is computed; equal for every attempt of one run."""
+        return {key: value for key, value in self.to_json().items() if key not in PLACEMENT_FIELDS}
+
+    def digest(self) -> str:
+        """SHA-256 of the trajectory, as it is recorded in every checkpoint."""
+        return hashlib.sha256(json.dumps(self.trajectory(), sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """The resolved recipe as plain JSON values; `Recipe.from_json` reads it back."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Recipe:
+        """Build and validate a recipe.
+
+        Raises:
+            RecipeError: Naming the first field that is unknown, mistyped or out of range.
+        """
+        for key in fields:
+            if key not in cls.model_fields:
+                raise unknown_key(key, [*cls.model_fields, "model.<field>"])
+        # Tuples are lists in JSON and TOML, and an integer is a fine float: strict mode would refuse both.
+        values = dict(fields)
+        if isinstance(values.get("milestone_epochs"), list):
+            values["milestone_epochs"] = tuple(values["milestone_epochs"])
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise _first_fault(error) from None
+
+    def amended(self, overrides: Mapping[str, Any]) -> Recipe:
+        """This recipe with `overrides` (flat keys; `model.<field>` for the model's) put in place.
+
+        Raises:
+            RecipeError: As `from_json`.
+        """
+        fields = self.to_json()
+        model_fields = {
+            key.removeprefix("model."): value for key, value in overrides.items() if key.startswith("model.")
+        }
+        fields.update({key: value for key, value in overrides.items() if not key.startswith("model.")})
+        if "preset" not in model_fields:
+            model_fields = {**fields["model"], **model_fields}
+        return Recipe.from_json({**fields, "model": model_fields})
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """Read `field=value` arguments.
+
+    Raises:
+        RecipeError: For an argument without `=`, or a key that is given twice.
+    """
+    overrides: dict[str, Any] = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or not key:
+            raise RecipeError("argument", "must be field=value", argument, "write for example epochs=400")
+        if key in overrides:
+            raise RecipeError(key, "must be given once", argument, "drop one of the two")
+        overrides[key] = _toml_value(text)
+    return overrides
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def unknown_key(key: str, known: Sequence[str]) -> RecipeError:
+    """The error for a key that no recipe has, with the nearest one that exists."""
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    remedy = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(known)}"
+    return RecipeError(key, "is not a field of a recipe", key, remedy)
+
+
+def _first_fault(error: ValidationError) -> RecipeError:
+    fault = error.errors()[0]
+    cause = fault.get("ctx", {}).get("error")
+    if isinstance(cause, RecipeError):
+        return cause
+    field = ".".join(str(part) for part in fault["loc"])
+    description = Recipe.model_fields[field].annotation if field in Recipe.model_fields else None
+    expected = getattr(description, "__name__", str(description).replace("typing.", ""))
+    rule = fault["msg"].replace("Input should", "should").replace("Field required", "is required")
+    return RecipeError(field, rule, fault["input"], f"give {field}=<{expected}>")
+
+
+def difference(saved: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Lines `field: saved -> asked` for every leaf that differs."""
+    lines: list[str] = []
+    for key in sorted({*saved, *asked}):
+        before, after = saved.get(key), asked.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += difference(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
+    return lines

@@ -1,0 +1,152 @@
+"""What a model has learned, to look at: photographs, what it was shown of them, and what it made of the rest.
+
+Letters: B images, H and W pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from jobs.run_directory import RunDirectory
+from model import ConvMAE, ConvMAEConfig
+from model.masking import draw_mask
+from model.noise import mask_noise
+from model.pixels import denormalise, normalise, patch_moments, patchify, unpatchify
+from pipeline import hashing
+from pipeline.dataset import Dataset
+from pipeline.decode import Pixels, decode, resize
+
+RECONSTRUCTIONS_NAME = "reconstructions.png"
+HIDDEN_GRAY = 127
+
+LEAST_WIDTH_PIXELS = 1000
+"""Small images are shown larger by a whole factor, so that a row of them is at least this wide."""
+MOST_WIDTH_PIXELS = 1800
+"""Large images are shrunk, so that a row of them is at most this wide."""
+_GAP_PIXELS = 8
+_CAPTION_PIXELS = 26
+_FONT_PIXELS = 16
+_SAMPLES_STREAM = 0x50494354  # keeps the choice of samples apart from what else is keyed by the seed
+
+
+class Panels(NamedTuple):
+    """The three rows of the picture, each (B, 3, H, W) uint8."""
+
+    original: Tensor
+    masked: Tensor
+    """Hidden patches are HIDDEN_GRAY."""
+    reconstruction: Tensor
+    """The prediction where pixels were hidden, the original elsewhere."""
+
+
+def reconstruction_grid(
+    config: ConvMAEConfig, weights: Mapping[str, Tensor], dataset: Dataset, *, seed: int, count: int = 8
+) -> Image.Image:
+    """Draw originals, masked images and reconstructions in three rows, one column for each image.
+
+    The same arguments give the same picture. Images are centre-cropped; masks are those of epoch 0. What a `norm_pix`
+    model predicts has no brightness or contrast of its own: each predicted patch is given the mean and variance of
+    the original patch, which such a model never sees. Pictures of models with and without it do not compare.
+
+    Args:
+        config: The model's.
+        weights: Its state dict.
+        dataset: Where the images come from.
+        seed: Chooses images and masks.
+        count: Columns; fewer where the data set has fewer images.
+    """
+    model = ConvMAE(config).eval()
+    model.load_state_dict(weights)
+    sample_ids = spread_samples(dataset.samples, count, seed)
+    crops = [_centre_crop(decode(sample.data), config.image_shape) for sample in dataset.read(sample_ids)]
+    draws = math.prod(config.noise_shape)
+    noise = mask_noise(seed, 0, torch.tensor(sample_ids), draws, "cpu")
+    return draw_grid(reconstruct_panels(model, torch.from_numpy(np.stack(crops)), noise), config.mask_ratio)
+
+
+def write_reconstructions(run: RunDirectory, weights: Mapping[str, Tensor], dataset: Dataset) -> str:
+    """Draw the reconstructions of a run's model as `reconstructions.png` in its directory; returns the URL.
+
+    Args:
+        run: Its recipe gives model and seed.
+        weights: State dict of the run's model, as `consolidate` writes it.
+        dataset: Where the images come from.
+    """
+    recipe = run.read_recipe()
+    data = io.BytesIO()
+    reconstruction_grid(recipe.model, weights, dataset, seed=recipe.seed).save(data, "PNG", optimize=True)
+    url = run.path(RECONSTRUCTIONS_NAME)
+    run.storage.write(url, data.getvalue())
+    return url
+
+
+def spread_samples(samples: int, count: int, seed: int) -> list[int]:
+    """Choose `count` distinct sample ids, ascending, one from each equal part of the data set."""
+    count = min(count, samples)
+    places = hashing.uniforms(hashing.key(_SAMPLES_STREAM, seed), np.arange(count), 1)[:, 0].tolist()
+    ends = [samples * part // count for part in range(count + 1)]
+    return [start + int(place * (end - start)) for start, end, place in zip(ends, ends[1:], places, strict=False)]
+
+
+@torch.inference_mode()
+def reconstruct_panels(model: ConvMAE, images: Tensor, noise: Tensor) -> Panels:
+    """Mask images, and fill in what was hidden with the model's prediction.
+
+    Args:
+        model: In evaluation mode.
+        images: (B, 3, H, W) uint8.
+        noise: (B, draws), what the model masks by.
+    """
+    config, inputs = model.config, normalise(images)
+    prediction = model.reconstruct(inputs, noise=noise).float()
+    if config.norm_pix:
+        mean, deviation = patch_moments(patchify(inputs))
+        prediction = prediction * deviation + mean
+    hidden = _hidden_pixels(config, noise)
+    masked = images.masked_fill(hidden, HIDDEN_GRAY)
+    return Panels(images, masked, torch.where(hidden, denormalise(unpatchify(prediction, config.grid)), images))
+
+
+def draw_grid(panels: Panels, mask_ratio: float) -> Image.Image:
+    """Lay the panels out in three captioned rows, about LEAST_WIDTH_PIXELS to MOST_WIDTH_PIXELS wide."""
+    count, _, height, width = panels.original.shape
+    whole_factor = math.ceil(LEAST_WIDTH_PIXELS / (count * width))
+    cell_width = min(whole_factor * width, MOST_WIDTH_PIXELS // count)
+    cell_height = round(height * cell_width / width)
+    # Whole factors show the model's pixels as they are.
+    method = Image.Resampling.BICUBIC if cell_width % width else Image.Resampling.NEAREST
+    row_height = _CAPTION_PIXELS + cell_height + _GAP_PIXELS
+    picture = Image.new("RGB", (_GAP_PIXELS + count * (cell_width + _GAP_PIXELS), 3 * row_height), "white")
+    pen, font = ImageDraw.Draw(picture), ImageFont.load_default(_FONT_PIXELS)
+    captions = ("original", f"what the model sees: {mask_ratio:.0%} is hidden", "reconstruction")
+    for row, (caption, images) in enumerate(zip(captions, panels, strict=True)):
+        top = row * row_height
+        pen.text((_GAP_PIXELS, top + _CAPTION_PIXELS // 2), caption, "black", font, anchor="lm")
+        for column, image in enumerate(images):
+            cell = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((cell_width, cell_height), method)
+            picture.paste(cell, (_GAP_PIXELS + column * (cell_width + _GAP_PIXELS), top + _CAPTION_PIXELS))
+    return picture
+
+
+def _hidden_pixels(config: ConvMAEConfig, noise: Tensor) -> Tensor:
+    """(B, 1, H, W), True where a pixel's patch (or cell, with random masking) is hidden."""
+    mask = draw_mask(noise, config.kept).mask.view(-1, 1, *config.noise_shape).bool()
+    side = config.image_shape[0] // config.noise_shape[0]
+    return mask.repeat_interleave(side, dim=2).repeat_interleave(side, dim=3)
+
+
+def _centre_crop(pixels: Pixels, shape: tuple[int, int]) -> Pixels:
+    """(3, *shape) of the largest central rectangle of that shape."""
+    height, width = pixels.shape[:2]
+    scale = min(height / shape[0], width / shape[1])
+    crop_height, crop_width = min(height, round(shape[0] * scale)), min(width, round(shape[1] * scale))
+    top, left = (height - crop_height) // 2, (width - crop_width) // 2
+    return resize(pixels[top : top + crop_height, left : left + crop_width], *shape)

@@ -1,0 +1,70 @@
+"""The look of a run's report: a `string.Template` whose values are HTML already."""
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>$name · ConvMAE run</title>
+<style>
+:root { --page: #fff; --card: #f5f6f8; --ink: #1b1f24; --faint: #616a75; --rule: #dfe3e8; --accent: #2563a8;
+  --mark: #c2571a; --good: #1d7a46; --bad: #b3261e }
+@media screen and (prefers-color-scheme: dark) { :root { --page: #14171a; --card: #1e2226; --ink: #e8eaed;
+  --faint: #9aa4af; --rule: #343a41; --accent: #74b0f4; --mark: #f0975a; --good: #63c48d; --bad: #f28b82 } }
+* { box-sizing: border-box }
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 60rem; background: var(--page); color: var(--ink);
+  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif }
+h1 { margin: 0; font-size: 1.9rem; line-height: 1.2; overflow-wrap: anywhere }
+h2 { margin: 2.5rem 0 .75rem; padding-bottom: .3rem; border-bottom: 1px solid var(--rule); font-size: 1.15rem }
+p { margin: .5rem 0; color: var(--faint); overflow-wrap: anywhere }
+header p { margin: 0 0 .25rem }
+.state { margin-left: .4rem; padding: .1rem .6rem; border: 1px solid; border-radius: 1rem; font-size: .85rem;
+  color: var(--accent); white-space: nowrap }
+.state[data-state=finished] { color: var(--good) }
+.state[data-state=failed] { color: var(--bad) }
+.bar { height: .4rem; margin: 1rem 0; border-radius: .2rem; background: var(--rule); overflow: hidden }
+.bar div { height: 100%; background: var(--accent); print-color-adjust: exact; -webkit-print-color-adjust: exact }
+dl { margin: 0 }
+dt { color: var(--faint); font-size: .85rem }
+dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
+.facts { display: grid; grid-template-columns: repeat(auto-fill, minmax(10.5rem, 1fr)); gap: .75rem }
+.facts div { padding: .6rem .8rem; border-radius: .5rem; background: var(--card) }
+.facts dd { font-size: 1.15rem; font-weight: 600 }
+.pairs { columns: 2 22rem; column-gap: 2.5rem }
+.pairs div { display: flex; justify-content: space-between; gap: 1rem; padding: .2rem 0; break-inside: avoid;
+  border-bottom: 1px solid var(--rule) }
+.pairs dt { flex-shrink: 0 }
+.pairs dd { text-align: right; font-size: .85rem }
+.table { overflow: auto; max-height: 32rem }
+.picture { overflow-x: auto }
+table { width: 100%; border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
+th, td { padding: .35rem 1rem .35rem 0; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top }
+th { position: sticky; top: 0; background: var(--page); color: var(--faint); font-weight: 400 }
+th, td:not(:last-child) { white-space: nowrap }
+td:last-child { min-width: 12rem; overflow-wrap: anywhere }
+img, svg { display: block; width: 100%; height: auto }
+img { border: 1px solid var(--rule); border-radius: .5rem }
+svg text { font-family: inherit !important }
+svg.narrow { display: none }
+@media (max-width: 40rem) { svg.wide { display: none } svg.narrow { display: block }
+  body { padding: 1.25rem 1rem 3rem } .facts { grid-template-columns: 1fr 1fr; gap: .5rem }
+  .picture img { width: 48rem } th, td { padding-right: .7rem } td { white-space: normal !important } }
+@media print { body { max-width: none; padding: 0; font-size: 11px } .table { max-height: none }
+  section, tr { break-inside: avoid } svg.wide { display: block } svg.narrow { display: none } }
+</style>
+</head>
+<body>
+<header>
+<p>ConvMAE pretraining · recipe $recipe · $heard</p>
+<h1>$name <span class="state" data-state="$state">$state</span></h1>
+$reason
+<div class="bar"><div style="width: $done_percent%"></div></div>
+<dl class="facts">$facts</dl>
+</header>
+<main>
+$sections</main>
+</body>
+</html>
+"""

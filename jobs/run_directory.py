@@ -1,0 +1,184 @@
+"""The run directory: everything that a run leaves behind, on any fsspec URL.
+
+    <run_root>/<run>/
+        recipe.json                 the resolved recipe; its presence makes the run exist
+        events/attempt-0001.jsonl   what happened, one JSON line each: start, restart, checkpoint, finish ...
+        history/0001-00000000.jsonl one JSON line a step, in parts: attempt, then first step
+        heartbeat.json              what the live run last said of itself
+        stop-request.json           there while `convmae stop` waits to be heard
+        checkpoints/step-00000050/  native ZeRO files
+        commits/step-00000050.json  written last: without it the checkpoint does not exist
+        consolidated/               one safetensors file
+        report.html, reconstructions.png
+
+Object stores cannot append, so events and history are written as small parts that one attempt owns and rewrites.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.errors import RunError
+from jobs.recipe import Recipe, difference
+from pipeline.storage import Storage
+
+HISTORY_PART_STEPS = 1000
+"""Steps in one part of the history: what one flush rewrites at most."""
+
+RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Names and formats of what is in a run directory. Holds no state; every method reads or writes storage."""
+
+    storage: Storage
+    url: str
+
+    @classmethod
+    def of(cls, storage: Storage, run_root: str, run: str) -> RunDirectory:
+        """The directory of `run` under `run_root`; nothing is read.
+
+        Raises:
+            RunError: If `run` is no usable name.
+        """
+        if not RUN_NAME.fullmatch(run):
+            rule = "must be 1 to 63 lower-case letters, digits, '.', '_' or '-', and start with a letter or digit"
+            raise RunError("run", rule, run, "choose another --run name")
+        return cls(storage, storage.join(run_root, run))
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.url.rstrip("/").rpartition("/")[2]
+
+    def path(self, *parts: str) -> str:
+        """URL of something in the directory."""
+        return self.storage.join(self.url, *parts)
+
+    def exists(self) -> bool:
+        """Whether the run was ever claimed."""
+        return self.storage.exists(self.path("recipe.json"))
+
+    def read_recipe(self) -> Recipe:
+        """The resolved recipe.
+
+        Raises:
+            RunError: If there is no such run.
+        """
+        try:
+            return Recipe.from_json(json.loads(self.storage.read(self.path("recipe.json"))))
+        except FileNotFoundError:
+            remedy = "`convmae list` shows the runs that exist"
+            raise RunError("run", "must exist", self.url, remedy) from None
+
+    def claim(self, recipe: Recipe) -> bool:
+        """Record `recipe` as this run's, or check that it is; True if the run is new.
+
+        Fields that only say where and how a run executes may differ from attempt to attempt, and are updated.
+
+        Raises:
+            RunError: If the run exists with a recipe that computes something else.
+        """
+        try:
+            saved = self.read_recipe()
+        except RunError:
+            self.storage.write(self.path("recipe.json"), _json_bytes(recipe.to_json()))
+            return True
+        if differences := difference(saved.trajectory(), recipe.trajectory()):
+            rule = f"has another recipe under this name ({'; '.join(differences)})"
+            raise RunError("run", rule, self.name, "use the same recipe to resume it, or another --run name")
+        if saved != recipe:
+            self.storage.write(self.path("recipe.json"), _json_bytes(recipe.to_json()))
+        return False
+
+    def read_events(self) -> list[dict[str, Any]]:
+        """Every event, oldest first."""
+        return [event for name in self._parts("events") for event in self._read_lines("events", name)]
+
+    def write_events(self, attempt: int, events: Iterable[dict[str, Any]]) -> None:
+        """Replace the events of one attempt."""
+        self._write_lines("events", f"attempt-{attempt:04d}.jsonl", events)
+
+    def read_history(self, last_steps: int | None = None) -> list[dict[str, Any]]:
+        """One row a step, by step; where a step was done again after a restart, the last attempt's row.
+
+        Args:
+            last_steps: Read only the newest parts, enough for this many steps.
+        """
+        names = self._parts("history")
+        if last_steps is not None:
+            names = names[-(last_steps // HISTORY_PART_STEPS + 2) :]
+        rows: dict[int, dict[str, Any]] = {}
+        for name in names:
+            for row in self._read_lines("history", name):
+                rows[row["step"]] = row
+        return [rows[step] for step in sorted(rows)]
+
+    def write_history(self, attempt: int, first_step: int, rows: Iterable[dict[str, Any]]) -> None:
+        """Replace one part of the history."""
+        self._write_lines("history", f"{attempt:04d}-{first_step:08d}.jsonl", rows)
+
+    def last_attempt(self) -> int:
+        """The number of the newest attempt; 0 if there was none."""
+        names = self._parts("events")
+        return int(names[-1].removeprefix("attempt-").removesuffix(".jsonl")) if names else 0
+
+    def write_heartbeat(self, status: dict[str, Any]) -> None:
+        """Replace what the live run says of itself."""
+        self.storage.write(self.path("heartbeat.json"), _json_bytes(status))
+
+    def read_heartbeat(self) -> dict[str, Any]:
+        """What the live run last said of itself; empty before it first spoke."""
+        try:
+            heartbeat: dict[str, Any] = json.loads(self.storage.read(self.path("heartbeat.json")))
+        except FileNotFoundError:
+            return {}
+        return heartbeat
+
+    def write_stop_request(self) -> None:
+        """Ask the run, wherever its driver is, to save a checkpoint and end."""
+        self.storage.write(self.path("stop-request.json"), _json_bytes({}))
+
+    def take_stop_request(self) -> bool:
+        """Whether somebody asked the run to stop; the request is then gone."""
+        if not self.storage.exists(self.path("stop-request.json")):
+            return False
+        self.storage.delete(self.path("stop-request.json"))
+        return True
+
+    def _parts(self, folder: str) -> list[str]:
+        return sorted(name for name in self.storage.list_names(self.path(folder)) if name.endswith(".jsonl"))
+
+    def _read_lines(self, folder: str, name: str) -> list[dict[str, Any]]:
+        try:
+            data = self.storage.read(self.path(folder, name))
+        except FileNotFoundError:  # object stores list deleted names for a while
+            return []
+        return [json.loads(line) for line in data.splitlines()]
+
+    def _write_lines(self, folder: str, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        data = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
+        self.storage.write(self.path(folder, name), data.encode())
+
+
+def list_runs(storage: Storage, run_root: str) -> list[RunDirectory]:
+    """Every run under `run_root`, by name."""
+    directories = [RunDirectory(storage, storage.join(run_root, name)) for name in sorted(storage.list_names(run_root))]
+    return [directory for directory in directories if directory.exists()]
+
+
+def unknown_run(directory: RunDirectory, known: Sequence[str]) -> RunError:
+    """The error for a run that does not exist, with the nearest name that does."""
+    nearest = difflib.get_close_matches(directory.name, known, n=1)
+    remedy = f"did you mean {nearest[0]}?" if nearest else f"runs there: {', '.join(known) or 'none'}"
+    return RunError("run", "must exist", directory.url, remedy)
+
+
+def _json_bytes(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True).encode() + b"\n"

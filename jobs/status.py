@@ -1,0 +1,66 @@
+"""What a run is doing, from its directory alone: no connection to its cluster is needed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from jobs import checkpoint
+from jobs.driver import FINAL_STATES
+from jobs.run_directory import RunDirectory
+from jobs.terminal import duration_text, figure
+
+SILENT_SECONDS = 60.0
+"""A live run that has not spoken for this long is cut off: its driver died, or it cannot reach the object store."""
+
+
+def run_status(run: RunDirectory, now_seconds: float | None = None) -> dict[str, Any]:
+    """State, progress and figures of a run.
+
+    State is `submitted`, `starting`, `running`, `restarting`, `stopping`, `finished`, `stopped`, `failed`, or
+    `interrupted` where a live run fell silent.
+    """
+    now = time.time() if now_seconds is None else now_seconds
+    status = {
+        "run": run.name,
+        "url": run.url,
+        "state": "submitted",
+        "step": 0,
+        "total_steps": 0,
+        **run.read_heartbeat(),
+    }
+    silent = now - status.get("updated_at_seconds", now)
+    if status["state"] not in FINAL_STATES and silent > SILENT_SECONDS:
+        status["state"] = "interrupted"
+    status["committed_steps"] = checkpoint.committed_steps(run)
+    return status
+
+
+def status_lines(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Field and value for people."""
+    step, total = status["step"], status["total_steps"]
+    yield "run", status["run"]
+    yield "state", status["state"]
+    yield "step", f"{step:,} of {total:,}" + (f" ({step / total:.1%})" if total else "")
+    yield "epoch", str(status.get("epoch", "-"))
+    yield "loss", figure(status.get("loss"), ".6f")
+    yield "learning rate", figure(status.get("learning_rate"), ".3e")
+    yield "images/s", figure(status.get("images_per_second"), ".1f")
+    yield "data wait", figure(status.get("data_wait_ratio"), ".1%")
+    yield "workers", str(status.get("world_size") or "-")
+    yield "attempt", f"{status.get('attempt', '-')} ({status.get('restarts', 0)} restarts)"
+    yield "checkpoints", ", ".join(str(step) for step in status["committed_steps"]) or "none yet"
+    if status["state"] not in FINAL_STATES:
+        yield "ETA", duration_text(status.get("eta_seconds"))
+        yield "metrics", status.get("metrics_url", "-")
+    yield "directory", status["url"]
+
+
+def event_line(event: Mapping[str, Any]) -> str:
+    """One event in one line: when, which attempt, what, and its fields."""
+    at = datetime.fromtimestamp(event["at_seconds"], UTC).strftime("%Y-%m-%d %H:%M:%S")
+    fields = {key: value for key, value in event.items() if key not in ("at_seconds", "attempt", "kind")}
+    text = ", ".join(f"{key} {value}" for key, value in fields.items() if value not in (None, ""))
+    return f"{at}  attempt {event['attempt']}  {event['kind']}: {text}"

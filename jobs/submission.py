@@ -1,0 +1,101 @@
+"""Runs as Ray jobs: submit, follow, read logs. A run outlives its jobs, which are named `<run>-a<N>`."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from jobs.errors import ClusterError, RunError
+from jobs.run_directory import RunDirectory
+from jobs.session import Session
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobDetails, JobSubmissionClient
+
+# Ray kills a stopped job's driver after this long; a checkpoint is saved meanwhile.
+STOP_WAIT_SECONDS = 600
+
+
+def submit(session: Session, run: RunDirectory) -> str:
+    """Start a claimed run as a Ray job; returns the job's submission id.
+
+    The job reads its recipe from the run directory, so nothing but the run's URL is in its command line.
+    """
+    client = job_client(session)
+    number = max((_number(job, run.name) for job in _jobs(client, run.name)), default=0) + 1
+    python = sys.executable if session.is_local else "python"
+    return str(
+        client.submit_job(
+            entrypoint=shlex.join([python, "-m", "jobs.supervisor", run.url]),
+            submission_id=f"{run.name}-a{number}",
+            metadata={"run": run.name, "run_url": run.url},
+            runtime_env={
+                **session.runtime_env(),
+                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_SECONDS)},
+            },
+        )
+    )
+
+
+def job_state(session: Session, submission_id: str) -> str:
+    """Ray's word for a job: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
+    return str(job_client(session).get_job_status(submission_id).value)
+
+
+def newest_job(session: Session, run: RunDirectory) -> str:
+    """Submission id of the run's newest job on this cluster; empty if there is none."""
+    jobs = _jobs(job_client(session), run.name)
+    return str(max(jobs, key=lambda job: _number(job, run.name)).submission_id) if jobs else ""
+
+
+def log_lines(session: Session, run: RunDirectory, *, follow: bool) -> Iterator[str]:
+    """What the run's newest job printed, in pieces.
+
+    Raises:
+        RunError: If the run was never submitted as a job to this cluster.
+    """
+    client, submission_id = job_client(session), newest_job(session, run)
+    if not submission_id:
+        remedy = f"it ran in the foreground, or on another cluster; `convmae status {run.name}` shows its events"
+        raise RunError("run", "must have been submitted to this cluster", run.name, remedy)
+    if not follow:
+        yield str(client.get_job_logs(submission_id))
+        return
+    pieces = client.tail_job_logs(submission_id)
+    with asyncio.Runner() as runner:
+        while (piece := runner.run(anext(pieces, None))) is not None:
+            yield piece
+
+
+def job_client(session: Session) -> JobSubmissionClient:
+    """A client of the session's cluster.
+
+    Raises:
+        ClusterError: If there is no cluster, or it does not answer.
+    """
+    if "RAY_ADDRESS" not in session.environ:
+        remedy = "start the local stack with `convmae up`, or set RAY_ADDRESS"
+        raise ClusterError("RAY_ADDRESS", "must name a cluster when the local stack is not up", "", remedy)
+    from ray.job_submission import JobSubmissionClient
+
+    address = session.stack.dashboard_url if session.is_local and session.stack else session.environ["RAY_ADDRESS"]
+    try:
+        return JobSubmissionClient(address)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        remedy = "is it up? `convmae up` starts a local one"
+        raise ClusterError("RAY_ADDRESS", f"must answer ({lines[0]})", address, remedy) from error
+
+
+def _jobs(client: Any, run: str) -> list[JobDetails]:
+    return [job for job in client.list_jobs() if _number(job, run)]
+
+
+def _number(job: JobDetails, run: str) -> int:
+    """N of a submission id `<run>-a<N>`; 0 for another run's."""
+    match = re.fullmatch(re.escape(run) + r"-a(\d+)", job.submission_id or "")
+    return int(match[1]) if match else 0

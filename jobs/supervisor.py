@@ -1,0 +1,49 @@
+"""What a submitted job runs: the driver as a child process, started again when it is killed.
+
+A driver that ends by itself, well or badly, is the end of the job. One that dies by a signal nobody asked for (the
+out-of-memory killer, `kill -9`) is started again and resumes from the newest checkpoint.
+"""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+QUICK_DEATH_SECONDS = 60.0
+MAX_QUICK_DEATHS = 3
+# Ray frees the name and the workers of a dead driver within seconds.
+PAUSE_SECONDS = 3.0
+
+
+def supervise(command: Sequence[str]) -> int:
+    """Run `command` until it ends by itself; returns its exit code."""
+    quick_deaths = 0
+    stop_asked = False
+
+    def forward(number: int, _: FrameType | None) -> None:
+        nonlocal stop_asked
+        stop_asked = True
+        child.send_signal(number)
+
+    while True:
+        started = time.monotonic()
+        child = subprocess.Popen(command)
+        signal.signal(signal.SIGTERM, forward)
+        code = child.wait()
+        if code >= 0 or stop_asked:
+            return code if code >= 0 else 1
+        quick_deaths = quick_deaths + 1 if time.monotonic() - started < QUICK_DEATH_SECONDS else 1
+        if quick_deaths > MAX_QUICK_DEATHS:
+            return 1
+        name = signal.Signals(-code).name
+        sys.stderr.write(f"the driver was killed ({name}); starting it again\n")
+        sys.stderr.flush()
+        time.sleep(PAUSE_SECONDS)
+
+
+if __name__ == "__main__":
+    sys.exit(supervise([sys.executable, "-m", "jobs.cli", "drive", *sys.argv[1:]]))

@@ -1,0 +1,108 @@
+"""What commands print: lines, tables of two columns, JSON, and progress (a bar on a terminal, lines in a log)."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
+
+LOG_INTERVAL_SECONDS = 10.0
+
+
+def say(line: str) -> None:
+    """Print one line."""
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()
+
+
+def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
+    """Print fields and values, aligned."""
+    rows = list(pairs)
+    width = max(len(field) for field, _ in rows)
+    for field, value in rows:
+        say(f"{field:<{width}}  {value}".rstrip())
+
+
+def print_json(value: object) -> None:
+    """Print one JSON document."""
+    say(json.dumps(value, indent=1))
+
+
+def figure(value: float | None, form: str) -> str:
+    """A number in a format, or `-` where there is none yet."""
+    return "-" if value is None else format(value, form)
+
+
+def duration_text(seconds: float | None) -> str:
+    """Seconds as `3d 04h`, `2h 05m`, `4m 03s` or `9s`."""
+    if seconds is None:
+        return "-"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    days, hour = divmod(hours, 24)
+    if days:
+        return f"{days}d {hour:02d}h"
+    if hours:
+        return f"{hours}h {minute:02d}m"
+    return f"{minutes}m {second:02d}s" if minutes else f"{second}s"
+
+
+def status_text(status: Mapping[str, Any]) -> str:
+    """The figures of a live run in one line."""
+    parts = [str(status.get("state", "unknown"))]
+    if (loss := status.get("loss")) is not None:
+        parts.append(f"loss {loss:.4f}")
+    if (rate := status.get("images_per_second")) is not None:
+        parts.append(f"{rate:.0f} images/s")
+    if (world_size := status.get("world_size")) is not None:
+        parts.append(f"{world_size} workers")
+    if status.get("restarts"):
+        parts.append(f"{status['restarts']} restarts")
+    if (eta := status.get("eta_seconds")) is not None:
+        parts.append(f"ETA {duration_text(eta)}")
+    return " · ".join(parts)
+
+
+@contextmanager
+def progress_bar(title: str, stream: TextIO = sys.stdout) -> Iterator[Callable[[int, int, str], None]]:
+    """Show progress while open; gives `show(done, total, text)`.
+
+    On a terminal a bar is redrawn in place; elsewhere a line is written every ten seconds and when all is done.
+    """
+    if not stream.isatty():
+        yield _line_writer(title, stream)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TaskProgressColumn(),
+        TextColumn("{task.fields[text]}"),
+    )
+    with Progress(*columns, console=Console(file=stream)) as progress:
+        task = progress.add_task(title, total=None, text="")
+
+        def show(done: int, total: int, text: str) -> None:
+            progress.update(task, completed=done, total=total or None, text=text)
+
+        yield show
+
+
+def _line_writer(title: str, stream: TextIO) -> Callable[[int, int, str], None]:
+    last_at, last_line = -LOG_INTERVAL_SECONDS, ""
+
+    def show(done: int, total: int, text: str) -> None:
+        nonlocal last_at, last_line
+        line, now = f"{title} {done}/{total} {text}", time.monotonic()
+        if line != last_line and (now - last_at >= LOG_INTERVAL_SECONDS or done == total):
+            stream.write(line + "\n")
+            stream.flush()
+            last_at, last_line = now, line
+
+    return show

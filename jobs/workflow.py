@@ -1,0 +1,114 @@
+"""The steps of the main job as a person follows them: make a data set, train, watch, keep the results."""
+
+from __future__ import annotations
+
+import time
+
+from jobs import driver, submission
+from jobs.driver import FINAL_STATES, RunPlan
+from jobs.errors import RunFailedError
+from jobs.finish import finish
+from jobs.run_directory import RunDirectory
+from jobs.session import Session
+from jobs.terminal import progress_bar, say, status_text
+from pipeline.manifest import Manifest
+from pipeline.sources import find_sources
+from pipeline.storage import Storage
+
+ENDED_JOB_STATES = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
+
+
+def make_dataset(session: Session, source: str, destination: str, *, samples_per_shard: int, seed: int) -> Manifest:
+    """Shard the images under `source`, and say what became of each.
+
+    Raises:
+        UserError: Bad input, found before a cluster is asked for.
+    """
+    session.storage.check(destination, write=True)
+    find_sources(session.storage, Storage.absolute(source))
+    session.connect()
+    from jobs.ingest import ingest
+
+    with progress_bar("shards") as show:
+        result = ingest(
+            session.storage,
+            source,
+            destination,
+            samples_per_shard=samples_per_shard,
+            seed=seed,
+            on_progress=lambda now: show(now.shards_done, now.shards, f"{now.samples} images · {now.skipped} skipped"),
+        )
+    manifest = result.manifest
+    say(
+        f"{destination}: {manifest.samples} images in {len(manifest.shards)} shards "
+        f"({result.shards_written} written, {result.shards_kept} kept), {result.skipped} sources skipped"
+    )
+    if result.skipped:
+        say(f"skipped, with reasons: {Storage.join(destination, 'skipped.jsonl')}")
+    return manifest
+
+
+def train_here(session: Session, plan: RunPlan) -> None:
+    """Train in this process's foreground, then write the results.
+
+    Raises:
+        RunFailedError: If the run had to be given up.
+    """
+    session.connect()
+    claimed = driver.claim_run(plan)
+    if claimed == "finished":
+        say_finished(plan.run)
+        return
+    say(f"{'begins' if claimed == 'new' else 'resumes'}: {plan.run.url}")
+    with progress_bar(plan.run.name) as show:
+        outcome = driver.train(session, plan, lambda now: show(now["step"], now["total_steps"], status_text(now)))
+    if outcome != "finished":
+        say(f"{plan.run.name}: {outcome}; the same command resumes it from its checkpoint")
+        return
+    for line in finish(plan.run):
+        say(line)
+
+
+def train_as_job(session: Session, plan: RunPlan, *, follow: bool) -> None:
+    """Submit the run to the cluster, and show its progress if asked to.
+
+    Raises:
+        RunFailedError: If it was followed and ended badly.
+    """
+    submission.job_client(session)  # a cluster that does not answer is found before the run is claimed
+    claimed = driver.claim_run(plan)
+    if claimed == "finished":
+        say_finished(plan.run)
+        return
+    job = submission.submit(session, plan.run)
+    say(f"submitted {job} ({'a new run' if claimed == 'new' else 'resumes'}): {plan.run.url}")
+    if follow:
+        follow_job(session, plan.run, job)
+    else:
+        say(f"next: `convmae status {plan.run.name}`, `convmae logs -f {plan.run.name}`")
+
+
+def follow_job(session: Session, run: RunDirectory, job: str) -> None:
+    """Show a submitted run's progress until its job ends.
+
+    Raises:
+        RunFailedError: If it ended badly; quotes the last line that it printed.
+    """
+    with progress_bar(run.name) as show:
+        while (state := submission.job_state(session, job)) not in ENDED_JOB_STATES:
+            now = run.read_heartbeat()
+            if now and now["state"] not in FINAL_STATES:
+                show(now["step"], now["total_steps"], status_text(now))
+            time.sleep(1.0)
+        now = run.read_heartbeat()
+        if now:
+            show(now["step"], now["total_steps"], status_text(now))
+    if state != "SUCCEEDED":
+        lines = "".join(submission.log_lines(session, run, follow=False)).strip().splitlines()
+        raise RunFailedError(f"job {job} {state.lower()}: {lines[-1] if lines else 'it printed nothing'}")
+    say(f"{run.name}: {now['state']} at step {now['step']} of {now['total_steps']}")
+
+
+def say_finished(run: RunDirectory) -> None:
+    """Say that there is nothing left to do, and what one can do instead."""
+    say(f"{run.name} is finished; `convmae report {run.name}` shows it, another --run name starts anew")

@@ -1,0 +1,20 @@
+"""ConvMAE in pure PyTorch: masking, sparse encoder, decoder, loss, weights. No I/O, no process group."""
+
+from model.config import ConvMAEConfig
+from model.convmae import ConvMAE, Output
+from model.dense import Features
+from model.errors import ModelConfigError, WeightsError
+from model.noise import mask_noise
+from model.pixels import denormalise, normalise
+
+__all__ = [
+    "ConvMAE",
+    "ConvMAEConfig",
+    "Features",
+    "ModelConfigError",
+    "Output",
+    "WeightsError",
+    "denormalise",
+    "mask_noise",
+    "normalise",
+]

@@ -1,0 +1,203 @@
+"""The shape of one ConvMAE, checked where it is built: a configuration that exists can be trained."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from model.errors import ModelConfigError
+
+PATCH_PIXELS = 16
+"""Side of a patch: the strides 4, 2 and 2 of the three embeddings."""
+CELL_PIXELS = 4
+"""Side of a cell, the stage-1 token."""
+
+MASKINGS = ("block", "random")
+POSITIONS = ("sincos", "learned", "none")
+LOSSES = ("l1", "mse")
+
+_DECODER = {"decoder_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
+# `base` and the decoder: convmae_convvit_base_patch16_dec512d8b in models_convmae.py of github.com/Alpha-VL/ConvMAE;
+# `small`, `large`, `huge`: the other variants of Gao et al. 2022, arXiv:2205.03892. `tiny` is ours.
+PRESETS: Mapping[str, Mapping[str, Any]] = {
+    "tiny": {
+        "image_size": 128, "embed_dim": (48, 96, 192), "depth": (1, 1, 4), "num_heads": 3, "mlp_ratio": (4, 4, 4),
+        "decoder_dim": 96, "decoder_depth": 2, "decoder_num_heads": 3,
+    },
+    "small": {"embed_dim": (128, 256, 384), "depth": (2, 2, 11), "num_heads": 6, "mlp_ratio": (4, 4, 4), **_DECODER},
+    "base": {"embed_dim": (256, 384, 768), "depth": (2, 2, 11), "num_heads": 12, "mlp_ratio": (4, 4, 4), **_DECODER},
+    "large": {"embed_dim": (384, 768, 1024), "depth": (2, 2, 23), "num_heads": 16, "mlp_ratio": (8, 8, 4), **_DECODER},
+    "huge": {"embed_dim": (768, 1024, 1280), "depth": (2, 2, 31), "num_heads": 16, "mlp_ratio": (8, 8, 4), **_DECODER},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ConvMAEConfig:
+    """Everything that decides the parameters, the mask and the loss of a ConvMAE.
+
+    Raises:
+        ModelConfigError: If a value is of the wrong type, or no such model can exist.
+    """
+
+    image_size: int | tuple[int, int] = 224
+    """Pixels, one number or (height, width); multiples of 16. A number is stored as the pair."""
+    embed_dim: tuple[int, int, int] = (16, 24, 32)
+    """Channels of the three encoder stages; the last a multiple of 4 and of ``num_heads``."""
+    depth: tuple[int, int, int] = (1, 1, 2)
+    """Blocks of the three encoder stages."""
+    num_heads: int = 4
+    """Attention heads of stage 3."""
+    mlp_ratio: tuple[int, int, int] = (4, 4, 4)
+    """Hidden width of each stage's MLP over its channels. The decoder uses the first, as the official code does."""
+    decoder_dim: int = 32
+    """Channels of the decoder; a multiple of 4 and of ``decoder_num_heads``."""
+    decoder_depth: int = 2
+    """Blocks of the decoder."""
+    decoder_num_heads: int = 4
+    """Attention heads of the decoder."""
+    mask_ratio: float = 0.75
+    """Fraction to hide. int(draws * (1 - mask_ratio)) are kept; at least one is kept and one hidden."""
+    masking: str = "block"
+    """``block``: whole 16x16 patches (section 3.2 of the paper). ``random``: single 4x4 cells (its ablation)."""
+    kernel_size: int = 5
+    """Side of the depthwise kernel, odd."""
+    fusion: bool = True
+    """Whether stages 1 and 2 are added to stage 3 before the decoder."""
+    position: str = "sincos"
+    """Position embedding of stage 3: frozen sine-cosine, learned, or none. The decoder's is always sine-cosine:
+    without it the mask tokens could not be told apart."""
+    loss: str = "mse"
+    """``mse`` or ``l1``."""
+    norm_pix: bool = True
+    """Whether each target patch is normalised by its own mean and unbiased variance."""
+
+    def __post_init__(self) -> None:
+        if type(self.image_size) is int:
+            object.__setattr__(self, "image_size", (self.image_size, self.image_size))
+        _check_types(self)
+        _check_widths(self)
+        _check_choice("masking", self.masking, MASKINGS)
+        _check_choice("position", self.position, POSITIONS)
+        _check_choice("loss", self.loss, LOSSES)
+        _check_mask(self)
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> ConvMAEConfig:
+        """A published size (``small`` to ``huge``), or ``tiny`` for a demonstration on a few CPU cores.
+
+        Args:
+            name: One of PRESETS.
+            **changes: Fields that shall differ from the preset.
+
+        Raises:
+            ModelConfigError: If the name or a field is unknown, or a value is impossible.
+        """
+        _check_choice("preset", name, tuple(PRESETS))
+        names = tuple(field.name for field in fields(cls))
+        for change in changes:
+            _check_choice("field", change, names)
+        return cls(**{**PRESETS[name], **changes})
+
+    @property
+    def image_shape(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        assert isinstance(self.image_size, tuple)  # __post_init__ made it one
+        return self.image_size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of patches, H/16 and W/16."""
+        height, width = self.image_shape
+        return height // PATCH_PIXELS, width // PATCH_PIXELS
+
+    @property
+    def patches(self) -> int:
+        """L, patches per image."""
+        return self.grid[0] * self.grid[1]
+
+    @property
+    def noise_shape(self) -> tuple[int, int]:
+        """Rows and columns of what is drawn from when masking: patches, or cells where masking is random."""
+        fine = 1 if self.masking == "block" else PATCH_PIXELS // CELL_PIXELS
+        return self.grid[0] * fine, self.grid[1] * fine
+
+    @property
+    def mask_patches(self) -> int:
+        """Random draws that one image's mask needs: the product of ``noise_shape``."""
+        return self.noise_shape[0] * self.noise_shape[1]
+
+    @property
+    def kept(self) -> int:
+        """Of the draws, how many stay visible."""
+        return int(self.mask_patches * (1 - self.mask_ratio))
+
+
+_LENGTHS = {"image_size": 2, "embed_dim": 3, "depth": 3, "mlp_ratio": 3}
+_WHOLE = ("num_heads", "decoder_dim", "decoder_depth", "decoder_num_heads", "kernel_size")
+
+
+def _check_types(config: ConvMAEConfig) -> None:
+    """Types are exact (True is no number of heads); a list, as JSON and YAML have it, is stored as a tuple."""
+    for name, length in _LENGTHS.items():
+        value = getattr(config, name)
+        if not (isinstance(value, list | tuple) and len(value) == length and all(map(_is_positive_int, value))):
+            one = "a positive whole number or " if name == "image_size" else ""
+            raise ModelConfigError(name, f"must be {one}{length} positive whole numbers", value, "give them as a list")
+        object.__setattr__(config, name, tuple(value))
+    for name in _WHOLE:
+        if not _is_positive_int(getattr(config, name)):
+            raise ModelConfigError(name, "must be a positive whole number", getattr(config, name), "give 1 or more")
+    for name in ("fusion", "norm_pix"):
+        if type(getattr(config, name)) is not bool:
+            raise ModelConfigError(name, "must be a boolean", getattr(config, name), "give true or false")
+    if type(config.mask_ratio) not in (int, float):
+        raise ModelConfigError("mask_ratio", "must be a number", config.mask_ratio, "the paper uses 0.75")
+
+
+def _is_positive_int(value: object) -> bool:
+    return type(value) is int and value > 0
+
+
+def _check_widths(config: ConvMAEConfig) -> None:
+    for side in config.image_shape:
+        if side % PATCH_PIXELS:
+            near = max(PATCH_PIXELS, round(side / PATCH_PIXELS) * PATCH_PIXELS)
+            rule = f"each side must be a multiple of {PATCH_PIXELS}"
+            raise ModelConfigError("image_size", rule, config.image_size, f"use {near} in place of {side}")
+    for name, width, heads_name, heads in (
+        ("embed_dim", config.embed_dim[2], "num_heads", config.num_heads),
+        ("decoder_dim", config.decoder_dim, "decoder_num_heads", config.decoder_num_heads),
+    ):
+        if width % heads:
+            divisors = [n for n in range(1, width + 1) if width % n == 0]
+            near = min(divisors, key=lambda n: abs(n - heads))
+            rule = f"must divide {name} = {width}"
+            raise ModelConfigError(heads_name, rule, heads, f"use {near} heads or another {name}")
+        if width % 4:
+            rule = "the width of a transformer must be a multiple of 4 for sine-cosine positions"
+            raise ModelConfigError(name, rule, width, f"use {width + 4 - width % 4}")
+    if config.kernel_size % 2 == 0:
+        near = config.kernel_size + 1
+        raise ModelConfigError("kernel_size", "must be odd to keep the map's size", config.kernel_size, f"use {near}")
+
+
+def _check_mask(config: ConvMAEConfig) -> None:
+    ratio, draws = config.mask_ratio, config.mask_patches
+    if not 0 <= ratio < 1:
+        raise ModelConfigError("mask_ratio", "must be in [0, 1)", ratio, "the paper uses 0.75")
+    if config.kept == 0:
+        rule = f"must keep at least one of {draws} patches"
+        raise ModelConfigError("mask_ratio", rule, ratio, "use a lower ratio or larger images")
+    if config.kept == draws:
+        rule = f"must hide at least one of {draws} patches, else there is no loss"
+        raise ModelConfigError("mask_ratio", rule, ratio, "use a higher ratio or larger images")
+
+
+def _check_choice(name: str, value: object, valid: tuple[str, ...]) -> None:
+    if value in valid:
+        return
+    near = difflib.get_close_matches(str(value), valid, n=1)
+    remedy = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(valid)}"
+    raise ModelConfigError(name, f"must be one of {', '.join(valid)}", value, remedy)

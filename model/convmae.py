@@ -1,0 +1,140 @@
+"""ConvMAE (Gao et al. 2022, arXiv:2205.03892): masked pixels predicted from visible patches.
+
+Letters: B images, L patches, 768 values of a patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from model import dense as reference
+from model.config import CELL_PIXELS, PATCH_PIXELS, ConvMAEConfig
+from model.decoder import Decoder
+from model.dense import Features
+from model.encoder import Encoder
+from model.errors import ModelConfigError
+from model.masking import Mask, draw_mask
+from model.pixels import patch_moments, patchify
+from model.weights import from_official, to_official
+
+
+class Output(NamedTuple):
+    """What a step of pretraining needs."""
+
+    loss: Tensor
+    """Scalar float32, the mean over all masked patches: every image counts the same."""
+    mask: Tensor
+    """(B, config.mask_patches) float32: 1 where masked, 0 where visible."""
+
+
+class ConvMAE(nn.Module):
+    """Encoder, decoder and loss.
+
+    Parameters are initialised as in the official code, from PyTorch's generator: seed that first.
+
+    Args:
+        config: The model's shape.
+        dense: Compute stages 1 and 2, the prediction and the loss for all patches and multiply by the mask, operation
+            by operation as the official code does. Slower, the same values: the reference that tests compare with.
+    """
+
+    def __init__(self, config: ConvMAEConfig, dense: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.dense = dense
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def forward(self, images: Tensor, noise: Tensor) -> Output:
+        """Mask, encode, predict and compare.
+
+        Args:
+            images: (B, 3, H, W) float, normalised.
+            noise: (B, config.mask_patches), e.g. ``mask_noise(...)``; the smallest values stay visible.
+
+        Raises:
+            ModelConfigError: If a shape does not fit the configuration.
+        """
+        mask = self._mask(images, noise)
+        if self.dense:
+            errors = self._errors(self._predict(images, mask, None), patchify(images))
+            per_draw = errors.mean(-1) if self.config.masking == "block" else self._cell_errors(errors)
+            return Output((per_draw * mask.mask).sum() / mask.mask.sum(), mask.mask)
+        if self.config.masking == "block":
+            hidden = mask.hidden[..., None]
+            targets = patchify(images).take_along_dim(hidden, dim=1)
+            loss = self._errors(self._predict(images, mask, mask.hidden), targets).mean()
+        else:
+            errors = self._cell_errors(self._errors(self._predict(images, mask, None), patchify(images)))
+            loss = errors.gather(1, mask.hidden).mean()
+        return Output(loss, mask.mask)
+
+    def reconstruct(self, images: Tensor, noise: Tensor) -> Tensor:
+        """Predict every patch from the visible ones: (B, L, 768), in units of the patch's deviation if ``norm_pix``."""
+        return self._predict(images, self._mask(images, noise), None)
+
+    def encode_dense(self, images: Tensor) -> Features:
+        """The three feature maps of whole images, for detection and segmentation. No mask, no fusion, no final norm."""
+        self._check_images(images)
+        return reference.features(self.encoder, self._cast(images))
+
+    def load_official(self, state: Mapping[str, Tensor]) -> None:
+        """Take the weights of the official implementation.
+
+        Args:
+            state: Its ``model.state_dict()``.
+
+        Raises:
+            WeightsError: If a name is missing or unexpected or a shape differs; it lists all of them.
+        """
+        self.load_state_dict(from_official(state, self.state_dict()))
+
+    def official_state_dict(self) -> dict[str, Tensor]:
+        """The weights under the names of the official implementation."""
+        return to_official(self.state_dict())
+
+    def _mask(self, images: Tensor, noise: Tensor) -> Mask:
+        self._check_images(images)
+        expected = (images.shape[0], self.config.mask_patches)
+        if noise.shape != expected:
+            rule = f"must have one draw per maskable patch, shape {expected}"
+            raise ModelConfigError("noise", rule, tuple(noise.shape), "draw config.mask_patches values per image")
+        return draw_mask(noise, self.config.kept)
+
+    def _check_images(self, images: Tensor) -> None:
+        if images.ndim != 4 or images.shape[1:] != (3, *self.config.image_shape):
+            rule = f"must have shape (batch, 3, {', '.join(map(str, self.config.image_shape))})"
+            raise ModelConfigError("images", rule, tuple(images.shape), "resize them or set image_size")
+        if not images.is_floating_point():
+            raise ModelConfigError("images", "must be normalised floats", images.dtype, "pass them through normalise()")
+
+    def _predict(self, images: Tensor, mask: Mask, wanted: Tensor | None) -> Tensor:
+        if self.dense:
+            latent = reference.encode(self.encoder, self._cast(images), mask)
+        else:
+            latent = self.encoder(self._cast(images), mask.kept)
+        visible = mask.kept if self.config.masking == "block" else self.encoder.all_patches(images)
+        prediction: Tensor = self.decoder(latent, visible, wanted)
+        return prediction
+
+    def _cast(self, images: Tensor) -> Tensor:
+        """Parameters may be bf16 (DeepSpeed); targets stay as precise as the images are."""
+        return images.to(self.decoder.mask_token.dtype)
+
+    def _errors(self, prediction: Tensor, targets: Tensor) -> Tensor:
+        """(B, M, 768) twice -> error of each pixel, in float32."""
+        targets = targets.float()
+        if self.config.norm_pix:
+            mean, deviation = patch_moments(targets)
+            targets = (targets - mean) / deviation
+        difference = prediction.float() - targets
+        return difference.abs() if self.config.loss == "l1" else difference.square()
+
+    def _cell_errors(self, errors: Tensor) -> Tensor:
+        """Random masking only: (B, L, 768) -> mean of each 4x4 cell in raster order, (B, 16 * L)."""
+        side = PATCH_PIXELS // CELL_PIXELS
+        pixels = errors.view(-1, *self.config.grid, side, CELL_PIXELS, side, CELL_PIXELS, 3)
+        return pixels.mean((4, 6, 7)).transpose(2, 3).flatten(1)

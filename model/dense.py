@@ -1,0 +1,98 @@
+"""The encoder as the official code writes it: whole maps, multiplied by the mask inside each convolution block.
+
+What the sparse encoder is compared with, and what encodes whole images for downstream tasks. It reads the parameters of
+an ``Encoder`` and has none of its own. Letters: B images, C channels, H and W rows and columns of a stage's map.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.blocks import ConvBlock, PatchEmbed
+from model.encoder import Encoder
+from model.masking import Mask
+
+
+class Features(NamedTuple):
+    """The pyramid of one batch."""
+
+    stage1: Tensor
+    """(B, C1, H/4, W/4)."""
+    stage2: Tensor
+    """(B, C2, H/8, W/8)."""
+    stage3: Tensor
+    """(B, C3, H/16, W/16), before the final norm, as the official detector takes it."""
+
+
+def features(encoder: Encoder, images: Tensor) -> Features:
+    """Encode whole images, (B, 3, H, W)."""
+    x1 = _stage(encoder.patch_embed1, encoder.blocks1, images, None)
+    x2 = _stage(encoder.patch_embed2, encoder.blocks2, x1, None)
+    x3 = _stage3_input(encoder, x2)
+    for block in encoder.blocks3:
+        x3 = block(x3)
+    return Features(x1, x2, x3.transpose(1, 2).reshape(*x3.mT.shape[:2], *encoder.config.grid))
+
+
+def encode(encoder: Encoder, images: Tensor, mask: Mask) -> Tensor:
+    """What ``encoder(images, mask.kept)`` returns, computed on whole maps."""
+    visible = (1 - mask.mask).to(images.dtype).view(-1, 1, *encoder.config.noise_shape)
+    if encoder.config.masking == "block":
+        visible1, visible2 = (functional.interpolate(visible, scale_factor=scale) for scale in (4, 2))
+        x1 = _stage(encoder.patch_embed1, encoder.blocks1, images, visible1)
+        x2 = _stage(encoder.patch_embed2, encoder.blocks2, x1, visible2)
+    else:
+        x1 = _stage(encoder.patch_embed1, encoder.blocks1, images, visible) * visible
+        x2 = _stage(encoder.patch_embed2, encoder.blocks2, x1, None)
+    tokens = [_stage3_input(encoder, x2)]
+    if encoder.config.fusion:
+        fusions = ((encoder.stage1_output_decode, x1), (encoder.stage2_output_decode, x2))
+        tokens += [_convolve(fuse, x).flatten(2).transpose(1, 2) for fuse, x in fusions]
+    if encoder.config.masking == "block":
+        tokens = [x.take_along_dim(mask.kept[..., None], dim=1) for x in tokens]
+    x3, *fused = tokens
+    for block in encoder.blocks3:
+        x3 = block(x3)
+    for x in fused:
+        x3 = x3 + x
+    out: Tensor = encoder.norm(x3)
+    return out
+
+
+def _stage(embed: PatchEmbed, blocks: nn.ModuleList, x: Tensor, visible: Tensor | None) -> Tensor:
+    x = _embed(embed, x)
+    for block in blocks:
+        assert isinstance(block, ConvBlock)
+        x = _block(block, x, visible)
+    return x
+
+
+def _stage3_input(encoder: Encoder, x2: Tensor) -> Tensor:
+    x = _embed(encoder.patch_embed3, x2).flatten(2).transpose(1, 2)
+    out: Tensor = encoder.patch_embed4(x) + encoder.pos_embed
+    return out
+
+
+def _embed(embed: PatchEmbed, x: Tensor) -> Tensor:
+    return functional.gelu(_norm(embed.norm, _convolve(embed.proj, x)))
+
+
+def _block(block: ConvBlock, x: Tensor, visible: Tensor | None) -> Tensor:
+    y = _convolve(block.conv1, _norm(block.norm1, x))
+    y = block.attn(y if visible is None else visible * y)
+    x = x + _convolve(block.conv2, y)
+    y = _convolve(block.mlp.fc1, _norm(block.norm2, x))
+    return x + _convolve(block.mlp.fc2, functional.gelu(y))
+
+
+def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    return functional.conv2d(x, conv.weight, conv.bias, stride=conv.stride)
+
+
+def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """LayerNorm over the channels of (B, C, H, W)."""
+    out: Tensor = norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return out

@@ -1,0 +1,65 @@
+"""Between images and what the model reads and predicts: normalisation, patches, targets.
+
+Letters: B images, L patches, P = 768 values of a patch, laid out (row, column, channel).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from model.config import PATCH_PIXELS
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def normalise(images: Tensor) -> Tensor:
+    """uint8 (B, 3, H, W) -> float32, ImageNet mean 0 and deviation 1, on the images' device."""
+    mean, std = _per_channel(IMAGENET_MEAN, images), _per_channel(IMAGENET_STD, images)
+    return (images.to(torch.float32) - 255 * mean) / (255 * std)
+
+
+def denormalise(images: Tensor) -> Tensor:
+    """The inverse of ``normalise``, rounded and clipped to uint8."""
+    mean, std = _per_channel(IMAGENET_MEAN, images), _per_channel(IMAGENET_STD, images)
+    return ((images.to(torch.float32) * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def _per_channel(values: Sequence[float], images: Tensor) -> Tensor:
+    # Filled on the device: copying three floats from the host would wait for the queue of kernels.
+    columns = [torch.full((1, 1, 1), value, dtype=torch.float32, device=images.device) for value in values]
+    return torch.cat(columns)
+
+
+def patchify(images: Tensor) -> Tensor:
+    """(B, 3, H, W) -> (B, L, 768)."""
+    B, _, H, W = images.shape
+    x = images.reshape(B, 3, H // PATCH_PIXELS, PATCH_PIXELS, W // PATCH_PIXELS, PATCH_PIXELS)
+    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+
+
+def unpatchify(patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, L, 768) -> (B, 3, H, W).
+
+    Args:
+        patches: Values in (row, column, channel) order.
+        grid: Rows and columns of patches, ``config.grid``.
+    """
+    x = patches.reshape(-1, *grid, PATCH_PIXELS, PATCH_PIXELS, 3)
+    return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+
+
+def patch_moments(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of each patch, as ``norm_pix`` uses them: prediction * deviation + mean is pixels again.
+
+    Args:
+        patches: (B, L, 768).
+
+    Returns:
+        Two tensors (B, L, 1). The variance is unbiased, plus 1e-6 (models_convmae.py, forward_loss).
+    """
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return mean, (variance + 1e-6).sqrt()

@@ -1,0 +1,35 @@
+"""Position embeddings."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def sincos_position(dim: int, grid: tuple[int, int]) -> Tensor:
+    """The fixed sine-cosine embedding: half of the channels for the column, half for the row.
+
+    Args:
+        dim: Channels, a multiple of 4.
+        grid: Rows and columns of patches.
+
+    Returns:
+        (1, L, dim) float32.
+
+    Source: util/pos_embed.py of github.com/facebookresearch/mae, which also has the column first.
+    """
+    rows, columns = (torch.arange(side, dtype=torch.float64) for side in grid)
+    row, column = torch.meshgrid(rows, columns, indexing="ij")
+    omega = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
+    angles = [coordinate.flatten()[:, None] * omega for coordinate in (column, row)]
+    return torch.cat([wave(angle) for angle in angles for wave in (torch.sin, torch.cos)], dim=1).float()[None]
+
+
+def position_parameter(kind: str, dim: int, grid: tuple[int, int]) -> nn.Parameter:
+    """The embedding of one of config.POSITIONS as a parameter; ``none`` is frozen zeros, so that names never change."""
+    if kind == "sincos":
+        return nn.Parameter(sincos_position(dim, grid), requires_grad=False)
+    position = torch.zeros(1, grid[0] * grid[1], dim)
+    if kind == "none":
+        return nn.Parameter(position, requires_grad=False)
+    return nn.Parameter(nn.init.normal_(position, std=0.02))

@@ -1,0 +1,41 @@
+"""Weights between our module tree and the flat names of the official implementation (github.com/Alpha-VL/ConvMAE).
+
+Ours are ``encoder.<name>`` and ``decoder.<name>``; the official ones are ``<name>``. No name occurs in both parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from model.errors import WeightsError
+
+
+def to_official(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict under official names."""
+    return {name.split(".", 1)[1]: tensor for name, tensor in state.items()}
+
+
+def from_official(official: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """An official state dict under our names.
+
+    Args:
+        official: Weights by official name.
+        ours: The state dict of the model that shall take them.
+
+    Raises:
+        WeightsError: If a name is missing or unexpected or a shape differs; its value lists all of them.
+    """
+    expected = to_official(ours)
+    faults = [f"missing {name}" for name in expected if name not in official]
+    faults += [f"unexpected {name}" for name in official if name not in expected]
+    faults += [
+        f"{name} has shape {tuple(official[name].shape)} where the model has {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in official and official[name].shape != tensor.shape
+    ]
+    if faults:
+        remedy = "use the configuration that the weights were made with"
+        raise WeightsError("state_dict", "must have the names and shapes of this model", faults, remedy)
+    return {name: official[short] for name, short in zip(ours, expected, strict=True)}

@@ -1,0 +1,90 @@
+"""The MAE recipe's augmentation as a pure function of (seed, epoch, sample id, image size).
+
+Random resized crop and horizontal flip. No generator is advanced, so neither the batch nor the thread that an image
+falls into can change its crop.
+
+Source: He et al. 2022, arXiv:2111.06377, appendix A.1; parameters of torchvision's RandomResizedCrop.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from pipeline import hashing
+from pipeline.decode import Pixels, resize
+
+SCALE = (0.2, 1.0)
+"""Range of the crop's share of the image's area."""
+RATIO = (3 / 4, 4 / 3)
+"""Range of the crop's width over height, uniform in its logarithm."""
+ATTEMPTS = 10
+
+_STREAM = 0x41554747  # keeps augmentation apart from what else is keyed by (seed, epoch)
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A rectangle of an image, in pixels, and whether it is mirrored."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+
+
+def random_crop(seed: int, epoch: int, sample: int, height: int, width: int) -> Crop:
+    """Draw the crop and flip of one sample in one epoch.
+
+    Args:
+        seed: The run's.
+        epoch: From 0.
+        sample: Its id in the data set.
+        height: Of the image, in pixels.
+        width: Of the image, in pixels.
+    """
+    stream = hashing.key(_STREAM, seed, epoch)
+    draws = hashing.uniforms(stream, np.array([sample]), 4 * ATTEMPTS + 1)[0].tolist()
+    flip = draws.pop() < 0.5
+    for attempt in range(ATTEMPTS):
+        scale, ratio, down, right = draws[4 * attempt : 4 * attempt + 4]
+        area = height * width * (SCALE[0] + scale * (SCALE[1] - SCALE[0]))
+        low, high = math.log(RATIO[0]), math.log(RATIO[1])
+        aspect = math.exp(low + ratio * (high - low))
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top, left = int(down * (height - crop_height + 1)), int(right * (width - crop_width + 1))
+            return Crop(top, left, crop_height, crop_width, flip)
+    return _widest(height, width, flip)
+
+
+def augmented(pixels: Pixels, crop: Crop, image_size: int) -> Pixels:
+    """(3, image_size, image_size) of the crop; a view where it is mirrored.
+
+    Args:
+        pixels: (H, W, 3).
+        crop: What to show.
+        image_size: Side of the result, in pixels.
+    """
+    cut = pixels[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    resized = resize(cut, image_size, image_size)
+    return resized[:, :, ::-1] if crop.flip else resized
+
+
+def center_crop(pixels: Pixels, image_size: int) -> Pixels:
+    """(3, image_size, image_size) of the largest central square, for pictures in reports and for evaluation."""
+    height, width = pixels.shape[:2]
+    side = min(height, width)
+    crop = Crop((height - side) // 2, (width - side) // 2, side, side, flip=False)
+    return augmented(pixels, crop, image_size)
+
+
+def _widest(height: int, width: int, flip: bool) -> Crop:
+    """The largest central crop within RATIO, for images too long for any draw."""
+    aspect = min(max(width / height, RATIO[0]), RATIO[1])
+    crop_width, crop_height = min(width, round(height * aspect)), min(height, round(width / aspect))
+    crop_width, crop_height = max(1, crop_width), max(1, crop_height)
+    return Crop((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width, flip)

@@ -1,0 +1,37 @@
+"""What can be wrong with what a user gave us: one small tree, readable as documentation.
+
+Every error names the field, the rule, the value and the remedy. The command line prints it as one line, without a
+traceback, and exits 2.
+"""
+
+from __future__ import annotations
+
+
+class UserError(ValueError):
+    """Bad input from a user: a recipe, a URL, credentials or data."""
+
+    def __init__(self, field: str, rule: str, value: object, remedy: str) -> None:
+        super().__init__(field, rule, value, remedy)
+        self.field = field
+        self.rule = rule
+        self.value = value
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.rule}, got {self.value!r}; {self.remedy}"
+
+
+class StorageError(UserError):
+    """A URL that cannot be used as it is: unreachable endpoint, refused credentials, missing bucket, full disk."""
+
+
+class SourceError(UserError):
+    """Photographs that cannot become a data set: no images, an unreadable folder."""
+
+
+class DatasetError(UserError):
+    """A data set that is not whole: missing manifest, altered shard, unknown format version."""
+
+
+class OrderError(UserError):
+    """Numbers that cannot be laid out as lanes of blocks: batch not divisible into lanes, too few samples."""

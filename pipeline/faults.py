@@ -1,0 +1,161 @@
+"""What went wrong while talking to storage: wait and try again, the user's to mend, or neither.
+
+s3fs lets botocore's and aiohttp's exceptions through as they are, some of them no OSErrors, and gives up after about
+two seconds. Here every exception is sorted once, so that the rest of the code sees FileNotFoundError, StorageError, or
+an OSError that names the URL.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import logging
+import random
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import aiohttp
+from botocore import exceptions as boto
+from botocore.parsers import ResponseParserError
+
+from pipeline.errors import StorageError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+FIRST_WAIT_SECONDS = 0.1
+LONGEST_WAIT_SECONDS = 10.0
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
+_NOT_A_FOLDER = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
+_UNREACHABLE = (
+    boto.ConnectionError,
+    boto.HTTPClientError,
+    boto.IncompleteReadError,
+    boto.ResponseStreamingError,
+    ResponseParserError,  # SlowDown answers of some servers are no XML: https://github.com/fsspec/s3fs/issues/484
+    aiohttp.ClientConnectionError,
+    aiohttp.ClientPayloadError,
+    ConnectionError,
+    TimeoutError,
+)
+_NO_CREDENTIALS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError)
+_BUSY_CODES = {
+    "SlowDown",
+    "RequestTimeout",
+    "InternalError",
+    "ServiceUnavailable",
+    "Throttling",
+    "RequestLimitExceeded",
+}
+_CREDENTIAL_CODES = {
+    "InvalidAccessKeyId": "the access key id is unknown there",
+    "SignatureDoesNotMatch": "the secret does not belong to the access key id",
+    "ExpiredToken": "the session token has expired",
+    "InvalidToken": "the session token is malformed",
+    "RequestTimeTooSkewed": "this machine's clock is wrong",
+}
+
+
+def retry(
+    call: Callable[[], T],
+    url: str,
+    deadline_seconds: float,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+    jitter: Callable[[], float] = random.random,
+) -> T:
+    """Call until it succeeds, fails for good, or the deadline passes; full-jitter backoff in between.
+
+    Args:
+        call: What to do; must be safe to repeat.
+        url: What it is done to, for the messages.
+        deadline_seconds: No further attempt starts later than this; an attempt in progress is not cut short.
+        clock: Monotonic seconds.
+        sleep: Waits that many seconds.
+        jitter: Draws from [0, 1).
+
+    Raises:
+        FileNotFoundError: Nothing lies at the URL.
+        StorageError: The user can mend it.
+        OSError: Anything else, with the URL as its filename.
+
+    Source: Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
+    """
+    deadline = clock() + deadline_seconds
+    for attempt in itertools.count():
+        try:
+            return call()
+        except Exception as error:
+            wait_seconds = jitter() * min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2.0**attempt)
+            if not is_transient(error) or clock() + wait_seconds > deadline:
+                raise translated(error, url) from error
+            logger.warning("%s: attempt %d failed (%s), next in %.1f s", url, attempt + 1, _told(error), wait_seconds)
+            sleep(wait_seconds)
+    raise AssertionError("itertools.count() does not end")
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same call may succeed a little later."""
+    if isinstance(error, boto.SSLError | aiohttp.ClientSSLError):
+        return False
+    code, status = _answer(error)
+    if code in _BUSY_CODES or status == 429 or (status >= 500 and status not in (501, 507)):
+        return True
+    return not status and isinstance(error, _UNREACHABLE)
+
+
+def translated(error: Exception, url: str) -> Exception:  # noqa: PLR0911 (one line per kind of fault)
+    """The exception that callers see in place of `error`."""
+    code, status = _answer(error)
+    number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, StorageError):
+        return error
+    if code == "NoSuchBucket":
+        return StorageError("bucket", "must exist", url, "create it, or correct its name in the URL")
+    if isinstance(error, FileNotFoundError):
+        return FileNotFoundError(errno.ENOENT, "nothing lies here", url)
+    if isinstance(error, _NO_CREDENTIALS) or code in _CREDENTIAL_CODES or status in (401, 403):
+        why = _CREDENTIAL_CODES.get(code, _told(error))
+        remedy = f"{why}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ask for the permission"
+        return StorageError("credentials", "must be accepted by the storage", url, remedy)
+    if number in _FULL or status == 507:
+        return StorageError("disk", "must have space left (ENOSPC)", url, "free some, then run the same command again")
+    if number in _REFUSED and not status:
+        return StorageError(
+            "folder", "must be accessible", url, f"change its permissions or take another ({_told(error)})"
+        )
+    if number in _NOT_A_FOLDER and not status:
+        return StorageError("path", "must fit what lies there", url, f"take another ({_told(error)})")
+    if isinstance(error, boto.ParamValidationError):
+        return StorageError("URL", "must name a valid bucket and key", url, "correct the URL")
+    if isinstance(error, ValueError) and "endpoint" in str(error).lower():
+        return StorageError("AWS_ENDPOINT_URL", "must be like http://host:port", str(error), "correct it or unset it")
+    if not status and isinstance(error, _UNREACHABLE):
+        remedy = f"check that the server runs and that AWS_ENDPOINT_URL is right ({_told(error)})"
+        return StorageError("storage", "must be reachable", url, remedy)
+    return OSError(number or errno.EIO, _told(error), url)
+
+
+def http_code(error: BaseException) -> str:
+    """S3's error code, for example ``InvalidRange``; empty for what is no answer of a server."""
+    return _answer(error)[0]
+
+
+def _answer(error: BaseException) -> tuple[str, int]:
+    """Error code and HTTP status of a server's answer; ("", 0) where there was none."""
+    # s3fs turns botocore's ClientError into an OSError and keeps the original as its cause.
+    for candidate in (error, error.__cause__):
+        if isinstance(candidate, boto.ClientError):
+            status = candidate.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            return candidate.response.get("Error", {}).get("Code", ""), int(status)
+    status = getattr(error, "status", getattr(error, "code", 0))  # aiohttp's and gcsfs's
+    return "", int(status) if isinstance(status, int | str) and str(status).isdigit() else 0
+
+
+def _told(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -1,0 +1,119 @@
+"""The manifest: which shards make up a data set. Written last, so that a data set either has one or is not finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+
+from pipeline.errors import DatasetError
+from pipeline.shard_index import Skipped
+from pipeline.shards import ShardReport, ShardTask
+from pipeline.storage import Storage
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+SKIPPED_NAME = "skipped.jsonl"
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One shard as the manifest lists it."""
+
+    name: str
+    samples: int
+    tar_bytes: int
+    index_sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A data set: shards in order, so that sample ids count through them."""
+
+    format_version: int
+    sources_digest: str
+    """Names the images and options that it was made from; the same again is already done."""
+    classes: tuple[str, ...]
+    """Names of the labels; empty where there are none."""
+    skipped: int
+    """Images that were left out; skipped.jsonl beside the manifest names them."""
+    shards: tuple[ShardEntry, ...]
+
+    @property
+    def samples(self) -> int:
+        """Over all shards."""
+        return sum(shard.samples for shard in self.shards)
+
+    @property
+    def tar_bytes(self) -> int:
+        """Over all shards."""
+        return sum(shard.tar_bytes for shard in self.shards)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the canonical JSON: names the data set, down to every image's bytes, in each checkpoint."""
+        return hashlib.sha256(self.to_bytes()).hexdigest()
+
+    @classmethod
+    def of(cls, tasks: Sequence[ShardTask], reports: Iterable[ShardReport], classes: tuple[str, ...]) -> Manifest:
+        """Put together what the tasks of one ingest reported, in any order."""
+        ordered = sorted(reports, key=lambda report: report.name)
+        entries = tuple(ShardEntry(r.name, r.samples, r.tar_bytes, r.index_sha256) for r in ordered)
+        skipped = sum(len(report.skipped) for report in ordered)
+        return cls(FORMAT_VERSION, sources_digest(tasks), classes, skipped, entries)
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON."""
+        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()
+
+    def save(self, storage: Storage, url: str, skipped: Iterable[Skipped]) -> None:
+        """Commit the data set: the list of skipped images first, the manifest last."""
+        lines = [json.dumps(asdict(item)) + "\n" for item in skipped]
+        storage.write(Storage.join(url, SKIPPED_NAME), "".join(lines).encode())
+        storage.write(Storage.join(url, MANIFEST_NAME), self.to_bytes())
+
+    @classmethod
+    def load(cls, storage: Storage, url: str) -> Manifest:
+        """Read the manifest of the data set at `url`.
+
+        Raises:
+            DatasetError: Missing, unreadable, or of an unknown version.
+        """
+        place = Storage.join(url, MANIFEST_NAME)
+        try:
+            data = storage.read(place)
+        except FileNotFoundError:
+            rule = f"must hold a {MANIFEST_NAME}"
+            raise DatasetError("data set", rule, url, f"make it with `convmae shard SOURCE {url}`") from None
+        try:
+            fields = json.loads(data)
+            version = fields["format_version"]
+            if version == FORMAT_VERSION:
+                shards = tuple(ShardEntry(**entry) for entry in fields.pop("shards"))
+                return cls(**fields | {"classes": tuple(fields["classes"])}, shards=shards)
+        except (ValueError, KeyError, TypeError) as error:
+            remedy = f"shard the data set again into another place ({type(error).__name__}: {error})"
+            raise DatasetError("manifest", "must be readable", place, remedy) from error
+        rule = f"must have format_version {FORMAT_VERSION}"
+        raise DatasetError("manifest", rule, version, f"read {place} with the release that wrote it")
+
+
+def sources_digest(tasks: Sequence[ShardTask]) -> str:
+    """Names all sources of a data set and how they were shuffled and cut."""
+    return hashlib.sha256("\n".join(task.digest for task in tasks).encode()).hexdigest()
+
+
+def existing_manifest(storage: Storage, url: str, tasks: Sequence[ShardTask]) -> Manifest | None:
+    """The manifest that is already at `url` if these tasks made it; None where there is none.
+
+    Raises:
+        DatasetError: The data set there was made from other images or options.
+    """
+    if not storage.exists(Storage.join(url, MANIFEST_NAME)):
+        return None
+    manifest = Manifest.load(storage, url)
+    if manifest.sources_digest != sources_digest(tasks):
+        rule = "must be empty or hold the same data set"
+        raise DatasetError("destination", rule, url, "it was made from other images or options; take another place")
+    return manifest

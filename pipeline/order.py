@@ -1,0 +1,194 @@
+"""Which samples make up global batch t: lanes of blocks, in pure NumPy.
+
+The order depends on (samples, global_batch_size, lanes, seed, block_samples, window_blocks) and the step alone. Ranks
+own whole lanes, so a batch has the same samples whatever the world size, and any step is reached without replay.
+
+    sample   0 ... N-1 in the manifest's order
+    block    S consecutive samples: one ranged read
+    lane     one of L virtual readers; owns the same blocks for the whole run; gives B / L samples to each batch
+    window   K blocks of a lane that are open at once, their samples shuffled together
+
+Trade-off: a larger window shuffles better and holds more bytes open; L * K * S samples over all ranks.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline import hashing
+from pipeline.errors import OrderError
+
+ORDER_VERSION = 1
+"""Changes whenever the same arguments would give other samples; part of a run's data state."""
+
+LEAST_EPOCH_RATIO = 0.99
+
+Int64s = npt.NDArray[np.int64]
+
+_HOME, _EPOCH, _WINDOW, _SPARE = range(4)
+
+
+@dataclass(frozen=True)
+class Order:
+    """The order of one run. Cheap to make, hashable, picklable; every method is a pure function."""
+
+    samples: int
+    """N, samples in the data set."""
+    global_batch_size: int
+    """B, samples in a step over all ranks."""
+    lanes: int
+    """L, divides B; also the largest possible world size."""
+    seed: int
+    block_samples: int = 32
+    """Wanted S. Smaller data sets get smaller blocks: the largest S that keeps 99% of the steps that S=1 would give."""
+    window_blocks: int = 64
+    """K."""
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "global_batch_size", "lanes", "block_samples", "window_blocks"):
+            if getattr(self, name) < 1:
+                raise OrderError(name, "must be at least 1", getattr(self, name), "raise it")
+        if self.global_batch_size % self.lanes:
+            divisors = [d for d in range(1, self.global_batch_size + 1) if self.global_batch_size % d == 0]
+            nearest = min(divisors, key=lambda divisor: abs(divisor - self.lanes))
+            rule = f"must divide global_batch_size {self.global_batch_size}"
+            raise OrderError("lanes", rule, self.lanes, f"{nearest} is the nearest that does")
+        if self.samples < self.global_batch_size:
+            rule = f"must be at least global_batch_size {self.global_batch_size}"
+            raise OrderError("samples", rule, self.samples, "lower global_batch_size or add images to the data set")
+
+    @property
+    def lane_batch_size(self) -> int:
+        """b = B / L, samples that each lane gives to a step."""
+        return self.global_batch_size // self.lanes
+
+    @functools.cached_property
+    def blocks(self) -> int:
+        """M, blocks in the data set."""
+        ideal_steps = self.samples // self.global_batch_size
+        least_steps = math.ceil(ideal_steps * LEAST_EPOCH_RATIO)
+        wanted = min(self.block_samples, self.samples // self.lanes)
+        return next(
+            self.samples // size for size in range(wanted, 0, -1) if self._steps(self.samples // size) >= least_steps
+        )
+
+    @functools.cached_property
+    def used_block_samples(self) -> int:
+        """S, samples that each block gives to an epoch; a block holds this many or one more."""
+        return self.samples // self.blocks
+
+    @functools.cached_property
+    def window_samples(self) -> int:
+        """Samples of a whole window, K * S."""
+        return self.window_blocks * self.used_block_samples
+
+    @functools.cached_property
+    def steps_per_epoch(self) -> int:
+        """Steps for which every lane still has samples; the rest of an epoch is dropped, another rest every epoch."""
+        return self._steps(self.blocks)
+
+    def epoch(self, step: int) -> int:
+        """The epoch that `step` belongs to, from 0."""
+        return step // self.steps_per_epoch
+
+    def rank_lanes(self, rank: int, world_size: int) -> range:
+        """The lanes that `rank` owns: {l : floor(l * world_size / L) = rank}; consecutive."""
+        if not 1 <= world_size <= self.lanes:
+            raise OrderError("world_size", f"must be between 1 and lanes {self.lanes}", world_size, "raise lanes")
+        return range(-(-rank * self.lanes // world_size), -(-(rank + 1) * self.lanes // world_size))
+
+    def batch(self, step: int) -> Int64s:
+        """(B,) ids of the samples of a step, lane after lane."""
+        return self.rank_batch(step, 0, 1)
+
+    def rank_batch(self, step: int, rank: int, world_size: int) -> Int64s:
+        """(n_r,) ids of the samples that `rank` reads for a step; the ranks' batches in turn are batch(step)."""
+        return np.concatenate([self.lane_batch(step, lane) for lane in self.rank_lanes(rank, world_size)])
+
+    def lane_batch(self, step: int, lane: int) -> Int64s:
+        """(b,) ids of the samples that one lane gives to a step."""
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        first, last = step_in_epoch * self.lane_batch_size, (step_in_epoch + 1) * self.lane_batch_size
+        return self.lane_range(epoch, lane, first, last)
+
+    def lane_range(self, epoch: int, lane: int, first: int, last: int) -> Int64s:
+        """Ids at positions [first, last) of a lane's stream of samples in an epoch."""
+        parts = []
+        while first < last:
+            window, offset = divmod(first, self.window_samples)
+            taken = min(last - first, self.window_samples - offset)
+            parts.append(self.window(epoch, lane, window)[offset : offset + taken])
+            first += taken
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def window(self, epoch: int, lane: int, window: int) -> Int64s:
+        """All ids of one window of a lane, in the order in which they are used."""
+        return _window_samples(self, epoch, lane, window)
+
+    def block_of(self, samples: Int64s) -> Int64s:
+        """The block that each sample lies in."""
+        return ((samples + 1) * self.blocks - 1) // self.samples
+
+    def block_start(self, blocks: Int64s) -> Int64s:
+        """The first sample of each block."""
+        return blocks * self.samples // self.blocks
+
+    def lane_blocks(self, lane: int) -> int:
+        """How many blocks a lane owns."""
+        return (self.blocks - lane + self.lanes - 1) // self.lanes
+
+    def _steps(self, blocks: int) -> int:
+        return (blocks // self.lanes) * (self.samples // blocks) // self.lane_batch_size
+
+
+@functools.lru_cache(maxsize=2048)
+def _window_samples(order: Order, epoch: int, lane: int, window: int) -> Int64s:
+    lane_blocks = order.lane_blocks(lane)
+    places = np.arange(window * order.window_blocks, min(lane_blocks, (window + 1) * order.window_blocks))
+    in_lane = hashing.permuted(hashing.key(order.seed, _EPOCH, epoch, lane), lane_blocks, places)
+    blocks = hashing.permuted(hashing.key(order.seed, _HOME), order.blocks, in_lane * order.lanes + lane)
+
+    samples = _block_samples(order, epoch, blocks).reshape(-1)
+    shuffle = hashing.key(order.seed, _WINDOW, epoch, lane, window)
+    samples = samples[hashing.permuted(shuffle, samples.size, np.arange(samples.size))]
+    samples.flags.writeable = False  # shared by all callers through the cache
+    return samples
+
+
+def _block_samples(order: Order, epoch: int, blocks: Int64s) -> Int64s:
+    """(len(blocks), S) ids; a block with one sample more leaves out another one every epoch."""
+    starts = order.block_start(blocks)
+    sizes = order.block_start(blocks + 1) - starts
+    stream = np.uint64(hashing.key(order.seed, _SPARE, epoch))
+    turns = (hashing.mixed(blocks.astype(np.uint64) ^ stream) % sizes.astype(np.uint64)).astype(np.int64)
+    offsets = np.arange(order.used_block_samples)
+    return starts[:, None] + (offsets[None, :] + turns[:, None]) % sizes[:, None]
+
+
+@dataclass(frozen=True)
+class ConsumedDigest:
+    """What was consumed, whatever its order: equal for equal multisets of ids; addable over lanes, ranks and steps."""
+
+    count: int = 0
+    total: int = 0
+    """Sum of the ids' 64-bit hashes, modulo 2**64."""
+    parity: int = 0
+    """Exclusive or of the same hashes under another key."""
+
+    @classmethod
+    def of(cls, samples: Int64s) -> ConsumedDigest:
+        """Digest of (n,) sample ids."""
+        ids = samples.astype(np.uint64)
+        total = int(hashing.mixed(ids).sum(dtype=np.uint64))
+        return cls(len(ids), total, int(np.bitwise_xor.reduce(hashing.mixed(~ids), initial=np.uint64(0))))
+
+    def __add__(self, other: ConsumedDigest) -> ConsumedDigest:
+        return ConsumedDigest(self.count + other.count, (self.total + other.total) % 2**64, self.parity ^ other.parity)
+
+    def __str__(self) -> str:
+        return f"{self.count}-{self.total:016x}-{self.parity:016x}"

@@ -1,0 +1,271 @@
+"""Files and objects by URL: one picklable value that reads, writes and lists, and outlives a storage restart.
+
+Everything goes through fsspec, so ``s3://``, ``gs://``, ``memory://``, ``file://`` and plain paths behave alike. Local
+files are written here, because only a temporary file and a rename make that atomic.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import functools
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import known_implementations
+
+from pipeline import faults
+from pipeline.errors import StorageError
+
+T = TypeVar("T")
+
+CHECK_SECONDS = 3.0
+CONNECT_TIMEOUT_SECONDS = 5.0
+READ_TIMEOUT_SECONDS = 30.0
+MAX_CONNECTIONS = 64
+PROBE_BYTES = 65536
+_S3 = ("s3", "s3a")
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How to reach URLs. Travels as an argument, so that secrets stay out of logs and of Ray's runtime environment.
+
+    Every method raises FileNotFoundError where nothing lies at the URL, StorageError for what the user can mend
+    (unreachable, credentials, missing bucket, full disk) and OSError naming the URL for the rest. Transient faults are
+    retried with backoff until `retry_seconds` have passed. Methods block and are safe to call from several threads.
+    """
+
+    endpoint_url: str | None = None
+    """S3 endpoint; None leaves it to botocore."""
+    key: str | None = field(default=None, repr=False)
+    secret: str | None = field(default=None, repr=False)
+    token: str | None = field(default=None, repr=False)
+    region: str | None = None
+    retry_seconds: float = 120.0
+    """Long enough for a storage server to be restarted."""
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str]) -> Storage:
+        """Read AWS_* variables; absent ones fall through to botocore's own chain (profile files, instance roles)."""
+        return cls(
+            endpoint_url=environ.get("AWS_ENDPOINT_URL") or None,
+            key=environ.get("AWS_ACCESS_KEY_ID") or None,
+            secret=environ.get("AWS_SECRET_ACCESS_KEY") or None,
+            token=environ.get("AWS_SESSION_TOKEN") or None,
+            region=environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or None,
+        )
+
+    @staticmethod
+    def join(url: str, *parts: str) -> str:
+        """``join("s3://bucket/data/", "a", "b")`` is ``s3://bucket/data/a/b``."""
+        return "/".join([url.rstrip("/"), *parts])
+
+    @staticmethod
+    def absolute(url: str) -> str:
+        """The same place named so that a process with another working directory finds it."""
+        return str(LocalFileSystem._strip_protocol(url)) if is_local(url) else url
+
+    def read(self, url: str) -> bytes:
+        """All bytes of a file or object."""
+        # A start spares s3fs the HEAD that it sends before every whole read.
+        return self._call(url, lambda fs, path: _ranged(fs, path, 0, None))
+
+    def read_range(self, url: str, offset: int, length: int) -> bytes:
+        """`length` bytes from `offset`; fewer where the object ends before that."""
+        return self._call(url, lambda fs, path: _ranged(fs, path, offset, offset + length))
+
+    def write(self, url: str, data: bytes) -> None:
+        """Put `data` there whole or not at all, replacing what was there."""
+        if is_local(url):
+            self._put_local(url, lambda temporary: temporary.write_bytes(data))
+        else:
+            self._call(url, lambda fs, path: fs.pipe_file(path, data))
+
+    def upload(self, local_path: Path, url: str) -> None:
+        """Copy a local file there, whole or not at all."""
+        if is_local(url):
+            self._put_local(url, lambda temporary: shutil.copyfile(local_path, temporary))
+        else:
+            self._call(url, lambda fs, path: fs.put_file(str(local_path), path))
+
+    def download(self, url: str, local_path: Path) -> None:
+        """Copy a file or object to a local path, whole or not at all."""
+        self._put_local(
+            str(local_path), lambda temporary: self._call(url, lambda fs, path: fs.get_file(path, str(temporary)))
+        )
+
+    def exists(self, url: str) -> bool:
+        """Whether a file or object (not a folder or prefix) lies there."""
+        try:
+            return bool(self._call(url, lambda fs, path: fs.info(path)["type"] == "file"))
+        except FileNotFoundError:
+            return False
+
+    def size(self, url: str) -> int:
+        """Bytes of a file or object."""
+        return int(self._call(url, lambda fs, path: fs.info(path)["size"]))
+
+    def list_names(self, url: str) -> list[str]:
+        """Sorted names of the files and folders directly under `url`; empty where there is no such folder."""
+        try:
+            paths = self._call(url, lambda fs, path: fs.ls(path, detail=False))
+        except FileNotFoundError:
+            return []
+        root = _path(url)
+        return sorted({path.rstrip("/").rpartition("/")[2] for path in paths if path.rstrip("/") != root.rstrip("/")})
+
+    def list_files(self, url: str) -> dict[str, int]:
+        """Size in bytes of every file under `url` at any depth, by its path relative to `url`, sorted."""
+        found = self._call(url, lambda fs, path: fs.find(path, detail=True))
+        root = _path(url).rstrip("/") + "/"
+        return {path.removeprefix(root): int(info["size"] or 0) for path, info in sorted(found.items())}
+
+    def delete(self, url: str) -> None:
+        """Remove a file or object; that it is already gone is no error."""
+        with contextlib.suppress(FileNotFoundError):
+            self._call(url, lambda fs, path: fs.rm_file(path))
+
+    def check(self, url: str, *, write: bool) -> None:
+        """Fail within seconds if work on `url` cannot succeed.
+
+        Args:
+            url: A folder or prefix that will be read, and need not exist yet if it will be written.
+            write: Also put a small object under `url` and remove it again.
+
+        Raises:
+            StorageError: Unknown protocol, missing package, unreachable, refused credentials, missing bucket,
+                unwritable folder, full disk.
+        """
+        hasty = replace(self, retry_seconds=min(CHECK_SECONDS, self.retry_seconds))
+        try:
+            hasty._probe(url, write=write)
+        except FileNotFoundError as error:
+            remedy = "take a folder that can be made" if is_local(url) else "check the bucket and AWS_ENDPOINT_URL"
+            raise StorageError("storage", "must accept this URL", url, remedy) from error
+
+    def _probe(self, url: str, *, write: bool) -> None:
+        self._filesystem(url)
+        if _protocol(url) in _S3:
+            # HEAD answers carry no reason; a listing of one says which of key, secret and bucket is wrong.
+            self._call(url, _list_one)
+        elif not is_local(url):
+            self.exists(url)
+        if write:
+            probe = self.join(url, f".write-check-{os.getpid()}-{os.urandom(4).hex()}")
+            self.write(probe, bytes(PROBE_BYTES))
+            self.delete(probe)
+
+    def _filesystem(self, url: str) -> Any:
+        return _filesystem(self, _protocol(url), os.getpid())
+
+    def _call(self, url: str, call: Callable[[Any, str], T]) -> T:
+        return faults.retry(lambda: call(self._filesystem(url), _path(url)), url, self.retry_seconds)
+
+    def _put_local(self, url: str, fill: Callable[[Path], object]) -> None:
+        """Fill a temporary file beside the target, then rename it over the target."""
+
+        def put() -> None:
+            target = Path(_path(url))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with _temporary_beside(target) as temporary:
+                fill(temporary)
+                with temporary.open("rb") as file:
+                    os.fsync(file.fileno())
+                temporary.replace(target)
+
+        faults.retry(put, url, self.retry_seconds)
+
+
+def is_local(url: str) -> bool:
+    """Whether `url` is a path on this machine: ``file://`` or no protocol at all."""
+    return _protocol(url) in ("file", "local")
+
+
+@functools.lru_cache(maxsize=16)
+def _filesystem(storage: Storage, protocol: str, process_id: int) -> Any:  # noqa: ARG001
+    """One connection pool per process and Storage; fsspec's own cache would make one per thread."""
+    try:
+        kind = fsspec.get_filesystem_class(protocol)
+    except ImportError as error:
+        package = known_implementations[protocol]["class"].partition(".")[0]
+        raise StorageError(
+            "URL", "needs a package that is not installed", f"{protocol}://", f"`pip install {package}`"
+        ) from error
+    if protocol not in _S3:
+        return kind(use_listings_cache=False) if protocol != "memory" else kind()
+    filesystem = kind(
+        endpoint_url=storage.endpoint_url,
+        key=storage.key,
+        secret=storage.secret,
+        token=storage.token,
+        client_kwargs={"region_name": storage.region} if storage.region else {},
+        config_kwargs={
+            "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+            "read_timeout": min(READ_TIMEOUT_SECONDS, max(CONNECT_TIMEOUT_SECONDS, storage.retry_seconds)),
+            "retries": {"total_max_attempts": 1},
+            "max_pool_connections": MAX_CONNECTIONS,
+        },
+        use_listings_cache=False,
+        skip_instance_cache=True,
+    )
+    filesystem.retries = 1  # one attempt inside s3fs too: our deadline rules
+    return filesystem
+
+
+def _protocol(url: str) -> str:
+    protocol, separator, _ = url.partition("://")
+    if not separator:
+        # "s3:/bucket" would otherwise become a folder named "s3:".
+        scheme = url.partition(":/")[0]
+        if scheme not in known_implementations or ":/" not in url:
+            return "file"
+        raise StorageError(
+            "URL", "must have two slashes", url, f"write {scheme}://{url.partition(':/')[2].lstrip('/')}"
+        )
+    if protocol in ("file", "local", "memory") or protocol in known_implementations:
+        return protocol
+    nearest = difflib.get_close_matches(
+        protocol, ["s3", "gs", "file", "memory", *known_implementations], n=1, cutoff=0.4
+    )
+    remedy = f"did you mean {nearest[0]}://?" if nearest else "use s3://, gs://, file:// or a path"
+    raise StorageError("URL", "must have a known protocol", url, remedy)
+
+
+def _path(url: str) -> str:
+    return str(fsspec.get_filesystem_class(_protocol(url))._strip_protocol(url))
+
+
+def _ranged(filesystem: Any, path: str, start: int, end: int | None) -> bytes:
+    try:
+        return bytes(filesystem.cat_file(path, start=start, end=end))
+    except OSError as error:
+        if faults.http_code(error) == "InvalidRange":  # S3's answer for a range behind the end
+            return b""
+        raise
+
+
+def _list_one(filesystem: Any, path: str) -> None:
+    bucket, key, _ = filesystem.split_path(path)
+    if not bucket:
+        raise StorageError("URL", "must name a bucket", "s3://", "write s3://bucket/folder")
+    filesystem.call_s3("list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1)
+
+
+@contextlib.contextmanager
+def _temporary_beside(target: Path) -> Iterator[Path]:
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        temporary.chmod(0o644)  # mkstemp's 0600 would hide shared data from others
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)

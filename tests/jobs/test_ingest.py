@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import io
+import json
+import pickle
+import secrets
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from PIL import Image
+
+from jobs.ingest import IngestProgress, IngestReport, ingest
+from pipeline.dataset import Dataset
+from pipeline.errors import DatasetError, SourceError, StorageError
+from pipeline.manifest import MANIFEST_NAME, SKIPPED_NAME
+from pipeline.shards import write_shard
+from pipeline.storage import Storage
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.delenv("RAY_AUTH_MODE", raising=False)  # Ray sets it and would leave it to the tests after us
+        environment.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray makes one in the home folder
+        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Path:
+    """24 images in two classes."""
+    for number in range(24):
+        path = tmp_path / "photographs" / f"class-{number % 2}" / f"{number:02d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        output = io.BytesIO()
+        pixels = np.random.default_rng(number).integers(0, 256, (20, 30, 3), np.uint8)
+        Image.fromarray(pixels).save(output, "JPEG")
+        path.write_bytes(output.getvalue())
+    return tmp_path / "photographs"
+
+
+def run(source: Path, destination: str, samples_per_shard: int = 5) -> tuple[IngestReport, list[IngestProgress]]:
+    progress: list[IngestProgress] = []
+    report = ingest(
+        Storage(), str(source), destination, samples_per_shard=samples_per_shard, seed=0, on_progress=progress.append
+    )
+    return report, progress
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_photographs_become_a_dataset(cluster: None, photographs: Path, tmp_path: Path) -> None:
+    (photographs / "class-0" / "cut.jpg").write_bytes((photographs / "class-0" / "00.jpg").read_bytes()[:-50])
+
+    report, progress = run(photographs, str(tmp_path / "out"))
+
+    dataset = Dataset.open(Storage(), str(tmp_path / "out"))
+    originals = {path.read_bytes(): path.parent.name for path in photographs.rglob("[0-9]*.jpg")}
+    found = {sample.data: sample.label for sample in dataset.read(np.arange(dataset.samples))}
+    assert {data: dataset.manifest.classes[label] for data, label in found.items()} == originals
+    assert report.manifest == dataset.manifest
+    assert (report.shards_written, report.shards_kept, report.skipped) == (5, 0, 1)
+    assert progress[-1] == IngestProgress(shards_done=5, shards=5, samples=24, skipped=1)
+    skipped = json.loads((tmp_path / "out" / SKIPPED_NAME).read_text())
+    assert skipped["path"] == "class-0/cut.jpg" and "Premature end" in skipped["reason"]
+
+
+def test_a_restart_keeps_what_is_finished_and_ends_in_the_same_bytes(
+    cluster: None, photographs: Path, tmp_path: Path
+) -> None:
+    run(photographs, str(tmp_path / "out"))
+    whole = files(tmp_path / "out")
+    for name in (MANIFEST_NAME, "shard-000001.index.npz", "shard-000003.tar"):
+        (tmp_path / "out" / name).unlink()
+
+    report, _ = run(photographs, str(tmp_path / "out"))
+
+    assert (report.shards_written, report.shards_kept) == (2, 3)
+    assert files(tmp_path / "out") == whole
+
+
+def test_a_finished_ingest_is_not_repeated_and_another_is_refused(
+    cluster: None, photographs: Path, tmp_path: Path
+) -> None:
+    first, _ = run(photographs, str(tmp_path / "out"))
+
+    again, progress = run(photographs, str(tmp_path / "out"))
+
+    assert again.manifest == first.manifest
+    assert (again.shards_written, again.shards_kept, progress) == (0, 5, [])
+    with pytest.raises(DatasetError, match="other images or options"):
+        run(photographs, str(tmp_path / "out"), samples_per_shard=6)
+
+
+def test_a_users_error_in_a_task_comes_back_as_itself_and_a_rerun_goes_on(
+    cluster: None, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_after_two(storage: Storage, destination: str, task):  # type: ignore[no-untyped-def]
+        if task.name == "shard-000002":
+            raise StorageError("disk", "must have space left (ENOSPC)", destination, "free some")
+        return write_shard(storage, destination, task)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("jobs.ingest.write_shard", full_after_two)
+        with pytest.raises(StorageError) as caught:
+            run(photographs, str(tmp_path / "out"))
+    assert type(caught.value) is StorageError
+    assert caught.value.value == str(tmp_path / "out")
+    with pytest.raises(DatasetError, match="must hold a manifest"):
+        Dataset.open(Storage(), str(tmp_path / "out"))
+
+    report, _ = run(photographs, str(tmp_path / "out"))
+
+    assert report.shards_kept >= 1
+    assert report.manifest.samples == 24
+
+
+def test_images_that_all_fail_are_refused(cluster: None, tmp_path: Path) -> None:
+    (tmp_path / "photographs").mkdir()
+    (tmp_path / "photographs" / "a.jpg").write_bytes(b"no image")
+
+    with pytest.raises(SourceError, match=r"a\.jpg"):
+        run(tmp_path / "photographs", str(tmp_path / "out"))
+    assert not (tmp_path / "out" / MANIFEST_NAME).exists()
+
+
+def test_a_bad_destination_is_told_before_any_task_starts(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "remote", None)
+
+    with pytest.raises(StorageError, match="did you mean s3://"):
+        run(photographs, "s4://bucket/out")
+
+
+def test_a_users_error_survives_a_pickle() -> None:
+    error = StorageError("disk", "must have space left", "/out", "free some")
+
+    copy = pickle.loads(pickle.dumps(error))
+
+    assert type(copy) is StorageError
+    assert str(copy) == str(error)

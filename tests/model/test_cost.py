@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import ConvMAE, ConvMAEConfig
+from model.config import PRESETS
+from model.cost import flops_per_image, parameters
+
+CONFIGS = [
+    ConvMAEConfig(),
+    ConvMAEConfig(image_size=(64, 96), mask_ratio=0.6, kernel_size=7, depth=(2, 2, 3), mlp_ratio=(8, 8, 4)),
+    ConvMAEConfig(fusion=False, image_size=128, position="learned", decoder_dim=64),
+    ConvMAEConfig(masking="random", image_size=96, position="none"),
+    ConvMAEConfig.preset("tiny"),
+    ConvMAEConfig.preset("base"),
+]
+
+
+def depthwise_backward(
+    grad_shape: list[int], x_shape: list[int], weight_shape: list[int], *_: object, **__: object
+) -> int:
+    """PyTorch's formula counts a grouped convolution's weight gradient as if it had one group."""
+    grad = torch.Size(grad_shape)
+    return 2 * (2 * grad.numel() * torch.Size(weight_shape[1:]).numel())
+
+
+def counted(config: ConvMAEConfig, size: int) -> tuple[dict[str, int], int]:
+    """Per module forward, and in total forward and backward, by PyTorch's counter on tensors without values."""
+    with torch.device("meta"):
+        model = ConvMAE(config)
+        images, noise = torch.empty(size, 3, *config.image_shape), torch.empty(size, config.mask_patches)
+    mapping = {torch.ops.aten.convolution_backward: depthwise_backward}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        loss = model(images, noise=noise).loss
+        forward = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+        loss.backward()
+    return forward, counter.get_total_flops()
+
+
+def of_modules(forward: dict[str, int], *prefixes: str) -> int:
+    """Flops of direct children of encoder or decoder; deeper modules are already in them, blocks are lists without."""
+    wanted = 0
+    for name, flops in forward.items():
+        part, _, child = name.removeprefix("ConvMAE.").partition(".")
+        is_block = child.count(".") == 1 and "blocks" in child
+        if part in ("encoder", "decoder") and child.split(".")[0] in prefixes and ("." not in child or is_block):
+            wanted += flops
+    return wanted
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.embed_dim[2]}-{config.masking}")
+def test_flops_are_exactly_those_that_pytorch_counts(config: ConvMAEConfig) -> None:
+    size = 2
+    cost = flops_per_image(config)
+
+    forward, total = counted(config, size)
+
+    assert of_modules(forward, "patch_embed1", "blocks1") == size * cost.forward.stage1
+    assert of_modules(forward, "patch_embed2", "blocks2") == size * cost.forward.stage2
+    assert of_modules(forward, "patch_embed3", "patch_embed4", "blocks3") == size * cost.forward.stage3
+    assert of_modules(forward, "stage1_output_decode", "stage2_output_decode") == size * cost.forward.fusion
+    assert of_modules(forward, "decoder_embed", "decoder_blocks", "decoder_pred") == size * cost.forward.decoder
+    assert forward["Global"] == size * cost.forward.total
+    assert total == size * cost.training
+
+
+@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("changes", [{}, {"fusion": False, "position": "learned", "kernel_size": 9}], ids=str)
+def test_parameters_are_those_of_the_model(name: str, changes: dict[str, object]) -> None:
+    config = ConvMAEConfig.preset(name, **changes)
+    with torch.device("meta"):
+        model = ConvMAE(config)
+
+    count = parameters(config)
+
+    def size_of(module: torch.nn.Module, trainable: bool) -> int:
+        return sum(p.numel() for p in module.parameters() if p.requires_grad == trainable)
+
+    assert count.encoder == size_of(model.encoder, True)
+    assert count.decoder == size_of(model.decoder, True)
+    assert count.frozen == size_of(model, False)
+    assert count.trainable == count.encoder + count.decoder
+
+
+def test_masked_patches_cost_nothing_in_the_encoder_but_zeros_in_the_depthwise_map() -> None:
+    base = ConvMAEConfig.preset("base")
+    sparse, nearly_dense = (flops_per_image(ConvMAEConfig.preset("base", mask_ratio=r)) for r in (0.75, 0.006))
+    assert base.kept * 4 == base.patches
+
+    def pointwise(cost: int, stage: int) -> int:
+        places = base.patches << 2 * (2 - stage)
+        return cost - base.depth[stage] * 2 * places * base.kernel_size**2 * base.embed_dim[stage]
+
+    kept_fraction = base.kept / ConvMAEConfig.preset("base", mask_ratio=0.006).kept
+    for stage, name in enumerate(("stage1", "stage2")):
+        few, many = (pointwise(getattr(cost.forward, name), stage) for cost in (sparse, nearly_dense))
+        assert few == pytest.approx(many * kept_fraction)
+    assert sparse.forward.fusion == pytest.approx(nearly_dense.forward.fusion * kept_fraction)
