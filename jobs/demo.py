@@ -19,7 +19,7 @@ from pipeline.photographs import PHOTOGRAPHS, cut_tiles
 
 TILES = 1024
 SAMPLES_PER_SHARD = 256
-STEPS = 480
+STEPS = 400
 """About three and a half minutes of training on two cores."""
 
 

@@ -13,7 +13,7 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
@@ -24,6 +24,7 @@ from model.errors import ModelConfigError
 # Where and how a run executes, not what it computes: these may differ when a run is resumed.
 PLACEMENT_FIELDS = frozenset(
     {
+        "run_root",
         "max_steps",
         "min_workers",
         "max_workers",
@@ -62,7 +63,9 @@ ModelField = Annotated[ConvMAEConfig, BeforeValidator(_model_config), PlainSeria
 class Recipe(BaseModel):
     """One pretraining run. Frozen; the batch arithmetic is checked when it is built."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True
+    )
 
     name: str
     """The recipe's name, for people."""
@@ -137,8 +140,7 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _combinations(self) -> Self:
         if self.global_batch_size % self.lanes:
-            fits = [lanes for lanes in range(1, self.global_batch_size + 1) if self.global_batch_size % lanes == 0]
-            nearest = min(fits, key=lambda lanes: abs(lanes - self.lanes))
+            nearest = _nearest_divisor(self.global_batch_size, self.lanes)
             rule = f"must divide global_batch_size = {self.global_batch_size}"
             raise RecipeError("lanes", rule, self.lanes, f"the nearest that does is lanes={nearest}")
         if self.max_workers > self.lanes:
@@ -191,6 +193,9 @@ class Recipe(BaseModel):
         Raises:
             RecipeError: As `from_json`.
         """
+        if "model" in overrides:
+            remedy = "write model.preset=base, or model.<field>=value"
+            raise RecipeError("model", "must be set field by field", overrides["model"], remedy)
         fields = self.to_json()
         model_fields = {
             key.removeprefix("model."): value for key, value in overrides.items() if key.startswith("model.")
@@ -237,11 +242,25 @@ def _first_fault(error: ValidationError) -> RecipeError:
     cause = fault.get("ctx", {}).get("error")
     if isinstance(cause, RecipeError):
         return cause
-    field = ".".join(str(part) for part in fault["loc"])
-    description = Recipe.model_fields[field].annotation if field in Recipe.model_fields else None
-    expected = getattr(description, "__name__", str(description).replace("typing.", ""))
+    field = str(fault["loc"][0])
     rule = fault["msg"].replace("Input should", "should").replace("Field required", "is required")
-    return RecipeError(field, rule, fault["input"], f"give {field}=<{expected}>")
+    value = None if fault["type"] == "missing" else fault["input"]
+    return RecipeError(field, rule, value, f"give {field}=<{_type_name(Recipe.model_fields[field].annotation)}>")
+
+
+def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return "|".join(str(choice) for choice in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return f"[{_type_name(get_args(annotation)[0])}, ...]"
+    return str(annotation.__name__)
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` that is nearest to `wanted`; the smaller one where two are."""
+    start = min(wanted, number)
+    candidates = (candidate for distance in range(start) for candidate in (start - distance, start + distance))
+    return next(candidate for candidate in candidates if number % candidate == 0)
 
 
 def difference(saved: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -106,5 +106,6 @@ def _file_recipe(path: Path) -> Recipe:
     base = fields.pop("base", None)
     if not isinstance(base, str) or base.endswith(".toml"):
         raise RecipeError("base", "must name the recipe that the file amends", base, f"one of {', '.join(_build())}")
-    model = {f"model.{key}": value for key, value in fields.pop("model", {}).items()}
-    return named_recipe(base).amended({"name": path.stem, **fields, **model})
+    if isinstance(fields.get("model"), dict):
+        fields |= {f"model.{key}": value for key, value in fields.pop("model").items()}
+    return named_recipe(base).amended({"name": path.stem, **fields})

@@ -342,7 +342,7 @@ def _end(stack: Stack) -> int:
     while stack_processes.running(family) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
     # What is left, and what was started in the meantime.
-    while left := _family(stack):
+    while left := _family(stack) | stack_processes.running(family):
         stack_processes.kill(left)
         time.sleep(POLL_SECONDS)
     if stack.keeper is not None:

@@ -85,8 +85,9 @@ def service_environment(name: str, settings: StackSettings, base: Mapping[str, s
     kept = {key: value for key, value in base.items() if key not in foreign}
     own = client_environment(settings, base) | mark | _ray_tuning(settings)
     own["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", os.defpath)])
-    # `ray start --head` must not take the address of a cluster to join.
-    return {key: value for key, value in (kept | own).items() if key not in {"RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"}}
+    # `ray start --head` must not take the address of a cluster to join. Its workers do need the dashboard's address, or
+    # Ray's own state client looks for clusters on the machine and is confused by a second one.
+    return {key: value for key, value in (kept | own).items() if key != "RAY_ADDRESS"}
 
 
 def client_environment(settings: StackSettings, base: Mapping[str, str]) -> dict[str, str]:
@@ -231,7 +232,6 @@ def _ray_command(settings: StackSettings) -> list[str]:
 def _ray_tuning(settings: StackSettings) -> dict[str, str]:
     return {
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_BACKEND_LOG_LEVEL": "warning",
         # A lone head has nowhere to move its work to: draining would only delay `down`.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "AUTOSCALER_METRIC_PORT": str(settings.ports.autoscaler_metrics),

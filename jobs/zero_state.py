@@ -13,6 +13,7 @@ must stay green.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -134,7 +135,9 @@ def _by_rank(folder: Path, pattern: str) -> list[Path]:
 
 def _load(path: Path) -> dict[str, Any]:
     # DeepSpeed pickles its loss scaler and configuration beside the tensors, so weights_only cannot read these files.
-    # They are this run's own, and their CRC was checked against the commit.
+    # They are this run's own, and their CRC was checked against the commit. Unpickling imports DeepSpeed, which looks
+    # for an accelerator and warns where there is none; outside of training the CPU is all that is needed.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     state: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
     return state
 

@@ -1,0 +1,45 @@
+# Two commands: `make pretrain` and `make test`. Both set up what is missing first.
+
+PYTHON ?= $(or $(shell command -v python3.11),python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install pretrain down fix check test test-slow
+
+help:  ## Show these lines
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(INSTALLED)  ## Set up .venv with pinned versions; quick when there is nothing to do
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "Python 3.11 is needed; set PYTHON=/path/to/python3.11")'
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV); \
+		echo "installing python3.11-venv, which Debian ships apart from Python"; \
+		apt-get -qq update && apt-get -qq install -y python3.11-venv >/dev/null && $(PYTHON) -m venv $(VENV); }
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	@$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[local,dev]'
+	@touch $(INSTALLED)
+
+pretrain: $(INSTALLED)  ## The main job, end to end; IMAGES=DIR takes your own photographs
+	@$(BIN)/convmae demo $(if $(IMAGES),--images "$(IMAGES)")
+
+down: $(INSTALLED)  ## Stop the local stack; data stay
+	@$(BIN)/convmae down
+
+fix: $(INSTALLED)  ## Format, and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+check: $(INSTALLED)  ## Lint, format, types, layers
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: check  ## Checks, then all tests but the slow ones
+	$(BIN)/python -m pytest
+
+test-slow: $(INSTALLED)  ## The tests that take minutes
+	$(BIN)/python -m pytest -m slow
