@@ -61,8 +61,8 @@ def plan_run(session: Session, recipe: Recipe, name: str) -> RunPlan:
     session.storage.check(recipe.data, write=False)
     manifest = Manifest.load(session.storage, recipe.data)
     order = order_of(recipe, manifest.samples)
-    session.storage.check(run.url, write=True)
     _check_port(recipe.metrics_port)
+    session.storage.check(run.url, write=True)
     return RunPlan(recipe, run, Schedule.of(recipe, order.steps_per_epoch))
 
 
@@ -170,6 +170,8 @@ def _fit(plan: RunPlan, monitor: Any, failure: list[BaseException]) -> None:
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 
+    # Ray Train looks after its workers this often, and restarts them no sooner than it has noticed.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     recipe = plan.recipe
     elastic = recipe.min_workers != recipe.max_workers
     workers = (recipe.min_workers, recipe.max_workers) if elastic else recipe.max_workers
@@ -232,7 +234,7 @@ def describe_failure(worker_exceptions: Mapping[int, Exception]) -> tuple[str, b
 
 def _cause(error: BaseException) -> BaseException:
     """What Ray Train and Ray wrapped."""
-    for attribute in ("_base_exc", "cause", "__cause__"):
+    for attribute in ("health_check_failure", "_base_exc", "cause", "__cause__"):
         inner = getattr(error, attribute, None)
         if isinstance(inner, BaseException):
             return _cause(inner)

@@ -78,8 +78,8 @@ def ingest(
     began = time.monotonic()
     source, destination = Storage.absolute(source), Storage.absolute(destination)
     storage.check(source, write=False)
-    storage.check(destination, write=True)
     sources = find_sources(storage, source)
+    storage.check(destination, write=True)
     tasks = plan_shards(sources, samples_per_shard, seed)
     manifest = existing_manifest(storage, destination, tasks)
     if manifest is not None:

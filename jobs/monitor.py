@@ -56,7 +56,7 @@ class RunMonitor:
         self._flushing = threading.Lock()
         before = config.run.read_heartbeat()
         self._attempt = config.run.last_attempt()
-        self._events: list[dict[str, Any]] = []
+        self._events = [event for event in config.run.read_events() if event["attempt"] == self._attempt]
         self._parts: dict[int, list[dict[str, Any]]] = {}
         self._dirty = False
         self._step_times: deque[tuple[float, float]] = deque(maxlen=RATE_WINDOW_STEPS)
@@ -65,8 +65,8 @@ class RunMonitor:
         self._failures_without_progress = 0
         self._outcome = ""
         self._first_attempt_here = self._attempt + 1
-        self._restarts = 0
-        self._images_total = 0.0
+        self._restarts = int(before.get("restarts", 0))
+        self._images_total = float(before.get("images_total", 0.0))
         self._status: dict[str, Any] = {
             "run": config.run.name,
             "state": "starting",
@@ -74,8 +74,11 @@ class RunMonitor:
             "world_size": before.get("world_size"),
             "total_steps": config.schedule.total_steps,
             "steps_per_epoch": config.schedule.steps_per_epoch,
+            "restarts": self._restarts,
+            "images_total": self._images_total,
         }
         self._exporter = RunExporter(config.run.name, config.host, config.metrics_port)
+        self._exporter.count_images(self._images_total)
         if config.targets_folder:
             self._exporter.announce(Path(config.targets_folder))
         self._status["metrics_url"] = self._exporter.url
@@ -95,17 +98,19 @@ class RunMonitor:
             self._attempt += 1
             self._events, self._parts = [], {}
             if self._attempt == self._first_attempt_here:
-                self._images_total = counters.get("images_total", 0.0)
-                self._restarts = int(counters.get("restarts", 0))
-                self._exporter.count_images(self._images_total)
+                # The last heartbeat is newer than the commit, unless it was lost.
+                self._restarts = max(self._restarts, int(counters.get("restarts", 0)))
+                self._count_images(max(0.0, counters.get("images_total", 0.0) - self._images_total))
             before, step_before = self._status["world_size"], int(self._status["step"])
             kind, reason = self._start_kind(before, world_size)
+            self._failure = ""
             if kind != "start":
                 self._restarts += 1
                 self._exporter.count_restart(kind)
             self._status.update(
                 world_size=world_size, attempt=self._attempt, state="running", step=resume_step, restarts=self._restarts
             )
+            self._status.update(images_per_second=None, data_wait_ratio=None, eta_seconds=None)
             self._step_times.clear()
             self._add_event(
                 kind,
@@ -137,7 +142,6 @@ class RunMonitor:
             gradient_norm: Before clipping; a diagnostic that is not kept in the history.
             data_wait_seconds: How long rank 0 waited for the step's images.
         """
-        now = time.time()
         with self._lock:
             newest = max(self._parts, default=None)
             if newest is None or len(self._parts[newest]) >= HISTORY_PART_STEPS:
@@ -145,13 +149,17 @@ class RunMonitor:
                 self._parts[newest] = []
             self._parts[newest].append(row)
             self._dirty = True
-            self._step_times.append((now, data_wait_seconds))
-            self._images_total += self._config.global_batch_size
-            self._exporter.count_images(self._config.global_batch_size)
-            self._status.update(row, gradient_norm=gradient_norm, last_step_at_seconds=now)
+            self._step_times.append((time.monotonic(), data_wait_seconds))
+            self._count_images(self._config.global_batch_size)
+            self._status.update(row, gradient_norm=gradient_norm, last_step_at_seconds=time.time())
             self._status.update(self._rates(int(row["step"])))
             self._exporter.update(self._status)
             return bool(self._stop_reason)
+
+    def _count_images(self, images: float) -> None:
+        self._images_total += images
+        self._exporter.count_images(images)
+        self._status["images_total"] = self._images_total
 
     def _rates(self, step: int) -> dict[str, float]:
         if len(self._step_times) < 2:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -21,11 +22,14 @@ from model.masking import draw_mask
 from model.noise import mask_noise
 from model.pixels import denormalise, normalise, patch_moments, patchify, unpatchify
 from pipeline import hashing
-from pipeline.dataset import Dataset
-from pipeline.decode import Pixels, decode, resize
+from pipeline.augment import center_crop
+from pipeline.dataset import Dataset, Sample
+from pipeline.decode import decode
 
 RECONSTRUCTIONS_NAME = "reconstructions.png"
 HIDDEN_GRAY = 127
+CANDIDATES = 4
+"""Images looked at for each that is shown, so that those shown are of different classes."""
 
 LEAST_WIDTH_PIXELS = 1000
 """Small images are shown larger by a whole factor, so that a row of them is at least this wide."""
@@ -65,10 +69,9 @@ def reconstruction_grid(
     """
     model = ConvMAE(config).eval()
     model.load_state_dict(weights)
-    sample_ids = spread_samples(dataset.samples, count, seed)
-    crops = [_centre_crop(decode(sample.data), config.image_shape) for sample in dataset.read(sample_ids)]
-    draws = math.prod(config.noise_shape)
-    noise = mask_noise(seed, 0, torch.tensor(sample_ids), draws, "cpu")
+    samples = varied(dataset.read(spread_samples(dataset.samples, CANDIDATES * count, seed)), count)
+    crops = [center_crop(decode(sample.data), config.image_shape) for sample in samples]
+    noise = mask_noise(seed, 0, torch.tensor([sample.id for sample in samples]), config.mask_patches, "cpu")
     return draw_grid(reconstruct_panels(model, torch.from_numpy(np.stack(crops)), noise), config.mask_ratio)
 
 
@@ -94,6 +97,17 @@ def spread_samples(samples: int, count: int, seed: int) -> list[int]:
     places = hashing.uniforms(hashing.key(_SAMPLES_STREAM, seed), np.arange(count), 1)[:, 0].tolist()
     ends = [samples * part // count for part in range(count + 1)]
     return [start + int(place * (end - start)) for start, end, place in zip(ends, ends[1:], places, strict=False)]
+
+
+def varied(samples: Sequence[Sample], count: int) -> list[Sample]:
+    """Choose `count` samples of as many classes as possible, in the order given."""
+    seen: Counter[int | None] = Counter()
+    turns = []
+    for sample in samples:
+        turns.append(seen[sample.label])
+        seen[sample.label] += 1
+    chosen = sorted(range(len(samples)), key=lambda index: turns[index])[:count]
+    return [samples[index] for index in sorted(chosen)]
 
 
 @torch.inference_mode()
@@ -141,12 +155,3 @@ def _hidden_pixels(config: ConvMAEConfig, noise: Tensor) -> Tensor:
     mask = draw_mask(noise, config.kept).mask.view(-1, 1, *config.noise_shape).bool()
     side = config.image_shape[0] // config.noise_shape[0]
     return mask.repeat_interleave(side, dim=2).repeat_interleave(side, dim=3)
-
-
-def _centre_crop(pixels: Pixels, shape: tuple[int, int]) -> Pixels:
-    """(3, *shape) of the largest central rectangle of that shape."""
-    height, width = pixels.shape[:2]
-    scale = min(height / shape[0], width / shape[1])
-    crop_height, crop_width = min(height, round(shape[0] * scale)), min(width, round(shape[1] * scale))
-    top, left = (height - crop_height) // 2, (width - crop_width) // 2
-    return resize(pixels[top : top + crop_height, left : left + crop_width], *shape)

@@ -111,13 +111,11 @@ class RunDirectory:
         Args:
             last_steps: Read only the newest parts, enough for this many steps.
         """
-        names = self._parts("history")
-        if last_steps is not None:
-            names = names[-(last_steps // HISTORY_PART_STEPS + 2) :]
         rows: dict[int, dict[str, Any]] = {}
-        for name in names:
-            for row in self._read_lines("history", name):
-                rows[row["step"]] = row
+        for name in reversed(self._parts("history")):
+            if last_steps is not None and len(rows) >= last_steps:
+                break
+            rows = {row["step"]: row for row in self._read_lines("history", name)} | rows
         return [rows[step] for step in sorted(rows)]
 
     def write_history(self, attempt: int, first_step: int, rows: Iterable[dict[str, Any]]) -> None:

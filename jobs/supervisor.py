@@ -23,16 +23,20 @@ def supervise(command: Sequence[str]) -> int:
     """Run `command` until it ends by itself; returns its exit code."""
     quick_deaths = 0
     stop_asked = False
+    child: subprocess.Popen[bytes] | None = None
 
     def forward(number: int, _: FrameType | None) -> None:
         nonlocal stop_asked
         stop_asked = True
-        child.send_signal(number)
+        if child is not None:
+            child.send_signal(number)
 
-    while True:
+    signal.signal(signal.SIGTERM, forward)
+    while not stop_asked:
         started = time.monotonic()
         child = subprocess.Popen(command)
-        signal.signal(signal.SIGTERM, forward)
+        if stop_asked:  # the signal came while the child was being started
+            child.terminate()
         code = child.wait()
         if code >= 0 or stop_asked:
             return code if code >= 0 else 1
@@ -43,6 +47,7 @@ def supervise(command: Sequence[str]) -> int:
         sys.stderr.write(f"the driver was killed ({name}); starting it again\n")
         sys.stderr.flush()
         time.sleep(PAUSE_SECONDS)
+    return 1
 
 
 if __name__ == "__main__":

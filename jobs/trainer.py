@@ -119,7 +119,7 @@ class Trainer:
         return Loader(
             self.dataset,
             self.order,
-            image_size=self.recipe.model.image_shape[0],
+            image_shape=self.recipe.model.image_shape,
             seed=self.recipe.seed,
             rank=self.place.rank,
             world_size=self.place.world_size,

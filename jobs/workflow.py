@@ -24,8 +24,8 @@ def make_dataset(session: Session, source: str, destination: str, *, samples_per
     Raises:
         UserError: Bad input, found before a cluster is asked for.
     """
-    session.storage.check(destination, write=True)
     find_sources(session.storage, Storage.absolute(source))
+    session.storage.check(destination, write=True)
     session.connect()
     from jobs.ingest import ingest
 

@@ -155,7 +155,7 @@ def _flat_vectors(optimizer_states: list[dict[str, Any]], stage: int) -> dict[st
         if any(paddings):
             raise CheckpointError("checkpoint", "must have no parameter alignment", paddings, "save without it")
     masters = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
-    flats = {MASTER: [list(rank[masters]) for rank in optimizer_states]}
+    flats = {MASTER: [[flat.detach() for flat in rank[masters]] for rank in optimizer_states]}
     for moment in MOMENTS:
         inner = [_inner_optimizer(rank, stage) for rank in optimizer_states]
         flats[moment] = [[rank[index][moment] for index in sorted(rank)] for rank in inner]

@@ -61,25 +61,26 @@ def random_crop(seed: int, epoch: int, sample: int, height: int, width: int) -> 
     return _widest(height, width, flip)
 
 
-def augmented(pixels: Pixels, crop: Crop, image_size: int) -> Pixels:
-    """(3, image_size, image_size) of the crop; a view where it is mirrored.
+def augmented(pixels: Pixels, crop: Crop, image_shape: tuple[int, int]) -> Pixels:
+    """(3, H, W) of the crop; a view where it is mirrored.
 
     Args:
-        pixels: (H, W, 3).
+        pixels: (height, width, 3).
         crop: What to show.
-        image_size: Side of the result, in pixels.
+        image_shape: H and W of the result, in pixels.
     """
     cut = pixels[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-    resized = resize(cut, image_size, image_size)
+    resized = resize(cut, *image_shape)
     return resized[:, :, ::-1] if crop.flip else resized
 
 
-def center_crop(pixels: Pixels, image_size: int) -> Pixels:
-    """(3, image_size, image_size) of the largest central square, for pictures in reports and for evaluation."""
+def center_crop(pixels: Pixels, image_shape: tuple[int, int]) -> Pixels:
+    """(3, H, W) of the largest central part with the proportions of `image_shape`, for pictures and evaluation."""
     height, width = pixels.shape[:2]
-    side = min(height, width)
-    crop = Crop((height - side) // 2, (width - side) // 2, side, side, flip=False)
-    return augmented(pixels, crop, image_size)
+    scale = min(height / image_shape[0], width / image_shape[1])
+    rows, columns = (max(1, round(side * scale)) for side in image_shape)
+    crop = Crop((height - rows) // 2, (width - columns) // 2, rows, columns, flip=False)
+    return augmented(pixels, crop, image_shape)
 
 
 def _widest(height: int, width: int, flip: bool) -> Crop:

@@ -27,6 +27,8 @@ T = TypeVar("T")
 
 FIRST_WAIT_SECONDS = 0.1
 LONGEST_WAIT_SECONDS = 10.0
+QUIET_SECONDS = 5.0
+"""A fault that passes within this is not worth a warning."""
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
@@ -86,7 +88,8 @@ def retry(
 
     Source: Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
     """
-    deadline = clock() + deadline_seconds
+    began = clock()
+    deadline = began + deadline_seconds
     for attempt in itertools.count():
         try:
             return call()
@@ -94,7 +97,10 @@ def retry(
             wait_seconds = jitter() * min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2.0**attempt)
             if not is_transient(error) or clock() + wait_seconds > deadline:
                 raise translated(error, url) from error
-            logger.warning("%s: attempt %d failed (%s), next in %.1f s", url, attempt + 1, _told(error), wait_seconds)
+            level = logging.WARNING if clock() - began > QUIET_SECONDS else logging.DEBUG
+            logger.log(
+                level, "%s: attempt %d failed (%s), next in %.1f s", url, attempt + 1, _told(error), wait_seconds
+            )
             sleep(wait_seconds)
     raise AssertionError("itertools.count() does not end")
 

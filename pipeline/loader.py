@@ -65,7 +65,7 @@ class Loader:
         dataset: Dataset,
         order: Order,
         *,
-        image_size: int,
+        image_shape: tuple[int, int],
         rank: int,
         world_size: int,
         seed: int,
@@ -78,7 +78,7 @@ class Loader:
         Args:
             dataset: Where the images are.
             order: Which of them make up a step; must be over this data set.
-            image_size: Side of the images, in pixels.
+            image_shape: Height and width of the images, in pixels.
             rank: Of this process, in [0, world_size).
             world_size: Number of processes that share a step.
             seed: Of crops and flips.
@@ -95,7 +95,7 @@ class Loader:
             raise OrderError("samples", f"must be the data set's {dataset.samples}", order.samples, remedy)
         self._dataset = dataset
         self._order = order
-        self._image_size = image_size
+        self._image_shape = image_shape
         self._lanes = order.rank_lanes(rank, world_size)
         self._seed = seed
         self._threads = threads
@@ -138,7 +138,7 @@ class Loader:
 
     def _start(self, step: int, ahead: ReadAhead, decoders: ThreadPoolExecutor) -> _Started:
         pending = ahead.request(step)
-        images = torch.empty((len(pending), 3, self._image_size, self._image_size), dtype=torch.uint8)
+        images = torch.empty((len(pending), 3, *self._image_shape), dtype=torch.uint8)
         epoch, pixels = self._order.epoch(step), images.numpy()
         decoding = [decoders.submit(self._fill, epoch, item, pixels[place]) for place, item in enumerate(pending)]
         return _Started(step, torch.tensor([item.sample_id for item in pending]), images, decoding)
@@ -153,7 +153,7 @@ class Loader:
                 "sample", "must be a whole JPEG", name, f"leave it out and shard again ({error})"
             ) from error
         crop = random_crop(self._seed, epoch, sample.id, *pixels.shape[:2])
-        out[:] = augmented(pixels, crop, self._image_size)
+        out[:] = augmented(pixels, crop, self._image_shape)
 
     def _finish(self, batch: _Started) -> Batch:
         began = time.monotonic()

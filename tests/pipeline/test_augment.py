@@ -49,7 +49,7 @@ def test_pixels_are_within_rounding_of_pil_bicubic(jpeg: Callable[..., bytes]) -
         box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
         expected = np.asarray(Image.fromarray(pixels).crop(box).resize((224, 224), Image.Resampling.BICUBIC))
         expected = expected[:, ::-1] if crop.flip else expected
-        differences.append(np.abs(augmented(pixels, crop, 224).transpose(1, 2, 0).astype(int) - expected))
+        differences.append(np.abs(augmented(pixels, crop, (224, 224)).transpose(1, 2, 0).astype(int) - expected))
 
     assert np.mean(differences) < 0.5
     assert np.max(differences) <= 2
@@ -57,7 +57,7 @@ def test_pixels_are_within_rounding_of_pil_bicubic(jpeg: Callable[..., bytes]) -
 
 def test_flip_mirrors_left_and_right(jpeg: Callable[..., bytes]) -> None:
     pixels = decode(jpeg(1))
-    plain, mirrored = (augmented(pixels, Crop(2, 3, 30, 40, flip=flip), 32) for flip in (False, True))
+    plain, mirrored = (augmented(pixels, Crop(2, 3, 30, 40, flip=flip), (32, 32)) for flip in (False, True))
 
     assert np.array_equal(mirrored, plain[:, :, ::-1])
     assert not np.array_equal(mirrored, plain)
@@ -69,7 +69,7 @@ def test_center_crop_takes_the_middle(height: int, width: int) -> None:
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
 
-    result = center_crop(pixels, side)
+    result = center_crop(pixels, (side, side))
 
     assert np.array_equal(result.transpose(1, 2, 0), pixels[top : top + side, left : left + side])
 

@@ -35,7 +35,7 @@ ORDER = Order(61, global_batch_size=12, lanes=6, seed=5, block_samples=3, window
 
 
 def batches(dataset: Dataset, start: int, stop: int, **changes: Any) -> list[Batch]:
-    options = {"image_size": 16, "rank": 0, "world_size": 1, "seed": 5, "threads": 2} | changes
+    options = {"image_shape": (16, 16), "rank": 0, "world_size": 1, "seed": 5, "threads": 2} | changes
     return list(Loader(dataset, options.pop("order", ORDER), **options).batches(start, stop))
 
 
@@ -62,7 +62,7 @@ def test_batches_follow_the_order_and_the_recipe(dataset: Dataset, straight: lis
         for sample, image in zip(dataset.read(batch.sample_ids.numpy()), batch.images.numpy(), strict=True):
             pixels = decode(sample.data)
             crop = random_crop(5, batch.epoch, sample.id, *pixels.shape[:2])
-            assert np.array_equal(image, augmented(pixels, crop, 16))
+            assert np.array_equal(image, augmented(pixels, crop, (16, 16)))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 5])
@@ -125,7 +125,7 @@ def threads_of_loaders() -> list[str]:
 
 def test_a_consumer_that_stops_early_leaves_no_thread(dataset: Dataset) -> None:
     generator = Loader(
-        dataset, ORDER, image_size=16, rank=0, world_size=1, seed=5, threads=3, prefetch_batches=4
+        dataset, ORDER, image_shape=(16, 16), rank=0, world_size=1, seed=5, threads=3, prefetch_batches=4
     ).batches(0, 1000)
     next(generator)
     assert threads_of_loaders()

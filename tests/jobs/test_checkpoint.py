@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs import checkpoint
+from jobs.checkpoint import Commit
+from jobs.errors import CheckpointError
+from jobs.run_directory import RunDirectory
+from pipeline.storage import Storage
+
+FILES = {"model_states.pt": os.urandom(5000), "rank-0.pt": os.urandom(300), "rank-1.pt": b""}
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory.of(Storage(), str(tmp_path / "runs"), "first")
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> Path:
+    """What the ranks wrote to local disk; DeepSpeed leaves a folder beside its files."""
+    folder = tmp_path / "local"
+    (folder / "nested").mkdir(parents=True)
+    for name, data in FILES.items():
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def save(run: RunDirectory, local: Path, step: int, milestone: bool = False) -> Commit:
+    commit = Commit(
+        step=step,
+        epoch=step // 10,
+        world_size=2,
+        zero_stage=1,
+        precision="fp32",
+        recipe_digest="a" * 64,
+        dataset_digest="b" * 64,
+        seed=0,
+        attempt=1,
+        created_at_seconds=1.5,
+        milestone=milestone,
+        counters={"images_total": 64.0 * step},
+        versions={"torch": "2"},
+        files=tuple(checkpoint.upload_files(run, step, local)),
+    )
+    checkpoint.write_commit(run, commit)
+    return commit
+
+
+def stored(run: RunDirectory, commit: Commit, name: str) -> Path:
+    return Path(run.path("checkpoints", checkpoint.folder_name(commit.step), name))
+
+
+def test_files_without_a_commit_are_invisible(run: RunDirectory, local: Path) -> None:
+    checkpoint.upload_files(run, 5, local)
+
+    assert checkpoint.committed_steps(run) == []
+    assert checkpoint.latest_commit(run) is None
+    with pytest.raises(CheckpointError, match="none yet"):
+        checkpoint.read_commit(run, 5)
+
+
+def test_a_committed_checkpoint_comes_back_whole(run: RunDirectory, local: Path, tmp_path: Path) -> None:
+    commit = save(run, local, 5)
+
+    found = checkpoint.latest_commit(run)
+    assert found == commit
+    checkpoint.download_files(run, found, tmp_path / "fetched")
+
+    assert {path.name: path.read_bytes() for path in (tmp_path / "fetched").iterdir()} == FILES
+    assert found.bytes == sum(len(data) for data in FILES.values())
+
+
+def test_the_newest_commit_is_that_of_the_highest_step(run: RunDirectory, local: Path) -> None:
+    for step in (20, 100_000_000, 3):
+        save(run, local, step)
+
+    assert checkpoint.committed_steps(run) == [3, 20, 100_000_000]
+    assert (latest := checkpoint.latest_commit(run)) and latest.step == 100_000_000
+    with pytest.raises(CheckpointError, match=r"got 4; committed: 3, 20, 100000000"):
+        checkpoint.read_commit(run, 4)
+
+
+def test_a_saved_step_can_be_saved_again(run: RunDirectory, local: Path, tmp_path: Path) -> None:
+    save(run, local, 5)
+    (local / "rank-0.pt").write_bytes(b"other")
+
+    commit = save(run, local, 5)
+
+    checkpoint.download_files(run, commit, tmp_path / "fetched")
+    assert (tmp_path / "fetched" / "rank-0.pt").read_bytes() == b"other"
+
+
+@pytest.mark.parametrize(
+    ("damaged", "message"),
+    [
+        (lambda data: None, "is missing"),
+        (lambda data: data[:-1], "was altered"),
+        (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "was altered"),
+        (lambda data: data + b"\0", "was altered"),
+        (lambda data: b"", "was altered"),
+    ],
+    ids=["missing", "truncated", "bit flipped", "longer", "emptied"],
+)
+def test_a_damaged_file_is_found_and_named(
+    run: RunDirectory, local: Path, tmp_path: Path, damaged: Any, message: str
+) -> None:
+    commit = save(run, local, 5)
+    path = stored(run, commit, "rank-0.pt")
+    data = damaged(path.read_bytes())
+    path.unlink()
+    if data is not None:
+        path.write_bytes(data)
+
+    with pytest.raises(CheckpointError, match=message) as caught:
+        checkpoint.download_files(run, commit, tmp_path / "fetched")
+
+    assert str(path) in str(caught.value)
+    assert "resume from the checkpoint before" in caught.value.remedy
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_another_format_is_refused(run: RunDirectory, local: Path) -> None:
+    commit = save(run, local, 5)
+    fields = dataclasses.asdict(commit)
+    path = Path(run.path("commits", "step-00000005.json"))
+
+    for version in (2, None):
+        path.write_text(json.dumps(fields | {"format_version": version}))
+        with pytest.raises(CheckpointError, match=f"format_version: must be 1, got {version}"):
+            checkpoint.latest_commit(run)
+
+
+def test_prune_keeps_the_newest_and_the_milestones(run: RunDirectory, local: Path) -> None:
+    commits = {step: save(run, local, step, milestone=step == 20) for step in (10, 20, 30, 40, 50)}
+
+    assert checkpoint.prune(run, keep=2) == [10, 30]
+
+    assert checkpoint.committed_steps(run) == [20, 40, 50]
+    for step, commit in commits.items():
+        assert all(stored(run, commit, name).exists() == (step in (20, 40, 50)) for name in FILES)
+    assert checkpoint.prune(run, keep=2) == []
+
+
+class DeadStorage(Storage):
+    """Dies for good after a number of deletions."""
+
+    deletions_left: int
+
+    def delete(self, url: str) -> None:
+        if type(self).deletions_left == 0:
+            raise OSError(url)
+        type(self).deletions_left -= 1
+        super().delete(url)
+
+
+@pytest.mark.parametrize("deletions", range(len(FILES) + 1))
+def test_a_kill_while_pruning_leaves_nothing_that_looks_complete(
+    run: RunDirectory, local: Path, tmp_path: Path, deletions: int
+) -> None:
+    for step in (10, 20):
+        save(run, local, step)
+    DeadStorage.deletions_left = deletions
+
+    with pytest.raises(OSError, match="first"):
+        checkpoint.prune(RunDirectory(DeadStorage(), run.url), keep=1)
+
+    for step in checkpoint.committed_steps(run):  # each one that can be seen is whole
+        checkpoint.download_files(run, checkpoint.read_commit(run, step), tmp_path / f"fetched-{step}")
+    assert checkpoint.committed_steps(run) == ([10, 20] if deletions == 0 else [20])

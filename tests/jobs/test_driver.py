@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from jobs import checkpoint, driver
+from jobs.driver import FINAL_STATES, RunPlan, claim_run, describe_failure, is_live
+from jobs.errors import RunError
+from jobs.recipes import named_recipe
+from jobs.run_directory import RunDirectory
+from jobs.schedule import Schedule
+from pipeline.errors import DatasetError
+from pipeline.storage import Storage
+
+COLLATERAL = RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:4242")
+
+
+class Wrapped(Exception):
+    """As Ray wraps what a task raised."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__("a long traceback\nof another process")
+        self.cause = cause
+
+
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunPlan:
+    monkeypatch.setattr(driver, "FLUSH_INTERVAL_SECONDS", 0.4)
+    recipe = named_recipe("tiny")
+    schedule = Schedule.of(recipe, steps_per_epoch=1)
+    return RunPlan(recipe, RunDirectory.of(Storage(), str(tmp_path), "first"), schedule)
+
+
+@pytest.fixture
+def live(plan: RunPlan) -> Iterator[None]:
+    """Another driver, whose heartbeat moves."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        beats = 0
+        while not ended.wait(0.05):
+            beats += 1
+            plan.run.write_heartbeat({"state": "running", "updated_at_seconds": float(beats)})
+
+    thread = threading.Thread(target=beat)
+    plan.run.write_heartbeat({"state": "running", "updated_at_seconds": 0.0})
+    thread.start()
+    yield
+    ended.set()
+    thread.join()
+
+
+def write_commit(run: RunDirectory, step: int) -> None:
+    commit = checkpoint.Commit(
+        step=step, epoch=0, world_size=1, zero_stage=1, precision="fp32", recipe_digest="", dataset_digest="", seed=0,
+        attempt=1, created_at_seconds=0.0, milestone=False, counters={}, versions={}, files=(),
+    )  # fmt: skip
+    checkpoint.write_commit(run, commit)
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_the_rank_that_died_first_is_named_not_its_peers(order: tuple[int, int]) -> None:
+    errors: list[Exception] = [COLLATERAL, ValueError("boom\nmore")]
+
+    text, fatal = describe_failure({rank: errors[order[rank]] for rank in (0, 1)})
+
+    assert text == f"rank {order.index(1)}: ValueError: boom"
+    assert not fatal
+
+
+def test_peers_are_named_where_there_is_nothing_else() -> None:
+    text, fatal = describe_failure({3: COLLATERAL})
+
+    assert text.startswith("rank 3: RuntimeError: ")
+    assert "Connection closed by peer" in text
+    assert not fatal
+
+
+def test_a_users_error_is_the_cause_and_fatal_however_deep_it_is_wrapped() -> None:
+    error = DatasetError("data set", "must be whole", "shard-000001.tar", "copy it again")
+    from_error = RuntimeError("outer")
+    from_error.__cause__ = Wrapped(error)
+
+    text, fatal = describe_failure({0: ValueError("boom"), 1: COLLATERAL, 2: from_error})
+
+    assert text == f"rank 2: DatasetError: {error}"
+    assert fatal
+
+
+def test_a_failure_without_words_is_still_one_line() -> None:
+    assert describe_failure({0: ValueError()}) == ("rank 0: ValueError: ", False)
+
+
+def test_a_run_whose_heartbeat_moves_is_live(plan: RunPlan, live: None) -> None:
+    assert is_live(plan.run)
+
+
+def test_a_run_that_never_spoke_or_was_cut_off_is_not_live(plan: RunPlan) -> None:
+    assert not is_live(plan.run)
+    plan.run.write_heartbeat({"state": "running", "updated_at_seconds": 1.0})
+    assert not is_live(plan.run)
+
+
+@pytest.mark.parametrize("state", sorted(FINAL_STATES))
+def test_a_run_that_ended_is_known_at_once_not_to_be_live(
+    plan: RunPlan, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(driver.time, "sleep", None)
+    plan.run.write_heartbeat({"state": state, "updated_at_seconds": 1.0})
+
+    assert not is_live(plan.run)
+
+
+def test_a_name_is_new_then_resumes(plan: RunPlan) -> None:
+    assert claim_run(plan) == "new"
+    assert claim_run(plan) == "resumes"
+    plan.run.write_heartbeat({"state": "failed", "updated_at_seconds": 1.0})
+    assert claim_run(plan) == "resumes"
+
+
+def test_a_live_run_is_not_claimed_twice(plan: RunPlan, live: None) -> None:
+    plan.run.claim(plan.recipe)
+
+    with pytest.raises(RunError, match="must not be running already") as caught:
+        claim_run(plan)
+    assert "convmae stop first" in caught.value.remedy
+
+
+def test_another_recipe_cannot_take_the_name(plan: RunPlan) -> None:
+    claim_run(plan)
+    other = dataclasses.replace(plan, recipe=plan.recipe.amended({"seed": 1}))
+
+    with pytest.raises(RunError, match="seed: 0 -> 1"):
+        claim_run(other)
+
+
+def test_a_finished_run_is_finished_until_it_shall_train_longer(plan: RunPlan) -> None:
+    plan.run.claim(plan.recipe)
+    plan.run.write_heartbeat({"state": "finished", "updated_at_seconds": 1.0})
+    write_commit(plan.run, plan.schedule.total_steps)
+
+    assert claim_run(plan) == "finished"
+    longer = dataclasses.replace(plan.schedule, total_steps=plan.schedule.total_steps + 1)
+    assert claim_run(dataclasses.replace(plan, schedule=longer)) == "resumes"
+
+
+def test_a_finished_run_whose_checkpoints_were_deleted_resumes(plan: RunPlan) -> None:
+    plan.run.claim(plan.recipe)
+    plan.run.write_heartbeat({"state": "finished", "updated_at_seconds": 1.0})
+
+    assert claim_run(plan) == "resumes"
+
+
+def test_a_stop_request_that_nobody_heard_does_not_stop_the_next_attempt(plan: RunPlan) -> None:
+    plan.run.claim(plan.recipe)
+    plan.run.write_stop_request()
+
+    claim_run(plan)
+
+    assert not plan.run.take_stop_request()

@@ -1,0 +1,384 @@
+from __future__ import annotations
+
+import json
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from jobs import monitor as monitor_module
+from jobs.monitor import MonitorConfig, RunMonitor
+from jobs.recipes import named_recipe
+from jobs.run_directory import HISTORY_PART_STEPS, RunDirectory
+from jobs.schedule import Schedule
+from pipeline.storage import Storage
+
+SCHEDULE = Schedule.of(named_recipe("tiny"), steps_per_epoch=100)
+IMAGES = 64
+
+Start = Callable[..., RunMonitor]
+
+
+class FlakyStorage(Storage):
+    """Fails as often as told."""
+
+    failures_left = 0
+
+    def write(self, url: str, data: bytes) -> None:
+        if type(self).failures_left > 0:
+            type(self).failures_left -= 1
+            raise OSError(url)
+        super().write(url, data)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory.of(FlakyStorage(), str(tmp_path / "runs"), "first")
+
+
+@pytest.fixture
+def start(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> Start:
+    """Starts a monitor of the run that writes only when told to; a second call is what a new driver does."""
+
+    def make(max_restarts: int = 2, targets_folder: str = "") -> RunMonitor:
+        config = MonitorConfig(
+            run=run,
+            schedule=SCHEDULE,
+            global_batch_size=IMAGES,
+            max_restarts_without_progress=max_restarts,
+            host="127.0.0.1",
+            metrics_port=0,
+            targets_folder=targets_folder,
+        )
+        return RunMonitor(config)
+
+    monkeypatch.setattr(monitor_module, "FLUSH_INTERVAL_SECONDS", 3600.0)
+    return make
+
+
+def begin(monitor: RunMonitor, world_size: int = 2, resume_step: int = 0, **counters: float) -> int:
+    return monitor.begin_attempt(world_size=world_size, resume_step=resume_step, counters=counters, host="here")
+
+
+def record(monitor: RunMonitor, steps: range, attempt: int = 1) -> bool:
+    stop = False
+    for step in steps:
+        row = {
+            "step": step,
+            "epoch": (step - 1) // 100,
+            "loss": 1 / step,
+            "learning_rate": 1e-3,
+            "world_size": 2,
+            "attempt": attempt,
+        }
+        stop = monitor.record(row, gradient_norm=0.5, data_wait_seconds=0.0)
+    return stop
+
+
+def commit(monitor: RunMonitor, step: int) -> None:
+    monitor.checkpoint_committed(step=step, stall_seconds=0.25, size_bytes=1000, milestone=False)
+
+
+def steps_of(run: RunDirectory) -> list[int]:
+    return [row["step"] for row in run.read_history()]
+
+
+def last_event(run: RunDirectory) -> dict[str, Any]:
+    return run.read_events()[-1]
+
+
+def scraped(monitor: RunMonitor) -> dict[str, float]:
+    """Value of every series by name, with the labels other than the run."""
+    with urllib.request.urlopen(monitor.status()["metrics_url"], timeout=5) as answer:
+        families = list(text_string_to_metric_families(answer.read().decode()))
+    found = {}
+    for sample in (sample for family in families for sample in family.samples):
+        assert sample.labels.pop("run") == "first"
+        found[" ".join([sample.name, *sample.labels.values()])] = sample.value
+    return found
+
+
+def test_a_new_run_starts_with_attempt_one(start: Start, run: RunDirectory) -> None:
+    monitor = start()
+    assert monitor.status()["state"] == "starting"
+
+    assert begin(monitor) == 1
+
+    event = last_event(run)
+    assert (event["kind"], event["reason"], event["attempt"]) == ("start", "new run", 1)
+    assert (event["step"], event["world_size"], event["steps_redone"]) == (0, 2, 0)
+    assert run.read_heartbeat()["state"] == "running"
+    assert run.read_heartbeat()["restarts"] == 0
+
+
+def test_a_failure_is_a_restart_that_quotes_it_and_counts_redone_steps(start: Start, run: RunDirectory) -> None:
+    monitor = start()
+    begin(monitor)
+    record(monitor, range(1, 31))
+    assert monitor.worker_failed("rank 1: lost", fatal=False) == ""
+    assert monitor.status()["state"] == "restarting"
+
+    assert begin(monitor, world_size=1, resume_step=20) == 2
+
+    event = last_event(run)
+    assert (event["kind"], event["reason"]) == ("restart", "rank 1: lost")
+    assert (event["step"], event["steps_redone"]) == (20, 10)
+    assert (event["world_size_before"], event["world_size"]) == (2, 1)
+    assert monitor.status()["restarts"] == 1
+
+
+def test_a_new_group_without_a_failure_is_a_resize_also_after_an_earlier_failure(
+    start: Start, run: RunDirectory
+) -> None:
+    monitor = start()
+    begin(monitor)
+    monitor.worker_failed("rank 1: lost", fatal=False)
+    begin(monitor, world_size=1)
+
+    begin(monitor, world_size=2)
+
+    kinds = [(event["kind"], event["reason"]) for event in run.read_events()]
+    assert kinds == [("start", "new run"), ("restart", "rank 1: lost"), ("resize", "workers 1 -> 2")]
+
+
+def test_a_new_driver_numbers_attempts_on(start: Start, run: RunDirectory) -> None:
+    first = start()
+    begin(first)
+    record(first, range(1, 31))
+    first.flush()
+
+    assert begin(start(), resume_step=20) == 2
+
+    event = last_event(run)
+    assert (event["kind"], event["reason"], event["steps_redone"]) == ("restart", "resumed by a new driver", 10)
+    assert [event["attempt"] for event in run.read_events()] == [1, 2]
+
+
+def test_counters_go_on_in_a_new_driver_and_redone_images_count(start: Start) -> None:
+    first = start()
+    begin(first)
+    record(first, range(1, 31))
+    first.worker_failed("rank 1: lost", fatal=False)
+    begin(first, resume_step=20)
+    record(first, range(21, 31), attempt=2)
+    first.flush()
+    assert first.counters() == {"images_total": 40 * IMAGES, "restarts": 1}
+
+    second = start()
+    begin(second, resume_step=20, images_total=20 * IMAGES, restarts=0)
+    record(second, range(21, 26), attempt=3)
+
+    assert second.counters() == {"images_total": 45 * IMAGES, "restarts": 2}
+    assert scraped(second)["convmae_images_total"] == 45 * IMAGES
+
+
+def test_counters_come_from_the_commit_where_the_heartbeat_is_lost(start: Start, run: RunDirectory) -> None:
+    run.write_events(1, [{"attempt": 1}])
+
+    monitor = start()
+    begin(monitor, resume_step=20, images_total=20 * IMAGES, restarts=3)
+
+    assert monitor.counters() == {"images_total": 20 * IMAGES, "restarts": 4}
+    assert scraped(monitor)["convmae_images_total"] == 20 * IMAGES
+
+
+def test_a_monitor_that_is_started_again_amid_an_attempt_goes_on(start: Start, run: RunDirectory) -> None:
+    first = start()
+    begin(first)
+    record(first, range(1, 11))
+    first.flush()
+
+    second = start()  # Ray restarts the actor; workers have noticed nothing
+    record(second, range(11, 21))
+    commit(second, 20)
+    second.flush()
+
+    assert [event["kind"] for event in run.read_events()] == ["start", "checkpoint"]
+    assert steps_of(run) == list(range(1, 21))
+    assert second.counters()["images_total"] == 20 * IMAGES
+
+
+def test_failures_without_progress_are_given_up(start: Start) -> None:
+    monitor = start(max_restarts=2)
+
+    assert [monitor.worker_failed("rank 0: boom", fatal=False) for _ in range(2)] == ["", ""]
+    assert monitor.worker_failed("rank 0: boom", fatal=False) == (
+        "3 failures without a new checkpoint; the last: rank 0: boom"
+    )
+
+
+def test_a_checkpoint_is_progress(start: Start) -> None:
+    monitor = start(max_restarts=2)
+    begin(monitor)
+
+    for step in range(1, 10):
+        assert monitor.worker_failed("rank 0: boom", fatal=False) == ""
+        assert monitor.worker_failed("rank 0: boom", fatal=False) == ""
+        commit(monitor, step)
+
+
+def test_no_restart_is_made_where_none_is_allowed(start: Start) -> None:
+    assert start(max_restarts=0).worker_failed("rank 0: boom", fatal=False).endswith("rank 0: boom")
+
+
+def test_what_no_restart_can_mend_is_given_up_at_once(start: Start) -> None:
+    assert start(max_restarts=100).worker_failed("rank 0: bad data", fatal=True) == "rank 0: bad data"
+
+
+def test_rare_flushes_lose_no_row(start: Start, run: RunDirectory) -> None:
+    monitor = start()
+    begin(monitor)
+    steps = 2 * HISTORY_PART_STEPS + 500
+
+    record(monitor, range(1, steps + 1))
+    monitor.flush()
+    record(monitor, range(steps + 1, steps + 11))
+    monitor.flush()
+
+    assert steps_of(run) == list(range(1, steps + 11))
+    names = run.storage.list_names(run.path("history"))
+    assert names == [f"0001-{first:08d}.jsonl" for first in (1, HISTORY_PART_STEPS + 1, 2 * HISTORY_PART_STEPS + 1)]
+
+
+@pytest.mark.parametrize("failures", [1, 2, 3, 4])
+def test_a_flush_that_fails_is_made_up_for(start: Start, run: RunDirectory, failures: int) -> None:
+    monitor = start()
+    begin(monitor)
+    steps = 2 * HISTORY_PART_STEPS + 500
+    record(monitor, range(1, steps + 1))
+    commit(monitor, steps)
+    FlakyStorage.failures_left = failures
+    while FlakyStorage.failures_left:
+        with pytest.raises(OSError, match="first"):
+            monitor.flush()
+
+    record(monitor, range(steps + 1, steps + 6))
+    monitor.flush()
+
+    assert steps_of(run) == list(range(1, steps + 6))
+    assert [event["kind"] for event in run.read_events()] == ["start", "checkpoint"]
+    assert run.read_heartbeat()["step"] == steps + 5
+
+
+def test_unwritten_rows_of_an_attempt_are_written_when_the_next_begins(start: Start, run: RunDirectory) -> None:
+    monitor = start()
+    begin(monitor)
+    record(monitor, range(1, 31))
+    monitor.worker_failed("rank 1: lost", fatal=False)
+
+    begin(monitor, resume_step=20)
+    record(monitor, range(21, 26), attempt=2)
+    monitor.flush()
+
+    assert [(row["step"], row["attempt"]) for row in run.read_history()] == (
+        [(step, 1) for step in range(1, 21)]
+        + [(step, 2) for step in range(21, 26)]
+        + [(step, 1) for step in range(26, 31)]
+    )
+
+
+def eventually(condition: Callable[[], bool]) -> bool:
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_a_stop_request_is_heard(start: Start, run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(monitor_module, "FLUSH_INTERVAL_SECONDS", 0.02)
+    monitor = start()
+    begin(monitor)
+    assert record(monitor, range(1, 2)) is False
+
+    run.write_stop_request()
+
+    assert eventually(lambda: monitor.status()["state"] == "stopping")
+    assert record(monitor, range(2, 3)) is True
+    monitor.end("stopped")
+    assert "convmae stop" in last_event(run)["reason"]
+
+
+def test_storage_that_is_away_does_not_end_the_heartbeat(
+    start: Start, run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor_module, "FLUSH_INTERVAL_SECONDS", 0.02)
+    monitor = start()
+    begin(monitor)
+    FlakyStorage.failures_left = 3
+
+    record(monitor, range(1, 6))
+
+    assert eventually(lambda: run.read_heartbeat()["step"] == 5)
+    assert steps_of(run) == list(range(1, 6))
+    monitor.end("stopped")
+
+
+@pytest.mark.parametrize("outcome", ["finished", "stopped", "failed"])
+def test_the_end_is_written_at_once(start: Start, run: RunDirectory, outcome: str) -> None:
+    monitor = start()
+    begin(monitor)
+    record(monitor, range(1, 6))
+
+    monitor.end(outcome, "because")
+
+    assert run.read_heartbeat()["state"] == outcome
+    event = last_event(run)
+    assert (event["kind"], event["step"], event["reason"]) == (outcome, 5, "because")
+    assert steps_of(run) == list(range(1, 6))
+
+
+def test_metrics_are_served_over_http(start: Start) -> None:
+    monitor = start()
+    begin(monitor)
+    record(monitor, range(1, 31))
+    commit(monitor, 30)
+    monitor.worker_failed("rank 1: lost", fatal=False)
+    begin(monitor, resume_step=30)
+    record(monitor, range(31, 41), attempt=2)
+
+    series = scraped(monitor)
+
+    status = monitor.status()
+    assert series["convmae_step"] == 40
+    assert series["convmae_loss"] == pytest.approx(1 / 40)
+    assert series["convmae_images_per_second"] == pytest.approx(status["images_per_second"])
+    assert series["convmae_images_total"] == 40 * IMAGES
+    assert series["convmae_restarts_total restart"] == 1
+    assert series["convmae_total_steps"] == SCHEDULE.total_steps
+    assert (series["convmae_checkpoint_step"], series["convmae_checkpoint_bytes"]) == (30, 1000)
+    assert series["convmae_world_size_ranks"] == 2
+
+
+def test_rates_are_those_of_the_last_steps(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monitor = start()
+    begin(monitor)
+    monkeypatch.setattr(monitor_module.time, "monotonic", lambda: now)
+    for step in range(1, 101):
+        now += 2.0 if step < 50 else 0.5
+        row = {"step": step, "epoch": 0, "loss": 1.0, "learning_rate": 0.1, "world_size": 2, "attempt": 1}
+        monitor.record(row, gradient_norm=1.0, data_wait_seconds=0.1)
+
+    status = monitor.status()
+
+    assert status["images_per_second"] == pytest.approx(IMAGES / 0.5)
+    assert status["data_wait_ratio"] == pytest.approx(0.1 / 0.5)
+    assert status["eta_seconds"] == pytest.approx((SCHEDULE.total_steps - 100) * 0.5)
+
+
+def test_the_endpoint_is_announced_to_prometheus(start: Start, tmp_path: Path) -> None:
+    folder = tmp_path / "targets"
+    folder.mkdir()
+
+    monitor = start(targets_folder=str(folder))
+
+    (path,) = folder.iterdir()
+    (target,) = json.loads(path.read_text())
+    assert path.name == "first.json"
+    assert [f"http://{address}/metrics" for address in target["targets"]] == [monitor.status()["metrics_url"]]

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.errors import RunError
+from jobs.recipe import PLACEMENT_FIELDS
+from jobs.recipes import named_recipe
+from jobs.run_directory import RunDirectory, list_runs, unknown_run
+from pipeline.storage import Storage
+
+STORAGE = Storage()
+TINY = named_recipe("tiny")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> RunDirectory:
+    return RunDirectory.of(STORAGE, str(tmp_path / "runs"), "first")
+
+
+def rows(attempt: int, steps: range) -> list[dict[str, Any]]:
+    return [{"step": step, "attempt": attempt, "loss": 1 / step} for step in steps]
+
+
+def test_a_new_name_is_claimed_once(run: RunDirectory) -> None:
+    assert not run.exists()
+
+    assert run.claim(TINY) is True
+    assert run.claim(TINY) is False
+
+    assert run.exists()
+    assert run.read_recipe() == TINY
+
+
+def test_a_name_is_refused_to_another_recipe_and_the_differences_are_listed(run: RunDirectory) -> None:
+    run.claim(TINY)
+
+    with pytest.raises(RunError) as caught:
+        run.claim(TINY.amended({"seed": 1, "model.mask_ratio": 0.5, "max_steps": 3}))
+
+    assert "seed: 0 -> 1" in caught.value.rule
+    assert "model.mask_ratio: 0.75 -> 0.5" in caught.value.rule
+    assert "max_steps" not in caught.value.rule
+    assert "--run" in caught.value.remedy
+    assert run.read_recipe() == TINY
+
+
+def test_a_change_of_placement_is_accepted_and_written(run: RunDirectory) -> None:
+    run.claim(TINY)
+    moved = TINY.amended({"max_steps": 3, "max_workers": 4, "metrics_port": 9000})
+    assert {"max_steps", "max_workers", "metrics_port"} <= PLACEMENT_FIELDS
+
+    assert run.claim(moved) is False
+
+    assert run.read_recipe() == moved
+
+
+def test_the_recipe_of_a_run_that_does_not_exist_is_an_error(run: RunDirectory) -> None:
+    with pytest.raises(RunError, match="must exist"):
+        run.read_recipe()
+
+
+@pytest.mark.parametrize("name", ["a", "0", "a.b-c_d", "a" * 63])
+def test_usable_names_are_taken(name: str) -> None:
+    assert RunDirectory.of(STORAGE, "memory://runs", name).name == name
+
+
+@pytest.mark.parametrize("name", ["", "-a", ".a", "A", "a b", "a/b", "../a", "a\n", "ä", "a" * 64])
+def test_unusable_names_are_refused(name: str) -> None:
+    with pytest.raises(RunError, match="run: must be 1 to 63") as caught:
+        RunDirectory.of(STORAGE, "memory://runs", name)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_history_has_one_row_a_step_that_of_the_last_attempt(run: RunDirectory) -> None:
+    run.write_history(1, 1, rows(1, range(1, 8)))
+    run.write_history(2, 5, rows(2, range(5, 10)))
+    run.write_history(10, 8, rows(10, range(8, 12)))
+
+    history = run.read_history()
+
+    assert [(row["step"], row["attempt"]) for row in history] == (
+        [(step, 1) for step in range(1, 5)]
+        + [(step, 2) for step in range(5, 8)]
+        + [(step, 10) for step in range(8, 12)]
+    )
+
+
+def test_history_is_empty_before_the_first_step(run: RunDirectory) -> None:
+    assert run.read_history() == []
+    assert run.read_history(last_steps=5) == []
+
+
+@pytest.mark.parametrize("last_steps", [1, 3, 4, 9, 100])
+def test_last_steps_are_whole_however_short_the_parts_are(run: RunDirectory, last_steps: int) -> None:
+    run.write_history(1, 1, rows(1, range(1, 4)))
+    for attempt in range(2, 6):
+        run.write_history(attempt, attempt * 2, rows(attempt, range(attempt * 2, attempt * 2 + 3)))
+    whole = run.read_history()
+
+    newest = run.read_history(last_steps=last_steps)
+
+    assert newest[-last_steps:] == whole[-last_steps:]
+
+
+def test_last_steps_leave_older_parts_unread(run: RunDirectory, tmp_path: Path) -> None:
+    for first in (1, 11, 21):
+        run.write_history(1, first, rows(1, range(first, first + 10)))
+    (tmp_path / "runs" / "first" / "history" / "0001-00000001.jsonl").write_text("unreadable")
+
+    assert [row["step"] for row in run.read_history(last_steps=20)] == list(range(11, 31))
+
+
+def test_events_are_in_order_of_attempts(run: RunDirectory) -> None:
+    assert run.last_attempt() == 0
+    for attempt in (10, 2, 1):
+        run.write_events(attempt, [{"attempt": attempt, "number": number} for number in range(2)])
+    run.write_events(2, [{"attempt": 2, "number": number} for number in range(3)])
+
+    events = [(event["attempt"], event["number"]) for event in run.read_events()]
+
+    assert events == [(1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (10, 0), (10, 1)]
+    assert run.last_attempt() == 10
+
+
+def test_a_part_that_is_listed_but_gone_is_left_out(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    run.write_history(1, 1, rows(1, range(1, 4)))
+    listed = Storage.list_names
+    monkeypatch.setattr(Storage, "list_names", lambda self, url: [*listed(self, url), "0001-00000099.jsonl"])
+
+    assert run.read_history() == rows(1, range(1, 4))
+
+
+def test_the_heartbeat_is_what_was_last_said(run: RunDirectory) -> None:
+    assert run.read_heartbeat() == {}
+
+    run.write_heartbeat({"state": "running", "step": 3})
+    run.write_heartbeat({"state": "finished", "step": 4})
+
+    assert run.read_heartbeat() == {"state": "finished", "step": 4}
+
+
+def test_a_stop_request_is_taken_once(run: RunDirectory) -> None:
+    assert not run.take_stop_request()
+
+    run.write_stop_request()
+
+    assert run.take_stop_request()
+    assert not run.take_stop_request()
+
+
+def test_runs_are_listed_by_name_and_other_folders_are_not(run: RunDirectory, tmp_path: Path) -> None:
+    root = str(tmp_path / "runs")
+    assert list_runs(STORAGE, root) == []
+    for name in ("b", "a"):
+        RunDirectory.of(STORAGE, root, name).claim(TINY)
+    (tmp_path / "runs" / "not-a-run").mkdir()
+
+    assert [found.name for found in list_runs(STORAGE, root)] == ["a", "b"]
+
+
+def test_an_unknown_run_is_answered_with_the_nearest(run: RunDirectory) -> None:
+    assert "did you mean firsts?" in unknown_run(run, ["other", "firsts"]).remedy
+    assert "runs there: other" in unknown_run(run, ["other"]).remedy
+    assert "none" in unknown_run(run, []).remedy

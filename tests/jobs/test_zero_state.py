@@ -1,0 +1,226 @@
+"""Checkpoints of real DeepSpeed engines on gloo, read and resumed at other world sizes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import jobs
+from jobs.errors import CheckpointError
+from jobs.recipe import Recipe
+from jobs.recipes import named_recipe
+from jobs.zero_state import MASTER, MOMENTS, ZeroState, read_zero_state
+from model import ConvMAE
+
+WORKER = Path(__file__).with_name("zero_worker.py")
+PROJECT = Path(jobs.__file__).parent.parent
+
+STAGES = (1, 2, 3)
+WORLD_SIZES = (1, 2, 3)
+RESIZES = [(2, 1), (1, 2), pytest.param(2, 3, marks=pytest.mark.slow), pytest.param(3, 2, marks=pytest.mark.slow)]
+
+
+def recipe(stage: int, precision: str = "fp32") -> Recipe:
+    """The smallest model in which ZeRO 3 shards some parameters (100,000 values and more) and keeps others whole."""
+    return named_recipe("tiny").amended(
+        {
+            "model.preset": "tiny",
+            "model.image_size": 32,
+            "model.depth": [1, 1, 1],
+            "model.decoder_depth": 1,
+            "zero_stage": stage,
+            "precision": precision,
+            "global_batch_size": 6,
+            "lanes": 6,
+            "micro_batch_size": 3,
+            "base_learning_rate": 0.05,
+            "clip_grad_norm": 1.0,
+        }
+    )
+
+
+class WorkerGroup:
+    """A process group that trains one case after the other, since starting one takes seconds."""
+
+    def __init__(self, world_size: int, folder: Path) -> None:
+        environment = os.environ | {
+            "PYTHONPATH": str(PROJECT),
+            "MEETING_POINT": (folder / f"meeting-point-of-{world_size}").as_uri(),
+            "WORLD_SIZE": str(world_size),
+            "OMP_NUM_THREADS": "1",
+        }
+        self._logs = [folder / f"rank-{rank}-of-{world_size}.log" for rank in range(world_size)]
+        self._processes = []
+        for rank, path in enumerate(self._logs):
+            variables = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            with path.open("w") as log:
+                pipe = subprocess.PIPE
+                process = subprocess.Popen(
+                    [sys.executable, str(WORKER)], env=variables, stdin=pipe, stdout=pipe, stderr=log, text=True
+                )
+            self._processes.append(process)
+
+    def train(self, recipe: Recipe, steps: list[str], resume: Path | None = None) -> list[float]:
+        """Run a case on every rank; returns the losses of its steps."""
+        case = {"recipe": recipe.to_json(), "resume": str(resume or ""), "steps": steps}
+        for process in self._processes:
+            assert process.stdin
+            process.stdin.write(json.dumps(case) + "\n")
+            process.stdin.flush()
+        answers = [self._answer(rank) for rank in range(len(self._processes))]
+        assert all(answer == answers[0] for answer in answers)
+        return answers[0]
+
+    def _answer(self, rank: int) -> list[float]:
+        output = self._processes[rank].stdout
+        assert output
+        for line in output:
+            if line.startswith("done: "):
+                losses: list[float] = json.loads(line.removeprefix("done: "))
+                return losses
+        raise AssertionError(self._logs[rank].read_text()[-3000:])
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A run of two steps, and of a third at the same world size."""
+
+    folder: Path
+    state: ZeroState
+    """After two steps."""
+    next_state: ZeroState
+    """After three."""
+    losses: list[float]
+
+
+class Runs:
+    """Worker groups and what they saved; both made when a test first asks."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.group = functools.cache(lambda world_size: WorkerGroup(world_size, folder))
+        self.saved = functools.cache(self._saved)
+
+    def _saved(self, recipe_json: str, world_size: int) -> Saved:
+        recipe = Recipe.from_json(json.loads(recipe_json))
+        name = f"{recipe.precision}-zero{recipe.zero_stage}-of-{world_size}"
+        folder, after = self.folder / f"{name}-step2", self.folder / f"{name}-step3"
+        losses = self.group(world_size).train(recipe, ["train", "train", str(folder), "train", str(after)])
+        return Saved(folder, read_zero_state(folder), read_zero_state(after), losses)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    runs = Runs(tmp_path_factory.mktemp("zero"))
+    for world_size in WORLD_SIZES:  # all at once: they start side by side
+        runs.group(world_size)
+    yield runs
+    for world_size in WORLD_SIZES:
+        runs.group(world_size).close()
+    shutil.rmtree(runs.folder)
+
+
+def saved(runs: Runs, world_size: int, stage: int, precision: str = "fp32") -> Saved:
+    return runs.saved(json.dumps(recipe(stage, precision).to_json()), world_size)
+
+
+def assert_bit_equal(found: Any, expected: Any) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
+        assert torch.equal(found[name], tensor), name
+
+
+def assert_same_state(found: ZeroState, expected: ZeroState) -> None:
+    assert found.tensors.keys() == expected.tensors.keys() == {MASTER, *MOMENTS}
+    for kind in expected.tensors:
+        assert_bit_equal(found.tensors[kind], expected.tensors[kind])
+    assert_bit_equal(found.fixed, expected.fixed)
+    assert found.optimizer_step == expected.optimizer_step
+
+
+def expected_fixed(recipe: Recipe) -> dict[str, Tensor]:
+    """What no step changes: DeepSpeed's own tool forgets the frozen parameters of ZeRO 1."""
+    model = ConvMAE(recipe.model)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in trained}
+
+
+def distance(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
+    """Euclidean, over all values."""
+    return math.sqrt(sum((found[name] - expected[name]).double().square().sum().item() for name in expected))
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_weights_are_bit_equal_to_deepspeeds_own(runs: Runs, stage: int, world_size: int) -> None:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    run = saved(runs, world_size, stage)
+
+    own = get_fp32_state_dict_from_zero_checkpoint(str(run.folder.parent), tag=run.folder.name)
+    assert_bit_equal(run.state.weights(), {**expected_fixed(recipe(stage)), **own})
+    assert run.state.optimizer_step == 2
+    assert all(tensor.abs().sum() > 0 for kind in MOMENTS for tensor in run.state.tensors[kind].values())
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_world_sizes_and_stages_train_the_same_weights(runs: Runs, stage: int) -> None:
+    reference = saved(runs, 1, 1)
+
+    for world_size in WORLD_SIZES:
+        run = saved(runs, world_size, stage)
+        assert run.losses == pytest.approx(reference.losses, rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("before", "now"), RESIZES)
+def test_a_checkpoint_resumes_exactly_at_another_world_size(runs: Runs, stage: int, before: int, now: int) -> None:
+    run = saved(runs, before, stage)
+    name = f"zero{stage}-from-{before}-to-{now}"
+    again, after = runs.folder / name, runs.folder / f"{name}-step3"
+
+    losses = runs.group(now).train(recipe(stage), [str(again), "train", str(after)], resume=run.folder)
+
+    assert_same_state(read_zero_state(again), run.state)
+    assert losses == pytest.approx(run.losses[2:], rel=1e-6)
+    continued = read_zero_state(after)
+    for kind, rtol in [("exp_avg", 1e-5), (MASTER, 1e-3)]:  # AdamW magnifies rounding where gradients are all but zero
+        moved = distance(run.next_state.tensors[kind], run.state.tensors[kind])
+        assert distance(continued.tensors[kind], run.next_state.tensors[kind]) < rtol * moved
+    assert continued.optimizer_step == 3
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_bf16_weights_resume_exactly_from_fp32_masters(runs: Runs, stage: int) -> None:
+    run = saved(runs, 2, stage, "bf16")
+    again = runs.folder / f"bf16-zero{stage}"
+
+    runs.group(1).train(recipe(stage, "bf16"), [str(again)], resume=run.folder)
+
+    assert_same_state(read_zero_state(again), run.state)
+    masters = run.state.tensors[MASTER]
+    assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in masters.values())
+
+
+def test_a_folder_without_zero_files_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="must hold"):
+        read_zero_state(tmp_path)

@@ -1,0 +1,83 @@
+"""One rank of a process group that trains a tiny ConvMAE through jobs.engine, as test_zero_state tells it.
+
+Reads one JSON case a line from standard input: {recipe, resume, steps}. `steps` is a list of "train" and of folders
+to save into. Answers each case with the list of losses as one line `done: [...]`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from jobs.engine import build_engine, initialize_deepspeed, set_learning_rate
+from jobs.recipe import Recipe
+from jobs.schedule import micro_batches
+from jobs.zero_state import read_zero_state, restore_optimizer
+from model import ConvMAE
+from model.noise import mask_noise
+
+RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def rank_sizes(batch: int) -> list[int]:
+    return [(rank + 1) * batch // WORLD_SIZE - rank * batch // WORLD_SIZE for rank in range(WORLD_SIZE)]
+
+
+def train_step(engine: Any, recipe: Recipe, step: int) -> float:
+    """One step on a global batch that depends on the step alone, weighted as jobs.trainer does."""
+    batch, sizes = recipe.global_batch_size, rank_sizes(recipe.global_batch_size)
+    images = torch.randn(batch, 3, *recipe.model.image_shape, generator=torch.Generator().manual_seed(step))
+    noise = mask_noise(recipe.seed, step, torch.arange(batch), recipe.model.mask_patches, "cpu")
+    parts = micro_batches(sizes[RANK], max(sizes), recipe.micro_batch_size)
+    first, total = sum(sizes[:RANK]), torch.zeros(1)
+    set_learning_rate(engine, recipe.learning_rate)
+    for part in parts:
+        chosen = slice(first, first + part)
+        loss = engine(images[chosen], noise=noise[chosen]).loss
+        engine.backward(loss * (part * WORLD_SIZE * len(parts) / batch))
+        engine.step()
+        total += loss.detach() * part / batch
+        first += part
+    dist.all_reduce(total)
+    return total.item()
+
+
+def run(case: dict[str, Any]) -> list[float]:
+    recipe = Recipe.from_json(case["recipe"])
+    torch.manual_seed(recipe.seed)
+    model = ConvMAE(recipe.model)
+    state = read_zero_state(Path(case["resume"])) if case["resume"] else None
+    if state:
+        model.load_state_dict(state.weights(), strict=True)
+    largest = max(rank_sizes(recipe.global_batch_size))
+    count = len(micro_batches(largest, largest, recipe.micro_batch_size))
+    engine = build_engine(model, recipe, micro_batches_per_step=count, world_size=WORLD_SIZE)
+    if state:
+        restore_optimizer(engine, state)
+    step, losses = int(state.optimizer_step) if state else 0, []
+    for action in case["steps"]:
+        if action == "train":
+            losses.append(train_step(engine, recipe, step))
+            step += 1
+        else:
+            folder = Path(action)
+            engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+    engine.destroy()
+    return losses
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=os.environ["MEETING_POINT"], rank=RANK, world_size=WORLD_SIZE)
+    initialize_deepspeed("cpu")
+    for line in sys.stdin:
+        answer = f"done: {json.dumps(run(json.loads(line)))}\n"
+        sys.stdout.write(answer)
+        sys.stdout.flush()
+    dist.destroy_process_group()
