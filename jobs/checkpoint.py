@@ -52,6 +52,8 @@ class Commit:
     precision: str
     recipe_digest: str
     dataset_digest: str
+    order_version: int
+    """Of the rules by which samples are dealt to steps; with digest, seed and step it is the state of the data."""
     seed: int
     attempt: int
     created_at_seconds: float

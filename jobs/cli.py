@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from jobs.errors import RunError, RunFailedError
@@ -177,13 +176,15 @@ def list_command(run_root: RunRoot = "", as_json: AsJson = False) -> None:
     if as_json:
         print_json(rows)
         return
-    table = Table("run", "state", "step", "loss", "images/s", "workers", "url", box=None)
+    table = Table("run", "state", "step", "loss", "images/s", "workers", box=None)
     for row in rows:
         figures = (figure(row.get("loss"), ".4f"), figure(row.get("images_per_second"), ".0f"))
         steps = f"{row['step']}/{row['total_steps']}"
         workers = figure(row.get("world_size"), "d")
-        table.add_row(row["run"], row["state"], steps, *figures, workers, escape(row["url"]))
-    Console(highlight=False, soft_wrap=True).print(table if rows else f"no runs under {root}")
+        table.add_row(row["run"], row["state"], steps, *figures, workers)
+    say(f"{len(rows)} runs under {root}")
+    if rows:
+        Console(highlight=False).print(table)
 
 
 @app.command()

@@ -26,7 +26,7 @@ from jobs.run_directory import RunDirectory
 from jobs.schedule import Schedule
 from jobs.session import Session
 from jobs.trainer import TrainJob, order_of, train_worker
-from pipeline.errors import UserError
+from pipeline.errors import UnreachableError, UserError
 from pipeline.manifest import Manifest
 from pipeline.storage import Storage
 
@@ -219,7 +219,7 @@ def describe_failure(worker_exceptions: Mapping[int, Exception]) -> tuple[str, b
     When one rank dies its peers fail too, in their collectives; those are named only if there is nothing else.
     """
     causes = {rank: _cause(error) for rank, error in worker_exceptions.items()}
-    fatal = any(isinstance(cause, UserError) for cause in causes.values())
+    fatal = any(_is_fatal(cause) for cause in causes.values())
 
     def suspicion(rank: int) -> int:
         cause, text = causes[rank], str(causes[rank]).lower()
@@ -230,6 +230,11 @@ def describe_failure(worker_exceptions: Mapping[int, Exception]) -> tuple[str, b
     rank = min(sorted(causes), key=suspicion)
     lines = str(causes[rank]).strip().splitlines() or [""]
     return f"rank {rank}: {type(causes[rank]).__name__}: {lines[0]}", fatal
+
+
+def _is_fatal(cause: BaseException) -> bool:
+    """Whether a restart meets the same again; an object store that is away may come back."""
+    return isinstance(cause, UserError) and not isinstance(cause, UnreachableError)
 
 
 def _cause(error: BaseException) -> BaseException:

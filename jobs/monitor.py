@@ -45,7 +45,7 @@ class RunMonitor:
     Owns: the unwritten tail of history and events; never weights.
     Concurrency: methods may run in parallel; a lock guards the state, and storage is written outside of it.
     Failure: dies with its process; a new one continues from the run directory. What was unwritten is of steps after
-        the last commit (`flush` precedes every commit), which are done again.
+        the last commit (`flush` precedes every commit): rank 0 sees the death and fails, and they are done again.
     Blocking: `record` is O(1); `flush` waits for storage.
     """
 

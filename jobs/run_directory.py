@@ -3,7 +3,7 @@
     <run_root>/<run>/
         recipe.json                 the resolved recipe; its presence makes the run exist
         events/attempt-0001.jsonl   what happened, one JSON line each: start, restart, checkpoint, finish ...
-        history/0001-00000000.jsonl one JSON line a step, in parts: attempt, then first step
+        history/0001-00000001.jsonl one JSON line a step, in parts: attempt, then first step
         heartbeat.json              what the live run last said of itself
         stop-request.json           there while `convmae stop` waits to be heard
         checkpoints/step-00000050/  native ZeRO files

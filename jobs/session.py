@@ -47,7 +47,10 @@ class Session:
         """Find the local stack, if it is up, and the object store; connects to nothing."""
         home = home_folder(environ)
         stack = Stack.load(home)
-        merged = {**(stack.environment() if stack else {}), **environ}
+        local = stack.environment() if stack else {}
+        if "RAY_ADDRESS" in environ and environ["RAY_ADDRESS"] != local.get("RAY_ADDRESS"):
+            local = {key: value for key, value in local.items() if not key.startswith("RAY_")}
+        merged = {**local, **environ}
         return cls(merged, home, stack, Storage.from_environment(merged))
 
     @property
@@ -89,7 +92,7 @@ class Session:
             remedy = "start the local stack with `convmae up`, or set RAY_ADDRESS=HOST:PORT"
             raise ClusterError("RAY_ADDRESS", "must name a cluster when the local stack is not up", "", remedy)
         address = self.environ["RAY_ADDRESS"]
-        _check_answers(address)
+        check_answers(address)
         import ray
 
         try:
@@ -111,7 +114,7 @@ class Session:
         return {"working_dir": str(PROJECT)}
 
 
-def _check_answers(address: str) -> None:
+def check_answers(address: str) -> None:
     """Find out in seconds that nobody listens; `ray.init` would try for minutes.
 
     Raises:

@@ -78,7 +78,8 @@ def service_environment(name: str, settings: StackSettings, base: Mapping[str, s
         base: Environment of whoever starts it. Ray inherits it, because jobs expect their user's environment; the
             others get the bare minimum, because SeaweedFS would take credentials and options from it.
     """
-    mark = {STACK_ID_VARIABLE: settings.stack_id}
+    # Jobs run in folders of their own, from which the stack's home would not be found.
+    mark = {STACK_ID_VARIABLE: settings.stack_id, "CONVMAE_HOME": str(settings.home)}
     if name != "ray":
         return mark | {"PATH": base.get("PATH", os.defpath), "HOME": str(settings.run_dir)} | _s3_tuning(settings)
     foreign = {"AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "RAY_TMPDIR"}

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.errors import ClusterError, RunError
 from jobs.run_directory import RunDirectory
-from jobs.session import Session
+from jobs.session import Session, check_answers
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
@@ -80,12 +80,14 @@ def job_client(session: Session) -> JobSubmissionClient:
     if "RAY_ADDRESS" not in session.environ:
         remedy = "start the local stack with `convmae up`, or set RAY_ADDRESS"
         raise ClusterError("RAY_ADDRESS", "must name a cluster when the local stack is not up", "", remedy)
+    address = session.stack.dashboard_url if session.is_local and session.stack else session.environ["RAY_ADDRESS"]
+    check_answers(address)
+    from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
-    address = session.stack.dashboard_url if session.is_local and session.stack else session.environ["RAY_ADDRESS"]
     try:
         return JobSubmissionClient(address)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, RayError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         remedy = "is it up? `convmae up` starts a local one"
         raise ClusterError("RAY_ADDRESS", f"must answer ({lines[0]})", address, remedy) from error

@@ -34,7 +34,7 @@ from model.noise import mask_noise
 from model.pixels import normalise
 from pipeline.dataset import Dataset
 from pipeline.loader import Batch, Loader
-from pipeline.order import Order
+from pipeline.order import ORDER_VERSION, ConsumedDigest, Order
 
 if TYPE_CHECKING:
     import deepspeed
@@ -130,7 +130,7 @@ class Trainer:
         """One optimizer step on the global batch `batch.step`; True if the run should stop after it."""
         learning_rate = self.schedule.learning_rate(batch.step)
         set_learning_rate(self.engine, learning_rate)
-        loss, stop = self._backward(batch)
+        loss, stop, samples = self._backward(batch)
         if not math.isfinite(loss):
             raise NonFiniteLossError(f"loss is {loss} at step {batch.step + 1}; no update was made")
         self.engine.step()
@@ -143,13 +143,14 @@ class Trainer:
                 "learning_rate": learning_rate,
                 "world_size": self.place.world_size,
                 "attempt": self.attempt,
+                "samples": samples,
             }
             norm = float(self.engine.get_global_grad_norm() or 0.0)
             self._stop_reply = self.job.monitor.record.remote(row, norm, batch.wait_seconds)
         return stop
 
-    def _backward(self, batch: Batch) -> tuple[float, bool]:
-        """Gradients of the mean loss over the global batch; returns that loss, and whether to stop after the step.
+    def _backward(self, batch: Batch) -> tuple[float, bool, str]:
+        """Gradients of the mean loss over the global batch; returns loss, whether to stop, and the samples' digest.
 
         Rank 0's wish to stop travels with the loss, so that all ranks leave after the same step.
         """
@@ -166,9 +167,11 @@ class Trainer:
             if index + 1 < len(self.sizes):
                 self.engine.step()
         total[1] = float(place.rank == 0 and self._stop_asked())
+        consumed = torch.tensor(ConsumedDigest.of(batch.sample_ids.numpy()).words(), device=place.device)
         dist.all_reduce(total)
+        dist.all_reduce(consumed)
         loss_sum, stops = total.tolist()
-        return loss_sum, stops > 0
+        return loss_sum, stops > 0, str(ConsumedDigest.from_words(consumed.tolist()))
 
     def _forward(self, batch: Batch, chosen: slice) -> torch.Tensor:
         device = self.place.device
@@ -181,14 +184,11 @@ class Trainer:
     def _stop_asked(self) -> bool:
         """The monitor's answer to an earlier step, if it is there; never waits."""
         import ray
-        from ray.exceptions import RayError
 
         if self._stop_reply is None or not ray.wait([self._stop_reply], timeout=0)[0]:
             return False
-        try:
-            return bool(ray.get(self._stop_reply))
-        except RayError:  # the monitor died and is being restarted; the next step asks again
-            return False
+        # If the monitor died, so did the newest rows of the history: this raises, and the restart does them again.
+        return bool(ray.get(self._stop_reply))
 
     def _is_due(self) -> bool:
         return (
@@ -223,6 +223,7 @@ class Trainer:
             precision=recipe.precision,
             recipe_digest=recipe.digest(),
             dataset_digest=self.dataset.manifest.digest,
+            order_version=ORDER_VERSION,
             seed=recipe.seed,
             attempt=self.attempt,
             created_at_seconds=time.time(),
@@ -243,6 +244,9 @@ class Trainer:
         found = [checkpoint.latest_commit(self.run_directory) if self.place.rank == 0 else None]
         dist.broadcast_object_list(found, src=0)
         commit = found[0]
+        if commit and commit.order_version != ORDER_VERSION:
+            remedy = "resume with the version of convmae-pretrain that began the run"
+            raise CheckpointError("order_version", f"must be {ORDER_VERSION}", commit.order_version, remedy)
         if commit and commit.dataset_digest != self.dataset.manifest.digest:
             rule = f"must be the data set that the run began with ({commit.dataset_digest[:12]})"
             found_digest = self.dataset.manifest.digest[:12]

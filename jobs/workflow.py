@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 from jobs import driver, submission
 from jobs.driver import FINAL_STATES, RunPlan
@@ -10,10 +11,13 @@ from jobs.errors import RunFailedError
 from jobs.finish import finish
 from jobs.run_directory import RunDirectory
 from jobs.session import Session
-from jobs.terminal import progress_bar, say, status_text
+from jobs.terminal import duration_text, progress_bar, say, status_text
 from pipeline.manifest import Manifest
 from pipeline.sources import find_sources
 from pipeline.storage import Storage
+
+if TYPE_CHECKING:
+    from jobs.ingest import IngestProgress
 
 ENDED_JOB_STATES = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
 
@@ -30,13 +34,14 @@ def make_dataset(session: Session, source: str, destination: str, *, samples_per
     from jobs.ingest import ingest
 
     with progress_bar("shards") as show:
+        began = time.monotonic()
         result = ingest(
             session.storage,
             source,
             destination,
             samples_per_shard=samples_per_shard,
             seed=seed,
-            on_progress=lambda now: show(now.shards_done, now.shards, f"{now.samples} images · {now.skipped} skipped"),
+            on_progress=lambda now: show(now.shards_done, now.shards, _ingest_text(now, time.monotonic() - began)),
         )
     manifest = result.manifest
     say(
@@ -46,6 +51,13 @@ def make_dataset(session: Session, source: str, destination: str, *, samples_per
     if result.skipped:
         say(f"skipped, with reasons: {Storage.join(destination, 'skipped.jsonl')}")
     return manifest
+
+
+def _ingest_text(now: IngestProgress, seconds: float) -> str:
+    """The figures of a running ingest in one line."""
+    remaining_seconds = seconds / now.shards_done * (now.shards - now.shards_done)
+    rate = f"{now.samples / seconds:.0f} images/s"
+    return f"{now.samples} images · {rate} · {now.skipped} skipped · ETA {duration_text(remaining_seconds)}"
 
 
 def train_here(session: Session, plan: RunPlan) -> None:

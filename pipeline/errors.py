@@ -25,6 +25,10 @@ class StorageError(UserError):
     """A URL that cannot be used as it is: unreachable endpoint, refused credentials, missing bucket, full disk."""
 
 
+class UnreachableError(StorageError):
+    """A store that does not answer: the user's to mend before a run starts, and worth waiting for during one."""
+
+
 class SourceError(UserError):
     """Photographs that cannot become a data set: no images, an unreadable folder."""
 

@@ -19,7 +19,7 @@ import aiohttp
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
 
-from pipeline.errors import StorageError
+from pipeline.errors import StorageError, UnreachableError
 
 logger = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ def translated(error: Exception, url: str) -> Exception:  # noqa: PLR0911 (one l
         return StorageError("AWS_ENDPOINT_URL", "must be like http://host:port", str(error), "correct it or unset it")
     if not status and isinstance(error, _UNREACHABLE):
         remedy = f"check that the server runs and that AWS_ENDPOINT_URL is right ({_told(error)})"
-        return StorageError("storage", "must be reachable", url, remedy)
+        return UnreachableError("storage", "must be reachable", url, remedy)
     return OSError(number or errno.EIO, _told(error), url)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -176,19 +177,24 @@ class ConsumedDigest:
 
     count: int = 0
     total: int = 0
-    """Sum of the ids' 64-bit hashes, modulo 2**64."""
-    parity: int = 0
-    """Exclusive or of the same hashes under another key."""
+    """Sum of the ids' 64-bit hashes, modulo 2**64; a sum, so that ranks can fold it with an all-reduce."""
 
     @classmethod
     def of(cls, samples: Int64s) -> ConsumedDigest:
         """Digest of (n,) sample ids."""
-        ids = samples.astype(np.uint64)
-        total = int(hashing.mixed(ids).sum(dtype=np.uint64))
-        return cls(len(ids), total, int(np.bitwise_xor.reduce(hashing.mixed(~ids), initial=np.uint64(0))))
+        return cls(len(samples), int(hashing.mixed(samples.astype(np.uint64)).sum(dtype=np.uint64)))
+
+    @classmethod
+    def from_words(cls, words: Sequence[int]) -> ConsumedDigest:
+        """Put together what was added up, with overflow, from the `words` of several."""
+        return cls(words[0], words[1] % 2**64)
+
+    def words(self) -> tuple[int, int]:
+        """Count and total as signed 64-bit integers."""
+        return self.count, self.total - 2**64 if self.total >= 2**63 else self.total
 
     def __add__(self, other: ConsumedDigest) -> ConsumedDigest:
-        return ConsumedDigest(self.count + other.count, (self.total + other.total) % 2**64, self.parity ^ other.parity)
+        return ConsumedDigest(self.count + other.count, (self.total + other.total) % 2**64)
 
     def __str__(self) -> str:
-        return f"{self.count}-{self.total:016x}-{self.parity:016x}"
+        return f"{self.count}-{self.total:016x}"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import simplejpeg
-from PIL import Image, ImageFile, ImageOps
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from pipeline.decode import KEPT_COLOURSPACES, decode
 
@@ -48,7 +48,14 @@ def photo_from(data: bytes) -> Photo:
     except CorruptImage:
         raise
     except Exception as error:  # decoders raise whatever a damaged file leads them into
-        raise CorruptImage(f"{type(error).__name__}: {error}") from error
+        raise CorruptImage(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """What a decoder said, the same each time: the reason is part of the shard's index, and so of the digest."""
+    if isinstance(error, UnidentifiedImageError):  # its message holds a memory address
+        return "UnidentifiedImageError: not an image file"
+    return f"{type(error).__name__}: {error}"
 
 
 def _is_kept(data: bytes) -> bool:

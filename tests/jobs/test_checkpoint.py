@@ -41,6 +41,7 @@ def save(run: RunDirectory, local: Path, step: int, milestone: bool = False) -> 
         precision="fp32",
         recipe_digest="a" * 64,
         dataset_digest="b" * 64,
+        order_version=1,
         seed=0,
         attempt=1,
         created_at_seconds=1.5,

@@ -19,7 +19,7 @@ from pipeline.storage import Storage
 COLLATERAL = RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:4242")
 
 
-class Wrapped(Exception):
+class WrappedError(Exception):
     """As Ray wraps what a task raised."""
 
     def __init__(self, cause: Exception) -> None:
@@ -56,8 +56,8 @@ def live(plan: RunPlan) -> Iterator[None]:
 
 def write_commit(run: RunDirectory, step: int) -> None:
     commit = checkpoint.Commit(
-        step=step, epoch=0, world_size=1, zero_stage=1, precision="fp32", recipe_digest="", dataset_digest="", seed=0,
-        attempt=1, created_at_seconds=0.0, milestone=False, counters={}, versions={}, files=(),
+        step=step, epoch=0, world_size=1, zero_stage=1, precision="fp32", recipe_digest="", dataset_digest="",
+        order_version=1, seed=0, attempt=1, created_at_seconds=0.0, milestone=False, counters={}, versions={}, files=(),
     )  # fmt: skip
     checkpoint.write_commit(run, commit)
 
@@ -83,7 +83,7 @@ def test_peers_are_named_where_there_is_nothing_else() -> None:
 def test_a_users_error_is_the_cause_and_fatal_however_deep_it_is_wrapped() -> None:
     error = DatasetError("data set", "must be whole", "shard-000001.tar", "copy it again")
     from_error = RuntimeError("outer")
-    from_error.__cause__ = Wrapped(error)
+    from_error.__cause__ = WrappedError(error)
 
     text, fatal = describe_failure({0: ValueError("boom"), 1: COLLATERAL, 2: from_error})
 
@@ -109,7 +109,7 @@ def test_a_run_that_never_spoke_or_was_cut_off_is_not_live(plan: RunPlan) -> Non
 def test_a_run_that_ended_is_known_at_once_not_to_be_live(
     plan: RunPlan, state: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(driver.time, "sleep", None)
+    monkeypatch.setattr("jobs.driver.time.sleep", None)
     plan.run.write_heartbeat({"state": state, "updated_at_seconds": 1.0})
 
     assert not is_live(plan.run)

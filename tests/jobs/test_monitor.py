@@ -192,7 +192,7 @@ def test_a_monitor_that_is_started_again_amid_an_attempt_goes_on(start: Start, r
     record(first, range(1, 11))
     first.flush()
 
-    second = start()  # Ray restarts the actor; workers have noticed nothing
+    second = start()  # Ray restarts the actor; rank 0 has not noticed yet
     record(second, range(11, 21))
     commit(second, 20)
     second.flush()
@@ -359,7 +359,7 @@ def test_rates_are_those_of_the_last_steps(start: Start, monkeypatch: pytest.Mon
     now = 1000.0
     monitor = start()
     begin(monitor)
-    monkeypatch.setattr(monitor_module.time, "monotonic", lambda: now)
+    monkeypatch.setattr("jobs.monitor.time.monotonic", lambda: now)
     for step in range(1, 101):
         now += 2.0 if step < 50 else 0.5
         row = {"step": step, "epoch": 0, "loss": 1.0, "learning_rate": 0.1, "world_size": 2, "attempt": 1}

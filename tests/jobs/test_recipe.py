@@ -55,6 +55,14 @@ def refused(overrides: dict[str, Any]) -> RecipeError:
 
 def test_every_field_has_another_value_below() -> None:
     assert {key.partition(".")[0] for key in OTHER_VALUES} == set(Recipe.model_fields)
+
+
+def test_resuming_may_change_how_a_run_executes_and_nothing_else() -> None:
+    workers = {"min_workers", "max_workers", "cpus_per_worker", "loader_threads", "micro_batch_size"}
+    saving = {"checkpoint_every_steps", "keep_checkpoints"}
+    watching = {"max_restarts_without_progress", "metrics_port"}
+
+    assert workers | saving | watching | {"run_root", "max_steps"} == PLACEMENT_FIELDS
     assert set(Recipe.model_fields) >= PLACEMENT_FIELDS
 
 

@@ -1,0 +1,285 @@
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+import jobs
+from jobs import cli, workflow
+from jobs.errors import RunFailedError
+from jobs.recipes import named_recipe
+from jobs.run_directory import RunDirectory
+from jobs.session import Session
+from pipeline.manifest import Manifest, ShardEntry
+from pipeline.storage import Storage
+
+MANIFEST = Manifest(1, "digest", (), 0, (ShardEntry("a", 600, 6000, "x"), ShardEntry("b", 425, 4250, "y")))
+NOWHERE = "127.0.0.1:9"  # the discard port: nobody listens
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    output: str
+    error: str
+
+
+Convmae = Callable[..., Ended]
+
+
+@pytest.fixture(autouse=True)
+def no_stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without local stack, cluster or cloud."""
+    for name in list(os.environ):
+        if name.startswith(("AWS_", "RAY_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("CONVMAE_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "nothing")
+
+
+@pytest.fixture
+def convmae(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Convmae:
+    """The command, in this process."""
+
+    def run(*arguments: str) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["convmae", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+        code = caught.value.code
+        assert isinstance(code, int)
+        return Ended(code, *capsys.readouterr())
+
+    return run
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> str:
+    url = str(tmp_path / "data")
+    MANIFEST.save(Storage(), url, [])
+    return url
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> str:
+    """A run root with one run of five steps that finished."""
+    root = str(tmp_path / "runs")
+    run = RunDirectory.of(Storage(), root, "first")
+    run.claim(named_recipe("tiny"))
+    row = {"epoch": 0, "loss": 0.5, "learning_rate": 1e-3, "world_size": 2, "attempt": 1}
+    run.write_history(1, 1, [{"step": step, **row} for step in range(1, 6)])
+    event = {"at_seconds": 1.7e9, "attempt": 1, "kind": "start", "reason": "new run"}
+    run.write_events(1, [event, event | {"kind": "finished", "reason": "", "step": 5}])
+    beat = {"state": "finished", "step": 5, "total_steps": 5, "loss": 0.5, "updated_at_seconds": 1.7e9}
+    run.write_heartbeat(beat)
+    return root
+
+
+def assert_refused(ended: Ended, *parts: str) -> None:
+    """Exit code 2 and one line that says why."""
+    assert ended.code == 2
+    assert ended.output == ""
+    (line,) = ended.error.splitlines()
+    assert line.startswith("error: ")
+    for part in parts:
+        assert part in line
+
+
+def test_bad_recipes_are_refused(convmae: Convmae, tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_text("epochs = ")
+
+    assert_refused(convmae("inspect", "tinny"), "recipe", "'tinny'", "did you mean tiny?")
+    assert_refused(convmae("pretrain", "tinny"), "did you mean tiny?")
+    assert_refused(convmae("submit", "tiny", "epoch=3"), "epoch", "did you mean epochs?")
+    assert_refused(convmae("submit", "tiny", "epochs=many"), "epochs", "integer", "'many'")
+    assert_refused(convmae("inspect", "tiny", "model.depth=3"), "model.depth", "3 positive whole numbers")
+    assert_refused(convmae("inspect", "tiny", "lanes=7"), "lanes", "global_batch_size = 64", "lanes=8")
+    assert_refused(convmae("inspect", "tiny", "epochs"), "must be field=value")
+    assert_refused(convmae("inspect", str(tmp_path / "bad.toml")), "must be a readable TOML file")
+
+
+def test_bad_data_is_refused(convmae: Convmae, root: str, data: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("text")
+    roots = f"run_root={root}"
+
+    assert_refused(convmae("pretrain", "tiny", roots), "data", "convmae shard")
+    assert_refused(convmae("pretrain", "tiny", roots, f"data={tmp_path}/empty"), "must hold a manifest.json")
+    assert_refused(convmae("inspect", "tiny", f"data={tmp_path}/empty"), "must hold a manifest.json")
+    assert_refused(convmae("inspect", f"{tmp_path}/empty"), "must hold a manifest.json")
+    assert_refused(convmae("inspect", "tiny", "data=s4://bucket/data"), "'s4://bucket/data'", "did you mean s3://?")
+    small = ("global_batch_size=2048", "lanes=8")
+    assert_refused(convmae("pretrain", "tiny", roots, f"data={data}", *small), "samples", "2048", "1025")
+    out = str(tmp_path / "out")
+    assert_refused(convmae("shard", str(tmp_path / "empty"), out), "source", "missing or empty")
+    assert_refused(convmae("shard", str(tmp_path / "texts"), out), "source", "a.txt")
+    assert_refused(convmae("shard", str(tmp_path / "nowhere"), out), "source", "check the path")
+    assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+
+
+def test_an_unreachable_object_store_is_told_in_seconds(convmae: Convmae, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{NOWHERE}")
+
+    assert_refused(convmae("inspect", "tiny", "data=s3://bucket/data"), "must be reachable", "AWS_ENDPOINT_URL")
+
+
+def test_without_stack_a_place_for_runs_is_asked_for(convmae: Convmae, data: str) -> None:
+    assert_refused(convmae("pretrain", "tiny", f"data={data}"), "run_root", "convmae up")
+    assert_refused(convmae("list"), "run_root", "convmae up")
+    assert_refused(convmae("status", "first"), "run_root", "convmae up")
+
+
+@pytest.mark.parametrize("command", ["pretrain", "submit"])
+def test_without_cluster_no_run_begins(
+    convmae: Convmae, root: str, data: str, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    arguments = (command, "tiny", f"data={data}", f"run_root={root}", "--run", "second")
+
+    assert_refused(convmae(*arguments), "RAY_ADDRESS", "convmae up")
+    monkeypatch.setenv("RAY_ADDRESS", NOWHERE)
+    assert_refused(convmae(*arguments), "RAY_ADDRESS", "must answer", f"'{NOWHERE}'")
+
+    assert [run.name for run in map(Path, Storage().list_files(root)) if run.parts[0] != "first"] == []
+
+
+def test_a_port_in_use_is_refused(convmae: Convmae, root: str, data: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        ended = convmae("pretrain", "tiny", f"data={data}", f"run_root={root}", f"metrics_port={port}")
+
+    assert_refused(ended, "metrics_port", str(port), "0 for any free one")
+
+
+def test_a_run_of_another_recipe_is_refused(
+    convmae: Convmae, root: str, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Session, "connect", lambda self: None)
+
+    ended = convmae("pretrain", "tiny", f"data={data}", f"run_root={root}", "seed=1", "--run", "first")
+
+    assert_refused(ended, "'first'", "seed: 0 -> 1", "--run")
+
+
+def test_an_unknown_run_is_answered_with_the_nearest(convmae: Convmae, root: str) -> None:
+    for command in ("status", "history", "logs", "stop", "consolidate", "report"):
+        assert_refused(convmae(command, "frist", "--run-root", root), "'" + root + "/frist'", "did you mean first?")
+    assert_refused(convmae("status", f"file://{root}/frist"), "did you mean first?")
+    assert_refused(convmae("status", "No Name", "--run-root", root), "lower-case")
+
+
+def test_what_does_not_fit_the_run_is_refused(convmae: Convmae, root: str) -> None:
+    assert_refused(convmae("stop", "first", "--run-root", root), "first (finished)", "nothing to stop")
+    assert_refused(convmae("consolidate", "first", "--run-root", root), "committed checkpoint", "first")
+    assert_refused(convmae("consolidate", "first", "--step", "3", "--run-root", root), "step", "none yet")
+
+
+def test_a_failed_run_is_one_line_and_exit_code_1(
+    convmae: Convmae, root: str, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(session: object, plan: object) -> None:
+        raise RunFailedError("rank 1: ValueError: boom")
+
+    monkeypatch.setattr(workflow, "train_here", fail)
+
+    ended = convmae("pretrain", "tiny", f"data={data}", f"run_root={root}")
+
+    assert (ended.code, ended.error) == (1, "failed: rank 1: ValueError: boom\n")
+
+
+def test_inspect_shows_a_data_set(convmae: Convmae, data: str) -> None:
+    ended = convmae("inspect", data)
+
+    assert ended.code == 0
+    assert MANIFEST.digest in ended.output
+    assert "1,025" in ended.output
+
+
+def test_inspect_shows_what_overrides_make_of_a_recipe(convmae: Convmae, data: str) -> None:
+    ended = convmae("inspect", "tiny", f"data={data}", "epochs=3", "model.mask_ratio=0.5")
+
+    lines = [line.split() for line in ended.output.splitlines()]
+    assert all(line in lines for line in (["epochs", "3"], ["model.mask_ratio", "0.5"], ["data", data]))
+
+
+def test_list_shows_every_run(convmae: Convmae, root: str, tmp_path: Path) -> None:
+    (row,) = json.loads(convmae("list", "--run-root", root, "--json").output)
+    assert (row["run"], row["state"], row["step"], row["loss"]) == ("first", "finished", 5, 0.5)
+
+    table = convmae("list", "--run-root", root).output
+    assert all(word in table for word in ("first", "finished", "5/5", "0.5000"))
+
+    assert "0 runs under" in convmae("list", "--run-root", str(tmp_path / "none")).output
+    assert json.loads(convmae("list", "--run-root", str(tmp_path / "none"), "--json").output) == []
+
+
+def test_status_shows_a_run_and_its_events(convmae: Convmae, root: str) -> None:
+    status = json.loads(convmae("status", "first", "--run-root", root, "--json").output)
+    assert (status["state"], status["step"], status["committed_steps"]) == ("finished", 5, [])
+    assert [event["kind"] for event in status["events"]] == ["start", "finished"]
+
+    text = convmae("status", f"file://{root}/first").output
+    assert "5 of 5 (100.0%)" in text
+    assert text.splitlines()[-1].endswith("attempt 1  finished: step 5")
+
+
+def test_history_is_one_line_a_step(convmae: Convmae, root: str) -> None:
+    rows = [json.loads(line) for line in convmae("history", "first", "--run-root", root, "--json").output.splitlines()]
+    assert rows == RunDirectory.of(Storage(), root, "first").read_history()
+
+    lines = convmae("history", "first", "--run-root", root).output.splitlines()
+    assert len(lines) == 5
+    assert lines[0].split() == [
+        "step",
+        "1",
+        "epoch",
+        "0",
+        "loss",
+        "0.500000",
+        "lr",
+        "1.000e-03",
+        "world",
+        "2",
+        "attempt",
+        "1",
+    ]
+
+
+@pytest.mark.parametrize("arguments", [["history"], ["nonsense"], ["list", "--nonsense"], ["shard", "a"]])
+def test_misuse_exits_2(convmae: Convmae, arguments: list[str]) -> None:
+    ended = convmae(*arguments)
+
+    assert ended.code == 2
+    assert "Traceback" not in ended.error
+
+
+def in_a_process(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"PYTHONPATH": str(Path(jobs.__file__).parent.parent)}
+    command = [sys.executable, "-m", "jobs.cli", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_inspect_prints_the_papers_plan() -> None:
+    ended = in_a_process("inspect", "convmae_base")
+
+    fields = {line[:30].strip(): line[30:].strip() for line in ended.stdout.splitlines()}
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert fields["steps per epoch"] == "312"
+    assert fields["total steps"] == f"{312 * 1600:,}"
+    assert {"parameters", "FLOPs per image", "bytes per epoch"} <= {field for field, value in fields.items() if value}
+
+
+def test_bad_input_ends_a_process_with_one_line() -> None:
+    ended = in_a_process("pretrain", "tiny", "epoch=3")
+
+    assert_refused(Ended(ended.returncode, ended.stdout, ended.stderr), "did you mean epochs?")

@@ -1,0 +1,90 @@
+"""What dies is brought back without a person, and the run's trajectory is that of one that was left alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import psutil
+import pytest
+from testbed import Command, losses, small_recipe, wait_until
+
+from jobs.stack import Stack
+
+FIELDS = {"epochs": 20, "checkpoint_every_steps": 10, "max_restarts_without_progress": 5}
+
+
+def processes(title: str) -> list[psutil.Process]:
+    """Processes whose command line holds `title`."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if title in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.fixture(scope="module")
+def undisturbed(convmae: Command, data: str) -> list[float]:
+    """Losses of a run that nobody touched."""
+    convmae("pretrain", *small_recipe(data, **FIELDS), "--run", "undisturbed")
+    return losses(convmae.run("undisturbed"))
+
+
+@pytest.fixture
+def workers_before() -> Iterator[set[int]]:
+    """Workers of other runs, which a test must not kill."""
+    yield {process.pid for process in processes("ray::RayTrainWorker")}
+
+
+def test_worker_driver_and_s3_server_are_killed_and_the_run_goes_on_by_itself(
+    convmae: Command, data: str, local_stack: Stack, undisturbed: list[float], workers_before: set[int]
+) -> None:
+    convmae("submit", *small_recipe(data, **FIELDS), "--run", "killed")
+    run = convmae.run("killed")
+
+    def after(step: int, attempt: int) -> None:
+        def reached() -> bool:
+            now = run.read_heartbeat()
+            return bool(now.get("loss")) and now.get("attempt", 0) >= attempt and now["step"] >= step
+
+        wait_until(f"step {step} of attempt {attempt}", reached, 120)
+
+    after(25, attempt=1)
+    worker = next(process for process in processes("ray::RayTrainWorker") if process.pid not in workers_before)
+    os.kill(worker.pid, signal.SIGKILL)
+    after(55, attempt=2)
+    (driver,) = (process for process in processes(run.url) if "jobs.cli" in process.cmdline())
+    os.kill(driver.pid, signal.SIGKILL)
+    after(85, attempt=3)
+    s3 = local_stack.status()["s3"].pid
+    assert s3
+    os.kill(s3, signal.SIGKILL)
+    wait_until("the end", lambda: run.read_heartbeat().get("state") == "finished", 120)
+
+    assert losses(run) == pytest.approx(undisturbed, rel=1e-6)
+    starts = [event for event in run.read_events() if event["kind"] in ("start", "restart")]
+    assert [event["attempt"] for event in starts] == [1, 2, 3]
+    assert "rank" in starts[1]["reason"]
+    assert starts[2]["reason"] == "resumed by a new driver"
+    assert all(event["steps_redone"] <= 2 * FIELDS["checkpoint_every_steps"] for event in starts)
+
+
+def test_a_run_that_cannot_work_is_given_up_with_its_cause(convmae: Command, data: str) -> None:
+    """A learning rate at which the loss is soon not finite: each restart fails at the same step."""
+    fields = {"epochs": 5, "base_learning_rate": 1e30, "warmup_epochs": 0.0, "max_restarts_without_progress": 1}
+    arguments = small_recipe(data, checkpoint_every_steps=1000, **fields)
+
+    _, err = convmae("pretrain", *arguments, "--run", "exploding", code=1)
+
+    failure = [line for line in err.splitlines() if line.startswith("failed: ")]
+    assert len(failure) == 1
+    assert "2 failures without a new checkpoint" in failure[0]
+    assert "NonFiniteLossError" in failure[0]
+    assert "Traceback" not in failure[0]
+    run = convmae.run("exploding")
+    assert run.read_events()[-1]["kind"] == "failed"
+    assert "NonFiniteLossError" in run.read_events()[-1]["reason"]

@@ -1,0 +1,167 @@
+"""The main job as a user runs it: real S3, real Ray, real DeepSpeed on gloo, real photographs."""
+
+from __future__ import annotations
+
+import json
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from testbed import TILES, Command, losses, small_recipe, wait_until
+
+from jobs import checkpoint
+from jobs.consolidate import load_consolidated
+from model import ConvMAE
+
+EPOCHS = 10
+STEPS = EPOCHS * TILES // 12
+
+
+@pytest.fixture(scope="module")
+def finished(convmae: Command, data: str) -> str:
+    """Name of a run that was submitted, watched while it ran, and finished."""
+    name = "main"
+    out, _ = convmae("submit", *small_recipe(data, epochs=EPOCHS, checkpoint_every_steps=20), "--run", name)
+    assert f"submitted {name}-a1 (a new run)" in out
+    run = convmae.run(name)
+    wait_until("the first step", lambda: bool(run.read_heartbeat().get("loss")), 90)
+    metrics = urllib.request.urlopen(run.read_heartbeat()["metrics_url"], timeout=5).read().decode()
+    for series in ("convmae_step", "convmae_loss", "convmae_images_total", "convmae_world_size_ranks"):
+        assert f'{series}{{run="{name}"}}' in metrics
+    wait_until("the end", lambda: run.read_heartbeat()["state"] == "finished", 120)
+    wait_until("the report", lambda: run.storage.exists(run.path("report.html")), 60)
+    return name
+
+
+def test_history_has_every_step_once_and_the_loss_falls(convmae: Command, finished: str) -> None:
+    rows = [json.loads(line) for line in convmae("history", finished, "--json")[0].splitlines()]
+
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert all(row["world_size"] == 2 and row["attempt"] == 1 for row in rows)
+    assert [row["epoch"] for row in rows] == [step * 12 // TILES for step in range(STEPS)]
+    quarter = STEPS // 4
+    assert sum(row["loss"] for row in rows[-quarter:]) < 0.95 * sum(row["loss"] for row in rows[:quarter])
+    assert len(convmae("history", finished)[0].splitlines()) == STEPS
+
+
+def test_consolidated_weights_load_into_the_model(convmae: Command, finished: str, tmp_path: Path) -> None:
+    run = convmae.run(finished)
+    out, _ = convmae("consolidate", finished, "--step", str(STEPS))
+    assert f"step {STEPS}" in out
+
+    model = ConvMAE(run.read_recipe().model)
+    model.load_state_dict(load_consolidated(run, STEPS), strict=True)
+
+    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+    run.storage.download(run.path("consolidated", f"step-{STEPS:08d}.safetensors"), tmp_path / "weights")
+    with safe_open(tmp_path / "weights", "pt") as file:
+        commit = checkpoint.read_commit(run, STEPS)
+        assert file.metadata()["recipe_digest"] == commit.recipe_digest == run.read_recipe().digest()
+        assert file.metadata()["dataset_digest"] == commit.dataset_digest
+
+
+def test_run_directory_holds_what_a_run_leaves_behind(convmae: Command, finished: str) -> None:
+    run = convmae.run(finished)
+
+    kinds = [event["kind"] for event in run.read_events()]
+    assert kinds[0] == "start"
+    assert kinds[-1] == "finished"
+    assert kinds.count("checkpoint") == STEPS // 20
+    assert checkpoint.committed_steps(run) == [STEPS - 40, STEPS - 20, STEPS]
+    assert run.storage.read(run.path("reconstructions.png")).startswith(b"\x89PNG")
+    assert b"<html" in run.storage.read(run.path("report.html"))
+
+
+def test_status_and_list_tell_of_the_run(convmae: Command, finished: str) -> None:
+    status = json.loads(convmae("status", finished, "--json")[0])
+    listed = json.loads(convmae("list", "--json")[0])
+
+    assert (status["state"], status["step"], status["total_steps"]) == ("finished", STEPS, STEPS)
+    assert finished in [row["run"] for row in listed]
+    assert f"{STEPS} of {STEPS}" in convmae("status", finished)[0]
+    assert f"{finished} {STEPS}/{STEPS} finished" in convmae("logs", finished)[0]
+
+
+def test_a_finished_run_is_not_started_over(convmae: Command, data: str, finished: str) -> None:
+    before = convmae.run(finished).read_history()
+
+    for command in ("submit", "pretrain"):
+        arguments = small_recipe(data, epochs=EPOCHS, checkpoint_every_steps=20)
+        assert f"{finished} is finished" in convmae(command, *arguments, "--run", finished)[0]
+
+    assert convmae.run(finished).read_history() == before
+
+
+def test_another_recipe_under_the_same_name_is_refused_with_what_differs(
+    convmae: Command, data: str, finished: str
+) -> None:
+    arguments = small_recipe(data, epochs=EPOCHS, checkpoint_every_steps=20, seed=7)
+
+    _, err = convmae("submit", *arguments, "model.mask_ratio=0.5", "--run", finished, code=2)
+
+    assert len(err.splitlines()) == 1
+    assert "model.mask_ratio: 0.75 -> 0.5; seed: 0 -> 7" in err
+
+
+def test_sharding_again_keeps_what_is_there(convmae: Command, photographs: Path, data: str) -> None:
+    out, _ = convmae("shard", str(photographs), data, "--samples-per-shard", "40")
+    assert "0 written, 3 kept" in out
+    listed = convmae.run("x").storage.read(f"{data}/skipped.jsonl").decode().splitlines()
+    assert len(listed) == 1
+    assert "broken.jpg" in listed[0]
+
+
+def test_stop_saves_and_the_same_command_goes_on(convmae: Command, data: str) -> None:
+    command = ("pretrain", *small_recipe(data, epochs=60, checkpoint_every_steps=10_000), "--run", "stopped")
+    process, run = convmae.start(*command), convmae.run("stopped")
+    wait_until("ten steps", lambda: run.read_heartbeat().get("step", 0) >= 10, 90)
+
+    out, _ = convmae("stop", "stopped")
+
+    assert process.wait(timeout=60) == 0
+    assert "stopped at step" in out
+    (step,) = checkpoint.committed_steps(run)
+    assert 10 <= step < 480
+    convmae(*command)
+    assert len(losses(run)) == 480
+    events = [event for event in run.read_events() if event["kind"] != "checkpoint"]
+    assert [event["kind"] for event in events] == ["start", "stopped", "restart", "finished"]
+    assert events[2]["step"] == step
+    assert events[2]["steps_redone"] == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "expected"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, ("inspect", "DATA"), "credentials: must be accepted"),
+        ({"AWS_ACCESS_KEY_ID": "wrong"}, ("list",), "credentials: must be accepted"),
+        ({}, ("shard", "PHOTOGRAPHS", "s3://no-such-bucket/data"), "bucket: must exist"),
+        ({}, ("pretrain", "tiny", "data=s3://convmae/nothing", "--run", "bad"), "must hold a manifest.json"),
+        ({}, ("pretrain", "tiny", "data=DATA", "run_root=s3://no-such-bucket/runs"), "bucket: must exist"),
+        ({}, ("submit", "tiny", "data=DATA", "global_batch_size=960", "--run", "bad"), "960"),
+        ({}, ("status", "mian"), "did you mean main?"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(
+    convmae: Command,
+    data: str,
+    finished: str,
+    photographs: Path,
+    changes: dict[str, str],
+    arguments: tuple[str, ...],
+    expected: str,
+) -> None:
+    places = {"DATA": data, "PHOTOGRAPHS": str(photographs)}
+    filled = [
+        argument.replace("DATA", data) if "=" in argument else places.get(argument, argument) for argument in arguments
+    ]
+
+    out, err = convmae(*filled, code=2, **changes)
+
+    assert len(err.splitlines()) == 1, err
+    assert err.startswith("error: ")
+    assert expected in err
+    assert not out
+    assert not convmae.run("bad").exists()

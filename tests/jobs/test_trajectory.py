@@ -1,0 +1,47 @@
+"""One trajectory: the losses of a run do not depend on how many workers compute it, how ZeRO shards it, or resizes."""
+
+from __future__ import annotations
+
+import pytest
+from testbed import Command, losses, small_recipe
+
+from jobs import checkpoint
+
+FIELDS = {"epochs": 10, "max_steps": 30, "checkpoint_every_steps": 15}
+
+
+def train(convmae: Command, data: str, name: str, workers: int, **fields: object) -> list[float]:
+    """Losses of a run of `workers` workers."""
+    arguments = small_recipe(data, **{**FIELDS, "min_workers": workers, "max_workers": workers, **fields})
+    convmae("pretrain", *arguments, "--run", name)
+    return losses(convmae.run(name))
+
+
+@pytest.fixture(scope="module")
+def alone(convmae: Command, data: str) -> list[float]:
+    """Losses of one worker."""
+    return train(convmae, data, "alone", 1)
+
+
+@pytest.mark.parametrize(
+    ("workers", "zero_stage"),
+    [(2, 3), (5, 1), *(pytest.param(w, z, marks=pytest.mark.slow) for w in (1, 2, 3, 4) for z in (1, 2, 3))],
+)
+def test_losses_do_not_depend_on_workers_or_zero_stage(
+    convmae: Command, data: str, alone: list[float], workers: int, zero_stage: int
+) -> None:
+    """Five workers divide neither the batch of 12 nor its 12 lanes."""
+    name = f"w{workers}-z{zero_stage}"
+
+    assert train(convmae, data, name, workers, zero_stage=zero_stage) == pytest.approx(alone, rel=1e-6)
+    assert {row["world_size"] for row in convmae.run(name).read_history()} == {workers}
+
+
+def test_a_run_resumes_at_another_world_size(convmae: Command, data: str, alone: list[float]) -> None:
+    train(convmae, data, "resized", 2, zero_stage=2, max_steps=15)
+    assert checkpoint.committed_steps(convmae.run("resized")) == [15]
+
+    resized = train(convmae, data, "resized", 3, zero_stage=2)
+
+    assert resized == pytest.approx(alone, rel=1e-6)
+    assert [row["world_size"] for row in convmae.run("resized").read_history()] == [2] * 15 + [3] * 15

@@ -1,0 +1,83 @@
+"""What the tests of the whole line share: the command as a user runs it, and a recipe small enough for seconds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from jobs.run_directory import RunDirectory
+from jobs.stack import Stack
+from pipeline.storage import Storage
+
+SMALL: dict[str, object] = {
+    "model.image_size": 32,
+    "model.embed_dim": [16, 24, 32],
+    "model.depth": [1, 1, 1],
+    "model.num_heads": 2,
+    "model.decoder_dim": 32,
+    "model.decoder_depth": 1,
+    "model.decoder_num_heads": 2,
+    "global_batch_size": 12,
+    "lanes": 12,
+    "micro_batch_size": 4,
+    "base_learning_rate": 0.02,
+}
+TILES = 96
+
+
+@dataclass(frozen=True)
+class Command:
+    """Runs `convmae` as a user would, against the test's local stack."""
+
+    stack: Stack
+    home: Path
+
+    def environment(self, **changes: str) -> dict[str, str]:
+        """Of a shell in which `convmae up` was run."""
+        foreign = ("AWS_", "RAY_")
+        clean = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
+        return {**clean, "CONVMAE_HOME": str(self.home), **changes}
+
+    def start(self, *arguments: str, **changes: str) -> subprocess.Popen[str]:
+        """Start it and return at once."""
+        command = [sys.executable, "-m", "jobs.cli", *arguments]
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, env=self.environment(**changes), stdout=pipe, stderr=pipe, text=True)
+
+    def __call__(self, *arguments: str, code: int = 0, **changes: str) -> tuple[str, str]:
+        """Run it to its end; returns standard output and standard error."""
+        process = self.start(*arguments, **changes)
+        out, err = process.communicate(timeout=240)
+        assert process.returncode == code, f"{arguments} ended with {process.returncode}\n{out}\n{err}"
+        return out, err
+
+    def run(self, name: str) -> RunDirectory:
+        """The directory of a run."""
+        storage = Storage.from_environment(self.stack.environment())
+        return RunDirectory(storage, f"s3://{self.stack.bucket}/runs/{name}")
+
+
+def small_recipe(data: str, **fields: object) -> Sequence[str]:
+    """Arguments for the recipe `tiny`, made small."""
+    overrides = {"data": data, **SMALL, **fields}
+    return ("tiny", *(f"{key}={value}" for key, value in overrides.items()))
+
+
+def wait_until(what: str, holds: Callable[[], bool], seconds: float) -> None:
+    """Poll until `holds`; fail the test if it does not in time."""
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
+        time.sleep(0.2)
+
+
+def losses(run: RunDirectory) -> list[float]:
+    """Loss of each step, after checking that the history has every step once."""
+    rows = run.read_history()
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    return [row["loss"] for row in rows]
