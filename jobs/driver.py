@@ -63,6 +63,7 @@ def plan_run(session: Session, recipe: Recipe, name: str) -> RunPlan:
     order = order_of(recipe, manifest.samples)
     _check_port(recipe.metrics_port)
     session.storage.check(run.url, write=True)
+    run.check_recipe(recipe)
     return RunPlan(recipe, run, Schedule.of(recipe, order.steps_per_epoch))
 
 

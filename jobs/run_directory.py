@@ -77,25 +77,30 @@ class RunDirectory:
             remedy = "`convmae list` shows the runs that exist"
             raise RunError("run", "must exist", self.url, remedy) from None
 
-    def claim(self, recipe: Recipe) -> bool:
-        """Record `recipe` as this run's, or check that it is; True if the run is new.
+    def check_recipe(self, recipe: Recipe) -> bool:
+        """Whether the run exists, with this recipe. Reads only.
 
-        Fields that only say where and how a run executes may differ from attempt to attempt, and are updated.
+        Fields that only say where and how a run executes may differ from attempt to attempt.
 
         Raises:
             RunError: If the run exists with a recipe that computes something else.
         """
-        try:
-            saved = self.read_recipe()
-        except RunError:
-            self.storage.write(self.path("recipe.json"), _json_bytes(recipe.to_json()))
-            return True
-        if differences := difference(saved.trajectory(), recipe.trajectory()):
+        if not self.exists():
+            return False
+        if differences := difference(self.read_recipe().trajectory(), recipe.trajectory()):
             rule = f"has another recipe under this name ({'; '.join(differences)})"
             raise RunError("run", rule, self.name, "use the same recipe to resume it, or another --run name")
-        if saved != recipe:
-            self.storage.write(self.path("recipe.json"), _json_bytes(recipe.to_json()))
-        return False
+        return True
+
+    def claim(self, recipe: Recipe) -> bool:
+        """Record `recipe` as this run's; True if the run is new.
+
+        Raises:
+            RunError: As `check_recipe`.
+        """
+        exists = self.check_recipe(recipe)
+        self.storage.write(self.path("recipe.json"), _json_bytes(recipe.to_json()))
+        return not exists
 
     def read_events(self) -> list[dict[str, Any]]:
         """Every event, oldest first."""
@@ -105,17 +110,9 @@ class RunDirectory:
         """Replace the events of one attempt."""
         self._write_lines("events", f"attempt-{attempt:04d}.jsonl", events)
 
-    def read_history(self, last_steps: int | None = None) -> list[dict[str, Any]]:
-        """One row a step, by step; where a step was done again after a restart, the last attempt's row.
-
-        Args:
-            last_steps: Read only the newest parts, enough for this many steps.
-        """
-        rows: dict[int, dict[str, Any]] = {}
-        for name in reversed(self._parts("history")):
-            if last_steps is not None and len(rows) >= last_steps:
-                break
-            rows = {row["step"]: row for row in self._read_lines("history", name)} | rows
+    def read_history(self) -> list[dict[str, Any]]:
+        """One row a step, by step; where a step was done again after a restart, the last attempt's row."""
+        rows = {row["step"]: row for name in self._parts("history") for row in self._read_lines("history", name)}
         return [rows[step] for step in sorted(rows)]
 
     def write_history(self, attempt: int, first_step: int, rows: Iterable[dict[str, Any]]) -> None:

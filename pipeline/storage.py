@@ -105,7 +105,7 @@ class Storage:
     def exists(self, url: str) -> bool:
         """Whether a file or object (not a folder or prefix) lies there."""
         try:
-            return bool(self._call(url, lambda fs, path: fs.info(path)["type"] == "file"))
+            return bool(self._call(url, _is_file))
         except FileNotFoundError:
             return False
 
@@ -250,6 +250,13 @@ def _ranged(filesystem: Any, path: str, start: int, end: int | None) -> bytes:
         if faults.http_code(error) == "InvalidRange":  # S3's answer for a range behind the end
             return b""
         raise
+
+
+def _is_file(filesystem: Any, path: str) -> bool:
+    try:
+        return bool(filesystem.info(path)["type"] == "file")
+    except NotADirectoryError:  # nothing can lie below a file
+        return False
 
 
 def _list_one(filesystem: Any, path: str) -> None:

@@ -90,27 +90,6 @@ def test_history_has_one_row_a_step_that_of_the_last_attempt(run: RunDirectory) 
 
 def test_history_is_empty_before_the_first_step(run: RunDirectory) -> None:
     assert run.read_history() == []
-    assert run.read_history(last_steps=5) == []
-
-
-@pytest.mark.parametrize("last_steps", [1, 3, 4, 9, 100])
-def test_last_steps_are_whole_however_short_the_parts_are(run: RunDirectory, last_steps: int) -> None:
-    run.write_history(1, 1, rows(1, range(1, 4)))
-    for attempt in range(2, 6):
-        run.write_history(attempt, attempt * 2, rows(attempt, range(attempt * 2, attempt * 2 + 3)))
-    whole = run.read_history()
-
-    newest = run.read_history(last_steps=last_steps)
-
-    assert newest[-last_steps:] == whole[-last_steps:]
-
-
-def test_last_steps_leave_older_parts_unread(run: RunDirectory, tmp_path: Path) -> None:
-    for first in (1, 11, 21):
-        run.write_history(1, first, rows(1, range(first, first + 10)))
-    (tmp_path / "runs" / "first" / "history" / "0001-00000001.jsonl").write_text("unreadable")
-
-    assert [row["step"] for row in run.read_history(last_steps=20)] == list(range(11, 31))
 
 
 def test_events_are_in_order_of_attempts(run: RunDirectory) -> None:
