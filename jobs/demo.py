@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -95,4 +96,10 @@ def _show_results(run: RunDirectory, folder: Path, session: Session) -> None:
     say(f"Ray dashboard    {session.stack.dashboard_url}")
     if session.stack.prometheus_url:
         say(f"Prometheus       {session.stack.prometheus_url}")
-    say(f"next             convmae status {run.name} | convmae history {run.name} | convmae down")
+    command = _own_command(Path(sys.argv[0]).absolute(), Path.cwd())
+    say(f"next             {command} status {run.name}, {command} history {run.name}, {command} down")
+
+
+def _own_command(executable: Path, folder: Path) -> str:
+    """How to type this command from `folder`: by its path there if it lies below, as in a clone's `.venv`."""
+    return str(executable.relative_to(folder)) if executable.is_relative_to(folder) else executable.name
