@@ -18,10 +18,13 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal
 
+import torch
+
 from jobs import checkpoint
 from jobs.errors import RecipeError, RunError, RunFailedError
 from jobs.monitor import FLUSH_INTERVAL_SECONDS, MonitorConfig, RunMonitor
 from jobs.recipe import Recipe
+from jobs.report import REPORT_NAME
 from jobs.run_directory import RunDirectory
 from jobs.schedule import Schedule
 from jobs.session import Session
@@ -61,6 +64,7 @@ def plan_run(session: Session, recipe: Recipe, name: str) -> RunPlan:
     session.storage.check(recipe.data, write=False)
     manifest = Manifest.load(session.storage, recipe.data)
     order = order_of(recipe, manifest.samples)
+    _check_capacity(session, recipe)
     _check_port(recipe.metrics_port)
     session.storage.check(run.url, write=True)
     run.check_recipe(recipe)
@@ -81,23 +85,21 @@ def is_live(run: RunDirectory) -> bool:
 
 
 def claim_run(plan: RunPlan) -> Literal["new", "resumes", "finished"]:
-    """Take the run's name for this recipe.
+    """Take the run's name for this recipe; a run is finished when its last step is committed and its report written.
 
     Raises:
         RunError: If the name belongs to another recipe, or another driver works on the run.
     """
-    new = plan.run.claim(plan.recipe)
-    if new:
-        return "new"
-    if plan.run.read_heartbeat().get("state") == "finished":
-        commit = checkpoint.latest_commit(plan.run)
-        if commit and commit.step >= plan.schedule.total_steps:
+    run = plan.run
+    if run.check_recipe(plan.recipe):
+        commit = checkpoint.latest_commit(run)
+        if commit and commit.step >= plan.schedule.total_steps and run.storage.exists(run.path(REPORT_NAME)):
             return "finished"
-    plan.run.take_stop_request()  # one that nobody heard is not meant for this attempt
-    if is_live(plan.run):
-        remedy = f"watch it with `convmae status {plan.run.name}`, end it with `convmae stop {plan.run.name}`"
-        raise RunError("run", "must not be running already", plan.run.name, remedy)
-    return "resumes"
+        if is_live(run):
+            remedy = f"watch it with `convmae status {run.name}`, end it with `convmae stop {run.name}`"
+            raise RunError("run", "must not be running already", run.name, remedy)
+        run.take_stop_request()  # one that nobody heard is not meant for this attempt
+    return "new" if run.claim(plan.recipe) else "resumes"
 
 
 def train(session: Session, plan: RunPlan, on_status: Callable[[Mapping[str, Any]], None]) -> str:
@@ -276,6 +278,20 @@ class _StopOnSignal:
     def _stop(self, number: int, _: FrameType | None) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         self._monitor.request_stop.remote(signal.Signals(number).name)
+
+
+def _check_capacity(session: Session, recipe: Recipe) -> None:
+    """Refuse what the local stack could never start; a cluster may still grow, so there a run waits."""
+    if not session.is_local or session.stack is None:
+        return
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        remedy = "set device=cpu precision=fp32, or submit to a cluster with RAY_ADDRESS"
+        raise RecipeError("device", "must be cpu on a machine without a GPU", recipe.device, remedy)
+    cpus = session.stack.settings.num_cpus or os.cpu_count() or 1
+    if recipe.min_workers * recipe.cpus_per_worker > cpus:
+        rule = f"must fit the local stack's {cpus} CPUs with min_workers = {recipe.min_workers}"
+        remedy = f"set cpus_per_worker={cpus / recipe.min_workers:g} or less, or `convmae up --cpus N`"
+        raise RecipeError("cpus_per_worker", rule, recipe.cpus_per_worker, remedy)
 
 
 def _check_port(port: int) -> None:

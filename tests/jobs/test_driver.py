@@ -124,10 +124,14 @@ def test_a_name_is_new_then_resumes(plan: RunPlan) -> None:
 
 def test_a_live_run_is_not_claimed_twice(plan: RunPlan, live: None) -> None:
     plan.run.claim(plan.recipe)
+    plan.run.write_stop_request()
+    other = dataclasses.replace(plan, recipe=plan.recipe.amended({"micro_batch_size": 1}))
 
     with pytest.raises(RunError, match="must not be running already") as caught:
-        claim_run(plan)
+        claim_run(other)
     assert "convmae stop first" in caught.value.remedy
+    assert plan.run.read_recipe() == plan.recipe
+    assert plan.run.take_stop_request(), "the live run has not heard it yet"
 
 
 def test_another_recipe_cannot_take_the_name(plan: RunPlan) -> None:
@@ -142,6 +146,8 @@ def test_a_finished_run_is_finished_until_it_shall_train_longer(plan: RunPlan) -
     plan.run.claim(plan.recipe)
     plan.run.write_heartbeat({"state": "finished", "updated_at_seconds": 1.0})
     write_commit(plan.run, plan.schedule.total_steps)
+    assert claim_run(plan) == "resumes"  # the driver died before the report
+    plan.run.storage.write(plan.run.path("report.html"), b"report")
 
     assert claim_run(plan) == "finished"
     longer = dataclasses.replace(plan.schedule, total_steps=plan.schedule.total_steps + 1)

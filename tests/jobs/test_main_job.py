@@ -141,6 +141,13 @@ def test_stop_saves_and_the_same_command_goes_on(convmae: Command, data: str) ->
         ({}, ("pretrain", "tiny", "data=s3://convmae/nothing", "--run", "bad"), "must hold a manifest.json"),
         ({}, ("pretrain", "tiny", "data=DATA", "run_root=s3://no-such-bucket/runs"), "bucket: must exist"),
         ({}, ("submit", "tiny", "data=DATA", "global_batch_size=960", "--run", "bad"), "960"),
+        ({}, ("submit", "tiny", "data=DATA", "cpus_per_worker=64.0", "--run", "bad"), "local stack's 4 CPUs"),
+        pytest.param(
+            {},
+            ("pretrain", "tiny", "data=DATA", "device=cuda", "--run", "bad"),
+            "without a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU"),
+        ),
         ({}, ("status", "mian"), "did you mean main?"),
     ],
 )
