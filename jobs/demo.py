@@ -15,11 +15,15 @@ from jobs.run_directory import RunDirectory
 from jobs.session import Session, home_folder
 from jobs.terminal import say
 from jobs.workflow import follow_job, make_dataset, train_as_job
-from pipeline.manifest import Manifest
+from pipeline.manifest import Manifest, sources_digest
 from pipeline.photographs import PHOTOGRAPHS, cut_tiles
+from pipeline.shards import plan_shards
+from pipeline.sources import find_sources
+from pipeline.storage import Storage
 
 TILES = 1024
 SAMPLES_PER_SHARD = 256
+SEED = 0
 STEPS = 400
 """About three and a half minutes of training on two cores."""
 
@@ -32,18 +36,18 @@ def run_demo(environ: Mapping[str, str], images: str) -> None:
         images: Folder of photographs; empty for those that Python packages ship.
     """
     home = home_folder(environ)
+    run_name, source = _names(images, home)
     say("$ convmae up")
     stack.up(home, on_event=say)
     session = Session.open({key: value for key, value in environ.items() if not key.startswith(("AWS_", "RAY_"))})
     session.export()
 
-    run_name, source = _names(images, home)
     data = f"s3://convmae/datasets/{run_name}"
     say(f"\n$ convmae shard {source} {data} --samples-per-shard {SAMPLES_PER_SHARD}")
     if not images:
         say(f"photographs: {', '.join(photograph.name for photograph in PHOTOGRAPHS)}, cut into {TILES} images")
-        cut_tiles(source, TILES, seed=0)
-    manifest = make_dataset(session, str(source), data, samples_per_shard=SAMPLES_PER_SHARD, seed=0)
+        cut_tiles(source, TILES, SEED)
+    manifest = make_dataset(session, str(source), data, samples_per_shard=SAMPLES_PER_SHARD, seed=SEED)
 
     overrides = {"data": data, **_length(manifest)}
     arguments = " ".join(f"{field}={value}" for field, value in overrides.items())
@@ -58,12 +62,17 @@ def run_demo(environ: Mapping[str, str], images: str) -> None:
 
 
 def _names(images: str, home: Path) -> tuple[str, Path]:
-    """The run's name, and the folder of its photographs."""
+    """The run's name, and the folder of its photographs. Other photographs make another run.
+
+    Raises:
+        SourceError: If there are none; nothing was started.
+    """
     if not images:
         return "demo", home / "photographs"
     folder = Path(images).expanduser().resolve()
+    tasks = plan_shards(find_sources(Storage(), str(folder)), SAMPLES_PER_SHARD, SEED)
     slug = re.sub(r"[^a-z0-9]+", "-", folder.name.lower()).strip("-")[:40]
-    return f"demo-{slug or 'images'}", folder
+    return f"demo-{slug}-{sources_digest(tasks)[:6]}", folder
 
 
 def _length(manifest: Manifest) -> dict[str, Any]:
