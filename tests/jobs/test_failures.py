@@ -60,7 +60,9 @@ def test_worker_driver_and_s3_server_are_killed_and_the_run_goes_on_by_itself(
     (driver,) = (process for process in processes(run.url) if "jobs.cli" in process.cmdline())
     os.kill(driver.pid, signal.SIGKILL)
     after(85, attempt=3)
-    s3 = local_stack.status()["s3"].pid
+    stack = Stack.load(local_stack.settings.home)
+    assert stack is not None
+    s3 = stack.status()["s3"].pid
     assert s3
     os.kill(s3, signal.SIGKILL)
     wait_until("the end", lambda: run.read_heartbeat().get("state") == "finished", 120)
