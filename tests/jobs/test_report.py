@@ -146,8 +146,8 @@ def commit_last_step(run: RunDirectory) -> None:
         run,
         Commit(
             step=TOTAL_STEPS, epoch=3, world_size=2, zero_stage=1, precision="fp32", recipe_digest="r",
-            dataset_digest="d1", order_version=1, seed=0, attempt=3, created_at_seconds=0.0, milestone=True, counters={},
-            versions={"torch": "2.13.0"}, files=(CheckpointFile("model", 3, 4),),
+            dataset_digest="d1", order_version=1, seed=0, attempt=3, created_at_seconds=0.0, milestone=True,
+            counters={}, versions={"torch": "2.13.0"}, files=(CheckpointFile("model", 3, 4),),
         ),
     )  # fmt: skip
 
