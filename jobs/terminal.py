@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
+from rich.text import Text
 
 LOG_INTERVAL_SECONDS = 10.0
 
@@ -78,18 +80,14 @@ def progress_bar(title: str, stream: TextIO = sys.stdout) -> Iterator[Callable[[
     if not stream.isatty():
         yield _line_writer(title, stream)
         return
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[text]}"),
-    )
-    with Progress(*columns, console=Console(file=stream)) as progress:
-        task = progress.add_task(title, total=None, text="")
+    # Two lines, so that neither the bar nor the figures are cut on a narrow terminal.
+    progress = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn())
+    task = progress.add_task(title, total=None)
+    with Live(Group(progress, Text("")), console=Console(file=stream), refresh_per_second=4) as live:
 
         def show(done: int, total: int, text: str) -> None:
-            progress.update(task, completed=done, total=total or None, text=text)
+            progress.update(task, completed=done, total=total or None)
+            live.update(Group(progress, Text(text)))
 
         yield show
 
