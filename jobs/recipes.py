@@ -63,7 +63,7 @@ def _tiny() -> Recipe:
         max_workers=2,
         cpus_per_worker=0.25,
         loader_threads=1,
-        checkpoint_every_steps=50,
+        checkpoint_every_steps=25,
     )
 
 
