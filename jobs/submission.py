@@ -41,9 +41,14 @@ def submit(session: Session, run: RunDirectory) -> str:
     )
 
 
-def job_state(session: Session, submission_id: str) -> str:
-    """Ray's word for a job: PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED."""
-    return str(job_client(session).get_job_status(submission_id).value)
+def job_state(client: JobSubmissionClient, submission_id: str) -> str:
+    """Ray's word for a job (PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED), UNREACHABLE, or LOST with its Ray head."""
+    try:
+        return str(client.get_job_status(submission_id).value)
+    except OSError:  # what requests raises while nobody listens
+        return "UNREACHABLE"
+    except RuntimeError:  # a head that was started anew does not know the job
+        return "LOST"
 
 
 def newest_job(session: Session, run: RunDirectory) -> str:

@@ -19,7 +19,7 @@ from pipeline.storage import Storage
 if TYPE_CHECKING:
     from jobs.ingest import IngestProgress
 
-ENDED_JOB_STATES = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
+ENDED_JOB_STATES = frozenset({"SUCCEEDED", "FAILED", "STOPPED", "LOST"})
 
 
 def make_dataset(session: Session, source: str, destination: str, *, samples_per_shard: int, seed: int) -> Manifest:
@@ -104,10 +104,11 @@ def follow_job(session: Session, run: RunDirectory, job: str) -> None:
     """Show a submitted run's progress until its job ends.
 
     Raises:
-        RunFailedError: If it ended badly; quotes the last line that it printed.
+        RunFailedError: If it ended badly; quotes the error that it printed.
     """
+    client = submission.job_client(session)
     with progress_bar(run.name) as show:
-        while (state := submission.job_state(session, job)) not in ENDED_JOB_STATES:
+        while (state := submission.job_state(client, job)) not in ENDED_JOB_STATES:
             now = run.read_heartbeat()
             if now and now["state"] not in FINAL_STATES:
                 show(now["step"], now["total_steps"], status_text(now))
@@ -115,10 +116,17 @@ def follow_job(session: Session, run: RunDirectory, job: str) -> None:
         now = run.read_heartbeat()
         if now:
             show(now["step"], now["total_steps"], status_text(now))
+    if state == "LOST":
+        raise RunFailedError(f"the Ray head died, and job {job} with it; the same command resumes {run.name}")
     if state != "SUCCEEDED":
-        lines = "".join(submission.log_lines(session, run, follow=False)).strip().splitlines()
-        raise RunFailedError(f"job {job} {state.lower()}: {lines[-1] if lines else 'it printed nothing'}")
+        raise RunFailedError(f"job {job} {state.lower()}: {_last_word(session, run)}")
     say(f"{run.name}: {now['state']} at step {now['step']} of {now['total_steps']}")
+
+
+def _last_word(session: Session, run: RunDirectory) -> str:
+    """Why a job ended, in its own words: its last error, or else its last line."""
+    lines = "".join(submission.log_lines(session, run, follow=False)).strip().splitlines() or ["it printed nothing"]
+    return next((line for line in reversed(lines) if line.startswith(("failed: ", "error: "))), lines[-1])
 
 
 def say_finished(run: RunDirectory) -> None:
