@@ -71,8 +71,12 @@ def log_lines(session: Session, run: RunDirectory, *, follow: bool) -> Iterator[
         yield str(client.get_job_logs(submission_id))
         return
     pieces = client.tail_job_logs(submission_id)
+
+    async def next_piece() -> str | None:
+        return await anext(pieces, None)
+
     with asyncio.Runner() as runner:
-        while (piece := runner.run(anext(pieces, None))) is not None:
+        while (piece := runner.run(next_piece())) is not None:
             yield piece
 
 

@@ -81,7 +81,8 @@ def test_status_and_list_tell_of_the_run(convmae: Command, finished: str) -> Non
     assert (status["state"], status["step"], status["total_steps"]) == ("finished", STEPS, STEPS)
     assert finished in [row["run"] for row in listed]
     assert f"{STEPS} of {STEPS}" in convmae("status", finished)[0]
-    assert f"{finished} {STEPS}/{STEPS} finished" in convmae("logs", finished)[0]
+    for follow in ((), ("--follow",)):
+        assert f"{finished} {STEPS}/{STEPS} finished" in convmae("logs", finished, *follow)[0]
 
 
 def test_a_finished_run_is_not_started_over(convmae: Command, data: str, finished: str) -> None:
