@@ -242,7 +242,7 @@ def test_data_outlive_down_and_a_killed_keeper_outlives_nothing(
 ) -> None:
     tools = tmp_path / "bin"
     tools.mkdir()
-    for tool in ("sh", "ps"):
+    for tool in ("bash", "sh", "ps"):  # what Ray starts by name
         (tools / tool).symlink_to(str(shutil.which(tool)))
     monkeypatch.setenv("PATH", str(tools))
     home = tmp_path / "home"
