@@ -1,4 +1,4 @@
-"""JPEG bytes to pixels, and pixels to the size that the model wants; the hot calls release the GIL."""
+"""Image bytes to pixels, and pixels to the size that the model wants; the hot calls release the GIL."""
 
 from __future__ import annotations
 
@@ -7,20 +7,47 @@ import numpy.typing as npt
 import simplejpeg
 import torch
 
+from pipeline import odd_images
+
 Pixels = npt.NDArray[np.uint8]
 
 KEPT_COLOURSPACES = frozenset({"YCbCr", "Gray", "RGB"})
-"""What libjpeg-turbo converts to RGB by itself; CMYK and YCCK need a colour conversion at ingest."""
+"""What libjpeg-turbo converts to RGB by itself; CMYK and YCCK need a colour conversion."""
+_MENDABLE = ("extraneous bytes", "Unsupported")
 
 
 def decode(data: bytes) -> Pixels:
-    """(H, W, 3) RGB pixels of a JPEG.
+    """(H, W, 3) RGB pixels of an image: a JPEG of ours by libjpeg-turbo, what else foreign tars hold by slower ways.
 
     Raises:
-        ValueError: The bytes are no JPEG, or a damaged one; nothing is patched up with grey.
+        ValueError: The bytes are no image, or a damaged one; nothing is patched up with grey.
+    """
+    if not data.startswith(odd_images.JPEG_START):
+        return odd_images.pixels_of(data)
+    try:
+        return decode_jpeg(data)
+    except ValueError as error:
+        if not is_mendable(error):
+            raise
+    return odd_images.pixels_of(data)
+
+
+def decode_jpeg(data: bytes) -> Pixels:
+    """(H, W, 3) RGB pixels of a gray, YCbCr or RGB JPEG of 8 bits.
+
+    Raises:
+        ValueError: The bytes are no such JPEG, or a damaged one.
     """
     pixels: Pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
     return pixels
+
+
+def is_mendable(error: ValueError) -> bool:
+    """Whether decode_jpeg refused a JPEG of which no pixel is lost.
+
+    Junk between segments, CMYK, 12 or 16 bits, lossless compression.
+    """
+    return any(word in str(error) for word in _MENDABLE)
 
 
 def resize(pixels: Pixels, height: int, width: int) -> Pixels:

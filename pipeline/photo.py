@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 
-import numpy as np
 import simplejpeg
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
-from pipeline.decode import KEPT_COLOURSPACES, decode
+from pipeline import odd_images
+from pipeline.decode import KEPT_COLOURSPACES, decode_jpeg, is_mendable
+from pipeline.errors import SourceError
 
 CONVERTED_QUALITY = 95
 _ORIENTATION_TAG = 0x0112
@@ -32,21 +31,38 @@ class Photo:
     width: int
 
 
-def photo_from(data: bytes) -> Photo:
+@dataclass(frozen=True)
+class Encoding:
+    """What is done to images on their way into a shard; by default as little as can be."""
+
+    max_side: int | None = None
+    """Larger images are shrunk until their longer side has this many pixels."""
+    quality: int | None = None
+    """JPEG quality, 1 to 100, at which every image is encoded again; None: only those that must be, at 95."""
+
+    def __post_init__(self) -> None:
+        if self.max_side is not None and self.max_side < 1:
+            raise SourceError("max_side", "must be at least 1 pixel", self.max_side, "leave it out to keep sizes")
+        if self.quality is not None and not 1 <= self.quality <= 100:
+            raise SourceError("quality", "must be from 1 to 100", self.quality, "leave it out to keep original bytes")
+
+
+ORIGINAL = Encoding()
+
+
+def photo_from(data: bytes, encoding: Encoding = ORIGINAL) -> Photo:
     """Check that an image file decodes to its last row; convert what is not an upright 8-bit JPEG.
 
-    Gray, YCbCr and RGB JPEGs keep their bytes. PNG, WebP, CMYK, 16 bit, EXIF-rotated and the like become RGB JPEGs of
-    quality 95.
+    Gray, YCbCr and RGB JPEGs keep their bytes, unless the encoding says otherwise. PNG, WebP, CMYK, 12 and 16 bit,
+    EXIF-rotated and the like become gray or RGB JPEGs. Transparent pixels are laid on white; of an animation the first
+    frame counts.
 
     Raises:
         CorruptImage: It does not decode whole, or is larger than PIL's guard against decompression bombs.
     """
     try:
-        if data.startswith(b"\xff\xd8") and _is_kept(data):
-            return _checked(data)
-        return _checked(_converted(data))
-    except CorruptImage:
-        raise
+        kept = _kept(data, encoding.max_side) if encoding.quality is None else None
+        return kept or _converted(data, encoding)
     except Exception as error:  # decoders raise whatever a damaged file leads them into
         raise CorruptImage(_reason(error)) from error
 
@@ -58,27 +74,25 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _is_kept(data: bytes) -> bool:
+def _kept(data: bytes, max_side: int | None) -> Photo | None:
+    """The JPEG as it is, after decoding it; None where it must be converted."""
+    if not data.startswith(odd_images.JPEG_START):
+        return None
     try:
         height, width, colourspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
     except (ValueError, KeyError):  # KeyError: a chroma subsampling that libjpeg-turbo has no name for
-        return False
-    _refuse_bomb(height, width)
-    return colourspace in KEPT_COLOURSPACES and _orientation(data) == _UPRIGHT and not _has_stray_bytes(data)
-
-
-def _checked(data: bytes) -> Photo:
-    height, width, _ = decode(data).shape
-    return Photo(data, height, width)
-
-
-def _has_stray_bytes(data: bytes) -> bool:
-    """Whether there is junk between the JPEG's segments, which loses no pixel but which a strict decoder refuses."""
+        return None
+    odd_images.refuse_bomb(height, width)
+    fits = max_side is None or max(height, width) <= max_side
+    if not fits or colourspace not in KEPT_COLOURSPACES or _orientation(data) != _UPRIGHT:
+        return None
     try:
-        decode(data)
+        height, width, _ = decode_jpeg(data).shape
     except ValueError as error:
-        return "extraneous bytes" in str(error)
-    return False
+        if is_mendable(error):
+            return None
+        raise
+    return Photo(data, height, width)
 
 
 def _orientation(data: bytes) -> int:
@@ -89,40 +103,17 @@ def _orientation(data: bytes) -> int:
         return _UPRIGHT
 
 
-def _converted(data: bytes) -> bytes:
-    with _whole_images_only(), Image.open(io.BytesIO(data)) as image:
-        _refuse_bomb(image.height, image.width)
-        image.load()
-        upright = _eight_bit(ImageOps.exif_transpose(image))
+def _converted(data: bytes, encoding: Encoding) -> Photo:
+    with warnings.catch_warnings(action="ignore"), odd_images.opened(data) as image:
+        result = _shrunk(odd_images.plain(ImageOps.exif_transpose(image)), encoding.max_side)
         output = io.BytesIO()
-        upright.convert("RGB").save(output, "JPEG", quality=CONVERTED_QUALITY)
-        return output.getvalue()
+        result.save(output, "JPEG", quality=encoding.quality or CONVERTED_QUALITY)
+        return Photo(output.getvalue(), result.height, result.width)
 
 
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """PIL's own conversion clips 16-bit gray at 255 where it should scale."""
-    if not image.mode.startswith("I"):
+def _shrunk(image: Image.Image, max_side: int | None) -> Image.Image:
+    if max_side is None or max(image.size) <= max_side:
         return image
-    values = np.asarray(image).astype(np.int64)
-    if values.min() < 0 or values.max() > 0xFFFF:
-        raise CorruptImage(f"gray values from {values.min()} to {values.max()} do not fit 16 bits")
-    return Image.fromarray((values >> 8).astype(np.uint8))
-
-
-def _refuse_bomb(height: int, width: int) -> None:
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and height * width > limit:
-        raise CorruptImage(f"{width} x {height} pixels are more than PIL's limit of {limit}")
-
-
-@contextlib.contextmanager
-def _whole_images_only() -> Iterator[None]:
-    """PIL as we need it, whatever a library in this process has made of its globals."""
-    before = ImageFile.LOAD_TRUNCATED_IMAGES
-    ImageFile.LOAD_TRUNCATED_IMAGES = False
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
+    ratio = max_side / max(image.size)
+    width, height = (max(1, round(side * ratio)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC)

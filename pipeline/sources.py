@@ -1,68 +1,85 @@
-"""The photographs that a user points at: a folder of images, or a folder of class folders."""
+"""The photographs that a user points at: a folder of images or of class folders, a list of files, or tars."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 
+from pipeline import source_lists, source_tars
 from pipeline.errors import SourceError
+from pipeline.source import Source, Sources, Tar, Tars
 from pipeline.storage import Storage
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+__all__ = ["IMAGE_SUFFIXES", "Source", "Sources", "Tar", "Tars", "find_sources"]
+
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+)
+PACKED_SUFFIXES = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".zip")
 
 
-@dataclass(frozen=True)
-class Source:
-    """One image file as it was listed."""
-
-    path: str
-    """Relative to the folder that was searched."""
-    size_bytes: int
-    label: int | None
-    """Index of the class folder among the sorted class folders; None in a flat folder."""
-
-
-@dataclass(frozen=True)
-class Sources:
-    """All images under one folder, sorted by path."""
-
-    root: str
-    classes: tuple[str, ...]
-    images: tuple[Source, ...]
-
-
-def find_sources(storage: Storage, root: str) -> Sources:
-    """List the images under a folder, by extension and without opening them.
-
-    A class is the first folder on an image's way down. Where an image lies directly under `root`, nothing has a label.
+def find_sources(storage: Storage, source: str) -> Sources | Tars:
+    """What lies there, by names alone; opens nothing but a list of files.
 
     Args:
-        storage: Reaches `root`.
-        root: URL or local path.
+        storage: Reaches `source`.
+        source: URL or local path of a folder of images or class folders, of a tar or a folder of tars, a pattern of
+            tars (`00{000..123}.tar`, `*.tar`), or of a text file that lists images.
 
     Raises:
-        SourceError: The folder is missing, empty, or has no image.
-        StorageError: The folder cannot be reached.
+        SourceError: It is missing, empty, or holds nothing of these.
+        StorageError: It cannot be reached.
     """
-    root = Storage.absolute(root)
+    source = Storage.absolute(source)
+    if source.lower().endswith(PACKED_SUFFIXES):
+        remedy = "unpack it first: single images cannot be read from a packed archive"
+        raise SourceError("source", "must not be compressed", source, remedy)
+    if source_tars.is_pattern(source) and not storage.list_names(source):
+        return source_tars.matching_tars(storage, source)
+    if storage.exists(source):
+        if _suffix(source) == ".tar":
+            root, _, name = source.rpartition("/")
+            return Tars(root, (Tar(name, storage.size(source)),))
+        return source_lists.listed_sources(storage, source)
+    return _folder(storage, source)
+
+
+def _folder(storage: Storage, root: str) -> Sources | Tars:
     try:
         sizes = storage.list_files(root)
     except FileNotFoundError:
         sizes = {}
     if not sizes:
-        raise SourceError("source", "must be a folder with images", root, "it is missing or empty; check the path")
+        remedy = "it is missing or empty; check the path"
+        raise SourceError("source", "must be a folder with images or tars, a tar, or a list of files", root, remedy)
     # Names with a leading dot are what systems leave behind (.DS_Store, ._photo.jpg of macOS archives).
-    paths = [path for path in sizes if _suffix(path) in IMAGE_SUFFIXES and not path.rpartition("/")[2].startswith(".")]
-    if not paths:
-        seen = ", ".join(list(sizes)[:3]) + (", ..." if len(sizes) > 3 else "")
-        wanted = ", ".join(sorted(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES))
-        remedy = f"its {len(sizes)} files are {seen}; wanted are {wanted}"
-        raise SourceError("source", "must have at least one image", root, remedy)
-    folders = {path.partition("/")[0] for path in paths}
-    classes = tuple(sorted(folders)) if all("/" in path for path in paths) else ()
+    shown = [path for path in sorted(sizes) if not path.rpartition("/")[2].startswith(".")]
+    images = [path for path in shown if _suffix(path) in IMAGE_SUFFIXES]
+    tars = [path for path in shown if _suffix(path) == ".tar"]
+    if images and tars:
+        remedy = f"name the tars with {Storage.join(root, '*.tar')}, or point at the images' own folder"
+        raise SourceError("source", "must hold images or tars, not both", root, remedy)
+    if tars:
+        return Tars(root, tuple(Tar(path, sizes[path]) for path in tars))
+    if not images:
+        raise _nothing_there(root, list(sizes))
+    return _by_class(root, {path: sizes[path] for path in images})
+
+
+def _nothing_there(root: str, names: list[str]) -> SourceError:
+    seen = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+    wanted = ", ".join(sorted(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES))
+    remedy = f"its {len(names)} files are {seen}; wanted are tar, {wanted}"
+    return SourceError("source", "must have at least one image or tar", root, remedy)
+
+
+def _by_class(root: str, sizes: dict[str, int]) -> Sources:
+    """A class is the first folder on an image's way down; where an image lies directly under `root`, none has one."""
+    folders = {path.partition("/")[0] for path in sizes}
+    classes = tuple(sorted(folders)) if all("/" in path for path in sizes) else ()
     labels = {name: index for index, name in enumerate(classes)}
-    images = tuple(Source(path, sizes[path], labels.get(path.partition("/")[0])) for path in sorted(paths))
-    return Sources(root, classes, images)
+    return Sources(
+        root, classes, tuple(Source(path, size, labels.get(path.partition("/")[0])) for path, size in sizes.items())
+    )
 
 
 def _suffix(path: str) -> str:

@@ -32,6 +32,7 @@ READ_TIMEOUT_SECONDS = 30.0
 MAX_CONNECTIONS = 64
 PROBE_BYTES = 65536
 _S3 = ("s3", "s3a")
+_THERE_ALREADY = ("PreconditionFailed", "ConditionalRequestConflict")
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,29 @@ class Storage:
             self._put_local(url, lambda temporary: temporary.write_bytes(data))
         else:
             self._call(url, lambda fs, path: fs.pipe_file(path, data))
+
+    def create(self, url: str, data: bytes) -> bool:
+        """Put `data` there if nothing is there yet; of several at once only one gets True.
+
+        A conditional write (S3's If-None-Match, exclusive creation of a local file). Other stores check and then write.
+        """
+
+        def put(filesystem: Any, path: str) -> bool:
+            try:
+                if is_local(url):
+                    Path(path).parent.mkdir(parents=True, exist_ok=True)
+                    with Path(path).open("xb") as file:
+                        file.write(data)
+                else:
+                    filesystem.pipe_file(path, data, mode="create")
+            except OSError as error:
+                if not isinstance(error, FileExistsError) and faults.http_code(error) not in _THERE_ALREADY:
+                    raise
+                # An attempt whose answer got lost may have been ours.
+                return bool(_ranged(filesystem, path, 0, None) == data)
+            return True
+
+        return self._call(url, put)
 
     def upload(self, local_path: Path, url: str) -> None:
         """Copy a local file there, whole or not at all."""

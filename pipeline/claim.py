@@ -1,0 +1,245 @@
+"""The exclusive right to write under one URL, held by one process at a time and lost when that process dies.
+
+Claims are numbered objects, `<folder>/claim-000001.json`, made by conditional writes; the highest number rules. Taking
+over from a dead holder is making the next number, so of several that see it dead only one succeeds. No clock of another
+machine is trusted: a holder is dead when its beat has not changed for as long as the observer watched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import json
+import os
+import re
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+
+from pipeline.errors import UserError
+from pipeline.storage import Storage
+
+BEAT_SECONDS = 4.0
+DEAD_SECONDS = 30.0
+"""Silence after which a holder counts as dead; several beats, since a store may be slow for a moment."""
+
+_NAME = re.compile(r"claim-(\d{6,})\.json")
+
+
+class ClaimedError(UserError):
+    """Somebody else works there."""
+
+
+@dataclass(frozen=True)
+class Holder:
+    """Who made a claim."""
+
+    token: str
+    work: str
+    """What it does there, for the message."""
+    user: str
+    host: str
+    boot_seconds: float
+    pid: int
+    process_seconds: float
+    """When the process began; pids are used again."""
+    since: str
+    """UTC, by the holder's clock."""
+
+    @classmethod
+    def here(cls, work: str) -> Holder:
+        """This process."""
+        since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
+        process = psutil.Process()
+        return cls(
+            uuid.uuid4().hex, work, _user(), socket.gethostname(), psutil.boot_time(), process.pid,
+            process.create_time(), since,
+        )  # fmt: skip
+
+    @property
+    def text(self) -> str:
+        """For a person."""
+        return f"{self.user}@{self.host} (process {self.pid}, {self.work}, since {self.since})"
+
+    def is_dead_here(self) -> bool:
+        """Whether it was a process of this machine that has ended; False for those of others."""
+        if self.host != socket.gethostname() or abs(self.boot_seconds - psutil.boot_time()) > 1.0:
+            return False
+        try:
+            return bool(abs(psutil.Process(self.pid).create_time() - self.process_seconds) > 1.0)
+        except psutil.NoSuchProcess:
+            return True
+
+
+class Claim:
+    """A claim that this process holds; beats in a thread until it is released.
+
+    Concurrency: safe to call from several threads.
+    Failure: when this process dies the claim is taken over by whoever asks DEAD_SECONDS later; on the same machine at
+        once.
+    """
+
+    def __init__(self, storage: Storage, folder: str, number: int, holder: Holder) -> None:
+        self._storage = storage
+        self._folder = folder
+        self._number = number
+        self._holder = holder
+        self._beats = 0
+        self._released = threading.Event()
+        self._lost_to: str | None = None
+        self._thread = threading.Thread(target=self._beat_on, name="claim", daemon=True)
+        self._thread.start()
+
+    def check(self) -> None:
+        """Call before what nobody else may do at the same time.
+
+        Raises:
+            ClaimedError: Another process took over, because this one did not reach the store for too long.
+        """
+        if self._lost_to is not None:
+            remedy = f"this one was silent for more than {DEAD_SECONDS:.0f} s; wait for the other"
+            raise ClaimedError("destination", f"was taken over by {self._lost_to}", self._folder, remedy)
+
+    def release(self) -> None:
+        """Give the claim up, and sweep away those of the dead before it."""
+        self._released.set()
+        self._thread.join()
+        if self._lost_to is None:
+            for number in sorted(number for number in _numbers(self._storage, self._folder) if number <= self._number):
+                self._storage.delete(_url(self._folder, number))
+
+    def _beat_on(self) -> None:
+        while not self._released.wait(BEAT_SECONDS) and self._lost_to is None:
+            with contextlib.suppress(OSError, UserError):  # the next beat tries again; the others cannot read either
+                self.beat()
+
+    def beat(self) -> None:
+        """Show that the holder lives, and find out whether it still is the holder."""
+        newest = max(_numbers(self._storage, self._folder), default=0)
+        current = _read(self._storage, _url(self._folder, self._number))
+        if newest != self._number or not current or current.get("token") != self._holder.token:
+            ruler = _read(self._storage, _url(self._folder, newest))
+            self._lost_to = _holder(ruler).text if ruler else "another process, which has finished"
+            return
+        self._beats += 1
+        self._storage.write(_url(self._folder, self._number), _content(self._holder, self._beats))
+
+
+@contextlib.contextmanager
+def claimed(
+    storage: Storage,
+    folder: str,
+    work: str,
+    *,
+    on_wait: Callable[[str], None],
+    dead_seconds: float = DEAD_SECONDS,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> Iterator[Claim]:
+    """Hold the claim while the context is open.
+
+    Args:
+        storage: Reaches the folder.
+        folder: Where claims are kept.
+        work: What this process will do, told to those who come second.
+        on_wait: Called with the holder's text when it is to be seen whether the holder lives.
+        dead_seconds: How long a holder is watched before it counts as dead.
+        clock: Monotonic seconds.
+        sleep: Waits that many seconds.
+
+    Raises:
+        ClaimedError: Another process works there; names it, and since when.
+    """
+    holder = Holder.here(work)
+    while True:
+        newest = max(_numbers(storage, folder), default=0)
+        if newest and not _is_dead(
+            storage, folder, newest, dead_seconds=dead_seconds, on_wait=on_wait, clock=clock, sleep=sleep
+        ):
+            continue
+        number = newest + 1
+        made = storage.create(_url(folder, number), _content(holder, 0))
+        # A store without conditional writes may have let two of us through; the last one's content remains.
+        if made and (_read(storage, _url(folder, number)) or {}).get("token") == holder.token:
+            break
+    claim = Claim(storage, folder, number, holder)
+    try:
+        yield claim
+    finally:
+        claim.release()
+
+
+def _is_dead(
+    storage: Storage,
+    folder: str,
+    number: int,
+    *,
+    dead_seconds: float,
+    on_wait: Callable[[str], None],
+    clock: Callable[[], float],
+    sleep: Callable[[float], None],
+) -> bool:
+    """Watch a claim until it moves, vanishes or counts as dead; False if it vanished.
+
+    Raises:
+        ClaimedError: It moved.
+    """
+    first = _read(storage, _url(folder, number))
+    if first is None:  # some stores list what was deleted a moment ago
+        return True
+    began, told = clock(), False
+    while True:
+        now = _read(storage, _url(folder, number))
+        if now is None:
+            return False
+        holder = _holder(now) if now else None
+        if now != first and holder:
+            remedy = "wait for it to end, or take another destination"
+            raise ClaimedError("destination", f"must not be worked on by {holder.text}", folder, remedy)
+        if (holder and holder.is_dead_here()) or clock() - began >= dead_seconds:
+            return True
+        if not told:
+            on_wait(holder.text if holder else "an unknown process")
+            told = True
+        sleep(min(1.0, dead_seconds / 10))
+
+
+def _url(folder: str, number: int) -> str:
+    return Storage.join(folder, f"claim-{number:06d}.json")
+
+
+def _numbers(storage: Storage, folder: str) -> list[int]:
+    found = map(_NAME.fullmatch, storage.list_names(folder))
+    return [int(match[1]) for match in found if match]
+
+
+def _content(holder: Holder, beat: int) -> bytes:
+    return json.dumps({**asdict(holder), "beat": beat}).encode()
+
+
+def _holder(content: Mapping[str, Any]) -> Holder:
+    return Holder(**{name: value for name, value in content.items() if name != "beat"})
+
+
+def _read(storage: Storage, url: str) -> dict[str, Any] | None:
+    """The content of a claim; None where there is none, empty while it is being written."""
+    try:
+        content: dict[str, Any] = json.loads(storage.read(url))
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        return {}
+    return content
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container whose user id has no name
+        return str(os.getuid())

@@ -1,0 +1,130 @@
+"""Images that libjpeg-turbo's 8-bit decoder does not take: PNG, WebP, GIF, CMYK, 12 and 16 bit JPEG, and the like."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+JPEG_START = b"\xff\xd8"
+
+_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+
+
+@contextlib.contextmanager
+def opened(data: bytes) -> Iterator[Image.Image]:
+    """The image with its first frame decoded to the last row.
+
+    Raises:
+        Exception: Whatever a decoder raises on bytes that it does not understand.
+    """
+    with _whole_images_only(), _opened(data) as image:
+        refuse_bomb(image.height, image.width)
+        image.load()
+        yield image
+
+
+def pixels_of(data: bytes) -> npt.NDArray[np.uint8]:
+    """(H, W, 3) RGB pixels, not turned by EXIF.
+
+    Raises:
+        ValueError: It is no image, a damaged one, or one whose meaning nobody knows.
+    """
+    try:
+        with opened(data) as image:
+            return np.array(plain(image).convert("RGB"))
+    except UnidentifiedImageError as error:  # its message holds a memory address
+        raise ValueError("not an image file") from error
+    except Exception as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def size_of(data: bytes) -> tuple[int, int]:
+    """Height and width by the header alone, of any image that `pixels_of` takes; raises ValueError as it does."""
+    if data.startswith(JPEG_START):
+        with contextlib.suppress(KeyError):  # a chroma subsampling that libjpeg-turbo has no name for
+            height, width, *_ = simplejpeg.decode_jpeg_header(data, strict=False)
+            return height, width
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            return image.height, image.width
+    except UnidentifiedImageError as error:
+        raise ValueError("not an image file") from error
+    except Exception as error:
+        raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def plain(image: Image.Image) -> Image.Image:
+    """Gray or RGB of 8 bits, with transparent pixels on white: what lies under them nobody was meant to see."""
+    image = _eight_bit(image)
+    if image.has_transparency_data:
+        above = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", above.size, "white"), above)
+    return image if image.mode == "L" else image.convert("L" if image.mode in ("1", "LA") else "RGB")
+
+
+def refuse_bomb(height: int, width: int) -> None:
+    """Raise ValueError for more pixels than PIL's guard against decompression bombs allows."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and height * width > limit:
+        raise ValueError(f"{width} x {height} pixels are more than PIL's limit of {limit}")
+
+
+def _opened(data: bytes) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:
+        if not data.startswith(JPEG_START):
+            raise
+    return Image.fromarray(_deep_pixels(data))
+
+
+def _deep_pixels(data: bytes) -> npt.NDArray[np.uint8]:
+    """A JPEG of 12 or 16 bits, or a lossless one, as 8-bit gray or RGB; PIL and simplejpeg know none of them."""
+    import imagecodecs
+
+    height, width, *_ = simplejpeg.decode_jpeg_header(data, strict=False)
+    refuse_bomb(height, width)
+    pixels: npt.NDArray[np.uint16] = imagecodecs.jpeg_decode(data)
+    return (pixels >> max(0, _precision(data) - 8)).astype(np.uint8)
+
+
+def _precision(data: bytes) -> int:
+    """Bits of a sample, from the frame header; the segments before it are passed over by their lengths."""
+    place = 2
+    while place + 4 < len(data) and data[place] == 0xFF:
+        if data[place + 1] in _FRAMES:
+            return data[place + 4]
+        place += 2 + int.from_bytes(data[place + 2 : place + 4], "big")
+    raise ValueError("the JPEG has no frame header")
+
+
+def _eight_bit(image: Image.Image) -> Image.Image:
+    """PIL's own conversion clips 16-bit gray at 255 where it should scale."""
+    if image.mode == "F":
+        raise ValueError("the pixels are floating-point numbers, whose range nobody knows")
+    if not image.mode.startswith("I"):
+        return image
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise ValueError(f"gray values from {values.min()} to {values.max()} do not fit 16 bits")
+    return Image.fromarray((values >> 8).astype(np.uint8))
+
+
+@contextlib.contextmanager
+def _whole_images_only() -> Iterator[None]:
+    """PIL as we need it, whatever a library in this process has made of its globals."""
+    before = ImageFile.LOAD_TRUNCATED_IMAGES
+    if not before:  # written only where it must be: other threads read it too
+        yield
+        return
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
+    try:
+        yield
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = before

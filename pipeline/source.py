@@ -1,0 +1,70 @@
+"""What an ingest is made of: images as they were found, and tars whose images are not known yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.storage import Storage
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One image as it was found: a file, or a range of a tar."""
+
+    path: str
+    """Of the file or tar: relative to the sources' root, or absolute."""
+    size_bytes: int | None
+    """Of the image; None where nobody asked."""
+    label: int | None
+    offset: int | None = None
+    """Byte in the tar at which the image begins; None for a file."""
+
+    @property
+    def name(self) -> str:
+        """What tells a person which one it is."""
+        return self.path if self.offset is None else f"{self.path} at byte {self.offset}"
+
+    def read(self, storage: Storage, root: str) -> bytes:
+        """The image's bytes.
+
+        Raises:
+            FileNotFoundError: It is gone.
+        """
+        url = within(root, self.path)
+        if self.offset is None:
+            return storage.read(url)
+        assert self.size_bytes is not None
+        return storage.read_range(url, self.offset, self.size_bytes)
+
+
+@dataclass(frozen=True)
+class Sources:
+    """All images of an ingest, in an order that depends on nothing but them."""
+
+    root: str
+    """What relative paths are relative to."""
+    classes: tuple[str, ...]
+    """Names of the labels; empty where they have none."""
+    images: Sequence[Source]
+
+
+@dataclass(frozen=True)
+class Tar:
+    """A tar whose images are not known yet."""
+
+    path: str
+    size_bytes: int
+
+
+@dataclass(frozen=True)
+class Tars:
+    """Tars to be gone through, sorted by path."""
+
+    root: str
+    tars: tuple[Tar, ...]
+
+
+def within(root: str, path: str) -> str:
+    """The place of a path that is absolute or relative to a root."""
+    return path if "://" in path or path.startswith("/") else Storage.join(root, path)

@@ -1,0 +1,72 @@
+"""Images listed in a text file: one path or URL a line, with a label behind it or without."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from pipeline.errors import SourceError
+from pipeline.source import Source, Sources, within
+from pipeline.storage import Storage
+
+ASKING_THREADS = 32
+
+_SPACED_LABEL = re.compile(r"(.*\S)\s+(\d+)")
+
+
+def listed_sources(storage: Storage, url: str) -> Sources:
+    r"""Read a list of images.
+
+    A line is ``PATH``, ``PATH<TAB>LABEL`` or ``PATH LABEL``. The label behind a tab is an integer or a class name, that
+    behind spaces an integer. Relative paths are relative to the list's folder. Empty lines and those that begin with
+    ``#`` do not count. Where every label is an integer they are kept as they are; else they are class names, and a
+    label is a name's place among the sorted names.
+
+    Raises:
+        SourceError: It is no text, or lists nothing.
+    """
+    try:
+        lines = storage.read(url).decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        remedy = "give a folder, a .tar, or a list with one path or URL a line"
+        raise SourceError("source", "must be a folder, a tar, or a text file", url, remedy) from error
+    rows = [_row(line) for line in lines if line.strip() and not line.startswith("#")]
+    if not rows:
+        raise SourceError("source", "must list at least one image", url, "write one path or URL a line")
+    classes, labels = _numbered([label for _, label in rows])
+    images = tuple(Source(path, None, label) for (path, _), label in zip(rows, labels, strict=True))
+    return Sources(url.rpartition("/")[0], classes, images)
+
+
+def sized(storage: Storage, sources: Sources) -> Sources:
+    """Ask for the sizes that are not known; a file that is gone has none and is skipped later."""
+
+    def asked(source: Source) -> Source:
+        if source.size_bytes is not None:
+            return source
+        try:
+            return replace(source, size_bytes=storage.size(within(sources.root, source.path)))
+        except FileNotFoundError:
+            return replace(source, size_bytes=0)
+
+    with ThreadPoolExecutor(ASKING_THREADS) as threads:
+        return replace(sources, images=tuple(threads.map(asked, sources.images)))
+
+
+def _row(line: str) -> tuple[str, str | None]:
+    path, tab, label = line.rstrip("\r\n").partition("\t")
+    if tab and label.strip():
+        return path.strip(), label.strip()
+    spaced = _SPACED_LABEL.fullmatch(path.strip())
+    return (spaced[1], spaced[2]) if spaced else (path.strip(), None)
+
+
+def _numbered(labels: Sequence[str | None]) -> tuple[tuple[str, ...], list[int | None]]:
+    given = {label for label in labels if label is not None}
+    if all(label.isdecimal() for label in given):
+        return (), [None if label is None else int(label) for label in labels]
+    classes = tuple(sorted(given))
+    places = {name: place for place, name in enumerate(classes)}
+    return classes, [None if label is None else places[label] for label in labels]

@@ -1,0 +1,181 @@
+"""Tars as sources: which ones are meant, and where their images lie, kept so that a killed scan goes on where it was.
+
+A tar is gone through once by `list_tar`, and its listing kept under the destination. Thereafter its images are ranges
+that any task reads by itself.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import io
+import json
+import re
+import tempfile
+import zipfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import braceexpand
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import SourceError
+from pipeline.shard_index import NO_LABEL, Skipped
+from pipeline.source import Source, Tar, Tars, within
+from pipeline.storage import Storage
+from pipeline.tar_samples import read_samples
+from pipeline.tar_scan import RangedFile, TarFault
+
+LISTING_VERSION = 1
+
+_ROW = np.dtype([("tar", "<i4"), ("offset", "<i8"), ("length", "<i8"), ("label", "<i8")])
+_WILD = re.compile(r"[*?\[]")
+
+
+def is_pattern(source: str) -> bool:
+    """Whether a name may stand for several."""
+    return bool(_WILD.search(source)) or "{" in source
+
+
+def matching_tars(storage: Storage, pattern: str) -> Tars:
+    """The tars that a pattern with braces, as webdataset takes them, or wildcards names.
+
+    Raises:
+        SourceError: A tar that braces name is missing, or nothing matches.
+    """
+    root = _fixed_part(pattern)
+    sizes = storage.list_files(root) if storage.list_names(root) else {}
+    chosen: dict[str, None] = {}
+    for wanted in braceexpand.braceexpand(pattern):
+        relative = wanted.removeprefix(root).lstrip("/")
+        found = [path for path in sizes if _matches(path, relative)]
+        if not found and not _WILD.search(relative):
+            raise SourceError("source", "must exist", wanted, "check the numbers in the braces")
+        chosen |= dict.fromkeys(sorted(found))
+    if not chosen:
+        raise SourceError("source", "must match at least one tar", pattern, f"{len(sizes)} files lie under {root}")
+    return Tars(root, tuple(Tar(path, sizes[path]) for path in sorted(chosen)))
+
+
+def _fixed_part(pattern: str) -> str:
+    """The folder above the first variable character."""
+    first = min(place for place in map(pattern.find, "*?[{") if place >= 0)
+    return pattern[:first].rpartition("/")[0]
+
+
+def _matches(path: str, pattern: str) -> bool:
+    names, wanted = path.split("/"), pattern.split("/")
+    return len(names) == len(wanted) and all(map(fnmatch.fnmatchcase, names, wanted))
+
+
+@dataclass(frozen=True, eq=False)
+class TarListing:
+    """Where the images of one tar lie."""
+
+    tar: Tar
+    offsets: npt.NDArray[np.int64]
+    lengths: npt.NDArray[np.int64]
+    labels: npt.NDArray[np.int64]
+    """NO_LABEL where there is none."""
+    skipped: tuple[Skipped, ...]
+    faults: tuple[TarFault, ...]
+    bad_labels: int
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def to_bytes(self) -> bytes:
+        """The listing as a file."""
+        header = {
+            "version": LISTING_VERSION,
+            "tar": [self.tar.path, self.tar.size_bytes],
+            "skipped": [[item.path, item.reason] for item in self.skipped],
+            "faults": [list(fault) for fault in self.faults],
+            "bad_labels": self.bad_labels,
+        }
+        text = np.frombuffer(json.dumps(header).encode(), np.uint8)
+        output = io.BytesIO()
+        np.savez_compressed(output, header=text, offsets=self.offsets, lengths=self.lengths, labels=self.labels)
+        return output.getvalue()
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> TarListing:
+        """Read a listing; ValueError if it is none."""
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+                header = json.loads(arrays["header"].tobytes())
+                columns = {name: arrays[name] for name in ("offsets", "lengths", "labels")}
+        except (KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"no listing: {error}") from error
+        if header["version"] != LISTING_VERSION:
+            raise ValueError(f"version {header['version']}")
+        skipped = tuple(Skipped(path, reason) for path, reason in header["skipped"])
+        faults = tuple(TarFault(offset, what) for offset, what in header["faults"])
+        return cls(Tar(*header["tar"]), **columns, skipped=skipped, faults=faults, bad_labels=header["bad_labels"])
+
+
+def list_tar(storage: Storage, folder: str, root: str, tar: Tar) -> TarListing:
+    """Find the images of a tar, or what an earlier run found.
+
+    Args:
+        storage: Reaches the tar and the listings.
+        folder: Where listings are kept.
+        root: Of the tars.
+        tar: The one to go through. Images behind a damaged place are found too, and the place is listed.
+    """
+    kept = Storage.join(folder, f"{_name(root, tar)}.npz")
+    try:
+        return TarListing.from_bytes(storage.read(kept))
+    except (FileNotFoundError, ValueError):
+        pass
+    url = within(root, tar.path)
+    with RangedFile(lambda offset, length: storage.read_range(url, offset, length), tar.size_bytes) as file:
+        contents = read_samples(file, salvage=True)
+    images = contents.images
+    listing = TarListing(
+        tar,
+        np.array([image.offset for image in images], "<i8"),
+        np.array([image.length for image in images], "<i8"),
+        np.array([NO_LABEL if image.label is None else image.label for image in images], "<i8"),
+        tuple(Skipped(f"{tar.path}: {item.path}", item.reason) for item in contents.skipped),
+        tuple(contents.faults),
+        contents.bad_labels,
+    )
+    storage.write(kept, listing.to_bytes())
+    return listing
+
+
+def _name(root: str, tar: Tar) -> str:
+    return hashlib.sha256(json.dumps([root, tar.path, tar.size_bytes]).encode()).hexdigest()[:32]
+
+
+class TarImages(Sequence[Source]):
+    """The images of many tars, in the tars' order, as rows of a temporary file: 28 bytes of disk for each, no memory."""
+
+    def __init__(self, listings: Iterable[TarListing]) -> None:
+        self._paths: list[str] = []
+        self._file = tempfile.TemporaryFile(prefix="convmae-images-")  # noqa: SIM115 (lives as long as the rows)
+        for number, listing in enumerate(listings):
+            self._paths.append(listing.tar.path)
+            rows = np.zeros(len(listing), _ROW)
+            rows["tar"], rows["offset"], rows["length"] = number, listing.offsets, listing.lengths
+            rows["label"] = listing.labels
+            self._file.write(rows.tobytes())
+        self._file.flush()
+        size = self._file.tell() // _ROW.itemsize
+        self._rows = np.memmap(self._file, _ROW, "r", shape=(size,)) if size else np.zeros(0, _ROW)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @overload
+    def __getitem__(self, place: int) -> Source: ...
+    @overload
+    def __getitem__(self, place: slice) -> Sequence[Source]: ...
+    def __getitem__(self, place: int | slice) -> Source | Sequence[Source]:
+        if isinstance(place, slice):
+            return [self[number] for number in range(*place.indices(len(self)))]
+        tar, offset, length, label = self._rows[place].item()
+        return Source(self._paths[tar], length, None if label == NO_LABEL else label, offset)

@@ -1,0 +1,171 @@
+"""What a tar made elsewhere holds, in WebDataset's terms: images by key, with the labels that lie beside them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from pipeline.photo import CorruptImage
+from pipeline.shard_index import Skipped
+from pipeline.tar_scan import RangedFile, TarFault, TarMember, scan_tar
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jfif")
+"""Where a sample has several images, the first of these is the one."""
+LABEL_FIELDS = ("cls", "label", "class_id")
+"""Of a sample's .json; the first that is an integer counts."""
+LARGEST_IMAGE_BYTES = 256 << 20
+LARGEST_LABEL_BYTES = 1 << 20
+
+_META = re.compile(r"__[^/]*__($|/)")  # webdataset skips these too
+
+
+class Measured(NamedTuple):
+    """What an index keeps about an image's bytes."""
+
+    crc: int
+    height: int
+    width: int
+
+
+class TarImage(NamedTuple):
+    """An image of a sample."""
+
+    key: str
+    extension: str
+    """What follows the key and a dot in the member's name, as it is written there."""
+    offset: int
+    """Byte in the tar at which the image begins."""
+    length: int
+    label: int | None
+    measured: Measured | None
+
+    @property
+    def member(self) -> str:
+        """The member's name."""
+        return f"{self.key}.{self.extension}"
+
+
+@dataclass
+class TarContents:
+    """One tar, gone through once."""
+
+    images: list[TarImage] = field(default_factory=list)
+    """In the tar's order."""
+    skipped: list[Skipped] = field(default_factory=list)
+    """Images that cannot be used."""
+    faults: list[TarFault] = field(default_factory=list)
+    bad_labels: int = 0
+    """Labels that are no integers of at least 0; their images have none."""
+
+
+def read_samples(file: RangedFile, *, salvage: bool, measure: Callable[[bytes], Measured] | None = None) -> TarContents:
+    """Go through a tar once and find its samples, whatever the order of a sample's members.
+
+    A sample's key is its members' name up to the first dot of the last part, as for webdataset. Its image is the member
+    `<key>.jpg`, else `<key>.jpeg` and so on; where it has none of these, each `<key>.<more>.jpg` is a sample of its own.
+    Its label is the integer in `<key>.cls`, else in a field of `<key>.json`. Other members are passed over.
+
+    Args:
+        file: The tar. Holding its rows takes about 500 bytes an image.
+        salvage: Go on behind a damaged place; else the contents end there.
+        measure: Called with the bytes of every image; raises CorruptImage for what cannot be used. Without it, images
+            are not read.
+    """
+    contents = TarContents()
+    found: dict[str, TarImage] = {}
+    labels: dict[str, int] = {}
+    for item in scan_tar(file, salvage=salvage):
+        if isinstance(item, TarFault):
+            contents.faults.append(item)
+            continue
+        extension = item.name.rpartition(".")[2]
+        if _is_passed_over(item.name):
+            continue
+        if extension.lower() in IMAGE_EXTENSIONS:
+            _take_image(contents, found, item, extension, file, measure)
+        elif extension.lower() in ("cls", "json") and item.size <= LARGEST_LABEL_BYTES:
+            stem = item.name.removesuffix(f".{extension}")
+            if extension.lower() == "cls" or stem not in labels:
+                _take_label(contents, labels, stem, extension.lower(), _content(file, item))
+    contents.images = _labelled(_chosen(found), labels)
+    return contents
+
+
+def _is_passed_over(name: str) -> bool:
+    last = name.rpartition("/")[2]
+    return last.startswith(".") or "." not in last or _META.match(name) is not None
+
+
+def _content(file: RangedFile, member: TarMember) -> bytes:
+    file.seek(member.data_offset)
+    return file.read(member.size)
+
+
+def _take_image(
+    contents: TarContents,
+    found: dict[str, TarImage],
+    member: TarMember,
+    extension: str,
+    file: RangedFile,
+    measure: Callable[[bytes], Measured] | None,
+) -> None:
+    try:
+        if member.name in found:
+            raise CorruptImage("its name was used before in this tar")
+        if member.size > LARGEST_IMAGE_BYTES:
+            raise CorruptImage(f"{member.size} bytes are more than {LARGEST_IMAGE_BYTES}")
+        measured = measure(_content(file, member)) if measure else None
+    except CorruptImage as error:
+        contents.skipped.append(Skipped(f"{member.name} at byte {member.data_offset}", str(error)))
+        return
+    key = sample_key(member.name)
+    found[member.name] = TarImage(key, member.name[len(key) + 1 :], member.data_offset, member.size, None, measured)
+
+
+def _take_label(contents: TarContents, labels: dict[str, int], stem: str, kind: str, data: bytes) -> None:
+    try:
+        value = int(data) if kind == "cls" else _json_label(data)
+    except ValueError:
+        value = -1
+    if value is not None and 0 <= value < 2**63:
+        labels[stem] = value
+    elif value is not None:
+        contents.bad_labels += 1
+
+
+def _json_label(data: bytes) -> int | None:
+    fields = json.loads(data)
+    values = [fields.get(name) for name in LABEL_FIELDS] if isinstance(fields, dict) else []
+    return next((value for value in values if isinstance(value, int) and not isinstance(value, bool)), None)
+
+
+def _chosen(found: dict[str, TarImage]) -> list[TarImage]:
+    """One image a sample where it has one of the plain extensions, else all that it has."""
+    samples: defaultdict[str, list[TarImage]] = defaultdict(list)
+    for image in found.values():
+        samples[image.key].append(image)
+    chosen = []
+    for images in samples.values():
+        plain = [image for image in images if image.extension.lower() in IMAGE_EXTENSIONS]
+        chosen += [min(plain, key=_preference)] if plain else images
+    return sorted(chosen, key=lambda image: image.offset)
+
+
+def _preference(image: TarImage) -> int:
+    return IMAGE_EXTENSIONS.index(image.extension.lower())
+
+
+def _labelled(images: list[TarImage], labels: dict[str, int]) -> list[TarImage]:
+    """Labels are known by their members' names without the last extension, so that `a.left.cls` goes to `a.left.jpg`."""
+    found = ((image, labels.get(image.member.rpartition(".")[0], labels.get(image.key))) for image in images)
+    return [image if label is None else image._replace(label=label) for image, label in found]
+
+
+def sample_key(name: str) -> str:
+    """A member's name up to the first dot of its last part."""
+    folder, slash, last = name.rpartition("/")
+    return folder + slash + last.partition(".")[0]

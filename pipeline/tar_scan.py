@@ -1,0 +1,169 @@
+"""One pass over a tar of unknown origin: its members with their offsets, and every place at which it is damaged.
+
+Members are parsed by `tarfile` (ustar with prefix, pax, GNU long names, base-256 sizes). What `tarfile` and webdataset
+pass over in silence is told here: they take a damaged header in the middle for the end of the archive.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections import OrderedDict
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import IO, NamedTuple, cast
+
+CHUNK_BYTES = 8 << 20
+_HELD_CHUNKS = 3
+_BLOCK = tarfile.BLOCKSIZE
+_MAGIC = slice(257, 262)
+
+
+class TarMember(NamedTuple):
+    """A regular file in a tar."""
+
+    name: str
+    offset: int
+    """Byte at which its first header begins."""
+    data_offset: int
+    """Byte at which its content begins."""
+    size: int
+
+
+class TarFault(NamedTuple):
+    """A place at which a tar is not as a writer leaves it."""
+
+    offset: int
+    what: str
+
+
+class RangedFile(io.RawIOBase):
+    """A read-only file over ranged reads, for going through once: reads the next chunk while this one is looked at.
+
+    Holds at most `_HELD_CHUNKS` chunks, whatever the size of the file.
+    """
+
+    def __init__(self, read_range: Callable[[int, int], bytes], size: int, chunk_bytes: int = CHUNK_BYTES) -> None:
+        self.size = size
+        self._read_range = read_range
+        self._chunk_bytes = chunk_bytes
+        self._chunks: OrderedDict[int, Future[bytes]] = OrderedDict()
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="tar-scan")
+        self._position = 0
+
+    def close(self) -> None:
+        """Give up what is being read ahead."""
+        if not self.closed:
+            self._reader.shutdown(wait=True, cancel_futures=True)
+        super().close()
+
+    def readable(self) -> bool:
+        """It is."""
+        return True
+
+    def seekable(self) -> bool:
+        """It is."""
+        return True
+
+    def tell(self) -> int:
+        """Byte that is read next."""
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Go to a byte; reads nothing."""
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
+        return self._position
+
+    def read(self, size: int = -1) -> bytes:
+        """`size` bytes, fewer only at the end of the file."""
+        end = self.size if size < 0 else min(self.size, self._position + size)
+        pieces = []
+        while self._position < end:
+            number, within = divmod(self._position, self._chunk_bytes)
+            piece = self._chunk(number)[within : within + end - self._position]
+            if not piece:  # the object has become shorter since it was asked for its size
+                break
+            pieces.append(piece)
+            self._position += len(piece)
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+
+    def _chunk(self, number: int) -> bytes:
+        for wanted in (number, number + 1):
+            start = wanted * self._chunk_bytes
+            if wanted not in self._chunks and start < self.size:
+                length = min(self._chunk_bytes, self.size - start)
+                self._chunks[wanted] = self._reader.submit(self._read_range, start, length)
+        self._chunks.move_to_end(number)
+        while len(self._chunks) > _HELD_CHUNKS:
+            self._chunks.popitem(last=False)
+        return self._chunks[number].result()
+
+
+def scan_tar(file: RangedFile, *, salvage: bool = True) -> Iterator[TarMember | TarFault]:
+    """Go through a tar from its first byte to its last.
+
+    Content may be read from `file` between two members. A member whose content ends early is a fault, not a member.
+
+    Args:
+        file: The tar.
+        salvage: Look for the next good header behind a damaged place; else end there.
+    """
+    offset: int | None = 0
+    while offset is not None:
+        fault, offset = yield from _archive(file, offset)
+        if fault is None:
+            return
+        yield fault
+        if not salvage:
+            return
+        offset = _next_header(file, offset)
+
+
+def _archive(file: RangedFile, start: int) -> Generator[TarMember, None, tuple[TarFault | None, int]]:
+    """The members from `start` to an end mark or a fault; returns the fault, and where to look on."""
+    file.seek(start)
+    tar: tarfile.TarFile | None = None
+    here = start
+    try:
+        tar = tarfile.TarFile(fileobj=cast(IO[bytes], file), errorlevel=2)
+        while (member := tar.next()) is not None:
+            tar.members.clear()  # type: ignore[attr-defined]
+            here = tar.offset
+            if member.offset_data + member.size > file.size and not member.isdir():
+                missing = member.offset_data + member.size - file.size
+                return TarFault(member.offset, f"{member.name} is cut off, {missing} bytes are missing"), file.size
+            if member.isreg() and not member.issparse():
+                yield TarMember(member.name, member.offset, member.offset_data, member.size)
+    except (tarfile.TarError, ValueError, UnicodeError, OverflowError, EOFError) as error:
+        return TarFault(here, f"damaged header ({error})"), here + _BLOCK
+    return _end_fault(file, tar.offset)
+
+
+def _end_fault(file: RangedFile, offset: int) -> tuple[TarFault | None, int]:
+    """What is wrong where `tarfile` sees the end of an archive, if anything is."""
+    file.seek(offset)
+    block = file.read(_BLOCK)
+    if len(block) < _BLOCK:
+        return TarFault(min(offset, file.size), "the tar is cut off: it has no end mark"), file.size
+    if any(block):
+        return TarFault(offset, "damaged header (bad checksum)"), offset + _BLOCK
+    while rest := file.read(_BLOCK * 128):
+        if any(rest):
+            where = file.tell() - len(rest)
+            where += next(number for number, value in enumerate(rest) if value) // _BLOCK * _BLOCK
+            return TarFault(offset, f"an end mark, but more follows at byte {where}"), where
+    return None, offset
+
+
+def _next_header(file: RangedFile, offset: int) -> int | None:
+    """Where the first good header at or after `offset` begins; None where there is none."""
+    for start in range(-(-offset // _BLOCK) * _BLOCK, file.size, _BLOCK):
+        file.seek(start)
+        block = file.read(_BLOCK)
+        if block[_MAGIC] == b"ustar":
+            try:
+                tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+            except tarfile.HeaderError:
+                continue
+            return start
+    return None
