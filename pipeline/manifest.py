@@ -7,13 +7,15 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import DatasetError
 from pipeline.shard_index import Skipped
 from pipeline.shard_table import ShardTable
-from pipeline.shards import ShardReport, ShardTask
 from pipeline.storage import Storage
+
+if TYPE_CHECKING:  # it imports webdataset, which imports torch: seconds, and 200 MB, that a reader of manifests spares
+    from pipeline.shards import ShardReport, ShardTask
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
