@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import google_crc32c
@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import DatasetError
+from pipeline.index_reader import INDEX_CACHE_BYTES, IndexReader, SampleRow
 from pipeline.manifest import Manifest
-from pipeline.shard_index import NO_LABEL, ShardIndex, sha256
-from pipeline.shards import index_url, tar_url
+from pipeline.shard_index import NO_LABEL, ShardIndex
 from pipeline.storage import Storage
 
-INDEX_CACHE_BYTES = 256 << 20
+INDEX_THREADS = 16
 LONGEST_READ_BYTES = 32 << 20
 
 Int64s = npt.NDArray[np.int64]
@@ -39,7 +39,7 @@ class Sample:
 class Dataset:
     """The shards of one manifest.
 
-    Owns: an LRU of shard indexes, bounded in bytes; no image.
+    Owns: an LRU of index pages, bounded in bytes; no image.
     Concurrency: safe to call from several threads.
     Blocking: read() does I/O, as long as Storage retries.
     """
@@ -51,8 +51,8 @@ class Dataset:
         self.url = url
         self.manifest = manifest
         self.digest = manifest.digest
-        self._ends = np.cumsum([shard.samples for shard in manifest.shards], dtype=np.int64)
-        self._indexes = _IndexCache(index_cache_bytes)
+        self._ends = np.cumsum(manifest.shards.samples)
+        self._indexes = IndexReader(storage, url, manifest.shards, index_cache_bytes)
 
     @classmethod
     def open(cls, storage: Storage, url: str) -> Dataset:
@@ -91,96 +91,104 @@ class Dataset:
             DatasetError: A byte differs from what was ingested; names shard, key and offset.
         """
         ids = np.asarray(sample_ids, np.int64)
+        found: dict[int, Sample] = {}
+        for shard, rows in itertools.groupby(self.rows(np.unique(ids)), key=lambda sample: sample.shard):
+            found |= self._read_shard(shard, list(rows))
+        return [found[sample] for sample in ids.tolist()]
+
+    def rows(self, sample_ids: Sequence[int] | Int64s) -> list[SampleRow]:
+        """What the indexes say of some samples: key, place in the tar, CRC32C, size, label. No image byte is read.
+
+        Reads the pages of the indexes that hold these rows, those of several shards at once.
+
+        Args:
+            sample_ids: Distinct or not, in any order.
+
+        Returns:
+            One row for each id, in the order of the ids.
+
+        Raises:
+            DatasetError: An index is missing, damaged, or not the one that the manifest names.
+        """
+        ids = np.asarray(sample_ids, np.int64)
         unique = np.unique(ids)
         shards = np.searchsorted(self._ends, unique, side="right")
-        found: dict[int, Sample] = {}
-        for shard in np.unique(shards).tolist():
-            found |= self._read_shard(shard, unique[shards == shard])
+        cuts = np.flatnonzero(np.diff(shards)) + 1
+        groups = [
+            (int(shards[group[0]]), unique[group]) for group in np.split(np.arange(len(unique)), cuts) if len(group)
+        ]
+        found: dict[int, SampleRow] = {}
+        if len(groups) == 1:  # a block: already one of many that are read at once
+            found = self._shard_rows(groups[0])
+        elif groups:
+            with ThreadPoolExecutor(min(INDEX_THREADS, len(groups)), "convmae-index") as threads:
+                for rows in threads.map(self._shard_rows, groups):
+                    found |= rows
         return [found[sample] for sample in ids.tolist()]
 
     def index(self, shard: int) -> ShardIndex:
-        """The index of the shard with that place in the manifest."""
-        return self._indexes.get(shard, self._load_index)
+        """The whole index of the shard with that place in the manifest; read anew each time.
 
-    def _load_index(self, shard: int) -> ShardIndex:
+        Raises:
+            DatasetError: It is missing, damaged, or not the one that the manifest names.
+        """
         entry = self.manifest.shards[shard]
-        url = index_url(self.url, entry.name)
+        url = entry.index_url(self.url)
         try:
-            data = self.storage.read(url)
+            index = ShardIndex.from_bytes(self.storage.read(url), url)
         except FileNotFoundError:
-            raise _altered("index", url, "it is missing") from None
-        if sha256(data) != entry.index_sha256:
-            raise _altered("index", url, "its SHA-256 is not the manifest's")
-        return ShardIndex.from_bytes(data, url)
+            raise _altered("shard index", url, "it is missing") from None
+        if index.digest != entry.index_sha256:
+            raise _altered("shard index", url, "it is not the one that the manifest names")
+        return index
 
-    def _read_shard(self, shard: int, ids: Int64s) -> dict[int, Sample]:
-        index = self.index(shard)
-        first_id = int(self._ends[shard]) - len(index)
-        url = tar_url(self.url, index.shard)
+    def _shard_rows(self, group: tuple[int, Int64s]) -> dict[int, SampleRow]:
+        shard, ids = group
+        places = ids - (self._ends[shard] - self.manifest.shards.samples[shard])
+        rows = self._indexes.rows(shard, places)
+        return {
+            sample: SampleRow(sample, shard, place, row)
+            for sample, place, row in zip(ids.tolist(), places.tolist(), rows, strict=True)
+        }
+
+    def _read_shard(self, shard: int, rows: list[SampleRow]) -> dict[int, Sample]:
+        entry = self.manifest.shards[shard]
+        url = entry.tar_url(self.url)
         samples: dict[int, Sample] = {}
-        for rows in _neighbours(ids - first_id, index):
-            start = int(index.offsets[rows[0]])
-            length = int(index.offsets[rows[-1]] + index.lengths[rows[-1]]) - start
+        for run in _neighbours(rows):
+            start = run[0].row.offset
+            length = run[-1].row.offset + run[-1].row.length - start
             try:
                 data = memoryview(self.storage.read_range(url, start, length))
             except FileNotFoundError:
                 raise _altered("shard", url, "it is missing") from None
-            for row in rows:
-                begin = int(index.offsets[row]) - start
-                image = bytes(data[begin : begin + int(index.lengths[row])])
-                samples[first_id + row] = _checked(index, row, image, first_id, url)
+            for sample in run:
+                begin = sample.row.offset - start
+                image = bytes(data[begin : begin + sample.row.length])
+                samples[sample.id] = _checked(sample, entry.name, image, url)
         return samples
 
 
-def _checked(index: ShardIndex, row: int, image: bytes, first_id: int, url: str) -> Sample:
-    key, length = index.keys[row].decode(), int(index.lengths[row])
-    if len(image) != length or google_crc32c.value(image) != int(index.crcs[row]):
-        fault = "end early" if len(image) != length else "do not have the CRC32C of the index"
-        raise _altered("shard", url, f"the {length} bytes of {key}.jpg at offset {index.offsets[row]} {fault}")
-    label = int(index.labels[row])
-    return Sample(first_id + row, key, index.shard, image, None if label == NO_LABEL else label)
+def _checked(sample: SampleRow, shard: str, image: bytes, url: str) -> Sample:
+    row = sample.row
+    if len(image) != row.length or google_crc32c.value(image) != row.crc:
+        fault = "end early" if len(image) != row.length else "do not have the CRC32C of the index"
+        raise _altered("shard", url, f"the {row.length} bytes of {row.member} at offset {row.offset} {fault}")
+    return Sample(sample.id, row.key, shard, image, None if row.label == NO_LABEL else row.label)
 
 
 def _altered(what: str, url: str, why: str) -> DatasetError:
     return DatasetError(what, "must be as it was ingested", url, f"{why}; restore it, or shard the data set again")
 
 
-def _neighbours(rows: Int64s, index: ShardIndex) -> list[list[int]]:
-    """Runs of consecutive rows, ascending; between two images lie only headers and labels."""
-    runs: list[list[int]] = []
-    for row in rows.tolist():
-        if runs and row == runs[-1][-1] + 1:
-            span_bytes = int(index.offsets[row] + index.lengths[row] - index.offsets[runs[-1][0]])
+def _neighbours(rows: list[SampleRow]) -> list[list[SampleRow]]:
+    """Runs of samples that follow each other in their shard, ascending; between two images lie headers and labels."""
+    runs: list[list[SampleRow]] = []
+    for sample in rows:
+        if runs and sample.place == runs[-1][-1].place + 1 and sample.row.offset > runs[-1][-1].row.offset:
+            span_bytes = sample.row.offset + sample.row.length - runs[-1][0].row.offset
             if span_bytes <= LONGEST_READ_BYTES:
-                runs[-1].append(row)
+                runs[-1].append(sample)
                 continue
-        runs.append([row])
+        runs.append([sample])
     return runs
-
-
-class _IndexCache:
-    """LRU of shard indexes; a miss is loaded by one thread while others with the same miss wait."""
-
-    def __init__(self, limit_bytes: int) -> None:
-        self._limit_bytes = limit_bytes
-        self._held: OrderedDict[int, ShardIndex] = OrderedDict()
-        self._loading: dict[int, threading.Lock] = {}
-        self._lock = threading.Lock()
-
-    def get(self, shard: int, load: Callable[[int], ShardIndex]) -> ShardIndex:
-        with self._lock:
-            if shard in self._held:
-                self._held.move_to_end(shard)
-                return self._held[shard]
-            turn = self._loading.setdefault(shard, threading.Lock())
-        with turn:
-            with self._lock:
-                if shard in self._held:
-                    return self._held[shard]
-            index = load(shard)
-            with self._lock:
-                self._held[shard] = index
-                self._loading.pop(shard, None)
-                while len(self._held) > 1 and sum(held.nbytes for held in self._held.values()) > self._limit_bytes:
-                    self._held.popitem(last=False)
-        return index

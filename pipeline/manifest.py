@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import DatasetError
 from pipeline.shard_index import Skipped
-from pipeline.shards import ShardReport, ShardTask
+from pipeline.shard_table import ShardTable
 from pipeline.storage import Storage
 
-FORMAT_VERSION = 1
+if TYPE_CHECKING:  # it imports webdataset, which imports torch: seconds, and 200 MB, that a reader of manifests spares
+    from pipeline.shards import ShardReport, ShardTask
+
+FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 SKIPPED_NAME = "skipped.jsonl"
-
-
-@dataclass(frozen=True)
-class ShardEntry:
-    """One shard as the manifest lists it."""
-
-    name: str
-    samples: int
-    tar_bytes: int
-    index_sha256: str
 
 
 @dataclass(frozen=True)
@@ -38,34 +33,37 @@ class Manifest:
     """Names of the labels; empty where there are none."""
     skipped: int
     """Images that were left out; skipped.jsonl beside the manifest names them."""
-    shards: tuple[ShardEntry, ...]
+    shards: ShardTable
 
-    @property
+    @functools.cached_property
     def samples(self) -> int:
         """Over all shards."""
-        return sum(shard.samples for shard in self.shards)
+        return int(self.shards.samples.sum())
 
-    @property
+    @functools.cached_property
     def tar_bytes(self) -> int:
         """Over all shards."""
-        return sum(shard.tar_bytes for shard in self.shards)
+        return int(self.shards.tar_bytes.sum())
 
-    @property
+    @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON: names the data set, down to every image's bytes, in each checkpoint."""
-        return hashlib.sha256(self.to_bytes()).hexdigest()
+        """SHA-256 of the canonical JSON without `etag` and `tar`: names the data set, down to every image's bytes.
+
+        A copy in another store has the same digest; it is what checkpoints and caches know a data set by.
+        """
+        return hashlib.sha256(_canonical(self._fields() | {"shards": self.shards.content_json()})).hexdigest()
 
     @classmethod
     def of(cls, tasks: Sequence[ShardTask], reports: Iterable[ShardReport], classes: tuple[str, ...]) -> Manifest:
         """Put together what the tasks of one ingest reported, in any order."""
         ordered = sorted(reports, key=lambda report: report.name)
-        entries = tuple(ShardEntry(r.name, r.samples, r.tar_bytes, r.index_sha256) for r in ordered)
+        shards = ShardTable.of(report.entry for report in ordered)
         skipped = sum(len(report.skipped) for report in ordered)
-        return cls(FORMAT_VERSION, sources_digest(tasks), classes, skipped, entries)
+        return cls(FORMAT_VERSION, sources_digest(tasks), classes, skipped, shards)
 
     def to_bytes(self) -> bytes:
-        """Canonical JSON."""
-        return json.dumps(asdict(self), sort_keys=True, separators=(",", ":")).encode()
+        """Canonical JSON; the shards as columns."""
+        return _canonical(self._fields() | {"shards": self.shards.to_json()})
 
     def save(self, storage: Storage, url: str, skipped: Iterable[Skipped]) -> None:
         """Commit the data set: the list of skipped images first, the manifest last."""
@@ -90,13 +88,26 @@ class Manifest:
             fields = json.loads(data)
             version = fields["format_version"]
             if version == FORMAT_VERSION:
-                shards = tuple(ShardEntry(**entry) for entry in fields.pop("shards"))
+                shards = ShardTable.from_json(fields.pop("shards"))
                 return cls(**fields | {"classes": tuple(fields["classes"])}, shards=shards)
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             remedy = f"shard the data set again into another place ({type(error).__name__}: {error})"
             raise DatasetError("manifest", "must be readable", place, remedy) from error
         rule = f"must have format_version {FORMAT_VERSION}"
-        raise DatasetError("manifest", rule, version, f"read {place} with the release that wrote it")
+        remedy = f"read {place} with the release that wrote it, or shard the data set again into another place"
+        raise DatasetError("manifest", rule, version, remedy)
+
+    def _fields(self) -> dict[str, Any]:
+        return {
+            "format_version": self.format_version,
+            "sources_digest": self.sources_digest,
+            "classes": list(self.classes),
+            "skipped": self.skipped,
+        }
+
+
+def _canonical(fields: dict[str, Any]) -> bytes:
+    return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
 
 
 def sources_digest(tasks: Sequence[ShardTask]) -> str:

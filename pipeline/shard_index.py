@@ -1,38 +1,50 @@
-"""The index beside a shard: where each image lies in the tar, and its checksum.
+"""The index of a shard: where each image lies in the tar, and its checksum.
 
-A NumPy .npz without pickled objects; the same shard gives the same bytes.
+The same shard gives the same bytes. Readers of samples take pages of it (`pipeline.index_reader`); here it is whole.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
-import zipfile
-from dataclasses import dataclass
-from typing import NamedTuple
+import struct
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
+import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import DatasetError
+from pipeline.index_pages import HEAD, INDEX_VERSION, Pages, Rows, row_type
 
-INDEX_VERSION = 1
 NO_LABEL = -1
 
-_COLUMNS = ("keys", "offsets", "lengths", "crcs", "heights", "widths", "labels")
+_TRAILER = struct.Struct("<II")
 
 
 class IndexRow(NamedTuple):
-    """One sample; the fields are those of ShardIndex."""
+    """One sample."""
 
     key: str
+    """As WebDataset defines it: the image member's path up to the first dot of its last part."""
     offset: int
+    """Byte in the tar at which the image begins."""
     length: int
+    """Bytes of the image."""
     crc: int
+    """CRC32C of the image's bytes."""
     height: int
     width: int
     label: int
+    """NO_LABEL where there is none."""
+    extension: str = "jpg"
+    """What follows the key and a dot in the image member's name: jpg, png, seg.webp, ..."""
+
+    @property
+    def member(self) -> str:
+        """Name of the image in the tar."""
+        return f"{self.key}.{self.extension}"
 
 
 @dataclass(frozen=True)
@@ -45,63 +57,90 @@ class Skipped:
 
 @dataclass(frozen=True, eq=False)
 class ShardIndex:
-    """Columns over a shard's samples, each (n,), in the tar's order."""
+    """A shard's samples in the tar's order."""
 
     shard: str
     tar_bytes: int
     sources_digest: str
     skipped: tuple[Skipped, ...]
-    keys: npt.NDArray[np.bytes_]
-    offsets: npt.NDArray[np.int64]
-    """Byte in the tar at which the image begins."""
-    lengths: npt.NDArray[np.int64]
-    crcs: npt.NDArray[np.uint32]
-    """CRC32C of the image's bytes."""
-    heights: npt.NDArray[np.int32]
-    widths: npt.NDArray[np.int32]
-    labels: npt.NDArray[np.int32]
-    """NO_LABEL where there is none."""
+    table: Rows
+    """(n,) of `index_pages.row_type`."""
+    tar_etag: str | None = None
+    """Of the tar, as its store gave it; not part of the digest, so that a copy in another store is the same index."""
 
     @classmethod
     def from_rows(
-        cls, shard: str, tar_bytes: int, sources_digest: str, skipped: tuple[Skipped, ...], rows: list[IndexRow]
+        cls,
+        shard: str,
+        tar_bytes: int,
+        sources_digest: str,
+        skipped: tuple[Skipped, ...],
+        rows: list[IndexRow],
+        *,
+        tar_etag: str | None = None,
     ) -> ShardIndex:
-        """Turn rows, in the tar's order, into columns."""
-        return cls(
-            shard,
-            tar_bytes,
-            sources_digest,
-            skipped,
-            keys=np.array([row.key.encode() for row in rows], np.bytes_),
-            offsets=np.array([row.offset for row in rows], "<i8"),
-            lengths=np.array([row.length for row in rows], "<i8"),
-            crcs=np.array([row.crc for row in rows], "<u4"),
-            heights=np.array([row.height for row in rows], "<i4"),
-            widths=np.array([row.width for row in rows], "<i4"),
-            labels=np.array([row.label for row in rows], "<i4"),
-        )
+        """Put together rows, in the tar's order."""
+        keys = [_encoded(row.key) for row in rows]
+        extensions = [_encoded(row.extension) for row in rows]
+        dtype = row_type(max(map(len, keys), default=0), max(map(len, extensions), default=0))
+        table = np.empty(len(rows), dtype)
+        table["key"], table["extension"] = keys, extensions
+        for name in ("offset", "length", "crc", "height", "width", "label"):
+            table[name] = [getattr(row, name) for row in rows]
+        return cls(shard, tar_bytes, sources_digest, skipped, table, tar_etag)
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.table)
 
     @property
-    def nbytes(self) -> int:
-        """Memory that the columns take."""
-        return sum(int(getattr(self, name).nbytes) for name in _COLUMNS)
+    def keys(self) -> npt.NDArray[np.bytes_]:
+        """(n,) keys."""
+        return self._column("key")
+
+    @property
+    def offsets(self) -> npt.NDArray[np.int64]:
+        """(n,) bytes in the tar at which the images begin."""
+        return self._column("offset")
+
+    @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """(n,) bytes of the images."""
+        return self._column("length")
+
+    @property
+    def crcs(self) -> npt.NDArray[np.uint32]:
+        """(n,) CRC32C of the images."""
+        return self._column("crc")
+
+    @property
+    def heights(self) -> npt.NDArray[np.int32]:
+        """(n,) pixels."""
+        return self._column("height")
+
+    @property
+    def widths(self) -> npt.NDArray[np.int32]:
+        """(n,) pixels."""
+        return self._column("width")
+
+    @property
+    def labels(self) -> npt.NDArray[np.int64]:
+        """(n,) labels; NO_LABEL where there is none."""
+        return self._column("label")
+
+    def row(self, place: int) -> IndexRow:
+        """The sample with that place in the shard."""
+        return row_of(self.table[place])
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all that it says of the shard's bytes: names the shard down to every image."""
+        return hashlib.sha256(_canonical(self._content()) + self.table.tobytes()).hexdigest()
 
     def to_bytes(self) -> bytes:
         """The index as a file."""
-        header = {
-            "index_version": INDEX_VERSION,
-            "shard": self.shard,
-            "tar_bytes": self.tar_bytes,
-            "sources_digest": self.sources_digest,
-            "skipped": [[skipped.path, skipped.reason] for skipped in self.skipped],
-        }
-        text = np.frombuffer(json.dumps(header, sort_keys=True).encode(), np.uint8)
-        output = io.BytesIO()
-        np.savez(output, header=text, **{name: getattr(self, name) for name in _COLUMNS})
-        return output.getvalue()
+        pages = Pages(len(self), self.table.dtype, self.digest)
+        footer = _canonical({**self._content(), "tar_etag": self.tar_etag, "digest": pages.digest})
+        return HEAD + pages.encode(self.table) + footer + _TRAILER.pack(len(footer), google_crc32c.value(footer))
 
     @classmethod
     def from_bytes(cls, data: bytes, url: str) -> ShardIndex:
@@ -112,23 +151,64 @@ class ShardIndex:
             url: Where it came from, for the message.
 
         Raises:
-            DatasetError: It is no index, or one of another version.
+            DatasetError: It is damaged, no index, or one of another version.
         """
+        head = data[: len(HEAD)]
+        if head != HEAD and (head[:-2], head[-1:]) == (HEAD[:-2], HEAD[-1:]):
+            found = head[-2:-1].decode("ascii", "replace")
+            remedy = f"read {url} with the release that wrote it"
+            raise DatasetError("shard index", f"must have version {INDEX_VERSION}", found, remedy)
         try:
-            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                header = json.loads(arrays["header"].tobytes())
-                columns = {name: arrays[name] for name in _COLUMNS}
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-            raise DatasetError("shard index", "must be whole", url, f"shard the data set again ({error})") from error
-        if header["index_version"] != INDEX_VERSION:
-            rule = f"must have version {INDEX_VERSION}"
-            raise DatasetError(
-                "shard index", rule, header["index_version"], f"read {url} with the release that wrote it"
-            )
-        skipped = tuple(Skipped(path, reason) for path, reason in header["skipped"])
-        return cls(header["shard"], header["tar_bytes"], header["sources_digest"], skipped, **columns)
+            index = cls._parsed(data, url)
+            whole = index.to_bytes() == data
+        except (ValueError, KeyError, TypeError, struct.error):  # ValueError: also a page that is refused
+            whole = False
+        if not whole:
+            raise DatasetError("shard index", "must be whole", url, "restore it, or make the data set again")
+        return index
+
+    @classmethod
+    def _parsed(cls, data: bytes, url: str) -> ShardIndex:
+        footer_bytes, _ = _TRAILER.unpack(data[-_TRAILER.size :])
+        footer = json.loads(data[-_TRAILER.size - footer_bytes : -_TRAILER.size])
+        dtype = row_type(footer["key_bytes"], footer["extension_bytes"])
+        pages = Pages(footer["samples"], dtype, footer["digest"])
+        start, length = pages.range(0, pages.count)
+        parts = pages.decode(data[start : start + length], 0, pages.count, url)
+        table = np.concatenate(parts) if parts else np.empty(0, dtype)
+        skipped = tuple(Skipped(**item) for item in footer["skipped"])
+        return cls(footer["shard"], footer["tar_bytes"], footer["sources_digest"], skipped, table, footer["tar_etag"])
+
+    def _content(self) -> dict[str, Any]:
+        return {
+            "shard": self.shard,
+            "tar_bytes": self.tar_bytes,
+            "sources_digest": self.sources_digest,
+            "skipped": [asdict(item) for item in self.skipped],
+            "samples": len(self),
+            "key_bytes": self.table.dtype["key"].itemsize,
+            "extension_bytes": self.table.dtype["extension"].itemsize,
+        }
+
+    def _column(self, name: str) -> npt.NDArray[Any]:
+        return self.table[name]
 
 
-def sha256(data: bytes) -> str:
-    """Hex digest."""
-    return hashlib.sha256(data).hexdigest()
+def row_of(row: np.void) -> IndexRow:
+    """One row of a table."""
+    values: Any = row.item()
+    offset, length, label, crc, height, width, key, extension = values
+    return IndexRow(_decoded(key), offset, length, crc, height, width, label, _decoded(extension))
+
+
+def _canonical(fields: dict[str, Any]) -> bytes:
+    return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _encoded(text: str) -> bytes:
+    """Names in a tar need not be UTF-8; tarfile's surrogates keep their bytes."""
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _decoded(text: bytes) -> str:
+    return text.decode("utf-8", "surrogateescape")

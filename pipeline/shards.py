@@ -9,7 +9,7 @@ import hashlib
 import json
 import tarfile
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import google_crc32c
@@ -19,7 +19,8 @@ import webdataset
 from pipeline import faults, hashing
 from pipeline.errors import DatasetError
 from pipeline.photo import CorruptImage, Photo, photo_from
-from pipeline.shard_index import NO_LABEL, IndexRow, ShardIndex, Skipped, sha256
+from pipeline.shard_index import NO_LABEL, IndexRow, ShardIndex, Skipped
+from pipeline.shard_table import INDEX_SUFFIX, ShardEntry
 from pipeline.sources import Source, Sources
 from pipeline.storage import Storage
 
@@ -50,13 +51,25 @@ class ShardTask:
 class ShardReport:
     """What came of a task."""
 
-    name: str
-    samples: int
-    tar_bytes: int
-    index_sha256: str
+    entry: ShardEntry
     skipped: tuple[Skipped, ...]
     kept: bool
     """Whether an earlier ingest had already finished it."""
+
+    @property
+    def name(self) -> str:
+        """Of the shard."""
+        return self.entry.name
+
+    @property
+    def samples(self) -> int:
+        """In the shard."""
+        return self.entry.samples
+
+    @property
+    def tar_bytes(self) -> int:
+        """Of the shard."""
+        return self.entry.tar_bytes
 
 
 def plan_shards(sources: Sources, samples_per_shard: int, seed: int) -> list[ShardTask]:
@@ -80,7 +93,7 @@ def tar_url(destination: str, name: str) -> str:
 
 def index_url(destination: str, name: str) -> str:
     """Where a shard's index lies."""
-    return Storage.join(destination, f"{name}.index.npz")
+    return Storage.join(destination, f"{name}{INDEX_SUFFIX}")
 
 
 def write_shard(storage: Storage, destination: str, task: ShardTask) -> ShardReport:
@@ -107,24 +120,21 @@ def write_shard(storage: Storage, destination: str, task: ShardTask) -> ShardRep
         except OSError as error:
             raise faults.translated(error, error.filename or str(path)) from error
         storage.upload(path, tar_url(destination, task.name))
-    data = index.to_bytes()
-    storage.write(index_url(destination, task.name), data)
-    return _report(task.name, index, data, kept=False)
+    index = replace(index, tar_etag=storage.etag(tar_url(destination, task.name)))
+    storage.write(index_url(destination, task.name), index.to_bytes())
+    return ShardReport(ShardEntry.of(index), index.skipped, kept=False)
 
 
 def _finished(storage: Storage, destination: str, task: ShardTask) -> ShardReport | None:
     url = index_url(destination, task.name)
     try:
-        data = storage.read(url)
-        index = ShardIndex.from_bytes(data, url)
-        whole = index.sources_digest == task.digest and storage.size(tar_url(destination, task.name)) == index.tar_bytes
+        index = ShardIndex.from_bytes(storage.read(url), url)
+        tar = tar_url(destination, task.name)
+        unchanged = storage.size(tar) == index.tar_bytes and storage.etag(tar) == index.tar_etag
+        whole = unchanged and index.sources_digest == task.digest
     except (FileNotFoundError, DatasetError):
         return None
-    return _report(task.name, index, data, kept=True) if whole else None
-
-
-def _report(name: str, index: ShardIndex, data: bytes, *, kept: bool) -> ShardReport:
-    return ShardReport(name, len(index), index.tar_bytes, sha256(data), index.skipped, kept)
+    return ShardReport(ShardEntry.of(index), index.skipped, kept=True) if whole else None
 
 
 def _write_tar(storage: Storage, task: ShardTask, path: Path) -> ShardIndex:

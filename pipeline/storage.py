@@ -137,6 +137,11 @@ class Storage:
         """Bytes of a file or object."""
         return int(self._call(url, lambda fs, path: fs.info(path)["size"]))
 
+    def etag(self, url: str) -> str | None:
+        """What the store calls this version of an object, quotes and all; None where it has no such name."""
+        info = self._call(url, lambda fs, path: fs.info(path))
+        return info.get("ETag") or info.get("etag") or None
+
     def list_names(self, url: str) -> list[str]:
         """Sorted names of the files and folders directly under `url`; empty where there is no such folder."""
         try:

@@ -17,10 +17,13 @@ from jobs.errors import RunFailedError
 from jobs.recipes import named_recipe
 from jobs.run_directory import RunDirectory
 from jobs.session import Session
-from pipeline.manifest import Manifest, ShardEntry
+from pipeline.manifest import Manifest
+from pipeline.shard_table import ShardEntry, ShardTable
 from pipeline.storage import Storage
 
-MANIFEST = Manifest(1, "digest", (), 0, (ShardEntry("a", 600, 6000, "x"), ShardEntry("b", 425, 4250, "y")))
+MANIFEST = Manifest(
+    2, "digest", (), 0, ShardTable.of([ShardEntry("a", 600, 6000, "ab" * 32), ShardEntry("b", 425, 4250, "cd" * 32)])
+)
 NOWHERE = "127.0.0.1:9"  # the discard port: nobody listens
 
 

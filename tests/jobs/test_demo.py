@@ -11,13 +11,14 @@ from jobs.recipes import named_recipe
 from jobs.schedule import Schedule
 from jobs.trainer import order_of
 from pipeline.errors import SourceError
-from pipeline.manifest import Manifest, ShardEntry
+from pipeline.manifest import Manifest
 from pipeline.photographs import cut_tiles
+from pipeline.shard_table import ShardEntry, ShardTable
 
 
 @pytest.mark.parametrize("samples", [8, 20, 63, 64, 400, 1024, 5000, 100_000, 1_281_167])
 def test_the_run_takes_about_as_many_steps_on_any_data_set(samples: int) -> None:
-    manifest = Manifest(1, "", (), 0, (ShardEntry("shard-000000", samples, 1, ""),))
+    manifest = Manifest(2, "", (), 0, ShardTable.of([ShardEntry("shard-000000", samples, 1, "ab" * 32)]))
 
     recipe = named_recipe("tiny").amended(demo._length(manifest))
 

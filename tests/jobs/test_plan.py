@@ -11,10 +11,17 @@ from jobs.recipes import named_recipe, recipe_names
 from model import ConvMAE
 from model.cost import flops_per_image
 from pipeline.errors import DatasetError, OrderError
-from pipeline.manifest import Manifest, ShardEntry
+from pipeline.manifest import Manifest
+from pipeline.shard_table import ShardEntry, ShardTable
 from pipeline.storage import Storage
 
-MANIFEST = Manifest(1, "digest", ("cat", "dog"), 3, (ShardEntry("a", 600, 6000, "x"), ShardEntry("b", 425, 4250, "y")))
+MANIFEST = Manifest(
+    2,
+    "digest",
+    ("cat", "dog"),
+    3,
+    ShardTable.of([ShardEntry("a", 600, 6000, "ab" * 32), ShardEntry("b", 425, 4250, "cd" * 32)]),
+)
 
 
 def lines(recipe: Recipe, size: DatasetSize = IMAGENET) -> dict[str, str]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +11,14 @@ from pipeline.dataset import Dataset
 from pipeline.errors import DatasetError
 from pipeline.manifest import MANIFEST_NAME, SKIPPED_NAME, Manifest, existing_manifest
 from pipeline.shard_index import Skipped
+from pipeline.shard_table import ShardEntry, ShardTable
 from pipeline.shards import ShardReport, ShardTask, plan_shards
 from pipeline.sources import Source, find_sources
 from pipeline.storage import Storage
 
 TASKS = [ShardTask(f"shard-{n:06d}", "/photos", 10 * n, (Source(f"{n}.jpg", 5, None),)) for n in range(3)]
-REPORTS = [ShardReport(task.name, 10, 2048, "ab" * 32, (), kept=False) for task in TASKS]
+ENTRIES = [ShardEntry(task.name, 10, 2048, "ab" * 32) for task in TASKS]
+REPORTS = [ShardReport(entry, (), kept=False) for entry in ENTRIES]
 
 
 def test_a_saved_manifest_loads_as_it_was(tmp_path: Path) -> None:
@@ -32,11 +35,66 @@ def test_a_saved_manifest_loads_as_it_was(tmp_path: Path) -> None:
 
 def test_the_digest_ignores_who_finished_first_and_sees_every_change() -> None:
     manifest = Manifest.of(TASKS, REPORTS, ())
-    changed = [replace(REPORTS[0], index_sha256="cd" * 32), *REPORTS[1:]]
+    changed = [replace(REPORTS[0], entry=replace(ENTRIES[0], index_sha256="cd" * 32)), *REPORTS[1:]]
 
     assert Manifest.of(TASKS, REPORTS[::-1], ()).digest == manifest.digest
     assert Manifest.of(TASKS, changed, ()).digest != manifest.digest
     assert Manifest.of(TASKS, REPORTS, ("cat",)).digest != manifest.digest
+
+
+def test_the_digest_is_that_of_a_copy_in_another_store() -> None:
+    elsewhere = [
+        replace(report, entry=replace(report.entry, etag=f'"{n}"', tar=f"s3://tars/{n}.tar"))
+        for n, report in enumerate(REPORTS)
+    ]
+    copied, manifest = Manifest.of(TASKS, elsewhere, ()), Manifest.of(TASKS, REPORTS, ())
+
+    assert copied.digest == manifest.digest
+    assert copied.to_bytes() != manifest.to_bytes()
+
+
+def test_a_manifest_says_where_tars_lie_that_lie_elsewhere(tmp_path: Path) -> None:
+    tars = ["", "raw/part 1.tar", "s3://bucket/laion/00000.tar", "/mnt/tars/a.tar"]
+    entries = [ShardEntry(f"part/{n}", 1, 2048, "ab" * 32, tar=tar) for n, tar in enumerate(tars)]
+    Manifest(2, "", (), 0, ShardTable.of(entries)).save(Storage(), str(tmp_path), [])
+
+    shards = Manifest.load(Storage(), str(tmp_path)).shards
+
+    assert [shard.tar_url("s3://data/set/") for shard in shards] == [
+        "s3://data/set/part/0.tar",
+        "s3://data/set/raw/part 1.tar",
+        "s3://bucket/laion/00000.tar",
+        "/mnt/tars/a.tar",
+    ]
+    assert [shard.index_url("s3://data/set/") for shard in shards][1] == "s3://data/set/part/1.index"
+
+
+def test_two_hundred_thousand_shards_take_little_memory_and_load_as_they_were(tmp_path: Path) -> None:
+    count = 200_000
+    names = [f"shard-{n:06d}" for n in range(count)]
+    digests = [f"{n:064x}" for n in range(count)]
+    etags = [f'"{n:032x}-2"' for n in range(count)]
+    table = ShardTable(
+        names=names,
+        samples=[10_000] * count,
+        tar_bytes=[10**9] * count,
+        index_sha256=digests,
+        key_bytes=[8] * count,
+        extension_bytes=[3] * count,
+        etags=etags,
+        tars=[""] * count,
+    )
+    Manifest(2, "", (), 0, table).save(Storage(), str(tmp_path), [])
+
+    tracemalloc.start()
+    loaded = Manifest.load(Storage(), str(tmp_path))
+    held_bytes, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert loaded.samples == 2 * 10**9
+    assert loaded.shards[123_456] == ShardEntry(names[123_456], 10_000, 10**9, digests[123_456], etag=etags[123_456])
+    assert held_bytes < 40 << 20
+    assert peak_bytes < 250 << 20
 
 
 def test_a_missing_manifest_says_how_to_make_one(tmp_path: Path) -> None:
@@ -44,7 +102,9 @@ def test_a_missing_manifest_says_how_to_make_one(tmp_path: Path) -> None:
         Manifest.load(Storage(), str(tmp_path))
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"format_version": 1}', b"\xff\xfe"])
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[]", b"{}", b'{"format_version": 2}', b"\xff\xfe", b'{"format_version":2,"shards":[]}']
+)
 def test_an_unreadable_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / MANIFEST_NAME).write_bytes(content)
 
@@ -52,10 +112,11 @@ def test_an_unreadable_manifest_is_refused(tmp_path: Path, content: bytes) -> No
         Manifest.load(Storage(), str(tmp_path))
 
 
-def test_an_unknown_version_is_refused(tmp_path: Path) -> None:
-    replace(Manifest.of(TASKS, REPORTS, ()), format_version=99).save(Storage(), str(tmp_path), [])
+@pytest.mark.parametrize("version", [1, 99])
+def test_another_version_is_refused(tmp_path: Path, version: int) -> None:
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps({"format_version": version, "shards": [{"name": "a"}]}))
 
-    with pytest.raises(DatasetError, match="format_version 1, got 99"):
+    with pytest.raises(DatasetError, match=f"format_version 2, got {version}"):
         Manifest.load(Storage(), str(tmp_path))
 
 

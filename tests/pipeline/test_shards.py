@@ -16,6 +16,7 @@ from pipeline.decode import decode
 from pipeline.errors import StorageError
 from pipeline.photo import CorruptImage, photo_from
 from pipeline.shard_index import NO_LABEL, ShardIndex
+from pipeline.shard_table import ShardEntry
 from pipeline.shards import ShardTask, index_url, plan_shards, tar_url, write_shard
 from pipeline.sources import Source, find_sources
 from pipeline.storage import Storage
@@ -162,6 +163,14 @@ def test_the_index_finds_every_image(task: ShardTask, tmp_path: Path) -> None:
         assert google_crc32c.value(image) == index.crcs[row]
         assert decode(image).shape[:2] == (index.heights[row], index.widths[row])
     assert index.labels.tolist() == [source.label for source in task.sources]
+
+
+def test_the_report_names_the_index(task: ShardTask, tmp_path: Path) -> None:
+    entry = write_shard(Storage(), str(tmp_path), task).entry
+
+    assert entry == ShardEntry.of(ShardIndex.from_bytes(Storage().read(entry.index_url(str(tmp_path))), ""))
+    assert entry.tar_url(str(tmp_path)) == tar_url(str(tmp_path), task.name)
+    assert entry.etag is None  # a folder has none
 
 
 def test_the_same_task_writes_the_same_bytes(task: ShardTask, tmp_path: Path) -> None:
