@@ -43,6 +43,7 @@ Overrides = Annotated[
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, or the URL of its directory.")]
 RunRoot = Annotated[str, typer.Option("--run-root", help="URL under which runs are kept; default: the local stack's.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Salvage = Annotated[bool, typer.Option("--salvage", help="Take what is left of damaged tars; else they are refused.")]
 RunOption = Annotated[
     str, typer.Option("--run", help="Name of the run; default: the recipe's. The same name resumes it.")
 ]
@@ -89,19 +90,82 @@ def down() -> None:
 
 @app.command()
 def shard(
-    source: Annotated[str, typer.Argument(help="Folder of images, or of class folders.")],
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of images or of class folders; a tar, a folder of tars, a pattern like `00{000..123}.tar`; "
+            "or a text file with one path or URL a line, each with a label behind a tab or without."
+        ),
+    ],
     dest: Annotated[str, typer.Argument(help="URL of the data set to make: s3://bucket/path, or a folder.")],
-    samples_per_shard: Annotated[int, typer.Option(min=1, help="Images in one tar.")] = 1000,
+    *,
+    samples_per_shard: Annotated[
+        int | None, typer.Option(min=1, help="Images in one tar; default: 1000.", show_default=False)
+    ] = None,
+    shard_bytes: Annotated[
+        str, typer.Option(help="Bytes in one tar instead, like 256MB, counted before images are encoded again.")
+    ] = "",
+    max_side: Annotated[
+        int | None, typer.Option(help="Shrink larger images to this many pixels on the longer side.")
+    ] = None,
+    quality: Annotated[
+        int | None, typer.Option(help="Encode every image again at this JPEG quality; default: keep original bytes.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the shuffle before images are dealt to shards.")] = 0,
+    salvage: Salvage = False,
 ) -> None:
     """Make a data set: WebDataset tars, their indexes, and a manifest, in parallel Ray tasks.
 
     JPEGs keep their bytes, other formats become JPEG. An image that does not decode is skipped, counted and listed.
     The same command again goes on where it was cut off, or says that there is nothing to do.
     """
-    from jobs.workflow import make_dataset
+    from jobs.datasets import make_dataset
+    from jobs.terminal import parsed_bytes
+    from pipeline.photo import Encoding
+    from pipeline.shard_plan import Sharding
 
-    make_dataset(_session(), source, dest, samples_per_shard=samples_per_shard, seed=seed)
+    if samples_per_shard is None and not shard_bytes:
+        samples_per_shard = 1000
+    size = parsed_bytes("--shard-bytes", shard_bytes) if shard_bytes else None
+    make_dataset(
+        _session(), source, dest, Sharding(samples_per_shard, size, seed, Encoding(max_side, quality)), salvage=salvage
+    )
+
+
+@app.command()
+def index(
+    url: Annotated[
+        str, typer.Argument(help="A folder of WebDataset tars, a tar, or a pattern like `s3://b/x/00{000..123}.tar`.")
+    ],
+    out: Annotated[
+        str, typer.Option(help="URL for indexes and manifest; default: beside the tars.", show_default=False)
+    ] = "",
+    deep: Annotated[bool, typer.Option("--deep", help="Decode every image, and leave out those that do not.")] = False,
+    salvage: Salvage = False,
+) -> None:
+    """Make a data set of tars that were made elsewhere, without rewriting them: indexes and a manifest.
+
+    Each tar is read once, in parallel Ray tasks. A tar that ends early or has a damaged header is named with the
+    offset. The same command again goes on where it was cut off.
+    """
+    from jobs.datasets import index_foreign
+
+    index_foreign(_session(), url, out, deep=deep, salvage=salvage)
+
+
+@app.command()
+def verify(
+    url: Annotated[str, typer.Argument(help="URL of a data set.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Also decode every image.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Read every byte of a data set and list each fault: shard, key, offset, and what is wrong.
+
+    Checks sizes, ETags, indexes, tar headers, labels and the CRC32C of every image. Exit code 1 if there is a fault.
+    """
+    from jobs.datasets import verify as verify_and_say
+
+    verify_and_say(_session(), url, deep=deep, as_json=as_json)
 
 
 @app.command()

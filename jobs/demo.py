@@ -10,20 +10,22 @@ from pathlib import Path
 from typing import Any
 
 from jobs import driver, stack, submission
+from jobs.datasets import make_dataset
 from jobs.recipes import named_recipe
 from jobs.run_directory import RunDirectory
 from jobs.session import Session, home_folder
 from jobs.terminal import say
-from jobs.workflow import follow_job, make_dataset, train_as_job
-from pipeline.manifest import Manifest, sources_digest
+from jobs.workflow import follow_job, train_as_job
+from pipeline.manifest import Manifest
 from pipeline.photographs import PHOTOGRAPHS, cut_tiles
-from pipeline.shards import plan_shards
+from pipeline.shard_plan import Ingest, Sharding
 from pipeline.sources import find_sources
 from pipeline.storage import Storage
 
 TILES = 1024
 SAMPLES_PER_SHARD = 256
 SEED = 0
+SHARDING = Sharding(SAMPLES_PER_SHARD, seed=SEED)
 STEPS = 400
 """About three and a half minutes of training on two cores."""
 
@@ -47,7 +49,7 @@ def run_demo(environ: Mapping[str, str], images: str) -> None:
     if not images:
         say(f"photographs: {', '.join(photograph.name for photograph in PHOTOGRAPHS)}, cut into {TILES} images")
         cut_tiles(source, TILES, SEED)
-    manifest = make_dataset(session, str(source), data, samples_per_shard=SAMPLES_PER_SHARD, seed=SEED)
+    manifest = make_dataset(session, str(source), data, SHARDING)
 
     overrides = {"data": data, **_length(manifest)}
     arguments = " ".join(f"{field}={value}" for field, value in overrides.items())
@@ -70,9 +72,9 @@ def _names(images: str, home: Path) -> tuple[str, Path]:
     if not images:
         return "demo", home / "photographs"
     folder = Path(images).expanduser().resolve()
-    tasks = plan_shards(find_sources(Storage(), str(folder)), SAMPLES_PER_SHARD, SEED)
+    job = Ingest(find_sources(Storage(), str(folder)), SHARDING)
     slug = re.sub(r"[^a-z0-9]+", "-", folder.name.lower()).strip("-")[:40]
-    return f"demo-{slug}-{sources_digest(tasks)[:6]}", folder
+    return f"demo-{slug}-{job.digest[:6]}", folder
 
 
 def _length(manifest: Manifest) -> dict[str, Any]:

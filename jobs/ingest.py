@@ -1,40 +1,38 @@
 """Photographs to a data set on object storage, one Ray task per shard.
 
-What a task does is in pipeline.shards; here is only who does what when: fail fast, fan out, commit last.
+What a task does is in pipeline.shards; here is only who does what when: fail fast, claim, fan out, commit last.
 """
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-import ray
-from ray.exceptions import RayTaskError
-
-from pipeline.errors import SourceError, UserError
+from jobs.fan_out import Progress, fan_out
+from pipeline.claim import claimed
+from pipeline.errors import DamagedTarsError, SourceError
 from pipeline.manifest import Manifest, existing_manifest
-from pipeline.shards import ShardReport, ShardTask, plan_shards, write_shard
-from pipeline.sources import find_sources
-from pipeline.storage import Storage
+from pipeline.shard_index import Skipped
+from pipeline.shard_plan import Ingest, ShardPlan, plan_shards
+from pipeline.shards import ShardReport, write_shard
+from pipeline.source import Sources, Tars
+from pipeline.source_lists import sized
+from pipeline.source_tars import TarImages, TarSummary, TarTask, list_tar, read_listings
+from pipeline.storage import Storage, is_local
 
 logger = logging.getLogger(__name__)
 
-TASKS_PER_CPU = 2
-"""In flight: enough that no core waits for the driver, few enough that a full disk stops the rest."""
+WORK_FOLDER = ".ingest"
+"""Under the destination: claims, and listings of source tars; empty when all is done."""
 
+LISTINGS = "tars"
 
-@dataclass(frozen=True)
-class IngestProgress:
-    """How far an ingest has come."""
-
-    shards_done: int
-    shards: int
-    samples: int
-    skipped: int
+Show = Callable[[str, Progress], None]
+"""Called with a stage's name and how far it has come, after each shard and about every second."""
 
 
 @dataclass(frozen=True)
@@ -46,87 +44,127 @@ class IngestReport:
     shards_kept: int
     """Already finished by an earlier ingest."""
     skipped: int
+    bad_labels: int
     seconds: float
 
 
 def ingest(
     storage: Storage,
-    source: str,
+    job: Ingest,
     destination: str,
     *,
-    samples_per_shard: int,
-    seed: int,
-    on_progress: Callable[[IngestProgress], None],
+    salvage: bool = False,
+    on_progress: Show,
+    on_wait: Callable[[str], None] = logger.warning,
 ) -> IngestReport:
-    """Make a data set of the images under `source`; the same call again goes on with what is missing.
+    """Make a data set of what was found; the same call again goes on with what is missing.
 
-    Ray must be initialised. Until the manifest is written, last of all, the data set does not exist for readers.
+    Ray must be initialised. Until the manifest is written, last of all, the data set does not exist for readers. While
+    this works on a destination nobody else does; when it dies, the next one takes over.
 
     Args:
         storage: Reaches both places from every node.
-        source: Folder of images, or of class folders.
+        job: The sources, and how they become shards.
         destination: Folder or prefix; empty, half written by the same call, or finished by it.
-        samples_per_shard: Images in a shard.
-        seed: Of the shuffle.
-        on_progress: Called in this process after every shard.
+        salvage: Take what is left of damaged source tars.
+        on_progress: Called in this process.
+        on_wait: Called with who seems to work there, when it takes time to see whether they live.
 
     Raises:
-        SourceError: No images there, or none that decodes.
+        SourceError: No image there that decodes, or damaged tars.
         StorageError: Either place cannot be used; found before any work starts where possible.
         DatasetError: The destination holds another data set.
+        ClaimedError: Another ingest works there.
     """
     began = time.monotonic()
-    source, destination = Storage.absolute(source), Storage.absolute(destination)
-    storage.check(source, write=False)
-    sources = find_sources(storage, source)
+    destination = Storage.absolute(destination)
+    storage.check(job.found.root, write=False)
     storage.check(destination, write=True)
-    tasks = plan_shards(sources, samples_per_shard, seed)
-    manifest = existing_manifest(storage, destination, tasks)
+    manifest = existing_manifest(storage, destination, [job])
     if manifest is not None:
-        return IngestReport(manifest, 0, len(tasks), manifest.skipped, time.monotonic() - began)
+        return IngestReport(manifest, 0, len(manifest.shards), manifest.skipped, 0, time.monotonic() - began)
+    work = Storage.join(destination, WORK_FOLDER)
+    with claimed(storage, work, "convmae shard", on_wait=on_wait) as claim:
+
+        def show(stage: str, progress: Progress) -> None:
+            claim.check()
+            on_progress(stage, progress)
+
+        resolved = _resolved(storage, work, job, show, salvage=salvage)
+        reports = _written(storage, destination, plan_shards(resolved.sources, job.sharding), show)
+        skipped = [*resolved.skipped, *(item for report in reports for item in report.skipped)]
+        manifest = replace(Manifest.of([job], reports, resolved.sources.classes), skipped=len(skipped))
+        if not manifest.samples:
+            why = f"the first of {len(skipped)} is {skipped[0].path}: {skipped[0].reason}" if skipped else "it has none"
+            raise SourceError("source", "must have an image that decodes", job.found.root, why)
+        claim.check()
+        manifest.save(storage, destination, skipped)
+        for listing in resolved.listings:
+            storage.delete(listing)
+    sweep(work)
+    kept = sum(report.kept for report in reports)
+    seconds = time.monotonic() - began
+    return IngestReport(manifest, len(reports) - kept, kept, len(skipped), resolved.bad_labels, seconds)
+
+
+def sweep(work: str) -> None:
+    """Remove the work folder where folders exist by themselves; one that somebody uses again stays."""
+    if is_local(work):
+        for folder in (Path(work, LISTINGS), Path(work)):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+@dataclass(frozen=True)
+class _Resolved:
+    """The images, and what finding them brought besides."""
+
+    sources: Sources
+    skipped: tuple[Skipped, ...] = ()
+    bad_labels: int = 0
+    listings: tuple[str, ...] = ()
+
+
+def _resolved(storage: Storage, work: str, job: Ingest, show: Show, *, salvage: bool) -> _Resolved:
+    if isinstance(job.found, Tars):
+        return _gone_through(storage, work, job.found, show, salvage=salvage)
+    return _Resolved(job.found if job.sharding.samples_per_shard is not None else sized(storage, job.found))
+
+
+def _gone_through(storage: Storage, work: str, tars: Tars, show: Show, *, salvage: bool) -> _Resolved:
+    """Find the images in the source tars; one that an earlier run went through is not read again."""
+    progress = Progress(total=len(tars.tars))
+
+    def tick() -> None:
+        show("source tars", progress)
+
+    tasks = (TarTask(tars.root, tar) for tar in tars.tars)
+    found: list[TarSummary] = []
+    for summary in fan_out(list_tar, storage, Storage.join(work, LISTINGS), tasks, on_tick=tick):
+        found.append(summary)
+        progress = progress.after(kept=summary.kept, samples=summary.samples, bad=len(summary.skipped))
+    found.sort(key=lambda summary: summary.tar.path)
+    faults = [(summary.tar.path, fault) for summary in found for fault in summary.faults]
+    if faults and not salvage:
+        raise DamagedTarsError([f"{path}, offset {fault.offset}: {fault.what}" for path, fault in faults], len(found))
+    lost = [Skipped(f"{path} at byte {fault.offset}", fault.what) for path, fault in faults]
+    return _Resolved(
+        Sources(tars.root, (), TarImages(read_listings(storage, found))),
+        tuple(lost + [item for summary in found for item in summary.skipped]),
+        sum(summary.bad_labels for summary in found),
+        tuple(summary.listing for summary in found),
+    )
+
+
+def _written(storage: Storage, destination: str, plan: ShardPlan, show: Show) -> list[ShardReport]:
+    """Every shard's report, in order."""
+    progress = Progress(total=len(plan))
+
+    def tick() -> None:
+        show("shards", progress)
 
     reports: list[ShardReport] = []
-    for report in _written(storage, destination, tasks):
+    for report in fan_out(write_shard, storage, destination, plan, on_tick=tick):
         reports.append(report)
-        on_progress(_progress(reports, len(tasks)))
-    manifest = Manifest.of(tasks, reports, sources.classes)
-    skipped = [item for report in sorted(reports, key=lambda report: report.name) for item in report.skipped]
-    if not manifest.samples:
-        remedy = f"the first of {len(skipped)} is {skipped[0].path}: {skipped[0].reason}"
-        raise SourceError("source", "must have an image that decodes", source, remedy)
-    manifest.save(storage, destination, skipped)
-    kept = sum(report.kept for report in reports)
-    return IngestReport(manifest, len(tasks) - kept, kept, len(skipped), time.monotonic() - began)
-
-
-def _progress(reports: Sequence[ShardReport], shards: int) -> IngestProgress:
-    samples = sum(report.samples for report in reports)
-    return IngestProgress(len(reports), shards, samples, sum(len(report.skipped) for report in reports))
-
-
-def _written(storage: Storage, destination: str, tasks: Sequence[ShardTask]) -> Iterator[ShardReport]:
-    """Reports as the tasks finish, in any order, with a bounded number in flight."""
-    write = ray.remote(num_cpus=1)(write_shard)
-    shared = ray.put(storage)
-    waiting = iter(tasks)
-    cpus = ray.cluster_resources().get("CPU", 1)  # type: ignore[no-untyped-call]
-    width = max(1, TASKS_PER_CPU * int(cpus))
-    running = [write.remote(shared, destination, task) for task in itertools.islice(waiting, width)]
-    try:
-        while running:
-            done, running = ray.wait(running)
-            yield _result(done[0])
-            running += [write.remote(shared, destination, task) for task in itertools.islice(waiting, 1)]
-    finally:
-        for reference in running:
-            ray.cancel(reference)
-
-
-def _result(reference: Any) -> ShardReport:
-    try:
-        report: ShardReport = ray.get(reference)
-    except RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from None
-        raise
-    return report
+        progress = progress.after(kept=report.kept, samples=report.samples, bad=len(report.skipped))
+    return sorted(reports, key=lambda report: report.name)

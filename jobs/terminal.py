@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,6 +14,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
 from rich.text import Text
+
+from pipeline.errors import UserError
 
 LOG_INTERVAL_SECONDS = 10.0
 
@@ -53,6 +56,28 @@ def duration_text(seconds: float | None) -> str:
     if hours:
         return f"{hours}h {minute:02d}m"
     return f"{minutes}m {second:02d}s" if minutes else f"{second}s"
+
+
+def bytes_text(count: float) -> str:
+    """Bytes as `512 B`, `4.2 MB` or `1.3 TB`."""
+    units = ["B", "kB", "MB", "GB", "TB", "PB"]
+    while abs(count) >= 999.95 and len(units) > 1:
+        count /= 1000
+        units.pop(0)
+    return f"{count:.0f} B" if units[0] == "B" else f"{count:.1f} {units[0]}"
+
+
+def parsed_bytes(field: str, text: str) -> int:
+    """`256MB`, `1GiB` or `100000` as a number of bytes.
+
+    Raises:
+        UserError: It is none of these.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kKMGT])(i?))?B?", text.strip())
+    if not match:
+        raise UserError(field, "must be a number of bytes", text, "write it like 256MB, 1GiB or 100000")
+    base = 1024 if match[3] else 1000
+    return int(float(match[1]) * base ** (" KMGT".index(match[2].upper()) if match[2] else 0))
 
 
 def status_text(status: Mapping[str, Any]) -> str:

@@ -1,9 +1,8 @@
-"""The steps of the main job as a person follows them: make a data set, train, watch, keep the results."""
+"""The steps of the main job as a person follows them: train, watch, keep the results."""
 
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from jobs import driver, submission
 from jobs.driver import FINAL_STATES, RunPlan
@@ -11,53 +10,9 @@ from jobs.errors import RunFailedError
 from jobs.finish import finish
 from jobs.run_directory import RunDirectory
 from jobs.session import Session
-from jobs.terminal import duration_text, progress_bar, say, status_text
-from pipeline.manifest import Manifest
-from pipeline.sources import find_sources
-from pipeline.storage import Storage
-
-if TYPE_CHECKING:
-    from jobs.ingest import IngestProgress
+from jobs.terminal import progress_bar, say, status_text
 
 ENDED_JOB_STATES = frozenset({"SUCCEEDED", "FAILED", "STOPPED", "LOST"})
-
-
-def make_dataset(session: Session, source: str, destination: str, *, samples_per_shard: int, seed: int) -> Manifest:
-    """Shard the images under `source`, and say what became of each.
-
-    Raises:
-        UserError: Bad input, found before a cluster is asked for.
-    """
-    find_sources(session.storage, Storage.absolute(source))
-    session.storage.check(destination, write=True)
-    session.connect()
-    from jobs.ingest import ingest
-
-    with progress_bar("shards") as show:
-        began = time.monotonic()
-        result = ingest(
-            session.storage,
-            source,
-            destination,
-            samples_per_shard=samples_per_shard,
-            seed=seed,
-            on_progress=lambda now: show(now.shards_done, now.shards, _ingest_text(now, time.monotonic() - began)),
-        )
-    manifest = result.manifest
-    say(
-        f"{destination}: {manifest.samples} images in {len(manifest.shards)} shards "
-        f"({result.shards_written} written, {result.shards_kept} kept), {result.skipped} sources skipped"
-    )
-    if result.skipped:
-        say(f"skipped, with reasons: {Storage.join(destination, 'skipped.jsonl')}")
-    return manifest
-
-
-def _ingest_text(now: IngestProgress, seconds: float) -> str:
-    """The figures of a running ingest in one line."""
-    remaining_seconds = seconds / now.shards_done * (now.shards - now.shards_done)
-    rate = f"{now.samples / seconds:.0f} images/s"
-    return f"{now.samples} images · {rate} · {now.skipped} skipped · ETA {duration_text(remaining_seconds)}"
 
 
 def train_here(session: Session, plan: RunPlan) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 
-from pipeline.errors import UserError
+from pipeline.errors import ClaimedError, UserError
 from pipeline.storage import Storage
 
 BEAT_SECONDS = 4.0
@@ -30,10 +30,6 @@ DEAD_SECONDS = 30.0
 """Silence after which a holder counts as dead; several beats, since a store may be slow for a moment."""
 
 _NAME = re.compile(r"claim-(\d{6,})\.json")
-
-
-class ClaimedError(UserError):
-    """Somebody else works there."""
 
 
 @dataclass(frozen=True)

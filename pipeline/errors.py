@@ -6,6 +6,8 @@ traceback, and exits 2.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class UserError(ValueError):
     """Bad input from a user: a recipe, a URL, credentials or data."""
@@ -31,6 +33,19 @@ class UnreachableError(StorageError):
 
 class SourceError(UserError):
     """Photographs that cannot become a data set: no images, an unreadable folder."""
+
+
+class DamagedTarsError(SourceError):
+    """Tars that end early or have damaged headers; `lines` names each with its offset."""
+
+    def __init__(self, lines: Sequence[str], tars: int) -> None:
+        remedy = f"get them again, or take what is left of them with --salvage; the first is {lines[0]}"
+        super().__init__("tars", "must be whole", f"{len(lines)} damaged of {tars}", remedy)
+        self.lines = tuple(lines)
+
+
+class ClaimedError(UserError):
+    """A place at which another process works."""
 
 
 class DatasetError(UserError):

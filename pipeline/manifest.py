@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.errors import DatasetError
 from pipeline.shard_index import Skipped
@@ -15,11 +15,19 @@ from pipeline.shard_table import ShardTable
 from pipeline.storage import Storage
 
 if TYPE_CHECKING:  # it imports webdataset, which imports torch: seconds, and 200 MB, that a reader of manifests spares
-    from pipeline.shards import ShardReport, ShardTask
+    from pipeline.shards import ShardReport
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 SKIPPED_NAME = "skipped.jsonl"
+
+
+class Made(Protocol):
+    """Something that a data set was made from."""
+
+    @property
+    def digest(self) -> str:
+        """Names it, and what was done to it."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ class Manifest:
         return hashlib.sha256(_canonical(self._fields() | {"shards": self.shards.content_json()})).hexdigest()
 
     @classmethod
-    def of(cls, tasks: Sequence[ShardTask], reports: Iterable[ShardReport], classes: tuple[str, ...]) -> Manifest:
+    def of(cls, tasks: Iterable[Made], reports: Iterable[ShardReport], classes: tuple[str, ...]) -> Manifest:
         """Put together what the tasks of one ingest reported, in any order."""
         ordered = sorted(reports, key=lambda report: report.name)
         shards = ShardTable.of(report.entry for report in ordered)
@@ -110,12 +118,12 @@ def _canonical(fields: dict[str, Any]) -> bytes:
     return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
 
 
-def sources_digest(tasks: Sequence[ShardTask]) -> str:
+def sources_digest(tasks: Iterable[Made]) -> str:
     """Names all sources of a data set and how they were shuffled and cut."""
     return hashlib.sha256("\n".join(task.digest for task in tasks).encode()).hexdigest()
 
 
-def existing_manifest(storage: Storage, url: str, tasks: Sequence[ShardTask]) -> Manifest | None:
+def existing_manifest(storage: Storage, url: str, tasks: Iterable[Made]) -> Manifest | None:
     """The manifest that is already at `url` if these tasks made it; None where there is none.
 
     Raises:

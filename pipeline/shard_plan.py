@@ -18,7 +18,7 @@ import numpy.typing as npt
 from pipeline import hashing
 from pipeline.errors import SourceError
 from pipeline.photo import ORIGINAL, Encoding
-from pipeline.source import Source, Sources
+from pipeline.source import Source, Sources, Tars
 
 SHARD_VERSION = 2
 """Part of every sources digest: shards written under other rules are not kept."""
@@ -26,6 +26,47 @@ SHARD_VERSION = 2
 _SHUFFLE = 0x53484152
 _MEASURED_AT_ONCE = 1 << 16
 _HEADER_BYTES = tarfile.BLOCKSIZE
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How sources become shards. Exactly one of samples_per_shard and shard_bytes is given."""
+
+    samples_per_shard: int | None = None
+    """Images in a shard; the last one is smaller."""
+    shard_bytes: int | None = None
+    """What a tar of images that keep their bytes has at most."""
+    seed: int = 0
+    """Of the shuffle."""
+    encoding: Encoding = ORIGINAL
+
+    def __post_init__(self) -> None:
+        sizes = (self.samples_per_shard, self.shard_bytes)
+        if sizes.count(None) != 1:
+            raise SourceError("shard size", "must be a number of samples or of bytes", sizes, "give one of the two")
+        if (self.samples_per_shard or self.shard_bytes or 0) < 1:
+            raise SourceError("shard size", "must be at least 1", sizes, "give a larger one")
+
+
+@dataclass(frozen=True)
+class Ingest:
+    """What a data set is made from, and how."""
+
+    found: Sources | Tars
+    sharding: Sharding
+
+    @property
+    def digest(self) -> str:
+        """Two ingests with one digest make the same data set."""
+        digest = hashlib.sha256(json.dumps([SHARD_VERSION, asdict(self.sharding)]).encode())
+        if isinstance(self.found, Tars):
+            rows = ([tar.path, tar.size_bytes] for tar in self.found.tars)
+        else:
+            digest.update(json.dumps(self.found.classes).encode())
+            rows = ([image.path, image.size_bytes, image.label] for image in self.found.images)
+        for row in rows:
+            digest.update(json.dumps(row).encode())
+        return digest.hexdigest()
 
 
 @dataclass(frozen=True)
@@ -85,37 +126,15 @@ class ShardPlan(Sequence[ShardTask]):
         return hashing.permuted(self._stream, self.samples, np.arange(start, stop))
 
 
-def plan_shards(
-    sources: Sources,
-    samples_per_shard: int | None,
-    seed: int,
-    *,
-    shard_bytes: int | None = None,
-    encoding: Encoding = ORIGINAL,
-) -> ShardPlan:
-    """Shuffle the sources and cut them into tasks.
-
-    Args:
-        sources: All images.
-        samples_per_shard: Images in a shard; the last one is smaller. None to cut by bytes.
-        seed: Of the shuffle.
-        shard_bytes: What a tar of images that keep their bytes has at most; needs the sizes of the sources.
-        encoding: What is done to every image.
-
-    Raises:
-        SourceError: There is not exactly one of samples_per_shard and shard_bytes, or it is not positive.
-    """
-    if (samples_per_shard is None) == (shard_bytes is None):
-        value = (samples_per_shard, shard_bytes)
-        raise SourceError("shard size", "must be a number of samples or of bytes", value, "give one of the two")
-    if (samples_per_shard or shard_bytes or 0) < 1:
-        raise SourceError("shard size", "must be at least 1", samples_per_shard or shard_bytes, "give a larger one")
-    if samples_per_shard is not None:
-        starts = np.arange(0, len(sources.images), samples_per_shard)
-        return ShardPlan(sources, starts, seed, encoding)
-    assert shard_bytes is not None
-    order = ShardPlan(sources, np.zeros(0, np.int64), seed, encoding)
-    return ShardPlan(sources, np.array(list(_starts(order, shard_bytes)), np.int64), seed, encoding)
+def plan_shards(sources: Sources, sharding: Sharding) -> ShardPlan:
+    """Shuffle the sources and cut them into tasks. To cut by bytes, the sources' sizes must be known."""
+    if sharding.samples_per_shard is not None:
+        starts = np.arange(0, len(sources.images), sharding.samples_per_shard)
+        return ShardPlan(sources, starts, sharding.seed, sharding.encoding)
+    assert sharding.shard_bytes is not None
+    order = ShardPlan(sources, np.zeros(0, np.int64), sharding.seed, sharding.encoding)
+    starts = np.array(list(_starts(order, sharding.shard_bytes)), np.int64)
+    return ShardPlan(sources, starts, sharding.seed, sharding.encoding)
 
 
 def _starts(order: ShardPlan, shard_bytes: int) -> Iterator[int]:

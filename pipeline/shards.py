@@ -1,50 +1,35 @@
-"""One shard of a data set: which images go into it, and writing it so that a killed ingest goes on where it was.
+"""One shard of a data set: writing it so that a killed ingest goes on where it was.
 
 A shard is a plain WebDataset tar. Its index is uploaded last and commits it: a tar without an index is written again.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import contextlib
 import tarfile
 import tempfile
+from collections import deque
+from collections.abc import Generator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import google_crc32c
-import numpy as np
 import webdataset
 
-from pipeline import faults, hashing
+from pipeline import faults
 from pipeline.errors import DatasetError
 from pipeline.photo import CorruptImage, Photo, photo_from
 from pipeline.shard_index import NO_LABEL, IndexRow, ShardIndex, Skipped
+from pipeline.shard_plan import ShardTask
 from pipeline.shard_table import INDEX_SUFFIX, ShardEntry
-from pipeline.sources import Source, Sources
+from pipeline.source import Source
 from pipeline.storage import Storage
+from pipeline.verify import tar_faults
 
-SHARD_VERSION = 1
-"""Part of every sources digest: shards written under other rules are not kept."""
-
-_SHUFFLE = 0x53484152
-
-
-@dataclass(frozen=True)
-class ShardTask:
-    """What one task writes: some sources, in this order."""
-
-    name: str
-    """Without a suffix, like ``shard-000012``."""
-    root: str
-    first_key: int
-    sources: tuple[Source, ...]
-
-    @property
-    def digest(self) -> str:
-        """Names the sources and their order; two tasks with one digest write the same shard."""
-        rows = [[source.path, source.size_bytes, source.label] for source in self.sources]
-        return hashlib.sha256(json.dumps([SHARD_VERSION, self.first_key, rows]).encode()).hexdigest()
+READ_THREADS = 8
+"""A task's images are read ahead by so many, since a single read of a far store takes longer than a decode."""
+READ_AHEAD = 16
 
 
 @dataclass(frozen=True)
@@ -70,20 +55,6 @@ class ShardReport:
     def tar_bytes(self) -> int:
         """Of the shard."""
         return self.entry.tar_bytes
-
-
-def plan_shards(sources: Sources, samples_per_shard: int, seed: int) -> list[ShardTask]:
-    """Shuffle the sources and cut them into tasks of `samples_per_shard`, the last one smaller.
-
-    Shuffled once here, neighbours in a shard are unrelated, so that a block read in one piece is already mixed.
-    """
-    total = len(sources.images)
-    places = hashing.permuted(hashing.key(_SHUFFLE, seed), total, np.arange(total))
-    tasks = []
-    for number, start in enumerate(range(0, total, samples_per_shard)):
-        chosen = tuple(sources.images[place] for place in places[start : start + samples_per_shard])
-        tasks.append(ShardTask(f"shard-{number:06d}", sources.root, start, chosen))
-    return tasks
 
 
 def tar_url(destination: str, name: str) -> str:
@@ -126,27 +97,39 @@ def write_shard(storage: Storage, destination: str, task: ShardTask) -> ShardRep
 
 
 def _finished(storage: Storage, destination: str, task: ShardTask) -> ShardReport | None:
-    url = index_url(destination, task.name)
+    """What an earlier ingest finished, if every byte is still as it was."""
+    url, tar = index_url(destination, task.name), tar_url(destination, task.name)
     try:
         index = ShardIndex.from_bytes(storage.read(url), url)
-        tar = tar_url(destination, task.name)
-        unchanged = storage.size(tar) == index.tar_bytes and storage.etag(tar) == index.tar_etag
-        whole = unchanged and index.sources_digest == task.digest
+        whole = index.sources_digest == task.digest and is_unchanged(storage, tar, index)
     except (FileNotFoundError, DatasetError):
         return None
     return ShardReport(ShardEntry.of(index), index.skipped, kept=True) if whole else None
 
 
+def is_unchanged(storage: Storage, url: str, index: ShardIndex) -> bool:
+    """Whether a tar still has the bytes that its index was made of."""
+    if index.tar_etag is None:
+        return not tar_faults(storage, url, index, deep=False)
+    try:  # the store vouches for the bytes that it named so when they were written
+        return (storage.size(url), storage.etag(url)) == (index.tar_bytes, index.tar_etag)
+    except FileNotFoundError:
+        return False
+
+
 def _write_tar(storage: Storage, task: ShardTask, path: Path) -> ShardIndex:
     rows = []
     skipped = []
-    with path.open("wb") as file:
+    with path.open("wb") as file, contextlib.closing(_read_ahead(storage, task)) as images:
         writer = webdataset.TarWriter(file, encoder=False, user="convmae", group="convmae", mode=0o444, mtime=0)
-        for number, source in enumerate(task.sources, start=task.first_key):
+        for number, (source, image) in enumerate(images, start=task.first_key):
             try:
-                photo = photo_from(storage.read(Storage.join(task.root, source.path)))
-            except (CorruptImage, FileNotFoundError) as error:
-                skipped.append(Skipped(source.path, str(error)))
+                photo = photo_from(image.result(), task.encoding)
+            except FileNotFoundError:
+                skipped.append(Skipped(source.name, "it is gone"))
+                continue
+            except CorruptImage as error:
+                skipped.append(Skipped(source.name, str(error)))
                 continue
             key = f"{number:08d}"
             writer.write({"__key__": key, "jpg": photo.data} | _label_member(source))
@@ -154,6 +137,21 @@ def _write_tar(storage: Storage, task: ShardTask, path: Path) -> ShardIndex:
         writer.close()
     tar_bytes = path.stat().st_size
     return ShardIndex.from_rows(task.name, tar_bytes, task.digest, tuple(skipped), _located(path, rows))
+
+
+def _read_ahead(storage: Storage, task: ShardTask) -> Generator[tuple[Source, Future[bytes]], None, None]:
+    """The sources in order, each with its bytes on the way; a bounded number at once."""
+    threads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="sources")
+    waiting: deque[tuple[Source, Future[bytes]]] = deque()
+    try:
+        for source in task.sources:
+            waiting.append((source, threads.submit(source.read, storage, task.root)))
+            if len(waiting) > READ_AHEAD:
+                yield waiting.popleft()
+        while waiting:
+            yield waiting.popleft()
+    finally:
+        threads.shutdown(cancel_futures=True)
 
 
 def _label_member(source: Source) -> dict[str, bytes]:

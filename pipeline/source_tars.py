@@ -9,11 +9,13 @@ from __future__ import annotations
 import fnmatch
 import hashlib
 import io
+import itertools
 import json
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import overload
 
@@ -29,6 +31,8 @@ from pipeline.tar_samples import read_samples
 from pipeline.tar_scan import RangedFile, TarFault
 
 LISTING_VERSION = 1
+
+_LISTINGS_AT_ONCE = 16
 
 _ROW = np.dtype([("tar", "<i4"), ("offset", "<i8"), ("length", "<i8"), ("label", "<i8")])
 _WILD = re.compile(r"[*?\[]")
@@ -116,21 +120,45 @@ class TarListing:
         return cls(Tar(*header["tar"]), **columns, skipped=skipped, faults=faults, bad_labels=header["bad_labels"])
 
 
-def list_tar(storage: Storage, folder: str, root: str, tar: Tar) -> TarListing:
-    """Find the images of a tar, or what an earlier run found.
+@dataclass(frozen=True)
+class TarTask:
+    """One tar to go through."""
+
+    root: str
+    tar: Tar
+
+
+@dataclass(frozen=True)
+class TarSummary:
+    """What the images of one tar are counted as; where they lie is in the listing."""
+
+    tar: Tar
+    listing: str
+    """URL."""
+    samples: int
+    skipped: tuple[Skipped, ...]
+    faults: tuple[TarFault, ...]
+    bad_labels: int
+    kept: bool
+    """Whether an earlier run had already gone through it."""
+
+
+def list_tar(storage: Storage, folder: str, task: TarTask) -> TarSummary:
+    """Find the images of a tar and keep the listing, or take what an earlier run kept.
+
+    Images behind a damaged place are found too, and the place is listed.
 
     Args:
         storage: Reaches the tar and the listings.
         folder: Where listings are kept.
-        root: Of the tars.
-        tar: The one to go through. Images behind a damaged place are found too, and the place is listed.
+        task: The tar to go through.
     """
-    kept = Storage.join(folder, f"{_name(root, tar)}.npz")
+    place = Storage.join(folder, f"{_name(task)}.npz")
     try:
-        return TarListing.from_bytes(storage.read(kept))
+        return _summary(TarListing.from_bytes(storage.read(place)), place, kept=True)
     except (FileNotFoundError, ValueError):
         pass
-    url = within(root, tar.path)
+    tar, url = task.tar, within(task.root, task.tar.path)
     with RangedFile(lambda offset, length: storage.read_range(url, offset, length), tar.size_bytes) as file:
         contents = read_samples(file, salvage=True)
     images = contents.images
@@ -143,16 +171,28 @@ def list_tar(storage: Storage, folder: str, root: str, tar: Tar) -> TarListing:
         tuple(contents.faults),
         contents.bad_labels,
     )
-    storage.write(kept, listing.to_bytes())
-    return listing
+    storage.write(place, listing.to_bytes())
+    return _summary(listing, place, kept=False)
 
 
-def _name(root: str, tar: Tar) -> str:
-    return hashlib.sha256(json.dumps([root, tar.path, tar.size_bytes]).encode()).hexdigest()[:32]
+def read_listings(storage: Storage, summaries: Iterable[TarSummary]) -> Iterator[TarListing]:
+    """The listings in order, a few at a time."""
+    waiting = iter(summaries)
+    with ThreadPoolExecutor(_LISTINGS_AT_ONCE, thread_name_prefix="listings") as threads:
+        while some := list(itertools.islice(waiting, _LISTINGS_AT_ONCE)):
+            yield from map(TarListing.from_bytes, threads.map(storage.read, [summary.listing for summary in some]))
+
+
+def _summary(listing: TarListing, url: str, *, kept: bool) -> TarSummary:
+    return TarSummary(listing.tar, url, len(listing), listing.skipped, listing.faults, listing.bad_labels, kept)
+
+
+def _name(task: TarTask) -> str:
+    return hashlib.sha256(json.dumps([task.root, task.tar.path, task.tar.size_bytes]).encode()).hexdigest()[:32]
 
 
 class TarImages(Sequence[Source]):
-    """The images of many tars, in the tars' order, as rows of a temporary file: 28 bytes of disk for each, no memory."""
+    """The images of many tars, in the tars' order, as rows of a temporary file: 28 bytes of disk each, no memory."""
 
     def __init__(self, listings: Iterable[TarListing]) -> None:
         self._paths: list[str] = []

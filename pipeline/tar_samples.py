@@ -66,8 +66,9 @@ def read_samples(file: RangedFile, *, salvage: bool, measure: Callable[[bytes], 
     """Go through a tar once and find its samples, whatever the order of a sample's members.
 
     A sample's key is its members' name up to the first dot of the last part, as for webdataset. Its image is the member
-    `<key>.jpg`, else `<key>.jpeg` and so on; where it has none of these, each `<key>.<more>.jpg` is a sample of its own.
-    Its label is the integer in `<key>.cls`, else in a field of `<key>.json`. Other members are passed over.
+    `<key>.jpg`, else `<key>.jpeg` and so on; where it has none of these, each `<key>.<more>.jpg` is a sample of its
+    own. Its label is the integer in `<key>.cls`; where there is no such member, one in `<key>.json`. Others are passed
+    over.
 
     Args:
         file: The tar. Holding its rows takes about 500 bytes an image.
@@ -75,24 +76,14 @@ def read_samples(file: RangedFile, *, salvage: bool, measure: Callable[[bytes], 
         measure: Called with the bytes of every image; raises CorruptImage for what cannot be used. Without it, images
             are not read.
     """
-    contents = TarContents()
-    found: dict[str, TarImage] = {}
-    labels: dict[str, int] = {}
+    collector = _Collector(file, measure)
     for item in scan_tar(file, salvage=salvage):
         if isinstance(item, TarFault):
-            contents.faults.append(item)
-            continue
-        extension = item.name.rpartition(".")[2]
-        if _is_passed_over(item.name):
-            continue
-        if extension.lower() in IMAGE_EXTENSIONS:
-            _take_image(contents, found, item, extension, file, measure)
-        elif extension.lower() in ("cls", "json") and item.size <= LARGEST_LABEL_BYTES:
-            stem = item.name.removesuffix(f".{extension}")
-            if extension.lower() == "cls" or stem not in labels:
-                _take_label(contents, labels, stem, extension.lower(), _content(file, item))
-    contents.images = _labelled(_chosen(found), labels)
-    return contents
+            collector.contents.faults.append(item)
+        elif not _is_passed_over(item.name):
+            collector.take(item)
+    collector.contents.images = _labelled(_chosen(collector.images), collector.labels)
+    return collector.contents
 
 
 def _is_passed_over(name: str) -> bool:
@@ -100,41 +91,58 @@ def _is_passed_over(name: str) -> bool:
     return last.startswith(".") or "." not in last or _META.match(name) is not None
 
 
-def _content(file: RangedFile, member: TarMember) -> bytes:
-    file.seek(member.data_offset)
-    return file.read(member.size)
+def _tells_label(extension: str, known: bool) -> bool:
+    """A .cls outranks a .json, whichever comes first."""
+    return extension == "cls" or (extension == "json" and not known)
 
 
-def _take_image(
-    contents: TarContents,
-    found: dict[str, TarImage],
-    member: TarMember,
-    extension: str,
-    file: RangedFile,
-    measure: Callable[[bytes], Measured] | None,
-) -> None:
-    try:
-        if member.name in found:
-            raise CorruptImage("its name was used before in this tar")
-        if member.size > LARGEST_IMAGE_BYTES:
-            raise CorruptImage(f"{member.size} bytes are more than {LARGEST_IMAGE_BYTES}")
-        measured = measure(_content(file, member)) if measure else None
-    except CorruptImage as error:
-        contents.skipped.append(Skipped(f"{member.name} at byte {member.data_offset}", str(error)))
-        return
-    key = sample_key(member.name)
-    found[member.name] = TarImage(key, member.name[len(key) + 1 :], member.data_offset, member.size, None, measured)
+class _Collector:
+    """Images and labels of one tar, as they come by."""
 
+    def __init__(self, file: RangedFile, measure: Callable[[bytes], Measured] | None) -> None:
+        self.contents = TarContents()
+        self.images: dict[str, TarImage] = {}
+        """By the member's name."""
+        self.labels: dict[str, int | None] = {}
+        """By the member's name without its last extension; None where a .cls is no label."""
+        self._file = file
+        self._measure = measure
 
-def _take_label(contents: TarContents, labels: dict[str, int], stem: str, kind: str, data: bytes) -> None:
-    try:
-        value = int(data) if kind == "cls" else _json_label(data)
-    except ValueError:
-        value = -1
-    if value is not None and 0 <= value < 2**63:
-        labels[stem] = value
-    elif value is not None:
-        contents.bad_labels += 1
+    def take(self, member: TarMember) -> None:
+        stem, _, extension = member.name.rpartition(".")
+        if extension.lower() in IMAGE_EXTENSIONS:
+            self._take_image(member)
+        elif member.size <= LARGEST_LABEL_BYTES and _tells_label(extension, stem in self.labels):
+            self._take_label(stem, extension, self._content(member))
+
+    def _content(self, member: TarMember) -> bytes:
+        self._file.seek(member.data_offset)
+        return self._file.read(member.size)
+
+    def _take_image(self, member: TarMember) -> None:
+        try:
+            if member.name in self.images:
+                raise CorruptImage("its name was used before in this tar")
+            if member.size > LARGEST_IMAGE_BYTES:
+                raise CorruptImage(f"{member.size} bytes are more than {LARGEST_IMAGE_BYTES}")
+            measured = self._measure(self._content(member)) if self._measure else None
+        except CorruptImage as error:
+            self.contents.skipped.append(Skipped(f"{member.name} at byte {member.data_offset}", str(error)))
+            return
+        key = sample_key(member.name)
+        extension = member.name[len(key) + 1 :]
+        self.images[member.name] = TarImage(key, extension, member.data_offset, member.size, None, measured)
+
+    def _take_label(self, stem: str, kind: str, data: bytes) -> None:
+        try:
+            value = int(data) if kind == "cls" else _json_label(data)
+        except ValueError:
+            value = -1
+        if value is not None and not 0 <= value < 2**63:
+            self.contents.bad_labels += 1
+            value = None
+        if kind == "cls" or value is not None:
+            self.labels[stem] = value
 
 
 def _json_label(data: bytes) -> int | None:
@@ -159,8 +167,8 @@ def _preference(image: TarImage) -> int:
     return IMAGE_EXTENSIONS.index(image.extension.lower())
 
 
-def _labelled(images: list[TarImage], labels: dict[str, int]) -> list[TarImage]:
-    """Labels are known by their members' names without the last extension, so that `a.left.cls` goes to `a.left.jpg`."""
+def _labelled(images: list[TarImage], labels: dict[str, int | None]) -> list[TarImage]:
+    """`a.left.cls` is the label of `a.left.jpg`, `a.cls` that of all images of `a`."""
     found = ((image, labels.get(image.member.rpartition(".")[0], labels.get(image.key))) for image in images)
     return [image if label is None else image._replace(label=label) for image, label in found]
 

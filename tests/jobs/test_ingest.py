@@ -6,17 +6,21 @@ import pickle
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import ray
 from PIL import Image
 
-from jobs.ingest import IngestProgress, IngestReport, ingest
+from jobs.fan_out import Progress
+from jobs.ingest import IngestReport, ingest
 from pipeline.dataset import Dataset
 from pipeline.errors import DatasetError, SourceError, StorageError
 from pipeline.manifest import MANIFEST_NAME, SKIPPED_NAME
+from pipeline.shard_plan import Ingest, Sharding
 from pipeline.shards import write_shard
+from pipeline.sources import find_sources
 from pipeline.storage import Storage
 
 
@@ -43,10 +47,13 @@ def photographs(tmp_path: Path) -> Path:
     return tmp_path / "photographs"
 
 
-def run(source: Path, destination: str, samples_per_shard: int = 5) -> tuple[IngestReport, list[IngestProgress]]:
-    progress: list[IngestProgress] = []
+def run(source: Path | str, destination: str, **sharding: Any) -> tuple[IngestReport, list[tuple[str, Progress]]]:
+    progress: list[tuple[str, Progress]] = []
     report = ingest(
-        Storage(), str(source), destination, samples_per_shard=samples_per_shard, seed=0, on_progress=progress.append
+        Storage(),
+        Ingest(find_sources(Storage(), str(source)), Sharding(**({"samples_per_shard": 5} | sharding))),
+        destination,
+        on_progress=lambda stage, now: progress.append((stage, now)),
     )
     return report, progress
 
@@ -66,7 +73,7 @@ def test_photographs_become_a_dataset(cluster: None, photographs: Path, tmp_path
     assert {data: dataset.manifest.classes[label] for data, label in found.items()} == originals
     assert report.manifest == dataset.manifest
     assert (report.shards_written, report.shards_kept, report.skipped) == (5, 0, 1)
-    assert progress[-1] == IngestProgress(shards_done=5, shards=5, samples=24, skipped=1)
+    assert progress[-1] == ("shards", Progress(done=5, total=5, samples=24, bad=1))
     skipped = json.loads((tmp_path / "out" / SKIPPED_NAME).read_text())
     assert skipped["path"] == "class-0/cut.jpg" and "Premature end" in skipped["reason"]
 

@@ -26,7 +26,8 @@ from model.noise import mask_noise
 from model.pixels import patch_moments, patchify
 from pipeline.dataset import Dataset
 from pipeline.manifest import Manifest
-from pipeline.shards import plan_shards, write_shard
+from pipeline.shard_plan import Sharding, plan_shards
+from pipeline.shards import write_shard
 from pipeline.sources import find_sources
 from pipeline.storage import Storage
 
@@ -57,7 +58,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
         pixels = random.integers(0, 256, (40 + number, 70 - 2 * number, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.jpg", quality=95)
     url = str(tmp_path_factory.mktemp("data"))
-    tasks = plan_shards(find_sources(STORAGE, str(folder)), samples_per_shard=4, seed=0)
+    tasks = plan_shards(find_sources(STORAGE, str(folder)), Sharding(4))
     reports = [write_shard(STORAGE, url, task) for task in tasks]
     Manifest.of(tasks, reports, ()).save(STORAGE, url, [])
     return Dataset.open(STORAGE, url)

@@ -10,7 +10,8 @@ from PIL import Image
 
 from pipeline.dataset import Dataset
 from pipeline.manifest import Manifest
-from pipeline.shards import plan_shards, write_shard
+from pipeline.shard_plan import Sharding, plan_shards
+from pipeline.shards import write_shard
 from pipeline.sources import find_sources
 from pipeline.storage import Storage
 
@@ -45,7 +46,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory, jpeg: MakeJpeg) -> Pat
 
 def make_dataset(storage: Storage, source: str, url: str, samples_per_shard: int) -> Dataset:
     sources = find_sources(storage, source)
-    tasks = plan_shards(sources, samples_per_shard, seed=0)
+    tasks = plan_shards(sources, Sharding(samples_per_shard))
     reports = [write_shard(storage, url, task) for task in tasks]
     Manifest.of(tasks, reports, sources.classes).save(storage, url, [])
     return Dataset.open(storage, url)

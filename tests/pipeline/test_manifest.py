@@ -11,8 +11,9 @@ from pipeline.dataset import Dataset
 from pipeline.errors import DatasetError
 from pipeline.manifest import MANIFEST_NAME, SKIPPED_NAME, Manifest, existing_manifest
 from pipeline.shard_index import Skipped
+from pipeline.shard_plan import Sharding, ShardTask, plan_shards
 from pipeline.shard_table import ShardEntry, ShardTable
-from pipeline.shards import ShardReport, ShardTask, plan_shards
+from pipeline.shards import ShardReport
 from pipeline.sources import Source, find_sources
 from pipeline.storage import Storage
 
@@ -123,8 +124,8 @@ def test_another_version_is_refused(tmp_path: Path, version: int) -> None:
 def test_the_same_ingest_finds_its_manifest_and_another_is_refused(dataset: Dataset, photographs: Path) -> None:
     sources = find_sources(Storage(), str(photographs))
 
-    assert existing_manifest(Storage(), dataset.url, plan_shards(sources, 13, seed=0)) == dataset.manifest
-    for tasks in (plan_shards(sources, 14, seed=0), plan_shards(sources, 13, seed=1)):
+    assert existing_manifest(Storage(), dataset.url, plan_shards(sources, Sharding(13))) == dataset.manifest
+    for tasks in (plan_shards(sources, Sharding(14)), plan_shards(sources, Sharding(13, seed=1))):
         with pytest.raises(DatasetError, match="other images or options"):
             existing_manifest(Storage(), dataset.url, tasks)
 

@@ -16,8 +16,9 @@ from pipeline.decode import decode
 from pipeline.errors import StorageError
 from pipeline.photo import CorruptImage, photo_from
 from pipeline.shard_index import NO_LABEL, ShardIndex
+from pipeline.shard_plan import Sharding, ShardTask, plan_shards
 from pipeline.shard_table import ShardEntry
-from pipeline.shards import ShardTask, index_url, plan_shards, tar_url, write_shard
+from pipeline.shards import index_url, tar_url, write_shard
 from pipeline.sources import Source, find_sources
 from pipeline.storage import Storage
 
@@ -41,7 +42,7 @@ def gradient(height: int = 24, width: int = 32) -> np.ndarray:
 
 @pytest.fixture
 def task(photographs: Path) -> ShardTask:
-    return plan_shards(find_sources(Storage(), str(photographs)), 20, seed=0)[1]
+    return plan_shards(find_sources(Storage(), str(photographs)), Sharding(20))[1]
 
 
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}, {"optimize": True}])
@@ -247,15 +248,3 @@ def test_a_full_temporary_disk_is_told(task: ShardTask, tmp_path: Path, monkeypa
     with pytest.raises(StorageError, match="ENOSPC"):
         write_shard(Storage(), str(tmp_path), task)
     assert Storage().list_files(str(tmp_path)) == {}
-
-
-def test_a_plan_uses_every_source_once_in_an_order_of_its_seed(photographs: Path) -> None:
-    sources = find_sources(Storage(), str(photographs))
-    plans = [plan_shards(sources, 20, seed) for seed in (0, 0, 1)]
-
-    assert plans[0] == plans[1] != plans[2]
-    assert [len(task.sources) for task in plans[0]] == [20, 20, 20, 1]
-    assert [task.first_key for task in plans[0]] == [0, 20, 40, 60]
-    used = [source for task in plans[0] for source in task.sources]
-    assert used != list(sources.images)
-    assert sorted(used, key=lambda source: source.path) == list(sources.images)

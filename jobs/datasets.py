@@ -1,0 +1,162 @@
+"""Making, indexing and verifying data sets as a person follows them: checks, then progress, then what came of it."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from typing import TYPE_CHECKING, TextIO
+
+from jobs.errors import RunFailedError
+from jobs.session import Session
+from jobs.terminal import bytes_text, duration_text, print_json, progress_bar, say
+from pipeline.errors import DamagedTarsError, SourceError
+from pipeline.manifest import SKIPPED_NAME, Manifest
+from pipeline.shard_plan import Ingest, Sharding
+from pipeline.source import Tars
+from pipeline.sources import find_sources
+from pipeline.storage import Storage
+
+if TYPE_CHECKING:
+    from jobs.fan_out import Progress
+    from jobs.verify import Verification
+
+
+def make_dataset(
+    session: Session, source: str, destination: str, sharding: Sharding, *, salvage: bool = False
+) -> Manifest:
+    """Shard what lies at `source`, and say what became of it.
+
+    Raises:
+        UserError: Bad input, found before a cluster is asked for where possible.
+    """
+    job = Ingest(find_sources(session.storage, source), sharding)
+    session.storage.check(destination, write=True)
+    session.connect()
+    from jobs.ingest import ingest
+
+    with _shown("skipped") as show, _damage_listed():
+        result = ingest(session.storage, job, destination, salvage=salvage, on_progress=show, on_wait=_say_waiting)
+    done = f"{result.shards_written} written, {result.shards_kept} kept"
+    _say_made(destination, result.manifest, done, result.skipped, result.bad_labels)
+    return result.manifest
+
+
+def index_foreign(session: Session, url: str, out: str, *, deep: bool, salvage: bool) -> Manifest:
+    """Index the tars at `url`, and say what became of it.
+
+    Raises:
+        UserError: Bad input, found before a cluster is asked for where possible; damaged tars.
+    """
+    found = find_sources(session.storage, url)
+    if not isinstance(found, Tars):
+        raise SourceError(
+            "URL", "must be a tar, a folder of tars or a pattern of them", url, "`convmae shard` takes it"
+        )
+    destination = out or found.root
+    session.storage.check(destination, write=True)
+    session.connect()
+    from jobs.foreign import index_dataset
+
+    with _shown("skipped") as show, _damage_listed():
+        result = index_dataset(
+            session.storage, found, destination, deep=deep, salvage=salvage, on_progress=show, on_wait=_say_waiting
+        )
+    done = f"{result.tars_read} read, {result.tars_kept} kept"
+    _say_made(destination, result.manifest, done, result.skipped, result.bad_labels)
+    return result.manifest
+
+
+def verify(session: Session, url: str, *, deep: bool, as_json: bool) -> None:
+    """Verify a data set, and list its faults.
+
+    Raises:
+        UserError: There is no data set.
+        RunFailedError: It has a fault.
+    """
+    session.storage.check(url, write=False)
+    Manifest.load(session.storage, Storage.absolute(url))
+    session.connect()
+    from jobs.verify import verify_dataset
+
+    with _shown("faults", sys.stderr if as_json else sys.stdout) as show:
+        result = verify_dataset(session.storage, url, deep=deep, on_progress=show)
+    manifest = result.manifest
+    if as_json:
+        print_json(_as_json(url, result, deep=deep))
+    else:
+        for fault in result.faults:
+            say(fault.line)
+        looked = "read and decoded" if deep else "read"
+        say(
+            f"{url}: {manifest.samples} images in {len(manifest.shards)} shards ({bytes_text(manifest.tar_bytes)}) "
+            f"{looked} in {duration_text(result.seconds)}, {len(result.faults)} faults"
+        )
+    if result.faults:
+        raise RunFailedError(f"{url} has {len(result.faults)} faults")
+
+
+def _as_json(url: str, result: Verification, *, deep: bool) -> dict[str, object]:
+    return {
+        "url": url,
+        "digest": result.manifest.digest,
+        "shards": len(result.manifest.shards),
+        "samples": result.manifest.samples,
+        "bytes": result.manifest.tar_bytes,
+        "deep": deep,
+        "seconds": round(result.seconds, 3),
+        "faults": [asdict(fault) for fault in result.faults],
+    }
+
+
+def _say_made(destination: str, manifest: Manifest, done: str, skipped: int, bad_labels: int) -> None:
+    say(
+        f"{destination}: {manifest.samples} images in {len(manifest.shards)} shards ({done}), {skipped} sources skipped"
+    )
+    if skipped:
+        say(f"skipped, with reasons: {Storage.join(destination, SKIPPED_NAME)}")
+    if bad_labels:
+        say(f"{bad_labels} labels are no integers of at least 0; their images have none")
+
+
+def _say_waiting(holder: str) -> None:
+    say(f"a claim is held by {holder}; watching for up to 30 s whether it still works")
+
+
+@contextmanager
+def _damage_listed() -> Iterator[None]:
+    """Name every damaged tar, before the error says how many there are."""
+    try:
+        yield
+    except DamagedTarsError as error:
+        for line in error.lines:
+            say(line)
+        raise
+
+
+@contextmanager
+def _shown(bad: str, stream: TextIO | None = None) -> Iterator[Callable[[str, Progress], None]]:
+    """Show the stages of a job, one after the other; gives `show(stage, progress)`."""
+    stage, began = "", 0.0
+    with ExitStack() as bars:
+        draw: Callable[[int, int, str], None] | None = None
+
+        def show(name: str, now: Progress) -> None:
+            nonlocal stage, began, draw
+            if draw is None or name != stage:
+                bars.close()
+                stage, began = name, time.monotonic()
+                draw = bars.enter_context(progress_bar(name, stream or sys.stdout))
+            draw(now.done, now.total, progress_text(now, time.monotonic() - began, bad))
+
+        yield show
+
+
+def progress_text(now: Progress, seconds: float, bad: str) -> str:
+    """The figures of a fan-out in one line; what was kept says nothing about the rate."""
+    fresh = now.done - now.kept
+    rate = (now.samples - now.kept_samples) / seconds if seconds else 0.0
+    remaining = seconds / fresh * (now.total - now.done) if fresh else None
+    return f"{now.samples} images · {rate:.0f} images/s · {now.bad} {bad} · ETA {duration_text(remaining)}"

@@ -1,0 +1,100 @@
+"""Many small tasks over the cluster, a bounded number in flight, with their results as they come."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import ray
+from ray.exceptions import RayTaskError
+
+from pipeline.errors import UserError
+from pipeline.storage import Storage
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+TASKS_PER_CPU = 2
+"""In flight: enough that no core waits for the driver, few enough that a full disk stops the rest."""
+TICK_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a fan-out has come."""
+
+    done: int = 0
+    total: int = 0
+    kept: int = 0
+    """Of the done: those that an earlier run had finished; they say nothing about the rate."""
+    samples: int = 0
+    kept_samples: int = 0
+    bad: int = 0
+    """Skipped images, or faults."""
+
+    def after(self, *, kept: bool, samples: int, bad: int) -> Progress:
+        """One more is done."""
+        return Progress(
+            self.done + 1,
+            self.total,
+            self.kept + kept,
+            self.samples + samples,
+            self.kept_samples + samples * kept,
+            self.bad + bad,
+        )
+
+
+def fan_out(
+    work: Callable[[Storage, str, Task], Result],
+    storage: Storage,
+    url: str,
+    tasks: Iterable[Task],
+    *,
+    on_tick: Callable[[], None],
+) -> Iterator[Result]:
+    """Run `work(storage, url, task)` for each task, one CPU each; results come in any order.
+
+    Args:
+        work: A function of this project, found by its name on every node.
+        storage: Reaches what the tasks read and write, from every node.
+        url: Handed to every task.
+        tasks: Made one by one, as they are started.
+        on_tick: Called at the start and about every second, also while no task ends. What it raises ends the fan-out.
+
+    Raises:
+        UserError: One that a task met, as itself; the other tasks are cancelled.
+    """
+    remote = ray.remote(num_cpus=1)(work)
+    shared = ray.put(storage)
+    waiting = iter(tasks)
+    running: list[Any] = []
+    on_tick()
+    try:
+        while True:
+            started = itertools.islice(waiting, max(0, _width() - len(running)))
+            running += [remote.remote(shared, url, task) for task in started]
+            if not running:
+                return
+            done, running = ray.wait(running, num_returns=1, timeout=TICK_SECONDS)
+            for reference in done:
+                yield _result(reference)
+            on_tick()
+    finally:
+        for reference in running:
+            ray.cancel(reference)
+
+
+def _width() -> int:
+    """How many tasks may be in flight now: nodes come and go."""
+    return max(1, TASKS_PER_CPU * int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
+
+
+def _result(reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise error.cause from None
+        raise

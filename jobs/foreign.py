@@ -1,0 +1,106 @@
+"""A data set of tars that were made elsewhere: indexed in parallel Ray tasks, one a tar, without rewriting them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jobs.fan_out import Progress, fan_out
+from jobs.ingest import WORK_FOLDER, Show, sweep
+from pipeline.claim import claimed
+from pipeline.errors import DamagedTarsError, SourceError
+from pipeline.foreign import IndexTask, TarReport, index_tar
+from pipeline.manifest import Manifest, existing_manifest
+from pipeline.shard_index import Skipped
+from pipeline.source import Tars
+from pipeline.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class IndexingReport:
+    """What an indexing did."""
+
+    manifest: Manifest
+    tars_read: int
+    tars_kept: int
+    """Already indexed by an earlier run."""
+    skipped: int
+    bad_labels: int
+    seconds: float
+
+
+def index_dataset(
+    storage: Storage,
+    tars: Tars,
+    destination: str,
+    *,
+    deep: bool = False,
+    salvage: bool = False,
+    on_progress: Show,
+    on_wait: Callable[[str], None] = logger.warning,
+) -> IndexingReport:
+    """Index tars, and write the manifest that makes them a data set; the same call again goes on with what is missing.
+
+    Ray must be initialised. All tars are gone through before a damaged one ends it, so that each is named.
+
+    Args:
+        storage: Reaches both places from every node.
+        tars: What to index.
+        destination: Where indexes and manifest go; may be the tars' own folder.
+        deep: Decode every image, and leave out those that do not; else their headers alone are looked at.
+        salvage: Index what is left of damaged tars.
+        on_progress: Called in this process.
+        on_wait: Called with who seems to work there, when it takes time to see whether they live.
+
+    Raises:
+        DamagedTarsError: Names every damaged tar with the offset; those that are whole are indexed, and kept next time.
+        SourceError: No image in any tar.
+        DatasetError: The destination holds another data set.
+        ClaimedError: Another process works there.
+    """
+    began = time.monotonic()
+    destination = Storage.absolute(destination)
+    tasks = [IndexTask(tars.root, tar, deep, salvage) for tar in tars.tars]
+    manifest = existing_manifest(storage, destination, tasks)
+    if manifest is not None:
+        return IndexingReport(manifest, 0, len(tasks), manifest.skipped, 0, time.monotonic() - began)
+    work = Storage.join(destination, WORK_FOLDER)
+    with claimed(storage, work, "convmae index", on_wait=on_wait) as claim:
+        progress = Progress(total=len(tasks))
+
+        def tick() -> None:
+            claim.check()
+            on_progress("tars", progress)
+
+        done: list[TarReport] = []
+        for report in fan_out(index_tar, storage, destination, tasks, on_tick=tick):
+            done.append(report)
+            progress = progress.after(kept=report.kept, samples=report.samples, bad=report.skipped)
+        done.sort(key=lambda report: report.name)
+        manifest, skipped = _manifest(tars, tasks, done)
+        claim.check()
+        manifest.save(storage, destination, skipped)
+    sweep(work)
+    kept = sum(report.kept for report in done)
+    bad_labels = sum(report.bad_labels for report in done)
+    return IndexingReport(manifest, len(done) - kept, kept, len(skipped), bad_labels, time.monotonic() - began)
+
+
+def _manifest(tars: Tars, tasks: list[IndexTask], done: list[TarReport]) -> tuple[Manifest, list[Skipped]]:
+    damaged = [report for report in done if report.report is None]
+    if damaged:
+        lines = [f"{item.name}.tar, offset {fault.offset}: {fault.what}" for item in damaged for fault in item.faults]
+        raise DamagedTarsError(lines, len(done))
+    reports = [report.report for report in done if report.report is not None]
+    skipped = [item for report in reports for item in report.skipped]
+    manifest = Manifest.of(tasks, reports, ())
+    if not manifest.samples:
+        why = (
+            f"the first of {len(skipped)} skipped is {skipped[0].path}: {skipped[0].reason}" if skipped else "none has"
+        )
+        raise SourceError("tars", "must have an image with a known extension", tars.root, why)
+    return manifest, skipped
