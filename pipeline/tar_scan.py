@@ -17,6 +17,7 @@ CHUNK_BYTES = 8 << 20
 _HELD_CHUNKS = 3
 _BLOCK = tarfile.BLOCKSIZE
 _MAGIC = slice(257, 262)
+_NO_END = "the tar is cut off: it has no end mark"
 
 
 class TarMember(NamedTuple):
@@ -135,6 +136,8 @@ def _archive(file: RangedFile, start: int) -> Generator[TarMember, None, tuple[T
             if member.isreg() and not member.issparse():
                 yield TarMember(member.name, member.offset, member.offset_data, member.size)
     except (tarfile.TarError, ValueError, UnicodeError, OverflowError, EOFError) as error:
+        if here >= file.size > 0:
+            return TarFault(file.size, _NO_END), file.size
         return TarFault(here, f"damaged header ({error})"), here + _BLOCK
     return _end_fault(file, tar.offset)
 
@@ -144,7 +147,7 @@ def _end_fault(file: RangedFile, offset: int) -> tuple[TarFault | None, int]:
     file.seek(offset)
     block = file.read(_BLOCK)
     if len(block) < _BLOCK:
-        return TarFault(min(offset, file.size), "the tar is cut off: it has no end mark"), file.size
+        return TarFault(min(offset, file.size), _NO_END), file.size
     if any(block):
         return TarFault(offset, "damaged header (bad checksum)"), offset + _BLOCK
     while rest := file.read(_BLOCK * 128):

@@ -92,9 +92,11 @@ def _content_faults(file: RangedFile, index: ShardIndex, deep: bool) -> Iterator
     """Go through the tar once, checking the images of the index where they come by; then those that did not."""
     rows = {row.offset: row for row in map(index.row, range(len(index)))}
     labels = {row.key: row for row in rows.values() if row.label != NO_LABEL}
+    known = {(item.path.rpartition(" at byte ")[2], item.reason) for item in index.skipped}
     for item in scan_tar(file):
         if isinstance(item, TarFault):
-            yield Fault(index.shard, None, item.offset, item.what)
+            if (str(item.offset), item.what) not in known:  # what was salvaged is as damaged as it was indexed
+                yield Fault(index.shard, None, item.offset, item.what)
             continue
         row = rows.pop(item.data_offset, None)
         if row is not None:
