@@ -226,12 +226,12 @@ def _holder(content: Mapping[str, Any]) -> Holder:
 def _read(storage: Storage, url: str) -> dict[str, Any] | None:
     """The content of a claim; None where there is none, empty while it is being written."""
     try:
-        content: dict[str, Any] = json.loads(storage.read(url))
+        content = json.loads(storage.read(url))
     except FileNotFoundError:
         return None
     except ValueError:
         return {}
-    return content
+    return content if isinstance(content, dict) else {}
 
 
 def _user() -> str:

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import ray
 from PIL import Image
+from pipeline_tars import tar_bytes
 
+from jobs import ingest as ingest_module
 from jobs.fan_out import Progress
 from jobs.ingest import IngestReport, ingest
 from pipeline.dataset import Dataset
-from pipeline.errors import DatasetError, SourceError, StorageError
+from pipeline.errors import DamagedTarsError, DatasetError, SourceError, StorageError
 from pipeline.manifest import MANIFEST_NAME, SKIPPED_NAME
 from pipeline.shard_plan import Ingest, Sharding
 from pipeline.shards import write_shard
@@ -47,12 +49,15 @@ def photographs(tmp_path: Path) -> Path:
     return tmp_path / "photographs"
 
 
-def run(source: Path | str, destination: str, **sharding: Any) -> tuple[IngestReport, list[tuple[str, Progress]]]:
+def run(
+    source: Path | str, destination: str, *, salvage: bool = False, **sharding: Any
+) -> tuple[IngestReport, list[tuple[str, Progress]]]:
     progress: list[tuple[str, Progress]] = []
     report = ingest(
         Storage(),
         Ingest(find_sources(Storage(), str(source)), Sharding(**({"samples_per_shard": 5} | sharding))),
         destination,
+        salvage=salvage,
         on_progress=lambda stage, now: progress.append((stage, now)),
     )
     return report, progress
@@ -126,6 +131,105 @@ def test_a_users_error_in_a_task_comes_back_as_itself_and_a_rerun_goes_on(
 
     assert report.shards_kept >= 1
     assert report.manifest.samples == 24
+
+
+def test_tars_become_the_same_images_in_another_order(cluster: None, photographs: Path, tmp_path: Path) -> None:
+    tars, labels = tmp_path / "tars", {}
+    for number in range(4):
+        members = []
+        for path in sorted(photographs.rglob("*.jpg"))[number::4]:
+            members += [(f"{path.stem}.cls", path.parent.name[-1].encode()), (f"{path.stem}.jpg", path.read_bytes())]
+            labels[path.read_bytes()] = int(path.parent.name[-1])
+        tars.mkdir(exist_ok=True)
+        (tars / f"{number}.tar").write_bytes(tar_bytes(members))
+
+    report, progress = run(tars, str(tmp_path / "out"))
+
+    dataset = Dataset.open(Storage(), str(tmp_path / "out"))
+    samples = dataset.read(np.arange(dataset.samples))
+    assert {sample.data: sample.label for sample in samples} == labels
+    assert [sample.data for sample in samples] != list(labels)
+    assert ("source tars", Progress(done=4, total=4, samples=24)) in progress
+    assert not (tmp_path / "out" / ".ingest").exists()
+    again, progress = run(tars, str(tmp_path / "out"))
+    assert (again.manifest, progress) == (report.manifest, [])
+
+
+def test_a_restart_does_not_go_through_source_tars_again(cluster: None, photographs: Path, tmp_path: Path) -> None:
+    images = [(path.name, path.read_bytes()) for path in sorted(photographs.rglob("*.jpg"))]
+    (tmp_path / "tars").mkdir()
+    for number in range(3):
+        (tmp_path / "tars" / f"{number}.tar").write_bytes(tar_bytes(images[number * 8 : number * 8 + 8]))
+    run(tmp_path / "tars", str(tmp_path / "whole"))
+    whole = files(tmp_path / "whole")
+    original = ingest_module._written
+
+    def killed(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    ingest_module._written = killed  # type: ignore[assignment]
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "tars", str(tmp_path / "out"))
+    finally:
+        ingest_module._written = original
+    _, progress = run(tmp_path / "tars", str(tmp_path / "out"))
+
+    assert ("source tars", Progress(done=3, total=3, kept=3, samples=24, kept_samples=24)) in progress
+    assert files(tmp_path / "out") == whole
+
+
+def test_damaged_source_tars_are_all_named_and_salvaged_when_asked(
+    cluster: None, photographs: Path, tmp_path: Path
+) -> None:
+    images = [(path.name, path.read_bytes()) for path in sorted(photographs.rglob("*.jpg"))]
+    (tmp_path / "tars").mkdir()
+    whole = tar_bytes(images[:8])
+    (tmp_path / "tars" / "a.tar").write_bytes(whole)
+    (tmp_path / "tars" / "b.tar").write_bytes(whole[: whole.index(images[4][0].encode()) + 600])
+    (tmp_path / "tars" / "c.tar").write_bytes(b"x" + whole[1:])
+
+    with pytest.raises(DamagedTarsError, match="2 damaged of 3") as caught:
+        run(tmp_path / "tars", str(tmp_path / "out"))
+    assert [line.split(",")[0] for line in caught.value.lines] == ["b.tar", "c.tar"]
+    assert "c.tar, offset 0: damaged header" in caught.value.lines[1]
+    report, _ = run(tmp_path / "tars", str(tmp_path / "out"), salvage=True)
+
+    assert report.manifest.samples == 8 + 4 + 7
+    skipped = [json.loads(line)["path"] for line in (tmp_path / "out" / SKIPPED_NAME).read_text().splitlines()]
+    assert len(skipped) == report.skipped == 2
+    assert skipped[1] == "c.tar at byte 0"
+
+
+def test_a_list_of_files_becomes_a_dataset(cluster: None, photographs: Path, tmp_path: Path) -> None:
+    paths = sorted(photographs.rglob("*.jpg"))
+    lines = [f"{path.relative_to(tmp_path)}\t{path.parent.name}" for path in paths] + ["photographs/gone.jpg\tclass-0"]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+
+    report, _ = run(tmp_path / "list.txt", str(tmp_path / "out"), samples_per_shard=None, shard_bytes=40_960)
+
+    dataset = Dataset.open(Storage(), str(tmp_path / "out"))
+    found = {sample.data: dataset.manifest.classes[sample.label] for sample in dataset.read(np.arange(24))}
+    assert found == {path.read_bytes(): path.parent.name for path in paths}
+    assert report.skipped == 1
+    assert json.loads((tmp_path / "out" / SKIPPED_NAME).read_text())["path"] == "photographs/gone.jpg"
+    assert dataset.manifest.shards.tar_bytes.max() <= 40_960
+
+
+def test_a_flipped_byte_in_a_finished_shard_is_found_at_the_restart(
+    cluster: None, photographs: Path, tmp_path: Path
+) -> None:
+    run(photographs, str(tmp_path / "out"))
+    whole = files(tmp_path / "out")
+    (tmp_path / "out" / MANIFEST_NAME).unlink()
+    damaged = bytearray(whole["shard-000002.tar"])
+    damaged[2000] ^= 1
+    (tmp_path / "out" / "shard-000002.tar").write_bytes(damaged)
+
+    report, _ = run(photographs, str(tmp_path / "out"))
+
+    assert (report.shards_written, report.shards_kept) == (1, 4)
+    assert files(tmp_path / "out") == whole
 
 
 def test_images_that_all_fail_are_refused(cluster: None, tmp_path: Path) -> None:

@@ -124,7 +124,7 @@ def test_a_tar_of_the_same_size_with_other_images_is_named(own_dataset: Dataset,
 
 def test_a_replaced_object_is_named(own_dataset: Dataset) -> None:
     class Tagged(Storage):
-        def etag(self, url: str) -> str | None:
+        def etag(self, url: str) -> str | None:  # noqa: ARG002
             return '"new"'
 
     entry = replace(own_dataset.manifest.shards[1], etag='"old"')
@@ -164,7 +164,7 @@ def test_deep_finds_a_size_that_is_not_the_indexs(own_dataset: Dataset) -> None:
 
 def test_a_store_that_fails_is_no_fault_of_the_shard(dataset: Dataset) -> None:
     class Down(Storage):
-        def read_range(self, url: str, offset: int, length: int) -> bytes:
+        def read_range(self, url: str, offset: int, length: int) -> bytes:  # noqa: ARG002
             raise StorageError("storage", "must be reachable", url, "wait")
 
     with pytest.raises(StorageError):

@@ -1,0 +1,143 @@
+"""The commands that make, index and verify data sets, as a user types them, on real S3 and a real cluster."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from pipeline_tars import tar_bytes
+from testbed import TILES, Command, wait_until
+
+from pipeline.claim import claimed
+from pipeline.dataset import Dataset
+from pipeline.shard_plan import Sharding, plan_shards
+from pipeline.shards import write_shard
+from pipeline.source import Sources
+from pipeline.sources import find_sources
+from pipeline.storage import Storage
+
+ROOT = "s3://convmae/test-datasets"
+
+
+@pytest.fixture
+def s3(convmae: Command) -> Storage:
+    return Storage.from_environment(convmae.stack.environment())
+
+
+@pytest.fixture
+def images(photographs: Path) -> list[tuple[str, bytes]]:
+    paths = sorted(path for path in photographs.rglob("*.jpg") if path.name != "broken.jpg")
+    return [(f"{number:04d}.jpg", path.read_bytes()) for number, path in enumerate(paths)]
+
+
+def test_foreign_tars_are_indexed_trained_from_and_verified(
+    convmae: Command, s3: Storage, images: list[tuple[str, bytes]]
+) -> None:
+    url = f"{ROOT}/foreign"
+    tars = [tar_bytes(images[start : start + 32]) for start in range(0, TILES, 32)]
+    damaged = bytearray(tars[1])
+    header = damaged.index(images[40][0].encode())
+    damaged[header] ^= 1
+    for number, data in enumerate([tars[0], bytes(damaged), tars[2]]):
+        s3.write(f"{url}/part/{number:05d}.tar", data)
+
+    out, err = convmae("index", url, code=2)
+    assert f"part/00001.tar, offset {header}: damaged header" in out
+    assert "tars: must be whole, got '1 damaged of 3'" in err
+    assert not s3.exists(f"{url}/manifest.json")
+
+    s3.write(f"{url}/part/00001.tar", tars[1])
+    out, _ = convmae("index", url)
+    assert f"{TILES} images in 3 shards (1 read, 2 kept), 0 sources skipped" in out
+    dataset = Dataset.open(s3, url)
+    assert [sample.data for sample in dataset.read(np.arange(TILES))] == [data for _, data in images]
+
+    s3.write(f"{url}/part/00000.tar", tars[0].replace(images[3][1], images[3][1][:-9] + bytes(9)))
+    out, _ = convmae("verify", url, "--json", code=1)
+    report = json.loads(out)
+    assert (report["samples"], report["shards"], report["deep"]) == (TILES, 3, False)
+    assert [(fault["shard"], fault["key"]) for fault in report["faults"]] == [
+        ("part/00000", None),
+        ("part/00000", "0003"),
+    ]
+    assert "was replaced" in report["faults"][0]["what"]
+    assert "CRC32C" in report["faults"][1]["what"]
+
+
+def test_a_whole_data_set_has_no_fault(convmae: Command, data: str) -> None:
+    out, err = convmae("verify", data, "--deep")
+
+    assert f"{TILES} images in 3 shards" in out and "read and decoded" in out
+    assert out.rstrip().endswith("0 faults")
+    assert "failed" not in err
+
+
+def test_an_ingest_that_is_killed_goes_on_and_ends_in_the_same_bytes(
+    convmae: Command, s3: Storage, photographs: Path, tmp_path: Path
+) -> None:
+    url = f"{ROOT}/killed"
+    arguments = ("shard", str(photographs), url, "--samples-per-shard", "1")
+    first = convmae.start(*arguments)
+    wait_until("a finished shard", lambda: any(name.endswith(".index") for name in s3.list_names(url)), 60)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    assert not s3.exists(f"{url}/manifest.json")
+
+    out, _ = convmae(*arguments)
+
+    written, kept = (int(word) for word in out.rpartition("shards (")[2].split(" kept")[0].split(" written, "))
+    assert written + kept == TILES + 1
+    assert written >= 1
+    assert kept >= 1
+    sources = find_sources(Storage(), str(photographs))
+    assert isinstance(sources, Sources)
+    for task in plan_shards(sources, Sharding(1)):
+        entry = write_shard(Storage(), str(tmp_path), task).entry
+        assert s3.read(entry.tar_url(url)) == Path(entry.tar_url(str(tmp_path))).read_bytes()
+    assert s3.list_names(f"{url}/.ingest") == []
+
+
+def test_a_second_ingest_is_told_who_works_there(convmae: Command, s3: Storage, photographs: Path) -> None:
+    url = f"{ROOT}/claimed"
+    with claimed(s3, f"{url}/.ingest", "convmae shard", on_wait=print) as claim:
+        out, err = convmae("shard", str(photographs), url, code=2)
+        claim.check()
+
+    assert "a claim is held by" in out
+    assert "must not be worked on by" in err and "convmae shard, since 20" in err
+    assert not s3.exists(f"{url}/manifest.json")
+
+
+def test_only_one_of_many_conditional_writes_succeeds(s3: Storage) -> None:
+    made = [s3.create(f"{ROOT}/created", f"{number}".encode()) for number in range(3)]
+
+    assert made == [True, False, False]
+    assert s3.read(f"{ROOT}/created") == b"0"
+
+
+def test_webdataset_reads_what_was_sharded_to_s3(data: str, s3: Storage, tmp_path: Path) -> None:
+    dataset = Dataset.open(s3, data)
+    for shard in dataset.manifest.shards:
+        s3.download(shard.tar_url(data), tmp_path / f"{shard.name}.tar")
+
+    urls = [str(tmp_path / f"{shard.name}.tar") for shard in dataset.manifest.shards]
+    seen = [
+        (item["__key__"], item["jpg"], int(item["cls"])) for item in webdataset.WebDataset(urls, shardshuffle=False)
+    ]
+
+    assert seen == [(sample.key, sample.data, sample.label) for sample in dataset.read(np.arange(TILES))]
+
+
+def test_bad_arguments_are_refused_before_anything_starts(convmae: Command, tmp_path: Path) -> None:
+    (tmp_path / "a.jpg").write_bytes(b"1")
+
+    assert (
+        "--shard-bytes: must be a number of bytes"
+        in convmae("shard", str(tmp_path), str(tmp_path / "out"), "--shard-bytes", "many", code=2)[1]
+    )
+    assert "must be a tar, a folder of tars" in convmae("index", str(tmp_path), code=2)[1]
+    assert "must hold a manifest.json" in convmae("verify", str(tmp_path), code=2)[1]
