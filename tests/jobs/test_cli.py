@@ -286,3 +286,31 @@ def test_bad_input_ends_a_process_with_one_line() -> None:
     ended = in_a_process("pretrain", "tiny", "epoch=3")
 
     assert_refused(Ended(ended.returncode, ended.stdout, ended.stderr), "did you mean epochs?")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("shard", "PHOTOS", "OUT", "--shard-bytes", "many"), "--shard-bytes: must be a number of bytes"),
+        (("shard", "PHOTOS", "OUT", "--shard-bytes", "1MB", "--samples-per-shard", "5"), "give one of the two"),
+        (("shard", "PHOTOS", "OUT", "--quality", "0"), "quality: must be from 1 to 100"),
+        (("shard", "PHOTOS/{0..3}.tar", "OUT"), "PHOTOS/0.tar"),
+        (("index", "PHOTOS"), "must be a tar, a folder of tars or a pattern of them"),
+        (("verify", "PHOTOS"), "must hold a manifest.json"),
+    ],
+)
+def test_bad_arguments_of_data_set_commands_are_refused_before_anything_starts(
+    convmae: Convmae, tmp_path: Path, arguments: tuple[str, ...], told: str
+) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"1")
+    places = {"PHOTOS": str(tmp_path / "photos"), "OUT": str(tmp_path / "out")}
+    for name, place in places.items():
+        arguments = tuple(argument.replace(name, place) for argument in arguments)
+        told = told.replace(name, place)
+
+    ended = convmae(*arguments)
+
+    assert ended.code == 2
+    assert told in ended.error
+    assert not (tmp_path / "out").exists()

@@ -130,14 +130,3 @@ def test_webdataset_reads_what_was_sharded_to_s3(data: str, s3: Storage, tmp_pat
     ]
 
     assert seen == [(sample.key, sample.data, sample.label) for sample in dataset.read(np.arange(TILES))]
-
-
-def test_bad_arguments_are_refused_before_anything_starts(convmae: Command, tmp_path: Path) -> None:
-    (tmp_path / "a.jpg").write_bytes(b"1")
-
-    assert (
-        "--shard-bytes: must be a number of bytes"
-        in convmae("shard", str(tmp_path), str(tmp_path / "out"), "--shard-bytes", "many", code=2)[1]
-    )
-    assert "must be a tar, a folder of tars" in convmae("index", str(tmp_path), code=2)[1]
-    assert "must hold a manifest.json" in convmae("verify", str(tmp_path), code=2)[1]
