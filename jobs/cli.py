@@ -364,9 +364,9 @@ def main() -> None:
 
 
 def _usage_text(error: Any) -> str:
-    """One line; or the whole help, where a command was given nothing at all."""
+    """One line; nothing where the help was printed, because the command was given nothing at all."""
     message: str = error.format_message()
-    return f"{message}\n" if "\n" in message else f"error: {message}\n"
+    return f"error: {message}\n" if message else ""
 
 
 def _session() -> Any:
@@ -379,10 +379,10 @@ def _session() -> Any:
 
 def _is_dataset(target: str) -> bool:
     """Whether `target` is a place; a name, or a .toml file, is a recipe."""
-    if "://" in target:
-        return True
-    if target.endswith(".toml") or not ("/" in target or Path(target).is_dir()):
+    if target.endswith(".toml"):
         return False
+    if "/" in target or not Path(target).is_dir():
+        return "/" in target
     from jobs.recipes import recipe_names
 
     return target not in recipe_names()

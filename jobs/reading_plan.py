@@ -114,7 +114,7 @@ class ReadingPlan:
         yield "open window", f"{open_text}, {plan['open_bytes_per_rank'] / 1e6:,.0f} MB on one of {self.world_size}"
         yield "design effect", f"{self.forecast.design_effect:.2f} over shards; 1.00 is an independent draw"
         if self.label_effect is not None:
-            yield "", f"{self.label_effect:.2f} over labels, from {LABELLED_BLOCKS} blocks"
+            yield "", f"{self.label_effect:.2f} over labels, from {min(LABELLED_BLOCKS, order.blocks)} blocks"
         how = "whole blocks" if self.whole_blocks else f"sample by sample: a rank may hold {OPEN_BYTES / 1e9:.1f} GB"
         yield "GETs per epoch", f"{plan['gets_per_epoch']:,} ({how})"
         yield "bytes per epoch", f"{plan['bytes_per_epoch'] / 1e9:.2f} GB"
