@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.exceptions import TyperException
 
 from jobs.errors import RunError, RunFailedError
 from jobs.terminal import figure, print_json, print_pairs, say
@@ -44,6 +45,10 @@ RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, or t
 RunRoot = Annotated[str, typer.Option("--run-root", help="URL under which runs are kept; default: the local stack's.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Salvage = Annotated[bool, typer.Option("--salvage", help="Take what is left of damaged tars; else they are refused.")]
+World = Annotated[int, typer.Option(help="Ranks; at most as many as lanes.")]
+OrderSeed = Annotated[int, typer.Option(help="Of the order; a recipe's `seed`.")]
+Block = Annotated[int, typer.Option(help="Samples in a block; a recipe's `block_samples`.")]
+Window = Annotated[int, typer.Option(help="Blocks in a lane's window; a recipe's `window_blocks`.")]
 RunOption = Annotated[
     str, typer.Option("--run", help="Name of the run; default: the recipe's. The same name resumes it.")
 ]
@@ -172,19 +177,76 @@ def verify(
 def inspect(
     target: Annotated[str, typer.Argument(metavar="RECIPE_OR_DATASET", help="A recipe, or the URL of a data set.")],
     overrides: Overrides = None,
+    *,
+    batch: Annotated[int, typer.Option(help="Of a data set's plan: global batch size.", show_default=False)] = 0,
+    lanes: Annotated[int, typer.Option(help="Of a data set's plan: lanes.", show_default=False)] = 0,
+    world: World = 1,
+    seed: OrderSeed = 0,
+    block: Block = 32,
+    window: Window = 64,
+    labels: Annotated[
+        bool, typer.Option("--labels", help="Also read some index rows, to tell how labels mix.")
+    ] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Show a recipe as it would run (parameters, FLOPs, steps, bytes), or what a data set holds."""
-    from jobs.plan import DatasetSize, dataset_lines, recipe_lines
-    from jobs.recipes import recipe_names
-    from pipeline.manifest import Manifest
+    """Show a recipe as it would run (parameters, FLOPs, steps, order, GETs), or a data set and how it would be read.
+
+    A recipe is changed by FIELD=VALUE, the plan of a data set by options. The design effect says how well batches are
+    mixed: 1.0 for independent draws.
+    """
+    session = _session()
+    if _is_dataset(target):
+        from jobs.reading_plan import inspected_dataset
+
+        if overrides:
+            remedy = "give options like --batch 4096, or inspect a recipe with data=URL"
+            raise UserError("argument", "must not be given with a data set", overrides[0], remedy)
+        numbers = {"batch": batch, "lanes": lanes, "seed": seed, "block": block, "window": window}
+        session.storage.check(target, write=False)
+        inspected = inspected_dataset(session.storage, target, numbers, world_size=world, labels=labels)
+        print_json(inspected.to_json()) if as_json else print_pairs(inspected.lines())
+        return
+    from jobs.plan import DatasetSize, recipe_lines
+
+    recipe = _recipe(target, overrides)
+    pairs = list(recipe_lines(recipe, DatasetSize.of(session.storage, recipe)))
+    print_json({field: value for field, value in pairs if field}) if as_json else print_pairs(pairs)
+
+
+@app.command()
+def order(
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="URL of a data set.")],
+    *,
+    batch: Annotated[int, typer.Option(help="Global batch size.")],
+    lanes: Annotated[int, typer.Option(help="Lanes; divides the batch.")],
+    world: World = 1,
+    rank: Annotated[int | None, typer.Option(help="Only this rank; default: all.", show_default=False)] = None,
+    seed: OrderSeed = 0,
+    step: Annotated[int, typer.Option(help="First step, from 0.")] = 0,
+    steps: Annotated[int, typer.Option(help="How many steps.")] = 1,
+    block: Block = 32,
+    window: Window = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: one object a line.")] = False,
+) -> None:
+    """Print which samples make up each step, rank by rank, in order. Reads indexes, no image.
+
+    With --json, each line is one object for a step and rank: step, epoch, rank, world_size, keys, shards, samples. The
+    last three are lists in the order in which the rank's batch holds the samples, `samples` their numbers in the data
+    set.
+    """
+    from jobs.reading_plan import listed_steps
+    from pipeline.dataset import Dataset
+    from pipeline.order import Order
 
     session = _session()
-    if target not in recipe_names() and not target.endswith(".toml") and ("/" in target or Path(target).is_dir()):
-        session.storage.check(target, write=False)
-        print_pairs(dataset_lines(Manifest.load(session.storage, target)))
-        return
-    recipe = _recipe(target, overrides)
-    print_pairs(recipe_lines(recipe, DatasetSize.of(session.storage, recipe)))
+    session.storage.check(dataset, write=False)
+    opened = Dataset.open(session.storage, dataset)
+    plan = Order(opened.samples, batch, lanes, seed, block, window)
+    for row in listed_steps(opened, plan, step, steps, world_size=world, rank=rank):
+        if as_json:
+            say(json.dumps(row))
+        else:
+            say(f"step {row['step']}  epoch {row['epoch']}  rank {row['rank']}  " + " ".join(row["keys"]))
 
 
 @app.command()
@@ -351,7 +413,12 @@ def main() -> None:
     from jobs.stack import StackError
 
     try:
-        app()
+        sys.exit(app(standalone_mode=False) or 0)
+    except TyperException as error:  # what Typer itself refuses: an unknown option, text where a number should be
+        sys.stderr.write(_usage_text(error))
+        sys.exit(2)
+    except typer.Abort:
+        sys.exit(1)
     except UserError as error:
         sys.stderr.write(f"error: {error}\n")
         sys.exit(2)
@@ -360,12 +427,29 @@ def main() -> None:
         sys.exit(1)
 
 
+def _usage_text(error: Any) -> str:
+    """One line; nothing where the help was printed, because the command was given nothing at all."""
+    message: str = error.format_message()
+    return f"error: {message}\n" if message else ""
+
+
 def _session() -> Any:
     from jobs.session import Session
 
     session = Session.open(os.environ)
     session.export()
     return session
+
+
+def _is_dataset(target: str) -> bool:
+    """Whether `target` is a place; a name, or a .toml file, is a recipe."""
+    if target.endswith(".toml"):
+        return False
+    if "/" in target or not Path(target).is_dir():
+        return "/" in target
+    from jobs.recipes import recipe_names
+
+    return target not in recipe_names()
 
 
 def _recipe(name: str, overrides: Iterable[str] | None) -> Any:

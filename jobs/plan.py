@@ -1,14 +1,18 @@
-"""What `convmae inspect` says: a recipe or a data set in numbers, before anything is started."""
+"""What `convmae inspect` says of a recipe: its fields and what follows from them, before anything is started."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import numpy as np
+
+from jobs.reading_plan import ReadingPlan
 from jobs.recipe import Recipe
 from jobs.schedule import Schedule
 from jobs.trainer import order_of
 from model.cost import flops_per_image, parameters
+from pipeline.forecast import Int64s
 from pipeline.manifest import Manifest
 from pipeline.storage import Storage
 
@@ -21,6 +25,8 @@ class DatasetSize:
     bytes: int
     origin: str
     """Where the figures are from, for people."""
+    shard_samples: Int64s = field(compare=False)
+    """(shards,) samples of each."""
 
     @classmethod
     def of(cls, storage: Storage, recipe: Recipe) -> DatasetSize:
@@ -29,10 +35,15 @@ class DatasetSize:
             return IMAGENET
         storage.check(recipe.data, write=False)
         manifest = Manifest.load(storage, recipe.data)
-        return cls(manifest.samples, manifest.tar_bytes, recipe.data)
+        return cls(manifest.samples, manifest.tar_bytes, recipe.data, manifest.shards.samples)
 
 
-IMAGENET = DatasetSize(1_281_167, 147_897_477_120, "not set: ImageNet-1k's training set is assumed")
+IMAGENET = DatasetSize(
+    1_281_167,
+    147_897_477_120,
+    "not set: ImageNet-1k's training set is assumed, in shards of 1,000",
+    np.append(np.full(1281, 1000), 167),
+)
 """Images, and bytes of ILSVRC2012_img_train.tar."""
 
 
@@ -40,10 +51,10 @@ def recipe_lines(recipe: Recipe, size: DatasetSize) -> Iterator[tuple[str, str]]
     """Field and value: the resolved recipe, then what follows from it."""
     fields = recipe.to_json()
     model = fields.pop("model")
-    for field, value in fields.items():
-        yield field, _text(value)
-    for field, value in model.items():
-        yield f"model.{field}", _text(value)
+    for name, value in fields.items():
+        yield name, _text(value)
+    for name, value in model.items():
+        yield f"model.{name}", _text(value)
     yield from _plan_lines(recipe, size)
 
 
@@ -51,8 +62,8 @@ def _plan_lines(recipe: Recipe, size: DatasetSize) -> Iterator[tuple[str, str]]:
     counts, cost = parameters(recipe.model), flops_per_image(recipe.model)
     order = order_of(recipe, size.samples)
     schedule = Schedule.of(recipe, order.steps_per_epoch)
-    mean_bytes = size.bytes / size.samples
-    images_per_epoch = order.steps_per_epoch * recipe.global_batch_size
+    plan = ReadingPlan.of(order, size.shard_samples, size.bytes, recipe.max_workers)
+    images_per_epoch = plan.samples_per_epoch
     yield "", ""
     yield "data set", size.origin
     yield "samples", f"{size.samples:,} ({size.bytes / 1e9:.2f} GB)"
@@ -63,21 +74,8 @@ def _plan_lines(recipe: Recipe, size: DatasetSize) -> Iterator[tuple[str, str]]:
     yield "total steps", f"{schedule.total_steps:,}"
     yield "warm-up steps", f"{schedule.warmup_steps:,.0f}"
     yield "peak learning rate", f"{recipe.learning_rate:g}"
-    yield "bytes per epoch", f"{images_per_epoch * mean_bytes / 1e9:.2f} GB"
     yield "training FLOPs", f"{cost.training * schedule.total_steps * recipe.global_batch_size / 1e18:.3f} EFLOP"
-    yield "order", f"{recipe.lanes} lanes of {order.lane_batch_size} images, blocks of {order.used_block_samples}"
-    window_bytes = recipe.lanes * order.window_samples * mean_bytes
-    yield "open window", f"{order.window_samples * recipe.lanes:,} samples, {window_bytes / 1e6:,.0f} MB over all ranks"
-
-
-def dataset_lines(manifest: Manifest) -> Iterator[tuple[str, str]]:
-    """Field and value of a data set."""
-    yield "digest", manifest.digest
-    yield "samples", f"{manifest.samples:,}"
-    yield "bytes", f"{manifest.tar_bytes:,}"
-    yield "shards", f"{len(manifest.shards):,}"
-    yield "classes", f"{len(manifest.classes):,}"
-    yield "skipped sources", f"{manifest.skipped:,}"
+    yield from plan.lines()
 
 
 def _text(value: object) -> str:

@@ -21,11 +21,13 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jobs.errors import RunError
-from jobs.recipe import Recipe, difference
 from pipeline.storage import Storage
+
+if TYPE_CHECKING:  # it imports torch, which commands that only look should not wait for
+    from jobs.recipe import Recipe
 
 HISTORY_PART_STEPS = 1000
 """Steps in one part of the history: what one flush rewrites at most."""
@@ -71,6 +73,8 @@ class RunDirectory:
         Raises:
             RunError: If there is no such run.
         """
+        from jobs.recipe import Recipe
+
         try:
             return Recipe.from_json(json.loads(self.storage.read(self.path("recipe.json"))))
         except FileNotFoundError:
@@ -85,6 +89,8 @@ class RunDirectory:
         Raises:
             RunError: If the run exists with a recipe that computes something else.
         """
+        from jobs.recipe import difference
+
         if not self.exists():
             return False
         if differences := difference(self.read_recipe().trajectory(), recipe.trajectory()):

@@ -17,7 +17,7 @@ from pipeline.manifest import Manifest
 from pipeline.shard_index import NO_LABEL, ShardIndex
 from pipeline.storage import Storage
 
-INDEX_THREADS = 16
+INDEX_THREADS = 32
 LONGEST_READ_BYTES = 32 << 20
 
 Int64s = npt.NDArray[np.int64]

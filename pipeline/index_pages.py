@@ -69,11 +69,13 @@ class Pages:
 
     def encode(self, rows: Rows) -> bytes:
         """All pages, from all rows."""
-        parts = []
-        for page in range(self.count):
-            held = rows[page * PAGE_ROWS : (page + 1) * PAGE_ROWS].tobytes()
-            parts += [held, self._crc(page, held)]
-        return b"".join(parts)
+        cuts = range(0, self.rows, PAGE_ROWS)
+        return b"".join(self.encode_page(page, rows[start : start + PAGE_ROWS]) for page, start in enumerate(cuts))
+
+    def encode_page(self, page: int, rows: Rows) -> bytes:
+        """One page, from its rows."""
+        held = rows.tobytes()
+        return held + self._crc(page, held)
 
     def decode(self, data: bytes, first: int, last: int, url: str) -> list[Rows]:
         """Check and take apart the bytes of `range(first, last)`: one table a page.

@@ -21,12 +21,11 @@ from pipeline.dataset import Dataset
 from pipeline.decode import Pixels, decode
 from pipeline.errors import DatasetError, OrderError
 from pipeline.order import Order
-from pipeline.read_ahead import Pending, ReadAhead
+from pipeline.read_ahead import OPEN_BYTES, Pending, ReadAhead
 
 logger = logging.getLogger(__name__)
 
 READ_THREADS = 8
-OPEN_BYTES = 2 << 30
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeline.errors import DatasetError
 from pipeline.shard_index import Skipped
-from pipeline.shard_table import ShardTable
+from pipeline.shard_table import CONTENT_COLUMNS, ShardTable
 from pipeline.storage import Storage
 
 if TYPE_CHECKING:  # it imports webdataset, which imports torch: seconds, and 200 MB, that a reader of manifests spares
@@ -55,11 +55,15 @@ class Manifest:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of the canonical JSON without `etag` and `tar`: names the data set, down to every image's bytes.
+        """Names the data set, down to every image's bytes: what checkpoints and caches know it by.
 
-        A copy in another store has the same digest; it is what checkpoints and caches know a data set by.
+        SHA-256 of the manifest's fields and of the columns that say what shards hold, each as one line of canonical
+        JSON. It leaves out `etag` and `tar`, so that a copy in another store has the same digest.
         """
-        return hashlib.sha256(_canonical(self._fields() | {"shards": self.shards.content_json()})).hexdigest()
+        digest = hashlib.sha256(_canonical(self._fields()) + b"\n")
+        for name in CONTENT_COLUMNS:  # one by one: 200,000 shards at once would take 100 MB
+            digest.update(_canonical({name: self.shards.column(name)}) + b"\n")
+        return digest.hexdigest()
 
     @classmethod
     def of(cls, tasks: Iterable[Made], reports: Iterable[ShardReport], classes: tuple[str, ...]) -> Manifest:
@@ -93,7 +97,10 @@ class Manifest:
             rule = f"must hold a {MANIFEST_NAME}"
             raise DatasetError("data set", rule, url, f"make it with `convmae shard SOURCE {url}`") from None
         try:
-            fields = json.loads(data)
+            text = data.decode()
+            del data  # tens of megabytes where there are many shards
+            fields = json.loads(text)
+            del text
             version = fields["format_version"]
             if version == FORMAT_VERSION:
                 shards = ShardTable.from_json(fields.pop("shards"))

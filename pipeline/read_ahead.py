@@ -17,6 +17,9 @@ import numpy.typing as npt
 from pipeline.dataset import Dataset, Sample
 from pipeline.order import Order
 
+OPEN_BYTES = 2 << 30
+"""Memory of one rank for images that were read and not used yet, unless the loader is told otherwise."""
+
 Int64s = npt.NDArray[np.int64]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -14,6 +14,8 @@ from pipeline.shard_index import ShardIndex
 from pipeline.storage import Storage
 
 INDEX_SUFFIX = ".index"
+CONTENT_COLUMNS = ("extension_bytes", "index_sha256", "key_bytes", "name", "samples", "tar_bytes")
+"""What says what the shards hold, wherever they lie."""
 
 
 @dataclass(frozen=True)
@@ -142,29 +144,25 @@ class ShardTable(Sequence[ShardEntry]):
         widths = row_type(1, 1).itemsize - 2 + self.key_bytes + self.extension_bytes
         return int((self.samples * widths).sum())
 
-    def content_json(self) -> dict[str, list[Any]]:
-        """The columns that say what the shards hold, wherever they lie."""
-        digests = self._index_sha256.tobytes().hex()
-        return {
-            "name": [name.decode() for name in self._names.tolist()],
-            "samples": self.samples.tolist(),
-            "tar_bytes": self.tar_bytes.tolist(),
-            "index_sha256": [digests[start : start + 64] for start in range(0, len(digests), 64)],
-            "key_bytes": self.key_bytes.tolist(),
-            "extension_bytes": self.extension_bytes.tolist(),
-        }
+    def column(self, name: str) -> list[Any]:
+        """One column as plain values, by the name that it has in the manifest."""
+        if name == "index_sha256":
+            digests = self._index_sha256.tobytes().hex()
+            return [digests[start : start + 64] for start in range(0, len(digests), 64)]
+        if name == "etag":
+            return [etag.decode() or None for etag in self._etags.tolist()]
+        if name in ("name", "tar"):
+            return [value.decode() for value in (self._names if name == "name" else self._tars).tolist()]
+        values: list[int] = getattr(self, name).tolist()
+        return values
 
     def to_json(self) -> dict[str, list[Any]]:
         """All columns; `tar` and `etag` only where a shard has one."""
-        columns = self.content_json()
-        if any(self._etags.tolist()):
-            columns["etag"] = [etag.decode() or None for etag in self._etags.tolist()]
-        if any(self._tars.tolist()):
-            columns["tar"] = [tar.decode() for tar in self._tars.tolist()]
-        return columns
+        placed = [name for name, held in (("etag", self._etags), ("tar", self._tars)) if any(held.tolist())]
+        return {name: self.column(name) for name in (*CONTENT_COLUMNS, *placed)}
 
     @classmethod
-    def from_json(cls, columns: Mapping[str, list[Any]]) -> ShardTable:
+    def from_json(cls, columns: dict[str, list[Any]]) -> ShardTable:
         """Read what to_json wrote.
 
         Raises:

@@ -131,6 +131,23 @@ def test_bad_data_is_refused(convmae: Convmae, root: str, data: str, tmp_path: P
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
+def test_numbers_that_make_no_order_are_refused(convmae: Convmae, data: str) -> None:
+    order = ("order", data, "--batch", "24", "--lanes", "6")
+
+    assert_refused(convmae("order", data, "--batch", "24", "--lanes", "7"), "lanes", "must divide", "24")
+    assert_refused(convmae("order", data, "--batch", "24"), "--lanes")
+    assert_refused(convmae(*order, "--world", "7"), "world_size", "between 1 and lanes 6")
+    assert_refused(convmae(*order, "--world", "2", "--rank", "2"), "rank", "0 to 1")
+    assert_refused(convmae(*order, "--step", "-1"), "step")
+    assert_refused(convmae(*order, "--steps", "none"), "--steps", "valid integer")
+    assert_refused(convmae(*order, "--turbo"), "--turbo")
+    assert_refused(convmae("order", data, "--batch", "2048", "--lanes", "8"), "samples", "1025")
+    assert_refused(convmae("order", f"{data}/nowhere", "--batch", "24", "--lanes", "6"), "must hold a manifest.json")
+    assert_refused(convmae(*order), "shard index", "a.index", "missing")
+    assert_refused(convmae("inspect", data, "epochs=3"), "'epochs=3'", "--batch")
+    assert_refused(convmae("inspect", data, "--batch", "0", "--lanes", "7"), "lanes", "7")
+
+
 def test_an_unreachable_object_store_is_told_in_seconds(convmae: Convmae, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{NOWHERE}")
 

@@ -2,10 +2,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from jobs.errors import RecipeError
-from jobs.plan import IMAGENET, DatasetSize, dataset_lines, recipe_lines
+from jobs.plan import IMAGENET, DatasetSize, recipe_lines
 from jobs.recipe import Recipe
 from jobs.recipes import named_recipe, recipe_names
 from model import ConvMAE
@@ -72,7 +73,7 @@ def test_a_data_set_is_measured_by_its_manifest(tmp_path: Path) -> None:
 
     size = DatasetSize.of(Storage(), recipe)
 
-    assert size == DatasetSize(1025, 10250, str(tmp_path))
+    assert size == DatasetSize(1025, 10250, str(tmp_path), np.array([600, 425]))
     assert lines(recipe, size)["steps per epoch"] == str(1025 // recipe.global_batch_size)
     assert lines(recipe, size)["samples"].startswith("1,025 ")
 
@@ -88,7 +89,7 @@ def test_a_data_set_without_manifest_is_refused(tmp_path: Path) -> None:
 
 def test_a_data_set_that_is_smaller_than_a_batch_is_refused() -> None:
     with pytest.raises(OrderError, match="samples: must be at least global_batch_size 64"):
-        lines(named_recipe("tiny"), DatasetSize(63, 1000, "small"))
+        lines(named_recipe("tiny"), DatasetSize(63, 1000, "small", np.array([63])))
 
 
 def test_an_impossible_recipe_never_gets_a_plan() -> None:
@@ -96,14 +97,13 @@ def test_an_impossible_recipe_never_gets_a_plan() -> None:
         lines(named_recipe("tiny").amended({"lanes": 7}))
 
 
-def test_a_data_set_in_lines() -> None:
-    fields = dict(dataset_lines(MANIFEST))
+def test_the_plan_says_how_batches_mix_and_what_an_epoch_requests() -> None:
+    fields = lines(named_recipe("convmae_base").amended({"lanes": 64, "max_workers": 64}))
 
-    assert fields == {
-        "digest": MANIFEST.digest,
-        "samples": "1,025",
-        "bytes": "10,250",
-        "shards": "2",
-        "classes": "2",
-        "skipped sources": "3",
-    }
+    assert fields["design effect"].startswith("1.86 over shards")
+    assert fields["open window"] == "131,072 samples, 15,131 MB over all ranks, 236 MB on one of 64"
+    assert fields["GETs per epoch"].endswith("(whole blocks)")
+    blocks, requests = 40_036, int(fields["GETs per epoch"].split()[0].replace(",", ""))
+    assert blocks < requests < 1.15 * blocks
+    one = lines(named_recipe("convmae_base").amended({"max_workers": 1}))
+    assert one["GETs per epoch"].startswith(f"{312 * 4096:,} (sample by sample")

@@ -27,7 +27,8 @@ class CountingStorage(Storage):
     reads: list[tuple[str, int, int]] = field(default_factory=list, hash=False, compare=False)
 
     def read_range(self, url: str, offset: int, length: int) -> bytes:
-        self.reads.append((url, offset, length))
+        if url.endswith(".tar"):
+            self.reads.append((url, offset, length))
         return super().read_range(url, offset, length)
 
 
