@@ -14,7 +14,7 @@ from pathlib import Path
 
 from jobs.fan_out import Progress, fan_out
 from pipeline.claim import claimed
-from pipeline.errors import DamagedTarsError, SourceError
+from pipeline.errors import DamagedTarsError, DatasetError, SourceError
 from pipeline.manifest import Manifest, existing_manifest
 from pipeline.shard_index import Skipped
 from pipeline.shard_plan import Ingest, ShardPlan, plan_shards
@@ -149,11 +149,19 @@ def _gone_through(storage: Storage, work: str, tars: Tars, show: Show, *, salvag
         raise DamagedTarsError([f"{path}, offset {fault.offset}: {fault.what}" for path, fault in faults], len(found))
     lost = [Skipped(f"{path} at byte {fault.offset}", fault.what) for path, fault in faults]
     return _Resolved(
-        Sources(tars.root, (), TarImages(read_listings(storage, found))),
+        Sources(tars.root, _classes(storage, tars.root), TarImages(read_listings(storage, found))),
         tuple(lost + [item for summary in found for item in summary.skipped]),
         sum(summary.bad_labels for summary in found),
         tuple(summary.listing for summary in found),
     )
+
+
+def _classes(storage: Storage, root: str) -> tuple[str, ...]:
+    """The labels' names, where the source tars are a data set of ours."""
+    try:
+        return Manifest.load(storage, root).classes
+    except DatasetError:
+        return ()
 
 
 def _written(storage: Storage, destination: str, plan: ShardPlan, show: Show) -> list[ShardReport]:

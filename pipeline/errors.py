@@ -40,7 +40,7 @@ class DamagedTarsError(SourceError):
 
     def __init__(self, lines: Sequence[str], tars: int) -> None:
         remedy = f"get them again, or take what is left of them with --salvage; the first is {lines[0]}"
-        super().__init__("tars", "must be whole", f"{len(lines)} damaged of {tars}", remedy)
+        super().__init__("tars", "must be whole", f"{len(lines)} damaged places in {tars} tars", remedy)
         self.lines = tuple(lines)
 
 

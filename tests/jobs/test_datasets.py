@@ -47,7 +47,7 @@ def test_foreign_tars_are_indexed_trained_from_and_verified(
 
     out, err = convmae("index", url, code=2)
     assert f"part/00001.tar, offset {header}: damaged header" in out
-    assert "tars: must be whole, got '1 damaged of 3'" in err
+    assert "tars: must be whole, got '1 damaged places in 3 tars'" in err
     assert not s3.exists(f"{url}/manifest.json")
 
     s3.write(f"{url}/part/00001.tar", tars[1])

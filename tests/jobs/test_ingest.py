@@ -189,7 +189,7 @@ def test_damaged_source_tars_are_all_named_and_salvaged_when_asked(
     (tmp_path / "tars" / "b.tar").write_bytes(whole[: whole.index(images[4][0].encode()) + 600])
     (tmp_path / "tars" / "c.tar").write_bytes(b"x" + whole[1:])
 
-    with pytest.raises(DamagedTarsError, match="2 damaged of 3") as caught:
+    with pytest.raises(DamagedTarsError, match="2 damaged places in 3 tars") as caught:
         run(tmp_path / "tars", str(tmp_path / "out"))
     assert [line.split(",")[0] for line in caught.value.lines] == ["b.tar", "c.tar"]
     assert "c.tar, offset 0: damaged header" in caught.value.lines[1]
