@@ -11,7 +11,7 @@ import numpy as np
 from pipeline import hashing
 from pipeline.dataset import Dataset
 from pipeline.errors import OrderError
-from pipeline.forecast import Forecast, Int64s, intra_block_correlation
+from pipeline.forecast import Forecast, Int64s, dealt_effect, intra_block_correlation
 from pipeline.index_reader import INDEX_CACHE_BYTES
 from pipeline.manifest import Manifest
 from pipeline.order import Order
@@ -22,6 +22,9 @@ from pipeline.storage import Storage
 USUAL_ORDERS = ((4096, 256), (64, 8), (8, 8), (1, 1))
 """Batch and lanes of the ImageNet recipes and of the demonstration, then what small data sets are still enough for."""
 MOST_USUAL_LANES = 256
+MOST_COUNTED = 200_000
+MOST_CELLS = 1 << 24
+"""Samples, and steps times shards, up to which the first epoch is also counted out; it takes under a second."""
 LABELLED_BLOCKS = 128
 """Whose indexes are read to learn how labels lie in shards."""
 
@@ -49,6 +52,9 @@ class ReadingPlan:
     forecast: Forecast
     world_size: int
     mean_sample_bytes: float
+    dealt_effect: float | None = None
+    """Design effect over shards of the first epoch, as dealt by the seed; None for large data sets, whose epochs are
+    all like the forecast."""
     label_effect: float | None = None
     """Design effect over labels; None where it was not asked for or there are none."""
 
@@ -60,7 +66,9 @@ class ReadingPlan:
             OrderError: More ranks than lanes.
         """
         order.rank_lanes(0, world_size)
-        return cls(order, Forecast.of(order, shard_samples), world_size, tar_bytes / max(1, order.samples))
+        countable = order.samples <= MOST_COUNTED and order.steps_per_epoch * len(shard_samples) <= MOST_CELLS
+        dealt = dealt_effect(order, shard_samples, 0) if countable else None
+        return cls(order, Forecast.of(order, shard_samples), world_size, tar_bytes / max(1, order.samples), dealt)
 
     @property
     def samples_per_epoch(self) -> int:
@@ -98,6 +106,7 @@ class ReadingPlan:
             "samples_per_epoch": self.samples_per_epoch,
             "dropped_per_epoch": order.samples - self.samples_per_epoch,
             "design_effect": round(self.forecast.design_effect, 4),
+            "first_epoch_design_effect": None if self.dealt_effect is None else round(self.dealt_effect, 4),
             "label_design_effect": None if self.label_effect is None else round(self.label_effect, 4),
             "gets_per_epoch": round(self.forecast.reads if self.whole_blocks else self.samples_per_epoch),
             "bytes_per_epoch": int(self.samples_per_epoch * self.mean_sample_bytes),
@@ -113,6 +122,8 @@ class ReadingPlan:
         open_text = f"{plan['open_samples']:,} samples, {plan['open_bytes'] / 1e6:,.0f} MB over all ranks"
         yield "open window", f"{open_text}, {plan['open_bytes_per_rank'] / 1e6:,.0f} MB on one of {self.world_size}"
         yield "design effect", f"{self.forecast.design_effect:.2f} over shards; 1.00 is an independent draw"
+        if self.dealt_effect is not None:
+            yield "", f"{self.dealt_effect:.2f} in the first epoch, as dealt by seed {order.seed}"
         if self.label_effect is not None:
             yield "", f"{self.label_effect:.2f} over labels, from {min(LABELLED_BLOCKS, order.blocks)} blocks"
         how = "whole blocks" if self.whole_blocks else f"sample by sample: a rank may hold {OPEN_BYTES / 1e9:.1f} GB"
