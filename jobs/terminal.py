@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 from rich.text import Text
 
 LOG_INTERVAL_SECONDS = 10.0
+_BYTE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 def say(line: str) -> None:
@@ -39,6 +40,15 @@ def print_json(value: object) -> None:
 def figure(value: float | None, form: str) -> str:
     """A number in a format, or `-` where there is none yet."""
     return "-" if value is None else format(value, form)
+
+
+def bytes_text(count: float) -> str:
+    """Bytes in decimal units, with three digits: `47.4 kB`, `3.69 MB`, `148 GB`."""
+    power = 0
+    while count >= 999.5 and power < len(_BYTE_UNITS) - 1:
+        count, power = count / 1000, power + 1
+    decimals = 0 if not power else max(0, 3 - len(str(int(count))))
+    return f"{count:.{decimals}f} {_BYTE_UNITS[power]}"
 
 
 def duration_text(seconds: float | None) -> str:

@@ -145,7 +145,9 @@ def test_numbers_that_make_no_order_are_refused(convmae: Convmae, data: str) -> 
     assert_refused(convmae("order", f"{data}/nowhere", "--batch", "24", "--lanes", "6"), "must hold a manifest.json")
     assert_refused(convmae(*order), "shard index", "a.index", "missing")
     assert_refused(convmae("inspect", data, "epochs=3"), "'epochs=3'", "--batch")
-    assert_refused(convmae("inspect", data, "--batch", "0", "--lanes", "7"), "lanes", "7")
+    assert_refused(convmae("inspect", data, "--lanes", "7"), "lanes", "7")
+    assert_refused(convmae("inspect", data, "--batch", "0"), "global_batch_size", "at least 1")
+    assert_refused(convmae("inspect", "tiny", "--lanes", "8"), "'--lanes'", "lanes=64")
 
 
 def test_an_unreachable_object_store_is_told_in_seconds(convmae: Convmae, monkeypatch: pytest.MonkeyPatch) -> None:
