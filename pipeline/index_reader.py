@@ -61,6 +61,10 @@ class IndexReader:
         """Of pages held now."""
         return self._cache.bytes
 
+    def holds(self, shard: int, places: Int64s) -> bool:
+        """Whether rows() would find these in the cache."""
+        return all(self._cache.get((shard, page)) is not None for page in np.unique(places // PAGE_ROWS).tolist())
+
     def rows(self, shard: int, places: Int64s) -> list[IndexRow]:
         """What the index says of some samples of one shard.
 
