@@ -178,15 +178,13 @@ def inspect(
     target: Annotated[str, typer.Argument(metavar="RECIPE_OR_DATASET", help="A recipe, or the URL of a data set.")],
     overrides: Overrides = None,
     *,
-    batch: Annotated[int, typer.Option(help="Of a data set's plan: global batch size.", show_default=False)] = 0,
-    lanes: Annotated[int, typer.Option(help="Of a data set's plan: lanes.", show_default=False)] = 0,
-    world: World = 1,
-    seed: OrderSeed = 0,
-    block: Block = 32,
-    window: Window = 64,
-    labels: Annotated[
-        bool, typer.Option("--labels", help="Also read some index rows, to tell how labels mix.")
-    ] = False,
+    batch: Annotated[int | None, typer.Option(help="Global batch size; default: by the data set's size.")] = None,
+    lanes: Annotated[int | None, typer.Option(help="Lanes; default: by the batch.")] = None,
+    world: Annotated[int | None, typer.Option(help="Ranks; default: 1.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the order; default: 0.")] = None,
+    block: Annotated[int | None, typer.Option(help="Samples in a block; default: 32.")] = None,
+    window: Annotated[int | None, typer.Option(help="Blocks in a lane's window; default: 64.")] = None,
+    labels: Annotated[bool, typer.Option("--labels", help="Read some index rows, to tell how labels mix.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show a recipe as it would run (parameters, FLOPs, steps, order, GETs), or a data set and how it would be read.
@@ -194,6 +192,8 @@ def inspect(
     A recipe is changed by FIELD=VALUE, the plan of a data set by options. The design effect says how well batches are
     mixed: 1.0 for independent draws.
     """
+    given = {"batch": batch, "lanes": lanes, "world": world, "seed": seed, "block": block, "window": window}
+    numbers = {name: value for name, value in given.items() if value is not None}
     session = _session()
     if _is_dataset(target):
         from jobs.reading_plan import inspected_dataset
@@ -201,16 +201,18 @@ def inspect(
         if overrides:
             remedy = "give options like --batch 4096, or inspect a recipe with data=URL"
             raise UserError("argument", "must not be given with a data set", overrides[0], remedy)
-        numbers = {"batch": batch, "lanes": lanes, "seed": seed, "block": block, "window": window}
         session.storage.check(target, write=False)
-        inspected = inspected_dataset(session.storage, target, numbers, world_size=world, labels=labels)
+        inspected = inspected_dataset(session.storage, target, numbers, labels=labels)
         print_json(inspected.to_json()) if as_json else print_pairs(inspected.lines())
         return
-    from jobs.plan import DatasetSize, recipe_lines
+    from jobs.plan import DatasetSize, recipe_json, recipe_lines
 
+    if numbers or labels:
+        name = f"--{next(iter(numbers), 'labels')}"
+        raise UserError("option", "must not be given with a recipe", name, "write FIELD=VALUE, like lanes=64")
     recipe = _recipe(target, overrides)
-    pairs = list(recipe_lines(recipe, DatasetSize.of(session.storage, recipe)))
-    print_json({field: value for field, value in pairs if field}) if as_json else print_pairs(pairs)
+    size = DatasetSize.of(session.storage, recipe)
+    print_json(recipe_json(recipe, size)) if as_json else print_pairs(recipe_lines(recipe, size))
 
 
 @app.command()

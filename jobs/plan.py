@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -45,6 +46,23 @@ IMAGENET = DatasetSize(
     np.append(np.full(1281, 1000), 167),
 )
 """Images, and bytes of ILSVRC2012_img_train.tar."""
+
+
+def recipe_json(recipe: Recipe, size: DatasetSize) -> dict[str, Any]:
+    """The resolved recipe and the order that follows from it, as plain values."""
+    order = order_of(recipe, size.samples)
+    plan = ReadingPlan.of(order, size.shard_samples, size.bytes, recipe.max_workers)
+    schedule = Schedule.of(recipe, order.steps_per_epoch)
+    counts, cost = parameters(recipe.model), flops_per_image(recipe.model)
+    return {
+        "recipe": recipe.to_json(),
+        "samples": size.samples,
+        "bytes": size.bytes,
+        "parameters": counts.trainable,
+        "training_flops_per_image": cost.training,
+        "total_steps": schedule.total_steps,
+        "plan": plan.to_json(),
+    }
 
 
 def recipe_lines(recipe: Recipe, size: DatasetSize) -> Iterator[tuple[str, str]]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
+from jobs.terminal import bytes_text
 from pipeline import hashing
 from pipeline.dataset import Dataset
 from pipeline.errors import OrderError
-from pipeline.forecast import Forecast, Int64s, intra_block_correlation
+from pipeline.forecast import Forecast, Int64s, dealt_effect, intra_block_correlation
 from pipeline.index_reader import INDEX_CACHE_BYTES
 from pipeline.manifest import Manifest
 from pipeline.order import Order
@@ -22,23 +23,37 @@ from pipeline.storage import Storage
 USUAL_ORDERS = ((4096, 256), (64, 8), (8, 8), (1, 1))
 """Batch and lanes of the ImageNet recipes and of the demonstration, then what small data sets are still enough for."""
 MOST_USUAL_LANES = 256
+MOST_COUNTED = 200_000
+MOST_CELLS = 1 << 24
+"""Samples, and steps times shards, up to which the first epoch is also counted out; it takes under a second."""
 LABELLED_BLOCKS = 128
 """Whose indexes are read to learn how labels lie in shards."""
 
 _LABELS = 0x4C424C53
 
 
-def usual_order(samples: int, *, batch: int, lanes: int, seed: int, block: int, window: int) -> Order:
-    """The order that a data set is inspected with; zeros stand for what was not given.
+def usual_order(samples: int, numbers: Mapping[str, int]) -> Order:
+    """The order that a data set is inspected with.
+
+    Args:
+        samples: In the data set.
+        numbers: What was asked for of batch, lanes, seed, block and window.
 
     Raises:
         OrderError: The numbers do not fit each other or the data set.
     """
     usual = next((pair for pair in USUAL_ORDERS if pair[0] <= samples), USUAL_ORDERS[-1])
-    most = usual[1] if not batch else MOST_USUAL_LANES
-    batch = batch or usual[0]
-    lanes = lanes or max((d for d in range(1, min(batch, most) + 1) if batch % d == 0), default=1)
-    return Order(samples, batch, lanes, seed, block, window)
+    batch = numbers.get("batch", usual[0])
+    most = MOST_USUAL_LANES if "batch" in numbers else usual[1]
+    lanes = max((divisor for divisor in range(1, min(batch, most) + 1) if batch % divisor == 0), default=1)
+    return Order(
+        samples,
+        batch,
+        numbers.get("lanes", lanes),
+        numbers.get("seed", 0),
+        block_samples=numbers.get("block", Order.block_samples),
+        window_blocks=numbers.get("window", Order.window_blocks),
+    )
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,9 @@ class ReadingPlan:
     forecast: Forecast
     world_size: int
     mean_sample_bytes: float
+    dealt_effect: float | None = None
+    """Design effect over shards of the first epoch, as dealt by the seed; None for large data sets, whose epochs are
+    all like the forecast."""
     label_effect: float | None = None
     """Design effect over labels; None where it was not asked for or there are none."""
 
@@ -60,7 +78,9 @@ class ReadingPlan:
             OrderError: More ranks than lanes.
         """
         order.rank_lanes(0, world_size)
-        return cls(order, Forecast.of(order, shard_samples), world_size, tar_bytes / max(1, order.samples))
+        countable = order.samples <= MOST_COUNTED and order.steps_per_epoch * len(shard_samples) <= MOST_CELLS
+        dealt = dealt_effect(order, shard_samples, 0) if countable else None
+        return cls(order, Forecast.of(order, shard_samples), world_size, tar_bytes / max(1, order.samples), dealt)
 
     @property
     def samples_per_epoch(self) -> int:
@@ -68,15 +88,20 @@ class ReadingPlan:
         return self.order.steps_per_epoch * self.order.global_batch_size
 
     @property
+    def open_samples(self) -> int:
+        """In the windows of all lanes."""
+        return min(self.order.samples, self.order.lanes * self.order.window_samples)
+
+    @property
     def open_bytes_per_rank(self) -> int:
         """What the rank with the most lanes holds of its windows."""
         lanes = -(-self.order.lanes // self.world_size)
-        return int(lanes * self.order.window_samples * self.mean_sample_bytes)
+        return int(min(self.order.samples, lanes * self.order.window_samples) * self.mean_sample_bytes)
 
     @property
     def whole_blocks(self) -> bool:
         """Whether a rank can hold its windows; otherwise it reads sample by sample."""
-        return min(self.open_bytes_per_rank, self.order.samples * self.mean_sample_bytes) <= OPEN_BYTES
+        return self.open_bytes_per_rank <= OPEN_BYTES
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers."""
@@ -91,13 +116,14 @@ class ReadingPlan:
             "window_blocks": order.window_blocks,
             "window_samples": order.window_samples,
             "window_bytes": int(order.window_samples * self.mean_sample_bytes),
-            "open_samples": order.lanes * order.window_samples,
-            "open_bytes": int(order.lanes * order.window_samples * self.mean_sample_bytes),
+            "open_samples": self.open_samples,
+            "open_bytes": int(self.open_samples * self.mean_sample_bytes),
             "open_bytes_per_rank": self.open_bytes_per_rank,
             "steps_per_epoch": order.steps_per_epoch,
             "samples_per_epoch": self.samples_per_epoch,
             "dropped_per_epoch": order.samples - self.samples_per_epoch,
             "design_effect": round(self.forecast.design_effect, 4),
+            "first_epoch_design_effect": None if self.dealt_effect is None else round(self.dealt_effect, 4),
             "label_design_effect": None if self.label_effect is None else round(self.label_effect, 4),
             "gets_per_epoch": round(self.forecast.reads if self.whole_blocks else self.samples_per_epoch),
             "bytes_per_epoch": int(self.samples_per_epoch * self.mean_sample_bytes),
@@ -108,16 +134,18 @@ class ReadingPlan:
         order, plan = self.order, self.to_json()
         block_bytes = order.used_block_samples * self.mean_sample_bytes
         yield "order", f"{order.lanes} lanes of {order.lane_batch_size} images a step"
-        yield "blocks", f"{order.blocks:,} of {order.used_block_samples} images, {block_bytes / 1e6:,.2f} MB"
-        yield "window", f"{order.window_blocks} blocks a lane, {plan['window_bytes'] / 1e6:,.1f} MB"
-        open_text = f"{plan['open_samples']:,} samples, {plan['open_bytes'] / 1e6:,.0f} MB over all ranks"
-        yield "open window", f"{open_text}, {plan['open_bytes_per_rank'] / 1e6:,.0f} MB on one of {self.world_size}"
+        yield "blocks", f"{order.blocks:,} of {order.used_block_samples} images, {bytes_text(block_bytes)}"
+        yield "window", f"{order.window_blocks} blocks a lane, {bytes_text(plan['window_bytes'])}"
+        open_text = f"{plan['open_samples']:,} samples, {bytes_text(plan['open_bytes'])} over all ranks"
+        yield "open window", f"{open_text}, {bytes_text(plan['open_bytes_per_rank'])} on one of {self.world_size}"
         yield "design effect", f"{self.forecast.design_effect:.2f} over shards; 1.00 is an independent draw"
+        if self.dealt_effect is not None:
+            yield "", f"{self.dealt_effect:.2f} in the first epoch, as dealt by seed {order.seed}"
         if self.label_effect is not None:
             yield "", f"{self.label_effect:.2f} over labels, from {min(LABELLED_BLOCKS, order.blocks)} blocks"
-        how = "whole blocks" if self.whole_blocks else f"sample by sample: a rank may hold {OPEN_BYTES / 1e9:.1f} GB"
+        how = "whole blocks" if self.whole_blocks else f"sample by sample: a rank may hold {bytes_text(OPEN_BYTES)}"
         yield "GETs per epoch", f"{plan['gets_per_epoch']:,} ({how})"
-        yield "bytes per epoch", f"{plan['bytes_per_epoch'] / 1e9:.2f} GB"
+        yield "bytes per epoch", bytes_text(plan["bytes_per_epoch"])
 
 
 def dataset_fields(manifest: Manifest) -> dict[str, Any]:
@@ -137,9 +165,9 @@ def index_line(manifest: Manifest, order: Order) -> tuple[str, str]:
     """How the indexes would be read."""
     held = manifest.shards.index_bytes
     if held <= INDEX_CACHE_BYTES:
-        return "indexes", f"{held / 1e6:,.1f} MB; a rank reads each that it needs once, whole, and keeps it"
+        return "indexes", f"{bytes_text(held)}; a rank reads each that it needs once, whole, and keeps it"
     page = held / manifest.samples * order.used_block_samples
-    return "indexes", f"{held / 1e6:,.0f} MB; one more GET a block, of some {page / 1e3:.0f} kB"
+    return "indexes", f"{bytes_text(held)}; one more GET a block, of some {bytes_text(page)}"
 
 
 def label_correlation(dataset: Dataset, order: Order) -> float | None:
@@ -183,16 +211,13 @@ class InspectedDataset:
         yield index_line(self.manifest, order)
 
 
-def inspected_dataset(
-    storage: Storage, url: str, numbers: dict[str, int], *, world_size: int, labels: bool
-) -> InspectedDataset:
+def inspected_dataset(storage: Storage, url: str, numbers: Mapping[str, int], *, labels: bool) -> InspectedDataset:
     """Plan the reading of the data set at `url`.
 
     Args:
         storage: Reaches it.
         url: Where its manifest lies.
-        numbers: Arguments of `usual_order`.
-        world_size: Ranks.
+        numbers: What was asked for of batch, lanes, world, seed, block and window.
         labels: Whether to read some labels, to tell how they mix.
 
     Raises:
@@ -200,12 +225,12 @@ def inspected_dataset(
         OrderError: The numbers do not fit each other or the data set.
     """
     dataset = Dataset.open(storage, url)
-    order = usual_order(dataset.samples, **numbers)
-    plan = ReadingPlan.of(order, dataset.manifest.shards.samples, dataset.manifest.tar_bytes, world_size)
+    order, manifest = usual_order(dataset.samples, numbers), dataset.manifest
+    plan = ReadingPlan.of(order, manifest.shards.samples, manifest.tar_bytes, numbers.get("world", 1))
     correlation = label_correlation(dataset, order) if labels else None
     if correlation is not None:
         plan = replace(plan, label_effect=plan.forecast.label_effect(order, correlation))
-    return InspectedDataset(dataset.manifest, plan)
+    return InspectedDataset(manifest, plan)
 
 
 def listed_steps(

@@ -18,6 +18,7 @@ from rich.text import Text
 from pipeline.errors import UserError
 
 LOG_INTERVAL_SECONDS = 10.0
+_BYTE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 def say(line: str) -> None:
@@ -44,6 +45,15 @@ def figure(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
 
 
+def bytes_text(count: float) -> str:
+    """Bytes in decimal units, with three digits: `47.4 kB`, `3.69 MB`, `148 GB`."""
+    power = 0
+    while count >= 999.5 and power < len(_BYTE_UNITS) - 1:
+        count, power = count / 1000, power + 1
+    decimals = 0 if not power else max(0, 3 - len(str(int(count))))
+    return f"{count:.{decimals}f} {_BYTE_UNITS[power]}"
+
+
 def duration_text(seconds: float | None) -> str:
     """Seconds as `3d 04h`, `2h 05m`, `4m 03s` or `9s`."""
     if seconds is None:
@@ -56,15 +66,6 @@ def duration_text(seconds: float | None) -> str:
     if hours:
         return f"{hours}h {minute:02d}m"
     return f"{minutes}m {second:02d}s" if minutes else f"{second}s"
-
-
-def bytes_text(count: float) -> str:
-    """Bytes as `512 B`, `4.2 MB` or `1.3 TB`."""
-    units = ["B", "kB", "MB", "GB", "TB", "PB"]
-    while abs(count) >= 999.95 and len(units) > 1:
-        count /= 1000
-        units.pop(0)
-    return f"{count:.0f} B" if units[0] == "B" else f"{count:.1f} {units[0]}"
 
 
 def parsed_bytes(field: str, text: str) -> int:

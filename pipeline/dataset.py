@@ -52,6 +52,7 @@ class Dataset:
         self.manifest = manifest
         self.digest = manifest.digest
         self._ends = np.cumsum(manifest.shards.samples)
+        self._starts = self._ends - manifest.shards.samples
         self._indexes = IndexReader(storage, url, manifest.shards, index_cache_bytes)
 
     @classmethod
@@ -111,20 +112,27 @@ class Dataset:
             DatasetError: An index is missing, damaged, or not the one that the manifest names.
         """
         ids = np.asarray(sample_ids, np.int64)
-        unique = np.unique(ids)
-        shards = np.searchsorted(self._ends, unique, side="right")
-        cuts = np.flatnonzero(np.diff(shards)) + 1
-        groups = [
-            (int(shards[group[0]]), unique[group]) for group in np.split(np.arange(len(unique)), cuts) if len(group)
-        ]
+        groups = self._by_shard(np.unique(ids))
+        cold = [group for group in groups if not self._indexes.holds(*group)]
+        together = cold if len(cold) > 1 else []  # a block alone is already one of many that are read at once
         found: dict[int, SampleRow] = {}
-        if len(groups) == 1:  # a block: already one of many that are read at once
-            found = self._shard_rows(groups[0])
-        elif groups:
-            with ThreadPoolExecutor(min(INDEX_THREADS, len(groups)), "convmae-index") as threads:
-                for rows in threads.map(self._shard_rows, groups):
+        if together:
+            with ThreadPoolExecutor(min(INDEX_THREADS, len(together)), "convmae-index") as threads:
+                for rows in threads.map(lambda group: self._shard_rows(*group), together):
                     found |= rows
+        done = {shard for shard, _ in together}
+        for shard, places in groups:
+            if shard not in done:
+                found |= self._shard_rows(shard, places)
         return [found[sample] for sample in ids.tolist()]
+
+    def _by_shard(self, ids: Int64s) -> list[tuple[int, Int64s]]:
+        """Shards that ascending ids lie in, each with their places in it."""
+        shards = np.searchsorted(self._ends, ids, side="right")
+        places = ids - self._starts[shards]
+        cuts = np.flatnonzero(np.diff(shards)) + 1
+        groups = zip(np.split(shards, cuts), np.split(places, cuts), strict=True)
+        return [(int(shard[0]), held) for shard, held in groups if len(held)]
 
     def index(self, shard: int) -> ShardIndex:
         """The whole index of the shard with that place in the manifest; read anew each time.
@@ -142,13 +150,12 @@ class Dataset:
             raise _altered("shard index", url, "it is not the one that the manifest names")
         return index
 
-    def _shard_rows(self, group: tuple[int, Int64s]) -> dict[int, SampleRow]:
-        shard, ids = group
-        places = ids - (self._ends[shard] - self.manifest.shards.samples[shard])
+    def _shard_rows(self, shard: int, places: Int64s) -> dict[int, SampleRow]:
+        first_id = int(self._starts[shard])
         rows = self._indexes.rows(shard, places)
         return {
-            sample: SampleRow(sample, shard, place, row)
-            for sample, place, row in zip(ids.tolist(), places.tolist(), rows, strict=True)
+            first_id + place: SampleRow(first_id + place, shard, place, row)
+            for place, row in zip(places.tolist(), rows, strict=True)
         }
 
     def _read_shard(self, shard: int, rows: list[SampleRow]) -> dict[int, Sample]:

@@ -64,6 +64,31 @@ class Forecast:
         return population / max(1, order.samples - 1) + self.companions * correlation
 
 
+def dealt_effect(order: Order, shard_samples: Int64s, epoch: int) -> float:
+    """The design effect over shards that an epoch turns out to have, counted out of the order itself.
+
+    Forecast.design_effect is its mean over seeds and epochs. In small data sets an epoch has few windows of few blocks,
+    so that single epochs lie some ten percent around it.
+
+    Args:
+        order: What is read when.
+        shard_samples: (shards,) samples of each shard, in the manifest's order.
+        epoch: Which epoch; each sample of it is looked at.
+    """
+    held = shard_samples[shard_samples > 0]
+    ends, steps = np.cumsum(held), order.steps_per_epoch
+    if len(held) == 1:
+        return 1.0
+    counts = np.zeros(steps * len(held), np.int64)
+    for lane in range(order.lanes):
+        shards = np.searchsorted(ends, order.lane_range(epoch, lane, 0, steps * order.lane_batch_size), side="right")
+        places = np.repeat(np.arange(steps), order.lane_batch_size) * len(held) + shards
+        counts += np.bincount(places, minlength=len(counts))
+    expected = order.global_batch_size * held / order.samples
+    excess = (counts.reshape(steps, -1) - expected) ** 2 / expected
+    return float(excess.sum()) / steps / (len(held) - 1)
+
+
 def intra_block_correlation(blocks: Sequence[Int64s]) -> float:
     """How much likelier two samples of one block are of one label than two of different blocks: 0 not at all, 1 always.
 

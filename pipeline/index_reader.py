@@ -21,6 +21,8 @@ from pipeline.shard_table import ShardTable
 from pipeline.storage import Storage
 
 INDEX_CACHE_BYTES = 256 << 20
+PAGE_CACHE_BYTES = 32 << 20
+"""Enough where indexes do not fit: an epoch needs the pages of a block in the first batch and in its window only."""
 NEAR_PAGES = 8
 """Pages that are read though nobody asked for them, if that spares a request."""
 
@@ -51,8 +53,8 @@ class IndexReader:
         self._storage = storage
         self._url = url
         self._shards = shards
-        self._cache = _PageCache(cache_bytes)
         self._whole = shards.index_bytes <= cache_bytes
+        self._cache = _PageCache(cache_bytes if self._whole else min(cache_bytes, PAGE_CACHE_BYTES))
         self._turns: dict[int, threading.Lock] = {}
         self._lock = threading.Lock()
 
@@ -60,6 +62,10 @@ class IndexReader:
     def cached_bytes(self) -> int:
         """Of pages held now."""
         return self._cache.bytes
+
+    def holds(self, shard: int, places: Int64s) -> bool:
+        """Whether rows() would find these in the cache."""
+        return all(self._cache.get((shard, page)) is not None for page in np.unique(places // PAGE_ROWS).tolist())
 
     def rows(self, shard: int, places: Int64s) -> list[IndexRow]:
         """What the index says of some samples of one shard.

@@ -18,6 +18,8 @@ from jobs.recipes import named_recipe
 from jobs.run_directory import RunDirectory
 from jobs.session import Session
 from pipeline.manifest import Manifest
+from pipeline.order import Order
+from pipeline.shard_index import IndexRow, ShardIndex
 from pipeline.shard_table import ShardEntry, ShardTable
 from pipeline.storage import Storage
 
@@ -70,6 +72,19 @@ def convmae(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 def data(tmp_path: Path) -> str:
     url = str(tmp_path / "data")
     MANIFEST.save(Storage(), url, [])
+    return url
+
+
+@pytest.fixture
+def indexed_data(tmp_path: Path) -> str:
+    """100 samples in two shards, without their tars."""
+    url, entries = str(tmp_path / "indexed"), []
+    for shard in ("a", "b"):
+        rows = [IndexRow(f"{shard}{n}", 512, 9, 1, 2, 3, n % 2) for n in range(50)]
+        index = ShardIndex.from_rows(shard, 5000, "", (), rows)
+        entries.append(ShardEntry.of(index))
+        Storage().write(entries[-1].index_url(url), index.to_bytes())
+    Manifest(2, "digest", (), 0, ShardTable.of(entries)).save(Storage(), url, [])
     return url
 
 
@@ -145,7 +160,9 @@ def test_numbers_that_make_no_order_are_refused(convmae: Convmae, data: str) -> 
     assert_refused(convmae("order", f"{data}/nowhere", "--batch", "24", "--lanes", "6"), "must hold a manifest.json")
     assert_refused(convmae(*order), "shard index", "a.index", "missing")
     assert_refused(convmae("inspect", data, "epochs=3"), "'epochs=3'", "--batch")
-    assert_refused(convmae("inspect", data, "--batch", "0", "--lanes", "7"), "lanes", "7")
+    assert_refused(convmae("inspect", data, "--lanes", "7"), "lanes", "7")
+    assert_refused(convmae("inspect", data, "--batch", "0"), "global_batch_size", "at least 1")
+    assert_refused(convmae("inspect", "tiny", "--lanes", "8"), "'--lanes'", "lanes=64")
 
 
 def test_an_unreachable_object_store_is_told_in_seconds(convmae: Convmae, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,6 +240,41 @@ def test_inspect_shows_a_data_set(convmae: Convmae, data: str) -> None:
     assert ended.code == 0
     assert MANIFEST.digest in ended.output
     assert "1,025" in ended.output
+
+
+def test_order_prints_one_json_object_a_line_for_each_step_and_rank(convmae: Convmae, indexed_data: str) -> None:
+    arguments = ("--batch", "12", "--lanes", "6", "--block", "8", "--window", "2", "--seed", "5", "--step", "7")
+    order = Order(100, 12, 6, 5, 8, 2)
+
+    whole = convmae("order", indexed_data, *arguments, "--steps", "3", "--json")
+    shared = convmae("order", indexed_data, *arguments, "--steps", "3", "--world", "4", "--json")
+    alone = convmae("order", indexed_data, *arguments, "--world", "4", "--rank", "2")
+
+    assert whole.code == shared.code == alone.code == 0
+    rows = [json.loads(line) for line in whole.output.splitlines()]
+    expected = [[f"{'ab'[sample // 50]}{sample % 50}" for sample in order.batch(step)] for step in (7, 8, 9)]
+    assert [row["keys"] for row in rows] == expected
+    assert [(row["step"], row["rank"], row["epoch"]) for row in rows] == [
+        (step, 0, order.epoch(step)) for step in (7, 8, 9)
+    ]
+    parts = [json.loads(line) for line in shared.output.splitlines()]
+    assert [(row["step"], row["rank"]) for row in parts] == [(step, rank) for step in (7, 8, 9) for rank in range(4)]
+    assert [key for row in parts for key in row["keys"]] == [key for keys in expected for key in keys]
+    assert alone.output.split()[-len(parts[2]["keys"]) :] == parts[2]["keys"]
+
+
+def test_inspect_plans_the_reading_of_a_data_set(convmae: Convmae, indexed_data: str) -> None:
+    options = ("--batch", "12", "--lanes", "6", "--block", "8", "--window", "2", "--world", "3", "--labels")
+
+    text = convmae("inspect", indexed_data, *options)
+    numbers = json.loads(convmae("inspect", indexed_data, *options, "--json").output)
+
+    assert text.code == 0
+    assert numbers["samples"] == 100 and numbers["plan"]["world_size"] == 3
+    assert numbers["plan"]["steps_per_epoch"] == Order(100, 12, 6, 0, 8, 2).steps_per_epoch
+    assert f"{numbers['plan']['design_effect']:.2f} over shards" in text.output
+    assert f"{numbers['plan']['label_design_effect']:.2f} over labels" in text.output
+    assert f"{numbers['plan']['gets_per_epoch']} (whole blocks)" in text.output
 
 
 def test_inspect_shows_what_overrides_make_of_a_recipe(convmae: Convmae, data: str) -> None:

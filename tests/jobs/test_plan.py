@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jobs.errors import RecipeError
-from jobs.plan import IMAGENET, DatasetSize, recipe_lines
+from jobs.plan import IMAGENET, DatasetSize, recipe_json, recipe_lines
 from jobs.recipe import Recipe
 from jobs.recipes import named_recipe, recipe_names
 from model import ConvMAE
@@ -49,7 +49,7 @@ def test_the_plan_of_base_is_that_of_the_paper() -> None:
     assert fields["total steps"] == f"{1600 * 312:,}"
     assert fields["warm-up steps"] == f"{40 * 312:,}"
     assert fields["images per epoch"].startswith(f"{images:,} ({1_281_167 - images:,} rest")
-    assert fields["bytes per epoch"] == f"{IMAGENET.bytes * images / IMAGENET.samples / 1e9:.2f} GB"
+    assert fields["bytes per epoch"] == f"{IMAGENET.bytes * images / IMAGENET.samples / 1e9:.0f} GB"
     exaflops = flops_per_image(recipe.model).training * 1600 * images / 1e18
     assert fields["training FLOPs"] == f"{exaflops:.3f} EFLOP"
     assert "ImageNet" in fields["data set"]
@@ -101,9 +101,20 @@ def test_the_plan_says_how_batches_mix_and_what_an_epoch_requests() -> None:
     fields = lines(named_recipe("convmae_base").amended({"lanes": 64, "max_workers": 64}))
 
     assert fields["design effect"].startswith("1.86 over shards")
-    assert fields["open window"] == "131,072 samples, 15,131 MB over all ranks, 236 MB on one of 64"
+    assert fields["open window"] == "131,072 samples, 15.1 GB over all ranks, 236 MB on one of 64"
     assert fields["GETs per epoch"].endswith("(whole blocks)")
     blocks, requests = 40_036, int(fields["GETs per epoch"].split()[0].replace(",", ""))
     assert blocks < requests < 1.15 * blocks
     one = lines(named_recipe("convmae_base").amended({"max_workers": 1}))
     assert one["GETs per epoch"].startswith(f"{312 * 4096:,} (sample by sample")
+
+
+def test_the_plan_in_json_is_that_of_the_lines() -> None:
+    recipe = named_recipe("convmae_base")
+
+    fields = recipe_json(recipe, IMAGENET)
+
+    assert fields["recipe"] == recipe.to_json()
+    assert fields["total_steps"] == 1600 * 312
+    assert fields["plan"]["steps_per_epoch"] == 312
+    assert lines(recipe)["design effect"].startswith(f"{fields['plan']['design_effect']:.2f}")

@@ -97,28 +97,28 @@ def test_what_cannot_be_listed_is_refused_before_anything_is(
 
 
 @pytest.mark.parametrize(
-    ("samples", "batch", "lanes", "expected"),
+    ("samples", "numbers", "expected"),
     [
-        (1_281_167, 0, 0, (4096, 256)),
-        (1000, 0, 0, (64, 8)),
-        (3, 0, 0, (1, 1)),
-        (5000, 96, 0, (96, 96)),
-        (5000, 1000, 0, (1000, 250)),
-        (5000, 96, 12, (96, 12)),
+        (1_281_167, {}, (4096, 256)),
+        (1000, {}, (64, 8)),
+        (3, {}, (1, 1)),
+        (5000, {"batch": 96}, (96, 96)),
+        (5000, {"batch": 1000}, (1000, 250)),
+        (5000, {"batch": 96, "lanes": 12}, (96, 12)),
     ],
 )
 def test_a_data_set_is_planned_with_what_is_usual(
-    samples: int, batch: int, lanes: int, expected: tuple[int, int]
+    samples: int, numbers: dict[str, int], expected: tuple[int, int]
 ) -> None:
-    order = usual_order(samples, batch=batch, lanes=lanes, seed=0, block=32, window=64)
+    order = usual_order(samples, numbers)
 
     assert (order.global_batch_size, order.lanes) == expected
 
 
 def test_a_data_set_is_inspected_in_numbers(dataset: Dataset, tmp_path: Path) -> None:
-    numbers = {"batch": 24, "lanes": 6, "seed": 3, "block": 16, "window": 4}
+    numbers = {"batch": 24, "lanes": 6, "world": 4, "seed": 3, "block": 16, "window": 4}
 
-    inspected = inspected_dataset(Storage(), str(tmp_path), numbers, world_size=4, labels=True)
+    inspected = inspected_dataset(Storage(), str(tmp_path), numbers, labels=True)
 
     fields = inspected.to_json()
     assert (fields["samples"], fields["shards"], fields["bytes"]) == (1000, 4, 100_000)
@@ -149,7 +149,7 @@ def test_labels_are_told_to_mix_as_shards_do_where_they_are_sorted(tmp_path: Pat
     make_indexes(tmp_path, np.arange(1000) // 50)
     numbers = {"batch": 24, "lanes": 6, "seed": 3, "block": 16, "window": 4}
 
-    plan = inspected_dataset(Storage(), str(tmp_path), numbers, world_size=1, labels=True).to_json()["plan"]
+    plan = inspected_dataset(Storage(), str(tmp_path), numbers, labels=True).to_json()["plan"]
 
     labels = np.arange(1000) // 50
     effects = []

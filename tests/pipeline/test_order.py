@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import OrderError
-from pipeline.order import ConsumedDigest, Order
+from pipeline.order import ConsumedDigest, Order, _window_samples
 
 
 @st.composite
@@ -88,13 +88,43 @@ def test_blocks_cut_the_samples_without_gap(order: Order) -> None:
     assert np.array_equal(order.block_of(samples), np.searchsorted(starts, samples, side="right") - 1)
 
 
-def test_any_step_is_reached_without_the_steps_before() -> None:
-    order = Order(500, global_batch_size=24, lanes=6, seed=1, block_samples=8, window_blocks=3)
-    straight = [order.batch(step) for step in range(45)]
+@pytest.mark.parametrize("samples", [500, 517])
+@pytest.mark.parametrize(
+    ("batch", "lanes", "block", "window"), [(24, 6, 8, 3), (24, 24, 1, 1), (21, 3, 40, 2), (10, 1, 9, 99)]
+)
+def test_any_step_is_reached_without_the_steps_before(
+    samples: int, batch: int, lanes: int, block: int, window: int
+) -> None:
+    order = Order(samples, batch, lanes, 1, block, window)
+    straight = [order.batch(step) for step in range(2 * order.steps_per_epoch + 3)]
 
-    for step in (44, 3, 20, 21):
-        fresh = pickle.loads(pickle.dumps(order))
-        assert np.array_equal(fresh.batch(step), straight[step])
+    for step in reversed(range(len(straight))):
+        _window_samples.cache_clear()  # nothing is left of other steps
+        assert np.array_equal(pickle.loads(pickle.dumps(order)).batch(step), straight[step])
+
+
+@settings(max_examples=40, deadline=None)
+@given(order=orders(), epoch=st.integers(0, 3))
+def test_lanes_give_alike_to_every_step(order: Order, epoch: int) -> None:
+    step = epoch * order.steps_per_epoch
+    batches = order.batch(step).reshape(order.lanes, order.lane_batch_size)
+
+    for lane in range(order.lanes):
+        assert np.array_equal(batches[lane], order.lane_batch(step, lane))
+    blocks = [order.lane_blocks(lane) for lane in range(order.lanes)]
+    assert sum(blocks) == order.blocks and max(blocks) - min(blocks) <= 1
+
+
+@settings(max_examples=12, deadline=None)
+@given(order=orders())
+def test_no_sample_is_dropped_in_every_epoch(order: Order) -> None:
+    used = np.zeros(order.samples, bool)
+    epochs = 0
+    while epochs <= 80 and not used.all():
+        used[epoch_samples(order, epochs)] = True
+        epochs += 1
+
+    assert epochs <= 80
 
 
 def test_every_sample_is_used_within_a_few_epochs() -> None:

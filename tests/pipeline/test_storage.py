@@ -100,6 +100,22 @@ def test_what_is_missing_says_so(place: tuple[Storage, str]) -> None:
         assert caught.value.filename == url
 
 
+def test_an_object_is_called_otherwise_when_it_is_replaced_and_a_file_has_no_such_name(
+    place: tuple[Storage, str],
+) -> None:
+    storage, folder = place
+    url = storage.join(folder, "x")
+    storage.write(url, b"1")
+    first = storage.etag(url)
+    storage.write(url, b"2")
+
+    assert (first is None) == (not url.startswith("s3://"))
+    assert first is None or first != storage.etag(url)
+    storage.delete(url)
+    with pytest.raises(FileNotFoundError):
+        storage.etag(url)
+
+
 def test_a_folder_does_not_exist_as_a_file(place: tuple[Storage, str]) -> None:
     storage, folder = place
     storage.write(storage.join(folder, "d", "x"), b"1")
