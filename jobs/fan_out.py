@@ -8,8 +8,9 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
+from jobs.errors import RunFailedError
 from pipeline.errors import UserError
 from pipeline.storage import Storage
 
@@ -64,7 +65,8 @@ def fan_out(
         on_tick: Called at the start and about every second, also while no task ends. What it raises ends the fan-out.
 
     Raises:
-        UserError: One that a task met, as itself; the other tasks are cancelled.
+        UserError, OSError: One that a task met, as itself; the other tasks are cancelled.
+        RunFailedError: A task's process died again and again.
     """
     remote = ray.remote(num_cpus=1)(work)
     shared = ray.put(storage)
@@ -95,6 +97,8 @@ def _result(reference: Any) -> Any:
     try:
         return ray.get(reference)
     except RayTaskError as error:
-        if isinstance(error.cause, UserError):
+        if isinstance(error.cause, UserError | OSError):
             raise error.cause from None
         raise
+    except RayError as error:  # the process died four times, as when memory runs out
+        raise RunFailedError(f"a task died: {str(error).strip().splitlines()[0]}; the same command goes on") from error

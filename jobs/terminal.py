@@ -22,8 +22,9 @@ _BYTE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 def say(line: str) -> None:
-    """Print one line."""
-    sys.stdout.write(line + "\n")
+    """Print one line; names out of tars and file systems may hold what the terminal cannot encode."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
     sys.stdout.flush()
 
 

@@ -153,12 +153,12 @@ def list_tar(storage: Storage, folder: str, task: TarTask) -> TarSummary:
         folder: Where listings are kept.
         task: The tar to go through.
     """
-    place = Storage.join(folder, f"{_name(task)}.npz")
+    tar, url = task.tar, within(task.root, task.tar.path)
+    place = Storage.join(folder, f"{_name(task, storage.etag(url))}.npz")
     try:
         return _summary(TarListing.from_bytes(storage.read(place)), place, kept=True)
     except (FileNotFoundError, ValueError):
         pass
-    tar, url = task.tar, within(task.root, task.tar.path)
     with RangedFile(lambda offset, length: storage.read_range(url, offset, length), tar.size_bytes) as file:
         contents = read_samples(file, salvage=True)
     images = contents.images
@@ -187,8 +187,9 @@ def _summary(listing: TarListing, url: str, *, kept: bool) -> TarSummary:
     return TarSummary(listing.tar, url, len(listing), listing.skipped, listing.faults, listing.bad_labels, kept)
 
 
-def _name(task: TarTask) -> str:
-    return hashlib.sha256(json.dumps([task.root, task.tar.path, task.tar.size_bytes]).encode()).hexdigest()[:32]
+def _name(task: TarTask, etag: str | None) -> str:
+    parts = [task.root, task.tar.path, task.tar.size_bytes, etag]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
 class TarImages(Sequence[Source]):

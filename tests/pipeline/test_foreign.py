@@ -102,6 +102,17 @@ def test_long_names_and_members_in_any_order_are_read(form: int, tmp_path: Path,
     }
 
 
+def test_names_that_are_no_utf_8_are_read(tmp_path: Path, jpeg: MakeJpeg) -> None:
+    (tmp_path / "a.tar").write_bytes(
+        tar_bytes([("caf\udce9.jpg", jpeg(1)), ("caf\udce9.cls", b"5"), ("x.jpg", b"bad")])
+    )
+
+    dataset, reports = index_all(tmp_path, tmp_path)
+
+    assert [(sample.key, sample.data, sample.label) for sample in read_all(dataset)] == [("caf\udce9", jpeg(1), 5)]
+    assert reports[0].skipped == 1
+
+
 def test_formats_that_are_no_jpeg_are_read_and_decoded(tmp_path: Path) -> None:
     images = {
         "png": encoded("PNG"),
