@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from jobs.fan_out import Progress, fan_out
 from jobs.ingest import WORK_FOLDER, Show, sweep
-from pipeline.claim import claimed
+from pipeline.claim import Claim, claimed
 from pipeline.errors import DamagedTarsError, SourceError
 from pipeline.foreign import IndexTask, TarReport, index_tar
 from pipeline.manifest import Manifest, existing_manifest
@@ -65,29 +65,39 @@ def index_dataset(
     began = time.monotonic()
     destination = Storage.absolute(destination)
     tasks = [IndexTask(tars.root, tar, deep, salvage) for tar in tars.tars]
-    manifest = existing_manifest(storage, destination, tasks)
-    if manifest is not None:
-        return IndexingReport(manifest, 0, len(tasks), manifest.skipped, 0, time.monotonic() - began)
     work = Storage.join(destination, WORK_FOLDER)
-    with claimed(storage, work, "convmae index", on_wait=on_wait) as claim:
-        progress = Progress(total=len(tasks))
-
-        def tick() -> None:
-            claim.check()
-            on_progress("tars", progress)
-
-        done: list[TarReport] = []
-        for report in fan_out(index_tar, storage, destination, tasks, on_tick=tick):
-            done.append(report)
-            progress = progress.after(kept=report.kept, samples=report.samples, bad=report.skipped)
-        done.sort(key=lambda report: report.name)
-        manifest, skipped = _manifest(tars, tasks, done)
-        claim.check()
-        manifest.save(storage, destination, skipped)
-    sweep(work)
-    kept = sum(report.kept for report in done)
+    manifest, done = existing_manifest(storage, destination, tasks), []
+    if manifest is None:
+        with claimed(storage, work, "convmae index", on_wait=on_wait) as claim:
+            # Whoever held the claim before may have finished the data set, or made another one.
+            manifest = existing_manifest(storage, destination, tasks)
+            if manifest is None:
+                done = _indexed(storage, destination, tasks, claim, on_progress)
+                manifest, skipped = _manifest(tars, tasks, done)
+                claim.check()
+                manifest.save(storage, destination, skipped)
+        sweep(work)
+    read = sum(not report.kept for report in done)
     bad_labels = sum(report.bad_labels for report in done)
-    return IndexingReport(manifest, len(done) - kept, kept, len(skipped), bad_labels, time.monotonic() - began)
+    seconds = time.monotonic() - began
+    return IndexingReport(manifest, read, len(tasks) - read, manifest.skipped, bad_labels, seconds)
+
+
+def _indexed(
+    storage: Storage, destination: str, tasks: list[IndexTask], claim: Claim, on_progress: Show
+) -> list[TarReport]:
+    """What came of every tar, by name."""
+    progress = Progress(total=len(tasks))
+
+    def tick() -> None:
+        claim.check()
+        on_progress("tars", progress)
+
+    done: list[TarReport] = []
+    for report in fan_out(index_tar, storage, destination, tasks, on_tick=tick):
+        done.append(report)
+        progress = progress.after(kept=report.kept, samples=report.samples, bad=report.skipped)
+    return sorted(done, key=lambda report: report.name)
 
 
 def _manifest(tars: Tars, tasks: list[IndexTask], done: list[TarReport]) -> tuple[Manifest, list[Skipped]]:

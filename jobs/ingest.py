@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jobs.fan_out import Progress, fan_out
-from pipeline.claim import claimed
+from pipeline.claim import Claim, claimed
 from pipeline.errors import DamagedTarsError, DatasetError, SourceError
 from pipeline.manifest import Manifest, existing_manifest
 from pipeline.shard_index import Skipped
 from pipeline.shard_plan import Ingest, ShardPlan, plan_shards
 from pipeline.shards import ShardReport, write_shard
-from pipeline.source import Sources, Tars
+from pipeline.source import Sources, Tars, within
 from pipeline.source_lists import sized
 from pipeline.source_tars import TarImages, TarSummary, TarTask, list_tar, read_listings
 from pipeline.storage import Storage, is_local
@@ -80,31 +80,54 @@ def ingest(
     destination = Storage.absolute(destination)
     storage.check(job.found.root, write=False)
     storage.check(destination, write=True)
-    manifest = existing_manifest(storage, destination, [job])
-    if manifest is not None:
-        return IngestReport(manifest, 0, len(manifest.shards), manifest.skipped, 0, time.monotonic() - began)
+    _keep_apart(job, destination)
     work = Storage.join(destination, WORK_FOLDER)
-    with claimed(storage, work, "convmae shard", on_wait=on_wait) as claim:
+    reports: list[ShardReport] = []
+    manifest, bad_labels = existing_manifest(storage, destination, [job]), 0
+    if manifest is None:
+        with claimed(storage, work, "convmae shard", on_wait=on_wait) as claim:
+            # Whoever held the claim before may have finished the data set, or made another one.
+            manifest = existing_manifest(storage, destination, [job])
+            if manifest is None:
+                manifest, reports, bad_labels = _made(storage, job, destination, claim, on_progress, salvage=salvage)
+        sweep(work)
+    written = sum(not report.kept for report in reports)
+    kept = len(manifest.shards) - written
+    return IngestReport(manifest, written, kept, manifest.skipped, bad_labels, time.monotonic() - began)
 
-        def show(stage: str, progress: Progress) -> None:
-            claim.check()
-            on_progress(stage, progress)
 
-        resolved = _resolved(storage, work, job, show, salvage=salvage)
-        reports = _written(storage, destination, plan_shards(resolved.sources, job.sharding), show)
-        skipped = [*resolved.skipped, *(item for report in reports for item in report.skipped)]
-        manifest = replace(Manifest.of([job], reports, resolved.sources.classes), skipped=len(skipped))
-        if not manifest.samples:
-            why = f"the first of {len(skipped)} is {skipped[0].path}: {skipped[0].reason}" if skipped else "it has none"
-            raise SourceError("source", "must have an image that decodes", job.found.root, why)
+def _keep_apart(job: Ingest, destination: str) -> None:
+    """Source tars may be named as shards are; writing beside them would replace them.
+
+    Raises:
+        SourceError: The destination is the folder of a source tar.
+    """
+    tars = job.found.tars if isinstance(job.found, Tars) else ()
+    if any(within(job.found.root, tar.path).rpartition("/")[0] == destination.rstrip("/") for tar in tars):
+        raise SourceError("destination", "must not be the source tars' own folder", destination, "take another place")
+
+
+def _made(
+    storage: Storage, job: Ingest, destination: str, claim: Claim, on_progress: Show, *, salvage: bool
+) -> tuple[Manifest, list[ShardReport], int]:
+    """Write everything; returns the manifest, what came of each shard, and the labels that were left out."""
+
+    def show(stage: str, progress: Progress) -> None:
         claim.check()
-        manifest.save(storage, destination, skipped)
-        for listing in resolved.listings:
-            storage.delete(listing)
-    sweep(work)
-    kept = sum(report.kept for report in reports)
-    seconds = time.monotonic() - began
-    return IngestReport(manifest, len(reports) - kept, kept, len(skipped), resolved.bad_labels, seconds)
+        on_progress(stage, progress)
+
+    resolved = _resolved(storage, Storage.join(destination, WORK_FOLDER), job, show, salvage=salvage)
+    reports = _written(storage, destination, plan_shards(resolved.sources, job.sharding), show)
+    skipped = [*resolved.skipped, *(item for report in reports for item in report.skipped)]
+    manifest = replace(Manifest.of([job], reports, resolved.sources.classes), skipped=len(skipped))
+    if not manifest.samples:
+        why = f"the first of {len(skipped)} is {skipped[0].path}: {skipped[0].reason}" if skipped else "it has none"
+        raise SourceError("source", "must have an image that decodes", job.found.root, why)
+    claim.check()
+    manifest.save(storage, destination, skipped)
+    for listing in resolved.listings:
+        storage.delete(listing)
+    return manifest, reports, resolved.bad_labels
 
 
 def sweep(work: str) -> None:

@@ -197,16 +197,17 @@ class TarImages(Sequence[Source]):
 
     def __init__(self, listings: Iterable[TarListing]) -> None:
         self._paths: list[str] = []
-        self._file = tempfile.TemporaryFile(prefix="convmae-images-")  # noqa: SIM115 (lives as long as the rows)
-        for number, listing in enumerate(listings):
-            self._paths.append(listing.tar.path)
-            rows = np.zeros(len(listing), _ROW)
-            rows["tar"], rows["offset"], rows["length"] = number, listing.offsets, listing.lengths
-            rows["label"] = listing.labels
-            self._file.write(rows.tobytes())
-        self._file.flush()
-        size = self._file.tell() // _ROW.itemsize
-        self._rows = np.memmap(self._file, _ROW, "r", shape=(size,)) if size else np.zeros(0, _ROW)
+        with tempfile.TemporaryFile(prefix="convmae-images-") as file:
+            for number, listing in enumerate(listings):
+                self._paths.append(listing.tar.path)
+                rows = np.zeros(len(listing), _ROW)
+                rows["tar"], rows["offset"], rows["length"] = number, listing.offsets, listing.lengths
+                rows["label"] = listing.labels
+                file.write(rows.tobytes())
+            file.flush()
+            size = file.tell() // _ROW.itemsize
+            # The mapping keeps the nameless file until it is dropped itself.
+            self._rows = np.memmap(file, _ROW, "r", shape=(size,)) if size else np.zeros(0, _ROW)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -5,6 +5,7 @@ import json
 import pickle
 import secrets
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from pipeline_tars import tar_bytes
 from jobs import ingest as ingest_module
 from jobs.fan_out import Progress
 from jobs.ingest import IngestReport, ingest
+from pipeline.claim import Claim, claimed
 from pipeline.dataset import Dataset
 from pipeline.errors import DamagedTarsError, DatasetError, SourceError, StorageError
 from pipeline.manifest import MANIFEST_NAME, SKIPPED_NAME
@@ -199,6 +201,34 @@ def test_damaged_source_tars_are_all_named_and_salvaged_when_asked(
     skipped = [json.loads(line)["path"] for line in (tmp_path / "out" / SKIPPED_NAME).read_text().splitlines()]
     assert len(skipped) == report.skipped == 2
     assert skipped[1] == "c.tar at byte 0"
+
+
+def test_what_another_finished_while_one_waited_is_not_overwritten(
+    cluster: None, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def claimed_late(*arguments: Any, **options: Any) -> AbstractContextManager[Claim]:
+        monkeypatch.undo()
+        run(photographs, str(tmp_path / "out"), samples_per_shard=6)
+        return claimed(*arguments, **options)
+
+    monkeypatch.setattr(ingest_module, "claimed", claimed_late)
+
+    with pytest.raises(DatasetError, match="other images or options"):
+        run(photographs, str(tmp_path / "out"))
+
+    dataset = Dataset.open(Storage(), str(tmp_path / "out"))
+    assert [shard.samples for shard in dataset.manifest.shards] == [6, 6, 6, 6]
+    assert len(dataset.read(np.arange(24))) == 24
+
+
+def test_source_tars_are_not_overwritten(photographs: Path, tmp_path: Path) -> None:
+    (tmp_path / "tars").mkdir()
+    data = tar_bytes([(path.name, path.read_bytes()) for path in photographs.rglob("*.jpg")])
+    (tmp_path / "tars" / "shard-000000.tar").write_bytes(data)
+
+    with pytest.raises(SourceError, match="own folder"):
+        run(tmp_path / "tars", str(tmp_path / "tars"))
+    assert files(tmp_path / "tars") == {"shard-000000.tar": data}
 
 
 def test_a_list_of_files_becomes_a_dataset(cluster: None, photographs: Path, tmp_path: Path) -> None:
