@@ -15,7 +15,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import google_crc32c
-import webdataset
 
 from pipeline import faults
 from pipeline.errors import DatasetError
@@ -118,6 +117,8 @@ def is_unchanged(storage: Storage, url: str, index: ShardIndex) -> bool:
 
 
 def _write_tar(storage: Storage, task: ShardTask, path: Path) -> ShardIndex:
+    import webdataset  # it imports torch: seconds, and 200 MB, that those spare who only index or verify
+
     rows = []
     skipped = []
     with path.open("wb") as file, contextlib.closing(_read_ahead(storage, task)) as images:
