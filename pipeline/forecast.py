@@ -52,10 +52,9 @@ class Forecast:
             order: What is read when.
             shard_samples: (shards,) samples of each shard, in the manifest's order.
         """
-        shares = _shares(order)
-        cuts = _Cuts.of(order, shard_samples[shard_samples > 0])
-        pairs = sum(count * _same_block_pairs(order, share) for share, count in shares)
-        reads = sum(count * _reads(order, share, cuts.inside_blocks / order.blocks) for share, count in shares)
+        windows, cuts = _Windows.of(order), _Cuts.of(order, shard_samples[shard_samples > 0])
+        pairs = order.lanes * _same_block_pairs(order, windows)
+        reads = order.lanes * _reads(order, windows, cuts.inside_blocks / order.blocks)
         return cls(_design_effect(order, cuts, pairs), reads, pairs / order.global_batch_size)
 
     def label_effect(self, order: Order, correlation: float) -> float:
@@ -110,7 +109,7 @@ def intra_block_correlation(blocks: Sequence[Int64s]) -> float:
 
 @dataclass(frozen=True)
 class _Windows:
-    """The windows of one lane in an epoch, as far as they are used; arrays have one entry a window."""
+    """The windows of a lane in an epoch, alike in all lanes; arrays have one entry a window."""
 
     start: Int64s
     """First position in the lane's stream."""
@@ -119,18 +118,11 @@ class _Windows:
     blocks: Int64s
 
     @classmethod
-    def of(cls, order: Order, lane_blocks: int) -> _Windows:
+    def of(cls, order: Order) -> _Windows:
         stop = order.steps_per_epoch * order.lane_batch_size
         start = np.arange(0, stop, order.window_samples)
-        blocks = np.minimum(lane_blocks - start // order.used_block_samples, order.window_blocks)
+        blocks = np.minimum(order.epoch_blocks - start // order.used_block_samples, order.window_blocks)
         return cls(start, np.minimum(stop - start, blocks * order.used_block_samples), blocks)
-
-
-def _shares(order: Order) -> list[tuple[_Windows, int]]:
-    """Windows of a lane, and how many lanes have such; lanes differ by one block at most."""
-    longer = order.blocks % order.lanes
-    sizes = [(order.lane_blocks(0), longer), (order.lane_blocks(order.lanes - 1), order.lanes - longer)]
-    return [(_Windows.of(order, lane_blocks), count) for lane_blocks, count in sizes if count]
 
 
 def _same_block_pairs(order: Order, windows: _Windows) -> float:
