@@ -21,6 +21,7 @@ shards and small data sets, where drawing without replacement mixes better than 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,10 +53,9 @@ class Forecast:
             order: What is read when.
             shard_samples: (shards,) samples of each shard, in the manifest's order.
         """
-        shares = _shares(order)
-        cuts = _Cuts.of(order, shard_samples[shard_samples > 0])
-        pairs = sum(count * _same_block_pairs(order, share) for share, count in shares)
-        reads = sum(count * _reads(order, share, cuts.inside_blocks / order.blocks) for share, count in shares)
+        windows, cuts = _Windows.of(order), _Cuts.of(order, shard_samples[shard_samples > 0])
+        pairs = order.lanes * _same_block_pairs(order, windows)
+        reads = order.lanes * _reads(order, windows, cuts.inside_blocks / order.blocks)
         return cls(_design_effect(order, cuts, pairs), reads, pairs / order.global_batch_size)
 
     def label_effect(self, order: Order, correlation: float) -> float:
@@ -110,8 +110,10 @@ def intra_block_correlation(blocks: Sequence[Int64s]) -> float:
 
 @dataclass(frozen=True)
 class _Windows:
-    """The windows of one lane in an epoch, as far as they are used; arrays have one entry a window."""
+    """The windows of a lane in an epoch, alike in all lanes. Arrays have one entry for windows that steps cut alike."""
 
+    count: Int64s
+    """How many windows are like this one."""
     start: Int64s
     """First position in the lane's stream."""
     used: Int64s
@@ -119,18 +121,17 @@ class _Windows:
     blocks: Int64s
 
     @classmethod
-    def of(cls, order: Order, lane_blocks: int) -> _Windows:
-        stop = order.steps_per_epoch * order.lane_batch_size
-        start = np.arange(0, stop, order.window_samples)
-        blocks = np.minimum(lane_blocks - start // order.used_block_samples, order.window_blocks)
-        return cls(start, np.minimum(stop - start, blocks * order.used_block_samples), blocks)
-
-
-def _shares(order: Order) -> list[tuple[_Windows, int]]:
-    """Windows of a lane, and how many lanes have such; lanes differ by one block at most."""
-    longer = order.blocks % order.lanes
-    sizes = [(order.lane_blocks(0), longer), (order.lane_blocks(order.lanes - 1), order.lanes - longer)]
-    return [(_Windows.of(order, lane_blocks), count) for lane_blocks, count in sizes if count]
+    def of(cls, order: Order) -> _Windows:
+        b, size = order.lane_batch_size, order.window_samples
+        full, rest = divmod(order.steps_per_epoch * b, size)
+        period = b // math.gcd(size, b)  # after so many windows, one begins with a step again
+        kinds = np.arange(min(full, period))
+        return cls(
+            count=np.append((full - kinds + period - 1) // period, int(rest > 0)),
+            start=np.append(kinds, full) * size,
+            used=np.append(np.full_like(kinds, size), rest),
+            blocks=np.append(np.full_like(kinds, order.window_blocks), order.epoch_blocks - full * order.window_blocks),
+        )
 
 
 def _same_block_pairs(order: Order, windows: _Windows) -> float:
@@ -144,19 +145,19 @@ def _same_block_pairs(order: Order, windows: _Windows) -> float:
     tail = np.where(astride, 0, stop - last * b)
     pairs = head * (head - 1.0) + tail * (tail - 1.0) + whole * (b * (b - 1.0))
     alike = (size - 1) / np.maximum(1, windows.blocks * size - 1)
-    return float((pairs * alike).sum()) / order.steps_per_epoch
+    return float((windows.count * pairs * alike).sum()) / order.steps_per_epoch
 
 
 def _reads(order: Order, windows: _Windows, cuts_per_block: float) -> float:
     """Ranged requests of one lane in an epoch: one for each run of neighbours in a shard that the epoch uses."""
     size = order.used_block_samples
-    held = windows.blocks * size
+    held = np.maximum(1, windows.blocks * size)
     used = windows.used / held
     next_used = used * (windows.used - 1) / np.maximum(1, held - 1)  # a sample and the one after it
     runs = size * used - (size - 1) * next_used
     longer = order.samples / order.blocks - size  # share of blocks with a sample more, which leave out another one
     apart = longer * (size - 1) / (size + 1) + cuts_per_block
-    return float((windows.blocks * (runs + apart * next_used)).sum())
+    return float((windows.count * windows.blocks * (runs + apart * next_used)).sum())
 
 
 @dataclass(frozen=True)

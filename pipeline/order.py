@@ -24,7 +24,7 @@ import numpy.typing as npt
 from pipeline import hashing
 from pipeline.errors import OrderError
 
-ORDER_VERSION = 1
+ORDER_VERSION = 2
 """Changes whenever the same arguments would give other samples; part of a run's data state."""
 
 LEAST_EPOCH_RATIO = 0.99
@@ -93,6 +93,11 @@ class Order:
         """Steps for which every lane still has samples; the rest of an epoch is dropped, another rest every epoch."""
         return self._steps(self.blocks)
 
+    @functools.cached_property
+    def epoch_blocks(self) -> int:
+        """Blocks of each lane that an epoch opens; fewer than S samples of them are left over. The rest pause."""
+        return -(-self.steps_per_epoch * self.lane_batch_size // self.used_block_samples)
+
     def epoch(self, step: int) -> int:
         """The epoch that `step` belongs to, from 0."""
         return step // self.steps_per_epoch
@@ -150,7 +155,7 @@ class Order:
 @functools.lru_cache(maxsize=2048)
 def _window_samples(order: Order, epoch: int, lane: int, window: int) -> Int64s:
     lane_blocks = order.lane_blocks(lane)
-    places = np.arange(window * order.window_blocks, min(lane_blocks, (window + 1) * order.window_blocks))
+    places = np.arange(window * order.window_blocks, min(order.epoch_blocks, (window + 1) * order.window_blocks))
     in_lane = hashing.permuted(hashing.key(order.seed, _EPOCH, epoch, lane), lane_blocks, places)
     blocks = hashing.permuted(hashing.key(order.seed, _HOME), order.blocks, in_lane * order.lanes + lane)
 

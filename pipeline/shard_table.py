@@ -81,6 +81,10 @@ class ShardTable(Sequence[ShardEntry]):
         etags: Sequence[str | None],
         tars: Sequence[str],
     ) -> None:
+        if len(set(names)) != len(names):
+            raise ValueError("a shard's name is there twice")
+        if any(len(digest) != 64 for digest in index_sha256):
+            raise ValueError("a digest of an index is no SHA-256")
         self._names = _strings(names)
         self.samples: npt.NDArray[np.int64] = _counts(samples)
         self.tar_bytes: npt.NDArray[np.int64] = _counts(tar_bytes)
@@ -166,7 +170,7 @@ class ShardTable(Sequence[ShardEntry]):
         """Read what to_json wrote.
 
         Raises:
-            KeyError, ValueError, TypeError: A column is missing, of another length or of another type.
+            KeyError, ValueError, TypeError, AttributeError: A column is missing, or cannot be one.
         """
         count = len(columns["name"])
         return cls(

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -150,6 +151,17 @@ def test_a_forecast_over_two_thousand_million_samples_is_that_of_a_smaller_one_o
 
     assert large.design_effect == pytest.approx(small.design_effect, rel=0.01)
     assert large.reads == pytest.approx(100 * small.reads, rel=0.01)
+
+
+@pytest.mark.parametrize(("block", "window"), [(1, 1), (1, 3), (32, 1), (1000, 1000)])
+def test_a_forecast_needs_little_memory_whatever_the_windows(block: int, window: int) -> None:
+    tracemalloc.start()
+    forecast = Forecast.of(Order(2 * 10**9, 4096, 64, 0, block, window), np.full(200_000, 10_000))
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert forecast.design_effect >= 0.99
+    assert peak_bytes < 64 << 20
 
 
 def synthetic_dataset(storage: Storage, folder: Path, sizes: list[int]) -> Dataset:

@@ -88,6 +88,19 @@ def test_blocks_cut_the_samples_without_gap(order: Order) -> None:
     assert np.array_equal(order.block_of(samples), np.searchsorted(starts, samples, side="right") - 1)
 
 
+@settings(max_examples=25, deadline=None)
+@given(order=orders(), epoch=st.integers(0, 3), lane=st.integers(0, 11))
+def test_an_epoch_leaves_out_whole_blocks_and_less_than_one_block_of_others(
+    order: Order, epoch: int, lane: int
+) -> None:
+    used = order.steps_per_epoch * order.lane_batch_size
+    samples = order.lane_range(epoch, min(lane, order.lanes - 1), 0, used)
+
+    opened = np.unique(order.block_of(samples)).size * order.used_block_samples
+
+    assert opened <= order.epoch_blocks * order.used_block_samples < used + order.used_block_samples
+
+
 @pytest.mark.parametrize("samples", [500, 517])
 @pytest.mark.parametrize(
     ("batch", "lanes", "block", "window"), [(24, 6, 8, 3), (24, 24, 1, 1), (21, 3, 40, 2), (10, 1, 9, 99)]
