@@ -19,7 +19,9 @@ from pipeline.dataset import Dataset, Sample
 from pipeline.decode import decode
 from pipeline.errors import DatasetError
 from pipeline.foreign import IndexTask, TarReport, index_tar
+from pipeline.loader import Loader
 from pipeline.manifest import Manifest
+from pipeline.order import Order
 from pipeline.source import Tar, Tars
 from pipeline.sources import find_sources
 from pipeline.storage import Storage
@@ -134,6 +136,21 @@ def test_formats_that_are_no_jpeg_are_read_and_decoded(tmp_path: Path) -> None:
         assert sample.data == data
         allowed = {"gray.png": 80, "palette.png": 30, "gif": 30, "jpeg": 12}.get(extension, 0)
         assert np.abs(decode(sample.data).astype(int) - expected).mean() <= allowed, extension
+
+
+def test_batches_come_out_of_tars_of_any_format(tmp_path: Path, jpeg: MakeJpeg) -> None:
+    odd = [("png", encoded("PNG", "RGBA")), ("webp", encoded("WEBP")), ("jpeg", encoded("JPEG", "CMYK"))]
+    members = [(f"{n}.{kind}", data) for n, (kind, data) in enumerate(odd * 4)]
+    (tmp_path / "a.tar").write_bytes(tar_bytes(members))
+    (tmp_path / "b.tar").write_bytes(tar_bytes([(f"{n}.jpg", jpeg(n)) for n in range(12)]))
+    dataset, _ = index_all(tmp_path, tmp_path)
+    order = Order(24, global_batch_size=8, lanes=4, seed=1, block_samples=2, window_blocks=3)
+
+    loader = Loader(dataset, order, image_shape=(16, 16), rank=0, world_size=1, seed=1, threads=2)
+    batches = list(loader.batches(0, 3))
+
+    assert sorted(np.concatenate([batch.sample_ids for batch in batches]).tolist()) == list(range(24))
+    assert all(batch.images.shape == (8, 3, 16, 16) for batch in batches)
 
 
 def test_unusable_images_are_skipped_and_listed(tmp_path: Path, jpeg: MakeJpeg) -> None:
