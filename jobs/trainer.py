@@ -32,8 +32,9 @@ from jobs.zero_state import ZeroState, read_zero_state, restore_optimizer
 from model import ConvMAE
 from model.noise import mask_noise
 from model.pixels import normalise
+from pipeline.batch import Batch
 from pipeline.dataset import Dataset
-from pipeline.loader import Batch, Loader
+from pipeline.loader import Loader
 from pipeline.order import ORDER_VERSION, ConsumedDigest, Order
 
 if TYPE_CHECKING:
