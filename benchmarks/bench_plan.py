@@ -22,12 +22,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.dataset import Dataset, Sample
+from pipeline.dataset import Dataset
 from pipeline.index_pages import CRC_BYTES, HEAD, PAGE_ROWS, Pages, row_type
 from pipeline.loader import READ_THREADS  # brings torch, so that the peak is that of a rank
 from pipeline.manifest import Manifest
 from pipeline.order import Order
 from pipeline.read_ahead import ReadAhead
+from pipeline.shard_reader import Sample
 from pipeline.shard_table import ShardTable
 from pipeline.storage import Storage
 
@@ -61,7 +62,7 @@ class IndexStandIn(Storage):
     latency_seconds: float = 0.0
     requests: list[int] = field(default_factory=list, hash=False, compare=False)
 
-    def read_range(self, url: str, offset: int, length: int) -> bytes:
+    def read_range(self, url: str, offset: int, length: int, etag: str | None = None) -> bytes:  # noqa: ARG002
         """The pages that lie there."""
         time.sleep(self.latency_seconds)
         self.requests.append(length)
@@ -93,8 +94,10 @@ def _digest(shard: int) -> str:
 class _IndexOnly(Dataset):
     """Stops where image bytes would be read."""
 
-    def read(self, sample_ids: Any) -> list[Sample]:
-        return [Sample(found.id, found.row.key, "", b"", None) for found in self.rows(sample_ids)]
+    def read_each(self, sample_ids: Any, *_: Any, **__: Any) -> list[Any]:
+        return [
+            Sample(found.id, found.row.key, "", found.row.member, 0, b"", None, "") for found in self.rows(sample_ids)
+        ]
 
 
 def open_stream(

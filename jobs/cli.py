@@ -378,6 +378,17 @@ def history(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> No
 
 
 @app.command()
+def quarantine(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
+    """Print one line for each sample that the run found unusable: where it lies, what is wrong, what stood in."""
+    for row in _existing_run(_session(), run, run_root).read_quarantine():
+        if as_json:
+            sys.stdout.write(json.dumps(row) + "\n")
+        else:
+            line = f"step {row['step']:>8}  sample {row['id']}  {row['fault']}  {row['url']}: {row['reason']}"
+            sys.stdout.write(f"{line}; sample {row['substitute']} stood in\n")
+
+
+@app.command()
 def consolidate(
     run: RunName,
     step: Annotated[int, typer.Option(help="A committed step; default: the newest.", show_default=False)] = 0,

@@ -20,7 +20,10 @@ _GAUGES = {
     "learning_rate": ("convmae_learning_rate", "Learning rate of the last step."),
     "gradient_norm": ("convmae_gradient_norm", "Global gradient norm of the last step."),
     "images_per_second": ("convmae_images_per_second", "Images trained per second over the last steps, all ranks."),
-    "data_wait_ratio": ("convmae_data_wait_ratio", "Share of the last steps that rank 0 waited for data."),
+    "data_wait_ratio": ("convmae_data_wait_ratio", "Share of the last steps that the slowest rank waited for data."),
+    "quarantined": ("convmae_quarantined_samples", "Distinct samples that were found unusable."),
+    "block_cache_bytes": ("convmae_block_cache_bytes", "Bytes in the disk cache of rank 0's node."),
+    "block_cache_off_ranks": ("convmae_block_cache_off_ranks", "Ranks that no longer store blocks: their disk failed."),
     "world_size": ("convmae_world_size_ranks", "Ranks that train."),
     "eta_seconds": ("convmae_eta_seconds", "Predicted seconds to the end of the run."),
     "last_step_at_seconds": ("convmae_last_step_timestamp_seconds", "Unix time of the last step."),
@@ -29,6 +32,18 @@ _GAUGES = {
     "checkpoint_bytes": ("convmae_checkpoint_bytes", "Size of the newest committed checkpoint."),
     "checkpoint_seconds": ("convmae_checkpoint_duration_seconds", "Seconds that training stood still to save it."),
 }
+
+COUNTERS = {
+    "images": "Images trained, redone ones included.",
+    "substitutions": "Samples that were replaced since they are unusable, redone ones included.",
+    "storage_requests": "Ranged reads of images from the object store, all ranks.",
+    "storage_read_bytes": "Bytes of images received from the object store, all ranks.",
+    "block_cache_hits": "Reads that the disk caches served, all ranks.",
+    "block_cache_misses": "Reads that the disk caches could not serve, all ranks.",
+    "block_cache_damaged": "Blocks that were found damaged on a cache's disk and read again, all ranks.",
+    "block_cache_evictions": "Blocks that the disk caches evicted, all ranks.",
+}
+"""Run-level counters `convmae_<name>_total`; a commit keeps them."""
 
 
 class RunExporter:
@@ -49,11 +64,14 @@ class RunExporter:
         labels = ["run"]
         self._run = run
         self._gauges = {key: Gauge(name, text, labels, registry=registry) for key, (name, text) in _GAUGES.items()}
-        self._images = Counter("convmae_images", "Images trained, redone ones included.", labels, registry=registry)
+        self._counters = {
+            name: Counter(f"convmae_{name}", text, labels, registry=registry) for name, text in COUNTERS.items()
+        }
         self._restarts = Counter(
             "convmae_restarts", "Restarts of the worker group.", ["run", "reason"], registry=registry
         )
-        self._images.labels(run)
+        for counter in self._counters.values():
+            counter.labels(run)
         server, _ = start_http_server(port, addr=host, registry=registry)
         self.address = f"{host}:{server.server_port}"
 
@@ -68,9 +86,9 @@ class RunExporter:
             if status.get(key) is not None:
                 gauge.labels(self._run).set(status[key])
 
-    def count_images(self, images: float) -> None:
-        """Add trained images."""
-        self._images.labels(self._run).inc(images)
+    def count(self, name: str, amount: float) -> None:
+        """Add to one of COUNTERS."""
+        self._counters[name].labels(self._run).inc(amount)
 
     def count_restart(self, reason: str) -> None:
         """Add a restart; `reason` is one of a few words."""

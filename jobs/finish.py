@@ -27,6 +27,7 @@ def write_run_report(run: RunDirectory) -> str:
 
 
 def _report(run: RunDirectory, step: int) -> str:
-    dataset = Dataset.open(run.storage, run.read_recipe().data)
+    recipe = run.read_recipe()
+    dataset = Dataset.open(run.storage, recipe.data, check_etags=recipe.check_etags)
     write_reconstructions(run, load_consolidated(run, step), dataset)
     return write_report(run)

@@ -10,11 +10,12 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.exporter import RunExporter
+from jobs.exporter import COUNTERS, RunExporter
 from jobs.run_directory import HISTORY_PART_STEPS, RunDirectory
 from jobs.schedule import Schedule
 
@@ -42,7 +43,7 @@ class MonitorConfig:
 class RunMonitor:
     """Record of one run. A plain class: jobs.driver makes an actor of it; tests call it directly.
 
-    Owns: the unwritten tail of history and events; never weights.
+    Owns: the unwritten tail of history, events and quarantine ledger; never weights.
     Concurrency: methods may run in parallel; a lock guards the state, and storage is written outside of it.
     Failure: dies with its process; a new one continues from the run directory. What was unwritten is of steps after
         the last commit (`flush` precedes every commit): rank 0 sees the death and fails, and they are done again.
@@ -66,7 +67,10 @@ class RunMonitor:
         self._outcome = ""
         self._first_attempt_here = self._attempt + 1
         self._restarts = int(before.get("restarts", 0))
-        self._images_total = float(before.get("images_total", 0.0))
+        self._totals = {name: float(before.get(f"{name}_total", 0.0)) for name in COUNTERS}
+        ledger = config.run.read_quarantine()
+        self._quarantine = [row for row in ledger if row["attempt"] == self._attempt]
+        self._quarantined = {row["id"] for row in ledger}
         self._status: dict[str, Any] = {
             "run": config.run.name,
             "state": "starting",
@@ -75,10 +79,12 @@ class RunMonitor:
             "total_steps": config.schedule.total_steps,
             "steps_per_epoch": config.schedule.steps_per_epoch,
             "restarts": self._restarts,
-            "images_total": self._images_total,
+            "quarantined": len(self._quarantined),
+            **{f"{name}_total": total for name, total in self._totals.items()},
         }
         self._exporter = RunExporter(config.run.name, config.host, config.metrics_port)
-        self._exporter.count_images(self._images_total)
+        for name, total in self._totals.items():
+            self._exporter.count(name, total)
         if config.targets_folder:
             self._exporter.announce(Path(config.targets_folder))
         self._status["metrics_url"] = self._exporter.url
@@ -96,11 +102,12 @@ class RunMonitor:
         self.flush()
         with self._lock:
             self._attempt += 1
-            self._events, self._parts = [], {}
+            self._events, self._parts, self._quarantine = [], {}, []
             if self._attempt == self._first_attempt_here:
                 # The last heartbeat is newer than the commit, unless it was lost.
                 self._restarts = max(self._restarts, int(counters.get("restarts", 0)))
-                self._count_images(max(0.0, counters.get("images_total", 0.0) - self._images_total))
+                for name, total in self._totals.items():
+                    self._count(name, max(0.0, counters.get(f"{name}_total", 0.0) - total))
             before, step_before = self._status["world_size"], int(self._status["step"])
             kind, reason = self._start_kind(before, world_size)
             self._failure = ""
@@ -134,13 +141,13 @@ class RunMonitor:
             return "restart", self._failure
         return "resize", f"workers {before} -> {now}"
 
-    def record(self, row: dict[str, Any], gradient_norm: float, data_wait_seconds: float) -> bool:
+    def record(self, row: dict[str, Any], gradient_norm: float, reading: Mapping[str, float]) -> bool:
         """Note one finished step; True if the run should save and stop.
 
         Args:
-            row: The history row: step (from 1), epoch, loss, learning_rate, world_size, attempt.
+            row: The history row: step (from 1), epoch, loss, learning_rate, world_size, attempt, data_wait_seconds.
             gradient_norm: Before clipping; a diagnostic that is not kept in the history.
-            data_wait_seconds: How long rank 0 waited for the step's images.
+            reading: The fields of `StepReading`: what all ranks read for the step.
         """
         with self._lock:
             newest = max(self._parts, default=None)
@@ -149,17 +156,38 @@ class RunMonitor:
                 self._parts[newest] = []
             self._parts[newest].append(row)
             self._dirty = True
-            self._step_times.append((time.monotonic(), data_wait_seconds))
-            self._count_images(self._config.global_batch_size)
+            self._step_times.append((time.monotonic(), float(row["data_wait_seconds"])))
+            self._count("images", self._config.global_batch_size)
+            for name, amount in reading.items():
+                if name in COUNTERS:
+                    self._count(name, amount)
+                else:
+                    self._status[name] = amount
             self._status.update(row, gradient_norm=gradient_norm, last_step_at_seconds=time.time())
             self._status.update(self._rates(int(row["step"])))
             self._exporter.update(self._status)
             return bool(self._stop_reason)
 
-    def _count_images(self, images: float) -> None:
-        self._images_total += images
-        self._exporter.count_images(images)
-        self._status["images_total"] = self._images_total
+    def quarantine(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Note samples that were found unusable; each is kept once in the run's life.
+
+        Args:
+            rows: As `Substitution.to_json` gives them, and the step.
+        """
+        with self._lock:
+            for row in rows:
+                if row["id"] not in self._quarantined:
+                    self._quarantined.add(row["id"])
+                    self._quarantine.append({**row, "attempt": self._attempt})
+                    self._dirty = True
+                    logger.warning("sample %s is replaced from now on: %s", row["id"], row["reason"])
+            self._status["quarantined"] = len(self._quarantined)
+            self._exporter.update(self._status)
+
+    def _count(self, name: str, amount: float) -> None:
+        self._totals[name] += amount
+        self._exporter.count(name, amount)
+        self._status[f"{name}_total"] = self._totals[name]
 
     def _rates(self, step: int) -> dict[str, float]:
         if len(self._step_times) < 2:
@@ -191,7 +219,7 @@ class RunMonitor:
     def counters(self) -> dict[str, float]:
         """What a commit keeps so that counters go on after a restart."""
         with self._lock:
-            return {"images_total": self._images_total, "restarts": self._restarts}
+            return {**{f"{name}_total": total for name, total in self._totals.items()}, "restarts": self._restarts}
 
     def worker_failed(self, error: str, fatal: bool) -> str:
         """Note why the worker group is about to end; the next attempt's event quotes it.
@@ -238,12 +266,14 @@ class RunMonitor:
         """Write history, events and heartbeat; returns when storage has them."""
         with self._flushing:
             with self._lock:
-                attempt, events = self._attempt, list(self._events)
+                attempt, events, quarantine = self._attempt, list(self._events), list(self._quarantine)
                 parts = {start: list(rows) for start, rows in self._parts.items()}
                 dirty, self._dirty = self._dirty, False
             try:
                 if dirty:
                     self._write(attempt, events, parts)
+                    if quarantine:
+                        self._config.run.write_quarantine(attempt, quarantine)
                 self._config.run.write_heartbeat(self.status())
             except BaseException:
                 with self._lock:

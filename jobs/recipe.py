@@ -20,6 +20,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 from jobs.errors import RecipeError
 from model import ConvMAEConfig
 from model.errors import ModelConfigError
+from pipeline.image_maker import MAX_CONSECUTIVE_BAD_SAMPLES, OnBadSample
+from pipeline.stall_watch import STALL_SECONDS
 
 # Where and how a run executes, not what it computes: these may differ when a run is resumed.
 PLACEMENT_FIELDS = frozenset(
@@ -33,6 +35,12 @@ PLACEMENT_FIELDS = frozenset(
         "keep_checkpoints",
         "cpus_per_worker",
         "loader_threads",
+        "on_bad_sample",
+        "max_consecutive_bad_samples",
+        "check_etags",
+        "cache_dir",
+        "cache_bytes",
+        "stall_seconds",
         "max_restarts_without_progress",
         "metrics_port",
     }
@@ -115,6 +123,18 @@ class Recipe(BaseModel):
     """Logical CPUs that Ray reserves for one worker."""
     loader_threads: int = Field(default=8, gt=0)
     """Decoding threads in one worker."""
+    on_bad_sample: OnBadSample = "fail"
+    """What to do with a sample that is not as it was ingested: `fail`, or `skip`: another of its block stands in."""
+    max_consecutive_bad_samples: int = Field(default=MAX_CONSECUTIVE_BAD_SAMPLES, gt=0)
+    """Samples of one lane in a row that may be replaced before the run is given up."""
+    check_etags: bool = True
+    """Refuse tars whose ETag is not that of the manifest; `false` for a copy of a data set that has other ones."""
+    cache_dir: str = ""
+    """Folder on each node's own disk that keeps blocks, shared by the node's workers. Empty: no cache."""
+    cache_bytes: int = Field(default=100 * 10**9, gt=0)
+    """Most bytes in that folder."""
+    stall_seconds: float = Field(default=STALL_SECONDS, gt=0)
+    """How long a worker waits for one batch before it says which stage hangs, and fails."""
 
     checkpoint_every_steps: int = Field(gt=0)
     """Steps between checkpoints; one more is saved at the end and when a run is stopped."""

@@ -23,8 +23,10 @@ from model.noise import mask_noise
 from model.pixels import denormalise, normalise, patch_moments, patchify, unpatchify
 from pipeline import hashing
 from pipeline.augment import center_crop
-from pipeline.dataset import Dataset, Sample
+from pipeline.bad_sample import BadSample
+from pipeline.dataset import Dataset
 from pipeline.decode import decode
+from pipeline.shard_reader import Sample
 
 RECONSTRUCTIONS_NAME = "reconstructions.png"
 HIDDEN_GRAY = 127
@@ -69,7 +71,7 @@ def reconstruction_grid(
     """
     model = ConvMAE(config).eval()
     model.load_state_dict(weights)
-    samples = varied(dataset.read(spread_samples(dataset.samples, CANDIDATES * count, seed)), count)
+    samples = varied(usable(dataset, spread_samples(dataset.samples, CANDIDATES * count, seed)), count)
     crops = [center_crop(decode(sample.data), config.image_shape) for sample in samples]
     noise = mask_noise(seed, 0, torch.tensor([sample.id for sample in samples]), config.mask_patches, "cpu")
     return draw_grid(reconstruct_panels(model, torch.from_numpy(np.stack(crops)), noise), config.mask_ratio)
@@ -97,6 +99,28 @@ def spread_samples(samples: int, count: int, seed: int) -> list[int]:
     places = hashing.uniforms(hashing.key(_SAMPLES_STREAM, seed), np.arange(count), 1)[:, 0].tolist()
     ends = [samples * part // count for part in range(count + 1)]
     return [start + int(place * (end - start)) for start, end, place in zip(ends, ends[1:], places, strict=False)]
+
+
+def usable(dataset: Dataset, sample_ids: Sequence[int]) -> list[Sample]:
+    """Those of the samples that are as they were ingested and decode.
+
+    Raises:
+        DatasetError: None of them.
+    """
+    samples, bad = [], []
+    for found in dataset.read_each(sample_ids):
+        if isinstance(found, BadSample):
+            bad.append(found)
+            continue
+        try:
+            decode(found.data)
+        except ValueError as error:
+            bad.append(found.bad("undecodable", f"{found.member} does not decode ({error})"))
+        else:
+            samples.append(found)
+    if not samples:
+        raise bad[0].error()
+    return samples
 
 
 def varied(samples: Sequence[Sample], count: int) -> list[Sample]:

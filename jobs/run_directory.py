@@ -4,6 +4,7 @@
         recipe.json                 the resolved recipe; its presence makes the run exist
         events/attempt-0001.jsonl   what happened, one JSON line each: start, restart, checkpoint, finish ...
         history/0001-00000001.jsonl one JSON line a step, in parts: attempt, then first step
+            quarantine/attempt-0001.jsonl  samples that this attempt was the first to find unusable, one JSON line each
         heartbeat.json              what the live run last said of itself
         stop-request.json           there while `convmae stop` waits to be heard
         checkpoints/step-00000050/  native ZeRO files
@@ -124,6 +125,14 @@ class RunDirectory:
     def write_history(self, attempt: int, first_step: int, rows: Iterable[dict[str, Any]]) -> None:
         """Replace one part of the history."""
         self._write_lines("history", f"{attempt:04d}-{first_step:08d}.jsonl", rows)
+
+    def read_quarantine(self) -> list[dict[str, Any]]:
+        """Every sample that was found unusable, once, in the order in which they were found."""
+        return [row for name in self._parts("quarantine") for row in self._read_lines("quarantine", name)]
+
+    def write_quarantine(self, attempt: int, rows: Iterable[dict[str, Any]]) -> None:
+        """Replace what one attempt was the first to find unusable."""
+        self._write_lines("quarantine", f"attempt-{attempt:04d}.jsonl", rows)
 
     def last_attempt(self) -> int:
         """The number of the newest attempt; 0 if there was none."""

@@ -51,6 +51,8 @@ def status_lines(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "data wait", figure(status.get("data_wait_ratio"), ".1%")
     yield "workers", str(status.get("world_size") or "-")
     yield "attempt", f"{status.get('attempt', '-')} ({status.get('restarts', 0)} restarts)"
+    if status.get("quarantined"):
+        yield "unusable", f"{status['quarantined']:,} samples, see `convmae quarantine {status['run']}`"
     yield "checkpoints", ", ".join(str(step) for step in status["committed_steps"]) or "none yet"
     if status["state"] not in FINAL_STATES:
         yield "ETA", duration_text(status.get("eta_seconds"))

@@ -28,13 +28,18 @@ from jobs.errors import CheckpointError
 from jobs.recipe import Recipe
 from jobs.run_directory import RunDirectory
 from jobs.schedule import Schedule, micro_batches
+from jobs.step_reading import RankReading, StepReading, from_words, word_count
 from jobs.zero_state import ZeroState, read_zero_state, restore_optimizer
 from model import ConvMAE
 from model.noise import mask_noise
 from model.pixels import normalise
+from pipeline.batch import Batch
+from pipeline.block_cache import CachePlace
 from pipeline.dataset import Dataset
-from pipeline.loader import Batch, Loader
+from pipeline.image_maker import BadSamplePolicy
+from pipeline.loader import Loader
 from pipeline.order import ORDER_VERSION, ConsumedDigest, Order
+from pipeline.storage import Storage
 
 if TYPE_CHECKING:
     import deepspeed
@@ -87,13 +92,19 @@ def order_of(recipe: Recipe, samples: int) -> Order:
     )
 
 
+def open_dataset(storage: Storage, recipe: Recipe) -> Dataset:
+    """The data set of `recipe`, read as the recipe says."""
+    cache = CachePlace(recipe.cache_dir, recipe.cache_bytes) if recipe.cache_dir else None
+    return Dataset.open(storage, recipe.data, cache=cache, check_etags=recipe.check_etags)
+
+
 class Trainer:
     """One rank's engine, data and place in the run."""
 
     def __init__(self, job: TrainJob, place: Place) -> None:
         """Restore the newest committed checkpoint; every rank must come here together."""
         self.job, self.recipe, self.run_directory, self.place = job, job.recipe, job.run, place
-        self.dataset = Dataset.open(job.run.storage, job.recipe.data)
+        self.dataset = open_dataset(job.run.storage, job.recipe)
         self.order = order_of(self.recipe, self.dataset.manifest.samples)
         self.schedule = Schedule.of(self.recipe, self.order.steps_per_epoch)
         self.rank_sizes = [len(self.order.rank_batch(0, rank, place.world_size)) for rank in range(place.world_size)]
@@ -104,6 +115,9 @@ class Trainer:
         self.attempt = self._begin_attempt(commit)
         self.engine = self._restored_engine(commit)
         self._stop_reply: Any = None
+        self._reading = RankReading(self.dataset, place.rank, place.world_size)
+        self._quarantined: set[int] = set()
+        self._quarantine_replies: list[Any] = []
 
     def run(self) -> None:
         """Train to the end of the schedule; saves on the way, at the end, and when asked to stop."""
@@ -124,13 +138,17 @@ class Trainer:
             rank=self.place.rank,
             world_size=self.place.world_size,
             threads=self.recipe.loader_threads,
+            device=self.place.device,
+            policy=BadSamplePolicy(self.recipe.on_bad_sample, self.recipe.max_consecutive_bad_samples),
+            stall_seconds=self.recipe.stall_seconds,
         )
 
     def _train_step(self, batch: Batch) -> bool:
         """One optimizer step on the global batch `batch.step`; True if the run should stop after it."""
         learning_rate = self.schedule.learning_rate(batch.step)
         set_learning_rate(self.engine, learning_rate)
-        loss, stop, samples = self._backward(batch)
+        self._quarantine(batch)
+        loss, stop, samples, reading, wait_seconds = self._backward(batch)
         if not math.isfinite(loss):
             raise NonFiniteLossError(f"loss is {loss} at step {batch.step + 1}; no update was made")
         self.engine.step()
@@ -144,18 +162,32 @@ class Trainer:
                 "world_size": self.place.world_size,
                 "attempt": self.attempt,
                 "samples": samples,
+                "substitutions": int(reading.substitutions),
+                "data_wait_seconds": round(wait_seconds, 6),
             }
             norm = float(self.engine.get_global_grad_norm() or 0.0)
-            self._stop_reply = self.job.monitor.record.remote(row, norm, batch.wait_seconds)
+            self._stop_reply = self.job.monitor.record.remote(row, norm, reading._asdict())
         return stop
 
-    def _backward(self, batch: Batch) -> tuple[float, bool, str]:
-        """Gradients of the mean loss over the global batch; returns loss, whether to stop, and the samples' digest.
+    def _quarantine(self, batch: Batch) -> None:
+        """Tell the monitor of samples that were replaced, each once; the replies are awaited before a commit."""
+        new = [item for item in batch.substitutions if item.bad.id not in self._quarantined]
+        if new:
+            self._quarantined |= {item.bad.id for item in new}
+            rows = [{**item.to_json(), "step": batch.step + 1} for item in new]
+            self._quarantine_replies.append(self.job.monitor.quarantine.remote(rows))
 
-        Rank 0's wish to stop travels with the loss, so that all ranks leave after the same step.
+    def _backward(self, batch: Batch) -> tuple[float, bool, str, StepReading, float]:
+        """Gradients of the mean loss over the global batch.
+
+        Rank 0's wish to stop travels with the loss, so that all ranks leave after the same step; so does what each
+        rank read.
+
+        Returns:
+            The loss, whether to stop, the digest of the samples, what was read, and the longest wait for it in seconds.
         """
         recipe, place = self.recipe, self.place
-        total = torch.zeros(2, device=place.device, dtype=torch.float64)
+        total = torch.zeros(2 + word_count(place.world_size), device=place.device, dtype=torch.float64)
         first = 0
         for index, size in enumerate(self.sizes):
             # A rank without images for this micro-batch still takes part in the reduction, with weight 0.
@@ -167,16 +199,17 @@ class Trainer:
             if index + 1 < len(self.sizes):
                 self.engine.step()
         total[1] = float(place.rank == 0 and self._stop_asked())
+        total[2:] = torch.tensor(self._reading.words(batch), dtype=torch.float64)
         consumed = torch.tensor(ConsumedDigest.of(batch.sample_ids.numpy()).words(), device=place.device)
         dist.all_reduce(total)
         dist.all_reduce(consumed)
-        loss_sum, stops = total.tolist()
-        return loss_sum, stops > 0, str(ConsumedDigest.from_words(consumed.tolist()))
+        loss_sum, stops, *words = total.tolist()
+        return loss_sum, stops > 0, str(ConsumedDigest.from_words(consumed.tolist())), *from_words(words)
 
     def _forward(self, batch: Batch, chosen: slice) -> torch.Tensor:
         device = self.place.device
-        pixels = batch.images[chosen].to(device, non_blocking=True)
-        sample_ids = batch.sample_ids[chosen].to(device)
+        pixels = batch.images[chosen]
+        sample_ids = batch.sample_ids[chosen].to(device, non_blocking=True)
         noise = mask_noise(self.recipe.seed, batch.epoch, sample_ids, self.recipe.model.mask_patches, device)
         loss: torch.Tensor = self.engine(normalise(pixels), noise=noise).loss
         return loss
@@ -199,7 +232,11 @@ class Trainer:
 
     def _save(self) -> None:
         """Save a checkpoint of the steps done; every rank must come here after the same step."""
+        import ray
+
         start = time.monotonic()
+        ray.get(self._quarantine_replies)  # the ledger up to a commit is never lost
+        self._quarantine_replies.clear()
         with checkpoint.scratch_folder() as scratch:
             self.engine.save_checkpoint(scratch, tag="native", save_latest=False)
             files = checkpoint.upload_files(self.run_directory, self.step, Path(scratch) / "native")

@@ -5,48 +5,55 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 
-import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.activity import Activities
+from pipeline.bad_sample import BadSample
+from pipeline.block_cache import BlockCache, CachePlace
 from pipeline.errors import DatasetError
 from pipeline.index_reader import INDEX_CACHE_BYTES, IndexReader, SampleRow
 from pipeline.manifest import Manifest
-from pipeline.shard_index import NO_LABEL, ShardIndex
+from pipeline.read_counters import ReadCounters
+from pipeline.shard_index import ShardIndex
+from pipeline.shard_reader import Sample, ShardReader, neighbours
 from pipeline.storage import Storage
 
 INDEX_THREADS = 32
-LONGEST_READ_BYTES = 32 << 20
 
 Int64s = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One image as it lies in its shard."""
-
-    id: int
-    """Its place in the data set, from 0."""
-    key: str
-    shard: str
-    data: bytes
-    """A JPEG whose CRC32C has been checked."""
-    label: int | None
 
 
 class Dataset:
     """The shards of one manifest.
 
-    Owns: an LRU of index pages, bounded in bytes; no image.
+    Owns: an LRU of index pages, bounded in bytes; no image in memory.
     Concurrency: safe to call from several threads.
-    Blocking: read() does I/O, as long as Storage retries.
+    Blocking: read() and its like do I/O, as long as Storage retries.
     """
 
     def __init__(
-        self, storage: Storage, url: str, manifest: Manifest, index_cache_bytes: int = INDEX_CACHE_BYTES
+        self,
+        storage: Storage,
+        url: str,
+        manifest: Manifest,
+        index_cache_bytes: int = INDEX_CACHE_BYTES,
+        *,
+        cache: CachePlace | None = None,
+        check_etags: bool = True,
     ) -> None:
+        """Do no I/O but on the cache's folder.
+
+        Args:
+            storage: Reaches `url`.
+            url: Of the data set.
+            manifest: What lies there.
+            index_cache_bytes: Memory for index pages.
+            cache: Where blocks are kept on this node's disk; None: nowhere.
+            check_etags: Refuse tars with another ETag than when they were indexed, where the store has ETags. A copy
+                of the data set may have others for the same bytes; images are checked against the index in any case.
+        """
         self.storage = storage
         self.url = url
         self.manifest = manifest
@@ -54,17 +61,21 @@ class Dataset:
         self._ends = np.cumsum(manifest.shards.samples)
         self._starts = self._ends - manifest.shards.samples
         self._indexes = IndexReader(storage, url, manifest.shards, index_cache_bytes)
+        self._check_etags = check_etags
+        self.counters = ReadCounters()
+        self.activities = Activities()
+        self.cache = BlockCache(cache, self.digest) if cache else None
 
     @classmethod
-    def open(cls, storage: Storage, url: str) -> Dataset:
-        """Read the manifest; indexes follow when they are needed.
+    def open(cls, storage: Storage, url: str, *, cache: CachePlace | None = None, check_etags: bool = True) -> Dataset:
+        """Read the manifest; indexes follow when they are needed. The arguments are those of the constructor.
 
         Raises:
             DatasetError: No manifest there, or an unreadable one.
             StorageError: The URL cannot be reached.
         """
         url = Storage.absolute(url)
-        return cls(storage, url, Manifest.load(storage, url))
+        return cls(storage, url, Manifest.load(storage, url), cache=cache, check_etags=check_etags)
 
     def __len__(self) -> int:
         return self.samples
@@ -91,11 +102,85 @@ class Dataset:
         Raises:
             DatasetError: A byte differs from what was ingested; names shard, key and offset.
         """
+        samples = []
+        for found in self.read_each(sample_ids):
+            if isinstance(found, BadSample):
+                raise found.error()
+            samples.append(found)
+        return samples
+
+    def read_each(
+        self, sample_ids: Sequence[int] | Int64s, block: range | None = None, *, whole_block: bool = True
+    ) -> list[Sample | BadSample]:
+        """Read samples, and tell of each that is not as it was ingested.
+
+        A sample that comes damaged is read once more by itself before it counts as bad.
+
+        Args:
+            sample_ids: Distinct or not, in any order.
+            block: Ids of neighbours, these samples among them, that the disk cache keeps as one; None: leave it alone.
+            whole_block: Whether to fetch and keep the whole block where the cache does not have it.
+
+        Returns:
+            A sample, or what is wrong with it, for each id, in the order of the ids.
+        """
         ids = np.asarray(sample_ids, np.int64)
-        found: dict[int, Sample] = {}
-        for shard, rows in itertools.groupby(self.rows(np.unique(ids)), key=lambda sample: sample.shard):
-            found |= self._read_shard(shard, list(rows))
+        unique = np.unique(ids)
+        with self.activities.doing("read", f"the index of sample {unique[0]}"):
+            rows, found = self._rows_each(unique)
+        by_shard = itertools.groupby(rows, key=lambda sample: sample.shard)
+        for shard, wanted in by_shard:
+            reader = self._reader(shard)
+            if self.cache and block is not None and (runs := self._block_runs(shard, block)):
+                found |= reader.read_cached(runs, list(wanted), self.cache, whole_block=whole_block)
+            else:
+                found |= reader.read(list(wanted))
         return [found[sample] for sample in ids.tolist()]
+
+    def keep(self, block: range) -> None:
+        """Fetch a block into the disk cache, unless it is there or there is no room."""
+        if self.cache:
+            for shard, _ in self._by_shard(np.arange(block.start, block.stop)):
+                self._reader(shard).keep(self._block_runs(shard, block), self.cache)
+
+    def _reader(self, shard: int) -> ShardReader:
+        entry = self.manifest.shards[shard]
+        etag = entry.etag if self._check_etags else None
+        url = entry.tar_url(self.url)
+        return ShardReader(
+            self.storage,
+            shard,
+            entry.name,
+            url=url,
+            etag=etag,
+            counters=self.counters,
+            activities=self.activities,
+        )
+
+    def _rows_each(self, ids: Int64s) -> tuple[list[SampleRow], dict[int, Sample | BadSample]]:
+        """Rows of ascending ids, and the samples whose index cannot be read."""
+        try:
+            return self.rows(ids), {}
+        except DatasetError:
+            pass
+        rows: list[SampleRow] = []
+        bad: dict[int, Sample | BadSample] = {}
+        for sample in ids.tolist():
+            try:
+                rows += self.rows([sample])
+            except DatasetError as error:
+                ((shard, _),) = self._by_shard(np.array([sample]))
+                name, url = self.manifest.shards[shard].name, self.manifest.shards[shard].index_url(self.url)
+                bad[sample] = BadSample(sample, name, "", -1, 0, url, "index", f"{error.rule}: {error.remedy}")
+        return rows, bad
+
+    def _block_runs(self, shard: int, block: range) -> list[list[SampleRow]]:
+        """The part of a block that lies in a shard, as it is fetched; empty where its index cannot be read whole."""
+        first, stop = int(self._starts[shard]), int(self._ends[shard])
+        try:
+            return neighbours(self.rows(np.arange(max(first, block.start), min(stop, block.stop))))
+        except DatasetError:
+            return []
 
     def rows(self, sample_ids: Sequence[int] | Int64s) -> list[SampleRow]:
         """What the indexes say of some samples: key, place in the tar, CRC32C, size, label. No image byte is read.
@@ -158,44 +243,6 @@ class Dataset:
             for place, row in zip(places.tolist(), rows, strict=True)
         }
 
-    def _read_shard(self, shard: int, rows: list[SampleRow]) -> dict[int, Sample]:
-        entry = self.manifest.shards[shard]
-        url = entry.tar_url(self.url)
-        samples: dict[int, Sample] = {}
-        for run in _neighbours(rows):
-            start = run[0].row.offset
-            length = run[-1].row.offset + run[-1].row.length - start
-            try:
-                data = memoryview(self.storage.read_range(url, start, length))
-            except FileNotFoundError:
-                raise _altered("shard", url, "it is missing") from None
-            for sample in run:
-                begin = sample.row.offset - start
-                image = bytes(data[begin : begin + sample.row.length])
-                samples[sample.id] = _checked(sample, entry.name, image, url)
-        return samples
-
-
-def _checked(sample: SampleRow, shard: str, image: bytes, url: str) -> Sample:
-    row = sample.row
-    if len(image) != row.length or google_crc32c.value(image) != row.crc:
-        fault = "end early" if len(image) != row.length else "do not have the CRC32C of the index"
-        raise _altered("shard", url, f"the {row.length} bytes of {row.member} at offset {row.offset} {fault}")
-    return Sample(sample.id, row.key, shard, image, None if row.label == NO_LABEL else row.label)
-
 
 def _altered(what: str, url: str, why: str) -> DatasetError:
     return DatasetError(what, "must be as it was ingested", url, f"{why}; restore it, or shard the data set again")
-
-
-def _neighbours(rows: list[SampleRow]) -> list[list[SampleRow]]:
-    """Runs of samples that follow each other in their shard, ascending; between two images lie headers and labels."""
-    runs: list[list[SampleRow]] = []
-    for sample in rows:
-        if runs and sample.place == runs[-1][-1].place + 1 and sample.row.offset > runs[-1][-1].row.offset:
-            span_bytes = sample.row.offset + sample.row.length - runs[-1][0].row.offset
-            if span_bytes <= LONGEST_READ_BYTES:
-                runs[-1].append(sample)
-                continue
-        runs.append([sample])
-    return runs

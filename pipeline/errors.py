@@ -31,6 +31,10 @@ class UnreachableError(StorageError):
     """A store that does not answer: the user's to mend before a run starts, and worth waiting for during one."""
 
 
+class ReplacedError(StorageError):
+    """An object that is no longer the one that was meant: its ETag is another."""
+
+
 class SourceError(UserError):
     """Photographs that cannot become a data set: no images, an unreadable folder."""
 
@@ -54,3 +58,7 @@ class DatasetError(UserError):
 
 class OrderError(UserError):
     """Numbers that cannot be laid out as lanes of blocks: batch not divisible into lanes, too few samples."""
+
+
+class StalledError(RuntimeError):
+    """No batch came for too long; says which stage hangs. Not the user's to mend: a restart may get past it."""

@@ -19,7 +19,8 @@ import aiohttp
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
 
-from pipeline.errors import StorageError, UnreachableError
+from pipeline.errors import ReplacedError, StorageError, UnreachableError
+from pipeline.throttle import Throttle
 
 logger = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ def retry(
     url: str,
     deadline_seconds: float,
     *,
+    throttle: Throttle | None = None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
     jitter: Callable[[], float] = random.random,
@@ -77,6 +79,7 @@ def retry(
         call: What to do; must be safe to repeat.
         url: What it is done to, for the messages.
         deadline_seconds: No further attempt starts later than this; an attempt in progress is not cut short.
+        throttle: Turns that threads share; None where everybody may go at once.
         clock: Monotonic seconds.
         sleep: Waits that many seconds.
         jitter: Draws from [0, 1).
@@ -92,7 +95,7 @@ def retry(
     deadline = began + deadline_seconds
     for attempt in itertools.count():
         try:
-            return call()
+            return _in_turn(call, throttle) if throttle else call()
         except Exception as error:
             wait_seconds = jitter() * min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2.0**attempt)
             if not is_transient(error) or clock() + wait_seconds > deadline:
@@ -105,6 +108,18 @@ def retry(
     raise AssertionError("itertools.count() does not end")
 
 
+def _in_turn(call: Callable[[], T], throttle: Throttle) -> T:
+    with throttle.turn():
+        try:
+            result = call()
+        except Exception as error:
+            if is_busy(error):
+                throttle.refused()
+            raise
+        throttle.answered()
+        return result
+
+
 def is_transient(error: BaseException) -> bool:
     """Whether the same call may succeed a little later."""
     if isinstance(error, boto.SSLError | aiohttp.ClientSSLError):
@@ -115,12 +130,20 @@ def is_transient(error: BaseException) -> bool:
     return not status and isinstance(error, _UNREACHABLE)
 
 
+def is_busy(error: BaseException) -> bool:
+    """Whether the store answered that it is asked for too much."""
+    code, status = _answer(error)
+    return code in ("SlowDown", "Throttling", "RequestLimitExceeded", "ServiceUnavailable") or status in (429, 503)
+
+
 def translated(error: Exception, url: str) -> Exception:  # noqa: PLR0911 (one line per kind of fault)
     """The exception that callers see in place of `error`."""
     code, status = _answer(error)
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, StorageError):
         return error
+    if code == "PreconditionFailed" or status == 412:
+        return ReplacedError("object", "must be the one that was meant (ETag)", url, "restore the object")
     if code == "NoSuchBucket":
         return StorageError("bucket", "must exist", url, "create it, or correct its name in the URL")
     if isinstance(error, FileNotFoundError):

@@ -2,60 +2,39 @@
 
 Threads, not processes: simplejpeg and torch release the GIL, and neither s3fs nor DeepSpeed survives a fork. Batches
 stay uint8 until they are on the device. What a batch holds depends on (data set, order, seed, step, rank,
-world size) alone.
+world size), and on which samples are unusable, alone.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Executor
 
 import torch
 
-from pipeline.augment import augmented, random_crop
+from pipeline.batch import Batch, StartedBatch
+from pipeline.daemon_threads import DaemonThreads
 from pipeline.dataset import Dataset
-from pipeline.decode import Pixels, decode
-from pipeline.errors import DatasetError, OrderError
+from pipeline.decode import Pixels
+from pipeline.errors import OrderError
+from pipeline.hand_over import HandOver
+from pipeline.image_maker import BadSamplePolicy, ImageMaker, Substitution
 from pipeline.order import Order
 from pipeline.read_ahead import OPEN_BYTES, Pending, ReadAhead
+from pipeline.stall_watch import STALL_SECONDS, StallWatch
 
 logger = logging.getLogger(__name__)
 
 READ_THREADS = 8
 
 
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """One rank's share of a step."""
-
-    step: int
-    epoch: int
-    sample_ids: torch.Tensor
-    """(n,) int64; lane after lane."""
-    images: torch.Tensor
-    """(n, 3, H, W) uint8."""
-    wait_seconds: float
-    """How long the consumer waited for it; near zero where loading keeps up."""
-
-
-@dataclass
-class _Started:
-    """A batch on its way."""
-
-    step: int
-    sample_ids: torch.Tensor
-    images: torch.Tensor
-    decoding: list[Future[None]]
-
-
 class Loader:
     """Makes one rank's batches.
 
-    Owns: nothing between calls; each batches() has its own threads and closes them.
+    Owns: nothing between calls but which samples are known to be unusable; each batches() has its own threads.
     Failure: the first error of any thread surfaces where the batch would have been.
     """
 
@@ -71,6 +50,9 @@ class Loader:
         threads: int,
         prefetch_batches: int = 2,
         open_bytes: int = OPEN_BYTES,
+        device: torch.device | None = None,
+        policy: BadSamplePolicy | None = None,
+        stall_seconds: float = STALL_SECONDS,
     ) -> None:
         """Decide how to read; does no I/O.
 
@@ -82,9 +64,12 @@ class Loader:
             world_size: Number of processes that share a step.
             seed: Of crops and flips.
             threads: Decode threads.
-            prefetch_batches: Batches that are worked on ahead of the consumer.
+            prefetch_batches: Batches that are worked on ahead of the consumer, as far as the device.
             open_bytes: Memory for read, undecoded images. If a rank's open windows need more, samples are read one by
-                one, with many more requests.
+                one, with many more requests, unless a disk cache holds the windows.
+            device: Where the images go; None: they stay on the host.
+            policy: What to do with samples that cannot be used; None: fail.
+            stall_seconds: How long the consumer may wait for one batch.
 
         Raises:
             OrderError: The order is over another number of samples.
@@ -96,9 +81,12 @@ class Loader:
         self._order = order
         self._image_shape = image_shape
         self._lanes = order.rank_lanes(rank, world_size)
-        self._seed = seed
         self._threads = threads
         self._prefetch_batches = prefetch_batches
+        self._device = device or torch.device("cpu")
+        self._policy = policy or BadSamplePolicy()
+        self._watch = StallWatch(stall_seconds, dataset.activities)
+        self._maker = ImageMaker(dataset, order, image_shape, seed, self._policy)
         window_bytes = int(len(self._lanes) * order.window_samples * dataset.mean_sample_bytes)
         self._whole_windows = min(window_bytes, dataset.manifest.tar_bytes) <= open_bytes
         if not self._whole_windows:
@@ -112,51 +100,65 @@ class Loader:
         Closing the generator, or leaving it to the garbage collector, ends its threads.
 
         Raises:
-            DatasetError: A sample is not as it was ingested.
+            DatasetError: A sample is not as it was ingested, and the policy is to fail; or too many are not.
             StorageError: The storage stayed away for longer than Storage retries.
+            StalledError: No batch came for `stall_seconds`; names stage, shard and image.
         """
         if start_step >= stop_step:
             return
-        readers = ThreadPoolExecutor(READ_THREADS, "convmae-read")
-        decoders = ThreadPoolExecutor(self._threads, "convmae-decode")
+        readers = DaemonThreads(READ_THREADS, "convmae-read")
+        decoders = DaemonThreads(self._threads, "convmae-decode")
+        hand_over = HandOver(self._device)
         steps = range(start_step, stop_step)
         ahead = ReadAhead(self._dataset, self._order, self._lanes, steps, readers, whole_windows=self._whole_windows)
-        started: deque[_Started] = deque()
+        started: deque[StartedBatch] = deque()
+        bad_runs: Counter[int] = Counter()
         try:
             for step in steps:
-                started.append(self._start(step, ahead, decoders))
+                started.append(self._start(step, ahead, decoders, hand_over))
                 if len(started) > self._prefetch_batches:
-                    yield self._finish(started.popleft())
+                    yield self._finish(started.popleft(), hand_over, bad_runs)
             while started:
-                yield self._finish(started.popleft())
+                yield self._finish(started.popleft(), hand_over, bad_runs)
         finally:
             # Decoders wait for readers, so what was not read yet is cancelled first.
             readers.shutdown(wait=False, cancel_futures=True)
             decoders.shutdown(cancel_futures=True)
             readers.shutdown()
 
-    def _start(self, step: int, ahead: ReadAhead, decoders: ThreadPoolExecutor) -> _Started:
-        pending = ahead.request(step)
-        images = torch.empty((len(pending), 3, *self._image_shape), dtype=torch.uint8)
-        epoch, pixels = self._order.epoch(step), images.numpy()
-        decoding = [decoders.submit(self._fill, epoch, item, pixels[place]) for place, item in enumerate(pending)]
-        return _Started(step, torch.tensor([item.sample_id for item in pending]), images, decoding)
+    def _start(self, step: int, ahead: ReadAhead, decoders: Executor, hand_over: HandOver) -> StartedBatch:
+        batch = StartedBatch(step, ahead.request(step), self._image_shape, hand_over)
+        epoch, pixels = self._order.epoch(step), batch.images.numpy()
+        batch.decoding = [
+            decoders.submit(self._fill, epoch, batch, item, pixels[place]) for place, item in enumerate(batch.pending)
+        ]
+        return batch
 
-    def _fill(self, epoch: int, pending: Pending, out: Pixels) -> None:
-        sample = pending.result()
+    def _fill(self, epoch: int, batch: StartedBatch, pending: Pending, out: Pixels) -> Substitution | None:
         try:
-            pixels = decode(sample.data)
-        except ValueError as error:
-            name = f"{sample.shard}/{sample.key}.jpg"
-            raise DatasetError(
-                "sample", "must be a whole JPEG", name, f"leave it out and shard again ({error})"
-            ) from error
-        crop = random_crop(self._seed, epoch, sample.id, *pixels.shape[:2])
-        out[:] = augmented(pixels, crop, self._image_shape)
+            return self._maker.fill(epoch, pending.result(), out)
+        finally:
+            batch.image_done()
 
-    def _finish(self, batch: _Started) -> Batch:
+    def _finish(self, batch: StartedBatch, hand_over: HandOver, bad_runs: Counter[int]) -> Batch:
         began = time.monotonic()
-        for future in batch.decoding:
-            future.result()
-        wait_seconds = time.monotonic() - began
-        return Batch(batch.step, self._order.epoch(batch.step), batch.sample_ids, batch.images, wait_seconds)
+        self._watch.wait(batch, began)
+        results = [future.result() for future in batch.decoding]
+        self._count_bad(results, bad_runs)
+        images = hand_over.finish(batch.moving.result())
+        return Batch(
+            batch.step,
+            self._order.epoch(batch.step),
+            batch.sample_ids,
+            images,
+            time.monotonic() - began,
+            tuple(result for result in results if result),
+        )
+
+    def _count_bad(self, results: list[Substitution | None], bad_runs: Counter[int]) -> None:
+        """Stop where too many samples in a row of one lane were replaced, the same at every world size."""
+        for place, result in enumerate(results):
+            lane = self._lanes[place // self._order.lane_batch_size]
+            bad_runs[lane] = bad_runs[lane] + 1 if result else 0
+            if result and bad_runs[lane] > self._policy.max_consecutive:
+                raise self._policy.too_many(result.bad)

@@ -148,22 +148,33 @@ class Order:
         """How many blocks a lane owns."""
         return (self.blocks - lane + self.lanes - 1) // self.lanes
 
+    def block_range(self, block: int) -> range:
+        """The samples of a block."""
+        start, stop = self.block_start(np.array([block, block + 1])).tolist()
+        return range(start, stop)
+
+    def paused_blocks(self, epoch: int, lane: int) -> Int64s:
+        """The blocks of a lane that an epoch leaves out; other ones each epoch."""
+        return _lane_blocks(self, epoch, lane, np.arange(self.epoch_blocks, self.lane_blocks(lane)))
+
     def _steps(self, blocks: int) -> int:
         return (blocks // self.lanes) * (self.samples // blocks) // self.lane_batch_size
 
 
 @functools.lru_cache(maxsize=2048)
 def _window_samples(order: Order, epoch: int, lane: int, window: int) -> Int64s:
-    lane_blocks = order.lane_blocks(lane)
     places = np.arange(window * order.window_blocks, min(order.epoch_blocks, (window + 1) * order.window_blocks))
-    in_lane = hashing.permuted(hashing.key(order.seed, _EPOCH, epoch, lane), lane_blocks, places)
-    blocks = hashing.permuted(hashing.key(order.seed, _HOME), order.blocks, in_lane * order.lanes + lane)
-
-    samples = _block_samples(order, epoch, blocks).reshape(-1)
+    samples = _block_samples(order, epoch, _lane_blocks(order, epoch, lane, places)).reshape(-1)
     shuffle = hashing.key(order.seed, _WINDOW, epoch, lane, window)
     samples = samples[hashing.permuted(shuffle, samples.size, np.arange(samples.size))]
     samples.flags.writeable = False  # shared by all callers through the cache
     return samples
+
+
+def _lane_blocks(order: Order, epoch: int, lane: int, places: Int64s) -> Int64s:
+    """The blocks at `places` of a lane's order in an epoch."""
+    in_lane = hashing.permuted(hashing.key(order.seed, _EPOCH, epoch, lane), order.lane_blocks(lane), places)
+    return hashing.permuted(hashing.key(order.seed, _HOME), order.blocks, in_lane * order.lanes + lane)
 
 
 def _block_samples(order: Order, epoch: int, blocks: Int64s) -> Int64s:

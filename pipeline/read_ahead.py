@@ -3,6 +3,9 @@
 While a window is used up, the next one is read at the same pace. So the bytes held stay near one window, and the
 requests per step stay even. A run that starts inside a window reads the first batch by itself, then the rest of the
 window, and nothing that lies before.
+
+With a disk cache blocks are fetched and kept whole. What the first epoch leaves out is fetched at its end, so that
+later ones find every block of the rank's lanes on the disk.
 """
 
 from __future__ import annotations
@@ -14,8 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.dataset import Dataset, Sample
+from pipeline.bad_sample import BadSample
+from pipeline.dataset import Dataset
 from pipeline.order import Order
+from pipeline.shard_reader import Sample
 
 OPEN_BYTES = 2 << 30
 """Memory of one rank for images that were read and not used yet, unless the loader is told otherwise."""
@@ -23,19 +28,18 @@ OPEN_BYTES = 2 << 30
 Int64s = npt.NDArray[np.int64]
 
 
+Found = dict[int, Sample | BadSample]
+
+
 @dataclass(frozen=True)
 class Pending:
     """A sample that is being read."""
 
     sample_id: int
-    block: Future[dict[int, Sample]]
+    block: Future[Found]
 
-    def result(self) -> Sample:
-        """Wait for the sample and let go of it; call once.
-
-        Raises:
-            DatasetError: It is not as it was ingested.
-        """
+    def result(self) -> Sample | BadSample:
+        """Wait for the sample, or what is wrong with it, and let go of it; call once."""
         # Each sample is used once an epoch, so that its bytes can go as soon as they have been used.
         return self.block.result().pop(self.sample_id)
 
@@ -72,7 +76,7 @@ class ReadAhead:
         self._steps = steps
         self._executor = executor
         self._whole_windows = whole_windows
-        self._reading: dict[tuple[int, int], Future[dict[int, Sample]]] = {}
+        self._reading: dict[tuple[int, int], Future[Found]] = {}
         self._windows = self._all_windows()
         self._current: _Window | None = None
         self._next: _Window | None = next(self._windows, None)
@@ -82,29 +86,54 @@ class ReadAhead:
         epoch = self._order.epoch(step)
         ids = np.concatenate([self._order.lane_batch(step, lane) for lane in self._lanes])
         if not self._whole_windows or step == self._steps.start:
-            self._read(epoch, [ids[place : place + 1] for place in range(len(ids))])
-        if self._whole_windows:
+            self._read(epoch, [ids[place : place + 1] for place in range(len(ids))], whole_blocks=False)
+        if self._whole_windows or self._dataset.cache:
             self._advance(epoch, step)
         return [Pending(sample, self._reading.pop((epoch, sample))) for sample in ids.tolist()]
 
     def _advance(self, epoch: int, step: int) -> None:
         last = (step - epoch * self._order.steps_per_epoch + 1) * self._order.lane_batch_size
         while self._next is not None and (self._next.epoch, self._next.positions.start) < (epoch, last):
-            self._read(self._next.epoch, self._next.take(1.0))
+            self._take(self._next, 1.0)
             self._current, self._next = self._next, next(self._windows, None)
+            if self._next is not None and self._next.epoch > self._current.epoch == self._order.epoch(
+                self._steps.start
+            ):
+                self._keep_the_rest(self._current.epoch)
         if self._current is not None and self._next is not None:
             used = (last - self._current.positions.start) / len(self._current.positions)
-            self._read(self._next.epoch, self._next.take(used))
+            self._take(self._next, used)
 
-    def _read(self, epoch: int, blocks: list[Int64s]) -> None:
-        for ids in blocks:
-            future = self._executor.submit(_read_block, self._dataset, ids)
+    def _take(self, window: _Window, fraction: float) -> None:
+        blocks = window.take(fraction)
+        if self._whole_windows:
+            self._read(window.epoch, blocks, whole_blocks=True)
+        else:  # there is no memory for them; later reads of single samples find them on the disk
+            self._keep([int(self._order.block_of(ids[:1])[0]) for ids in blocks])
+
+    def _read(self, epoch: int, groups: list[Int64s], *, whole_blocks: bool) -> None:
+        for ids in groups:
+            block = self._order.block_range(int(self._order.block_of(ids[:1])[0])) if self._dataset.cache else None
+            future = self._executor.submit(_read_block, self._dataset, ids, block, whole_blocks)
             self._reading.update({(epoch, sample): future for sample in ids.tolist()})
+
+    def _keep_the_rest(self, epoch: int) -> None:
+        """Fetch what later epochs will want and this one left out: blocks that pause, and those of the first batch."""
+        if self._dataset.cache:
+            first = [self._order.lane_batch(self._steps.start, lane) for lane in self._lanes]
+            paused = [self._order.paused_blocks(epoch, lane) for lane in self._lanes]
+            self._keep(np.unique(np.concatenate([self._order.block_of(np.concatenate(first)), *paused])).tolist())
+
+    def _keep(self, blocks: list[int]) -> None:
+        for block in blocks:
+            self._executor.submit(self._dataset.keep, self._order.block_range(block))
 
     def _all_windows(self) -> Iterator[_Window]:
         """Every window that the steps touch, without samples before the second step or after the last."""
         order, b = self._order, self._order.lane_batch_size
         for epoch in range(order.epoch(self._steps.start), order.epoch(self._steps.stop - 1) + 1):
+            if self._dataset.cache:
+                self._dataset.cache.begin_epoch()
             epoch_start = epoch * order.steps_per_epoch
             first = max(0, (self._steps.start + 1 - epoch_start) * b)
             stop = min(order.steps_per_epoch, self._steps.stop - epoch_start) * b
@@ -124,5 +153,6 @@ class ReadAhead:
         return [ids for _, ids in sorted(found, key=lambda pair: pair[0])]
 
 
-def _read_block(dataset: Dataset, ids: Int64s) -> dict[int, Sample]:
-    return {sample.id: sample for sample in dataset.read(ids)}
+def _read_block(dataset: Dataset, ids: Int64s, block: range | None, whole_block: bool) -> Found:
+    found = dataset.read_each(ids, block, whole_block=whole_block)
+    return {sample.id: sample for sample in found}

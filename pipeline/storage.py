@@ -23,6 +23,8 @@ from fsspec.registry import known_implementations
 
 from pipeline import faults
 from pipeline.errors import StorageError
+from pipeline.ranged_read import RangedRead
+from pipeline.throttle import Throttle
 
 T = TypeVar("T")
 
@@ -79,8 +81,20 @@ class Storage:
         # A start spares s3fs the HEAD that it sends before every whole read.
         return self._call(url, lambda fs, path: _ranged(fs, path, 0, None))
 
-    def read_range(self, url: str, offset: int, length: int) -> bytes:
-        """`length` bytes from `offset`; fewer where the object ends before that."""
+    def read_range(self, url: str, offset: int, length: int, etag: str | None = None) -> bytes:
+        """`length` bytes from `offset`; fewer where the object ends before that.
+
+        Args:
+            url: What to read.
+            offset: First byte.
+            length: Bytes.
+            etag: The version that is meant, as etag() gave it; None: whatever lies there. S3 alone looks at it.
+
+        Raises:
+            ReplacedError: The object has another ETag by now.
+        """
+        if _protocol(url) in _S3 and length > 0:
+            return self._call(url, RangedRead(offset, length, etag).attempt)
         return self._call(url, lambda fs, path: _ranged(fs, path, offset, offset + length))
 
     def write(self, url: str, data: bytes) -> None:
@@ -196,7 +210,8 @@ class Storage:
         return _filesystem(self, _protocol(url), os.getpid())
 
     def _call(self, url: str, call: Callable[[Any, str], T]) -> T:
-        return faults.retry(lambda: call(self._filesystem(url), _path(url)), url, self.retry_seconds)
+        throttle = None if is_local(url) else _throttle(self.endpoint_url, _protocol(url), os.getpid())
+        return faults.retry(lambda: call(self._filesystem(url), _path(url)), url, self.retry_seconds, throttle=throttle)
 
     def _put_local(self, url: str, fill: Callable[[Path], object]) -> None:
         """Fill a temporary file beside the target, then rename it over the target."""
@@ -247,6 +262,12 @@ def _filesystem(storage: Storage, protocol: str, process_id: int) -> Any:  # noq
     )
     filesystem.retries = 1  # one attempt inside s3fs too: our deadline rules
     return filesystem
+
+
+@functools.lru_cache(maxsize=16)
+def _throttle(endpoint_url: str | None, protocol: str, process_id: int) -> Throttle:  # noqa: ARG001
+    """One for each store and process."""
+    return Throttle(MAX_CONNECTIONS)
 
 
 def _protocol(url: str) -> str:

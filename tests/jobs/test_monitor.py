@@ -15,10 +15,12 @@ from jobs.monitor import MonitorConfig, RunMonitor
 from jobs.recipes import named_recipe
 from jobs.run_directory import HISTORY_PART_STEPS, RunDirectory
 from jobs.schedule import Schedule
+from jobs.step_reading import StepReading
 from pipeline.storage import Storage
 
 SCHEDULE = Schedule.of(named_recipe("tiny"), steps_per_epoch=100)
 IMAGES = 64
+READING = StepReading(storage_requests=3, block_cache_hits=2, block_cache_bytes=7)._asdict()
 
 Start = Callable[..., RunMonitor]
 
@@ -74,8 +76,9 @@ def record(monitor: RunMonitor, steps: range, attempt: int = 1) -> bool:
             "learning_rate": 1e-3,
             "world_size": 2,
             "attempt": attempt,
+            "data_wait_seconds": 0.0,
         }
-        stop = monitor.record(row, gradient_norm=0.5, data_wait_seconds=0.0)
+        stop = monitor.record(row, gradient_norm=0.5, reading=READING)
     return stop
 
 
@@ -166,14 +169,18 @@ def test_counters_go_on_in_a_new_driver_and_redone_images_count(start: Start) ->
     begin(first, resume_step=20)
     record(first, range(21, 31), attempt=2)
     first.flush()
-    assert first.counters() == {"images_total": 40 * IMAGES, "restarts": 1}
+    counters = first.counters()
+    assert (counters["images_total"], counters["restarts"]) == (40 * IMAGES, 1)
+    assert counters["storage_requests_total"] == 40 * READING["storage_requests"]
 
     second = start()
     begin(second, resume_step=20, images_total=20 * IMAGES, restarts=0)
     record(second, range(21, 26), attempt=3)
 
-    assert second.counters() == {"images_total": 45 * IMAGES, "restarts": 2}
+    assert (second.counters()["images_total"], second.counters()["restarts"]) == (45 * IMAGES, 2)
     assert scraped(second)["convmae_images_total"] == 45 * IMAGES
+    assert scraped(second)["convmae_storage_requests_total"] == 45 * READING["storage_requests"]
+    assert scraped(second)["convmae_block_cache_bytes"] == READING["block_cache_bytes"]
 
 
 def test_counters_come_from_the_commit_where_the_heartbeat_is_lost(start: Start, run: RunDirectory) -> None:
@@ -182,7 +189,7 @@ def test_counters_come_from_the_commit_where_the_heartbeat_is_lost(start: Start,
     monitor = start()
     begin(monitor, resume_step=20, images_total=20 * IMAGES, restarts=3)
 
-    assert monitor.counters() == {"images_total": 20 * IMAGES, "restarts": 4}
+    assert (monitor.counters()["images_total"], monitor.counters()["restarts"]) == (20 * IMAGES, 4)
     assert scraped(monitor)["convmae_images_total"] == 20 * IMAGES
 
 
@@ -363,7 +370,7 @@ def test_rates_are_those_of_the_last_steps(start: Start, monkeypatch: pytest.Mon
     for step in range(1, 101):
         now += 2.0 if step < 50 else 0.5
         row = {"step": step, "epoch": 0, "loss": 1.0, "learning_rate": 0.1, "world_size": 2, "attempt": 1}
-        monitor.record(row, gradient_norm=1.0, data_wait_seconds=0.1)
+        monitor.record(row | {"data_wait_seconds": 0.1}, gradient_norm=1.0, reading=READING)
 
     status = monitor.status()
 
@@ -382,3 +389,40 @@ def test_the_endpoint_is_announced_to_prometheus(start: Start, tmp_path: Path) -
     (target,) = json.loads(path.read_text())
     assert path.name == "first.json"
     assert [f"http://{address}/metrics" for address in target["targets"]] == [monitor.status()["metrics_url"]]
+
+
+def bad(sample: int, step: int) -> dict[str, Any]:
+    return {"id": sample, "fault": "checksum", "reason": "flipped", "step": step, "substitute": sample + 1}
+
+
+def test_the_ledger_has_each_sample_once_over_epochs_attempts_and_drivers(start: Start, run: RunDirectory) -> None:
+    first = start()
+    begin(first)
+    first.quarantine([bad(7, 3), bad(9, 3)])
+    first.quarantine([bad(7, 30)])
+    begin(first, resume_step=2)
+    first.quarantine([bad(7, 3), bad(8, 5)])
+    first.flush()
+    second = start()
+    begin(second, resume_step=2)
+    second.quarantine([bad(9, 3), bad(1, 6)])
+    second.flush()
+
+    rows = run.read_quarantine()
+
+    assert [(row["id"], row["step"], row["attempt"]) for row in rows] == [(7, 3, 1), (9, 3, 1), (8, 5, 2), (1, 6, 3)]
+    assert run.read_heartbeat()["quarantined"] == 4
+    assert scraped(second)["convmae_quarantined_samples"] == 4
+
+
+def test_a_monitor_that_is_started_again_amid_an_attempt_keeps_its_ledger(start: Start, run: RunDirectory) -> None:
+    first = start()
+    begin(first)
+    first.quarantine([bad(7, 3)])
+    first.flush()
+
+    second = start()
+    second.quarantine([bad(7, 3), bad(8, 4)])
+    second.flush()
+
+    assert [row["id"] for row in run.read_quarantine()] == [7, 8]

@@ -39,6 +39,12 @@ OTHER_VALUES: dict[str, Any] = {
     "max_workers": 4,
     "cpus_per_worker": 1.0,
     "loader_threads": 2,
+    "on_bad_sample": "skip",
+    "max_consecutive_bad_samples": 7,
+    "check_etags": False,
+    "cache_dir": "/var/cache/convmae",
+    "cache_bytes": 10**9,
+    "stall_seconds": 60.0,
     "checkpoint_every_steps": 10,
     "keep_checkpoints": 1,
     "milestone_epochs": [10],
@@ -62,7 +68,16 @@ def test_resuming_may_change_how_a_run_executes_and_nothing_else() -> None:
     saving = {"checkpoint_every_steps", "keep_checkpoints"}
     watching = {"max_restarts_without_progress", "metrics_port"}
 
-    assert workers | saving | watching | {"run_root", "max_steps"} == PLACEMENT_FIELDS
+    reading = {
+        "on_bad_sample",
+        "max_consecutive_bad_samples",
+        "check_etags",
+        "cache_dir",
+        "cache_bytes",
+        "stall_seconds",
+    }
+
+    assert workers | saving | watching | reading | {"run_root", "max_steps"} == PLACEMENT_FIELDS
     assert set(Recipe.model_fields) >= PLACEMENT_FIELDS
 
 

@@ -18,9 +18,9 @@ class CountingStorage(Storage):
 
     reads: list[tuple[str, int, int]] = field(default_factory=list, hash=False, compare=False)
 
-    def read_range(self, url: str, offset: int, length: int) -> bytes:
+    def read_range(self, url: str, offset: int, length: int, etag: str | None = None) -> bytes:
         self.reads.append((url, offset, length))
-        return super().read_range(url, offset, length)
+        return super().read_range(url, offset, length, etag)
 
 
 def test_samples_come_back_in_the_order_of_their_ids(dataset: Dataset) -> None:

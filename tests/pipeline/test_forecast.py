@@ -29,10 +29,10 @@ class CountingStorage(Storage):
 
     reads: list[int] = field(default_factory=list, hash=False, compare=False)
 
-    def read_range(self, url: str, offset: int, length: int) -> bytes:
+    def read_range(self, url: str, offset: int, length: int, etag: str | None = None) -> bytes:
         if url.endswith(".tar"):
             self.reads.append(length)
-        return super().read_range(url, offset, length)
+        return super().read_range(url, offset, length, etag)
 
 
 def cut(samples: int, per_shard: int) -> np.ndarray:

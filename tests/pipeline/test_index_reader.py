@@ -26,9 +26,9 @@ class CountingStorage(Storage):
 
     reads: list[tuple[str, int, int]] = field(default_factory=list, hash=False, compare=False)
 
-    def read_range(self, url: str, offset: int, length: int) -> bytes:
+    def read_range(self, url: str, offset: int, length: int, etag: str | None = None) -> bytes:
         self.reads.append((url, offset, length))
-        return super().read_range(url, offset, length)
+        return super().read_range(url, offset, length, etag)
 
 
 def row(shard: int, place: int) -> IndexRow:

@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from pipeline.augment import augmented, random_crop
+from pipeline.batch import Batch
 from pipeline.dataset import Dataset
 from pipeline.decode import decode
 from pipeline.errors import DatasetError, OrderError
-from pipeline.loader import Batch, Loader
+from pipeline.loader import Loader
 from pipeline.order import Order
 from pipeline.shards import tar_url
 from pipeline.storage import Storage
@@ -26,10 +27,10 @@ class CountingStorage(Storage):
 
     reads: list[tuple[str, int, int]] = field(default_factory=list, hash=False, compare=False)
 
-    def read_range(self, url: str, offset: int, length: int) -> bytes:
+    def read_range(self, url: str, offset: int, length: int, etag: str | None = None) -> bytes:
         if url.endswith(".tar"):
             self.reads.append((url, offset, length))
-        return super().read_range(url, offset, length)
+        return super().read_range(url, offset, length, etag)
 
 
 ORDER = Order(61, global_batch_size=12, lanes=6, seed=5, block_samples=3, window_blocks=2)
@@ -152,7 +153,7 @@ def test_an_undecodable_sample_is_named(dataset: Dataset, monkeypatch: pytest.Mo
     def refuse(data: bytes) -> None:
         raise ValueError("Premature end of JPEG file")
 
-    monkeypatch.setattr("pipeline.loader.decode", refuse)
+    monkeypatch.setattr("pipeline.image_maker.decode", refuse)
     with pytest.raises(DatasetError, match=r"shard-00000\d/000000\d\d\.jpg.*Premature end"):
         batches(dataset, 0, 1)
 

@@ -1,0 +1,50 @@
+"""What each thread of a loader is at, and since when: what a stall is told by."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
+
+Stage = Literal["read", "decode"]
+
+
+class Activity(NamedTuple):
+    """One thing that one thread is doing."""
+
+    stage: Stage
+    what: str
+    since_seconds: float
+    """By the clock."""
+
+
+class Activities:
+    """What threads are doing now. Nothing here waits for a lock, since it is asked when something hangs."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self.clock = clock
+        self._now: dict[int, Activity] = {}
+
+    @contextlib.contextmanager
+    def doing(self, stage: Stage, what: str) -> Iterator[None]:
+        """Note it while the block runs."""
+        thread = threading.get_ident()
+        outer = self._now.get(thread)
+        self._now[thread] = Activity(stage, what, self.clock())
+        try:
+            yield
+        finally:
+            if outer:
+                self._now[thread] = outer
+            else:
+                del self._now[thread]
+
+    def oldest(self, stage: Stage) -> str:
+        """What has taken longest in a stage, for messages."""
+        activities = [activity for activity in list(self._now.values()) if activity.stage == stage]
+        if not activities:
+            return "no thread is at it"
+        activity = min(activities, key=lambda activity: activity.since_seconds)
+        return f"{activity.what}, for {self.clock() - activity.since_seconds:.0f} s"

@@ -1,0 +1,53 @@
+"""Batches on their way to the device: pinned memory, and a copy on a stream of its own.
+
+The copy of a batch starts when its last image is ready, while the device still works on batches before it; nobody waits
+for it on the host. On the CPU the same calls hand the host's tensor on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class Moving:
+    """Images whose copy to the device has been started."""
+
+    images: torch.Tensor
+    copied: torch.cuda.Event | None
+
+
+class HandOver:
+    """The way to one device.
+
+    Concurrency: start() is called from any thread; finish() from the one that uses the images.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        """Make the stream, where the device is a GPU."""
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """Host memory to fill; pinned where a GPU will copy it. PyTorch's own allocator pools pinned memory."""
+        return torch.empty(shape, dtype=dtype, pin_memory=self._stream is not None)
+
+    def start(self, host: torch.Tensor) -> Moving:
+        """Begin to copy; returns at once."""
+        if self._stream is None:
+            return Moving(host, None)
+        with torch.cuda.stream(self._stream):
+            images = host.to(self._device, non_blocking=True)
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            copied.record(self._stream)
+        return Moving(images, copied)
+
+    def finish(self, moving: Moving) -> torch.Tensor:
+        """The images, for use on the current stream; the stream waits for the copy, the host does not."""
+        if moving.copied is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(moving.copied)
+            moving.images.record_stream(current)  # its memory was allocated on the copying stream
+        return moving.images

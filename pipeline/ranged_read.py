@@ -1,0 +1,65 @@
+"""One range of one S3 object, put together from as many answers as it takes.
+
+A body that breaks off is taken up where it ended, by a request for the rest alone, under the same ETag: what was
+received is not asked for again, and never completed from another version of the object.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+from fsspec.asyn import sync
+
+from pipeline import faults
+
+CHUNK_BYTES = 1 << 20
+
+
+class RangedRead:
+    """A range that is being read; each attempt goes on where the one before broke off. Used by one thread."""
+
+    def __init__(self, start: int, length: int, etag: str | None) -> None:
+        """Decide what to read; does no I/O.
+
+        Args:
+            start: First byte in the object.
+            length: Bytes to read; fewer come where the object ends before that.
+            etag: The version that is meant, with the store's quotes; None: whichever answers first.
+        """
+        self._start = start
+        self._length = length
+        self._etag = etag
+        self._received = bytearray()
+
+    def attempt(self, filesystem: Any, path: str) -> bytes:
+        """Read what is still missing; raises what s3fs, botocore and aiohttp raise.
+
+        Args:
+            filesystem: An `s3fs.S3FileSystem`.
+            path: Bucket and key.
+        """
+        if len(self._received) < self._length:
+            try:
+                sync(filesystem.loop, self._stream, filesystem, path)
+            except OSError as error:
+                if faults.http_code(error) != "InvalidRange":  # S3's answer for a range behind the end
+                    raise
+        return bytes(self._received[: self._length])
+
+    async def _stream(self, filesystem: Any, path: str) -> None:
+        bucket, key, _ = filesystem.split_path(path)
+        first, last = self._start + len(self._received), self._start + self._length - 1
+        condition = {"IfMatch": self._etag} if self._etag else {}
+        answer = await filesystem._call_s3(
+            "get_object", Bucket=bucket, Key=key, Range=f"bytes={first}-{last}", **condition
+        )
+        body = answer["Body"]
+        try:
+            if first and "ContentRange" not in answer:
+                raise OSError(errno.EPROTO, "the store sent a whole object where a range was asked for")
+            self._etag = self._etag or answer.get("ETag")
+            while chunk := await body.read(CHUNK_BYTES):
+                self._received += chunk
+        finally:
+            body.close()
