@@ -1,5 +1,6 @@
 """ConvMAE in pure PyTorch: masking, sparse encoder, decoder, loss, weights. No I/O, no process group."""
 
+from model.backbone import Backbone
 from model.config import ConvMAEConfig
 from model.convmae import ConvMAE, Output
 from model.dense import Features
@@ -8,6 +9,7 @@ from model.noise import mask_noise
 from model.pixels import denormalise, normalise
 
 __all__ = [
+    "Backbone",
     "ConvMAE",
     "ConvMAEConfig",
     "Features",

@@ -1,6 +1,7 @@
 """The layers that encoder and decoder are made of, under the names of the official code.
 
-Letters: B images, N tokens, C channels. Layers act on tokens, channels last; only the depthwise convolution sees a map.
+Letters: B images, N tokens, C channels. Layers act on tokens, channels last;
+convolution stages take the tokens of all images as one list.
 """
 
 from __future__ import annotations
@@ -8,36 +9,37 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.masking import gather_tokens, scatter_tokens
+from model.depthwise import DepthwiseConv
 
 TRANSFORMER_EPS = 1e-6
 """LayerNorm epsilon of transformer blocks and final norms; convolution blocks have PyTorch's 1e-5."""
 
 
 class TokenConv(nn.Conv2d):
-    """A convolution whose kernel, of side 1, 2 or 4, is also its stride, as a matrix product over Z-ordered tokens.
+    """A convolution whose kernel is also its stride, as a matrix product over the tokens of square units.
 
     Parameters have the shape and the initialisation of the convolution that it stands for.
     """
 
     def __init__(self, channels_in: int, channels_out: int, side: int) -> None:
         super().__init__(channels_in, channels_out, side, stride=side)
-        self.halvings = side.bit_length() - 1
+        self.side = side
 
-    def forward(self, x_BNC: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N / side**2, C_out)."""
-        B, N, C = x_BNC.shape
-        tokens = 4**self.halvings
-        return functional.linear(x_BNC.reshape(B, N // tokens, tokens * C), self._matrix(), self.bias)
+    def forward(self, x_NC: Tensor, unit: int = 1) -> Tensor:
+        """(N, C) -> (N / side**2, C_out).
+
+        Args:
+            x_NC: Tokens, unit after unit, in a unit by row and column.
+            unit: Side of a unit in tokens, a multiple of the kernel's; the result has units of unit / side.
+        """
+        # Rows and columns of the kernel beside the channels; a view where a kernel covers the whole unit.
+        halves = (unit // self.side, self.side)
+        x = x_NC.view(-1, *halves, *halves, x_NC.shape[-1]).transpose(2, 3)
+        return functional.linear(x.reshape(-1, self.side**2 * x_NC.shape[-1]), self._matrix(), self.bias)
 
     def _matrix(self) -> Tensor:
-        """(C_out, tokens * C_in): kernel rows and columns split into bits, and the bits interleaved (Z-order)."""
-        n = self.halvings
-        if n == 0:
-            return self.weight.flatten(1)
-        bits = self.weight.view(*self.weight.shape[:2], *(2,) * (2 * n))
-        interleaved = [axis for bit in range(n) for axis in (2 + bit, 2 + n + bit)]
-        return bits.permute(0, *interleaved, 1).flatten(1)
+        """(C_out, side**2 * C_in)."""
+        return self.weight.permute(0, 2, 3, 1).flatten(1)
 
 
 class PatchEmbed(nn.Module):
@@ -48,9 +50,9 @@ class PatchEmbed(nn.Module):
         self.proj = TokenConv(channels_in, channels_out, side)
         self.norm = nn.LayerNorm(channels_out)
 
-    def forward(self, x_BNC: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N / side**2, C_out)."""
-        return functional.gelu(self.norm(self.proj(x_BNC)))
+    def forward(self, x_NC: Tensor, unit: int) -> Tensor:
+        """(N, C) -> (N / side**2, C_out), as ``TokenConv``."""
+        return functional.gelu(self.norm(self.proj(x_NC, unit)))
 
 
 class ConvMlp(nn.Module):
@@ -61,40 +63,49 @@ class ConvMlp(nn.Module):
         self.fc1 = TokenConv(dim, hidden_dim, 1)
         self.fc2 = TokenConv(hidden_dim, dim, 1)
 
-    def forward(self, x_BNC: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, C)."""
-        out: Tensor = self.fc2(functional.gelu(self.fc1(x_BNC)))
+    def forward(self, x_NC: Tensor) -> Tensor:
+        """(N, C) -> (N, C)."""
+        out: Tensor = self.fc2(functional.gelu(self.fc1(x_NC)))
         return out
+
+
+def drop_path(branch: Tensor, rate: float, training: bool) -> Tensor:
+    """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): zero a branch for some images, scale it for the others.
+
+    Args:
+        branch: (B, ...).
+        rate: Probability of zero, from PyTorch's generator.
+        training: Otherwise nothing happens.
+    """
+    if not rate or not training:
+        return branch
+    kept = branch.new_empty(branch.shape[0], *[1] * (branch.ndim - 1)).bernoulli_(1 - rate)
+    return branch * kept.div_(1 - rate)
 
 
 class ConvBlock(nn.Module):
     """Masked convolution block (section 3.2): a depthwise convolution mixes visible neighbours, all else is per token.
 
     The official code multiplies the whole map by the mask before the depthwise convolution. Zeros in the place of
-    masked tokens are the same, and everything else is needed for visible tokens only.
+    masked tokens are the same, and everything is needed for visible tokens only.
     """
+
+    drop_path = 0.0
+    """Rate of stochastic depth; used where whole maps are encoded (``Backbone``)."""
 
     def __init__(self, dim: int, mlp_ratio: int, kernel_size: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.conv1 = TokenConv(dim, dim, 1)
-        self.attn = nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
+        self.attn = DepthwiseConv(dim, kernel_size)
         self.conv2 = TokenConv(dim, dim, 1)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = ConvMlp(dim, dim * mlp_ratio)
 
-    def forward(self, x_BNC: Tensor, flat: Tensor, shape: tuple[int, int]) -> Tensor:
-        """Advance the visible tokens by one block.
-
-        Args:
-            x_BNC: Visible tokens.
-            flat: Their ``flat_positions`` in the batch of maps.
-            shape: Rows and columns of the map.
-        """
-        x_BHWC = scatter_tokens(self.conv1(self.norm1(x_BNC)), flat, shape)
-        x_BHWC = self.attn(x_BHWC.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        x_BNC = x_BNC + self.conv2(gather_tokens(x_BHWC, flat))
-        out: Tensor = x_BNC + self.mlp(self.norm2(x_BNC))
+    def forward(self, x_NC: Tensor, surroundings: Tensor) -> Tensor:
+        """Advance the visible tokens by one block; arguments as for ``DepthwiseConv``."""
+        x_NC = x_NC + self.conv2(self.attn(self.conv1(self.norm1(x_NC)), surroundings))
+        out: Tensor = x_NC + self.mlp(self.norm2(x_NC))
         return out
 
 
@@ -109,11 +120,13 @@ class Attention(nn.Module):
 
     def forward(self, x_BNC: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
-        B, N, C = x_BNC.shape
-        heads = self.qkv(x_BNC).view(B, N, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
-        query, key, value = heads.unbind(0)
-        out: Tensor = self.proj(functional.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        query, key, value = (self._heads(part) for part in self.qkv(x_BNC).chunk(3, dim=-1))
+        mixed = functional.scaled_dot_product_attention(query, key, value)
+        out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
         return out
+
+    def _heads(self, x_BNC: Tensor) -> Tensor:
+        return x_BNC.view(*x_BNC.shape[:2], self.num_heads, -1).transpose(1, 2)
 
 
 class Mlp(nn.Module):
@@ -133,6 +146,9 @@ class Mlp(nn.Module):
 class TransformerBlock(nn.Module):
     """Pre-norm transformer block."""
 
+    drop_path = 0.0
+    """Rate of stochastic depth."""
+
     def __init__(self, dim: int, num_heads: int, mlp_ratio: int) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=TRANSFORMER_EPS)
@@ -142,8 +158,8 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x_BNC: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
-        x_BNC = x_BNC + self.attn(self.norm1(x_BNC))
-        out: Tensor = x_BNC + self.mlp(self.norm2(x_BNC))
+        x_BNC = x_BNC + drop_path(self.attn(self.norm1(x_BNC)), self.drop_path, self.training)
+        out: Tensor = x_BNC + drop_path(self.mlp(self.norm2(x_BNC)), self.drop_path, self.training)
         return out
 
 

@@ -3,8 +3,8 @@
 Counted are matrix products, convolutions and attention, two operations per multiply-add; norms, GELU and softmax are
 not, as is usual. `tests/model/test_cost.py` holds these numbers against PyTorch's own counter, operation by operation.
 
-Only visible tokens are counted, as only they are computed, with one exception: the depthwise convolution runs over the
-whole map, of which masked places are zeros.
+Only visible tokens are counted, as only they are computed. The gradient of a depthwise kernel is computed as a matrix
+product over a unit's surroundings (model/depthwise.py) and counted as such.
 """
 
 from __future__ import annotations
@@ -97,14 +97,15 @@ def flops_per_image(config: ConvMAEConfig) -> Cost:
     dim1, dim2, dim3 = config.embed_dim
     ratio1, ratio2, ratio3 = config.mlp_ratio
     depth1, depth2, depth3 = config.depth
-    cells = config.kept * (PATCH_PIXELS // CELL_PIXELS) ** 2 if config.masking == "block" else config.kept
+    side1 = PATCH_PIXELS // CELL_PIXELS if config.masking == "block" else 1
+    cells = config.kept * side1**2
     patches = config.kept if config.masking == "block" else config.patches
     predicted = config.patches - patches if config.masking == "block" else config.patches
     pixels = 2 * cells * CELL_PIXELS**2 * 3 * dim1
     forward = Flops(
-        stage1=pixels + depth1 * _conv_block_flops(cells, 16 * config.patches, dim1, ratio1, config.kernel_size),
+        stage1=pixels + depth1 * _conv_block_flops(cells, dim1, ratio1, config.kernel_size),
         stage2=2 * 4 * patches * 4 * dim1 * dim2
-        + depth2 * _conv_block_flops(4 * patches, 4 * config.patches, dim2, ratio2, config.kernel_size),
+        + depth2 * _conv_block_flops(4 * patches, dim2, ratio2, config.kernel_size),
         stage3=2 * patches * (4 * dim2 * dim3 + dim3**2) + depth3 * _transformer_flops(patches, dim3, ratio3),
         fusion=2 * patches * (16 * dim1 + 4 * dim2) * dim3 if config.fusion else 0,
         decoder=2 * patches * dim3 * config.decoder_dim
@@ -112,8 +113,8 @@ def flops_per_image(config: ConvMAEConfig) -> Cost:
         + 2 * predicted * config.decoder_dim * PATCH_PIXELS**2 * 3,
     )
     backward = Flops(
-        stage1=2 * forward.stage1 - pixels,
-        stage2=2 * forward.stage2,
+        stage1=2 * forward.stage1 - pixels + depth1 * _kernel_gradient_flops(cells, dim1, side1, config.kernel_size),
+        stage2=2 * forward.stage2 + depth2 * _kernel_gradient_flops(4 * patches, dim2, 2, config.kernel_size),
         stage3=2 * forward.stage3,
         fusion=2 * forward.fusion,
         decoder=2 * forward.decoder,
@@ -136,9 +137,13 @@ def _transformer_block(dim: int, ratio: int) -> int:
     return norms + _dense(dim, 3 * dim) + _dense(dim, dim) + _dense(dim, ratio * dim) + _dense(ratio * dim, dim)
 
 
-def _conv_block_flops(tokens: int, places: int, dim: int, ratio: int, kernel_size: int) -> int:
-    """``tokens`` are visible; the depthwise convolution runs over all ``places`` of the map."""
-    return 2 * tokens * (2 + 2 * ratio) * dim**2 + 2 * places * kernel_size**2 * dim
+def _conv_block_flops(tokens: int, dim: int, ratio: int, kernel_size: int) -> int:
+    return 2 * tokens * ((2 + 2 * ratio) * dim + kernel_size**2) * dim
+
+
+def _kernel_gradient_flops(tokens: int, dim: int, side: int, kernel_size: int) -> int:
+    """What a depthwise kernel's gradient costs beyond the convolution: a token meets all its surroundings."""
+    return 2 * tokens * dim * ((side + kernel_size - 1) ** 2 - kernel_size**2)
 
 
 def _transformer_flops(tokens: int, dim: int, ratio: int) -> int:

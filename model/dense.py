@@ -11,9 +11,10 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.blocks import ConvBlock, PatchEmbed
+from model.blocks import ConvBlock, PatchEmbed, drop_path
 from model.encoder import Encoder
 from model.masking import Mask
+from model.position import interpolated
 
 
 class Features(NamedTuple):
@@ -26,15 +27,20 @@ class Features(NamedTuple):
     stage3: Tensor
     """(B, C3, H/16, W/16), before the final norm, as the official detector takes it."""
 
+    @property
+    def pooled(self) -> Tensor:
+        """(B, C3, H/32, W/32), rounded up: what a feature pyramid network takes as its coarsest level."""
+        return functional.max_pool2d(self.stage3, 2, ceil_mode=True)
+
 
 def features(encoder: Encoder, images: Tensor) -> Features:
-    """Encode whole images, (B, 3, H, W)."""
+    """Encode whole images, (B, 3, H, W), of any size that is a multiple of 16."""
     x1 = _stage(encoder.patch_embed1, encoder.blocks1, images, None)
     x2 = _stage(encoder.patch_embed2, encoder.blocks2, x1, None)
     x3 = _stage3_input(encoder, x2)
     for block in encoder.blocks3:
         x3 = block(x3)
-    return Features(x1, x2, x3.transpose(1, 2).reshape(*x3.mT.shape[:2], *encoder.config.grid))
+    return Features(x1, x2, x3.mT.reshape(*x3.mT.shape[:2], *(side // 2 for side in x2.shape[2:])))
 
 
 def encode(encoder: Encoder, images: Tensor, mask: Mask) -> Tensor:
@@ -71,8 +77,9 @@ def _stage(embed: PatchEmbed, blocks: nn.ModuleList, x: Tensor, visible: Tensor 
 
 
 def _stage3_input(encoder: Encoder, x2: Tensor) -> Tensor:
-    x = _embed(encoder.patch_embed3, x2).flatten(2).transpose(1, 2)
-    out: Tensor = encoder.patch_embed4(x) + encoder.pos_embed
+    x = _embed(encoder.patch_embed3, x2)
+    position = interpolated(encoder.pos_embed, encoder.config.grid, (x.shape[2], x.shape[3]))
+    out: Tensor = encoder.patch_embed4(x.flatten(2).transpose(1, 2)) + position
     return out
 
 
@@ -82,10 +89,10 @@ def _embed(embed: PatchEmbed, x: Tensor) -> Tensor:
 
 def _block(block: ConvBlock, x: Tensor, visible: Tensor | None) -> Tensor:
     y = _convolve(block.conv1, _norm(block.norm1, x))
-    y = block.attn(y if visible is None else visible * y)
-    x = x + _convolve(block.conv2, y)
+    y = _depthwise(block.attn, y if visible is None else visible * y)
+    x = x + drop_path(_convolve(block.conv2, y), block.drop_path, block.training)
     y = _convolve(block.mlp.fc1, _norm(block.norm2, x))
-    return x + _convolve(block.mlp.fc2, functional.gelu(y))
+    return x + drop_path(_convolve(block.mlp.fc2, functional.gelu(y)), block.drop_path, block.training)
 
 
 def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:
@@ -96,3 +103,8 @@ def _norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     """LayerNorm over the channels of (B, C, H, W)."""
     out: Tensor = norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     return out
+
+
+def _depthwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    padding = conv.kernel_size[0] // 2
+    return functional.conv2d(x, conv.weight, conv.bias, padding=padding, groups=conv.groups)

@@ -1,6 +1,9 @@
 """The encoder: two convolution stages and a transformer over visible patches only.
 
-Letters: B images, L patches, K visible patches, N visible tokens of a stage, C channels.
+Letters: B images, L patches, K visible patches of an image, N visible tokens of all images, C channels.
+
+In stages 1 and 2 the tokens of a patch follow each other by row and column, so that every embedding and fusion
+convolution, none of which looks across patches, is a reshape and a matrix product.
 """
 
 from __future__ import annotations
@@ -10,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.blocks import TRANSFORMER_EPS, ConvBlock, PatchEmbed, TokenConv, TransformerBlock, initialise_linear
-from model.config import CELL_PIXELS, ConvMAEConfig
-from model.masking import flat_positions, gather_tokens, scatter_tokens, token_positions
+from model.config import CELL_PIXELS, PATCH_PIXELS, ConvMAEConfig
+from model.depthwise import surrounding_tokens
 from model.position import position_parameter
 
 
@@ -35,7 +38,7 @@ class Encoder(nn.Module):
         self.blocks1 = nn.ModuleList(ConvBlock(dim1, ratio1, config.kernel_size) for _ in range(depth1))
         self.blocks2 = nn.ModuleList(ConvBlock(dim2, ratio2, config.kernel_size) for _ in range(depth2))
         self.blocks3 = nn.ModuleList(TransformerBlock(dim3, config.num_heads, ratio3) for _ in range(depth3))
-        self.norm = nn.LayerNorm(dim3, eps=TRANSFORMER_EPS)
+        self.norm: nn.Module = nn.LayerNorm(dim3, eps=TRANSFORMER_EPS)
         # Of the three embeddings, the official code initialises this one (models_convmae.py, initialize_weights).
         nn.init.xavier_uniform_(self.patch_embed3.proj.weight.flatten(1))
         self.apply(initialise_linear)
@@ -50,16 +53,16 @@ class Encoder(nn.Module):
         Returns:
             (B, K, C) in the order of kept; with random masking (B, L, C), every patch.
         """
+        x1_NC = self._stage1(images, kept)
         if self.config.masking == "block":
-            patches, cells = kept, self._positions(kept, 2)
-            x1_BNC = self._stage1(images, cells)
+            patches = kept
         else:
-            patches, cells = self.all_patches(images), kept
-            x1_BNC = self._spread(self._stage1(images, cells), cells, self._positions(patches, 2))
-        x2_BNC = self._conv_stage(self.blocks2, self.patch_embed2(x1_BNC), self._positions(patches, 1), 1)
-        x3_BNC = self._stage3(x2_BNC, patches)
+            patches, x1_NC = self.all_patches(images), self._spread(x1_NC, kept)
+        x2_NC = self._conv_stage(self.blocks2, self.patch_embed2(x1_NC, 4), patches, self.config.grid, 2)
+        x3_BNC = self._stage3(x2_NC, patches)
         if self.config.fusion:
-            x3_BNC = x3_BNC + self.stage1_output_decode(x1_BNC) + self.stage2_output_decode(x2_BNC)
+            fused = self.stage1_output_decode(x1_NC, 4) + self.stage2_output_decode(x2_NC, 2)
+            x3_BNC = x3_BNC + fused.view_as(x3_BNC)
         out: Tensor = self.norm(x3_BNC)
         return out
 
@@ -67,42 +70,42 @@ class Encoder(nn.Module):
         """(B, L): every patch of every image, in raster order."""
         return torch.arange(self.config.patches, device=images.device).expand(images.shape[0], -1)
 
-    def _stage1(self, images: Tensor, cells: Tensor) -> Tensor:
-        x_BNC = self.patch_embed1(_cell_pixels(images, cells))
-        return self._conv_stage(self.blocks1, x_BNC, cells, 2)
+    def _stage1(self, images: Tensor, kept: Tensor) -> Tensor:
+        pixels = self.config.image_shape[0] // self.config.noise_shape[0]
+        x_NC = self.patch_embed1(_unit_pixels(images, kept, pixels), pixels)
+        return self._conv_stage(self.blocks1, x_NC, kept, self.config.noise_shape, pixels // CELL_PIXELS)
 
-    def _conv_stage(self, blocks: nn.ModuleList, x_BNC: Tensor, positions: Tensor, halvings: int) -> Tensor:
-        shape = self._shape(halvings)
-        flat = flat_positions(positions, shape[0] * shape[1])
+    def _conv_stage(
+        self, blocks: nn.ModuleList, x_NC: Tensor, units: Tensor, grid: tuple[int, int], side: int
+    ) -> Tensor:
+        surroundings = surrounding_tokens(units, grid, side, self.config.kernel_size)
         for block in blocks:
-            x_BNC = block(x_BNC, flat, shape)
-        return x_BNC
+            x_NC = block(x_NC, surroundings)
+        return x_NC
 
-    def _stage3(self, x_BNC: Tensor, patches: Tensor) -> Tensor:
-        x_BNC = self.patch_embed4(self.patch_embed3(x_BNC)) + functional.embedding(patches, self.pos_embed[0])
+    def _stage3(self, x_NC: Tensor, patches: Tensor) -> Tensor:
+        x_BNC: Tensor = self.patch_embed4(self.patch_embed3(x_NC, 2)).view(*patches.shape, -1)
+        x_BNC = x_BNC + functional.embedding(patches, self.pos_embed[0])
         for block in self.blocks3:
             x_BNC = block(x_BNC)
         return x_BNC
 
-    def _spread(self, x_BNC: Tensor, cells: Tensor, every_cell: Tensor) -> Tensor:
+    def _spread(self, x_NC: Tensor, cells: Tensor) -> Tensor:
         """Random masking only: masked cells become zeros, so that stage 2 sees whole patches but no masked pixel."""
-        shape = self._shape(2)
-        tokens = shape[0] * shape[1]
-        x_BHWC = scatter_tokens(x_BNC, flat_positions(cells, tokens), shape)
-        return gather_tokens(x_BHWC, flat_positions(every_cell, tokens))
-
-    def _shape(self, halvings: int) -> tuple[int, int]:
-        rows, columns = self.config.grid
-        return rows << halvings, columns << halvings
-
-    def _positions(self, patches: Tensor, halvings: int) -> Tensor:
-        return token_positions(patches, self.config.grid[1], halvings)
+        side, columns = PATCH_PIXELS // CELL_PIXELS, self.config.noise_shape[1]
+        row, column = cells // columns, cells % columns
+        patch = row // side * self.config.grid[1] + column // side
+        first = torch.arange(cells.shape[0], device=cells.device)[:, None] * self.config.patches
+        place = (first + patch) * side**2 + row % side * side + column % side
+        empty = x_NC.new_zeros(cells.shape[0] * self.config.patches * side**2, x_NC.shape[1])
+        spread: Tensor = empty.index_copy(0, place.flatten(), x_NC)
+        return spread
 
 
-def _cell_pixels(images: Tensor, cells: Tensor) -> Tensor:
-    """The pixels of some 4x4 cells, Z-ordered within a cell: (B, 3, H, W), (B, N) -> (B, 16 * N, 3)."""
+def _unit_pixels(images: Tensor, units: Tensor, side: int) -> Tensor:
+    """The pixels of some squares of `side` pixels: (B, 3, H, W), (B, K) -> (B * K * side**2, 3)."""
     B, _, H, W = images.shape
-    rows, columns = H // CELL_PIXELS, W // CELL_PIXELS
-    x = images.reshape(B, 3, rows, 2, 2, columns, 2, 2).permute(0, 2, 5, 3, 6, 4, 7, 1)  # a view of rows, columns, cell
+    rows, columns = H // side, W // side
+    x = images.reshape(B, 3, rows, side, columns, side).permute(0, 2, 4, 3, 5, 1)  # a view: rows, columns, square
     batch = torch.arange(B, device=images.device)[:, None]
-    return x[batch, cells // columns, cells % columns].flatten(1, -2)
+    return x[batch, units // columns, units % columns].reshape(-1, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 
 def sincos_position(dim: int, grid: tuple[int, int]) -> Tensor:
@@ -33,3 +34,17 @@ def position_parameter(kind: str, dim: int, grid: tuple[int, int]) -> nn.Paramet
     if kind == "none":
         return nn.Parameter(position, requires_grad=False)
     return nn.Parameter(nn.init.normal_(position, std=0.02))
+
+
+def interpolated(position: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+    """An embedding for another grid of patches, bicubic; the same tensor where the grid is the same.
+
+    Args:
+        position: (1, L, C).
+        grid: Its rows and columns of patches.
+        wanted: Those of the result.
+    """
+    if grid == wanted:
+        return position
+    maps = position.view(1, *grid, -1).permute(0, 3, 1, 2)
+    return functional.interpolate(maps, wanted, mode="bicubic", align_corners=False).flatten(2).mT

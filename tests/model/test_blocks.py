@@ -5,19 +5,15 @@ import torch
 from torch.nn import functional
 
 from model.blocks import TokenConv
-from model.masking import flat_positions, gather_tokens, token_positions
 
 
-@pytest.mark.parametrize("side", [1, 2, 4])
-def test_a_token_convolution_is_the_convolution_that_it_stands_for(side: int) -> None:
+@pytest.mark.parametrize(("side", "unit"), [(1, 1), (1, 4), (2, 2), (2, 4), (4, 4), (4, 16)])
+def test_a_token_convolution_is_the_convolution_that_it_stands_for(side: int, unit: int) -> None:
     torch.manual_seed(0)
     layer = TokenConv(3, 7, side)
-    rows, columns, halvings = 2, 3, side.bit_length() - 1
-    image = torch.randn(2, 3, rows * side, columns * side)
-    patches = torch.arange(rows * columns).expand(2, -1)
-    flat = flat_positions(token_positions(patches, columns, halvings), rows * columns * side**2)
+    units = torch.randn(5, 3, unit, unit)
 
-    tokens = layer(gather_tokens(image.permute(0, 2, 3, 1), flat))
+    tokens = layer(units.permute(0, 2, 3, 1).reshape(-1, 3), unit)
 
-    expected = functional.conv2d(image, layer.weight, layer.bias, stride=side).flatten(2).transpose(1, 2)
+    expected = functional.conv2d(units, layer.weight, layer.bias, stride=side).permute(0, 2, 3, 1).reshape(-1, 7)
     torch.testing.assert_close(tokens, expected)

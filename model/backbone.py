@@ -1,0 +1,100 @@
+"""The pretrained encoder for detection, segmentation and classification: whole images in, a pyramid of maps out.
+
+backbone = Backbone(ConvMAEConfig.preset("base"), drop_path=0.1)
+backbone.load(safetensors.torch.load_file("step-00500400.safetensors"))
+stage1, stage2, stage3 = backbone(images)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model import dense
+from model.config import PATCH_PIXELS, ConvMAEConfig
+from model.dense import Features
+from model.encoder import Encoder
+from model.errors import ModelConfigError, WeightsError
+
+_PRETRAINING_ONLY = ("decoder_", "mask_token", "stage1_output_decode.", "stage2_output_decode.", "norm.")
+"""Beginnings of official names that belong to the decoder, its inputs, or the norm before it."""
+
+
+class Backbone(nn.Module):
+    """The encoder without mask, fusion and final norm.
+
+    Args:
+        config: That of the pretraining, with its image size: position embeddings are interpolated from there.
+        drop_path: Probability of dropping the last block's branches (stochastic depth); grows linearly from 0 at the
+            first block, as in the official fine-tuning.
+
+    Raises:
+        ModelConfigError: If drop_path is not in [0, 1).
+    """
+
+    def __init__(self, config: ConvMAEConfig, drop_path: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= drop_path < 1:
+            raise ModelConfigError("drop_path", "must be in [0, 1)", drop_path, "the official fine-tuning uses 0.1")
+        self.config = config
+        self.encoder = Encoder(dataclasses.replace(config, fusion=False))
+        self.encoder.norm = nn.Identity()  # so that every parameter gets a gradient
+        blocks = [*self.encoder.blocks1, *self.encoder.blocks2, *self.encoder.blocks3]
+        for block, rate in zip(blocks, torch.linspace(0, drop_path, len(blocks)).tolist(), strict=True):
+            block.drop_path = rate
+
+    @property
+    def channels(self) -> tuple[int, int, int]:
+        """Of the three maps."""
+        return self.config.embed_dim
+
+    def forward(self, images: Tensor) -> Features:
+        """Maps at strides 4, 8 and 16; ``.pooled`` of the result is one at stride 32.
+
+        Args:
+            images: (B, 3, H, W) float, normalised, of any size. Sides that are no multiple of 16 are filled up with
+                zeros at the bottom and right, and the maps are of the filled size.
+
+        Raises:
+            ModelConfigError: If the shape is another one, or the images were not normalised.
+        """
+        if images.ndim != 4 or images.shape[1] != 3:
+            rule = "must have shape (batch, 3, height, width)"
+            raise ModelConfigError("images", rule, tuple(images.shape), "add a batch dimension, use RGB")
+        if not images.is_floating_point():
+            raise ModelConfigError("images", "must be normalised floats", images.dtype, "pass them through normalise()")
+        height, width = images.shape[2:]
+        filled = functional.pad(images, (0, -width % PATCH_PIXELS, 0, -height % PATCH_PIXELS))
+        return dense.features(self.encoder, filled)
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Take the weights of a pretrained model.
+
+        Args:
+            state: A consolidated checkpoint's tensors, ``ConvMAE(...).state_dict()``, or an official state dict. What
+                belongs to the decoder is left out.
+
+        Raises:
+            WeightsError: If a name of the encoder is missing, a name is unknown or a shape differs; lists all of them.
+        """
+        given = {name.removeprefix("encoder.").removeprefix("decoder."): value for name, value in state.items()}
+        wanted = self.encoder.state_dict()
+        faults = [f"missing {name}" for name in wanted if name not in given]
+        faults += [f"unexpected {name}" for name in given if name not in wanted and not _is_left_out(name)]
+        faults += [
+            f"{name} has shape {tuple(given[name].shape)} where the model has {tuple(tensor.shape)}"
+            for name, tensor in wanted.items()
+            if name in given and given[name].shape != tensor.shape
+        ]
+        if faults:
+            remedy = "use the configuration, with the image size, that the weights were made with"
+            raise WeightsError("state_dict", "must hold the encoder of this model", faults, remedy)
+        self.encoder.load_state_dict({name: given[name] for name in wanted})
+
+
+def _is_left_out(name: str) -> bool:
+    return name.startswith(_PRETRAINING_ONLY)
