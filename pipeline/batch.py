@@ -43,8 +43,8 @@ class StartedBatch:
         self._left = len(pending)
         self._lock = threading.Lock()
 
-    def image_done(self) -> None:
-        """Note that one more image is ready, or failed."""
+    def image_done(self, _: object = None) -> None:
+        """Note that one more image is ready, or failed; called by the thread that made it."""
         with self._lock:
             self._left -= 1
             last = self._left == 0

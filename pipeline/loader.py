@@ -130,15 +130,14 @@ class Loader:
         batch = StartedBatch(step, ahead.request(step), self._image_shape, hand_over)
         epoch, pixels = self._order.epoch(step), batch.images.numpy()
         batch.decoding = [
-            decoders.submit(self._fill, epoch, batch, item, pixels[place]) for place, item in enumerate(batch.pending)
+            decoders.submit(self._fill, epoch, item, pixels[place]) for place, item in enumerate(batch.pending)
         ]
+        for future in batch.decoding:
+            future.add_done_callback(batch.image_done)
         return batch
 
-    def _fill(self, epoch: int, batch: StartedBatch, pending: Pending, out: Pixels) -> Substitution | None:
-        try:
-            return self._maker.fill(epoch, pending.result(), out)
-        finally:
-            batch.image_done()
+    def _fill(self, epoch: int, pending: Pending, out: Pixels) -> Substitution | None:
+        return self._maker.fill(epoch, pending.result(), out)
 
     def _finish(self, batch: StartedBatch, hand_over: HandOver, bad_runs: Counter[int]) -> Batch:
         began = time.monotonic()

@@ -75,7 +75,7 @@ def test_the_least_recently_used_block_of_epochs_ago_goes_first(tmp_path: Path, 
 
 
 def test_what_the_last_two_epochs_used_is_not_pushed_out_by_what_passes(tmp_path: Path, clock: Clock) -> None:
-    """Six blocks an epoch through a cache for four: four of them are served in every later epoch, whatever the order."""
+    """Six blocks an epoch through a cache for four: four of them are served in every later epoch."""
     cache = opened(tmp_path, clock)
     hits = []
     for order in ("abcdef", "fedcba", "cfbead", "defabc"):
