@@ -37,13 +37,13 @@ class StartedBatch:
         self.sample_ids = hand_over.empty((len(pending),), torch.int64)
         self.sample_ids[:] = torch.tensor([item.sample_id for item in pending])
         self.images = hand_over.empty((len(pending), 3, *image_shape), torch.uint8)
-        self.decoding: list[Future[Substitution | None]] = []
+        self.decoding: list[Future[Substitution | None]] = [Future() for _ in pending]
         self.moving: Future[Moving] = Future()
         self._hand_over = hand_over
         self._left = len(pending)
         self._lock = threading.Lock()
 
-    def image_done(self, _: object = None) -> None:
+    def image_done(self) -> None:
         """Note that one more image is ready, or failed; called by the thread that made it."""
         with self._lock:
             self._left -= 1

@@ -18,12 +18,11 @@ import torch
 from pipeline.batch import Batch, StartedBatch
 from pipeline.daemon_threads import DaemonThreads
 from pipeline.dataset import Dataset
-from pipeline.decode import Pixels
 from pipeline.errors import OrderError
 from pipeline.hand_over import HandOver
 from pipeline.image_maker import BadSamplePolicy, ImageMaker, Substitution
 from pipeline.order import Order
-from pipeline.read_ahead import OPEN_BYTES, Pending, ReadAhead
+from pipeline.read_ahead import OPEN_BYTES, ReadAhead
 from pipeline.stall_watch import STALL_SECONDS, StallWatch
 
 logger = logging.getLogger(__name__)
@@ -128,16 +127,18 @@ class Loader:
 
     def _start(self, step: int, ahead: ReadAhead, decoders: Executor, hand_over: HandOver) -> StartedBatch:
         batch = StartedBatch(step, ahead.request(step), self._image_shape, hand_over)
-        epoch, pixels = self._order.epoch(step), batch.images.numpy()
-        batch.decoding = [
-            decoders.submit(self._fill, epoch, item, pixels[place]) for place, item in enumerate(batch.pending)
-        ]
-        for future in batch.decoding:
-            future.add_done_callback(batch.image_done)
+        for place in range(len(batch.pending)):
+            decoders.submit(self._fill, batch, place)
         return batch
 
-    def _fill(self, epoch: int, pending: Pending, out: Pixels) -> Substitution | None:
-        return self._maker.fill(epoch, pending.result(), out)
+    def _fill(self, batch: StartedBatch, place: int) -> None:
+        decoded, pixels = batch.decoding[place], batch.images[place].numpy()
+        try:
+            found = batch.pending[place].result()
+            decoded.set_result(self._maker.fill(self._order.epoch(batch.step), found, pixels))
+        except BaseException as error:
+            decoded.set_exception(error)
+        batch.image_done()
 
     def _finish(self, batch: StartedBatch, hand_over: HandOver, bad_runs: Counter[int]) -> Batch:
         began = time.monotonic()

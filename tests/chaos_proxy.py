@@ -1,0 +1,160 @@
+"""An HTTP proxy before a real S3 server that does to answers what networks and busy stores do."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+SLOW_DOWN = (
+    b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message>'
+    b"</Error>"
+)
+CHUNK_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class Request:
+    """One GET that came through."""
+
+    path: str
+    first: int
+    """Of the range."""
+    if_match: str | None
+    number: int
+    """Of this proxy's GETs of tars, from 0; -1 for other objects."""
+    sent: list[int] = field(default_factory=list, compare=False)
+    """Bytes of body that were sent, in pieces."""
+
+
+@dataclass
+class Behaviour:
+    """What happens to the GETs of tars; may be changed while requests are under way."""
+
+    busy_until: float = 0.0
+    """503 SlowDown until then, by time.monotonic(); to every request."""
+    cuts: Callable[[Request], bool] = lambda request: False
+    """Whether the connection breaks off in the middle of the body."""
+    flips: Callable[[Request], bool] = lambda request: False
+    """Whether a byte in the middle of the body arrives damaged."""
+    hangs: Callable[[Request], bool] = lambda request: False
+    """Whether no answer comes until the proxy is closed."""
+    bytes_per_second: float = float("inf")
+
+
+class ChaosProxy:
+    """Listens on the loopback address while the `with` block runs."""
+
+    def __init__(self, upstream: str) -> None:
+        self.behaviour = Behaviour()
+        self.requests: list[Request] = []
+        self.refused = 0
+        self._upstream = urlsplit(upstream)
+        self._closed = threading.Event()
+        self._lock = threading.Lock()
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                proxy._serve(self)
+
+            do_HEAD = do_GET  # noqa: N815
+
+            def log_message(self, format: str, *args: object) -> None:  # noqa: A002
+                pass
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[ChaosProxy]:
+        """Serve until the end of the block."""
+        thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            self._closed.set()
+            self._server.shutdown()
+            self._server.server_close()
+            thread.join()
+
+    def tar_requests(self) -> list[Request]:
+        """GETs of tars so far."""
+        return [request for request in self.requests if request.number >= 0]
+
+    def _serve(self, handler: BaseHTTPRequestHandler) -> None:
+        request = self._note(handler)
+        behaviour = self.behaviour
+        if time.monotonic() < behaviour.busy_until:
+            self.refused += 1
+            self._answer(handler, 503, {"Content-Type": "application/xml"}, SLOW_DOWN, request)
+            return
+        is_tar = request.number >= 0
+        if is_tar and behaviour.hangs(request):
+            self._closed.wait()
+            return
+        connection = http.client.HTTPConnection(str(self._upstream.hostname), self._upstream.port, timeout=30)
+        try:
+            connection.request(handler.command, handler.path, headers=dict(handler.headers.items()))
+            answer = connection.getresponse()
+            body = bytearray(answer.read())
+        except OSError:
+            handler.close_connection = True
+            return
+        finally:
+            connection.close()
+        headers = {key: value for key, value in answer.getheaders() if key.lower() not in ("connection", "date")}
+        if is_tar and body and answer.status == 206 and behaviour.flips(request):
+            body[len(body) // 2] ^= 1
+        cut = is_tar and answer.status == 206 and behaviour.cuts(request)
+        self._answer(handler, answer.status, headers, bytes(body), request, cut=cut)
+
+    def _note(self, handler: BaseHTTPRequestHandler) -> Request:
+        wanted = handler.headers.get("Range", "bytes=0-")
+        first = int(wanted.removeprefix("bytes=").partition("-")[0] or 0)
+        path = urlsplit(handler.path).path
+        with self._lock:
+            is_tar = path.endswith(".tar") and handler.command == "GET"
+            number = len(self.tar_requests()) if is_tar else -1
+            request = Request(path, first, handler.headers.get("If-Match"), number)
+            self.requests.append(request)
+        return request
+
+    def _answer(
+        self,
+        handler: BaseHTTPRequestHandler,
+        status: int,
+        headers: dict[str, str],
+        body: bytes,
+        request: Request,
+        *,
+        cut: bool = False,
+    ) -> None:
+        with contextlib.suppress(OSError):
+            handler.send_response(status)
+            for key, value in headers.items():
+                if key.lower() not in ("content-length", "server"):
+                    handler.send_header(key, value)
+            length = headers.get("Content-Length", str(len(body))) if handler.command == "HEAD" else str(len(body))
+            handler.send_header("Content-Length", length)
+            handler.end_headers()
+            if handler.command == "HEAD":
+                return
+            end = len(body) // 2 if cut else len(body)
+            for start in range(0, end, CHUNK_BYTES):
+                piece = body[start : min(start + CHUNK_BYTES, end)]
+                handler.wfile.write(piece)
+                request.sent.append(len(piece))
+                time.sleep(len(piece) / self.behaviour.bytes_per_second)
+            if cut:
+                handler.wfile.flush()
+                handler.close_connection = True
