@@ -21,7 +21,7 @@ def damaged(convmae: Command, data: str) -> str:
     """A copy of the photographs with one byte flipped in the image of one sample."""
     storage = Storage.from_environment(convmae.stack.environment())
     url = data + "-damaged"
-    for name in storage.list_names(data):
+    for name in storage.list_files(data):
         storage.write(Storage.join(url, name), storage.read(Storage.join(data, name)))
     (row,) = Dataset.open(storage, url).rows([BAD])
     place = tar_url(url, "shard-000001")

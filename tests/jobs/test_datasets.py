@@ -34,6 +34,7 @@ def images(photographs: Path) -> list[tuple[str, bytes]]:
     return [(f"{number:04d}.jpg", path.read_bytes()) for number, path in enumerate(paths)]
 
 
+@pytest.mark.slow
 def test_foreign_tars_are_indexed_trained_from_and_verified(
     convmae: Command, s3: Storage, images: list[tuple[str, bytes]]
 ) -> None:
@@ -76,6 +77,7 @@ def test_a_whole_data_set_has_no_fault(convmae: Command, data: str) -> None:
     assert "failed" not in err
 
 
+@pytest.mark.slow
 def test_an_ingest_that_is_killed_goes_on_and_ends_in_the_same_bytes(
     convmae: Command, s3: Storage, photographs: Path, tmp_path: Path
 ) -> None:

@@ -108,6 +108,7 @@ for batch in loader.batches(0, 10**9):
 """
 
 
+@pytest.mark.slow
 def test_a_reader_that_is_killed_leaves_a_cache_that_serves(dataset: Dataset, tmp_path: Path) -> None:
     command = [sys.executable, "-c", READER, dataset.url, str(tmp_path)]
     for steps in (2, 4, 2 * EPOCH):

@@ -24,7 +24,8 @@ from pipeline.image_maker import BadSamplePolicy
 from pipeline.loader import Loader
 from pipeline.manifest import Manifest
 from pipeline.order import ConsumedDigest, Order
-from pipeline.shards import plan_shards, tar_url, write_shard
+from pipeline.shard_plan import Sharding, plan_shards
+from pipeline.shards import tar_url, write_shard
 from pipeline.sources import find_sources
 from pipeline.storage import Storage
 
@@ -41,7 +42,7 @@ def storage(local_stack: Stack) -> Storage:
 
 def make_dataset(storage: Storage, photographs: Path, url: str) -> Dataset:
     sources = find_sources(storage, str(photographs))
-    tasks = plan_shards(sources, 13, seed=0)
+    tasks = plan_shards(sources, Sharding(13))
     Manifest.of(tasks, [write_shard(storage, url, task) for task in tasks], sources.classes).save(storage, url, [])
     return Dataset.open(storage, url)
 
@@ -138,6 +139,7 @@ def test_a_server_that_is_busy_for_a_while_changes_nothing_and_is_not_flooded(
     assert 1 <= proxy.refused < 60
 
 
+@pytest.mark.slow
 def test_bodies_that_break_off_are_taken_up_where_they_ended(
     proxy: ChaosProxy, dataset: Dataset, undisturbed: list[Batch]
 ) -> None:
@@ -157,6 +159,7 @@ def test_a_slow_server_changes_nothing(proxy: ChaosProxy, dataset: Dataset, undi
     assert_same(batches(through(proxy, dataset)), undisturbed)
 
 
+@pytest.mark.slow
 def test_a_byte_that_is_damaged_on_the_way_is_read_again(
     proxy: ChaosProxy, dataset: Dataset, undisturbed: list[Batch]
 ) -> None:
