@@ -31,6 +31,7 @@ def damaged(convmae: Command, data: str) -> str:
     return url
 
 
+@pytest.mark.slow
 def test_a_run_fails_on_an_altered_object_by_name_and_goes_on_when_told_to_skip(
     convmae: Command, damaged: str, tmp_path: Path
 ) -> None:
