@@ -12,7 +12,7 @@ from jobs.reading_plan import ReadingPlan
 from jobs.recipe import Recipe
 from jobs.schedule import Schedule
 from jobs.trainer import order_of
-from model.cost import flops_per_image, parameters
+from model.cost import flops, parameters
 from pipeline.forecast import Int64s
 from pipeline.manifest import Manifest
 from pipeline.storage import Storage
@@ -53,13 +53,12 @@ def recipe_json(recipe: Recipe, size: DatasetSize) -> dict[str, Any]:
     order = order_of(recipe, size.samples)
     plan = ReadingPlan.of(order, size.shard_samples, size.bytes, recipe.max_workers)
     schedule = Schedule.of(recipe, order.steps_per_epoch)
-    counts, cost = parameters(recipe.model), flops_per_image(recipe.model)
     return {
         "recipe": recipe.to_json(),
         "samples": size.samples,
         "bytes": size.bytes,
-        "parameters": counts.trainable,
-        "training_flops_per_image": cost.training,
+        "parameters": parameters(recipe.model).trainable,
+        "training_flops_per_image": round(_flops_per_image(recipe)[1]),
         "total_steps": schedule.total_steps,
         "plan": plan.to_json(),
     }
@@ -77,7 +76,7 @@ def recipe_lines(recipe: Recipe, size: DatasetSize) -> Iterator[tuple[str, str]]
 
 
 def _plan_lines(recipe: Recipe, size: DatasetSize) -> Iterator[tuple[str, str]]:
-    counts, cost = parameters(recipe.model), flops_per_image(recipe.model)
+    counts, (forward_flops, training_flops) = parameters(recipe.model), _flops_per_image(recipe)
     order = order_of(recipe, size.samples)
     schedule = Schedule.of(recipe, order.steps_per_epoch)
     plan = ReadingPlan.of(order, size.shard_samples, size.bytes, recipe.max_workers)
@@ -86,14 +85,20 @@ def _plan_lines(recipe: Recipe, size: DatasetSize) -> Iterator[tuple[str, str]]:
     yield "data set", size.origin
     yield "samples", f"{size.samples:,} ({size.bytes / 1e9:.2f} GB)"
     yield "parameters", f"{counts.trainable / 1e6:.2f} M (encoder {counts.encoder / 1e6:.2f} M)"
-    yield "FLOPs per image", f"{cost.forward.total / 1e9:.2f} G forward, {cost.training / 1e9:.2f} G with backward"
+    yield "FLOPs per image", f"{forward_flops / 1e9:.2f} G forward, {training_flops / 1e9:.2f} G with backward"
     yield "steps per epoch", f"{schedule.steps_per_epoch:,}"
     yield "images per epoch", f"{images_per_epoch:,} ({size.samples - images_per_epoch:,} rest, other ones each epoch)"
     yield "total steps", f"{schedule.total_steps:,}"
     yield "warm-up steps", f"{schedule.warmup_steps:,.0f}"
     yield "peak learning rate", f"{recipe.learning_rate:g}"
-    yield "training FLOPs", f"{cost.training * schedule.total_steps * recipe.global_batch_size / 1e18:.3f} EFLOP"
+    yield "training FLOPs", f"{training_flops * schedule.total_steps * recipe.global_batch_size / 1e18:.3f} EFLOP"
     yield from plan.lines()
+
+
+def _flops_per_image(recipe: Recipe) -> tuple[float, float]:
+    """Forward, and with backward; what is computed once for a micro-batch is shared by its images."""
+    cost = flops(recipe.model, recipe.micro_batch_size)
+    return cost.forward.total / recipe.micro_batch_size, cost.training / recipe.micro_batch_size
 
 
 def _text(value: object) -> str:

@@ -171,6 +171,9 @@ class Recipe(BaseModel):
             raise RecipeError(
                 "min_workers", f"must be at most max_workers = {self.max_workers}", self.min_workers, remedy
             )
+        if self.model.kept == self.model.mask_patches:
+            rule = f"must hide at least one of {self.model.mask_patches} patches, else there is no loss to train with"
+            raise RecipeError("model.mask_ratio", rule, self.model.mask_ratio, "the paper uses 0.75")
         if self.warmup_epochs >= self.epochs:
             remedy = f"set warmup_epochs={self.epochs / 10:g}, a tenth of the epochs, or train longer"
             raise RecipeError("warmup_epochs", f"must be below epochs = {self.epochs}", self.warmup_epochs, remedy)

@@ -8,20 +8,23 @@ stage1, stage2, stage3 = backbone(images)
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from model import dense
-from model.config import PATCH_PIXELS, ConvMAEConfig
+from model.config import PARTS, PATCH_PIXELS, ConvMAEConfig, check_choice
 from model.dense import Features
 from model.encoder import Encoder
 from model.errors import ModelConfigError, WeightsError
 
-_PRETRAINING_ONLY = ("decoder_", "mask_token", "stage1_output_decode.", "stage2_output_decode.", "norm.")
-"""Beginnings of official names that belong to the decoder, its inputs, or the norm before it."""
+_NOT_OF_THE_MAPS = (
+    *("decoder_", "mask_token", "stage1_output_decode.", "stage2_output_decode.", "norm."),
+    *("fc_norm.", "head."),
+)
+"""Beginnings of official names of what follows the maps: in pretraining, and in a fine-tuned classifier."""
 
 
 class Backbone(nn.Module):
@@ -31,17 +34,22 @@ class Backbone(nn.Module):
         config: That of the pretraining, with its image size: position embeddings are interpolated from there.
         drop_path: Probability of dropping the last block's branches (stochastic depth); grows linearly from 0 at the
             first block, as in the official fine-tuning.
+        recompute: Of ``stage1``, ``stage2``, ``stage3``, those whose blocks keep only their inputs for the backward
+            pass: large images need less memory, and about a third more time.
 
     Raises:
-        ModelConfigError: If drop_path is not in [0, 1).
+        ModelConfigError: If drop_path is not in [0, 1), recompute names no stage, or the model has no feature maps.
     """
 
-    def __init__(self, config: ConvMAEConfig, drop_path: float = 0.0) -> None:
+    def __init__(self, config: ConvMAEConfig, drop_path: float = 0.0, recompute: Collection[str] = ()) -> None:
         super().__init__()
+        config.require_convolutions()
+        for stage in recompute:
+            check_choice("recompute", stage, PARTS[:3])
         if not 0 <= drop_path < 1:
             raise ModelConfigError("drop_path", "must be in [0, 1)", drop_path, "the official fine-tuning uses 0.1")
         self.config = config
-        self.encoder = Encoder(dataclasses.replace(config, fusion=False))
+        self.encoder = Encoder(dataclasses.replace(config, fusion=False), recompute)
         self.encoder.norm = nn.Identity()  # so that every parameter gets a gradient
         blocks = [*self.encoder.blocks1, *self.encoder.blocks2, *self.encoder.blocks3]
         for block, rate in zip(blocks, torch.linspace(0, drop_path, len(blocks)).tolist(), strict=True):
@@ -97,4 +105,4 @@ class Backbone(nn.Module):
 
 
 def _is_left_out(name: str) -> bool:
-    return name.startswith(_PRETRAINING_ONLY)
+    return name.startswith(_NOT_OF_THE_MAPS)

@@ -6,8 +6,11 @@ convolution stages take the tokens of all images as one list.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from model.depthwise import DepthwiseConv
 
@@ -109,8 +112,16 @@ class ConvBlock(nn.Module):
         return out
 
 
+def select(x_BNC: Tensor, places: Tensor) -> Tensor:
+    """Tokens by their places: (B, N, C), (B, M) -> (B, M, C)."""
+    return x_BNC.gather(1, places[..., None].expand(-1, -1, x_BNC.shape[-1]))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention."""
+
+    fused = True
+    """Whether one kernel does it all, else one operation after the other, as the official code."""
 
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
@@ -118,15 +129,31 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x_BNC: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, C)."""
-        query, key, value = (self._heads(part) for part in self.qkv(x_BNC).chunk(3, dim=-1))
-        mixed = functional.scaled_dot_product_attention(query, key, value)
+    def forward(self, qkv_BND: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """Mix tokens.
+
+        Args:
+            qkv_BND: (B, N, 3 * C) what ``self.qkv`` makes of the tokens.
+            wanted: (B, M) tokens to compute; None for all N.
+
+        Returns:
+            (B, M, C).
+        """
+        query, key, value = qkv_BND.chunk(3, dim=-1)
+        if wanted is not None:
+            query = select(query, wanted)
+        attend = functional.scaled_dot_product_attention if self.fused else _attention
+        mixed = attend(self._heads(query), self._heads(key), self._heads(value))
         out: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
         return out
 
     def _heads(self, x_BNC: Tensor) -> Tensor:
-        return x_BNC.view(*x_BNC.shape[:2], self.num_heads, -1).transpose(1, 2)
+        return x_BNC.unflatten(-1, (self.num_heads, x_BNC.shape[-1] // self.num_heads)).transpose(1, 2)
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    scores: Tensor = query @ key.mT * query.shape[-1] ** -0.5
+    return scores.softmax(dim=-1) @ value
 
 
 class Mlp(nn.Module):
@@ -156,11 +183,44 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=TRANSFORMER_EPS)
         self.mlp = Mlp(dim, dim * mlp_ratio)
 
-    def forward(self, x_BNC: Tensor) -> Tensor:
-        """(B, N, C) -> (B, N, C)."""
-        x_BNC = x_BNC + drop_path(self.attn(self.norm1(x_BNC)), self.drop_path, self.training)
+    def forward(self, x_BNC: Tensor, wanted: Tensor | None = None) -> Tensor:
+        """Advance tokens by one block.
+
+        Args:
+            x_BNC: All tokens.
+            wanted: (B, M) those to compute; None for all N.
+
+        Returns:
+            (B, M, C).
+        """
+        return self.advance(x_BNC, self.qkv(x_BNC), wanted)
+
+    def qkv(self, x_BNC: Tensor) -> Tensor:
+        """(B, N, C) -> (B, N, 3 * C): queries, keys and values; each token's depends on it alone."""
+        out: Tensor = self.attn.qkv(self.norm1(x_BNC))
+        return out
+
+    def advance(self, x_BNC: Tensor, qkv_BND: Tensor, wanted: Tensor | None) -> Tensor:
+        """What ``forward`` does, given the tokens' ``qkv``."""
+        mixed = self.attn(qkv_BND, wanted)
+        if wanted is not None:
+            x_BNC = select(x_BNC, wanted)
+        x_BNC = x_BNC + drop_path(mixed, self.drop_path, self.training)
         out: Tensor = x_BNC + drop_path(self.mlp(self.norm2(x_BNC)), self.drop_path, self.training)
         return out
+
+
+def run(block: Callable[..., Tensor], *args: Tensor | None, recompute: bool) -> Tensor:
+    """Call a block.
+
+    Args:
+        block: A block, or a method of one.
+        *args: Its arguments.
+        recompute: Keep only the arguments for the backward pass, which calls the block again (activation
+            checkpointing, Chen et al. 2016, arXiv:1604.06174).
+    """
+    out: Tensor = checkpoint(block, *args, use_reentrant=False) if recompute else block(*args)
+    return out
 
 
 def initialise_linear(module: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,10 +17,13 @@ CELL_PIXELS = 4
 MASKINGS = ("block", "random")
 POSITIONS = ("sincos", "learned", "none")
 LOSSES = ("l1", "mse")
+PARTS = ("stage1", "stage2", "stage3", "decoder")
+"""Of a model, in the order of the forward pass; MAE has the last two."""
 
 _DECODER = {"decoder_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
 # `base` and the decoder: convmae_convvit_base_patch16_dec512d8b in models_convmae.py of github.com/Alpha-VL/ConvMAE;
-# `small`, `large`, `huge`: the other variants of Gao et al. 2022, arXiv:2205.03892. `tiny` is ours.
+# `small`, `large`, `huge`: the other variants of Gao et al. 2022, arXiv:2205.03892. `tiny` is ours. `mae_base`, the
+# baseline: mae_vit_base_patch16_dec512d8b in models_mae.py of github.com/facebookresearch/mae.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "tiny": {
         "image_size": 128, "embed_dim": (48, 96, 192), "depth": (1, 1, 4), "num_heads": 3, "mlp_ratio": (4, 4, 4),
@@ -30,12 +33,19 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
     "base": {"embed_dim": (256, 384, 768), "depth": (2, 2, 11), "num_heads": 12, "mlp_ratio": (4, 4, 4), **_DECODER},
     "large": {"embed_dim": (384, 768, 1024), "depth": (2, 2, 23), "num_heads": 16, "mlp_ratio": (8, 8, 4), **_DECODER},
     "huge": {"embed_dim": (768, 1024, 1280), "depth": (2, 2, 31), "num_heads": 16, "mlp_ratio": (8, 8, 4), **_DECODER},
+    "mae_base": {
+        "embed_dim": (0, 0, 768), "depth": (0, 0, 12), "num_heads": 12, "mlp_ratio": (4, 4, 4), "fusion": False,
+        **_DECODER,
+    },
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ConvMAEConfig:
     """Everything that decides the parameters, the mask and the loss of a ConvMAE.
+
+    With no convolution stages, ``embed_dim=(0, 0, C)`` and ``depth=(0, 0, n)``, it is the MAE that the paper compares
+    with: a plain ViT with a class token.
 
     Raises:
         ModelConfigError: If a value is of the wrong type, or no such model can exist.
@@ -44,9 +54,9 @@ class ConvMAEConfig:
     image_size: int | tuple[int, int] = 224
     """Pixels, one number or (height, width); multiples of 16. A number is stored as the pair."""
     embed_dim: tuple[int, int, int] = (16, 24, 32)
-    """Channels of the three encoder stages; the last a multiple of 4 and of ``num_heads``."""
+    """Channels of the three encoder stages; the last a multiple of 4 and of ``num_heads``, the first two 0 for MAE."""
     depth: tuple[int, int, int] = (1, 1, 2)
-    """Blocks of the three encoder stages."""
+    """Blocks of the three encoder stages; the first two 0 for MAE."""
     num_heads: int = 4
     """Attention heads of stage 3."""
     mlp_ratio: tuple[int, int, int] = (4, 4, 4)
@@ -58,7 +68,8 @@ class ConvMAEConfig:
     decoder_num_heads: int = 4
     """Attention heads of the decoder."""
     mask_ratio: float = 0.75
-    """Fraction to hide. int(draws * (1 - mask_ratio)) are kept; at least one is kept and one hidden."""
+    """Fraction to hide, in [0, 1). int(draws * (1 - mask_ratio)) are kept, at least one. Where none is hidden, patches
+    can be reconstructed, and the loss is the mean over nothing: not a number."""
     masking: str = "block"
     """``block``: whole 16x16 patches (section 3.2 of the paper). ``random``: single 4x4 cells (its ablation)."""
     kernel_size: int = 5
@@ -77,10 +88,11 @@ class ConvMAEConfig:
         if type(self.image_size) is int:
             object.__setattr__(self, "image_size", (self.image_size, self.image_size))
         _check_types(self)
+        _check_stages(self)
         _check_widths(self)
-        _check_choice("masking", self.masking, MASKINGS)
-        _check_choice("position", self.position, POSITIONS)
-        _check_choice("loss", self.loss, LOSSES)
+        check_choice("masking", self.masking, MASKINGS)
+        check_choice("position", self.position, POSITIONS)
+        check_choice("loss", self.loss, LOSSES)
         _check_mask(self)
 
     @classmethod
@@ -94,10 +106,10 @@ class ConvMAEConfig:
         Raises:
             ModelConfigError: If the name or a field is unknown, or a value is impossible.
         """
-        _check_choice("preset", name, tuple(PRESETS))
+        check_choice("preset", name, tuple(PRESETS))
         names = tuple(field.name for field in fields(cls))
         for change in changes:
-            _check_choice("field", change, names)
+            check_choice("field", change, names)
         return cls(**{**PRESETS[name], **changes})
 
     @property
@@ -111,6 +123,22 @@ class ConvMAEConfig:
         """Rows and columns of patches, H/16 and W/16."""
         height, width = self.image_shape
         return height // PATCH_PIXELS, width // PATCH_PIXELS
+
+    @property
+    def has_convolutions(self) -> bool:
+        """Whether stages 1 and 2 exist; without them this is an MAE."""
+        return self.depth[0] > 0
+
+    def require_convolutions(self) -> None:
+        """Raise ModelConfigError unless there are stages of which feature maps can be had."""
+        if not self.has_convolutions:
+            rule = "must have convolution stages to give feature maps"
+            raise ModelConfigError("embed_dim", rule, self.embed_dim, "MAE has none; take a ConvMAE, as preset('base')")
+
+    @property
+    def class_tokens(self) -> int:
+        """Tokens before those of the patches: MAE has one, ConvMAE none."""
+        return 0 if self.has_convolutions else 1
 
     @property
     def patches(self) -> int:
@@ -135,6 +163,7 @@ class ConvMAEConfig:
 
 
 _LENGTHS = {"image_size": 2, "embed_dim": 3, "depth": 3, "mlp_ratio": 3}
+_ZERO_WITHOUT_CONVOLUTIONS = ("embed_dim", "depth")
 _WHOLE = ("num_heads", "decoder_dim", "decoder_depth", "decoder_num_heads", "kernel_size")
 
 
@@ -142,7 +171,8 @@ def _check_types(config: ConvMAEConfig) -> None:
     """Types are exact (True is no number of heads); a list, as JSON and YAML have it, is stored as a tuple."""
     for name, length in _LENGTHS.items():
         value = getattr(config, name)
-        if not (isinstance(value, list | tuple) and len(value) == length and all(map(_is_positive_int, value))):
+        zeros = 2 if name in _ZERO_WITHOUT_CONVOLUTIONS else 0
+        if not (isinstance(value, list | tuple) and len(value) == length and _are_positive(value, zeros)):
             one = "a positive whole number or " if name == "image_size" else ""
             raise ModelConfigError(name, f"must be {one}{length} positive whole numbers", value, "give them as a list")
         object.__setattr__(config, name, tuple(value))
@@ -156,8 +186,27 @@ def _check_types(config: ConvMAEConfig) -> None:
         raise ModelConfigError("mask_ratio", "must be a number", config.mask_ratio, "the paper uses 0.75")
 
 
+def _are_positive(values: Sequence[object], zeros: int) -> bool:
+    """Positive whole numbers; the first `zeros` of them may be 0."""
+    return all(type(value) is int and value >= (place >= zeros) for place, value in enumerate(values))
+
+
 def _is_positive_int(value: object) -> bool:
     return type(value) is int and value > 0
+
+
+def _check_stages(config: ConvMAEConfig) -> None:
+    """All stages, or stage 3 alone."""
+    first_two = (*config.embed_dim[:2], *config.depth[:2])
+    if not any(first_two):
+        for name, value, wanted in (("fusion", config.fusion, False), ("masking", config.masking, "block")):
+            if value != wanted:
+                rule = f"must be {str(wanted).lower()} without convolution stages, whose features or cells it needs"
+                raise ModelConfigError(name, rule, value, f"set {name}={str(wanted).lower()}")
+    elif not all(first_two):
+        name = "depth" if all(config.embed_dim) else "embed_dim"
+        remedy = "for MAE set the first two of both embed_dim and depth to 0"
+        raise ModelConfigError(name, "must be 3 positive whole numbers", getattr(config, name), remedy)
 
 
 def _check_widths(config: ConvMAEConfig) -> None:
@@ -190,12 +239,10 @@ def _check_mask(config: ConvMAEConfig) -> None:
     if config.kept == 0:
         rule = f"must keep at least one of {draws} patches"
         raise ModelConfigError("mask_ratio", rule, ratio, "use a lower ratio or larger images")
-    if config.kept == draws:
-        rule = f"must hide at least one of {draws} patches, else there is no loss"
-        raise ModelConfigError("mask_ratio", rule, ratio, "use a higher ratio or larger images")
 
 
-def _check_choice(name: str, value: object, valid: tuple[str, ...]) -> None:
+def check_choice(name: str, value: object, valid: tuple[str, ...]) -> None:
+    """Raise ModelConfigError, with the nearest that is valid, unless ``value`` is one of ``valid``."""
     if value in valid:
         return
     near = difflib.get_close_matches(str(value), valid, n=1)

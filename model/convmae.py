@@ -5,19 +5,21 @@ Letters: B images, L patches, 768 values of a patch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from model import dense as reference
-from model.config import CELL_PIXELS, PATCH_PIXELS, ConvMAEConfig
+from model.blocks import Attention
+from model.config import CELL_PIXELS, PARTS, PATCH_PIXELS, ConvMAEConfig, check_choice
 from model.decoder import Decoder
 from model.dense import Features
 from model.encoder import Encoder
 from model.errors import ModelConfigError
-from model.masking import Mask, draw_mask
-from model.pixels import patch_moments, patchify
+from model.masking import Mask, all_patches, draw_mask
+from model.pixels import patch_moments, patchify, square_pixels
+from model.vit import ViTEncoder
 from model.weights import from_official, to_official
 
 
@@ -39,14 +41,28 @@ class ConvMAE(nn.Module):
         config: The model's shape.
         dense: Compute stages 1 and 2, the prediction and the loss for all patches and multiply by the mask, operation
             by operation as the official code does. Slower, the same values: the reference that tests compare with.
+        recompute: Of ``stage1``, ``stage2``, ``stage3``, ``decoder``, those whose blocks keep only their inputs for the
+            backward pass and are computed again there: less memory, the same values. Not for the dense form.
+
+    Raises:
+        ModelConfigError: If recompute names no part of the model.
     """
 
-    def __init__(self, config: ConvMAEConfig, dense: bool = False) -> None:
+    def __init__(self, config: ConvMAEConfig, dense: bool = False, recompute: Collection[str] = ()) -> None:
         super().__init__()
+        for part in recompute:
+            check_choice("recompute", part, PARTS)
         self.config = config
         self.dense = dense
-        self.encoder = Encoder(config)
-        self.decoder = Decoder(config)
+        self.encoder: Encoder | ViTEncoder
+        if config.has_convolutions:
+            self.encoder = Encoder(config, recompute)
+        else:
+            self.encoder = ViTEncoder(config, "stage3" in recompute)
+        self.decoder = Decoder(config, "decoder" in recompute)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.fused = not dense
 
     def forward(self, images: Tensor, noise: Tensor) -> Output:
         """Mask, encode, predict and compare.
@@ -64,8 +80,7 @@ class ConvMAE(nn.Module):
             per_draw = errors.mean(-1) if self.config.masking == "block" else self._cell_errors(errors)
             return Output((per_draw * mask.mask).sum() / mask.mask.sum(), mask.mask)
         if self.config.masking == "block":
-            hidden = mask.hidden[..., None]
-            targets = patchify(images).take_along_dim(hidden, dim=1)
+            targets = square_pixels(images, mask.hidden, PATCH_PIXELS).flatten(2)
             loss = self._errors(self._predict(images, mask, mask.hidden), targets).mean()
         else:
             errors = self._cell_errors(self._errors(self._predict(images, mask, None), patchify(images)))
@@ -77,8 +92,14 @@ class ConvMAE(nn.Module):
         return self._predict(images, self._mask(images, noise), None)
 
     def encode_dense(self, images: Tensor) -> Features:
-        """The three feature maps of whole images, for detection and segmentation. No mask, no fusion, no final norm."""
+        """The three feature maps of whole images, for detection and segmentation. No mask, no fusion, no final norm.
+
+        Raises:
+            ModelConfigError: If the model has no convolution stages.
+        """
         self._check_images(images)
+        self.config.require_convolutions()
+        assert isinstance(self.encoder, Encoder)
         return reference.features(self.encoder, self._cast(images))
 
     def load_official(self, state: Mapping[str, Tensor]) -> None:
@@ -112,12 +133,13 @@ class ConvMAE(nn.Module):
             raise ModelConfigError("images", "must be normalised floats", images.dtype, "pass them through normalise()")
 
     def _predict(self, images: Tensor, mask: Mask, wanted: Tensor | None) -> Tensor:
+        images = self._cast(images)
+        every = all_patches(images.shape[0], self.config.patches, images.device)
+        visible = mask.kept if self.config.masking == "block" else every
         if self.dense:
-            latent = reference.encode(self.encoder, self._cast(images), mask)
-        else:
-            latent = self.encoder(self._cast(images), mask.kept)
-        visible = mask.kept if self.config.masking == "block" else self.encoder.all_patches(images)
-        prediction: Tensor = self.decoder(latent, visible, wanted)
+            assert wanted is None
+            return reference.decode(self.decoder, reference.encode(self.encoder, images, mask), visible)
+        prediction: Tensor = self.decoder(self.encoder(images, mask.kept), visible, wanted)
         return prediction
 
     def _cast(self, images: Tensor) -> Tensor:
@@ -127,7 +149,7 @@ class ConvMAE(nn.Module):
     def _errors(self, prediction: Tensor, targets: Tensor) -> Tensor:
         """(B, M, 768) twice -> error of each pixel, in float32."""
         targets = targets.float()
-        if self.config.norm_pix:
+        if self.config.norm_pix and targets.numel():  # PyTorch warns of moments of nothing
             mean, deviation = patch_moments(targets)
             targets = (targets - mean) / deviation
         difference = prediction.float() - targets

@@ -1,20 +1,24 @@
-"""The encoder as the official code writes it: whole maps, multiplied by the mask inside each convolution block.
+"""The model as the official code writes it: whole maps, multiplied by the mask inside each convolution block.
 
-What the sparse encoder is compared with, and what encodes whole images for downstream tasks. It reads the parameters of
-an ``Encoder`` and has none of its own. Letters: B images, C channels, H and W rows and columns of a stage's map.
+What the sparse form is compared with, and what encodes whole images for downstream tasks. It reads the parameters of
+encoders and decoders and has none of its own. Letters: B images, C channels, H and W rows and columns of a stage's map.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.blocks import ConvBlock, PatchEmbed, drop_path
+from model.blocks import ConvBlock, PatchEmbed, drop_path, run
+from model.decoder import Decoder
 from model.encoder import Encoder
 from model.masking import Mask
 from model.position import interpolated
+from model.vit import ViTEncoder
 
 
 class Features(NamedTuple):
@@ -35,24 +39,41 @@ class Features(NamedTuple):
 
 def features(encoder: Encoder, images: Tensor) -> Features:
     """Encode whole images, (B, 3, H, W), of any size that is a multiple of 16."""
-    x1 = _stage(encoder.patch_embed1, encoder.blocks1, images, None)
-    x2 = _stage(encoder.patch_embed2, encoder.blocks2, x1, None)
+    x1 = _stage1(encoder, images, None)
+    x2 = _stage2(encoder, x1, None)
     x3 = _stage3_input(encoder, x2)
     for block in encoder.blocks3:
-        x3 = block(x3)
+        x3 = run(block, x3, recompute="stage3" in encoder.recompute)
     return Features(x1, x2, x3.mT.reshape(*x3.mT.shape[:2], *(side // 2 for side in x2.shape[2:])))
 
 
-def encode(encoder: Encoder, images: Tensor, mask: Mask) -> Tensor:
-    """What ``encoder(images, mask.kept)`` returns, computed on whole maps."""
+def encode(encoder: Encoder | ViTEncoder, images: Tensor, mask: Mask) -> Tensor:
+    """What ``encoder(images, mask.kept)`` returns, computed for all patches."""
+    return _encode(encoder, images, mask) if isinstance(encoder, Encoder) else _encode_vit(encoder, images, mask)
+
+
+def decode(decoder: Decoder, latent: Tensor, visible: Tensor) -> Tensor:
+    """What ``decoder(latent, visible, None)`` returns, each block computed for all tokens of all images."""
+    ahead = decoder.class_tokens
+    places = functional.pad(visible + ahead, (ahead, 0))[..., None]
+    x = decoder.decoder_embed(latent)
+    hidden = decoder.mask_token.to(x.dtype).expand(x.shape[0], decoder.decoder_pos_embed.shape[1], -1)
+    x = hidden.scatter(1, places.expand_as(x), x) + decoder.decoder_pos_embed
+    for block in decoder.decoder_blocks:
+        x = block(x)
+    prediction: Tensor = decoder.decoder_pred(decoder.decoder_norm(x))
+    return prediction[:, ahead:]
+
+
+def _encode(encoder: Encoder, images: Tensor, mask: Mask) -> Tensor:
     visible = (1 - mask.mask).to(images.dtype).view(-1, 1, *encoder.config.noise_shape)
     if encoder.config.masking == "block":
         visible1, visible2 = (functional.interpolate(visible, scale_factor=scale) for scale in (4, 2))
-        x1 = _stage(encoder.patch_embed1, encoder.blocks1, images, visible1)
-        x2 = _stage(encoder.patch_embed2, encoder.blocks2, x1, visible2)
+        x1 = _stage1(encoder, images, visible1)
+        x2 = _stage2(encoder, x1, visible2)
     else:
-        x1 = _stage(encoder.patch_embed1, encoder.blocks1, images, visible) * visible
-        x2 = _stage(encoder.patch_embed2, encoder.blocks2, x1, None)
+        x1 = _stage1(encoder, images, visible) * visible
+        x2 = _stage2(encoder, x1, None)
     tokens = [_stage3_input(encoder, x2)]
     if encoder.config.fusion:
         fusions = ((encoder.stage1_output_decode, x1), (encoder.stage2_output_decode, x2))
@@ -68,11 +89,30 @@ def encode(encoder: Encoder, images: Tensor, mask: Mask) -> Tensor:
     return out
 
 
-def _stage(embed: PatchEmbed, blocks: nn.ModuleList, x: Tensor, visible: Tensor | None) -> Tensor:
+def _encode_vit(encoder: ViTEncoder, images: Tensor, mask: Mask) -> Tensor:
+    x = _convolve(encoder.patch_embed.proj, images).flatten(2).transpose(1, 2) + encoder.pos_embed[:, 1:]
+    x = x.take_along_dim(mask.kept[..., None], dim=1)
+    first = (encoder.cls_token + encoder.pos_embed[:, :1]).to(x.dtype)
+    x = torch.cat([first.expand(x.shape[0], -1, -1), x], dim=1)
+    for block in encoder.blocks:
+        x = block(x)
+    out: Tensor = encoder.norm(x)
+    return out
+
+
+def _stage1(encoder: Encoder, images: Tensor, visible: Tensor | None) -> Tensor:
+    return _stage(encoder.patch_embed1, encoder.blocks1, images, visible, "stage1" in encoder.recompute)
+
+
+def _stage2(encoder: Encoder, x1: Tensor, visible: Tensor | None) -> Tensor:
+    return _stage(encoder.patch_embed2, encoder.blocks2, x1, visible, "stage2" in encoder.recompute)
+
+
+def _stage(embed: PatchEmbed, blocks: nn.ModuleList, x: Tensor, visible: Tensor | None, recompute: bool) -> Tensor:
     x = _embed(embed, x)
     for block in blocks:
         assert isinstance(block, ConvBlock)
-        x = _block(block, x, visible)
+        x = run(partial(_block, block), x, visible, recompute=recompute)
     return x
 
 

@@ -8,22 +8,32 @@ convolution, none of which looks across patches, is a reshape and a matrix produ
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.blocks import TRANSFORMER_EPS, ConvBlock, PatchEmbed, TokenConv, TransformerBlock, initialise_linear
+from model.blocks import TRANSFORMER_EPS, ConvBlock, PatchEmbed, TokenConv, TransformerBlock, initialise_linear, run
 from model.config import CELL_PIXELS, PATCH_PIXELS, ConvMAEConfig
 from model.depthwise import surrounding_tokens
+from model.masking import all_patches
+from model.pixels import square_pixels
 from model.position import position_parameter
 
 
 class Encoder(nn.Module):
-    """Images and the positions that may be seen -> fused tokens. Parameter names are the official ones."""
+    """Images and the positions that may be seen -> fused tokens. Parameter names are the official ones.
 
-    def __init__(self, config: ConvMAEConfig) -> None:
+    Args:
+        config: The model's shape, with convolution stages.
+        recompute: Of ``stage1``, ``stage2``, ``stage3``, those whose blocks are computed again in the backward pass.
+    """
+
+    def __init__(self, config: ConvMAEConfig, recompute: Collection[str] = ()) -> None:
         super().__init__()
         self.config = config
+        self.recompute = frozenset(recompute)
         dim1, dim2, dim3 = config.embed_dim
         ratio1, ratio2, ratio3 = config.mlp_ratio
         depth1, depth2, depth3 = config.depth
@@ -57,8 +67,10 @@ class Encoder(nn.Module):
         if self.config.masking == "block":
             patches = kept
         else:
-            patches, x1_NC = self.all_patches(images), self._spread(x1_NC, kept)
-        x2_NC = self._conv_stage(self.blocks2, self.patch_embed2(x1_NC, 4), patches, self.config.grid, 2)
+            patches, x1_NC = all_patches(kept.shape[0], self.config.patches, kept.device), self._spread(x1_NC, kept)
+        x2_NC = self.patch_embed2(x1_NC, 4)
+        surroundings = surrounding_tokens(patches, self.config.grid, 2, self.config.kernel_size)
+        x2_NC = self._run("stage2", self.blocks2, x2_NC, surroundings)
         x3_BNC = self._stage3(x2_NC, patches)
         if self.config.fusion:
             fused = self.stage1_output_decode(x1_NC, 4) + self.stage2_output_decode(x2_NC, 2)
@@ -66,29 +78,22 @@ class Encoder(nn.Module):
         out: Tensor = self.norm(x3_BNC)
         return out
 
-    def all_patches(self, images: Tensor) -> Tensor:
-        """(B, L): every patch of every image, in raster order."""
-        return torch.arange(self.config.patches, device=images.device).expand(images.shape[0], -1)
-
     def _stage1(self, images: Tensor, kept: Tensor) -> Tensor:
         pixels = self.config.image_shape[0] // self.config.noise_shape[0]
-        x_NC = self.patch_embed1(_unit_pixels(images, kept, pixels), pixels)
-        return self._conv_stage(self.blocks1, x_NC, kept, self.config.noise_shape, pixels // CELL_PIXELS)
-
-    def _conv_stage(
-        self, blocks: nn.ModuleList, x_NC: Tensor, units: Tensor, grid: tuple[int, int], side: int
-    ) -> Tensor:
-        surroundings = surrounding_tokens(units, grid, side, self.config.kernel_size)
-        for block in blocks:
-            x_NC = block(x_NC, surroundings)
-        return x_NC
+        x_NC = self.patch_embed1(square_pixels(images, kept, pixels).flatten(0, 2), pixels)
+        side = pixels // CELL_PIXELS
+        surroundings = surrounding_tokens(kept, self.config.noise_shape, side, self.config.kernel_size)
+        return self._run("stage1", self.blocks1, x_NC, surroundings)
 
     def _stage3(self, x_NC: Tensor, patches: Tensor) -> Tensor:
         x_BNC: Tensor = self.patch_embed4(self.patch_embed3(x_NC, 2)).view(*patches.shape, -1)
         x_BNC = x_BNC + functional.embedding(patches, self.pos_embed[0])
-        for block in self.blocks3:
-            x_BNC = block(x_BNC)
-        return x_BNC
+        return self._run("stage3", self.blocks3, x_BNC)
+
+    def _run(self, stage: str, blocks: nn.ModuleList, x: Tensor, *args: Tensor) -> Tensor:
+        for block in blocks:
+            x = run(block, x, *args, recompute=stage in self.recompute)
+        return x
 
     def _spread(self, x_NC: Tensor, cells: Tensor) -> Tensor:
         """Random masking only: masked cells become zeros, so that stage 2 sees whole patches but no masked pixel."""
@@ -100,12 +105,3 @@ class Encoder(nn.Module):
         empty = x_NC.new_zeros(cells.shape[0] * self.config.patches * side**2, x_NC.shape[1])
         spread: Tensor = empty.index_copy(0, place.flatten(), x_NC)
         return spread
-
-
-def _unit_pixels(images: Tensor, units: Tensor, side: int) -> Tensor:
-    """The pixels of some squares of `side` pixels: (B, 3, H, W), (B, K) -> (B * K * side**2, 3)."""
-    B, _, H, W = images.shape
-    rows, columns = H // side, W // side
-    x = images.reshape(B, 3, rows, side, columns, side).permute(0, 2, 4, 3, 5, 1)  # a view: rows, columns, square
-    batch = torch.arange(B, device=images.device)[:, None]
-    return x[batch, units // columns, units % columns].reshape(-1, 3)

@@ -22,6 +22,11 @@ class Mask(NamedTuple):
     """(B, L) float32: 1 where masked, 0 where visible."""
 
 
+def all_patches(images: int, patches: int, device: torch.device) -> Tensor:
+    """(images, patches) int64: every patch of every image, in raster order."""
+    return torch.arange(patches, device=device).expand(images, -1)
+
+
 def draw_mask(noise: Tensor, kept: int) -> Mask:
     """Keep the patches with the smallest noise and mask the rest.
 

@@ -36,9 +36,30 @@ def _per_channel(values: Sequence[float], images: Tensor) -> Tensor:
 
 def patchify(images: Tensor) -> Tensor:
     """(B, 3, H, W) -> (B, L, 768)."""
+    return _squares(images, PATCH_PIXELS).flatten(3).flatten(1, 2)
+
+
+def square_pixels(images: Tensor, squares: Tensor, side: int) -> Tensor:
+    """The pixels of some squares of images.
+
+    Args:
+        images: (B, 3, H, W).
+        squares: (B, K) places in raster order.
+        side: Of a square, in pixels.
+
+    Returns:
+        (B, K, side**2, 3), by row and column.
+    """
+    x = _squares(images, side)
+    image = torch.arange(images.shape[0], device=images.device)[:, None]
+    return x[image, squares // x.shape[2], squares % x.shape[2]].flatten(2, 3)
+
+
+def _squares(images: Tensor, side: int) -> Tensor:
+    """A view: (B, 3, H, W) -> (B, H / side, W / side, side, side, 3)."""
     B, _, H, W = images.shape
-    x = images.reshape(B, 3, H // PATCH_PIXELS, PATCH_PIXELS, W // PATCH_PIXELS, PATCH_PIXELS)
-    return x.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+    x = images.reshape(B, 3, H // side, side, W // side, side)
+    return x.permute(0, 2, 4, 3, 5, 1)
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -10,7 +10,7 @@ from jobs.plan import IMAGENET, DatasetSize, recipe_json, recipe_lines
 from jobs.recipe import Recipe
 from jobs.recipes import named_recipe, recipe_names
 from model import ConvMAE
-from model.cost import flops_per_image
+from model.cost import flops
 from pipeline.errors import DatasetError, OrderError
 from pipeline.manifest import Manifest
 from pipeline.shard_table import ShardEntry, ShardTable
@@ -50,7 +50,8 @@ def test_the_plan_of_base_is_that_of_the_paper() -> None:
     assert fields["warm-up steps"] == f"{40 * 312:,}"
     assert fields["images per epoch"].startswith(f"{images:,} ({1_281_167 - images:,} rest")
     assert fields["bytes per epoch"] == f"{IMAGENET.bytes * images / IMAGENET.samples / 1e9:.0f} GB"
-    exaflops = flops_per_image(recipe.model).training * 1600 * images / 1e18
+    per_image = flops(recipe.model, recipe.micro_batch_size).training / recipe.micro_batch_size
+    exaflops = per_image * 1600 * images / 1e18
     assert fields["training FLOPs"] == f"{exaflops:.3f} EFLOP"
     assert "ImageNet" in fields["data set"]
 

@@ -3,9 +3,10 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from model import ConvMAE, ConvMAEConfig, ModelConfigError
-from model.config import LOSSES
+from model.config import LOSSES, PARTS
 
 SMALL = {"image_size": (64, 96), "embed_dim": (8, 12, 16), "num_heads": 2, "decoder_dim": 16, "decoder_num_heads": 2}
 VARIANTS = [
@@ -21,6 +22,10 @@ VARIANTS = [
     {"masking": "random"},
     {"masking": "random", "mask_ratio": 0.6, "loss": "l1", "fusion": False, "position": "learned"},
     {"masking": "random", "norm_pix": False, "kernel_size": 7, "depth": (2, 1, 1)},
+    {"decoder_depth": 1},
+    {"decoder_depth": 3, "mask_ratio": 0.04},
+    {"embed_dim": (0, 0, 16), "depth": (0, 0, 2), "fusion": False},
+    {"embed_dim": (0, 0, 16), "depth": (0, 0, 1), "fusion": False, "decoder_depth": 1, "position": "learned"},
 ]
 
 
@@ -49,6 +54,20 @@ def gradients(model: ConvMAE) -> dict[str, Tensor]:
     found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     assert all(gradient is not None for gradient in found.values())
     return found  # type: ignore[return-value]
+
+
+def kept_for_backward(model: ConvMAE, images: Tensor, noise: Tensor) -> tuple[Tensor, int]:
+    """The loss, and the bytes of activations that its graph holds."""
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = model(images, noise=noise).loss
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in kept}
+    return loss, sum(storages.values())
 
 
 def relative_error(value: Tensor, reference: Tensor) -> float:
@@ -135,6 +154,47 @@ def test_sparse_equals_dense_in_loss_mask_and_every_gradient(changes: dict[str, 
     expected = gradients(dense)
     errors = {name: relative_error(value, expected[name]) for name, value in gradients(sparse).items()}
     assert max(errors.values()) < 2e-5, errors
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("masking", ["block", "random"])
+def test_recomputing_a_part_changes_no_value_and_keeps_fewer_bytes(part: str, masking: str) -> None:
+    config = small(masking=masking, depth=(2, 2, 2), decoder_depth=2)
+    images, noise = batch(config)
+    plain, recomputing = seeded(config), ConvMAE(config, recompute=[part])
+    recomputing.load_state_dict(plain.state_dict())
+
+    (loss, many), (same_loss, few) = (kept_for_backward(model, images, noise) for model in (plain, recomputing))
+    loss.backward()
+    same_loss.backward()
+
+    assert loss.item() == same_loss.item()
+    expected = gradients(plain)
+    assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients(recomputing).items())
+    assert few < 0.95 * many
+
+
+def test_a_part_that_no_model_has_is_refused() -> None:
+    with pytest.raises(ModelConfigError, match=r"recompute: .*got 'stage4'; did you mean 'stage3'\?"):
+        ConvMAE(small(), recompute=["stage4"])
+
+
+@pytest.mark.parametrize("dense", [False, True])
+@pytest.mark.parametrize("masking", ["block", "random"])
+def test_with_nothing_hidden_all_is_predicted_and_the_loss_is_the_mean_over_nothing(masking: str, dense: bool) -> None:
+    config = small(mask_ratio=0.0, masking=masking)
+    images, noise = batch(config)
+    model = seeded(config, dense)
+
+    with torch.no_grad():
+        out = model(images, noise=noise)
+        prediction = model.reconstruct(images, noise=noise)
+        other = model.reconstruct(images, noise=1 - noise)
+
+    assert out.loss.isnan()
+    assert not out.mask.any()
+    assert torch.equal(prediction, other)
+    assert prediction.shape == (3, 24, 768)
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)

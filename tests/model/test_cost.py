@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model import ConvMAE, ConvMAEConfig
 from model.config import PRESETS
-from model.cost import flops_per_image, parameters
+from model.cost import flops, parameters
 
 CONFIGS = [
     ConvMAEConfig(),
@@ -16,6 +16,8 @@ CONFIGS = [
     ConvMAEConfig(masking="random", image_size=96, position="none"),
     ConvMAEConfig.preset("tiny"),
     ConvMAEConfig.preset("base"),
+    ConvMAEConfig.preset("mae_base"),
+    ConvMAEConfig(embed_dim=(0, 0, 32), depth=(0, 0, 2), fusion=False, image_size=(64, 96), decoder_depth=1),
 ]
 
 
@@ -43,28 +45,30 @@ def counted(config: ConvMAEConfig, size: int) -> tuple[dict[str, int], int]:
 def of_modules(forward: dict[str, int], *prefixes: str) -> int:
     """Flops of direct children of encoder or decoder; deeper modules are already in them, blocks are lists without."""
     wanted = 0
-    for name, flops in forward.items():
+    for name, count in forward.items():
         part, _, child = name.removeprefix("ConvMAE.").partition(".")
         is_block = child.count(".") == 1 and "blocks" in child
         if part in ("encoder", "decoder") and child.split(".")[0] in prefixes and ("." not in child or is_block):
-            wanted += flops
+            wanted += count
     return wanted
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.embed_dim[2]}-{config.masking}")
 def test_flops_are_exactly_those_that_pytorch_counts(config: ConvMAEConfig) -> None:
-    size = 2
-    cost = flops_per_image(config)
+    size = 3
+    cost = flops(config, size)
 
     forward, total = counted(config, size)
 
-    assert of_modules(forward, "patch_embed1", "blocks1") == size * cost.forward.stage1
-    assert of_modules(forward, "patch_embed2", "blocks2") == size * cost.forward.stage2
-    assert of_modules(forward, "patch_embed3", "patch_embed4", "blocks3") == size * cost.forward.stage3
-    assert of_modules(forward, "stage1_output_decode", "stage2_output_decode") == size * cost.forward.fusion
-    assert of_modules(forward, "decoder_embed", "decoder_blocks", "decoder_pred") == size * cost.forward.decoder
-    assert forward["Global"] == size * cost.forward.total
-    assert total == size * cost.training
+    assert of_modules(forward, "patch_embed1", "blocks1") == cost.forward.stage1
+    assert of_modules(forward, "patch_embed2", "blocks2") == cost.forward.stage2
+    assert (
+        of_modules(forward, "patch_embed", "patch_embed3", "patch_embed4", "blocks3", "blocks") == cost.forward.stage3
+    )
+    assert of_modules(forward, "stage1_output_decode", "stage2_output_decode") == cost.forward.fusion
+    assert forward["ConvMAE.decoder"] == cost.forward.decoder
+    assert forward["Global"] == cost.forward.total
+    assert total == cost.training
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -89,10 +93,10 @@ def test_masked_patches_cost_nothing_in_the_convolution_stages() -> None:
     sparse, nearly_dense = (ConvMAEConfig.preset("base", mask_ratio=ratio) for ratio in (0.75, 0.006))
     kept_fraction = sparse.kept / nearly_dense.kept
 
-    few, many = flops_per_image(sparse), flops_per_image(nearly_dense)
+    few, many = flops(sparse, 1), flops(nearly_dense, 1)
 
     assert sparse.kept * 4 == sparse.patches
     for name in ("stage1", "stage2", "fusion"):
         for direction in ("forward", "backward"):
-            cost, whole = (getattr(getattr(flops, direction), name) for flops in (few, many))
+            cost, whole = (getattr(getattr(of, direction), name) for of in (few, many))
             assert cost == pytest.approx(whole * kept_fraction)

@@ -1,0 +1,69 @@
+"""The encoder of MAE (He et al. 2022, arXiv:2111.06377), the baseline that the paper compares with: a plain ViT.
+
+Letters: B images, K visible patches of an image, C channels.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model.blocks import TRANSFORMER_EPS, TokenConv, TransformerBlock, initialise_linear, run
+from model.config import PATCH_PIXELS, ConvMAEConfig
+from model.pixels import square_pixels
+from model.position import position_parameter
+
+
+class PixelEmbed(nn.Module):
+    """Patches of pixels to tokens, without norm."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.proj = TokenConv(3, dim, PATCH_PIXELS)
+        nn.init.xavier_uniform_(self.proj.weight.flatten(1))
+
+    def forward(self, images: Tensor, patches: Tensor) -> Tensor:
+        """(B, 3, H, W), (B, K) -> (B, K, C)."""
+        x_NC: Tensor = self.proj(square_pixels(images, patches, PATCH_PIXELS).flatten(0, 2), PATCH_PIXELS)
+        return x_NC.view(*patches.shape, -1)
+
+
+class ViTEncoder(nn.Module):
+    """Images and the patches that may be seen -> tokens. Parameter names are those of models_mae.py.
+
+    Args:
+        config: The model's shape, without convolution stages.
+        recompute: Whether blocks are computed again in the backward pass, to save memory.
+    """
+
+    def __init__(self, config: ConvMAEConfig, recompute: bool = False) -> None:
+        super().__init__()
+        dim = config.embed_dim[2]
+        self.recompute = recompute
+        self.patch_embed = PixelEmbed(dim)
+        self.cls_token = nn.Parameter(nn.init.normal_(torch.empty(1, 1, dim), std=0.02))
+        self.pos_embed = position_parameter(config.position, dim, config.grid, config.class_tokens)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(dim, config.num_heads, config.mlp_ratio[2]) for _ in range(config.depth[2])
+        )
+        self.norm = nn.LayerNorm(dim, eps=TRANSFORMER_EPS)
+        self.apply(initialise_linear)
+
+    def forward(self, images: Tensor, kept: Tensor) -> Tensor:
+        """Encode what is visible.
+
+        Args:
+            images: (B, 3, H, W), normalised.
+            kept: (B, K) visible patches.
+
+        Returns:
+            (B, 1 + K, C): the class token, then patches in the order of kept.
+        """
+        x_BKC = self.patch_embed(images, kept) + functional.embedding(kept + 1, self.pos_embed[0])
+        class_B1C = (self.cls_token + self.pos_embed[:, :1]).expand(kept.shape[0], -1, -1)
+        x_BKC = torch.cat([class_B1C.to(x_BKC.dtype), x_BKC], dim=1)
+        for block in self.blocks:
+            x_BKC = run(block, x_BKC, recompute=self.recompute)
+        out: Tensor = self.norm(x_BKC)
+        return out
