@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from jobs.recipe import Recipe
+from model import ConvMAE
 
 if TYPE_CHECKING:
     import deepspeed
@@ -48,6 +49,15 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     plain_ids = {id(parameter) for parameter in plain}
     decayed = [parameter for _, parameter in trained if id(parameter) not in plain_ids]
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def build_model(recipe: Recipe) -> ConvMAE:
+    """The recipe's model, freshly initialised from its seed; recomputed and compiled as it says."""
+    torch.manual_seed(recipe.seed)
+    model = ConvMAE(recipe.model, recompute=recipe.recompute)
+    if recipe.compile:
+        model.compile()
+    return model
 
 
 def build_engine(

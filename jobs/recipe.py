@@ -31,6 +31,8 @@ PLACEMENT_FIELDS = frozenset(
         "min_workers",
         "max_workers",
         "micro_batch_size",
+        "recompute",
+        "compile",
         "checkpoint_every_steps",
         "keep_checkpoints",
         "cpus_per_worker",
@@ -113,6 +115,10 @@ class Recipe(BaseModel):
     """Of weights and activations in the model; masters and moments are always fp32."""
     zero_stage: Literal[1, 2, 3] = 1
     """What DeepSpeed shards over ranks: optimizer state | + gradients | + parameters."""
+    recompute: tuple[Literal["stage1", "stage2", "stage3", "decoder"], ...] = ()
+    """Parts whose activations are computed again in the backward pass: less memory, more time, the same values."""
+    compile: bool = False
+    """Compile the model with torch.compile: minutes at each start, then fewer passes over memory. Not with ZeRO 3."""
     device: Literal["cpu", "cuda"] = "cuda"
     """Where workers train: `cuda` takes one GPU each and NCCL, `cpu` takes gloo."""
     min_workers: int = Field(default=1, gt=0)
@@ -174,6 +180,9 @@ class Recipe(BaseModel):
         if self.model.kept == self.model.mask_patches:
             rule = f"must hide at least one of {self.model.mask_patches} patches, else there is no loss to train with"
             raise RecipeError("model.mask_ratio", rule, self.model.mask_ratio, "the paper uses 0.75")
+        if self.compile and self.zero_stage == 3:
+            rule = "must be false with zero_stage = 3, which gathers parameters between operations"
+            raise RecipeError("compile", rule, self.compile, "set compile=false or zero_stage=2")
         if self.warmup_epochs >= self.epochs:
             remedy = f"set warmup_epochs={self.epochs / 10:g}, a tenth of the epochs, or train longer"
             raise RecipeError("warmup_epochs", f"must be below epochs = {self.epochs}", self.warmup_epochs, remedy)
@@ -203,8 +212,9 @@ class Recipe(BaseModel):
                 raise unknown_key(key, [*cls.model_fields, "model.<field>"])
         # Tuples are lists in JSON and TOML, and an integer is a fine float: strict mode would refuse both.
         values = dict(fields)
-        if isinstance(values.get("milestone_epochs"), list):
-            values["milestone_epochs"] = tuple(values["milestone_epochs"])
+        for key in ("milestone_epochs", "recompute"):
+            if isinstance(values.get(key), list):
+                values[key] = tuple(values[key])
         try:
             return cls(**values)
         except ValidationError as error:

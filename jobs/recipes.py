@@ -11,6 +11,7 @@ global batch 4096 over 40 epochs of warm-up and a half-cosine, mask ratio 75 %.
 | convmae_base_official | MSE, normalised pixels  | 1600            | as released                                   |
 | convmae_base_<E>      | L1 on pixels            | 200 / 400 / 800 | lower with fewer epochs (the epoch ablation)  |
 | convmae_<size>        | L1 on pixels            | 1600            |                                               |
+| mae_base              | MSE, normalised pixels  | 1600            | 83.6 % (MAE-Base, the baseline)               |
 | tiny                  | L1 on pixels            | 40              | the demonstration: minutes on two CPU cores   |
 
 Submit one with `convmae submit convmae_base data=s3://bucket/imagenet run_root=s3://bucket/runs max_workers=64`.
@@ -73,6 +74,8 @@ def _build() -> dict[str, Recipe]:
         recipes.append(_imagenet(f"convmae_{size}", size))
     official = ConvMAEConfig.preset("base", loss="mse", norm_pix=True)
     recipes.append(_imagenet("convmae_base_official", "base", model=official))
+    baseline = ConvMAEConfig.preset("mae_base", loss="mse", norm_pix=True)
+    recipes.append(_imagenet("mae_base", "base", model=baseline))
     for epochs in SHORTER_EPOCHS:
         recipes.append(_imagenet(f"convmae_base_{epochs}", "base", epochs=epochs))
     return {recipe.name: recipe for recipe in recipes}

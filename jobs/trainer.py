@@ -23,14 +23,13 @@ import torch.distributed as dist
 
 from jobs import checkpoint
 from jobs.checkpoint import Commit
-from jobs.engine import build_engine, initialize_deepspeed, set_learning_rate
+from jobs.engine import build_engine, build_model, initialize_deepspeed, set_learning_rate
 from jobs.errors import CheckpointError
 from jobs.recipe import Recipe
 from jobs.run_directory import RunDirectory
 from jobs.schedule import Schedule, micro_batches
 from jobs.step_reading import RankReading, StepReading, from_words, word_count
 from jobs.zero_state import ZeroState, read_zero_state, restore_optimizer
-from model import ConvMAE
 from model.noise import mask_noise
 from model.pixels import normalise
 from pipeline.batch import Batch
@@ -306,8 +305,7 @@ class Trainer:
         return number[0]
 
     def _restored_engine(self, commit: Commit | None) -> deepspeed.DeepSpeedEngine:
-        torch.manual_seed(self.recipe.seed)
-        model = ConvMAE(self.recipe.model)
+        model = build_model(self.recipe)
         with checkpoint.scratch_folder() as scratch:
             state: ZeroState | None = None
             if commit:

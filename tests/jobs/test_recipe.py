@@ -34,6 +34,8 @@ OTHER_VALUES: dict[str, Any] = {
     "seed": 1,
     "precision": "bf16",
     "zero_stage": 2,
+    "recompute": ["stage1", "decoder"],
+    "compile": True,
     "device": "cuda",
     "min_workers": 2,
     "max_workers": 4,
@@ -65,6 +67,7 @@ def test_every_field_has_another_value_below() -> None:
 
 def test_resuming_may_change_how_a_run_executes_and_nothing_else() -> None:
     workers = {"min_workers", "max_workers", "cpus_per_worker", "loader_threads", "micro_batch_size"}
+    computing = {"recompute", "compile"}
     saving = {"checkpoint_every_steps", "keep_checkpoints"}
     watching = {"max_restarts_without_progress", "metrics_port"}
 
@@ -77,7 +80,7 @@ def test_resuming_may_change_how_a_run_executes_and_nothing_else() -> None:
         "stall_seconds",
     }
 
-    assert workers | saving | watching | reading | {"run_root", "max_steps"} == PLACEMENT_FIELDS
+    assert workers | computing | saving | watching | reading | {"run_root", "max_steps"} == PLACEMENT_FIELDS
     assert set(Recipe.model_fields) >= PLACEMENT_FIELDS
 
 
@@ -121,6 +124,9 @@ def test_a_recipe_cannot_be_changed() -> None:
         ({"max_workers": 9}, "max_workers", "at most lanes = 8", 9, "raise lanes (a divisor of 64)"),
         ({"min_workers": 3}, "min_workers", "at most max_workers = 2", 3, "max_workers=3"),
         ({"warmup_epochs": 40}, "warmup_epochs", "below epochs = 40", 40.0, "warmup_epochs=4,"),
+        ({"model.mask_ratio": 0.0}, "model.mask_ratio", "must hide at least one of 64 patches", 0.0, "0.75"),
+        ({"compile": True, "zero_stage": 3}, "compile", "false with zero_stage = 3", True, "zero_stage=2"),
+        ({"recompute": ["stage4"]}, "recompute", "'stage1', 'stage2', 'stage3' or 'decoder'", "stage4", "recompute="),
         ({"epochs": 0}, "epochs", "greater than 0", 0, "epochs=<int>"),
         ({"seed": -1}, "seed", "greater than or equal to 0", -1, "seed=<int>"),
         ({"metrics_port": 65536}, "metrics_port", "less than or equal to 65535", 65536, "metrics_port=<int>"),

@@ -13,7 +13,7 @@ def test_the_promised_names_exist() -> None:
     sizes = {f"convmae_{size}" for size in ("small", "base", "large", "huge")}
     shorter = {f"convmae_base_{epochs}" for epochs in (200, 400, 800)}
 
-    assert set(recipe_names()) == {"tiny", "convmae_base_official"} | sizes | shorter
+    assert set(recipe_names()) == {"tiny", "convmae_base_official", "mae_base"} | sizes | shorter
     assert all(named_recipe(name).name == name for name in recipe_names())
 
 
@@ -30,6 +30,13 @@ def test_official_differs_from_base_in_its_loss_alone() -> None:
 
     assert (official.model.loss, official.model.norm_pix) == ("mse", True)
     assert official.amended({"name": base.name, "model.loss": "l1", "model.norm_pix": False}) == base
+
+
+def test_the_baseline_differs_from_official_in_the_model_alone() -> None:
+    official, baseline = named_recipe("convmae_base_official"), named_recipe("mae_base")
+
+    assert baseline.model == ConvMAEConfig.preset("mae_base", loss="mse", norm_pix=True)
+    assert baseline.to_json() | {"name": "", "model": {}} == official.to_json() | {"name": "", "model": {}}
 
 
 @pytest.mark.parametrize("epochs", [200, 400, 800])

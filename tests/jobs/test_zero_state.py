@@ -24,6 +24,7 @@ from jobs.recipe import Recipe
 from jobs.recipes import named_recipe
 from jobs.zero_state import MASTER, MOMENTS, ZeroState, read_zero_state
 from model import ConvMAE
+from model.config import PARTS
 
 WORKER = Path(__file__).with_name("zero_worker.py")
 PROJECT = Path(jobs.__file__).parent.parent
@@ -207,6 +208,34 @@ def test_a_checkpoint_resumes_exactly_at_another_world_size(runs: Runs, stage: i
         moved = distance(run.next_state.tensors[kind], run.state.tensors[kind])
         assert distance(continued.tensors[kind], run.next_state.tensors[kind]) < rtol * moved
     assert continued.optimizer_step == 3
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_recomputing_every_part_trains_the_same_weights(runs: Runs, stage: int) -> None:
+    recomputing = recipe(stage).amended({"recompute": list(PARTS)})
+
+    losses = runs.group(2).train(recomputing, ["train"] * 3)
+
+    assert losses == saved(runs, 2, stage).losses
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)  # compiling takes minutes
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_compiled_model_trains_the_same_weights(runs: Runs, stage: int) -> None:
+    losses = runs.group(2).train(recipe(stage).amended({"compile": True}), ["train"] * 3)
+
+    assert losses == pytest.approx(saved(runs, 2, stage).losses, rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_mae_trains_the_same_at_every_stage_and_world_size(runs: Runs, stage: int) -> None:
+    model = {"model.embed_dim": [0, 0, 192], "model.depth": [0, 0, 1], "model.fusion": False}
+
+    reference = runs.group(1).train(recipe(1).amended(model), ["train"] * 2)
+    losses = runs.group(3).train(recipe(stage).amended(model), ["train"] * 2)
+
+    assert losses == pytest.approx(reference, rel=1e-6)
 
 
 @pytest.mark.parametrize("stage", STAGES)

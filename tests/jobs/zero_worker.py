@@ -15,11 +15,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from jobs.engine import build_engine, initialize_deepspeed, set_learning_rate
+from jobs.engine import build_engine, build_model, initialize_deepspeed, set_learning_rate
 from jobs.recipe import Recipe
 from jobs.schedule import micro_batches
 from jobs.zero_state import read_zero_state, restore_optimizer
-from model import ConvMAE
 from model.noise import mask_noise
 
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -50,8 +49,7 @@ def train_step(engine: Any, recipe: Recipe, step: int) -> float:
 
 def run(case: dict[str, Any]) -> list[float]:
     recipe = Recipe.from_json(case["recipe"])
-    torch.manual_seed(recipe.seed)
-    model = ConvMAE(recipe.model)
+    model = build_model(recipe)
     state = read_zero_state(Path(case["resume"])) if case["resume"] else None
     if state:
         model.load_state_dict(state.weights(), strict=True)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from model_traffic import convolution_backward_flops
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -21,20 +22,12 @@ CONFIGS = [
 ]
 
 
-def depthwise_backward(
-    grad_shape: list[int], x_shape: list[int], weight_shape: list[int], *_: object, **__: object
-) -> int:
-    """PyTorch's formula counts a grouped convolution's weight gradient as if it had one group."""
-    grad = torch.Size(grad_shape)
-    return 2 * (2 * grad.numel() * torch.Size(weight_shape[1:]).numel())
-
-
 def counted(config: ConvMAEConfig, size: int) -> tuple[dict[str, int], int]:
     """Per module forward, and in total forward and backward, by PyTorch's counter on tensors without values."""
     with torch.device("meta"):
         model = ConvMAE(config)
         images, noise = torch.empty(size, 3, *config.image_shape), torch.empty(size, config.mask_patches)
-    mapping = {torch.ops.aten.convolution_backward: depthwise_backward}
+    mapping = {torch.ops.aten.convolution_backward: convolution_backward_flops}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         loss = model(images, noise=noise).loss
         forward = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
