@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain down fix check test test-slow bench-plan
+.PHONY: help install pretrain down fix check test test-slow bench-plan bench-model
 
 help:  ## Show these lines
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,10 @@ test: check  ## Checks, then all tests but the slow ones
 
 test-slow: $(INSTALLED)  ## The tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+bench-model: $(INSTALLED)  ## Forward and backward of the model, against its dense reference and MAE; operations and bytes
+	$(BIN)/python benchmarks/model_traffic.py
+	$(BIN)/python benchmarks/bench_model.py
 
 bench-plan: $(INSTALLED)  ## What a plan over 2,000,000,000 samples costs
 	$(BIN)/python benchmarks/bench_plan.py

@@ -35,15 +35,21 @@ PARTS = {
     "fusion": ("stage1_output_decode", "stage2_output_decode"),
 }
 """Children of the encoder that make up a part."""
+_PRODUCTS = ("aten.mm.", "aten.addmm.", "aten.bmm.", "aten.convolution", "scaled_dot_product")
 _NO_KERNEL = frozenset({torch.ops.aten.empty.memory_format, torch.ops.aten._unsafe_view.default})
 
 
 class ByteCounter(TorchDispatchMode):
-    """Counts what the kernels inside it read and write, by part of the model that is at work."""
+    """Counts what the kernels inside it read and write, by part of the model that is at work.
+
+    Matrix products, convolutions and attention apart from all else: these are bound by arithmetic where they are
+    large, the others by memory.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes: Counter[str] = Counter()
+        self.products: Counter[str] = Counter()
+        self.others: Counter[str] = Counter()
         self._tracker = ModuleTracker()
         self._marker = _NodeMarker(self._tracker)
 
@@ -65,7 +71,8 @@ class ByteCounter(TorchDispatchMode):
             tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
             node = torch._C._current_autograd_node()
             part = node.metadata.get("part", "rest") if node else part_of(self._tracker.parents)
-            self.bytes[part] += sum(map(_stored_bytes, tensors))
+            counter = self.products if any(word in str(func) for word in _PRODUCTS) else self.others
+            counter[part] += sum(map(_stored_bytes, tensors))
         return out
 
 
@@ -105,7 +112,7 @@ def _stored_bytes(tensor: Tensor) -> int:
     return torch.Size(shape).numel() * tensor.element_size()
 
 
-def bytes_by_part(config: ConvMAEConfig, images: int, dense: bool, dtype: torch.dtype) -> Counter[str]:
+def count_bytes(config: ConvMAEConfig, images: int, dense: bool, dtype: torch.dtype) -> ByteCounter:
     """What one forward and backward pass reads and writes.
 
     Args:
@@ -122,7 +129,7 @@ def bytes_by_part(config: ConvMAEConfig, images: int, dense: bool, dtype: torch.
         batch, noise = torch.empty(images, 3, *config.image_shape), torch.empty(images, config.mask_patches)
         with ByteCounter() as counter:
             functional_call(model, parameters, (batch,), {"noise": noise}).loss.backward()
-    return counter.bytes
+    return counter
 
 
 def dense_flops(config: ConvMAEConfig, images: int) -> int:
@@ -150,25 +157,25 @@ def main() -> None:
     parser.add_argument("--preset", default="base", choices=list(PRESETS))
     parser.add_argument("--images", type=int, default=64, help="in a micro-batch")
     options = parser.parse_args()
-    images = options.images
+    images, half = options.images, torch.bfloat16
+    config, mae = ConvMAEConfig.preset(options.preset), ConvMAEConfig.preset("mae_base")
+    cost, moved = flops(config, images), count_bytes(config, images, False, half)
     print(f"{options.preset}, forward and backward, bf16, per image of a micro-batch of {images}")
-    print(f"{'':24}{'GFLOP':>8}{'MB':>8}{'FLOP/byte':>11}")
-    rows: dict[str, tuple[float, float]] = {}
-    config = ConvMAEConfig.preset(options.preset)
-    cost, moved = flops(config, images), bytes_by_part(config, images, False, torch.bfloat16)
+    print(f"{'':24}{'GFLOP':>8}{'MB, products':>14}{'MB, all else':>14}")
     for part in (*PARTS, "decoder"):
-        rows[part] = (getattr(cost.forward, part) + getattr(cost.backward, part), moved[part])
-    rows["masks, loss, the rest"] = (0, moved["rest"])
-    rows["all"] = (cost.training, moved.total())
-    rows["dense reference"] = (
-        dense_flops(config, images),
-        bytes_by_part(config, images, True, torch.bfloat16).total(),
+        print_row(part, getattr(cost.forward, part) + getattr(cost.backward, part), moved, images, part)
+    print_row("masks, loss, the rest", 0, moved, images, "rest")
+    print_row("all", cost.training, moved, images)
+    print_row("dense reference", dense_flops(config, images), count_bytes(config, images, True, half), images)
+    print_row("mae_base", flops(mae, images).training, count_bytes(mae, images, False, half), images)
+
+
+def print_row(name: str, operations: int, counted: ByteCounter, images: int, part: str | None = None) -> None:
+    """One line of the table; without a part, of all of them."""
+    products, others = (
+        (counter[part] if part else counter.total()) / images / 1e6 for counter in (counted.products, counted.others)
     )
-    mae = ConvMAEConfig.preset("mae_base")
-    rows["mae_base"] = (flops(mae, images).training, bytes_by_part(mae, images, False, torch.bfloat16).total())
-    for name, (operations, touched) in rows.items():
-        per_byte = operations / touched if touched else 0
-        print(f"{name:24}{operations / images / 1e9:8.2f}{touched / images / 1e6:8.0f}{per_byte:11.0f}")
+    print(f"{name:24}{operations / images / 1e9:8.2f}{products:14.0f}{others:14.0f}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The one file that speaks DeepSpeed's configuration: recipe in, engine out.
 
-The same lines build the engine on CPU (gloo) and on GPU (NCCL); only the device and its fused AdamW differ.
+The same lines build the engine on CPU (gloo) and on GPU (NCCL); only the device differs.
 """
 
 from __future__ import annotations
@@ -70,10 +70,8 @@ def build_engine(
     """
     import deepspeed
 
-    on_gpu = recipe.device == "cuda"
-    optimizer = torch.optim.AdamW(
-        parameter_groups(model, recipe.weight_decay), lr=recipe.learning_rate, betas=ADAM_BETAS, fused=on_gpu
-    )
+    groups = parameter_groups(model, recipe.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=ADAM_BETAS, fused=True)
     config = {
         # Only the ratio of these three matters to DeepSpeed: micro-batches of unequal size are ours to weight.
         "train_micro_batch_size_per_gpu": recipe.micro_batch_size,

@@ -18,7 +18,8 @@ from model import dense
 from model.config import PARTS, PATCH_PIXELS, ConvMAEConfig, check_choice
 from model.dense import Features
 from model.encoder import Encoder
-from model.errors import ModelConfigError, WeightsError
+from model.errors import ModelConfigError
+from model.weights import check_names
 
 _NOT_OF_THE_MAPS = (
     *("decoder_", "mask_token", "stage1_output_decode.", "stage2_output_decode.", "norm."),
@@ -83,26 +84,13 @@ class Backbone(nn.Module):
         """Take the weights of a pretrained model.
 
         Args:
-            state: A consolidated checkpoint's tensors, ``ConvMAE(...).state_dict()``, or an official state dict. What
-                belongs to the decoder is left out.
+            state: A consolidated checkpoint's tensors, ``ConvMAE(...).state_dict()``, or an official state dict, also
+                of a fine-tuned classifier. What belongs to the decoder or to a head is left out.
 
         Raises:
             WeightsError: If a name of the encoder is missing, a name is unknown or a shape differs; lists all of them.
         """
         given = {name.removeprefix("encoder.").removeprefix("decoder."): value for name, value in state.items()}
         wanted = self.encoder.state_dict()
-        faults = [f"missing {name}" for name in wanted if name not in given]
-        faults += [f"unexpected {name}" for name in given if name not in wanted and not _is_left_out(name)]
-        faults += [
-            f"{name} has shape {tuple(given[name].shape)} where the model has {tuple(tensor.shape)}"
-            for name, tensor in wanted.items()
-            if name in given and given[name].shape != tensor.shape
-        ]
-        if faults:
-            remedy = "use the configuration, with the image size, that the weights were made with"
-            raise WeightsError("state_dict", "must hold the encoder of this model", faults, remedy)
+        check_names(given, wanted, _NOT_OF_THE_MAPS)
         self.encoder.load_state_dict({name: given[name] for name in wanted})
-
-
-def _is_left_out(name: str) -> bool:
-    return name.startswith(_NOT_OF_THE_MAPS)

@@ -148,7 +148,7 @@ class Attention(nn.Module):
         return out
 
     def _heads(self, x_BNC: Tensor) -> Tensor:
-        return x_BNC.unflatten(-1, (self.num_heads, x_BNC.shape[-1] // self.num_heads)).transpose(1, 2)
+        return x_BNC.view(*x_BNC.shape[:2], self.num_heads, x_BNC.shape[2] // self.num_heads).transpose(1, 2)
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:

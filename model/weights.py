@@ -6,6 +6,7 @@ Ours are ``encoder.<name>`` and ``decoder.<name>``; the official ones are ``<nam
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor
 
@@ -28,14 +29,31 @@ def from_official(official: Mapping[str, Tensor], ours: Mapping[str, Tensor]) ->
         WeightsError: If a name is missing or unexpected or a shape differs; its value lists all of them.
     """
     expected = to_official(ours)
-    faults = [f"missing {name}" for name in expected if name not in official]
-    faults += [f"unexpected {name}" for name in official if name not in expected]
-    faults += [
-        f"{name} has shape {tuple(official[name].shape)} where the model has {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in official and official[name].shape != tensor.shape
-    ]
-    if faults:
-        remedy = "use the configuration that the weights were made with"
-        raise WeightsError("state_dict", "must have the names and shapes of this model", faults, remedy)
+    check_names(official, expected)
     return {name: official[short] for name, short in zip(ours, expected, strict=True)}
+
+
+def check_names(given: Mapping[str, Any], expected: Mapping[str, Tensor], left_out: tuple[str, ...] = ()) -> None:
+    """Compare a state dict with the one that it shall replace.
+
+    Args:
+        given: Weights by name.
+        expected: Those of the model.
+        left_out: Beginnings of names that may be given beyond those.
+
+    Raises:
+        WeightsError: If a name is missing or unexpected or a shape differs; its value lists all of them.
+    """
+    faults = [f"missing {name}" for name in expected if name not in given]
+    faults += [f"unexpected {name}" for name in given if name not in expected and not name.startswith(left_out)]
+    faults += [
+        f"{name} has shape {tuple(given[name].shape)} where the model has {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in given and given[name].shape != tensor.shape
+    ]
+    if not faults:
+        return
+    remedy = "use the configuration, with the image size, that the weights were made with"
+    if isinstance(given.get("model"), Mapping):
+        remedy = 'this is a whole training checkpoint: give its "model"'
+    raise WeightsError("state_dict", "must have the names and shapes of this model", faults, remedy)

@@ -126,6 +126,15 @@ def test_a_dropped_branch_is_zero_for_some_images_and_scaled_for_the_others() ->
     torch.testing.assert_close(change[~dropped], 2 * branch[~dropped], rtol=1e-4, atol=1e-5)
 
 
+def test_the_head_of_a_fine_tuned_classifier_is_left_out() -> None:
+    state = pretrained().official_state_dict() | {"head.weight": torch.zeros(9, 16), "fc_norm.bias": torch.zeros(16)}
+    backbone = Backbone(SMALL)
+
+    backbone.load(state)
+
+    assert torch.equal(backbone.encoder.patch_embed1.proj.weight, state["patch_embed1.proj.weight"])
+
+
 def test_weights_of_another_architecture_are_refused_with_every_name() -> None:
     state = pretrained(dataclasses.replace(SMALL, depth=(1, 1, 3), kernel_size=7)).official_state_dict()
 

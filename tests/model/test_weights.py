@@ -53,6 +53,11 @@ def test_every_missing_unexpected_and_misshapen_name_is_listed_and_nothing_is_lo
         assert torch.equal(value, before[name]), name
 
 
+def test_a_whole_training_checkpoint_is_refused_with_what_to_give(official_weights: dict[str, Tensor]) -> None:
+    with pytest.raises(WeightsError, match=r'unexpected model.*give its "model"'):
+        ConvMAE(ConvMAEConfig()).load_official({"model": official_weights, "epoch": 1600})  # type: ignore[dict-item]
+
+
 def test_a_model_without_fusion_refuses_weights_with_it(official_weights: dict[str, Tensor]) -> None:
     with pytest.raises(WeightsError, match=r"unexpected stage1_output_decode\.weight"):
         ConvMAE(ConvMAEConfig(fusion=False)).load_official(official_weights)
