@@ -65,10 +65,19 @@ def test_an_image_larger_than_a_shard_has_one_for_itself() -> None:
     assert [len(task.sources) for task in plan] == [1] * 5
 
 
-@pytest.mark.parametrize("options", [{}, {"samples_per_shard": 5, "shard_bytes": 5}, {"samples_per_shard": 0}])
-def test_shards_without_one_size_are_refused(options: dict[str, int]) -> None:
-    with pytest.raises(SourceError, match="shard size"):
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({}, "shard size"),
+        ({"samples_per_shard": 5, "shard_bytes": 5}, "shard size"),
+        ({"samples_per_shard": 0}, "samples_per_shard"),
+        ({"shard_bytes": 0}, "shard_bytes"),
+    ],
+)
+def test_shards_without_one_size_are_refused(options: dict[str, int], field: str) -> None:
+    with pytest.raises(SourceError) as caught:
         Sharding(**options)
+    assert caught.value.field == field
 
 
 def test_every_option_makes_another_data_set() -> None:
