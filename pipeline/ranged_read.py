@@ -21,7 +21,10 @@ _BEHIND_THE_END = 416
 
 
 class RangedRead:
-    """A range of an S3 object that is being read; each attempt goes on where the one before broke off. Used by one thread."""
+    """A range of an S3 object that is being read; each attempt goes on where the one before broke off.
+
+    Used by one thread.
+    """
 
     def __init__(self, start: int, length: int, etag: str | None) -> None:
         """Decide what to read; does no I/O.

@@ -11,7 +11,6 @@ import difflib
 import functools
 import os
 import shutil
-import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from fsspec.registry import known_implementations
 
 from pipeline import faults
 from pipeline.errors import StorageError
+from pipeline.local_files import local_files
 from pipeline.ranged_read import HttpRangedRead, RangedRead
 from pipeline.throttle import Throttle
 
@@ -178,7 +178,7 @@ class Storage:
         do not count.
         """
         if is_local(url):
-            return self._call(url, lambda _, path: dict(sorted(_local_files(path))))
+            return self._call(url, lambda _, path: dict(sorted(local_files(path))))
         found = self._call(url, lambda fs, path: fs.find(path, detail=True))
         root = _path(url).rstrip("/") + "/"
         return {path.removeprefix(root): int(info["size"] or 0) for path, info in sorted(found.items())}
@@ -327,34 +327,6 @@ def _ranged(filesystem: Any, path: str, start: int, end: int | None) -> bytes:
         if faults.http_code(error) == "InvalidRange":  # S3's answer for a range behind the end
             return b""
         raise
-
-
-def _local_files(root: str) -> Iterator[tuple[str, int]]:
-    """Relative path and bytes of every file in a folder; fsspec's own walk passes over linked folders."""
-
-    def refuse(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError | NotADirectoryError):
-            raise error
-
-    above = {root: {os.path.realpath(root)}}
-    for folder, folders, names in os.walk(root, onerror=refuse, followlinks=True):
-        ancestors = above.pop(folder)
-        real = {name: os.path.realpath(os.path.join(folder, name)) for name in folders}
-        folders[:] = [name for name in folders if real[name] not in ancestors]  # a link upwards has no end
-        above |= {os.path.join(folder, name): ancestors | {real[name]} for name in folders}
-        for name in names:
-            path = os.path.join(folder, name)
-            if (size := _file_bytes(path)) is not None:
-                yield os.path.relpath(path, root), size
-
-
-def _file_bytes(path: str) -> int | None:
-    """Size of a regular file, 0 of a link to nowhere; None for a pipe, a socket or a device, whose reading may hang."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return 0
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def _is_file(filesystem: Any, path: str) -> bool:

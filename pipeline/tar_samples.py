@@ -112,7 +112,9 @@ class _Collector:
         stem, _, extension = member.name.rpartition(".")
         if extension.lower() in IMAGE_EXTENSIONS:
             self._take_image(member)
-        elif not member.obstacle and member.size <= LARGEST_LABEL_BYTES and _tells_label(extension, stem in self.labels):
+        elif not _tells_label(extension, stem in self.labels):
+            return
+        elif not member.obstacle and member.size <= LARGEST_LABEL_BYTES:
             self._take_label(stem, extension, self._content(member))
 
     def _content(self, member: TarMember) -> bytes:

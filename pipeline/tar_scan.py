@@ -17,7 +17,14 @@ CHUNK_BYTES = 8 << 20
 _HELD_CHUNKS = 3
 _BLOCK = tarfile.BLOCKSIZE
 _MAGIC = slice(257, 262)
-_PACKERS = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ\0": "xz", b"BZh": "bzip2", b"PK\x03\x04": "zip"}
+_PACKERS = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ\0": "xz",
+    b"BZh": "bzip2",
+    b"PK\x03\x04": "zip",
+}
+"""By the first bytes of what they make."""
 _NO_END = "the tar is cut off: it has no end mark"
 
 

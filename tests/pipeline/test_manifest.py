@@ -132,3 +132,24 @@ def test_the_same_ingest_finds_its_manifest_and_another_is_refused(dataset: Data
 
 def test_an_empty_destination_has_no_manifest(tmp_path: Path) -> None:
     assert existing_manifest(Storage(), str(tmp_path), TASKS) is None
+
+
+def test_every_flipped_byte_is_found(tmp_path: Path) -> None:
+    Manifest.of(TASKS, REPORTS, ("cat", "dog")).save(Storage(), str(tmp_path), [])
+    path = tmp_path / MANIFEST_NAME
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+
+        with pytest.raises(DatasetError, match="manifest: must"):
+            Manifest.load(Storage(), str(tmp_path))
+
+
+def test_a_manifest_without_a_checksum_is_still_read(tmp_path: Path) -> None:
+    manifest = Manifest.of(TASKS, REPORTS, ("cat", "dog"))
+    manifest.save(Storage(), str(tmp_path), [])
+    fields = json.loads((tmp_path / MANIFEST_NAME).read_text())
+    del fields["crc32c"]
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(fields))
+
+    assert Manifest.load(Storage(), str(tmp_path)) == manifest
