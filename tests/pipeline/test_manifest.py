@@ -70,8 +70,9 @@ def test_a_manifest_says_where_tars_lie_that_lie_elsewhere(tmp_path: Path) -> No
     assert [shard.index_url("s3://data/set/") for shard in shards][1] == "s3://data/set/part/1.index"
 
 
-def test_two_hundred_thousand_shards_take_little_memory_and_load_as_they_were(tmp_path: Path) -> None:
-    count = 200_000
+def test_many_shards_take_little_memory_and_load_as_they_were(tmp_path: Path) -> None:
+    """A quarter of the 200,000 that `make bench-plan` loads; 200 bytes of memory each are held."""
+    count = 50_000
     names = [f"shard-{n:06d}" for n in range(count)]
     digests = [f"{n:064x}" for n in range(count)]
     etags = [f'"{n:032x}-2"' for n in range(count)]
@@ -92,10 +93,10 @@ def test_two_hundred_thousand_shards_take_little_memory_and_load_as_they_were(tm
     held_bytes, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
 
-    assert loaded.samples == 2 * 10**9
-    assert loaded.shards[123_456] == ShardEntry(names[123_456], 10_000, 10**9, digests[123_456], etag=etags[123_456])
-    assert held_bytes < 40 << 20
-    assert peak_bytes < 250 << 20
+    assert loaded.samples == count * 10_000
+    assert loaded.shards[12_345] == ShardEntry(names[12_345], 10_000, 10**9, digests[12_345], etag=etags[12_345])
+    assert held_bytes < 10 << 20
+    assert peak_bytes < 62 << 20
 
 
 def test_a_missing_manifest_says_how_to_make_one(tmp_path: Path) -> None:
