@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,12 +13,13 @@ from typing import TYPE_CHECKING, TextIO
 from jobs.errors import RunFailedError
 from jobs.session import Session
 from jobs.terminal import bytes_text, duration_text, print_json, progress_bar, say
-from pipeline.errors import DamagedTarsError, SourceError
-from pipeline.manifest import SKIPPED_NAME, Manifest
+from pipeline.errors import DamagedManifestError, DamagedTarsError, SourceError
+from pipeline.manifest import MANIFEST_NAME, SKIPPED_NAME, Manifest
 from pipeline.shard_plan import Ingest, Sharding
-from pipeline.source import Tars
+from pipeline.source import Sources, Tars
 from pipeline.sources import find_sources
-from pipeline.storage import Storage
+from pipeline.storage import Storage, is_local
+from pipeline.verify import Fault
 
 if TYPE_CHECKING:
     from jobs.fan_out import Progress
@@ -32,11 +34,13 @@ def make_dataset(
     Raises:
         UserError: Bad input, found before a cluster is asked for where possible.
     """
+    _refuse_within(source, destination)
     job = Ingest(find_sources(session.storage, source), sharding)
-    session.storage.check(destination, write=True)
+    session.storage.check(destination, write=True, shared=True)
     session.connect()
     from jobs.ingest import ingest
 
+    _say_passed_over(job.found)
     with _shown("skipped") as show, _damage_listed():
         result = ingest(session.storage, job, destination, salvage=salvage, on_progress=show, on_wait=_say_waiting)
     done = f"{result.shards_written} written, {result.shards_kept} kept"
@@ -56,10 +60,11 @@ def index_foreign(session: Session, url: str, out: str, *, deep: bool, salvage: 
             "URL", "must be a tar, a folder of tars or a pattern of them", url, "`convmae shard` takes it"
         )
     destination = out or found.root
-    session.storage.check(destination, write=True)
+    session.storage.check(destination, write=True, shared=True)
     session.connect()
     from jobs.foreign import index_dataset
 
+    _say_passed_over(found)
     with _shown("skipped") as show, _damage_listed():
         result = index_dataset(
             session.storage, found, destination, deep=deep, salvage=salvage, on_progress=show, on_wait=_say_waiting
@@ -74,10 +79,14 @@ def verify(session: Session, url: str, *, deep: bool, as_json: bool) -> None:
 
     Raises:
         UserError: There is no data set.
-        RunFailedError: It has a fault.
+        RunFailedError: It has a fault, or its manifest cannot be read.
     """
-    session.storage.check(url, write=False)
-    Manifest.load(session.storage, Storage.absolute(url))
+    session.storage.check(url, write=False, shared=True)
+    try:
+        Manifest.load(session.storage, Storage.absolute(url))
+    except DamagedManifestError as error:
+        _say_damaged(url, error, deep=deep, as_json=as_json)
+        raise RunFailedError(f"{url} has a damaged manifest") from None
     session.connect()
     from jobs.verify import verify_dataset
 
@@ -96,6 +105,16 @@ def verify(session: Session, url: str, *, deep: bool, as_json: bool) -> None:
         )
     if result.faults:
         raise RunFailedError(f"{url} has {len(result.faults)} faults")
+
+
+def _say_damaged(url: str, error: DamagedManifestError, *, deep: bool, as_json: bool) -> None:
+    """Without its manifest nobody knows which shards a data set has: one fault, and nothing else is looked at."""
+    fault = Fault(MANIFEST_NAME, None, None, f"{error.rule}; {error.remedy}")
+    if as_json:
+        nothing = {"digest": None, "shards": 0, "samples": 0, "bytes": 0, "deep": deep, "seconds": 0.0}
+        print_json({"url": url, **nothing, "faults": [asdict(fault)]})
+    else:
+        say(fault.line)
 
 
 def _as_json(url: str, result: Verification, *, deep: bool) -> dict[str, object]:
@@ -119,6 +138,25 @@ def _say_made(destination: str, manifest: Manifest, done: str, skipped: int, bad
         say(f"skipped, with reasons: {Storage.join(destination, SKIPPED_NAME)}")
     if bad_labels:
         say(f"{bad_labels} labels are no integers of at least 0; their images have none")
+
+
+def _refuse_within(source: str, destination: str) -> None:
+    """What is written into the folder of the sources would be sources the next time."""
+    outer, inner = (_resolved(place).rstrip("/") + "/" for place in (source, destination))
+    if inner.startswith(outer):
+        raise SourceError("destination", "must not lie in the source's folder", destination, "take another place")
+
+
+def _resolved(place: str) -> str:
+    url = Storage.absolute(place)
+    return os.path.realpath(url) if is_local(url) else url
+
+
+def _say_passed_over(found: Sources | Tars) -> None:
+    names = found.passed_over
+    if names:
+        kind = "packed archives" if isinstance(found, Tars) else "files without an image's name"
+        say(f"passing over {len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
 
 
 def _say_waiting(holder: str) -> None:

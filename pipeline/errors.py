@@ -35,6 +35,10 @@ class ReplacedError(StorageError):
     """An object that is no longer the one that was meant: its ETag is another."""
 
 
+class RefusedError(StorageError):
+    """A web server that does not give what lies at one address; it may give others."""
+
+
 class SourceError(UserError):
     """Photographs that cannot become a data set: no images, an unreadable folder."""
 
@@ -54,6 +58,10 @@ class ClaimedError(UserError):
 
 class DatasetError(UserError):
     """A data set that is not whole: missing manifest, altered shard, unknown format version."""
+
+
+class DamagedManifestError(DatasetError):
+    """A manifest that is there and cannot be read."""
 
 
 class OrderError(UserError):

@@ -19,7 +19,7 @@ import aiohttp
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
 
-from pipeline.errors import ReplacedError, StorageError, UnreachableError
+from pipeline.errors import RefusedError, ReplacedError, StorageError, UnreachableError
 from pipeline.throttle import Throttle
 
 logger = logging.getLogger(__name__)
@@ -31,6 +31,7 @@ LONGEST_WAIT_SECONDS = 10.0
 QUIET_SECONDS = 5.0
 """A fault that passes within this is not worth a warning."""
 
+_WEB = ("http://", "https://")
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NOT_A_FOLDER = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
@@ -96,7 +97,8 @@ def retry(
     for attempt in itertools.count():
         try:
             return _in_turn(call, throttle) if throttle else call()
-        except Exception as error:
+        except Exception as caught:
+            error = _underlying(caught)
             wait_seconds = jitter() * min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2.0**attempt)
             if not is_transient(error) or clock() + wait_seconds > deadline:
                 raise translated(error, url) from error
@@ -146,8 +148,10 @@ def translated(error: Exception, url: str) -> Exception:  # noqa: PLR0911 (one l
         return ReplacedError("object", "must be the one that was meant (ETag)", url, "restore the object")
     if code == "NoSuchBucket":
         return StorageError("bucket", "must exist", url, "create it, or correct its name in the URL")
-    if isinstance(error, FileNotFoundError):
+    if isinstance(error, FileNotFoundError) or status in (404, 410):
         return FileNotFoundError(errno.ENOENT, "nothing lies here", url)
+    if status in (401, 403, 451) and url.startswith(_WEB):
+        return RefusedError("address", "must be open to everybody", url, f"the server answered {status}")
     if isinstance(error, _NO_CREDENTIALS) or code in _CREDENTIAL_CODES or status in (401, 403):
         why = _CREDENTIAL_CODES.get(code, _told(error))
         remedy = f"{why}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ask for the permission"
@@ -165,7 +169,8 @@ def translated(error: Exception, url: str) -> Exception:  # noqa: PLR0911 (one l
     if isinstance(error, ValueError) and "endpoint" in str(error).lower():
         return StorageError("AWS_ENDPOINT_URL", "must be like http://host:port", str(error), "correct it or unset it")
     if not status and isinstance(error, _UNREACHABLE):
-        remedy = f"check that the server runs and that AWS_ENDPOINT_URL is right ({_told(error)})"
+        endpoint = "" if url.startswith(_WEB) else " and that AWS_ENDPOINT_URL is right"
+        remedy = f"check that the server runs{endpoint} ({_told(error)})"
         return UnreachableError("storage", "must be reachable", url, remedy)
     return OSError(number or errno.EIO, _told(error), url)
 
@@ -175,6 +180,12 @@ def http_code(error: BaseException) -> str:
     return _answer(error)[0]
 
 
+def _underlying(error: Exception) -> Exception:
+    """fsspec's http says of everything that goes wrong, also of a server that is away, that nothing lies there."""
+    hidden = isinstance(error, FileNotFoundError) and isinstance(error.__cause__, aiohttp.ClientError | TimeoutError)
+    return error.__cause__ if hidden and isinstance(error.__cause__, Exception) else error
+
+
 def _answer(error: BaseException) -> tuple[str, int]:
     """Error code and HTTP status of a server's answer; ("", 0) where there was none."""
     # s3fs turns botocore's ClientError into an OSError and keeps the original as its cause.
@@ -182,7 +193,8 @@ def _answer(error: BaseException) -> tuple[str, int]:
         if isinstance(candidate, boto.ClientError):
             status = candidate.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
             return candidate.response.get("Error", {}).get("Code", ""), int(status)
-    status = getattr(error, "status", getattr(error, "code", 0))  # aiohttp's and gcsfs's
+    names = ("status", "code", "status_code")  # aiohttp's, gcsfs's and adlfs's
+    status = next((getattr(error, name) for name in names if hasattr(error, name)), 0)
     return "", int(status) if isinstance(status, int | str) and str(status).isdigit() else 0
 
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeline.errors import DatasetError
+import google_crc32c
+
+from pipeline.errors import DamagedManifestError, DatasetError
 from pipeline.shard_index import Skipped
 from pipeline.shard_table import CONTENT_COLUMNS, ShardTable
 from pipeline.storage import Storage
@@ -20,6 +23,9 @@ if TYPE_CHECKING:  # it imports webdataset, which imports torch: seconds, and 20
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"
 SKIPPED_NAME = "skipped.jsonl"
+
+_CHECKSUM = re.compile(rb',"crc32c":"([0-9a-f]{8})"}\Z')
+_CHECKSUM_BYTES = 22
 
 
 class Made(Protocol):
@@ -74,8 +80,9 @@ class Manifest:
         return cls(FORMAT_VERSION, sources_digest(tasks), classes, skipped, shards)
 
     def to_bytes(self) -> bytes:
-        """Canonical JSON; the shards as columns."""
-        return _canonical(self._fields() | {"shards": self.shards.to_json()})
+        """Canonical JSON; the shards as columns, and last the CRC32C of what the file would be without it."""
+        body = _canonical(self._fields() | {"shards": self.shards.to_json()})
+        return body[:-1] + b',"crc32c":"%08x"}' % google_crc32c.value(body)
 
     def save(self, storage: Storage, url: str, skipped: Iterable[Skipped]) -> None:
         """Commit the data set: the list of skipped images first, the manifest last."""
@@ -88,7 +95,8 @@ class Manifest:
         """Read the manifest of the data set at `url`.
 
         Raises:
-            DatasetError: Missing, unreadable, or of an unknown version.
+            DatasetError: Missing, or of an unknown version.
+            DamagedManifestError: Unreadable.
         """
         place = Storage.join(url, MANIFEST_NAME)
         try:
@@ -97,7 +105,7 @@ class Manifest:
             rule = f"must hold a {MANIFEST_NAME}"
             raise DatasetError("data set", rule, url, f"make it with `convmae shard SOURCE {url}`") from None
         try:
-            text = data.decode()
+            text = _checked(data).decode()
             del data  # tens of megabytes where there are many shards
             fields = json.loads(text)
             del text
@@ -106,8 +114,8 @@ class Manifest:
                 shards = ShardTable.from_json(fields.pop("shards"))
                 return cls(**fields | {"classes": tuple(fields["classes"])}, shards=shards)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            remedy = f"shard the data set again into another place ({type(error).__name__}: {error})"
-            raise DatasetError("manifest", "must be readable", place, remedy) from error
+            remedy = f"restore it, or make the data set again in another place ({type(error).__name__}: {error})"
+            raise DamagedManifestError("manifest", "must be readable", place, remedy) from error
         rule = f"must have format_version {FORMAT_VERSION}"
         remedy = f"read {place} with the release that wrote it, or shard the data set again into another place"
         raise DatasetError("manifest", rule, version, remedy)
@@ -119,6 +127,17 @@ class Manifest:
             "classes": list(self.classes),
             "skipped": self.skipped,
         }
+
+
+def _checked(data: bytes) -> bytes:
+    """The manifest without its checksum; those of older releases have none."""
+    match = _CHECKSUM.search(data, max(0, len(data) - _CHECKSUM_BYTES))
+    if match is None:
+        return data
+    body = data[: match.start()] + b"}"
+    if google_crc32c.value(body) != int(match[1], 16):
+        raise ValueError("its CRC32C is wrong")
+    return body
 
 
 def _canonical(fields: dict[str, Any]) -> bytes:

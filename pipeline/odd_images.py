@@ -88,7 +88,10 @@ def _deep_pixels(data: bytes) -> npt.NDArray[np.uint8]:
     """A JPEG of 12 or 16 bits, or a lossless one, as 8-bit gray or RGB; PIL and simplejpeg know none of them."""
     import imagecodecs
 
-    height, width, *_ = simplejpeg.decode_jpeg_header(data, strict=False)
+    try:
+        height, width, *_ = simplejpeg.decode_jpeg_header(data, strict=False)
+    except KeyError as error:  # libjpeg-turbo found no subsampling, nor PIL an image
+        raise ValueError("the JPEG has no frame header that libjpeg-turbo knows") from error
     refuse_bomb(height, width)
     pixels: npt.NDArray[np.uint16] = imagecodecs.jpeg_decode(data)
     return (pixels >> max(0, _precision(data) - 8)).astype(np.uint8)

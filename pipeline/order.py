@@ -105,7 +105,8 @@ class Order:
     def rank_lanes(self, rank: int, world_size: int) -> range:
         """The lanes that `rank` owns: {l : floor(l * world_size / L) = rank}; consecutive."""
         if not 1 <= world_size <= self.lanes:
-            raise OrderError("world_size", f"must be between 1 and lanes {self.lanes}", world_size, "raise lanes")
+            remedy = f"take a number from 1 to {self.lanes}, or raise lanes"
+            raise OrderError("world_size", f"must be between 1 and lanes {self.lanes}", world_size, remedy)
         return range(-(-rank * self.lanes // world_size), -(-(rank + 1) * self.lanes // world_size))
 
     def batch(self, step: int) -> Int64s:

@@ -14,6 +14,8 @@ from pipeline.decode import KEPT_COLOURSPACES, decode_jpeg, is_mendable
 from pipeline.errors import SourceError
 
 CONVERTED_QUALITY = 95
+LONGEST_JPEG_SIDE = 65500
+"""libjpeg's limit."""
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = 1
 
@@ -106,6 +108,8 @@ def _orientation(data: bytes) -> int:
 def _converted(data: bytes, encoding: Encoding) -> Photo:
     with warnings.catch_warnings(action="ignore"), odd_images.opened(data) as image:
         result = _shrunk(odd_images.plain(ImageOps.exif_transpose(image)), encoding.max_side)
+        if max(result.size) > LONGEST_JPEG_SIDE:
+            raise ValueError(f"{result.width} x {result.height} pixels do not fit a JPEG ({LONGEST_JPEG_SIDE} a side)")
         output = io.BytesIO()
         result.save(output, "JPEG", quality=encoding.quality or CONVERTED_QUALITY)
         return Photo(output.getvalue(), result.height, result.width)

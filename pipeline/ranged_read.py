@@ -1,4 +1,4 @@
-"""One range of one S3 object, put together from as many answers as it takes.
+"""One range of one object on S3 or behind a web server, put together from as many answers as it takes.
 
 A body that breaks off is taken up where it ended, by a request for the rest alone, under the same ETag: what was
 received is not asked for again, and never completed from another version of the object.
@@ -12,12 +12,19 @@ from typing import Any
 from fsspec.asyn import sync
 
 from pipeline import faults
+from pipeline.errors import ReplacedError, StorageError
 
 CHUNK_BYTES = 1 << 20
 
+_PARTIAL = 206
+_BEHIND_THE_END = 416
+
 
 class RangedRead:
-    """A range that is being read; each attempt goes on where the one before broke off. Used by one thread."""
+    """A range of an S3 object that is being read; each attempt goes on where the one before broke off.
+
+    Used by one thread.
+    """
 
     def __init__(self, start: int, length: int, etag: str | None) -> None:
         """Decide what to read; does no I/O.
@@ -36,8 +43,8 @@ class RangedRead:
         """Read what is still missing; raises what s3fs, botocore and aiohttp raise.
 
         Args:
-            filesystem: An `s3fs.S3FileSystem`.
-            path: Bucket and key.
+            filesystem: An `s3fs.S3FileSystem`; of an `HttpRangedRead` an `HTTPFileSystem`.
+            path: Bucket and key, or an address.
         """
         if len(self._received) < self._length:
             try:
@@ -63,3 +70,29 @@ class RangedRead:
                 self._received += chunk
         finally:
             body.close()
+
+
+class HttpRangedRead(RangedRead):
+    """A range of what lies behind an http address that is being read."""
+
+    async def _stream(self, filesystem: Any, path: str) -> None:
+        first, last = self._start + len(self._received), self._start + self._length - 1
+        headers = {"Range": f"bytes={first}-{last}", "Accept-Encoding": "identity"}
+        if self._etag and not self._etag.startswith("W/"):  # a weak one never matches: RFC 9110, section 13.1.1
+            headers["If-Match"] = self._etag
+        session = await filesystem.set_session()
+        async with session.get(filesystem.encode_url(path), headers=headers) as answer:
+            if answer.status == _BEHIND_THE_END:
+                return
+            filesystem._raise_not_found_for_status(answer, path)
+            if first and answer.status != _PARTIAL:
+                remedy = "read it from a server that answers Range, or copy it to a folder or S3 first"
+                raise StorageError("web server", "must answer ranged requests", path, remedy)
+            found = answer.headers.get("ETag")
+            if self._etag and found != self._etag:  # servers that do not know If-Match
+                raise ReplacedError("object", f"must have the ETag {self._etag}", path, "restore the object")
+            self._etag = found
+            async for chunk in answer.content.iter_chunked(CHUNK_BYTES):
+                self._received += chunk
+                if len(self._received) >= self._length:
+                    return

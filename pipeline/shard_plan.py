@@ -41,11 +41,13 @@ class Sharding:
     encoding: Encoding = ORIGINAL
 
     def __post_init__(self) -> None:
-        sizes = (self.samples_per_shard, self.shard_bytes)
-        if sizes.count(None) != 1:
-            raise SourceError("shard size", "must be a number of samples or of bytes", sizes, "give one of the two")
-        if (self.samples_per_shard or self.shard_bytes or 0) < 1:
-            raise SourceError("shard size", "must be at least 1", sizes, "give a larger one")
+        sizes = {"samples_per_shard": self.samples_per_shard, "shard_bytes": self.shard_bytes}
+        given = {name: size for name, size in sizes.items() if size is not None}
+        if len(given) != 1:
+            raise SourceError("shard size", "must be a number of samples or of bytes", given, "give one of the two")
+        for name, size in given.items():
+            if size < 1:
+                raise SourceError(name, "must be at least 1", size, "give a larger one")
 
 
 @dataclass(frozen=True)

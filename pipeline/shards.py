@@ -17,7 +17,7 @@ from pathlib import Path
 import google_crc32c
 
 from pipeline import faults
-from pipeline.errors import DatasetError
+from pipeline.errors import DatasetError, RefusedError
 from pipeline.photo import CorruptImage, Photo, photo_from
 from pipeline.shard_index import NO_LABEL, IndexRow, ShardIndex, Skipped
 from pipeline.shard_plan import ShardTask
@@ -128,6 +128,9 @@ def _write_tar(storage: Storage, task: ShardTask, path: Path) -> ShardIndex:
                 photo = photo_from(image.result(), task.encoding)
             except FileNotFoundError:
                 skipped.append(Skipped(source.name, "it is gone"))
+                continue
+            except RefusedError as error:
+                skipped.append(Skipped(source.name, error.remedy))
                 continue
             except CorruptImage as error:
                 skipped.append(Skipped(source.name, str(error)))

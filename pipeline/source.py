@@ -47,6 +47,8 @@ class Sources:
     classes: tuple[str, ...]
     """Names of the labels; empty where they have none."""
     images: Sequence[Source]
+    passed_over: tuple[str, ...] = ()
+    """Files of the folder whose names are not those of images."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,8 @@ class Tars:
 
     root: str
     tars: tuple[Tar, ...]
+    passed_over: tuple[str, ...] = ()
+    """Packed archives in the folder."""
 
 
 def within(root: str, path: str) -> str:

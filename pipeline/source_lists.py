@@ -12,6 +12,7 @@ from pipeline.source import Source, Sources, within
 from pipeline.storage import Storage
 
 ASKING_THREADS = 32
+LARGEST_LABEL = 2**63 - 1
 
 _SPACED_LABEL = re.compile(r"(.*\S)\s+(\d+)")
 
@@ -25,13 +26,16 @@ def listed_sources(storage: Storage, url: str) -> Sources:
     label is a name's place among the sorted names.
 
     Raises:
-        SourceError: It is no text, or lists nothing.
+        SourceError: It is no text, lists nothing, or has a label that is too large.
     """
     try:
         lines = storage.read(url).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         remedy = "give a folder, a .tar, or a list with one path or URL a line"
         raise SourceError("source", "must be a folder, a tar, or a text file", url, remedy) from error
+    if lines and lines[0].lstrip().startswith("<"):
+        remedy = "web servers have no folders; name the tars with a pattern like 00{000..123}.tar, or give a list"
+        raise SourceError("source", "must be a list, not a web page", url, remedy)
     rows = [_row(line) for line in lines if line.strip() and not line.startswith("#")]
     if not rows:
         raise SourceError("source", "must list at least one image", url, "write one path or URL a line")
@@ -66,6 +70,8 @@ def _row(line: str) -> tuple[str, str | None]:
 def _numbered(labels: Sequence[str | None]) -> tuple[tuple[str, ...], list[int | None]]:
     given = {label for label in labels if label is not None}
     if all(label.isdecimal() for label in given):
+        if huge := [label for label in given if int(label) > LARGEST_LABEL]:
+            raise SourceError("label", f"must be at most {LARGEST_LABEL}", min(huge), "number the classes from 0")
         return (), [None if label is None else int(label) for label in labels]
     classes = tuple(sorted(given))
     places = {name: place for place, name in enumerate(classes)}

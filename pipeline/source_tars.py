@@ -26,11 +26,11 @@ import numpy.typing as npt
 from pipeline.errors import SourceError
 from pipeline.shard_index import NO_LABEL, Skipped
 from pipeline.source import Source, Tar, Tars, within
-from pipeline.storage import Storage
+from pipeline.storage import Storage, is_web
 from pipeline.tar_samples import read_samples
 from pipeline.tar_scan import RangedFile, TarFault
 
-LISTING_VERSION = 1
+LISTING_VERSION = 2
 
 _LISTINGS_AT_ONCE = 16
 
@@ -50,7 +50,7 @@ def matching_tars(storage: Storage, pattern: str) -> Tars:
         SourceError: A tar that braces name is missing, or nothing matches.
     """
     root = _fixed_part(pattern)
-    sizes = storage.list_files(root) if storage.list_names(root) else {}
+    sizes = _sizes(storage, root, pattern)
     chosen: dict[str, None] = {}
     for wanted in braceexpand.braceexpand(pattern):
         relative = wanted.removeprefix(root).lstrip("/")
@@ -61,6 +61,23 @@ def matching_tars(storage: Storage, pattern: str) -> Tars:
     if not chosen:
         raise SourceError("source", "must match at least one tar", pattern, f"{len(sizes)} files lie under {root}")
     return Tars(root, tuple(Tar(path, sizes[path]) for path in sorted(chosen)))
+
+
+def _sizes(storage: Storage, root: str, pattern: str) -> dict[str, int]:
+    """Bytes of the files that may be meant, by their paths below `root`."""
+    if not is_web(root):
+        return storage.list_files(root) if storage.list_names(root) else {}
+
+    def asked(url: str) -> int | None:
+        try:
+            return storage.size(url)
+        except FileNotFoundError:
+            return None
+
+    urls = [url for url in braceexpand.braceexpand(pattern) if not _WILD.search(url)]  # web servers have no listings
+    with ThreadPoolExecutor(_LISTINGS_AT_ONCE, thread_name_prefix="sizes") as threads:
+        found = zip(urls, threads.map(asked, urls), strict=True)
+        return {url.removeprefix(root).lstrip("/"): size for url, size in found if size is not None}
 
 
 def _fixed_part(pattern: str) -> str:

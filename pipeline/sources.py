@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import PurePosixPath
 
 from pipeline import source_lists, source_tars
@@ -51,18 +52,20 @@ def _folder(storage: Storage, root: str) -> Sources | Tars:
     if not sizes:
         remedy = "it is missing or empty; check the path"
         raise SourceError("source", "must be a folder with images or tars, a tar, or a list of files", root, remedy)
-    # Names with a leading dot are what systems leave behind (.DS_Store, ._photo.jpg of macOS archives).
-    shown = [path for path in sorted(sizes) if not path.rpartition("/")[2].startswith(".")]
+    # Names with a leading dot are what systems leave behind (.DS_Store, ._photo.jpg, .Trash/ and .ipynb_checkpoints/).
+    shown = [path for path in sorted(sizes) if not any(part.startswith(".") for part in path.split("/"))]
     images = [path for path in shown if _suffix(path) in IMAGE_SUFFIXES]
     tars = [path for path in shown if _suffix(path) == ".tar"]
     if images and tars:
         remedy = f"name the tars with {Storage.join(root, '*.tar')}, or point at the images' own folder"
         raise SourceError("source", "must hold images or tars, not both", root, remedy)
     if tars:
-        return Tars(root, tuple(Tar(path, sizes[path]) for path in tars))
+        packed = tuple(path for path in shown if path.lower().endswith(PACKED_SUFFIXES))
+        return Tars(root, tuple(Tar(path, sizes[path]) for path in tars), packed)
     if not images:
         raise _nothing_there(root, list(sizes))
-    return _by_class(root, {path: sizes[path] for path in images})
+    others = tuple(path for path in shown if _suffix(path) not in IMAGE_SUFFIXES)
+    return replace(_by_class(root, {path: sizes[path] for path in images}), passed_over=others)
 
 
 def _nothing_there(root: str, names: list[str]) -> SourceError:

@@ -17,13 +17,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+import aiohttp
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
 
 from pipeline import faults
 from pipeline.errors import StorageError
-from pipeline.ranged_read import RangedRead
+from pipeline.local_files import local_files
+from pipeline.ranged_read import HttpRangedRead, RangedRead
 from pipeline.throttle import Throttle
 
 T = TypeVar("T")
@@ -34,6 +36,8 @@ READ_TIMEOUT_SECONDS = 30.0
 MAX_CONNECTIONS = 64
 PROBE_BYTES = 65536
 _S3 = ("s3", "s3a")
+_HTTP = ("http", "https")
+_RANGED = dict.fromkeys(_S3, RangedRead) | dict.fromkeys(_HTTP, HttpRangedRead)
 _THERE_ALREADY = ("PreconditionFailed", "ConditionalRequestConflict")
 
 
@@ -88,13 +92,14 @@ class Storage:
             url: What to read.
             offset: First byte.
             length: Bytes.
-            etag: The version that is meant, as etag() gave it; None: whatever lies there. S3 alone looks at it.
+            etag: The version that is meant, as etag() gave it; None: whatever lies there. S3 and web servers alone look
+                at it.
 
         Raises:
             ReplacedError: The object has another ETag by now.
         """
-        if _protocol(url) in _S3 and length > 0:
-            return self._call(url, RangedRead(offset, length, etag).attempt)
+        if length > 0 and (kind := _RANGED.get(_protocol(url))):
+            return self._call(url, kind(offset, length, etag).attempt)
         return self._call(url, lambda fs, path: _ranged(fs, path, offset, offset + length))
 
     def write(self, url: str, data: bytes) -> None:
@@ -149,7 +154,8 @@ class Storage:
 
     def size(self, url: str) -> int:
         """Bytes of a file or object."""
-        return int(self._call(url, lambda fs, path: fs.info(path)["size"]))
+        size = self._call(url, lambda fs, path: fs.info(path)["size"])
+        return len(self.read(url)) if size is None else int(size)  # some web servers do not say
 
     def etag(self, url: str) -> str | None:
         """What the store calls this version of an object, quotes and all; None where it has no such name."""
@@ -166,7 +172,13 @@ class Storage:
         return sorted({path.rstrip("/").rpartition("/")[2] for path in paths if path.rstrip("/") != root.rstrip("/")})
 
     def list_files(self, url: str) -> dict[str, int]:
-        """Size in bytes of every file under `url` at any depth, by its path relative to `url`, sorted."""
+        """Size in bytes of every file under `url` at any depth, by its path relative to `url`, sorted.
+
+        Links to local folders are followed. A link to nowhere counts as a file of no bytes; pipes, sockets and devices
+        do not count.
+        """
+        if is_local(url):
+            return self._call(url, lambda _, path: dict(sorted(local_files(path))))
         found = self._call(url, lambda fs, path: fs.find(path, detail=True))
         root = _path(url).rstrip("/") + "/"
         return {path.removeprefix(root): int(info["size"] or 0) for path, info in sorted(found.items())}
@@ -176,17 +188,22 @@ class Storage:
         with contextlib.suppress(FileNotFoundError):
             self._call(url, lambda fs, path: fs.rm_file(path))
 
-    def check(self, url: str, *, write: bool) -> None:
+    def check(self, url: str, *, write: bool, shared: bool = False) -> None:
         """Fail within seconds if work on `url` cannot succeed.
 
         Args:
             url: A folder or prefix that will be read, and need not exist yet if it will be written.
             write: Also put a small object under `url` and remove it again.
+            shared: Other processes will work on it too.
 
         Raises:
             StorageError: Unknown protocol, missing package, unreachable, refused credentials, missing bucket,
                 unwritable folder, full disk.
         """
+        if shared and _protocol(url) == "memory":
+            raise StorageError("URL", "must be one that every process sees", url, "take s3:// or a folder")
+        if write and _protocol(url) in _HTTP:
+            raise StorageError("URL", "must be one that can be written", url, "take s3:// or a folder")
         hasty = replace(self, retry_seconds=min(CHECK_SECONDS, self.retry_seconds))
         try:
             hasty._probe(url, write=write)
@@ -233,6 +250,11 @@ def is_local(url: str) -> bool:
     return _protocol(url) in ("file", "local")
 
 
+def is_web(url: str) -> bool:
+    """Whether `url` is an http address."""
+    return _protocol(url) in _HTTP
+
+
 @functools.lru_cache(maxsize=16)
 def _filesystem(storage: Storage, protocol: str, process_id: int) -> Any:  # noqa: ARG001
     """One connection pool per process and Storage; fsspec's own cache would make one per thread."""
@@ -243,6 +265,9 @@ def _filesystem(storage: Storage, protocol: str, process_id: int) -> Any:  # noq
         raise StorageError(
             "URL", "needs a package that is not installed", f"{protocol}://", f"`pip install {package}`"
         ) from error
+    if protocol in _HTTP:
+        limits = aiohttp.ClientTimeout(None, sock_connect=CONNECT_TIMEOUT_SECONDS, sock_read=READ_TIMEOUT_SECONDS)
+        return kind(use_listings_cache=False, client_kwargs={"timeout": limits}, skip_instance_cache=True)
     if protocol not in _S3:
         return kind(use_listings_cache=False) if protocol != "memory" else kind()
     filesystem = kind(
@@ -271,6 +296,8 @@ def _throttle(endpoint_url: str | None, protocol: str, process_id: int) -> Throt
 
 
 def _protocol(url: str) -> str:
+    if not url:
+        raise StorageError("URL", "must not be empty", url, "write s3://bucket/folder or a path")
     protocol, separator, _ = url.partition("://")
     if not separator:
         # "s3:/bucket" would otherwise become a folder named "s3:".

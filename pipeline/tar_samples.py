@@ -112,7 +112,9 @@ class _Collector:
         stem, _, extension = member.name.rpartition(".")
         if extension.lower() in IMAGE_EXTENSIONS:
             self._take_image(member)
-        elif member.size <= LARGEST_LABEL_BYTES and _tells_label(extension, stem in self.labels):
+        elif not _tells_label(extension, stem in self.labels):
+            return
+        elif not member.obstacle and member.size <= LARGEST_LABEL_BYTES:
             self._take_label(stem, extension, self._content(member))
 
     def _content(self, member: TarMember) -> bytes:
@@ -123,6 +125,8 @@ class _Collector:
         try:
             if member.name in self.images:
                 raise CorruptImage("its name was used before in this tar")
+            if member.obstacle:
+                raise CorruptImage(member.obstacle)
             if member.size > LARGEST_IMAGE_BYTES:
                 raise CorruptImage(f"{member.size} bytes are more than {LARGEST_IMAGE_BYTES}")
             measured = self._measure(self._content(member)) if self._measure else None

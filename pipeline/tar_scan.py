@@ -17,11 +17,19 @@ CHUNK_BYTES = 8 << 20
 _HELD_CHUNKS = 3
 _BLOCK = tarfile.BLOCKSIZE
 _MAGIC = slice(257, 262)
+_PACKERS = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ\0": "xz",
+    b"BZh": "bzip2",
+    b"PK\x03\x04": "zip",
+}
+"""By the first bytes of what they make."""
 _NO_END = "the tar is cut off: it has no end mark"
 
 
 class TarMember(NamedTuple):
-    """A regular file in a tar."""
+    """A file in a tar, or a link."""
 
     name: str
     offset: int
@@ -29,6 +37,8 @@ class TarMember(NamedTuple):
     data_offset: int
     """Byte at which its content begins."""
     size: int
+    obstacle: str = ""
+    """Why its content does not lie there in one piece; empty where it does."""
 
 
 class TarFault(NamedTuple):
@@ -130,16 +140,31 @@ def _archive(file: RangedFile, start: int) -> Generator[TarMember, None, tuple[T
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]
             here = tar.offset
-            if member.offset_data + member.size > file.size and not member.isdir():
-                missing = member.offset_data + member.size - file.size
+            missing = (tar.offset if member.issparse() else member.offset_data + member.size) - file.size
+            if missing > 0 and not member.isdir():
                 return TarFault(member.offset, f"{member.name} is cut off, {missing} bytes are missing"), file.size
-            if member.isreg() and not member.issparse():
-                yield TarMember(member.name, member.offset, member.offset_data, member.size)
+            if member.isreg() or member.issym() or member.islnk():
+                yield TarMember(member.name, member.offset, member.offset_data, member.size, _obstacle(member))
     except (tarfile.TarError, ValueError, UnicodeError, OverflowError, EOFError) as error:
         if here >= file.size > 0:
             return TarFault(file.size, _NO_END), file.size
-        return TarFault(here, f"damaged header ({error})"), here + _BLOCK
+        return TarFault(here, _header_fault(file, here, error)), here + _BLOCK
     return _end_fault(file, tar.offset)
+
+
+def _obstacle(member: tarfile.TarInfo) -> str:
+    if not member.isreg():
+        return f"it is a link to {member.linkname}"
+    return "it is stored as a sparse file" if member.issparse() else ""
+
+
+def _header_fault(file: RangedFile, offset: int, error: Exception) -> str:
+    file.seek(0)
+    start = file.read(max(map(len, _PACKERS)))
+    packer = next((name for magic, name in _PACKERS.items() if start.startswith(magic)), None)
+    if packer and not offset:
+        return f"it is compressed by {packer}; unpack it first"
+    return f"damaged header ({error})"
 
 
 def _end_fault(file: RangedFile, offset: int) -> tuple[TarFault | None, int]:

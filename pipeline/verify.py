@@ -64,7 +64,7 @@ def verify_shard(storage: Storage, url: str, entry: ShardEntry, *, deep: bool) -
     except DatasetError as error:
         faults = [Fault(entry.name, None, None, f"its index is damaged: {error.value}")]
     else:
-        faults = [] if index.digest == entry.index_sha256 else [_whole(entry, "its index is not the manifest's")]
+        faults = list(_index_faults(index, entry))
         index = replace(index, tar_bytes=entry.tar_bytes, tar_etag=entry.etag)
         faults += tar_faults(storage, entry.tar_url(url), index, deep=deep)
         return Verdict(entry.name, entry.samples, entry.tar_bytes, tuple(_named(entry, fault) for fault in faults))
@@ -104,7 +104,7 @@ def _content_faults(file: RangedFile, index: ShardIndex, deep: bool) -> Iterator
                 what = f"the index has {row.member} of {row.length} bytes, the tar {item.name} of {item.size}"
                 yield Fault(index.shard, row.key, row.offset, what)
             yield from _image_faults(file, index.shard, row, deep)
-        elif item.name.endswith(".cls") and item.size <= LARGEST_LABEL_BYTES:
+        elif item.name.endswith(".cls") and not item.obstacle and item.size <= LARGEST_LABEL_BYTES:
             yield from _label_faults(file, index.shard, labels, item)
     for row in rows.values():
         # Readers find an image by the index alone, so that a damaged header loses it only for others.
@@ -159,6 +159,13 @@ def _structure_alone(storage: Storage, entry: ShardEntry, url: str) -> Iterator[
         for item in scan_tar(file):
             if isinstance(item, TarFault):
                 yield Fault(entry.name, None, item.offset, item.what)
+
+
+def _index_faults(index: ShardIndex, entry: ShardEntry) -> Iterator[Fault]:
+    if index.digest != entry.index_sha256:
+        yield _whole(entry, "its index is not the manifest's")
+    if len(index) != entry.samples:
+        yield _whole(entry, f"its index has {len(index)} samples, the manifest {entry.samples}")
 
 
 def _whole(entry: ShardEntry, what: str) -> Fault:

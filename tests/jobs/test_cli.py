@@ -366,6 +366,12 @@ def test_bad_input_ends_a_process_with_one_line() -> None:
         (("shard", "PHOTOS/{0..3}.tar", "OUT"), "PHOTOS/0.tar"),
         (("index", "PHOTOS"), "must be a tar, a folder of tars or a pattern of them"),
         (("verify", "PHOTOS"), "must hold a manifest.json"),
+        (("shard", "PHOTOS", "PHOTOS"), "destination: must not lie in the source's folder"),
+        (("shard", "PHOTOS/", "PHOTOS/b/../out"), "destination: must not lie in the source's folder"),
+        (("shard", "PHOTOS", "memory://out"), "URL: must be one that every process sees"),
+        (("shard", "PHOTOS", "http://127.0.0.1:1/out"), "URL: must be one that can be written"),
+        (("shard", "PHOTOS", ""), "URL: must not be empty"),
+        (("shard", "", "OUT"), "URL: must not be empty"),
     ],
 )
 def test_bad_arguments_of_data_set_commands_are_refused_before_anything_starts(
@@ -383,3 +389,18 @@ def test_bad_arguments_of_data_set_commands_are_refused_before_anything_starts(
     assert ended.code == 2
     assert told in ended.error
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_verify_finds_a_damaged_manifest(convmae: Convmae, tmp_path: Path, as_json: bool) -> None:
+    (tmp_path / "manifest.json").write_text('{"format_version":')
+
+    ended = convmae("verify", str(tmp_path), *(["--json"] if as_json else []))
+
+    assert ended.code == 1
+    assert "has a damaged manifest" in ended.error
+    if as_json:
+        (fault,) = json.loads(ended.output)["faults"]
+        assert (fault["shard"], fault["key"], fault["offset"]) == ("manifest.json", None, None)
+    else:
+        assert "manifest.json: must be readable" in ended.output

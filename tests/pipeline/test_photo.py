@@ -133,3 +133,16 @@ def test_a_damaged_deep_jpeg_is_corrupt() -> None:
 
     with pytest.raises(CorruptImage):
         photo_from(data[:150])
+
+
+def test_what_no_jpeg_can_hold_says_so() -> None:
+    output = io.BytesIO()
+    Image.new("L", (70_000, 2)).save(output, "PNG")
+
+    with pytest.raises(CorruptImage, match="70000 x 2 pixels do not fit a JPEG"):
+        photo_from(output.getvalue())
+
+
+def test_a_jpeg_that_is_only_its_first_mark_says_what_is_missing() -> None:
+    with pytest.raises(CorruptImage, match="no frame header"):
+        photo_from(b"\xff\xd8")

@@ -40,7 +40,8 @@ def test_neighbours_of_one_class_are_dealt_to_all_shards() -> None:
 
 
 def test_names_sort_as_numbers_do() -> None:
-    plan = plan_shards(found(1_000_001), Sharding(1))
+    one_image = found(1).images[0]
+    plan = plan_shards(Sources("/photos", (), (one_image,) * 1_000_001), Sharding(1))
 
     assert (plan[0].name, plan[1_000_000].name) == ("shard-0000000", "shard-1000000")
     assert plan[-1] == plan[len(plan) - 1]
@@ -65,10 +66,19 @@ def test_an_image_larger_than_a_shard_has_one_for_itself() -> None:
     assert [len(task.sources) for task in plan] == [1] * 5
 
 
-@pytest.mark.parametrize("options", [{}, {"samples_per_shard": 5, "shard_bytes": 5}, {"samples_per_shard": 0}])
-def test_shards_without_one_size_are_refused(options: dict[str, int]) -> None:
-    with pytest.raises(SourceError, match="shard size"):
+@pytest.mark.parametrize(
+    ("options", "field"),
+    [
+        ({}, "shard size"),
+        ({"samples_per_shard": 5, "shard_bytes": 5}, "shard size"),
+        ({"samples_per_shard": 0}, "samples_per_shard"),
+        ({"shard_bytes": 0}, "shard_bytes"),
+    ],
+)
+def test_shards_without_one_size_are_refused(options: dict[str, int], field: str) -> None:
+    with pytest.raises(SourceError) as caught:
         Sharding(**options)
+    assert caught.value.field == field
 
 
 def test_every_option_makes_another_data_set() -> None:

@@ -69,3 +69,10 @@ def test_an_empty_list_is_refused(tmp_path: Path, text: str) -> None:
 def test_a_file_that_is_no_list_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="must be a folder, a tar, or a text file"):
         listed(tmp_path, b"\x89PNG\xff\xfe\x00")
+
+
+def test_a_label_that_no_index_holds_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text(f"a.jpg\t{2**63}\nb.jpg\t1\n")
+
+    with pytest.raises(SourceError, match="label: must be at most 9223372036854775807"):
+        find_sources(Storage(), str(tmp_path / "list.txt"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -68,3 +69,45 @@ def test_sources_on_a_url_have_paths_below_it() -> None:
     images = find_sources(storage, "memory://sources-test/").images
 
     assert [(image.path, image.size_bytes, image.label) for image in images] == [("x/1.jpg", 1, 0), ("y/2.jpg", 2, 1)]
+
+
+def test_linked_folders_are_gone_into_and_links_upwards_end(tmp_path: Path) -> None:
+    elsewhere = fill(tmp_path / "elsewhere", "1.jpg", "deep/2.jpg")
+    photos = tmp_path / "photos"
+    fill(photos, "cat/0.jpg")
+    (photos / "dog").symlink_to(elsewhere, target_is_directory=True)
+    (photos / "cat" / "up").symlink_to(photos, target_is_directory=True)
+
+    sources = find_sources(Storage(), str(photos))
+
+    assert [(image.path, image.label) for image in sources.images] == [
+        ("cat/0.jpg", 0),
+        ("dog/1.jpg", 1),
+        ("dog/deep/2.jpg", 1),
+    ]
+
+
+def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
+    sources = find_sources(Storage(), fill(tmp_path, "cat/1.jpg", ".thumbnails/1.jpg", "cat/.cache/1.jpg"))
+
+    assert sources.classes == ("cat",)
+    assert [image.path for image in sources.images] == ["cat/1.jpg"]
+
+
+def test_pipes_are_not_opened_and_links_to_nowhere_are_sources(tmp_path: Path) -> None:
+    """The latter are skipped later, and told; a pipe would be waited for without end."""
+    fill(tmp_path, "1.jpg")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "nowhere.jpg").symlink_to(tmp_path / "gone")
+
+    sources = find_sources(Storage(), str(tmp_path))
+
+    assert [(image.path, image.size_bytes) for image in sources.images] == [("1.jpg", 1), ("nowhere.jpg", 0)]
+
+
+def test_files_that_are_no_images_by_name_are_told(tmp_path: Path) -> None:
+    images = find_sources(Storage(), fill(tmp_path / "a", "1.jpg", "2.jp2", "3.heic", ".DS_Store"))
+    tars = find_sources(Storage(), fill(tmp_path / "b", "1.tar", "2.tar.gz", "1.parquet"))
+
+    assert images.passed_over == ("2.jp2", "3.heic")
+    assert tars.passed_over == ("2.tar.gz",)

@@ -232,3 +232,15 @@ def test_absolute_means_the_same_in_every_working_directory(url: str, expected: 
 
 def test_join_puts_one_slash_between_parts() -> None:
     assert Storage.join("s3://b/a/", "c", "d") == "s3://b/a/c/d"
+
+
+def test_an_empty_url_is_no_folder() -> None:
+    for call in (Storage().read, Storage.absolute):
+        with pytest.raises(StorageError, match="URL: must not be empty"):
+            call("")
+
+
+def test_memory_of_one_process_is_no_place_for_several() -> None:
+    Storage().check("memory://alone", write=True)
+    with pytest.raises(StorageError, match="must be one that every process sees"):
+        Storage().check("memory://alone", write=True, shared=True)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import io
 import json
+import tarfile
 
 import pytest
 from pipeline_tars import Members, ranged, tar_bytes
@@ -115,3 +117,18 @@ def test_keys_are_webdatasets(name: str) -> None:
     from webdataset.tariterators import base_plus_ext
 
     assert sample_key(name) == base_plus_ext(name)[0]
+
+
+def test_links_named_like_images_or_labels_are_skipped_and_listed() -> None:
+    output = io.BytesIO()
+    with tarfile.open(fileobj=output, mode="w") as tar:
+        for name, target in (("a.jpg", ""), ("b.jpg", "a.jpg"), ("a.cls", "b.cls")):
+            member = tarfile.TarInfo(name)
+            member.type, member.linkname = (tarfile.SYMTYPE, target) if target else (tarfile.REGTYPE, "")
+            tar.addfile(member)
+
+    found = read_samples(ranged(output.getvalue()), salvage=False)
+
+    assert [(image.member, image.label) for image in found.images] == [("a.jpg", None)]
+    assert [item.reason for item in found.skipped] == ["it is a link to a.jpg"]
+    assert found.bad_labels == 0

@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
+import lzma
+import subprocess
 import tarfile
 import threading
+from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -101,10 +107,10 @@ def test_what_is_no_tar_is_told() -> None:
     assert faults[0].offset == 0
 
 
-def test_folders_and_links_are_passed_over() -> None:
+def test_folders_and_pipes_are_passed_over() -> None:
     output = io.BytesIO()
     with tarfile.open(fileobj=output, mode="w") as tar:
-        for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE):
+        for kind in (tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
             member = tarfile.TarInfo(f"a{kind!r}")
             member.type, member.linkname = kind, "b"
             tar.addfile(member)
@@ -154,3 +160,39 @@ def test_a_file_that_became_shorter_is_cut_off() -> None:
         items = list(scan_tar(file))
 
     assert any(isinstance(item, TarFault) for item in items)
+
+
+@pytest.mark.parametrize("form", ["gnu", "posix"])
+def test_a_sparse_member_is_told_and_what_follows_it_is_found(form: str, tmp_path: Path) -> None:
+    with (tmp_path / "a.jpg").open("wb") as file:
+        file.write(b"1")
+        file.truncate(10 << 20)
+    (tmp_path / "b.jpg").write_bytes(b"2")
+    made = tmp_path / "made.tar"
+    subprocess.run(["tar", "-S", f"--format={form}", "-cf", made, "-C", tmp_path, "a.jpg", "b.jpg"], check=True)
+
+    found, faults = members(made.read_bytes())
+
+    assert faults == []
+    assert [(item.name, item.obstacle) for item in found] == [("a.jpg", "it is stored as a sparse file"), ("b.jpg", "")]
+
+
+@pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_links_are_told(kind: bytes) -> None:
+    output = io.BytesIO()
+    with tarfile.open(fileobj=output, mode="w") as tar:
+        link = tarfile.TarInfo("b.jpg")
+        link.type, link.linkname = kind, "a.jpg"
+        tar.addfile(link)
+
+    (found,), faults = members(output.getvalue())
+
+    assert faults == []
+    assert found.obstacle == "it is a link to a.jpg"
+
+
+@pytest.mark.parametrize(("packer", "name"), [(gzip, "gzip"), (bz2, "bzip2"), (lzma, "xz")])
+def test_a_compressed_tar_is_called_that(packer: ModuleType, name: str) -> None:
+    _, faults = members(packer.compress(tar_bytes(MEMBERS)), salvage=False)
+
+    assert faults == [TarFault(0, f"it is compressed by {name}; unpack it first")]

@@ -169,3 +169,11 @@ def test_a_store_that_fails_is_no_fault_of_the_shard(dataset: Dataset) -> None:
 
     with pytest.raises(StorageError):
         faults(dataset, storage=Down())
+
+
+def test_a_manifest_that_counts_otherwise_is_a_fault(own_dataset: Dataset) -> None:
+    entry = replace(own_dataset.manifest.shards[1], samples=14)
+
+    found = verify_shard(Storage(), own_dataset.url, entry, deep=False).faults
+
+    assert [fault.what for fault in found] == ["its index has 13 samples, the manifest 14"]
