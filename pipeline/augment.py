@@ -12,6 +12,7 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline import hashing
 from pipeline.decode import Pixels, resize
@@ -21,6 +22,8 @@ SCALE = (0.2, 1.0)
 RATIO = (3 / 4, 4 / 3)
 """Range of the crop's width over height, uniform in its logarithm."""
 ATTEMPTS = 10
+
+Draws = npt.NDArray[np.float64]
 
 _STREAM = 0x41554747  # keeps augmentation apart from what else is keyed by (seed, epoch)
 
@@ -36,21 +39,34 @@ class Crop:
     flip: bool
 
 
-def random_crop(seed: int, epoch: int, sample: int, height: int, width: int) -> Crop:
-    """Draw the crop and flip of one sample in one epoch.
+def crop_draws(seed: int, epoch: int, samples: npt.NDArray[np.int64]) -> Draws:
+    """What decides the crops of some samples in one epoch, once their sizes are known.
+
+    For many at once: NumPy's calls cost the same for one sample as for a batch.
 
     Args:
         seed: The run's.
         epoch: From 0.
-        sample: Its id in the data set.
+        samples: (n,) ids in the data set.
+
+    Returns:
+        (n, 41) numbers in [0, 1); a row depends on seed, epoch and its sample alone.
+    """
+    return hashing.uniforms(hashing.key(_STREAM, seed, epoch), samples, 4 * ATTEMPTS + 1)
+
+
+def random_crop(draws: Draws, height: int, width: int) -> Crop:
+    """The crop and flip of one sample in one epoch.
+
+    Args:
+        draws: (41,); its row of crop_draws().
         height: Of the image, in pixels.
         width: Of the image, in pixels.
     """
-    stream = hashing.key(_STREAM, seed, epoch)
-    draws = hashing.uniforms(stream, np.array([sample]), 4 * ATTEMPTS + 1)[0].tolist()
-    flip = draws.pop() < 0.5
+    *attempts, last = draws.tolist()
+    flip = last < 0.5
     for attempt in range(ATTEMPTS):
-        scale, ratio, down, right = draws[4 * attempt : 4 * attempt + 4]
+        scale, ratio, down, right = attempts[4 * attempt : 4 * attempt + 4]
         area = height * width * (SCALE[0] + scale * (SCALE[1] - SCALE[0]))
         low, high = math.log(RATIO[0]), math.log(RATIO[1])
         aspect = math.exp(low + ratio * (high - low))

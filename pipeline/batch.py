@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pipeline.augment import Draws
 from pipeline.hand_over import HandOver, Moving
 from pipeline.image_maker import Substitution
 from pipeline.read_ahead import Pending
@@ -29,22 +30,40 @@ class Batch:
 
 
 class StartedBatch:
-    """A batch on its way; the last of its images to be ready sends it to the device."""
+    """A batch on its way; the last of its images to be ready sends it to the device.
 
-    def __init__(self, step: int, pending: list[Pending], image_shape: tuple[int, int], hand_over: HandOver) -> None:
+    One future for the whole batch: one an image would cost a lock and a wake-up of the consumer for each.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        pending: list[Pending],
+        draws: Draws,
+        image_shape: tuple[int, int],
+        hand_over: HandOver,
+    ) -> None:
         self.step = step
         self.pending = pending
+        self.draws = draws
+        """(n, ...), of the images' crops."""
         self.sample_ids = hand_over.empty((len(pending),), torch.int64)
         self.sample_ids[:] = torch.tensor([item.sample_id for item in pending])
         self.images = hand_over.empty((len(pending), 3, *image_shape), torch.uint8)
-        self.decoding: list[Future[Substitution | None]] = [Future() for _ in pending]
+        self.pixels = self.images.numpy()
+        """The same memory."""
+        self.substitutions: list[Substitution | None] = [None] * len(pending)
+        self.done = [False] * len(pending)
         self.moving: Future[Moving] = Future()
+        """Done when the copy to the device has started, or when the first image failed."""
         self._hand_over = hand_over
         self._left = len(pending)
         self._lock = threading.Lock()
 
-    def image_done(self) -> None:
-        """Note that one more image is ready, or failed; called by the thread that made it."""
+    def image_done(self, place: int, substitution: Substitution | None) -> None:
+        """Note that one more image is ready; called by the thread that made it."""
+        self.substitutions[place] = substitution
+        self.done[place] = True
         with self._lock:
             self._left -= 1
             last = self._left == 0
@@ -52,4 +71,10 @@ class StartedBatch:
             try:
                 self.moving.set_result(self._hand_over.start(self.images))
             except BaseException as error:
+                self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """Note that an image cannot be made; the first to say so is heard."""
+        with self._lock:
+            if not self.moving.done():
                 self.moving.set_exception(error)

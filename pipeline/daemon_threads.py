@@ -27,7 +27,7 @@ class DaemonThreads(Executor):
     """A fixed number of daemon threads, started at once; tasks run in the order in which they came."""
 
     def __init__(self, threads: int, name: str) -> None:
-        self._tasks: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[tuple[Future[Any] | None, Callable[[], Any]] | None] = queue.SimpleQueue()
         self._threads = [
             threading.Thread(target=self._work, name=f"{name}_{number}", daemon=True) for number in range(threads)
         ]
@@ -40,6 +40,10 @@ class DaemonThreads(Executor):
         self._tasks.put((future, lambda: fn(*args, **kwargs)))
         return future
 
+    def start(self, call: Callable[[], None]) -> None:
+        """Run `call`, which must not raise, on one of the threads; nobody waits for it, which spares the Future."""
+        self._tasks.put((None, call))
+
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """End the threads after the tasks that are left, or without them; more may not be submitted.
 
@@ -48,7 +52,7 @@ class DaemonThreads(Executor):
         if cancel_futures:
             with contextlib.suppress(queue.Empty):
                 while True:
-                    if task := self._tasks.get_nowait():
+                    if (task := self._tasks.get_nowait()) and task[0]:
                         task[0].cancel()
         for _ in self._threads:
             self._tasks.put(None)
@@ -63,6 +67,10 @@ class DaemonThreads(Executor):
         while task := self._tasks.get():
             future, call = task
             del task
+            if future is None:
+                call()
+                del call
+                continue
             if not future.set_running_or_notify_cancel():
                 continue
             try:

@@ -11,10 +11,12 @@ import logging
 import time
 from collections import Counter, deque
 from collections.abc import Generator
-from concurrent.futures import Executor
+from functools import partial
 
+import numpy as np
 import torch
 
+from pipeline.augment import crop_draws
 from pipeline.batch import Batch, StartedBatch
 from pipeline.daemon_threads import DaemonThreads
 from pipeline.dataset import Dataset
@@ -79,6 +81,7 @@ class Loader:
         self._dataset = dataset
         self._order = order
         self._image_shape = image_shape
+        self._seed = seed
         self._lanes = order.rank_lanes(rank, world_size)
         self._threads = threads
         self._prefetch_batches = prefetch_batches
@@ -125,40 +128,40 @@ class Loader:
             decoders.shutdown(cancel_futures=True)
             readers.shutdown()
 
-    def _start(self, step: int, ahead: ReadAhead, decoders: Executor, hand_over: HandOver) -> StartedBatch:
-        batch = StartedBatch(step, ahead.request(step), self._image_shape, hand_over)
-        for place in range(len(batch.pending)):
-            decoders.submit(self._fill, batch, place)
+    def _start(self, step: int, ahead: ReadAhead, decoders: DaemonThreads, hand_over: HandOver) -> StartedBatch:
+        pending = ahead.request(step)
+        draws = crop_draws(self._seed, self._order.epoch(step), np.array([item.sample_id for item in pending]))
+        batch = StartedBatch(step, pending, draws, self._image_shape, hand_over)
+        for place in range(len(pending)):
+            decoders.start(partial(self._fill, batch, place))
         return batch
 
     def _fill(self, batch: StartedBatch, place: int) -> None:
-        decoded, pixels = batch.decoding[place], batch.images[place].numpy()
         try:
             found = batch.pending[place].result()
-            decoded.set_result(self._maker.fill(self._order.epoch(batch.step), found, pixels))
+            epoch = self._order.epoch(batch.step)
+            batch.image_done(place, self._maker.fill(epoch, found, batch.draws[place], batch.pixels[place]))
         except BaseException as error:
-            decoded.set_exception(error)
-        batch.image_done()
+            batch.fail(error)
 
     def _finish(self, batch: StartedBatch, hand_over: HandOver, bad_runs: Counter[int]) -> Batch:
         began = time.monotonic()
         self._watch.wait(batch, began)
-        results = [future.result() for future in batch.decoding]
-        self._count_bad(results, bad_runs)
         images = hand_over.finish(batch.moving.result())
+        self._count_bad(batch.substitutions, bad_runs)
         return Batch(
             batch.step,
             self._order.epoch(batch.step),
             batch.sample_ids,
             images,
             time.monotonic() - began,
-            tuple(result for result in results if result),
+            tuple(substitution for substitution in batch.substitutions if substitution),
         )
 
-    def _count_bad(self, results: list[Substitution | None], bad_runs: Counter[int]) -> None:
+    def _count_bad(self, substitutions: list[Substitution | None], bad_runs: Counter[int]) -> None:
         """Stop where too many samples in a row of one lane were replaced, the same at every world size."""
-        for place, result in enumerate(results):
+        for place, substitution in enumerate(substitutions):
             lane = self._lanes[place // self._order.lane_batch_size]
-            bad_runs[lane] = bad_runs[lane] + 1 if result else 0
-            if result and bad_runs[lane] > self._policy.max_consecutive:
-                raise self._policy.too_many(result.bad)
+            bad_runs[lane] = bad_runs[lane] + 1 if substitution else 0
+            if substitution and bad_runs[lane] > self._policy.max_consecutive:
+                raise self._policy.too_many(substitution.bad)

@@ -37,7 +37,8 @@ class RangedRead:
         self._start = start
         self._length = length
         self._etag = etag
-        self._received = bytearray()
+        self._parts: list[bytes] = []  # joined once: a buffer that grows copies what it has again and again
+        self._received_bytes = 0
 
     def attempt(self, filesystem: Any, path: str) -> bytes:
         """Read what is still missing; raises what s3fs, botocore and aiohttp raise.
@@ -46,17 +47,17 @@ class RangedRead:
             filesystem: An `s3fs.S3FileSystem`; of an `HttpRangedRead` an `HTTPFileSystem`.
             path: Bucket and key, or an address.
         """
-        if len(self._received) < self._length:
+        if self._received_bytes < self._length:
             try:
                 sync(filesystem.loop, self._stream, filesystem, path)
             except OSError as error:
                 if faults.http_code(error) != "InvalidRange":  # S3's answer for a range behind the end
                     raise
-        return bytes(self._received[: self._length])
+        return b"".join(self._parts)[: self._length]
 
     async def _stream(self, filesystem: Any, path: str) -> None:
         bucket, key, _ = filesystem.split_path(path)
-        first, last = self._start + len(self._received), self._start + self._length - 1
+        first, last = self._start + self._received_bytes, self._start + self._length - 1
         condition = {"IfMatch": self._etag} if self._etag else {}
         answer = await filesystem._call_s3(
             "get_object", Bucket=bucket, Key=key, Range=f"bytes={first}-{last}", **condition
@@ -67,7 +68,8 @@ class RangedRead:
                 raise OSError(errno.EPROTO, "the store sent a whole object where a range was asked for")
             self._etag = self._etag or answer.get("ETag")
             while chunk := await body.read(CHUNK_BYTES):
-                self._received += chunk
+                self._parts.append(chunk)
+                self._received_bytes += len(chunk)
         finally:
             body.close()
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
 import threading
 import time
 import traceback
-from concurrent.futures import Future, wait
-from typing import Any
 
 from pipeline.activity import Activities, Stage
 from pipeline.batch import StartedBatch
@@ -44,22 +43,19 @@ class StallWatch:
             StalledError: Neither came in time.
         """
         warned = False
-        futures: list[Future[Any]] = [*batch.decoding, batch.moving]
-        for future in futures:
-            while not future.done():
-                waited = time.monotonic() - began
-                if waited >= self._stall_seconds:
-                    _log_stacks()
-                    raise StalledError(self._told(batch, waited))
-                if waited >= self._stall_seconds / 2 and not warned:
-                    logger.warning("%s", self._told(batch, waited))
-                    warned = True
-                wait([future], (self._stall_seconds if warned else self._stall_seconds / 2) - waited)
-            if future.exception() is not None:
-                return
+        while not batch.moving.done():
+            waited = time.monotonic() - began
+            if waited >= self._stall_seconds:
+                _log_stacks()
+                raise StalledError(self._told(batch, waited))
+            if waited >= self._stall_seconds / 2 and not warned:
+                logger.warning("%s", self._told(batch, waited))
+                warned = True
+            with contextlib.suppress(TimeoutError):
+                batch.moving.exception((self._stall_seconds if warned else self._stall_seconds / 2) - waited)
 
     def _told(self, batch: StartedBatch, waited: float) -> str:
-        hanging = [item for item, future in zip(batch.pending, batch.decoding, strict=True) if not future.done()]
+        hanging = [item for item, done in zip(batch.pending, batch.done, strict=True) if not done]
         if not hanging:
             return f"no batch for {waited:.0f} s: step {batch.step} hangs in stage hand-over to the device"
         unread = [item.sample_id for item in hanging if not item.block.done()]

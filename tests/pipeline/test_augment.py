@@ -7,23 +7,27 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.augment import Crop, augmented, center_crop, random_crop
+from pipeline.augment import Crop, augmented, center_crop, crop_draws, random_crop
 from pipeline.decode import decode, resize
 
 SHAPES = [(375, 500), (500, 333), (64, 64), (20, 900), (900, 20), (1, 1), (1, 40)]
 
 
+def crop_of(seed: int, epoch: int, sample: int, height: int, width: int) -> Crop:
+    return random_crop(crop_draws(seed, epoch, np.array([sample]))[0], height, width)
+
+
 @pytest.mark.parametrize(("height", "width"), SHAPES)
 def test_crops_lie_inside_the_image(height: int, width: int) -> None:
     for sample in range(300):
-        crop = random_crop(0, 0, sample, height, width)
+        crop = crop_of(0, 0, sample, height, width)
         assert crop.top >= 0 and crop.left >= 0 and crop.height >= 1 and crop.width >= 1
         assert crop.top + crop.height <= height and crop.left + crop.width <= width
 
 
 def test_crops_follow_the_recipe() -> None:
     height, width = 375, 500
-    crops = [random_crop(0, 3, sample, height, width) for sample in range(3000)]
+    crops = [crop_of(0, 3, sample, height, width) for sample in range(3000)]
     areas = np.array([crop.height * crop.width for crop in crops]) / (height * width)
     ratios = np.array([crop.width / crop.height for crop in crops])
 
@@ -36,16 +40,34 @@ def test_crops_follow_the_recipe() -> None:
 
 
 def test_a_crop_depends_on_seed_epoch_and_sample_alone() -> None:
-    assert random_crop(1, 2, 3, 100, 100) == random_crop(1, 2, 3, 100, 100)
-    others = [random_crop(*key, 100, 100) for key in [(1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4), (2, 1, 3)]]
+    assert crop_of(1, 2, 3, 100, 100) == crop_of(1, 2, 3, 100, 100)
+    others = [crop_of(*key, 100, 100) for key in [(1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4), (2, 1, 3)]]
     assert len(set(others)) == len(others)
+
+
+def test_a_crop_is_the_same_whatever_it_is_drawn_with() -> None:
+    samples = np.array([7, 0, 2_000_000_000, 7])
+
+    together = [random_crop(draws, 375, 500) for draws in crop_draws(1, 2, samples)]
+
+    assert together == [crop_of(1, 2, sample, 375, 500) for sample in samples.tolist()]
+
+
+def test_crops_stay_those_that_runs_were_begun_with() -> None:
+    crops = [crop_of(0, epoch, sample, 375, 500) for epoch, sample in ((0, 0), (3, 17), (1599, 1_281_166))]
+
+    assert crops == [
+        Crop(17, 107, 262, 309, flip=True),
+        Crop(5, 0, 327, 344, flip=False),
+        Crop(25, 4, 319, 324, flip=True),
+    ]
 
 
 def test_pixels_are_within_rounding_of_pil_bicubic(jpeg: Callable[..., bytes]) -> None:
     differences = []
     for sample in range(12):
         pixels = decode(jpeg(sample, 375, 500))
-        crop = random_crop(0, 0, sample, 375, 500)
+        crop = crop_of(0, 0, sample, 375, 500)
         box = (crop.left, crop.top, crop.left + crop.width, crop.top + crop.height)
         expected = np.asarray(Image.fromarray(pixels).crop(box).resize((224, 224), Image.Resampling.BICUBIC))
         expected = expected[:, ::-1] if crop.flip else expected

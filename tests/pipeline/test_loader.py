@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.augment import augmented, random_crop
+from pipeline.augment import augmented, crop_draws, random_crop
 from pipeline.batch import Batch
 from pipeline.dataset import Dataset
 from pipeline.decode import decode
@@ -63,7 +63,8 @@ def test_batches_follow_the_order_and_the_recipe(dataset: Dataset, straight: lis
         assert batch.images.dtype == torch.uint8 and batch.images.shape == (12, 3, 16, 16)
         for sample, image in zip(dataset.read(batch.sample_ids.numpy()), batch.images.numpy(), strict=True):
             pixels = decode(sample.data)
-            crop = random_crop(5, batch.epoch, sample.id, *pixels.shape[:2])
+            (draws,) = crop_draws(5, batch.epoch, np.array([sample.id]))
+            crop = random_crop(draws, *pixels.shape[:2])
             assert np.array_equal(image, augmented(pixels, crop, (16, 16)))
 
 
