@@ -68,17 +68,20 @@ class RangedRead:
                 raise OSError(errno.EPROTO, "the store sent a whole object where a range was asked for")
             self._etag = self._etag or answer.get("ETag")
             while chunk := await body.read(CHUNK_BYTES):
-                self._parts.append(chunk)
-                self._received_bytes += len(chunk)
+                self._take(chunk)
         finally:
             body.close()
+
+    def _take(self, chunk: bytes) -> None:
+        self._parts.append(chunk)
+        self._received_bytes += len(chunk)
 
 
 class HttpRangedRead(RangedRead):
     """A range of what lies behind an http address that is being read."""
 
     async def _stream(self, filesystem: Any, path: str) -> None:
-        first, last = self._start + len(self._received), self._start + self._length - 1
+        first, last = self._start + self._received_bytes, self._start + self._length - 1
         headers = {"Range": f"bytes={first}-{last}", "Accept-Encoding": "identity"}
         if self._etag and not self._etag.startswith("W/"):  # a weak one never matches: RFC 9110, section 13.1.1
             headers["If-Match"] = self._etag
@@ -95,6 +98,6 @@ class HttpRangedRead(RangedRead):
                 raise ReplacedError("object", f"must have the ETag {self._etag}", path, "restore the object")
             self._etag = found
             async for chunk in answer.content.iter_chunked(CHUNK_BYTES):
-                self._received += chunk
-                if len(self._received) >= self._length:
+                self._take(chunk)
+                if self._received_bytes >= self._length:
                     return
