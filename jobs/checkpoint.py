@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -19,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 import google_crc32c
+import psutil
 
-from jobs.errors import CheckpointError
+from jobs.errors import CheckpointError, DamagedCheckpointError
 from jobs.run_directory import RunDirectory
 
 logger = logging.getLogger(__name__)
@@ -28,6 +31,7 @@ logger = logging.getLogger(__name__)
 COMMIT_NAME = re.compile(r"step-(\d{8,})\.json")
 FORMAT_VERSION = 1
 _READ_BYTES = 1 << 22
+_SCRATCH = "convmae-checkpoint-"
 
 
 @dataclass(frozen=True)
@@ -116,14 +120,20 @@ def read_commit(run: RunDirectory, step: int) -> Commit:
     """The commit object of the checkpoint at `step`.
 
     Raises:
-        CheckpointError: If there is none.
+        CheckpointError: If there is none, or it is of another format.
+        DamagedCheckpointError: If it is not what was written.
     """
     try:
         data = run.storage.read(run.path("commits", f"{folder_name(step)}.json"))
     except FileNotFoundError:
         known = ", ".join(str(known) for known in committed_steps(run)) or "none yet"
         raise CheckpointError("step", "must be a committed checkpoint", step, f"committed: {known}") from None
-    return Commit.from_json(json.loads(data))
+    try:
+        fields = json.loads(data)
+    except ValueError as error:
+        rule, remedy = f"must be a JSON object ({error})", "`convmae checkpoints` shows which others are whole"
+        raise DamagedCheckpointError("commit", rule, f"step {step}", remedy) from None
+    return Commit.from_json(fields)
 
 
 def latest_commit(run: RunDirectory) -> Commit | None:
@@ -136,7 +146,7 @@ def download_files(run: RunDirectory, commit: Commit, folder: Path) -> None:
     """Fetch a checkpoint's files into `folder`, each checked against the commit.
 
     Raises:
-        CheckpointError: If a file is missing, truncated or altered.
+        DamagedCheckpointError: If a file is missing, truncated or altered.
     """
     for file in commit.files:
         url = run.path("checkpoints", folder_name(commit.step), file.name)
@@ -147,9 +157,9 @@ def download_files(run: RunDirectory, commit: Commit, folder: Path) -> None:
         try:
             run.storage.download(url, target)
         except FileNotFoundError:
-            raise CheckpointError("checkpoint", "must be whole", f"{url} is missing", remedy) from None
+            raise DamagedCheckpointError("checkpoint", "must be whole", f"{url} is missing", remedy) from None
         if target.stat().st_size != file.bytes or file_crc32c(target) != file.crc32c:
-            raise CheckpointError("checkpoint", "must be as it was written", f"{url} was altered", remedy)
+            raise DamagedCheckpointError("checkpoint", "must be as it was written", f"{url} was altered", remedy)
 
 
 def prune(run: RunDirectory, keep: int) -> list[int]:
@@ -171,7 +181,15 @@ def prune(run: RunDirectory, keep: int) -> list[int]:
 
 def scratch_folder() -> tempfile.TemporaryDirectory[str]:
     """A local folder for one checkpoint's files, deleted with its context."""
-    return tempfile.TemporaryDirectory(prefix="convmae-checkpoint-")
+    return tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-")
+
+
+def sweep_scratch_folders() -> None:
+    """Delete the scratch folders of processes that were killed on this machine."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+        pid = folder.name.removeprefix(_SCRATCH).partition("-")[0]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def file_crc32c(path: Path) -> int:

@@ -25,5 +25,9 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be loaded: missing, altered, or of another model."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A committed checkpoint that is not as it was written: a file is missing, truncated or altered."""
+
+
 class RunFailedError(Exception):
     """A run that ended early; the message is the root cause in one line."""

@@ -30,11 +30,14 @@ _GAUGES = {
     "checkpoint_step": ("convmae_checkpoint_step", "Step of the newest committed checkpoint."),
     "checkpoint_at_seconds": ("convmae_checkpoint_timestamp_seconds", "Unix time of the newest committed checkpoint."),
     "checkpoint_bytes": ("convmae_checkpoint_bytes", "Size of the newest committed checkpoint."),
-    "checkpoint_seconds": ("convmae_checkpoint_duration_seconds", "Seconds that training stood still to save it."),
+    "checkpoint_seconds": ("convmae_checkpoint_duration_seconds", "Seconds from its beginning to its commit."),
+    "checkpoint_stall_seconds": ("convmae_checkpoint_last_stall_seconds", "Seconds that training stood still for it."),
 }
 
 COUNTERS = {
     "images": "Images trained, redone ones included.",
+    "checkpoint_stall_seconds": "Seconds that training stood still for committed checkpoints.",
+    "checkpoint_failures": "Checkpoints that could not be uploaded or committed.",
     "substitutions": "Samples that were replaced since they are unusable, redone ones included.",
     "storage_requests": "Ranged reads of images from the object store, all ranks.",
     "storage_read_bytes": "Bytes of images received from the object store, all ranks.",

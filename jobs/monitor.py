@@ -201,20 +201,49 @@ class RunMonitor:
             "eta_seconds": (self._config.schedule.total_steps - step) * step_seconds,
         }
 
-    def checkpoint_committed(self, *, step: int, stall_seconds: float, size_bytes: int, milestone: bool) -> None:
-        """Note a committed checkpoint."""
+    def checkpoint_committed(
+        self, *, step: int, stall_seconds: float, duration_seconds: float, size_bytes: int, milestone: bool
+    ) -> None:
+        """Note a committed checkpoint.
+
+        Args:
+            step: Its steps.
+            stall_seconds: How long training stood still for it.
+            duration_seconds: From there until it was committed.
+            size_bytes: Of its files.
+            milestone: Whether it is kept for ever.
+        """
         with self._lock:
             self._status.update(
                 checkpoint_step=step,
                 checkpoint_at_seconds=time.time(),
                 checkpoint_bytes=size_bytes,
-                checkpoint_seconds=stall_seconds,
+                checkpoint_seconds=duration_seconds,
+                checkpoint_stall_seconds=stall_seconds,
             )
+            self._count("checkpoint_stall_seconds", stall_seconds)
             self._exporter.update(self._status)
             self._failures_without_progress = 0
             self._add_event(
-                "checkpoint", step=step, stall_seconds=round(stall_seconds, 3), bytes=size_bytes, milestone=milestone
+                "checkpoint",
+                step=step,
+                stall_seconds=round(stall_seconds, 3),
+                duration_seconds=round(duration_seconds, 3),
+                bytes=size_bytes,
+                milestone=milestone,
             )
+
+    def checkpoint_failed(self, *, step: int, error: str) -> None:
+        """Note a checkpoint that could not be uploaded or committed; training goes on."""
+        with self._lock:
+            self._count("checkpoint_failures", 1)
+            self._add_event("checkpoint-failed", step=step, reason=error)
+
+    def checkpoint_damaged(self, *, step: int, reason: str) -> None:
+        """Note a checkpoint that is passed over since it is not as it was written."""
+        with self._lock:
+            self._add_event("checkpoint-damaged", step=step, reason=reason)
+        self.flush()
 
     def counters(self) -> dict[str, float]:
         """What a commit keeps so that counters go on after a restart."""

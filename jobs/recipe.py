@@ -35,6 +35,7 @@ PLACEMENT_FIELDS = frozenset(
         "compile",
         "checkpoint_every_steps",
         "keep_checkpoints",
+        "on_damaged_checkpoint",
         "cpus_per_worker",
         "loader_threads",
         "on_bad_sample",
@@ -146,6 +147,8 @@ class Recipe(BaseModel):
     """Steps between checkpoints; one more is saved at the end and when a run is stopped."""
     keep_checkpoints: int = Field(default=3, gt=0)
     """Most recent checkpoints to keep; milestones stay for ever."""
+    on_damaged_checkpoint: Literal["previous", "fail"] = "previous"
+    """What to do where the newest checkpoint is not as it was written: go on from the one before, or `fail`."""
     milestone_epochs: tuple[int, ...] = (200, 400, 800, 1600)
     """Epochs after which a checkpoint is saved and never deleted (the epochs of the paper's ablation)."""
     max_restarts_without_progress: int = Field(default=3, ge=0)

@@ -16,16 +16,18 @@ from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from jobs import checkpoint
 from jobs.checkpoint import Commit
+from jobs.checkpoint_saver import CheckpointSaver
 from jobs.engine import build_engine, build_model, initialize_deepspeed, set_learning_rate
-from jobs.errors import CheckpointError
+from jobs.errors import CheckpointError, DamagedCheckpointError
 from jobs.recipe import Recipe
+from jobs.restore import fetch_newest
 from jobs.run_directory import RunDirectory
 from jobs.schedule import Schedule, micro_batches
 from jobs.step_reading import RankReading, StepReading, from_words, word_count
@@ -63,6 +65,22 @@ class Place:
     rank: int
     world_size: int
     device: torch.device
+
+
+class SharedStep(NamedTuple):
+    """What every rank knows of a step before its update; the same on all of them."""
+
+    loss: float
+    """Mean over the global batch."""
+    stop: bool
+    """Whether to save and end after it."""
+    uploading: bool
+    """Whether some rank is uploading a checkpoint."""
+    samples: str
+    """Digest of the samples that were used."""
+    reading: StepReading
+    wait_seconds: float
+    """The longest that a rank waited for its batch."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -109,10 +127,22 @@ class Trainer:
         self.rank_sizes = [len(self.order.rank_batch(0, rank, place.world_size)) for rank in range(place.world_size)]
         self.sizes = micro_batches(self.rank_sizes[place.rank], max(self.rank_sizes), self.recipe.micro_batch_size)
         initialize_deepspeed(self.recipe.device)
-        commit = self._agree_on_commit()
-        self.step = commit.step if commit else 0
-        self.attempt = self._begin_attempt(commit)
-        self.engine = self._restored_engine(commit)
+        checkpoint.sweep_scratch_folders()
+        with checkpoint.scratch_folder() as scratch:
+            found = fetch_newest(
+                job.run,
+                Path(scratch),
+                rank=place.rank,
+                world_size=place.world_size,
+                check=self._check_commit,
+                on_damage=self._pass_over,
+            )
+            self.step = found.commit.step if found else 0
+            self.attempt = self._begin_attempt(found.commit if found else None)
+            self.engine = self._restored_engine(read_zero_state(found.folder) if found else None)
+        self.saver = CheckpointSaver(
+            job.run, job.monitor, rank=place.rank, world_size=place.world_size, keep=self.recipe.keep_checkpoints
+        )
         self._stop_reply: Any = None
         self._reading = RankReading(self.dataset, place.rank, place.world_size)
         self._quarantined: set[int] = set()
@@ -126,7 +156,8 @@ class Trainer:
                 if stop or self._is_due():
                     self._save()
                 if stop:
-                    return
+                    break
+        self.saver.close()
 
     def _loader(self) -> Loader:
         return Loader(
@@ -147,26 +178,28 @@ class Trainer:
         learning_rate = self.schedule.learning_rate(batch.step)
         set_learning_rate(self.engine, learning_rate)
         self._quarantine(batch)
-        loss, stop, samples, reading, wait_seconds = self._backward(batch)
-        if not math.isfinite(loss):
-            raise NonFiniteLossError(f"loss is {loss} at step {batch.step + 1}; no update was made")
+        shared = self._backward(batch)
+        if not math.isfinite(shared.loss):
+            raise NonFiniteLossError(f"loss is {shared.loss} at step {batch.step + 1}; no update was made")
         self.engine.step()
         self.step = batch.step + 1
+        if self.saver.is_under_way and not shared.uploading:
+            self.saver.finish()
         if self.place.rank == 0:
             row = {
                 "step": self.step,
                 "epoch": batch.epoch,
-                "loss": loss,
+                "loss": shared.loss,
                 "learning_rate": learning_rate,
                 "world_size": self.place.world_size,
                 "attempt": self.attempt,
-                "samples": samples,
-                "substitutions": int(reading.substitutions),
-                "data_wait_seconds": round(wait_seconds, 6),
+                "samples": shared.samples,
+                "substitutions": int(shared.reading.substitutions),
+                "data_wait_seconds": round(shared.wait_seconds, 6),
             }
             norm = float(self.engine.get_global_grad_norm() or 0.0)
-            self._stop_reply = self.job.monitor.record.remote(row, norm, reading._asdict())
-        return stop
+            self._stop_reply = self.job.monitor.record.remote(row, norm, shared.reading._asdict())
+        return shared.stop
 
     def _quarantine(self, batch: Batch) -> None:
         """Tell the monitor of samples that were replaced, each once; the replies are awaited before a commit."""
@@ -176,17 +209,14 @@ class Trainer:
             rows = [{**item.to_json(), "step": batch.step + 1} for item in new]
             self._quarantine_replies.append(self.job.monitor.quarantine.remote(rows))
 
-    def _backward(self, batch: Batch) -> tuple[float, bool, str, StepReading, float]:
+    def _backward(self, batch: Batch) -> SharedStep:
         """Gradients of the mean loss over the global batch.
 
-        Rank 0's wish to stop travels with the loss, so that all ranks leave after the same step; so does what each
-        rank read.
-
-        Returns:
-            The loss, whether to stop, the digest of the samples, what was read, and the longest wait for it in seconds.
+        Rank 0's wish to stop travels with the loss, so that all ranks leave after the same step; so does whether a
+        rank is uploading, and what each rank read.
         """
         recipe, place = self.recipe, self.place
-        total = torch.zeros(2 + word_count(place.world_size), device=place.device, dtype=torch.float64)
+        total = torch.zeros(3 + word_count(place.world_size), device=place.device, dtype=torch.float64)
         first = 0
         for index, size in enumerate(self.sizes):
             # A rank without images for this micro-batch still takes part in the reduction, with weight 0.
@@ -198,12 +228,14 @@ class Trainer:
             if index + 1 < len(self.sizes):
                 self.engine.step()
         total[1] = float(place.rank == 0 and self._stop_asked())
-        total[2:] = torch.tensor(self._reading.words(batch), dtype=torch.float64)
+        total[2] = float(self.saver.is_uploading)
+        total[3:] = torch.tensor(self._reading.words(batch), dtype=torch.float64)
         consumed = torch.tensor(ConsumedDigest.of(batch.sample_ids.numpy()).words(), device=place.device)
         dist.all_reduce(total)
         dist.all_reduce(consumed)
-        loss_sum, stops, *words = total.tolist()
-        return loss_sum, stops > 0, str(ConsumedDigest.from_words(consumed.tolist())), *from_words(words)
+        loss_sum, stops, uploads, *words = total.tolist()
+        digest = str(ConsumedDigest.from_words(consumed.tolist()))
+        return SharedStep(loss_sum, stops > 0, uploads > 0, digest, *from_words(words))
 
     def _forward(self, batch: Batch, chosen: slice) -> torch.Tensor:
         device = self.place.device
@@ -230,28 +262,22 @@ class Trainer:
         )
 
     def _save(self) -> None:
-        """Save a checkpoint of the steps done; every rank must come here after the same step."""
+        """Begin a checkpoint of the steps done; every rank must come here after the same step."""
         import ray
 
-        start = time.monotonic()
         ray.get(self._quarantine_replies)  # the ledger up to a commit is never lost
         self._quarantine_replies.clear()
-        with checkpoint.scratch_folder() as scratch:
-            self.engine.save_checkpoint(scratch, tag="native", save_latest=False)
-            files = checkpoint.upload_files(self.run_directory, self.step, Path(scratch) / "native")
-        by_rank: list[Any] = [None] * self.place.world_size
-        dist.all_gather_object(by_rank, files)
-        if self.place.rank == 0:
-            self._commit([file for rank_files in by_rank for file in rank_files], start)
-        dist.barrier()
+        self.saver.begin(self._commit(), self._write_zero_files)
 
-    def _commit(self, files: list[checkpoint.CheckpointFile], start: float) -> None:
+    def _write_zero_files(self, folder: Path) -> None:
+        self.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+
+    def _commit(self) -> Commit:
         import ray
 
-        monitor, recipe = self.job.monitor, self.recipe
-        ray.get(monitor.flush.remote())  # history up to a commit is never lost
-        milestone = self.schedule.is_milestone(self.step, recipe.milestone_epochs)
-        commit = Commit(
+        recipe = self.recipe
+        counters: Any = ray.get(self.job.monitor.counters.remote()) if self.place.rank == 0 else {}
+        return Commit(
             step=self.step,
             epoch=self.step // self.schedule.steps_per_epoch,
             world_size=self.place.world_size,
@@ -263,31 +289,28 @@ class Trainer:
             seed=recipe.seed,
             attempt=self.attempt,
             created_at_seconds=time.time(),
-            milestone=milestone,
-            counters=ray.get(monitor.counters.remote()),
+            milestone=self.schedule.is_milestone(self.step, recipe.milestone_epochs),
+            counters=counters,
             versions=software_versions(),
-            files=tuple(files),
+            files=(),
         )
-        checkpoint.write_commit(self.run_directory, commit)
-        stall_seconds = time.monotonic() - start
-        monitor.checkpoint_committed.remote(
-            step=self.step, stall_seconds=stall_seconds, size_bytes=commit.bytes, milestone=milestone
-        )
-        checkpoint.prune(self.run_directory, recipe.keep_checkpoints)
 
-    def _agree_on_commit(self) -> Commit | None:
-        """The newest checkpoint as rank 0 sees it: listings may differ from rank to rank for a moment."""
-        found = [checkpoint.latest_commit(self.run_directory) if self.place.rank == 0 else None]
-        dist.broadcast_object_list(found, src=0)
-        commit = found[0]
-        if commit and commit.order_version != ORDER_VERSION:
+    def _check_commit(self, commit: Commit) -> None:
+        if commit.order_version != ORDER_VERSION:
             remedy = "resume with the version of convmae-pretrain that began the run"
             raise CheckpointError("order_version", f"must be {ORDER_VERSION}", commit.order_version, remedy)
-        if commit and commit.dataset_digest != self.dataset.manifest.digest:
+        if commit.dataset_digest != self.dataset.manifest.digest:
             rule = f"must be the data set that the run began with ({commit.dataset_digest[:12]})"
             found_digest = self.dataset.manifest.digest[:12]
             raise CheckpointError("data", rule, found_digest, "restore it, or start a new run")
-        return commit
+
+    def _pass_over(self, step: int, damage: str) -> None:
+        import ray
+
+        if self.recipe.on_damaged_checkpoint == "fail":
+            remedy = "resume with on_damaged_checkpoint=previous to go on from the checkpoint before"
+            raise DamagedCheckpointError("checkpoint", "must be as it was written", damage, remedy)
+        ray.get(self.job.monitor.checkpoint_damaged.remote(step=step, reason=damage))
 
     def _begin_attempt(self, commit: Commit | None) -> int:
         import ray
@@ -304,19 +327,15 @@ class Trainer:
         dist.broadcast_object_list(number, src=0)
         return number[0]
 
-    def _restored_engine(self, commit: Commit | None) -> deepspeed.DeepSpeedEngine:
+    def _restored_engine(self, state: ZeroState | None) -> deepspeed.DeepSpeedEngine:
         model = build_model(self.recipe)
-        with checkpoint.scratch_folder() as scratch:
-            state: ZeroState | None = None
-            if commit:
-                checkpoint.download_files(self.run_directory, commit, Path(scratch))
-                state = read_zero_state(Path(scratch))
-                model.load_state_dict(state.weights(), strict=True)
-            model.to(self.place.device)
-            count, world_size = len(self.sizes), self.place.world_size
-            engine = build_engine(model, self.recipe, micro_batches_per_step=count, world_size=world_size)
-            if state:
-                restore_optimizer(engine, state)
+        if state:
+            model.load_state_dict(state.weights(), strict=True)
+        model.to(self.place.device)
+        count, world_size = len(self.sizes), self.place.world_size
+        engine = build_engine(model, self.recipe, micro_batches_per_step=count, world_size=world_size)
+        if state:
+            restore_optimizer(engine, state)
         return engine
 
 

@@ -83,7 +83,7 @@ def record(monitor: RunMonitor, steps: range, attempt: int = 1) -> bool:
 
 
 def commit(monitor: RunMonitor, step: int) -> None:
-    monitor.checkpoint_committed(step=step, stall_seconds=0.25, size_bytes=1000, milestone=False)
+    monitor.checkpoint_committed(step=step, stall_seconds=0.25, duration_seconds=1.5, size_bytes=1000, milestone=False)
 
 
 def steps_of(run: RunDirectory) -> list[int]:

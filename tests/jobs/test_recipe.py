@@ -49,6 +49,7 @@ OTHER_VALUES: dict[str, Any] = {
     "stall_seconds": 60.0,
     "checkpoint_every_steps": 10,
     "keep_checkpoints": 1,
+    "on_damaged_checkpoint": "fail",
     "milestone_epochs": [10],
     "max_restarts_without_progress": 9,
     "metrics_port": 9000,
@@ -68,7 +69,7 @@ def test_every_field_has_another_value_below() -> None:
 def test_resuming_may_change_how_a_run_executes_and_nothing_else() -> None:
     workers = {"min_workers", "max_workers", "cpus_per_worker", "loader_threads", "micro_batch_size"}
     computing = {"recompute", "compile"}
-    saving = {"checkpoint_every_steps", "keep_checkpoints"}
+    saving = {"checkpoint_every_steps", "keep_checkpoints", "on_damaged_checkpoint"}
     watching = {"max_restarts_without_progress", "metrics_port"}
 
     reading = {
