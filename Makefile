@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain down fix check test test-slow bench-plan
+.PHONY: help install pretrain down fix check test test-slow bench-plan bench-loader
 
 help:  ## Show these lines
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 install: $(INSTALLED)  ## Set up .venv with pinned versions; quick when there is nothing to do
 
@@ -43,6 +43,9 @@ test: check  ## Checks, then all tests but the slow ones
 
 test-slow: $(INSTALLED)  ## The tests that take minutes
 	$(BIN)/python -m pytest -m slow
+
+bench-loader: $(INSTALLED)  ## Images a second beside other loaders; IMAGES=DIR takes your own, QUICK=1 is a first look
+	$(BIN)/python benchmarks/bench_loader.py $(if $(IMAGES),--images "$(IMAGES)") $(if $(QUICK),--quick)
 
 bench-plan: $(INSTALLED)  ## What a plan over 2,000,000,000 samples costs
 	$(BIN)/python benchmarks/bench_plan.py
