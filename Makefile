@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain down fix check test test-slow bench-plan bench-model
+.PHONY: help install pretrain down fix check test test-slow bench-plan bench-model bench-loader
 
 help:  ## Show these lines
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 install: $(INSTALLED)  ## Set up .venv with pinned versions; quick when there is nothing to do
 
@@ -47,6 +47,9 @@ test-slow: $(INSTALLED)  ## The tests that take minutes
 bench-model: $(INSTALLED)  ## Forward and backward of the model, against its dense reference and MAE; operations and bytes
 	$(BIN)/python benchmarks/model_traffic.py
 	$(BIN)/python benchmarks/bench_model.py
+
+bench-loader: $(INSTALLED)  ## Images a second beside other loaders; IMAGES=DIR takes your own, QUICK=1 is a first look
+	$(BIN)/python benchmarks/bench_loader.py $(if $(IMAGES),--images "$(IMAGES)") $(if $(QUICK),--quick)
 
 bench-plan: $(INSTALLED)  ## What a plan over 2,000,000,000 samples costs
 	$(BIN)/python benchmarks/bench_plan.py

@@ -37,6 +37,8 @@ from pipeline.storage import Storage
 MEMORY_EPOCHS = 20
 PEERS = ("webdataset", "torch", "streaming", "litdata")
 """Sides that are others' loaders, by the package that each needs."""
+PEERS_ON_S3 = ("webdataset", "streaming")
+"""The torch side reads files; LitData refuses an S3 server without TLS."""
 
 
 class FailedError(RuntimeError):
@@ -76,7 +78,7 @@ class Bench:
         for side in peers:
             yield Run(side, "disk", self.cores)
         for side in peers:
-            if side != "torch":  # reads files alone
+            if side in PEERS_ON_S3:
                 yield Run(side, "s3", self.cores)
         yield Run("ours", "disk", 1)
         yield Run("bare", "memory", 1)
@@ -90,7 +92,8 @@ class Bench:
             except FailedError as error:
                 if run.side not in PEERS:
                     raise
-                self.failed[run] = str(error).rstrip().rpartition("\n")[2]
+                lines = [line for line in str(error).splitlines() if "Error" in line.partition(":")[0]]
+                self.failed[run] = lines[-1].strip() if lines else "no reason given"
                 continue
             served = sum(self._server.cpu_times()[:2]) - before if run.where == "s3" else 0.0
             self.speeds[run].append(found | {"server_seconds": served})
@@ -134,7 +137,7 @@ class Bench:
         )
         if where != "s3":
             return place
-        names = {name: Storage.join(self._bucket, name) for name in ("shards", "streaming", "litdata")}
+        names = {name: Storage.join(self._bucket, name) for name in ("shards", "streaming")}
         urls = [Storage.join(names["shards"], Path(tar).name) for tar in tars]
         return replace(place, **names, tars=signed_urls(self._storage, urls), storage=self._storage)
 
@@ -205,7 +208,7 @@ def main() -> None:
             (root / name).mkdir()
         material = make_material(options.images, count, root / "material")
         with local_s3(root / "s3") as (storage, bucket, server):
-            for name in ("shards", "streaming", "litdata"):
+            for name in ("shards", "streaming"):
                 copy_to(storage, str(root / "material" / name), Storage.join(bucket, name))
             bench = Bench(material, storage, bucket, server)
             print(f"{len(material.files)} images, {bench.cores} cores, {rounds} rounds, batches of {BATCH}", flush=True)

@@ -22,7 +22,7 @@ class Medians:
     wall: Speeds
     """Images a second."""
     cpu: Speeds
-    """Images for a second of one core, a local server's counted in; what a machine without other work would do."""
+    """Images for a second of one core, a local server's seconds counted in; other work alters it less."""
     seconds: Mapping[str, float]
     """To a first batch, by name."""
     cores: int

@@ -138,5 +138,3 @@ def _write_litdata(material: Material) -> None:
         cache[number] = data
     cache.done()
     cache.merge()
-
-

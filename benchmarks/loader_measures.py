@@ -32,7 +32,7 @@ COMPARED_IMAGES = 400
 
 
 def speed(place: Place, side: str) -> dict[str, float]:
-    """Images a second over one epoch, from the first batch on: then workers are up and buffers are filled."""
+    """Images a second from the first batch on: then workers are up and buffers are filled."""
     batches = loader_sides.SIDES[side](place)
     next(batches)
     began, cpu_before = time.perf_counter(), _cpu_seconds()

@@ -118,6 +118,8 @@ class Loader:
         try:
             for step in steps:
                 started.append(self._start(step, ahead, decoders, hand_over))
+                if step == start_step:  # first of all comes the first batch; then what lies behind it may compete
+                    self._watch.wait(started[0], time.monotonic())
                 if len(started) > self._prefetch_batches:
                     yield self._finish(started.popleft(), hand_over, bad_runs)
             while started:

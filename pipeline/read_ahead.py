@@ -1,8 +1,8 @@
 """What to read when: whole blocks of the windows that are open, each about once an epoch.
 
 While a window is used up, the next one is read at the same pace. So the bytes held stay near one window, and the
-requests per step stay even. A run that starts inside a window reads the first batch by itself, then the rest of the
-window, and nothing that lies before.
+requests per step stay even. A run that starts inside a window reads the first batch by itself; with the second batch
+it asks for the rest of the window, and for nothing that lies before.
 
 With a disk cache blocks are fetched and kept whole. What the first epoch leaves out is fetched at its end, so that
 later ones find every block of the rank's lanes on the disk.
@@ -87,7 +87,8 @@ class ReadAhead:
         ids = np.concatenate([self._order.lane_batch(step, lane) for lane in self._lanes])
         if not self._whole_windows or step == self._steps.start:
             self._read(epoch, [ids[place : place + 1] for place in range(len(ids))], whole_blocks=False)
-        if self._whole_windows or self._dataset.cache:
+        # The window waits for the second step: it is hundreds of times the first batch, and would only delay it.
+        if (self._whole_windows or self._dataset.cache) and step != self._steps.start:
             self._advance(epoch, step)
         return [Pending(sample, self._reading.pop((epoch, sample))) for sample in ids.tolist()]
 

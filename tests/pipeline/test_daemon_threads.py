@@ -3,6 +3,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import pytest
 
@@ -25,6 +26,16 @@ def test_results_and_errors_come_back() -> None:
     with pytest.raises(ZeroDivisionError):
         threads.submit(divmod, 1, 0).result()
     threads.shutdown()
+
+
+def test_calls_that_nobody_waits_for_run_in_their_turn() -> None:
+    threads, ran = DaemonThreads(1, "test"), []
+    for number in range(5):
+        threads.start(partial(ran.append, number))
+    threads.submit(ran.append, 5).result()
+    threads.shutdown()
+
+    assert ran == [0, 1, 2, 3, 4, 5]
 
 
 def test_what_did_not_start_is_cancelled_and_the_rest_finishes() -> None:

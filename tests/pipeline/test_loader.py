@@ -111,6 +111,22 @@ def test_nothing_is_read_that_is_not_used_and_nothing_twice_in_an_epoch(
     assert covered == used
 
 
+def test_nothing_is_read_beside_the_first_batch_until_it_is_decoded(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, reads_before = CountingStorage(), []
+
+    def noting(data: bytes) -> Any:
+        reads_before.append(len(storage.reads))
+        return decode(data)
+
+    monkeypatch.setattr("pipeline.image_maker.decode", noting)
+    batches(Dataset(storage, dataset.url, dataset.manifest), 1, 4)
+
+    first = ORDER.global_batch_size
+    assert max(reads_before[:first]) <= first < max(reads_before)
+
+
 def test_blocks_are_read_whole(dataset: Dataset) -> None:
     order = Order(61, global_batch_size=5, lanes=1, seed=5, block_samples=6, window_blocks=3)
     storage = CountingStorage()
