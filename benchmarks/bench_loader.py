@@ -144,7 +144,8 @@ class Bench:
     def _measure(self, measure: str, place: Place, **arguments: Any) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(dir=self.material.root) as scratch:
             asked = request(measure, replace(place, scratch=scratch), **arguments)
-            environment = os.environ | (s3_environment(place.storage) if place.storage.key else {})
+            environment = os.environ | {"TMPDIR": scratch}  # Streaming leaves lock files
+            environment |= s3_environment(place.storage) if place.storage.key else {}
             command = [sys.executable, str(Path(__file__).with_name("loader_measures.py"))]
             done = subprocess.run(command, input=asked, capture_output=True, text=True, env=environment, check=False)
         if done.returncode:

@@ -169,6 +169,9 @@ def torch_folder(place: Place) -> Iterator[int]:
 def streaming(place: Place) -> Iterator[int]:
     """MosaicML Streaming with bytes, PIL, torch's DataLoader."""
     from streaming.base import StreamingDataset
+    from streaming.base.util import clean_stale_shared_memory
+
+    clean_stale_shared_memory()
 
     class Images(StreamingDataset):  # type: ignore[misc]
         def __getitem__(self, at: Any) -> Any:
