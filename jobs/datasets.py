@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, TextIO
@@ -156,7 +156,15 @@ def _say_passed_over(found: Sources | Tars) -> None:
     names = found.passed_over
     if names:
         kind = "packed archives" if isinstance(found, Tars) else "files without an image's name"
-        say(f"passing over {len(names)} {kind}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}")
+        say(f"passing over {len(names)} {kind}: {_first(names)}")
+    if isinstance(found, Sources) and found.beside_classes:
+        beside = found.beside_classes
+        where = f"{len(beside)} of {len(found.images)} images lie beside the class folders ({_first(beside)})"
+        say(f"no image gets a label, since {where}; to have labels, move them into a class folder")
+
+
+def _first(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _say_waiting(holder: str) -> None:

@@ -23,6 +23,7 @@ from pipeline.shard_index import NO_LABEL, IndexRow, ShardIndex, Skipped
 from pipeline.shard_plan import ShardTask
 from pipeline.shard_table import INDEX_SUFFIX, ShardEntry
 from pipeline.source import Source
+from pipeline.source_reader import SourceReader
 from pipeline.storage import Storage
 from pipeline.verify import tar_faults
 
@@ -121,7 +122,8 @@ def _write_tar(storage: Storage, task: ShardTask, path: Path) -> ShardIndex:
 
     rows = []
     skipped = []
-    with path.open("wb") as file, contextlib.closing(_read_ahead(storage, task)) as images:
+    reader = SourceReader(storage, task.root)
+    with path.open("wb") as file, contextlib.closing(_read_ahead(reader, task)) as images:
         writer = webdataset.TarWriter(file, encoder=False, user="convmae", group="convmae", mode=0o444, mtime=0)
         for number, (source, image) in enumerate(images, start=task.first_key):
             try:
@@ -139,17 +141,18 @@ def _write_tar(storage: Storage, task: ShardTask, path: Path) -> ShardIndex:
             writer.write({"__key__": key, "jpg": photo.data} | _label_member(source))
             rows.append(_row(key, photo, source))
         writer.close()
+    reader.check()
     tar_bytes = path.stat().st_size
     return ShardIndex.from_rows(task.name, tar_bytes, task.digest, tuple(skipped), _located(path, rows))
 
 
-def _read_ahead(storage: Storage, task: ShardTask) -> Generator[tuple[Source, Future[bytes]], None, None]:
+def _read_ahead(reader: SourceReader, task: ShardTask) -> Generator[tuple[Source, Future[bytes]], None, None]:
     """The sources in order, each with its bytes on the way; a bounded number at once."""
     threads = ThreadPoolExecutor(READ_THREADS, thread_name_prefix="sources")
     waiting: deque[tuple[Source, Future[bytes]]] = deque()
     try:
         for source in task.sources:
-            waiting.append((source, threads.submit(source.read, storage, task.root)))
+            waiting.append((source, threads.submit(reader.read, source)))
             if len(waiting) > READ_AHEAD:
                 yield waiting.popleft()
         while waiting:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 
-from pipeline.storage import Storage
+from pipeline.storage import Storage, is_web
+
+IMAGE_SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +54,8 @@ class Sources:
     images: Sequence[Source]
     passed_over: tuple[str, ...] = ()
     """Files of the folder whose names are not those of images."""
+    beside_classes: tuple[str, ...] = ()
+    """Images that lie beside the class folders, for whose sake no image has a label."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,22 @@ class Tars:
     tars: tuple[Tar, ...]
     passed_over: tuple[str, ...] = ()
     """Packed archives in the folder."""
+
+
+def address(url: str) -> str:
+    """Without the query of an http address."""
+    return url.partition("?")[0] if is_web(url) else url
+
+
+def parted(url: str) -> tuple[str, str]:
+    """Folder and name of what lies at a URL; the query of an http address, slashes and all, belongs to the name."""
+    folder, _, name = address(url).rpartition("/")
+    return folder, name + url.removeprefix(address(url))
+
+
+def suffix(path: str) -> str:
+    """Of a file's name or URL, in small letters."""
+    return PurePosixPath(address(path)).suffix.lower()
 
 
 def within(root: str, path: str) -> str:

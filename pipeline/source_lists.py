@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from pipeline.errors import SourceError
-from pipeline.source import Source, Sources, within
-from pipeline.storage import Storage
+from pipeline.errors import SourceError, StorageError
+from pipeline.source import IMAGE_SUFFIXES, Source, Sources, parted, suffix, within
+from pipeline.source_reader import HASTY_SECONDS
+from pipeline.storage import Storage, is_web
 
 ASKING_THREADS = 32
 LARGEST_LABEL = 2**63 - 1
@@ -26,7 +27,7 @@ def listed_sources(storage: Storage, url: str) -> Sources:
     label is a name's place among the sorted names.
 
     Raises:
-        SourceError: It is no text, lists nothing, or has a label that is too large.
+        SourceError: It is no text, is CSV or JSON, lists nothing, or has a label that is too large.
     """
     try:
         lines = storage.read(url).decode("utf-8-sig").splitlines()
@@ -36,27 +37,45 @@ def listed_sources(storage: Storage, url: str) -> Sources:
     if lines and lines[0].lstrip().startswith("<"):
         remedy = "web servers have no folders; name the tars with a pattern like 00{000..123}.tar, or give a list"
         raise SourceError("source", "must be a list, not a web page", url, remedy)
-    rows = [_row(line) for line in lines if line.strip() and not line.startswith("#")]
+    lines = [line for line in lines if line.strip() and not line.startswith("#")]
+    if foreign := next(filter(_is_tabular, lines), None):
+        remedy = "write one path or URL a line; a label goes behind it, after a tab"
+        raise SourceError("source", "must be a list of lines, not CSV or JSON", foreign[:80], remedy)
+    rows = [_row(line) for line in lines]
     if not rows:
         raise SourceError("source", "must list at least one image", url, "write one path or URL a line")
     classes, labels = _numbered([label for _, label in rows])
     images = tuple(Source(path, None, label) for (path, _), label in zip(rows, labels, strict=True))
-    return Sources(url.rpartition("/")[0], classes, images)
+    return Sources(parted(url)[0], classes, images)
 
 
 def sized(storage: Storage, sources: Sources) -> Sources:
-    """Ask for the sizes that are not known; a file that is gone has none and is skipped later."""
+    """Ask for the sizes that are not known; what is gone, or a web server does not tell, has none."""
+    hasty = replace(storage, retry_seconds=min(HASTY_SECONDS, storage.retry_seconds))
 
     def asked(source: Source) -> Source:
         if source.size_bytes is not None:
             return source
+        url = within(sources.root, source.path)
         try:
-            return replace(source, size_bytes=storage.size(within(sources.root, source.path)))
-        except FileNotFoundError:
-            return replace(source, size_bytes=0)
+            return replace(source, size_bytes=(hasty if is_web(url) else storage).size(url))
+        except (OSError, StorageError) as error:
+            if not is_web(url) and not isinstance(error, FileNotFoundError):
+                raise
+            return replace(source, size_bytes=0)  # whether it can be read shows when it is
 
     with ThreadPoolExecutor(ASKING_THREADS) as threads:
         return replace(sources, images=tuple(threads.map(asked, sources.images)))
+
+
+def _is_tabular(line: str) -> bool:
+    """Whether it is a row of CSV or JSON, which would otherwise be taken for the name of a file that is not there."""
+    if line.lstrip().startswith(('{"', '["')):
+        return True
+    path, comma, rest = (part.strip().strip('"') for part in line.partition(","))
+    if not comma or suffix(path) not in IMAGE_SUFFIXES or suffix(rest) in IMAGE_SUFFIXES:
+        return False
+    return "://" not in path or rest.isdecimal()  # some image servers take their options behind a comma
 
 
 def _row(line: str) -> tuple[str, str | None]:

@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 from pipeline.errors import SourceError
 from pipeline.shard_index import NO_LABEL, Skipped
-from pipeline.source import Source, Tar, Tars, within
+from pipeline.source import Source, Tar, Tars, address, within
 from pipeline.storage import Storage, is_web
 from pipeline.tar_samples import read_samples
 from pipeline.tar_scan import RangedFile, TarFault
@@ -40,7 +40,12 @@ _WILD = re.compile(r"[*?\[]")
 
 def is_pattern(source: str) -> bool:
     """Whether a name may stand for several."""
-    return bool(_WILD.search(source)) or "{" in source
+    return _is_wild(source) or "{" in source
+
+
+def _is_wild(source: str) -> bool:
+    """Whether a name holds wildcards; in an http address a question mark begins the query."""
+    return bool(_WILD.search(address(source)))
 
 
 def matching_tars(storage: Storage, pattern: str) -> Tars:
@@ -54,8 +59,8 @@ def matching_tars(storage: Storage, pattern: str) -> Tars:
     chosen: dict[str, None] = {}
     for wanted in braceexpand.braceexpand(pattern):
         relative = wanted.removeprefix(root).lstrip("/")
-        found = [path for path in sizes if _matches(path, relative)]
-        if not found and not _WILD.search(relative):
+        found = [path for path in sizes if path == relative or _matches(path, relative)]
+        if not found and not _is_wild(wanted):
             raise SourceError("source", "must exist", wanted, "check the numbers in the braces")
         chosen |= dict.fromkeys(sorted(found))
     if not chosen:
@@ -74,7 +79,7 @@ def _sizes(storage: Storage, root: str, pattern: str) -> dict[str, int]:
         except FileNotFoundError:
             return None
 
-    urls = [url for url in braceexpand.braceexpand(pattern) if not _WILD.search(url)]  # web servers have no listings
+    urls = [url for url in braceexpand.braceexpand(pattern) if not _is_wild(url)]  # web servers have no listings
     with ThreadPoolExecutor(_LISTINGS_AT_ONCE, thread_name_prefix="sizes") as threads:
         found = zip(urls, threads.map(asked, urls), strict=True)
         return {url.removeprefix(root).lstrip("/"): size for url, size in found if size is not None}

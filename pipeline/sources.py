@@ -3,18 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import PurePosixPath
 
 from pipeline import source_lists, source_tars
 from pipeline.errors import SourceError
-from pipeline.source import Source, Sources, Tar, Tars
+from pipeline.source import IMAGE_SUFFIXES, Source, Sources, Tar, Tars, address, parted, suffix
 from pipeline.storage import Storage
 
-__all__ = ["IMAGE_SUFFIXES", "Source", "Sources", "Tar", "Tars", "find_sources"]
-
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
-)
 PACKED_SUFFIXES = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".zip")
 
 
@@ -31,14 +25,14 @@ def find_sources(storage: Storage, source: str) -> Sources | Tars:
         StorageError: It cannot be reached.
     """
     source = Storage.absolute(source)
-    if source.lower().endswith(PACKED_SUFFIXES):
+    if address(source).lower().endswith(PACKED_SUFFIXES):
         remedy = "unpack it first: single images cannot be read from a packed archive"
         raise SourceError("source", "must not be compressed", source, remedy)
     if source_tars.is_pattern(source) and not storage.list_names(source):
         return source_tars.matching_tars(storage, source)
     if storage.exists(source):
-        if _suffix(source) == ".tar":
-            root, _, name = source.rpartition("/")
+        if suffix(source) == ".tar":
+            root, name = parted(source)
             return Tars(root, (Tar(name, storage.size(source)),))
         return source_lists.listed_sources(storage, source)
     return _folder(storage, source)
@@ -54,8 +48,8 @@ def _folder(storage: Storage, root: str) -> Sources | Tars:
         raise SourceError("source", "must be a folder with images or tars, a tar, or a list of files", root, remedy)
     # Names with a leading dot are what systems leave behind (.DS_Store, ._photo.jpg, .Trash/ and .ipynb_checkpoints/).
     shown = [path for path in sorted(sizes) if not any(part.startswith(".") for part in path.split("/"))]
-    images = [path for path in shown if _suffix(path) in IMAGE_SUFFIXES]
-    tars = [path for path in shown if _suffix(path) == ".tar"]
+    images = [path for path in shown if suffix(path) in IMAGE_SUFFIXES]
+    tars = [path for path in shown if suffix(path) == ".tar"]
     if images and tars:
         remedy = f"name the tars with {Storage.join(root, '*.tar')}, or point at the images' own folder"
         raise SourceError("source", "must hold images or tars, not both", root, remedy)
@@ -64,13 +58,13 @@ def _folder(storage: Storage, root: str) -> Sources | Tars:
         return Tars(root, tuple(Tar(path, sizes[path]) for path in tars), packed)
     if not images:
         raise _nothing_there(root, list(sizes))
-    others = tuple(path for path in shown if _suffix(path) not in IMAGE_SUFFIXES)
+    others = tuple(path for path in shown if suffix(path) not in IMAGE_SUFFIXES)
     return replace(_by_class(root, {path: sizes[path] for path in images}), passed_over=others)
 
 
 def _nothing_there(root: str, names: list[str]) -> SourceError:
     seen = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-    wanted = ", ".join(sorted(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES))
+    wanted = ", ".join(sorted(kind.removeprefix(".") for kind in IMAGE_SUFFIXES))
     remedy = f"its {len(names)} files are {seen}; wanted are tar, {wanted}"
     return SourceError("source", "must have at least one image or tar", root, remedy)
 
@@ -78,12 +72,8 @@ def _nothing_there(root: str, names: list[str]) -> SourceError:
 def _by_class(root: str, sizes: dict[str, int]) -> Sources:
     """A class is the first folder on an image's way down; where an image lies directly under `root`, none has one."""
     folders = {path.partition("/")[0] for path in sizes}
-    classes = tuple(sorted(folders)) if all("/" in path for path in sizes) else ()
+    beside = tuple(path for path in sizes if "/" not in path)
+    classes = () if beside else tuple(sorted(folders))
     labels = {name: index for index, name in enumerate(classes)}
-    return Sources(
-        root, classes, tuple(Source(path, size, labels.get(path.partition("/")[0])) for path, size in sizes.items())
-    )
-
-
-def _suffix(path: str) -> str:
-    return PurePosixPath(path).suffix.lower()
+    images = tuple(Source(path, size, labels.get(path.partition("/")[0])) for path, size in sizes.items())
+    return Sources(root, classes, images, beside_classes=beside if len(beside) < len(sizes) else ())

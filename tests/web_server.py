@@ -29,6 +29,8 @@ class WebServer:
         path = self.folder / request.match_info["path"]
         if path.name.startswith("forbidden"):
             raise web.HTTPForbidden
+        if path.name.startswith("broken"):
+            raise web.HTTPInternalServerError
         if not path.is_file():
             raise web.HTTPNotFound
         data, etag = path.read_bytes(), f'"{path.stat().st_mtime_ns:x}"'
@@ -57,11 +59,11 @@ class WebServer:
 def serving(folder: Path) -> Iterator[WebServer]:
     """Run a server on a free port of the loopback address."""
     server, loop = WebServer(folder), asyncio.new_event_loop()
+    application = web.Application()
+    application.router.add_route("*", "/{path:.*}", server.answer)
+    runner = web.AppRunner(application, shutdown_timeout=0.1)
 
     async def start() -> None:
-        application = web.Application()
-        application.router.add_route("*", "/{path:.*}", server.answer)
-        runner = web.AppRunner(application)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         server.address = f"http://127.0.0.1:{runner.addresses[0][1]}"
@@ -72,6 +74,7 @@ def serving(folder: Path) -> Iterator[WebServer]:
     try:
         yield server
     finally:
+        asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()

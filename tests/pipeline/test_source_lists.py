@@ -44,6 +44,21 @@ def test_names_become_classes_in_sorted_order(tmp_path: Path) -> None:
     assert rows(sources) == [("1.jpg", 1), ("2.jpg", 0), ("3.jpg", None), ("4.jpg", 1)]
 
 
+@pytest.mark.parametrize(
+    "text",
+    ["filename,label\na.jpg,3\n", '"a.jpg", "cat"\n', "https://host/a.jpg,3\n", '{"url": "https://host/a.jpg"}\n'],
+)
+def test_csv_and_json_are_refused_and_not_taken_for_names_of_missing_files(tmp_path: Path, text: str) -> None:
+    with pytest.raises(SourceError, match=r"not CSV or JSON.*after a tab"):
+        listed(tmp_path, text)
+
+
+def test_commas_and_brackets_in_names_are_no_csv(tmp_path: Path) -> None:
+    names = ["a, b.jpg", "a.jpg,b.jpg", "[album]/a.jpg", "https://images/a.jpg,w_200"]
+
+    assert rows(listed(tmp_path, "\n".join(names))) == [(name, None) for name in names]
+
+
 def test_images_are_read_from_beside_the_list_and_by_url(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"near")
     Storage().write("memory://source-lists/b.jpg", b"far")
@@ -55,9 +70,10 @@ def test_images_are_read_from_beside_the_list_and_by_url(tmp_path: Path) -> None
 def test_sizes_are_asked_for_and_a_missing_file_has_none(tmp_path: Path) -> None:
     (tmp_path / "a.jpg").write_bytes(b"12345")
 
-    sources = sized(Storage(), listed(tmp_path, "a.jpg\ngone.jpg\n"))
+    storage = Storage(retry_seconds=0.2)
+    sources = sized(storage, listed(tmp_path, "a.jpg\ngone.jpg\nhttp://127.0.0.1:1/away.jpg\n"))
 
-    assert [image.size_bytes for image in sources.images] == [5, 0]
+    assert [image.size_bytes for image in sources.images] == [5, 0, 0]
 
 
 @pytest.mark.parametrize("text", ["", "\n# nothing\n"])

@@ -39,6 +39,15 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     ]
 
 
+def test_images_beside_class_folders_are_told_since_they_cost_all_labels(tmp_path: Path) -> None:
+    sources = find_sources(Storage(), fill(tmp_path, "cat/1.jpg", "dog/1.jpg", "stray.jpg"))
+    flat = find_sources(Storage(), fill(tmp_path / "flat", "1.jpg", "2.jpg"))
+
+    assert sources.beside_classes == ("stray.jpg",)
+    assert [image.label for image in sources.images] == [None, None, None]
+    assert flat.beside_classes == ()
+
+
 def test_what_a_system_left_behind_is_no_image(tmp_path: Path) -> None:
     sources = find_sources(Storage(), fill(tmp_path, "a.jpg", "._a.jpg"))
 

@@ -126,6 +126,18 @@ def test_addresses_that_are_gone_or_forbidden_cost_one_image_each(
     }
 
 
+def test_a_question_mark_begins_a_query(server: WebServer, tars: Tars) -> None:
+    signed = find_sources(STORAGE, f"{tars.root}/{{00000..00001}}.tar?signature=a/b*c")
+    (one,) = find_sources(STORAGE, f"{tars.root}/00001.tar?signature=a/b*c").tars
+
+    assert [(tar.path, tar.size_bytes) for tar in signed.tars] == [
+        (f"{tar.path}?signature=a/b*c", tar.size_bytes) for tar in tars.tars
+    ]
+    assert one == signed.tars[1]
+    with pytest.raises(SourceError, match=r"00002\.tar"):
+        find_sources(STORAGE, f"{tars.root}/{{00000..00002}}.tar?signature=a/b*c")
+
+
 def test_a_missing_tar_of_a_pattern_is_named(server: WebServer, tars: Tars) -> None:
     with pytest.raises(SourceError, match=r"00002\.tar"):
         find_sources(STORAGE, f"{tars.root}/{{00000..00002}}.tar")
