@@ -9,6 +9,7 @@ import pytest
 from jobs.stack import Stack, down, up
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of the local stack share one and take turns; with `--dist loadgroup` others run beside them."""
     for item in items:
