@@ -29,5 +29,9 @@ class DamagedCheckpointError(CheckpointError):
     """A committed checkpoint that is not as it was written: a file is missing, truncated or altered."""
 
 
+class OvertakenError(RunError):
+    """A driver that was silent for too long and finds that another one has taken over its run."""
+
+
 class RunFailedError(Exception):
     """A run that ended early; the message is the root cause in one line."""

@@ -56,6 +56,10 @@ class TrainJob:
     recipe: Recipe
     run: RunDirectory
     monitor: ActorHandle[Any]
+    claim: int
+    """Number of the claim under which the driver works."""
+    driver: str
+    """Who that is, for people."""
 
 
 @dataclass(frozen=True)
@@ -293,6 +297,8 @@ class Trainer:
             counters=counters,
             versions=software_versions(),
             files=(),
+            claim=self.job.claim,
+            driver=self.job.driver,
         )
 
     def _check_commit(self, commit: Commit) -> None:
