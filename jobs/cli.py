@@ -468,6 +468,82 @@ def consolidate(
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(metavar="CHECKPOINT", help="A run, or the path or URL of a consolidated .safetensors file."),
+    ],
+    *,
+    name: Annotated[str, typer.Option("--format", help="official, backbone, hf or onnx.")],
+    step: Annotated[
+        int | None, typer.Option(min=1, help="A step of the run; default: the newest.", show_default=False)
+    ] = None,
+    out: Annotated[
+        str, typer.Option(help="Folder, or file; default: `exports` in the run directory.", show_default=False)
+    ] = "",
+    image_size: Annotated[
+        str, typer.Option(help="Of the ONNX model's images: 512, or 512x768; default: the pretraining's.")
+    ] = "",
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    run_root: RunRoot = "",
+) -> None:
+    """Write a checkpoint in the format of others.
+
+    `official`: a .pth for the official ConvMAE code, for pretraining and fine-tuning. `backbone`: safetensors that
+    `model.Backbone` loads. `hf`: a folder with config.json, model.safetensors and a model card. `onnx`: the dense
+    encoder with its three maps, compared with PyTorch before it is written; needs the extra `export`.
+    """
+    from jobs import weights_file
+    from jobs.export import FORMATS, Source, check_format
+    from jobs.export import export as export_weights
+    from pipeline.storage import Storage
+
+    session = _session()
+    check_format(name)
+    if checkpoint.endswith(weights_file.SUFFIX):
+        if step is not None:
+            raise UserError("--step", "must not be given with a file", step, "give the run, or the step's own file")
+        url, directory = Storage.absolute(checkpoint), None
+        weights = weights_file.of_file(session.storage, url)
+        default = url.rpartition("/")[0]
+    else:
+        directory = _existing_run(session, checkpoint, run_root)
+        weights, default = weights_file.of_run(directory, step), directory.path("exports")
+    source = Source.of(weights, directory, image_size)
+    folder = Storage.absolute(out) if out else default if FORMATS[name].suffix else f"{default}/{source.stem}-{name}"
+    for written in export_weights(source, name, session.storage, folder, force=force):
+        say(f"{name}: {written.url} ({bytes_text(written.bytes)}, sha256 {written.sha256[:16]}…)")
+
+
+@app.command(name="import")
+def import_command(
+    source: Annotated[
+        str, typer.Argument(metavar="FILE", help="A .pth of the official pretraining, or a consolidated file.")
+    ],
+    out: Annotated[str, typer.Argument(help="The .safetensors file to write, as a path or URL.")],
+    overrides: Overrides = None,
+    *,
+    recipe: Annotated[str, typer.Option(help="Whose model takes the weights.")] = "convmae_base_official",
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+) -> None:
+    """Bring weights in that a new run can start from, with `init_from=OUT`.
+
+    The file is read without running any code in it. Weights of another architecture are refused with every name that
+    is missing or unexpected.
+    """
+    from jobs.initial_weights import import_weights
+    from pipeline.storage import Storage
+
+    session, resolved = _session(), _recipe(recipe, overrides)
+    places = [Storage.absolute(url) for url in (source, out)]
+    done = import_weights(session.storage, places[0], places[1], resolved.model, force=force)
+    say(f"{done.url} ({bytes_text(done.bytes)}, sha256 {done.sha256})")
+    say(f"from {places[0]} (sha256 {done.source_sha256})")
+    changes = "".join(f" {change}" for change in overrides or ())
+    say(f"next: `convmae submit {recipe}{changes} data=URL init_from={done.url} --run NAME`")
+
+
+@app.command()
 def report(run: RunName, run_root: RunRoot = "") -> None:
     """Write the run's report.html, with a picture of reconstructions from its newest checkpoint."""
     from jobs.finish import write_run_report

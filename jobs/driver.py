@@ -24,6 +24,7 @@ import torch
 from jobs import checkpoint
 from jobs.checkpoint import CLAIMS
 from jobs.errors import OvertakenError, RecipeError, RunError, RunFailedError
+from jobs.initial_weights import pinned
 from jobs.monitor import FLUSH_INTERVAL_SECONDS, MonitorConfig, RunMonitor
 from jobs.recipe import Recipe
 from jobs.report import REPORT_NAME
@@ -39,6 +40,7 @@ from pipeline.storage import Storage
 logger = logging.getLogger(__name__)
 
 FINAL_STATES = frozenset({"finished", "stopped", "failed"})
+_URLS = ("data", "run_root", "init_from")
 # Deaths that follow from another rank's: its peers see the connection break.
 _COLLATERAL = ("connection closed by peer", "connection reset by peer", "gloo", "nccl", "broken pipe")
 
@@ -60,9 +62,7 @@ def plan_run(session: Session, recipe: Recipe, name: str) -> RunPlan:
     """
     if not recipe.data:
         raise RecipeError("data", "must be the URL of a data set", "", "make one with `convmae shard SOURCE URL`")
-    recipe = recipe.amended(
-        {"data": Storage.absolute(recipe.data), "run_root": recipe.run_root and Storage.absolute(recipe.run_root)}
-    )
+    recipe = recipe.amended({name: url and Storage.absolute(url) for name in _URLS for url in [getattr(recipe, name)]})
     run = session.run(name, recipe.run_root)
     session.storage.check(recipe.data, write=False)
     manifest = Manifest.load(session.storage, recipe.data)
@@ -70,6 +70,7 @@ def plan_run(session: Session, recipe: Recipe, name: str) -> RunPlan:
     _check_capacity(session, recipe)
     _check_port(recipe.metrics_port)
     session.storage.check(run.url, write=True)
+    recipe = pinned(session.storage, recipe, run)
     run.check_recipe(recipe)
     return RunPlan(recipe, run, Schedule.of(recipe, order.steps_per_epoch))
 

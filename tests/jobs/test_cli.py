@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 import json
 import os
 import socket
@@ -10,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from safetensors.torch import save_file
 
 import jobs
 from jobs import checkpoint, cli, workflow
@@ -18,6 +21,7 @@ from jobs.errors import RunFailedError
 from jobs.recipes import named_recipe
 from jobs.run_directory import RunDirectory
 from jobs.session import Session
+from model import ConvMAE
 from pipeline.manifest import Manifest
 from pipeline.order import Order
 from pipeline.shard_index import IndexRow, ShardIndex
@@ -281,6 +285,44 @@ def test_prune_shows_what_would_go_and_needs_yes(convmae: Convmae, root: str, tm
     assert convmae(*arguments).output.startswith("nothing to delete")
     assert_refused(convmae("prune", "first", "--keep", "0", "--run-root", root), "--keep")
     assert_refused(convmae("prune", "frist", "--run-root", root), "did you mean first?")
+
+
+def test_export_and_import_take_weights_out_and_in(convmae: Convmae, root: str, tmp_path: Path) -> None:
+    run = RunDirectory.of(Storage(), root, "first")
+    config = run.read_recipe().model
+    weights = Path(run.path("consolidated", "step-00000005.safetensors"))
+    weights.parent.mkdir()
+    metadata = {"run": "first", "step": "5", "epoch": "1", "model": json.dumps(dataclasses.asdict(config))}
+    save_file(ConvMAE(config).state_dict(), weights, metadata=metadata)
+    place = ("--run-root", root)
+
+    ended = convmae("export", "first", "--format", "official", *place)
+    official = f"{run.url}/exports/first-step-00000005-official.pth"
+    assert ended.output.startswith(f"official: {official} (")
+    assert_refused(convmae("export", "first", "--format", "official", *place), "--out", "must not exist yet", "--force")
+    out = str(tmp_path / "from-a-file")
+    assert convmae("export", str(weights), "--format", "hf", "--out", out).code == 0
+    assert (tmp_path / "from-a-file" / "config.json").exists()
+
+    ended = convmae("import", official, str(tmp_path / "start.safetensors"), "--recipe", "tiny")
+    assert (ended.code, ended.error) == (0, "")
+    assert hashlib.sha256((tmp_path / "start.safetensors").read_bytes()).hexdigest() in ended.output
+    assert hashlib.sha256(Path(official).read_bytes()).hexdigest() in ended.output
+    assert f"init_from={tmp_path}/start.safetensors" in ended.output
+    refused = convmae(
+        "import", official, str(tmp_path / "other.safetensors"), "--recipe", "tiny", "model.kernel_size=7"
+    )
+    assert_refused(refused, "encoder.blocks1.0.attn.weight has shape")
+
+    assert_refused(convmae("export", "frist", "--format", "hf", *place), "did you mean first?")
+    assert_refused(convmae("export", "first", "--format", "pdf", *place), "official, backbone, hf, onnx")
+    assert_refused(convmae("export", "first", "--step", "9", "--format", "hf", *place), "step", "none yet")
+    assert_refused(
+        convmae("export", str(weights), "--step", "5", "--format", "hf"), "--step", "not be given with a file"
+    )
+    assert_refused(convmae("export", f"{tmp_path}/no.safetensors", "--format", "hf"), "must exist")
+    assert_refused(convmae("import", f"{tmp_path}/no.pth", f"{tmp_path}/o.safetensors"), "must exist")
+    assert_refused(convmae("import", official, f"{tmp_path}/o.pth"), "OUT", "must end in .safetensors")
 
 
 def test_strict_refuses_damaged_checkpoints_when_it_resumes(
