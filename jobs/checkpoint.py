@@ -2,9 +2,13 @@
 
 Every rank writes its native ZeRO files to local disk and uploads them; when all have, rank 0 writes the commit object,
 which lists each file with its size and CRC32C. Without the commit object a checkpoint does not exist: a kill at any
-moment leaves at most files that nobody looks at, and that the next checkpoint of the same step overwrites.
+moment leaves at most files that nobody looks at, and that are deleted after a later commit (jobs.retention).
 Checkpoints are found by their commit objects, never by listing their files: object stores list deleted names for a
 while.
+
+Every driver and every attempt of its workers uploads into a folder of its own, and the commit object is written under a
+condition. So two drivers that work on one run, one of which was thought dead, never mix their files, and the one with
+the newer claim has the last word.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +27,16 @@ from typing import Any
 import google_crc32c
 import psutil
 
-from jobs.errors import CheckpointError, DamagedCheckpointError
+from jobs.errors import CheckpointError, DamagedCheckpointError, OvertakenError
 from jobs.run_directory import RunDirectory
+from pipeline.claim import standing
 
 logger = logging.getLogger(__name__)
 
+CLAIMS = "claims"
+"""Folder of the run's claims (pipeline.claim): who drives it."""
 COMMIT_NAME = re.compile(r"step-(\d{8,})\.json")
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 _READ_BYTES = 1 << 22
 _SCRATCH = "convmae-checkpoint-"
 
@@ -39,6 +46,7 @@ class CheckpointFile:
     """One uploaded file."""
 
     name: str
+    """Path below the folder of its step: `<claim>-<attempt>/<file>`."""
     bytes: int
     crc32c: int
 
@@ -68,6 +76,10 @@ class Commit:
     """Run-level metrics that go on counting after a restart."""
     versions: Mapping[str, str]
     files: tuple[CheckpointFile, ...]
+    claim: int = 0
+    """Number of the claim under which its driver worked; higher than those of all drivers before. 0: unknown."""
+    driver: str = ""
+    """Who that was, for people."""
     format_version: int = field(default=FORMAT_VERSION)
 
     @property
@@ -77,17 +89,36 @@ class Commit:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Commit:
-        """Read a commit object.
+        """Read a commit object, also one of an older format.
 
         Raises:
-            CheckpointError: If it was written in another format.
+            CheckpointError: If it was written in a format that is not known.
+            DamagedCheckpointError: If fields are missing or unknown.
         """
         version = fields.get("format_version")
-        if version != FORMAT_VERSION:
+        migrated = dict(fields)
+        for older, migrate in _MIGRATIONS.items():
+            if migrated.get("format_version") == older:
+                migrated = migrate(migrated)
+        if migrated.get("format_version") != FORMAT_VERSION:
+            known = f"{', '.join(map(str, _MIGRATIONS))} or {FORMAT_VERSION}"
             remedy = "use the version of convmae-pretrain that wrote it"
-            raise CheckpointError("format_version", f"must be {FORMAT_VERSION}", version, remedy)
-        files = tuple(CheckpointFile(**file) for file in fields["files"])
-        return cls(**{**fields, "files": files})
+            raise CheckpointError("format_version", f"must be {known}", version, remedy)
+        try:
+            return cls(**{**migrated, "files": tuple(CheckpointFile(**file) for file in migrated["files"])})
+        except (KeyError, TypeError) as error:
+            rule, remedy = f"must have the fields of format {version} ({error})", _OTHERS
+            raise DamagedCheckpointError("commit", rule, f"step {fields.get('step')}", remedy) from None
+
+
+def _from_format_1(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Format 1 did not know who wrote a checkpoint, and had one folder for all files of a step."""
+    return {**fields, "claim": 0, "driver": "", "format_version": 2}
+
+
+_MIGRATIONS: Mapping[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {1: _from_format_1}
+"""From each older format to the next."""
+_OTHERS = "`convmae checkpoints` shows which others are whole"
 
 
 def folder_name(step: int) -> str:
@@ -95,19 +126,75 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def upload_files(run: RunDirectory, step: int, folder: Path) -> list[CheckpointFile]:
-    """Upload every file of `folder` into the checkpoint of `step`; nothing of it is visible yet."""
+def owner_name(claim: int, attempt: int) -> str:
+    """Name of the folder, below that of a step, into which one attempt of one driver uploads."""
+    return f"{claim:06d}-{attempt:04d}"
+
+
+def file_url(run: RunDirectory, step: int, name: str) -> str:
+    """Where a file of the checkpoint at `step` is."""
+    return run.path("checkpoints", folder_name(step), name)
+
+
+def commit_url(run: RunDirectory, step: int) -> str:
+    """Where the commit object of `step` is."""
+    return run.path("commits", f"{folder_name(step)}.json")
+
+
+def upload_files(run: RunDirectory, step: int, folder: Path, owner: str = "") -> list[CheckpointFile]:
+    """Upload every file of `folder` into the checkpoint of `step`; nothing of it is visible yet.
+
+    Args:
+        run: Whose checkpoint it is.
+        step: Of the checkpoint.
+        folder: Local.
+        owner: From `owner_name`: no other process uploads under it.
+    """
     uploaded = []
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        run.storage.upload(path, run.path("checkpoints", folder_name(step), path.name))
-        uploaded.append(CheckpointFile(path.name, path.stat().st_size, file_crc32c(path)))
+        name = f"{owner}/{path.name}" if owner else path.name
+        run.storage.upload(path, file_url(run, step, name))
+        uploaded.append(CheckpointFile(name, path.stat().st_size, file_crc32c(path)))
     return uploaded
 
 
 def write_commit(run: RunDirectory, commit: Commit) -> None:
-    """Make the checkpoint visible. Call once every rank has uploaded its files."""
-    data = json.dumps(asdict(commit), indent=1).encode()
-    run.storage.write(run.path("commits", f"{folder_name(commit.step)}.json"), data)
+    """Make the checkpoint visible. Call once every rank has uploaded its files.
+
+    A commit of this step that is there already was left by a predecessor whose checkpoint was passed over or not seen;
+    it is replaced, unless it was made under a newer claim.
+
+    Raises:
+        OvertakenError: Another driver has taken over the run. Nothing was written.
+    """
+    ruler = standing(run.storage, run.path(CLAIMS))
+    if ruler and ruler.number > commit.claim:
+        raise _overtaken(commit, f"is driven by {ruler.text}")
+    url, data = commit_url(run, commit.step), json.dumps(asdict(commit), indent=1).encode()
+    while not run.storage.create(url, data):
+        try:
+            found = run.storage.read(url)
+        except FileNotFoundError:  # pruned meanwhile
+            continue
+        claim, driver = _made_by(found)
+        if claim > commit.claim:
+            raise _overtaken(commit, f"was committed at this step by {driver}")
+        if run.storage.replace(url, data, found):
+            return
+
+
+def _made_by(data: bytes) -> tuple[int, str]:
+    """Claim and driver of a commit object; of one that cannot be read 0, so that it can be replaced."""
+    try:
+        commit = Commit.from_json(json.loads(data))
+    except (ValueError, AttributeError):
+        return 0, ""
+    return commit.claim, commit.driver
+
+
+def _overtaken(commit: Commit, what: str) -> OvertakenError:
+    remedy = "this driver was thought dead and must end; the other one's checkpoints count"
+    return OvertakenError("run", f"must not be committed to by two drivers, and {what}", f"step {commit.step}", remedy)
 
 
 def committed_steps(run: RunDirectory) -> list[int]:
@@ -124,15 +211,17 @@ def read_commit(run: RunDirectory, step: int) -> Commit:
         DamagedCheckpointError: If it is not what was written.
     """
     try:
-        data = run.storage.read(run.path("commits", f"{folder_name(step)}.json"))
+        data = run.storage.read(commit_url(run, step))
     except FileNotFoundError:
         known = ", ".join(str(known) for known in committed_steps(run)) or "none yet"
         raise CheckpointError("step", "must be a committed checkpoint", step, f"committed: {known}") from None
     try:
         fields = json.loads(data)
     except ValueError as error:
-        rule, remedy = f"must be a JSON object ({error})", "`convmae checkpoints` shows which others are whole"
-        raise DamagedCheckpointError("commit", rule, f"step {step}", remedy) from None
+        rule = f"must be a JSON object ({error})"
+        raise DamagedCheckpointError("commit", rule, f"step {step}", _OTHERS) from None
+    if not isinstance(fields, dict):
+        raise DamagedCheckpointError("commit", "must be a JSON object", f"step {step}", _OTHERS)
     return Commit.from_json(fields)
 
 
@@ -149,11 +238,9 @@ def download_files(run: RunDirectory, commit: Commit, folder: Path) -> None:
         DamagedCheckpointError: If a file is missing, truncated or altered.
     """
     for file in commit.files:
-        url = run.path("checkpoints", folder_name(commit.step), file.name)
-        remedy = (
-            f"delete {run.path('commits', folder_name(commit.step) + '.json')} to resume from the checkpoint before"
-        )
-        target = folder / file.name
+        url = file_url(run, commit.step, file.name)
+        remedy = f"delete {commit_url(run, commit.step)} to resume from the checkpoint before"
+        target = folder / Path(file.name).name
         try:
             run.storage.download(url, target)
         except FileNotFoundError:
@@ -162,21 +249,33 @@ def download_files(run: RunDirectory, commit: Commit, folder: Path) -> None:
             raise DamagedCheckpointError("checkpoint", "must be as it was written", f"{url} was altered", remedy)
 
 
-def prune(run: RunDirectory, keep: int) -> list[int]:
+def prune(run: RunDirectory, keep: int, newest: int | None = None) -> list[int]:
     """Delete all but the `keep` newest checkpoints and the milestones; returns the steps deleted.
 
-    The commit object goes first, so that a kill half-way leaves nothing that looks complete.
+    Args:
+        run: Whose checkpoints.
+        keep: How many to keep.
+        newest: The step that was just committed. Later ones do not count and stay: they were passed over as damaged.
     """
+    steps = [step for step in committed_steps(run) if newest is None or step <= newest]
     deleted = []
-    for step in committed_steps(run)[:-keep]:
-        commit = read_commit(run, step)
-        if commit.milestone:
+    for step in steps[:-keep]:
+        try:
+            commit = read_commit(run, step)
+        except CheckpointError:  # whether it is a milestone, and what its files are, cannot be known
+            logger.warning("the checkpoint of step %d is not deleted: its commit object cannot be read", step)
             continue
-        run.storage.delete(run.path("commits", f"{folder_name(step)}.json"))
-        for file in commit.files:
-            run.storage.delete(run.path("checkpoints", folder_name(step), file.name))
-        deleted.append(step)
+        if not commit.milestone:
+            delete(run, commit)
+            deleted.append(step)
     return deleted
+
+
+def delete(run: RunDirectory, commit: Commit) -> None:
+    """Delete a checkpoint; its commit object first, so that a kill half-way leaves nothing that looks complete."""
+    run.storage.delete(commit_url(run, commit.step))
+    for file in commit.files:
+        run.storage.delete(file_url(run, commit.step, file.name))
 
 
 def scratch_folder() -> tempfile.TemporaryDirectory[str]:

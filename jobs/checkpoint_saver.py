@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from jobs import checkpoint
+from jobs import checkpoint, retention
 from jobs.checkpoint import CheckpointFile, Commit
 from jobs.errors import CheckpointError
 from jobs.run_directory import RunDirectory
@@ -74,7 +74,7 @@ class CheckpointSaver:
         """Write this rank's files to local disk and start their upload.
 
         Args:
-            commit: What will be committed, but for its files. Rank 0's counts.
+            commit: What will be committed, but for its files. Rank 0's counts; claim and attempt are the same on all.
             write: Writes this rank's files into a folder; collective.
         """
         self._began = time.monotonic()
@@ -87,9 +87,11 @@ class CheckpointSaver:
             scratch.cleanup()
             raise
 
+        owner = checkpoint.owner_name(commit.claim, commit.attempt)
+
         def upload() -> list[CheckpointFile]:
             with scratch:
-                return checkpoint.upload_files(self._run, commit.step, files)
+                return checkpoint.upload_files(self._run, commit.step, files, owner)
 
         self._commit, self._upload = commit, self._thread.submit(upload)
         self._stall_seconds = time.monotonic() - self._began
@@ -146,7 +148,8 @@ class CheckpointSaver:
             milestone=commit.milestone,
         )
         try:
-            checkpoint.prune(self._run, self._keep)
+            checkpoint.prune(self._run, self._keep, newest=commit.step)
+            retention.delete_leftovers_before(self._run, commit.claim, commit.attempt)
         except Exception:
             logger.warning("old checkpoints could not be deleted; the next commit tries again", exc_info=True)
 

@@ -6,6 +6,7 @@ many without progress, end the run with the root cause.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import signal
@@ -13,7 +14,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal
@@ -21,7 +22,9 @@ from typing import Any, Literal
 import torch
 
 from jobs import checkpoint
-from jobs.errors import RecipeError, RunError, RunFailedError
+from jobs.checkpoint import CLAIMS
+from jobs.errors import OvertakenError, RecipeError, RunError, RunFailedError
+from jobs.initial_weights import pinned
 from jobs.monitor import FLUSH_INTERVAL_SECONDS, MonitorConfig, RunMonitor
 from jobs.recipe import Recipe
 from jobs.report import REPORT_NAME
@@ -29,13 +32,15 @@ from jobs.run_directory import RunDirectory
 from jobs.schedule import Schedule
 from jobs.session import Session
 from jobs.trainer import TrainJob, order_of, train_worker
-from pipeline.errors import UnreachableError, UserError
+from pipeline.claim import Claim, claimed, standing
+from pipeline.errors import ClaimedError, UnreachableError, UserError
 from pipeline.manifest import Manifest
 from pipeline.storage import Storage
 
 logger = logging.getLogger(__name__)
 
 FINAL_STATES = frozenset({"finished", "stopped", "failed"})
+_URLS = ("data", "run_root", "init_from")
 # Deaths that follow from another rank's: its peers see the connection break.
 _COLLATERAL = ("connection closed by peer", "connection reset by peer", "gloo", "nccl", "broken pipe")
 
@@ -57,9 +62,7 @@ def plan_run(session: Session, recipe: Recipe, name: str) -> RunPlan:
     """
     if not recipe.data:
         raise RecipeError("data", "must be the URL of a data set", "", "make one with `convmae shard SOURCE URL`")
-    recipe = recipe.amended(
-        {"data": Storage.absolute(recipe.data), "run_root": recipe.run_root and Storage.absolute(recipe.run_root)}
-    )
+    recipe = recipe.amended({name: url and Storage.absolute(url) for name in _URLS for url in [getattr(recipe, name)]})
     run = session.run(name, recipe.run_root)
     session.storage.check(recipe.data, write=False)
     manifest = Manifest.load(session.storage, recipe.data)
@@ -67,6 +70,7 @@ def plan_run(session: Session, recipe: Recipe, name: str) -> RunPlan:
     _check_capacity(session, recipe)
     _check_port(recipe.metrics_port)
     session.storage.check(run.url, write=True)
+    recipe = pinned(session.storage, recipe, run)
     run.check_recipe(recipe)
     return RunPlan(recipe, run, Schedule.of(recipe, order.steps_per_epoch))
 
@@ -84,6 +88,31 @@ def is_live(run: RunDirectory) -> bool:
     return False
 
 
+@contextlib.contextmanager
+def sole_driver(run: RunDirectory, on_wait: Callable[[str], None]) -> Iterator[Claim]:
+    """Be the only driver of `run` while the context is open.
+
+    A driver that died on this machine is known to be dead at once, one elsewhere when its lease was not renewed for
+    pipeline.claim.DEAD_SECONDS.
+
+    Args:
+        run: Whose directory will be written to.
+        on_wait: Told who is watched, where it must be seen whether a driver still lives.
+
+    Raises:
+        RunError: Another one lives; names it, and the age of its lease.
+    """
+    try:
+        with claimed(run.storage, run.path(CLAIMS), "drives the run", on_wait=on_wait, keeps_number=True) as claim:
+            yield claim
+    except ClaimedError as error:
+        raise RunError("run", error.rule, run.name, _ask_the_other(run)) from None
+
+
+def _ask_the_other(run: RunDirectory) -> str:
+    return f"watch it with `convmae status {run.name}`, end it with `convmae stop {run.name}`"
+
+
 def claim_run(plan: RunPlan) -> Literal["new", "resumes", "finished"]:
     """Take the run's name for this recipe; a run is finished when its last step is committed and its report written.
 
@@ -92,17 +121,22 @@ def claim_run(plan: RunPlan) -> Literal["new", "resumes", "finished"]:
     """
     run = plan.run
     if run.check_recipe(plan.recipe):
-        commit = checkpoint.latest_commit(run)
-        if commit and commit.step >= plan.schedule.total_steps and run.storage.exists(run.path(REPORT_NAME)):
+        if _is_committed_to_the_end(plan) and run.storage.exists(run.path(REPORT_NAME)):
             return "finished"
         if is_live(run):
-            remedy = f"watch it with `convmae status {run.name}`, end it with `convmae stop {run.name}`"
-            raise RunError("run", "must not be running already", run.name, remedy)
+            ruler = standing(run.storage, run.path(CLAIMS))
+            held = f" ({ruler.text})" if ruler and not ruler.is_over else ""
+            raise RunError("run", f"must not be running already{held}", run.name, _ask_the_other(run))
         run.take_stop_request()  # one that nobody heard is not meant for this attempt
     return "new" if run.claim(plan.recipe) else "resumes"
 
 
-def train(session: Session, plan: RunPlan, on_status: Callable[[Mapping[str, Any]], None]) -> str:
+def _is_committed_to_the_end(plan: RunPlan) -> bool:
+    steps = checkpoint.committed_steps(plan.run)
+    return bool(steps) and steps[-1] >= plan.schedule.total_steps
+
+
+def train(session: Session, plan: RunPlan, claim: Claim, on_status: Callable[[Mapping[str, Any]], None]) -> str:
     """Run `plan` on the connected cluster until it is `finished` or `stopped` (the outcome returned).
 
     SIGINT and SIGTERM stop it gracefully: a checkpoint is saved first.
@@ -110,9 +144,11 @@ def train(session: Session, plan: RunPlan, on_status: Callable[[Mapping[str, Any
     Args:
         session: Connected to a cluster.
         plan: From `plan_run`, claimed.
+        claim: From `sole_driver`.
         on_status: Called about once a second with what the monitor says.
 
     Raises:
+        OvertakenError: Another driver took over, since this one did not reach the store for too long.
         RunFailedError: With the root cause, if the run had to be given up.
     """
     import ray
@@ -120,21 +156,25 @@ def train(session: Session, plan: RunPlan, on_status: Callable[[Mapping[str, Any
 
     monitor = _start_monitor(session, plan)
     failure: list[BaseException] = []
-    fit = threading.Thread(target=_fit, args=(plan, monitor, failure), name="ray-train", daemon=True)
+    fit = threading.Thread(target=_fit, args=(plan, claim, monitor, failure), name="ray-train", daemon=True)
     with _StopOnSignal(monitor):
         fit.start()
         while fit.is_alive():
             fit.join(timeout=1.0)
             try:
+                claim.check()
                 on_status(ray.get(monitor.status.remote()))
             except RayError:
                 logger.warning("the run's monitor is being restarted")
-    commit = checkpoint.latest_commit(plan.run)
+            except ClaimedError as error:  # the run directory is the other's: nothing more may be written to it
+                ray.kill(monitor)
+                remedy = f"this driver was silent for too long; {_ask_the_other(plan.run)}"
+                raise OvertakenError("run", error.rule, plan.run.name, remedy) from None
     if failure:
         reason = _root_cause(failure[0])
         ray.get(monitor.end.remote("failed", reason))
         raise RunFailedError(reason) from failure[0]
-    outcome = "finished" if commit and commit.step >= plan.schedule.total_steps else "stopped"
+    outcome = "finished" if _is_committed_to_the_end(plan) else "stopped"
     ray.get(monitor.end.remote(outcome))
     on_status(ray.get(monitor.status.remote()))
     ray.kill(monitor)
@@ -168,7 +208,7 @@ def _start_monitor(session: Session, plan: RunPlan) -> Any:
     return monitor
 
 
-def _fit(plan: RunPlan, monitor: Any, failure: list[BaseException]) -> None:
+def _fit(plan: RunPlan, claim: Claim, monitor: Any, failure: list[BaseException]) -> None:
     """Ray Train's loop; in a thread, since on the main thread it would take SIGINT for itself."""
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -179,7 +219,7 @@ def _fit(plan: RunPlan, monitor: Any, failure: list[BaseException]) -> None:
     elastic = recipe.min_workers != recipe.max_workers
     workers = (recipe.min_workers, recipe.max_workers) if elastic else recipe.max_workers
     resources = {"CPU": recipe.cpus_per_worker} | ({"GPU": 1.0} if recipe.device == "cuda" else {})
-    job = TrainJob(recipe, plan.run, monitor)
+    job = TrainJob(recipe, plan.run, monitor, claim.number, claim.holder.text)
     with tempfile.TemporaryDirectory(prefix="convmae-ray-train-") as folder:
         # Typed as Any: Ray 2.60 annotates TorchTrainer with the configs of Train v1.
         run_config: Any = RunConfig(

@@ -29,5 +29,17 @@ class DamagedCheckpointError(CheckpointError):
     """A committed checkpoint that is not as it was written: a file is missing, truncated or altered."""
 
 
+class WeightsFileError(UserError):
+    """A file of weights that cannot be taken: missing, altered, unreadable, or of another model."""
+
+
+class ExportError(UserError):
+    """An export that cannot be made: a target that exists, a package that is missing, a model that the format lacks."""
+
+
+class OvertakenError(RunError):
+    """A driver that was silent for too long and finds that another one has taken over its run."""
+
+
 class RunFailedError(Exception):
     """A run that ended early; the message is the root cause in one line."""

@@ -86,6 +86,10 @@ class Recipe(BaseModel):
     """URL under which the run directory `<run_root>/<run name>` is made. Empty: the local stack's bucket."""
     model: ModelField
     """Architecture, masking and loss (`model.<field>`)."""
+    init_from: str = ""
+    """URL of weights to start from, as `convmae import` or `convmae consolidate` wrote them. Empty: random ones."""
+    init_sha256: str = ""
+    """Of that file; found out when a run begins."""
 
     epochs: int = Field(gt=0)
     """Passes over the data; the learning-rate schedule spans them."""

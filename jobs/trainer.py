@@ -26,6 +26,7 @@ from jobs.checkpoint import Commit
 from jobs.checkpoint_saver import CheckpointSaver
 from jobs.engine import build_engine, build_model, initialize_deepspeed, set_learning_rate
 from jobs.errors import CheckpointError, DamagedCheckpointError
+from jobs.initial_weights import load_initial_weights
 from jobs.recipe import Recipe
 from jobs.restore import fetch_newest
 from jobs.run_directory import RunDirectory
@@ -56,6 +57,10 @@ class TrainJob:
     recipe: Recipe
     run: RunDirectory
     monitor: ActorHandle[Any]
+    claim: int
+    """Number of the claim under which the driver works."""
+    driver: str
+    """Who that is, for people."""
 
 
 @dataclass(frozen=True)
@@ -293,6 +298,8 @@ class Trainer:
             counters=counters,
             versions=software_versions(),
             files=(),
+            claim=self.job.claim,
+            driver=self.job.driver,
         )
 
     def _check_commit(self, commit: Commit) -> None:
@@ -331,6 +338,8 @@ class Trainer:
         model = build_model(self.recipe)
         if state:
             model.load_state_dict(state.weights(), strict=True)
+        elif self.recipe.init_from:
+            model.load_state_dict(load_initial_weights(self.run_directory.storage, self.recipe), strict=True)
         model.to(self.place.device)
         count, world_size = len(self.sizes), self.place.world_size
         engine = build_engine(model, self.recipe, micro_batches_per_step=count, world_size=world_size)

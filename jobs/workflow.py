@@ -22,18 +22,21 @@ def train_here(session: Session, plan: RunPlan) -> None:
         RunFailedError: If the run had to be given up.
     """
     session.connect()
-    claimed = driver.claim_run(plan)
-    if claimed == "finished":
-        say_finished(plan.run)
-        return
-    say(f"{'begins' if claimed == 'new' else 'resumes'}: {plan.run.url}")
-    with progress_bar(plan.run.name) as show:
-        outcome = driver.train(session, plan, lambda now: show(now["step"], now["total_steps"], status_text(now)))
-    if outcome != "finished":
-        say(f"{plan.run.name}: {outcome}; the same command resumes it from its checkpoint")
-        return
-    for line in finish(plan.run):
-        say(line)
+    with driver.sole_driver(plan.run, lambda other: say(f"is {other} alive? watching its lease")) as claim:
+        claimed = driver.claim_run(plan)
+        if claimed == "finished":
+            say_finished(plan.run)
+            return
+        say(f"{'begins' if claimed == 'new' else 'resumes'}: {plan.run.url}")
+        with progress_bar(plan.run.name) as show:
+            outcome = driver.train(
+                session, plan, claim, lambda now: show(now["step"], now["total_steps"], status_text(now))
+            )
+        if outcome != "finished":
+            say(f"{plan.run.name}: {outcome}; the same command resumes it from its checkpoint")
+            return
+        for line in finish(plan.run):
+            say(line)
 
 
 def train_as_job(session: Session, plan: RunPlan, *, follow: bool) -> None:

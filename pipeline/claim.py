@@ -2,7 +2,10 @@
 
 Claims are numbered objects, `<folder>/claim-000001.json`, made by conditional writes; the highest number rules. Taking
 over from a dead holder is making the next number, so of several that see it dead only one succeeds. No clock of another
-machine is trusted: a holder is dead when its beat has not changed for as long as the observer watched.
+machine is trusted: a holder is dead when its beat has not changed for as long as the observer watched, and a claim is
+as old as its holder counted.
+
+A number that is kept when its claim ends fences: what was made under a lower number was made by a predecessor.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import psutil
@@ -73,6 +76,30 @@ class Holder:
             return True
 
 
+@dataclass(frozen=True)
+class Standing:
+    """A claim as it lies in the store."""
+
+    number: int
+    holder: Holder | None
+    """None while it is being written."""
+    age_seconds: float
+    """From its making to its last beat, by the holder's monotonic clock."""
+    is_over: bool
+    """Whether its holder gave it up, and left the number."""
+
+    @property
+    def text(self) -> str:
+        """For a person: who holds it, and for how long."""
+        return f"{self.holder.text if self.holder else 'an unknown process'}; the lease is {self.age_seconds:.0f} s old"
+
+    @classmethod
+    def of(cls, number: int, content: Mapping[str, Any]) -> Standing:
+        """Read the content of a claim."""
+        holder = _holder(content) if content else None
+        return cls(number, holder, float(content.get("age_seconds", 0.0)), bool(content.get("over")))
+
+
 class Claim:
     """A claim that this process holds; beats in a thread until it is released.
 
@@ -81,16 +108,30 @@ class Claim:
         once.
     """
 
-    def __init__(self, storage: Storage, folder: str, number: int, holder: Holder) -> None:
+    def __init__(
+        self, storage: Storage, folder: str, number: int, holder: Holder, *, keeps_number: bool = False
+    ) -> None:
         self._storage = storage
         self._folder = folder
         self._number = number
         self._holder = holder
+        self._keeps_number = keeps_number
+        self._began = time.monotonic()
         self._beats = 0
         self._released = threading.Event()
         self._lost_to: str | None = None
         self._thread = threading.Thread(target=self._beat_on, name="claim", daemon=True)
         self._thread.start()
+
+    @property
+    def number(self) -> int:
+        """Higher than those of all claims before."""
+        return self._number
+
+    @property
+    def holder(self) -> Holder:
+        """This process."""
+        return self._holder
 
     def check(self) -> None:
         """Call before what nobody else may do at the same time.
@@ -107,7 +148,10 @@ class Claim:
         self._released.set()
         self._thread.join()
         if self._lost_to is None:
-            for number in sorted(number for number in _numbers(self._storage, self._folder) if number <= self._number):
+            if self._keeps_number:
+                self._storage.write(_url(self._folder, self._number), self._content(over=True))
+            last = self._number - self._keeps_number
+            for number in sorted(number for number in _numbers(self._storage, self._folder) if number <= last):
                 self._storage.delete(_url(self._folder, number))
 
     def _beat_on(self) -> None:
@@ -124,7 +168,17 @@ class Claim:
             self._lost_to = _holder(ruler).text if ruler else "another process, which has finished"
             return
         self._beats += 1
-        self._storage.write(_url(self._folder, self._number), _content(self._holder, self._beats))
+        self._storage.write(_url(self._folder, self._number), self._content())
+
+    def _content(self, over: bool = False) -> bytes:
+        return _content(self._holder, self._beats, age_seconds=time.monotonic() - self._began, over=over)
+
+
+def standing(storage: Storage, folder: str) -> Standing | None:
+    """The claim that rules there, of the living, the dead or one that is over; None where there is none."""
+    number = max(_numbers(storage, folder), default=0)
+    content = _read(storage, _url(folder, number)) if number else None
+    return None if content is None else Standing.of(number, content)
 
 
 @contextlib.contextmanager
@@ -134,6 +188,7 @@ def claimed(
     work: str,
     *,
     on_wait: Callable[[str], None],
+    keeps_number: bool = False,
     dead_seconds: float = DEAD_SECONDS,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
@@ -145,6 +200,7 @@ def claimed(
         folder: Where claims are kept.
         work: What this process will do, told to those who come second.
         on_wait: Called with the holder's text when it is to be seen whether the holder lives.
+        keeps_number: Leave the claim's object behind, marked as over, so that the next number is higher.
         dead_seconds: How long a holder is watched before it counts as dead.
         clock: Monotonic seconds.
         sleep: Waits that many seconds.
@@ -164,7 +220,7 @@ def claimed(
         # A store without conditional writes may have let two of us through; the last one's content remains.
         if made and (_read(storage, _url(folder, number)) or {}).get("token") == holder.token:
             break
-    claim = Claim(storage, folder, number, holder)
+    claim = Claim(storage, folder, number, holder, keeps_number=keeps_number)
     try:
         yield claim
     finally:
@@ -194,10 +250,13 @@ def _is_dead(
         now = _read(storage, _url(folder, number))
         if now is None:
             return False
-        holder = _holder(now) if now else None
+        found = Standing.of(number, now)
+        holder = found.holder
+        if found.is_over:
+            return True
         if now != first and holder:
             remedy = "wait for it to end, or take another destination"
-            raise ClaimedError("destination", f"must not be worked on by {holder.text}", folder, remedy)
+            raise ClaimedError("destination", f"must not be worked on by {found.text}", folder, remedy)
         if (holder and holder.is_dead_here()) or clock() - began >= dead_seconds:
             return True
         if not told:
@@ -215,12 +274,13 @@ def _numbers(storage: Storage, folder: str) -> list[int]:
     return [int(match[1]) for match in found if match]
 
 
-def _content(holder: Holder, beat: int) -> bytes:
-    return json.dumps({**asdict(holder), "beat": beat}).encode()
+def _content(holder: Holder, beat: int, *, age_seconds: float = 0.0, over: bool = False) -> bytes:
+    state = {"beat": beat, "age_seconds": round(age_seconds, 1), "over": over}
+    return json.dumps({**asdict(holder), **state}).encode()
 
 
 def _holder(content: Mapping[str, Any]) -> Holder:
-    return Holder(**{name: value for name, value in content.items() if name != "beat"})
+    return Holder(**{field.name: content[field.name] for field in fields(Holder)})
 
 
 def _read(storage: Storage, url: str) -> dict[str, Any] | None:

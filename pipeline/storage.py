@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import fcntl
 import functools
 import os
 import shutil
@@ -127,6 +128,34 @@ class Storage:
                 if not isinstance(error, FileExistsError) and faults.http_code(error) not in _THERE_ALREADY:
                     raise
                 # An attempt whose answer got lost may have been ours.
+                return bool(_ranged(filesystem, path, 0, None) == data)
+            return True
+
+        return self._call(url, put)
+
+    def replace(self, url: str, data: bytes, expected: bytes) -> bool:
+        """Put `data` there if exactly `expected` lies there; of several at once only one gets True.
+
+        A conditional write (S3's If-Match, a lock on the folder of a local file). Other stores check and then write.
+        """
+        if is_local(url):
+            with _locked(Path(_path(url)).parent):
+                found = self.read(url)
+                if found == expected:
+                    self.write(url, data)
+            return found in (expected, data)
+
+        def put(filesystem: Any, path: str) -> bool:
+            info = filesystem.info(path)
+            found = _ranged(filesystem, path, 0, None)
+            if found != expected:
+                return bool(found == data)  # an attempt whose answer got lost may have been ours
+            condition = {"IfMatch": info["ETag"]} if _protocol(url) in _S3 else {}
+            try:
+                filesystem.pipe_file(path, data, **condition)
+            except OSError as error:
+                if faults.http_code(error) not in _THERE_ALREADY:
+                    raise
                 return bool(_ranged(filesystem, path, 0, None) == data)
             return True
 
@@ -341,6 +370,16 @@ def _list_one(filesystem: Any, path: str) -> None:
     if not bucket:
         raise StorageError("URL", "must name a bucket", "s3://", "write s3://bucket/folder")
     filesystem.call_s3("list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager

@@ -10,8 +10,9 @@ import pytest
 
 from jobs import checkpoint
 from jobs.checkpoint import Commit
-from jobs.errors import CheckpointError
+from jobs.errors import CheckpointError, DamagedCheckpointError, OvertakenError
 from jobs.run_directory import RunDirectory
+from pipeline.claim import Holder
 from pipeline.storage import Storage
 
 FILES = {"model_states.pt": os.urandom(5000), "rank-0.pt": os.urandom(300), "rank-1.pt": b""}
@@ -132,10 +133,43 @@ def test_another_format_is_refused(run: RunDirectory, local: Path) -> None:
     fields = dataclasses.asdict(commit)
     path = Path(run.path("commits", "step-00000005.json"))
 
-    for version in (2, None):
+    for version in (9, None):
         path.write_text(json.dumps(fields | {"format_version": version}))
-        with pytest.raises(CheckpointError, match=f"format_version: must be 1, got {version}"):
+        with pytest.raises(CheckpointError, match=f"format_version: must be 1 or 2, got {version}"):
             checkpoint.latest_commit(run)
+
+
+def test_a_commit_of_format_1_is_migrated(run: RunDirectory, local: Path, tmp_path: Path) -> None:
+    """As the release before wrote them: no claim, no driver, files directly in the folder of their step."""
+    commit = save(run, local, 5)
+    fields = dataclasses.asdict(commit) | {"format_version": 1}
+    del fields["claim"], fields["driver"]
+    Path(run.path("commits", "step-00000005.json")).write_text(json.dumps(fields))
+
+    found = checkpoint.read_commit(run, 5)
+
+    assert found == commit
+    checkpoint.download_files(run, found, tmp_path / "fetched")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "fetched").iterdir()} == FILES
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda fields: {name: value for name, value in fields.items() if name != "step"},
+        lambda fields: {name: value for name, value in fields.items() if name != "files"},
+        lambda fields: fields | {"files": [{"name": "a"}]},
+        lambda fields: fields | {"surplus": 1},
+        lambda fields: [fields],
+    ],
+    ids=["no step", "no files", "a file without size", "a field more", "a list"],
+)
+def test_a_commit_without_its_fields_is_damaged(run: RunDirectory, local: Path, changed: Any) -> None:
+    fields = dataclasses.asdict(save(run, local, 5))
+    Path(run.path("commits", "step-00000005.json")).write_text(json.dumps(changed(fields)))
+
+    with pytest.raises(DamagedCheckpointError, match="commit: must"):
+        checkpoint.read_commit(run, 5)
 
 
 def test_prune_keeps_the_newest_and_the_milestones(run: RunDirectory, local: Path) -> None:
@@ -147,6 +181,47 @@ def test_prune_keeps_the_newest_and_the_milestones(run: RunDirectory, local: Pat
     for step, commit in commits.items():
         assert all(stored(run, commit, name).exists() == (step in (20, 40, 50)) for name in FILES)
     assert checkpoint.prune(run, keep=2) == []
+
+
+def test_ones_that_were_passed_over_do_not_push_out_the_newest_good_one(run: RunDirectory, local: Path) -> None:
+    """30 was damaged, so the run went on from 20 and has just committed 25."""
+    for step in (10, 20, 30, 25):
+        save(run, local, step)
+
+    assert checkpoint.prune(run, keep=1, newest=25) == [10, 20]
+
+    assert checkpoint.committed_steps(run) == [25, 30]
+
+
+def by(commit: Commit, claim: int) -> Commit:
+    return dataclasses.replace(commit, claim=claim, driver=f"driver-{claim}")
+
+
+def test_a_commit_of_a_driver_that_was_taken_over_from_is_refused_by_name(run: RunDirectory, local: Path) -> None:
+    mine = by(save(run, local, 5), 2)
+    checkpoint.write_commit(run, mine)
+
+    with pytest.raises(OvertakenError, match="committed at this step by driver-2"):
+        checkpoint.write_commit(run, by(mine, 1))
+    assert checkpoint.read_commit(run, 5) == mine
+
+    Path(run.path("claims")).mkdir()
+    Path(run.path("claims", "claim-000003.json")).write_text(
+        json.dumps(dataclasses.asdict(Holder.here("drives the run")) | {"beat": 1, "age_seconds": 75.5})
+    )
+    with pytest.raises(OvertakenError, match=r"is driven by .*@.*\(process \d+, drives the run.*lease is 76 s old"):
+        checkpoint.write_commit(run, dataclasses.replace(mine, step=6))
+    assert checkpoint.committed_steps(run) == [5]
+
+
+def test_a_commit_that_was_passed_over_is_replaced(run: RunDirectory, local: Path) -> None:
+    commit = save(run, local, 5)
+    Path(run.path("commits", "step-00000005.json")).write_text('{"step": 5')
+
+    checkpoint.write_commit(run, by(commit, 1))
+    checkpoint.write_commit(run, by(commit, 3))
+
+    assert checkpoint.read_commit(run, 5) == by(commit, 3)
 
 
 class DeadStorage(Storage):

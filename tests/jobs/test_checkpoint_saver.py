@@ -108,7 +108,7 @@ def test_training_goes_on_while_the_files_are_on_their_way(
 
     found = checkpoint.latest_commit(run)
     assert found is not None
-    assert [(file.name, file.bytes) for file in found.files] == [("weights.pt", 7)]
+    assert [(file.name, file.bytes) for file in found.files] == [("000000-0001/weights.pt", 7)]
     checkpoint.download_files(run, found, tmp_path / "fetched")
     assert monitor.told == [("flush", []), ("checkpoint_committed", 5)]  # history first
     assert scratch(tmp_path) == []
@@ -129,7 +129,7 @@ def test_the_next_checkpoint_waits_for_the_one_before(
     assert [step for kind, step in monitor.told if kind == "checkpoint_committed"] == [5, 6]
 
 
-@pytest.mark.parametrize("broken", ["step-00000005/weights.pt", "commits"])
+@pytest.mark.parametrize("broken", ["000000-0001/weights.pt", "commits"])
 def test_one_that_fails_is_told_and_stays_invisible_and_the_next_is_saved(
     saver: CheckpointSaver, run: RunDirectory, monitor: Monitor, tmp_path: Path, broken: str,
     monkeypatch: pytest.MonkeyPatch,
@@ -137,7 +137,7 @@ def test_one_that_fails_is_told_and_stays_invisible_and_the_next_is_saved(
     Gate.open.set()
     Gate.broken = broken
     if broken == "commits":
-        monkeypatch.setattr(Gate, "write", lambda self, url, data: (_ for _ in ()).throw(OSError("the store is gone")))
+        monkeypatch.setattr(Gate, "create", lambda self, url, data: (_ for _ in ()).throw(OSError("the store is gone")))
     saver.begin(commit(5), write)
     saver.finish()
     wait_until("the failure", lambda: ("checkpoint_failed", 5) in monitor.told, 10)

@@ -18,6 +18,8 @@ TINY = named_recipe("tiny")
 OTHER_VALUES: dict[str, Any] = {
     "name": "other",
     "data": "s3://bucket/other",
+    "init_from": "s3://bucket/weights.safetensors",
+    "init_sha256": "ab" * 32,
     "run_root": "s3://bucket/runs",
     "model.mask_ratio": 0.6,
     "epochs": 50,

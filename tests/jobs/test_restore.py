@@ -95,7 +95,7 @@ def test_another_format_is_refused_not_passed_over(run: RunDirectory, tmp_path: 
     fields = dataclasses.asdict(checkpoint.read_commit(run, 30)) | {"format_version": 9}
     commit_of(run, 30).write_text(json.dumps(fields))
 
-    with pytest.raises(CheckpointError, match="format_version: must be 1, got 9"):
+    with pytest.raises(CheckpointError, match="format_version: must be 1 or 2, got 9"):
         newest(run, tmp_path)
 
 

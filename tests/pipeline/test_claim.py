@@ -196,3 +196,25 @@ def test_only_one_creates_a_file(tmp_path: Path) -> None:
 
     assert sorted(outcomes) == [False] * 15 + [True]
     assert Storage().create(str(tmp_path / "new" / "x"), b"later") is False
+
+
+def test_a_number_that_is_kept_makes_the_next_one_higher_and_holds_nobody_up(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        with claimed(Storage(), str(tmp_path), "x", on_wait=no_wait, keeps_number=True) as claim:
+            assert claim.number == number
+        (left,) = tmp_path.iterdir()
+        assert left.name == f"claim-{number:06d}.json"
+    ruler = claims.standing(Storage(), str(tmp_path))
+    assert ruler is not None and ruler.is_over and ruler.number == 3
+
+
+def test_who_holds_a_claim_can_be_asked_without_watching(tmp_path: Path) -> None:
+    assert claims.standing(Storage(), str(tmp_path)) is None
+    with claimed(Storage(), str(tmp_path), "convmae shard", on_wait=no_wait) as claim:
+        time.sleep(0.3)
+        claim.beat()
+        ruler = claims.standing(Storage(), str(tmp_path))
+
+    assert ruler is not None and ruler.holder == claim.holder and not ruler.is_over
+    assert 0.3 <= ruler.age_seconds < 10
+    assert ruler.text == f"{claim.holder.text}; the lease is {ruler.age_seconds:.0f} s old"

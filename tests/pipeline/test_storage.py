@@ -244,3 +244,29 @@ def test_memory_of_one_process_is_no_place_for_several() -> None:
     Storage().check("memory://alone", write=True)
     with pytest.raises(StorageError, match="must be one that every process sees"):
         Storage().check("memory://alone", write=True, shared=True)
+
+
+def test_of_many_that_replace_the_same_content_one_succeeds(place: tuple[Storage, str]) -> None:
+    storage, folder = place
+    if folder.startswith("memory"):
+        pytest.skip("it has no conditional writes")
+    url = storage.join(folder, "value")
+    storage.write(url, b"old")
+    outcomes: list[bool] = []
+    start = threading.Barrier(8)
+
+    def replace_it(number: int) -> None:
+        start.wait()
+        outcomes.append(storage.replace(url, b"new %d" % number, b"old"))
+
+    threads = [threading.Thread(target=replace_it, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert sorted(outcomes) == [False] * 7 + [True]
+    assert storage.read(url).startswith(b"new ")
+    assert storage.replace(url, storage.read(url), b"old"), "its own answer may have been lost"
+    with pytest.raises(FileNotFoundError):
+        storage.replace(storage.join(folder, "nothing"), b"new", b"old")

@@ -1,0 +1,221 @@
+"""One consolidated safetensors file: its configuration, its tensors, and whether it is as it was written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from jobs import checkpoint
+from jobs.checkpoint import Commit, scratch_folder
+from jobs.errors import CheckpointError, WeightsFileError
+from jobs.run_directory import RunDirectory
+from jobs.zero_state import read_zero_state
+from model import ConvMAE, ConvMAEConfig
+from model.errors import ModelConfigError
+from model.weights import check_names
+from pipeline.storage import Storage
+
+SUFFIX = ".safetensors"
+_NOT_IN_SHAPES = ("num_heads", "decoder_num_heads")
+"""Fields of a model that its tensors do not tell."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A whole pretraining model: `ConvMAE(config).load_state_dict(tensors)` takes it."""
+
+    config: ConvMAEConfig
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    """Run, step, epoch, digests and versions, as far as they are known."""
+
+    def check(self, value: str) -> None:
+        """Compare the tensors with the configuration.
+
+        Raises:
+            WeightsFileError: Some are missing, surplus or misshapen; names all of them.
+        """
+        check_against(self.tensors, self.config, value)
+
+
+def check_against(tensors: Mapping[str, Any], config: ConvMAEConfig, value: str) -> None:
+    """Compare names and shapes with those of a model, without making it.
+
+    Args:
+        tensors: Anything with a shape, by name.
+        config: Of the model.
+        value: What the tensors come from, for the message.
+
+    Raises:
+        WeightsFileError: A name is missing or unexpected, or a shape is another; names all of them.
+    """
+    with torch.device("meta"):
+        expected = ConvMAE(config).state_dict()
+    try:
+        check_names(tensors, expected)
+    except ModelConfigError as error:
+        assert isinstance(error.value, list)
+        rule = f"must be those of the model ({'; '.join(error.value)})"
+        raise WeightsFileError("weights", rule, value, error.remedy) from None
+
+
+def of_file(storage: Storage, url: str) -> Weights:
+    """Read a consolidated file, and compare it with the SHA-256 beside it where there is one.
+
+    Raises:
+        WeightsFileError: It is missing, altered, no safetensors file, or not of one of our models.
+    """
+    with local_copy(storage, url) as path:
+        if (expected := _recorded_sha256(storage, url)) and sha256_of(path) != expected:
+            rule = f"must have the SHA-256 in {url.rpartition('/')[2]}.sha256 beside it"
+            raise WeightsFileError("weights", rule, url, "consolidate the checkpoint again, or get the file again")
+        return read_weights(path, url)
+
+
+def of_run(run: RunDirectory, step: int | None = None) -> Weights:
+    """The weights of a run: what was consolidated, or else what its checkpoint holds.
+
+    Args:
+        run: It may be training.
+        step: A consolidated or committed step; None for the newest.
+
+    Raises:
+        CheckpointError: There is no such step, or a file of it is missing or altered.
+    """
+    consolidated = _consolidated_steps(run)
+    if step is None:
+        step = max([*consolidated, *checkpoint.committed_steps(run)], default=None)
+    if step is None:
+        remedy = "wait for the first one, or lower checkpoint_every_steps"
+        raise CheckpointError("run", "must have a committed checkpoint", run.name, remedy)
+    if step in consolidated:
+        return of_file(run.storage, run.path("consolidated", f"{checkpoint.folder_name(step)}{SUFFIX}"))
+    return _of_checkpoint(run, checkpoint.read_commit(run, step))
+
+
+def _of_checkpoint(run: RunDirectory, commit: Commit) -> Weights:
+    config = run.read_recipe().model
+    with scratch_folder() as scratch:
+        checkpoint.download_files(run, commit, Path(scratch))
+        mapped = read_zero_state(Path(scratch)).weights()
+        tensors = {name: tensor.detach().clone() for name, tensor in mapped.items()}
+    metadata = {
+        "run": run.name,
+        "step": str(commit.step),
+        "epoch": str(commit.epoch),
+        "recipe_digest": commit.recipe_digest,
+        "dataset_digest": commit.dataset_digest,
+        "versions": json.dumps(dict(commit.versions), sort_keys=True),
+    }
+    weights = Weights(config, tensors, metadata)
+    weights.check(f"step {commit.step} of {run.name}")
+    return weights
+
+
+def _consolidated_steps(run: RunDirectory) -> list[int]:
+    names = [name for name in run.storage.list_names(run.path("consolidated")) if name.endswith(SUFFIX)]
+    steps = [name.removesuffix(SUFFIX).removeprefix("step-") for name in names]
+    return [int(step) for step in steps if step.isdecimal()]
+
+
+def read_weights(path: Path, url: str) -> Weights:
+    """Read a local file whole.
+
+    Raises:
+        WeightsFileError: As `of_file`.
+    """
+    with _opened(path, url) as file:
+        metadata = dict(file.metadata() or {})
+        weights = Weights(
+            model_config(metadata, url),
+            {name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118  it is no mapping
+            {name: value for name, value in metadata.items() if name not in ("model", "format")},
+        )
+    weights.check(url)
+    return weights
+
+
+def check_header(path: Path, url: str, config: ConvMAEConfig) -> None:
+    """Compare names, shapes and numbers of heads in a local file with a model; reads no tensor.
+
+    Raises:
+        WeightsFileError: They are those of another model; names all of them.
+    """
+    with _opened(path, url) as file:
+        theirs = model_config(dict(file.metadata() or {}), url)
+        shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
+    check_against(shapes, config, url)
+    for name in _NOT_IN_SHAPES:
+        if getattr(theirs, name) != getattr(config, name):
+            rule = f"must be of a model with {name} = {getattr(config, name)}, not {getattr(theirs, name)}"
+            raise WeightsFileError("weights", rule, url, f"set model.{name}={getattr(theirs, name)}")
+
+
+@contextmanager
+def _opened(path: Path, url: str) -> Iterator[Any]:
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        remedy = "give a file that `convmae consolidate` or `convmae import` wrote"
+        raise WeightsFileError("weights", f"must be a whole safetensors file ({error})", url, remedy) from None
+
+
+def model_config(metadata: Mapping[str, str], url: str) -> ConvMAEConfig:
+    """The configuration that a file was made with.
+
+    Raises:
+        WeightsFileError: It has none, or one that is not of a known model.
+    """
+    remedy = "give a file that `convmae consolidate` or `convmae import` wrote"
+    if "model" not in metadata:
+        raise WeightsFileError("weights", "must say in its metadata of which model it is", url, remedy)
+    try:
+        return ConvMAEConfig(**json.loads(metadata["model"]))
+    except (ValueError, TypeError) as error:
+        raise WeightsFileError("weights", f"must be of a model that is known ({error})", url, remedy) from None
+
+
+def model_json(config: ConvMAEConfig) -> str:
+    """What a file's metadata says of its model."""
+    return json.dumps(asdict(config), sort_keys=True)
+
+
+@contextmanager
+def local_copy(storage: Storage, url: str) -> Iterator[Path]:
+    """The file on local disk while the context is open.
+
+    Raises:
+        WeightsFileError: It is missing.
+    """
+    with scratch_folder() as scratch:
+        path = Path(scratch, "weights")
+        try:
+            storage.download(url, path)
+        except FileNotFoundError:
+            remedy = "`convmae checkpoints RUN` shows which steps a run has; `convmae consolidate` writes the file"
+            raise WeightsFileError("weights", "must exist", url, remedy) from None
+        yield path
+
+
+def sha256_of(path: Path) -> str:
+    """Of a local file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _recorded_sha256(storage: Storage, url: str) -> str:
+    try:
+        words = storage.read(f"{url}.sha256").decode(errors="replace").split()
+    except FileNotFoundError:
+        return ""
+    return words[0] if words else ""
