@@ -31,7 +31,9 @@ from jobs.restore import fetch_newest
 from jobs.run_directory import RunDirectory
 from jobs.schedule import Schedule, micro_batches
 from jobs.step_reading import RankReading, StepReading, from_words, word_count
+from jobs.trace import TraceWriter, begin_trace
 from jobs.zero_state import ZeroState, read_zero_state, restore_optimizer
+from model.convmae import Output
 from model.noise import mask_noise
 from model.pixels import normalise
 from pipeline.batch import Batch
@@ -56,6 +58,8 @@ class TrainJob:
     recipe: Recipe
     run: RunDirectory
     monitor: ActorHandle[Any]
+    trace_url: str = ""
+    """Where to write what each rank consumes; empty: nowhere."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,7 @@ class Trainer:
         self.saver = CheckpointSaver(
             job.run, job.monitor, rank=place.rank, world_size=place.world_size, keep=self.recipe.keep_checkpoints
         )
+        self.trace = self._begin_trace() if job.trace_url else None
         self._stop_reply: Any = None
         self._reading = RankReading(self.dataset, place.rank, place.world_size)
         self._quarantined: set[int] = set()
@@ -158,6 +163,8 @@ class Trainer:
                 if stop:
                     break
         self.saver.close()
+        if self.trace:
+            self.trace.close()
 
     def _loader(self) -> Loader:
         return Loader(
@@ -183,6 +190,8 @@ class Trainer:
             raise NonFiniteLossError(f"loss is {shared.loss} at step {batch.step + 1}; no update was made")
         self.engine.step()
         self.step = batch.step + 1
+        if self.trace:
+            self.trace.add(batch, float(self.engine.optimizer.param_groups[0]["lr"]))
         if self.saver.is_under_way and not shared.uploading:
             self.saver.finish()
         if self.place.rank == 0:
@@ -221,7 +230,10 @@ class Trainer:
         for index, size in enumerate(self.sizes):
             # A rank without images for this micro-batch still takes part in the reduction, with weight 0.
             chosen = slice(first, first + size) if size else slice(0, 1)
-            loss = self._forward(batch, chosen)
+            output = self._forward(batch, chosen)
+            loss = output.loss
+            if self.trace and size:
+                self.trace.note_masks(output.mask)
             self.engine.backward(loss * (size * place.world_size * len(self.sizes) / recipe.global_batch_size))
             total[0] += loss.detach() * size / recipe.global_batch_size
             first += size
@@ -237,13 +249,13 @@ class Trainer:
         digest = str(ConsumedDigest.from_words(consumed.tolist()))
         return SharedStep(loss_sum, stops > 0, uploads > 0, digest, *from_words(words))
 
-    def _forward(self, batch: Batch, chosen: slice) -> torch.Tensor:
+    def _forward(self, batch: Batch, chosen: slice) -> Output:
         device = self.place.device
         pixels = batch.images[chosen]
         sample_ids = batch.sample_ids[chosen].to(device, non_blocking=True)
         noise = mask_noise(self.recipe.seed, batch.epoch, sample_ids, self.recipe.model.mask_patches, device)
-        loss: torch.Tensor = self.engine(normalise(pixels), noise=noise).loss
-        return loss
+        output: Output = self.engine(normalise(pixels), noise=noise)
+        return output
 
     def _stop_asked(self) -> bool:
         """The monitor's answer to an earlier step, if it is there; never waits."""
@@ -267,7 +279,15 @@ class Trainer:
 
         ray.get(self._quarantine_replies)  # the ledger up to a commit is never lost
         self._quarantine_replies.clear()
+        if self.trace:
+            self.trace.flush()  # nor is the trace up to a commit
         self.saver.begin(self._commit(), self._write_zero_files)
+
+    def _begin_trace(self) -> TraceWriter:
+        storage, url, place = self.run_directory.storage, self.job.trace_url, self.place
+        if place.rank == 0:
+            begin_trace(storage, url, self.run_directory.url, self.step)
+        return TraceWriter(storage, url, rank=place.rank, world_size=place.world_size, attempt=self.attempt)
 
     def _write_zero_files(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
