@@ -375,7 +375,7 @@ def history(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> No
             sys.stdout.write(json.dumps(row) + "\n")
         else:
             line = (
-                f"step {row['step']:>8}  epoch {row['epoch']:>4}  loss {row['loss']:.6f}  "
+                f"step {row['step']:>8}  epoch {row['epoch']:>4}  loss {figure(row['loss'], '.6f')}  "
                 f"lr {row['learning_rate']:.3e}  world {row['world_size']:>3}  attempt {row['attempt']:>3}"
             )
             sys.stdout.write(line + "\n")

@@ -61,8 +61,8 @@ class TraceWriter:
         """
         self._masks += mask_digests(mask)
 
-    def add(self, batch: Batch, learning_rate: float) -> None:
-        """Note that the step of `batch` was done, with the masks noted since the last one."""
+    def add(self, batch: Batch, learning_rate: float, skipped: str = "") -> None:
+        """Note that the step of `batch` was done, with the masks noted since the last one; or skipped, and why."""
         masks, self._masks = self._masks, []
         row = {
             "step": batch.step + 1,
@@ -76,6 +76,8 @@ class TraceWriter:
         }
         if batch.substitutions:
             row["substitutes"] = {str(item.bad.id): item.substitute for item in batch.substitutions}
+        if skipped:
+            row["skipped"] = skipped
         self._rows.append(row)
         if len(self._rows) >= PART_STEPS:
             self._write()
@@ -187,6 +189,7 @@ class TracedStep:
 
     step: int
     learning_rate: float
+    skipped: bool
     samples: dict[int, tuple[Any, ...]] = field(default_factory=dict)
     """Sample id to crop, flip, mask and substitute; ids that were consumed twice are in `twice`."""
     twice: list[int] = field(default_factory=list)
@@ -203,7 +206,7 @@ def traced_steps(rows: Iterator[dict[str, Any]]) -> Iterator[TracedStep]:
         if found is None or found.step != row["step"]:
             if found:
                 yield found
-            found = TracedStep(row["step"], row["learning_rate"])
+            found = TracedStep(row["step"], row["learning_rate"], "skipped" in row)
         substitutes = row.get("substitutes", {})
         columns = (row["samples"], row["crops"], row["flips"], row["masks"])
         for sample, crop, flip, mask in zip(*columns, strict=True):
@@ -228,6 +231,8 @@ def differences(first: Iterator[dict[str, Any]], second: Iterator[dict[str, Any]
 def _difference(one: TracedStep, other: TracedStep) -> str:
     if one.learning_rate != other.learning_rate:
         return f"learning rates {one.learning_rate!r} and {other.learning_rate!r}"
+    if one.skipped != other.skipped:
+        return f"the {'first' if one.skipped else 'second'} trace alone made no update"
     for name, found in (("first", one), ("second", other)):
         if found.twice:
             return f"the {name} trace has sample {found.twice[0]} twice"

@@ -191,6 +191,7 @@ def row(step: int, **changes: Any) -> dict[str, Any]:
         ({"samples": [1, 1]}, "the second trace has sample 1 twice"),
         ({"flips": [0, 0]}, "flips of sample 2 are 1 and 0"),
         ({"masks": ["c", "b"]}, "masks of sample 1 are 'a' and 'c'"),
+        ({"skipped": "the loss of rank 0"}, "the second trace alone made no update"),
         ({"substitutes": {"2": 7}}, "substitutes of sample 2 are None and 7"),
     ],
 )
