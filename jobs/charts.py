@@ -44,7 +44,8 @@ class History:
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]]) -> History:
-        """Take the columns from history rows, as `RunDirectory.read_history` gives them."""
+        """Take the columns from history rows, as `RunDirectory.read_history` gives them, but for skipped steps."""
+        rows = [row for row in rows if row["loss"] is not None]
         names = ("step", "loss", "learning_rate", "world_size")
         return cls(*(np.fromiter((row[name] for row in rows), np.float64, len(rows)) for name in names))
 

@@ -49,6 +49,9 @@ World = Annotated[int, typer.Option(help="Ranks; at most as many as lanes.")]
 OrderSeed = Annotated[int, typer.Option(help="Of the order; a recipe's `seed`.")]
 Block = Annotated[int, typer.Option(help="Samples in a block; a recipe's `block_samples`.")]
 Window = Annotated[int, typer.Option(help="Blocks in a lane's window; a recipe's `window_blocks`.")]
+TraceOption = Annotated[
+    str, typer.Option("--trace", help="URL at which to note the samples, crops and masks of each step and rank.")
+]
 RunOption = Annotated[
     str, typer.Option("--run", help="Name of the run; default: the recipe's. The same name resumes it.")
 ]
@@ -257,7 +260,13 @@ def order(
 
 
 @app.command()
-def pretrain(recipe: RecipeName, overrides: Overrides = None, run: RunOption = "", strict: Strict = False) -> None:
+def pretrain(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    run: RunOption = "",
+    trace: TraceOption = "",
+    strict: Strict = False,
+) -> None:
     """Train in the foreground, on the cluster that RAY_ADDRESS names or on the local stack.
 
     Ctrl-C, or SIGTERM, saves a checkpoint and stops. The same command resumes.
@@ -266,11 +275,11 @@ def pretrain(recipe: RecipeName, overrides: Overrides = None, run: RunOption = "
     from jobs.workflow import train_here
 
     session, resolved = _session(), _recipe(recipe, overrides, strict=strict)
-    train_here(session, plan_run(session, resolved, run or resolved.name))
+    train_here(session, plan_run(session, resolved, run or resolved.name, trace))
 
 
 @app.command(hidden=True)
-def drive(run_url: str) -> None:
+def drive(run_url: str, trace: TraceOption = "") -> None:
     """What a submitted job runs: the run whose directory is `run_url`."""
     from jobs.driver import plan_run
     from jobs.workflow import train_here
@@ -278,7 +287,7 @@ def drive(run_url: str) -> None:
     session = _session()
     root, _, name = run_url.rpartition("/")
     recipe = session.run(run_url).read_recipe().amended({"run_root": root})
-    train_here(session, plan_run(session, recipe, name))
+    train_here(session, plan_run(session, recipe, name, trace))
 
 
 @app.command()
@@ -286,6 +295,7 @@ def submit(
     recipe: RecipeName,
     overrides: Overrides = None,
     run: RunOption = "",
+    trace: TraceOption = "",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Show progress until the run ends.")] = False,
     strict: Strict = False,
 ) -> None:
@@ -294,7 +304,7 @@ def submit(
     from jobs.workflow import train_as_job
 
     session, resolved = _session(), _recipe(recipe, overrides, strict=strict)
-    train_as_job(session, plan_run(session, resolved, run or resolved.name), follow=follow)
+    train_as_job(session, plan_run(session, resolved, run or resolved.name, trace), follow=follow)
 
 
 @app.command(name="list")
@@ -377,10 +387,35 @@ def history(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> No
             sys.stdout.write(json.dumps(row) + "\n")
         else:
             line = (
-                f"step {row['step']:>8}  epoch {row['epoch']:>4}  loss {row['loss']:.6f}  "
+                f"step {row['step']:>8}  epoch {row['epoch']:>4}  loss {figure(row['loss'], '.6f')}  "
                 f"lr {row['learning_rate']:.3e}  world {row['world_size']:>3}  attempt {row['attempt']:>3}"
             )
             sys.stdout.write(line + "\n")
+
+
+@app.command()
+def trace(
+    url: Annotated[str, typer.Argument(help="URL that `--trace` was given.")],
+    other: Annotated[str, typer.Argument(help="Another, to compare with.", show_default=False)] = "",
+) -> None:
+    """Print what each rank consumed, one JSON object for each step and rank; or compare two traces.
+
+    With OTHER: one line for each step in which samples, crops, flips, masks or learning rates differ, whatever the
+    world sizes; exit code 1 if there is one.
+    """
+    from jobs.trace import differences, read_trace
+
+    storage = _session().storage
+    if not other:
+        for row in read_trace(storage, url):
+            sys.stdout.write(json.dumps(row) + "\n")
+        return
+    found = list(differences(read_trace(storage, url), read_trace(storage, other)))
+    for line in found:
+        say(line)
+    if found:
+        raise RunFailedError(f"{len(found)} differences between {url} and {other}")
+    say("the traces agree")
 
 
 @app.command()

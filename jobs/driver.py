@@ -31,6 +31,7 @@ from jobs.report import REPORT_NAME
 from jobs.run_directory import RunDirectory
 from jobs.schedule import Schedule
 from jobs.session import Session
+from jobs.trace import check_trace
 from jobs.trainer import TrainJob, order_of, train_worker
 from pipeline.claim import Claim, claimed, standing
 from pipeline.errors import ClaimedError, UnreachableError, UserError
@@ -52,9 +53,11 @@ class RunPlan:
     recipe: Recipe
     run: RunDirectory
     schedule: Schedule
+    trace_url: str = ""
+    """Where to write what each rank consumes (jobs.trace); empty: nowhere."""
 
 
-def plan_run(session: Session, recipe: Recipe, name: str) -> RunPlan:
+def plan_run(session: Session, recipe: Recipe, name: str, trace_url: str = "") -> RunPlan:
     """Check everything that can be checked before anything starts.
 
     Raises:
@@ -72,7 +75,10 @@ def plan_run(session: Session, recipe: Recipe, name: str) -> RunPlan:
     session.storage.check(run.url, write=True)
     recipe = pinned(session.storage, recipe, run)
     run.check_recipe(recipe)
-    return RunPlan(recipe, run, Schedule.of(recipe, order.steps_per_epoch))
+    if trace_url:
+        trace_url = Storage.absolute(trace_url)
+        check_trace(session.storage, trace_url, run.url)
+    return RunPlan(recipe, run, Schedule.of(recipe, order.steps_per_epoch), trace_url)
 
 
 def is_live(run: RunDirectory) -> bool:
@@ -219,7 +225,7 @@ def _fit(plan: RunPlan, claim: Claim, monitor: Any, failure: list[BaseException]
     elastic = recipe.min_workers != recipe.max_workers
     workers = (recipe.min_workers, recipe.max_workers) if elastic else recipe.max_workers
     resources = {"CPU": recipe.cpus_per_worker} | ({"GPU": 1.0} if recipe.device == "cuda" else {})
-    job = TrainJob(recipe, plan.run, monitor, claim.number, claim.holder.text)
+    job = TrainJob(recipe, plan.run, monitor, claim.number, claim.holder.text, plan.trace_url)
     with tempfile.TemporaryDirectory(prefix="convmae-ray-train-") as folder:
         # Typed as Any: Ray 2.60 annotates TorchTrainer with the configs of Train v1.
         run_config: Any = RunConfig(

@@ -6,6 +6,7 @@ The same lines build the engine on CPU (gloo) and on GPU (NCCL); only the device
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from typing import TYPE_CHECKING, Any
@@ -91,3 +92,33 @@ def set_learning_rate(engine: deepspeed.DeepSpeedEngine, learning_rate: float) -
     """Learning rate of the next update, in every parameter group."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
+
+
+def has_finite_gradients(engine: deepspeed.DeepSpeedEngine) -> bool:
+    """Whether this rank's share of the step's reduced gradients has neither NaN nor infinity.
+
+    Call after the last `backward` of a step. A gradient that was not finite on any rank is so in somebody's share.
+    """
+    gradients = _reduced_gradients(engine)
+    return bool(nn.utils.get_total_norm(gradients, norm_type=math.inf).isfinite()) if gradients else True
+
+
+def discard_step(engine: deepspeed.DeepSpeedEngine) -> None:
+    """End a step, in place of `engine.step()`, without an update. Every rank must call it for the same step.
+
+    Weights, moments and AdamW's step count stay as they are, bit by bit; gradients are forgotten. It is DeepSpeed's own
+    path for gradients that overflow, which each ZeRO stage has: a gradient of NaN leads there.
+    """
+    for gradient in _reduced_gradients(engine):
+        gradient.view(-1)[:1].fill_(math.nan)
+    optimizer = engine.optimizer
+    # ZeRO 1 and 2 look for overflow in bf16 only if told to, at the price of a collective in every step.
+    checks, optimizer.check_grad_overflow = getattr(optimizer, "check_grad_overflow", False), True
+    engine.step()
+    optimizer.check_grad_overflow = checks
+    assert not engine.was_step_applied()
+
+
+def _reduced_gradients(engine: deepspeed.DeepSpeedEngine) -> list[torch.Tensor]:
+    by_group = engine.optimizer.averaged_gradients.values()
+    return [gradient for group in by_group if group is not None for gradient in group if gradient.numel()]

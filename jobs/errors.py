@@ -25,6 +25,10 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be loaded: missing, altered, or of another model."""
 
 
+class TraceError(UserError):
+    """A trace that is another run's, or that is not there."""
+
+
 class DamagedCheckpointError(CheckpointError):
     """A committed checkpoint that is not as it was written: a file is missing, truncated or altered."""
 

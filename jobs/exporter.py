@@ -38,6 +38,8 @@ COUNTERS = {
     "images": "Images trained, redone ones included.",
     "checkpoint_stall_seconds": "Seconds that training stood still for committed checkpoints.",
     "checkpoint_failures": "Checkpoints that could not be uploaded or committed.",
+    "skipped_steps": "Steps without an update, since a loss or gradient was not finite, redone ones included.",
+    "rollbacks": "Returns to a checkpoint since a loss or gradient was not finite.",
     "substitutions": "Samples that were replaced since they are unusable, redone ones included.",
     "storage_requests": "Ranged reads of images from the object store, all ranks.",
     "storage_read_bytes": "Bytes of images received from the object store, all ranks.",

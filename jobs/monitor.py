@@ -7,6 +7,7 @@ so an object store that is away delays no step until the next checkpoint.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import deque
@@ -68,6 +69,7 @@ class RunMonitor:
         self._first_attempt_here = self._attempt + 1
         self._restarts = int(before.get("restarts", 0))
         self._totals = {name: float(before.get(f"{name}_total", 0.0)) for name in COUNTERS}
+        self._left_out = config.run.read_left_out()
         ledger = config.run.read_quarantine()
         self._quarantine = [row for row in ledger if row["attempt"] == self._attempt]
         self._quarantined = {row["id"] for row in ledger}
@@ -150,12 +152,9 @@ class RunMonitor:
             reading: The fields of `StepReading`: what all ranks read for the step.
         """
         with self._lock:
-            newest = max(self._parts, default=None)
-            if newest is None or len(self._parts[newest]) >= HISTORY_PART_STEPS:
-                newest = int(row["step"])
-                self._parts[newest] = []
-            self._parts[newest].append(row)
-            self._dirty = True
+            self._add_row(row)
+            if "skipped" in row:
+                self._add_event("skipped", step=row["step"], reason=f"{row['skipped']} is not finite")
             self._step_times.append((time.monotonic(), float(row["data_wait_seconds"])))
             self._count("images", self._config.global_batch_size)
             for name, amount in reading.items():
@@ -163,10 +162,47 @@ class RunMonitor:
                     self._count(name, amount)
                 else:
                     self._status[name] = amount
-            self._status.update(row, gradient_norm=gradient_norm, last_step_at_seconds=time.time())
+            self._status.update(row, last_step_at_seconds=time.time())
+            if math.isfinite(gradient_norm):
+                self._status["gradient_norm"] = gradient_norm
             self._status.update(self._rates(int(row["step"])))
             self._exporter.update(self._status)
             return bool(self._stop_reason)
+
+    def _add_row(self, row: dict[str, Any]) -> None:
+        newest = max(self._parts, default=None)
+        if newest is None or len(self._parts[newest]) >= HISTORY_PART_STEPS:
+            newest = int(row["step"])
+            self._parts[newest] = []
+        self._parts[newest].append(row)
+        self._dirty = True
+        if "skipped" in row:
+            self._count("skipped_steps", 1)
+
+    def roll_back(self, *, first_step: int, last_step: int, reason: str) -> None:
+        """Note, for all attempts to come, that steps are left out; returns when storage has it.
+
+        Args:
+            first_step: The first of them, from 1.
+            last_step: The one whose loss or gradient was not finite.
+            reason: For people.
+        """
+        with self._lock:
+            window = {"first_step": first_step, "last_step": last_step, "attempt": self._attempt, "reason": reason}
+            self._left_out.append(window)
+            self._count("rollbacks", 1)
+            self._add_event("rollback", step=last_step, first_step=first_step, reason=reason)
+            windows = list(self._left_out)
+        self._config.run.write_left_out(windows)
+        self.flush()
+
+    def leave_out(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Note the history rows of steps that are passed over without being trained."""
+        with self._lock:
+            for row in rows:
+                self._add_row(row)
+            self._status.update(step=rows[-1]["step"])
+            self._exporter.update(self._status)
 
     def quarantine(self, rows: Sequence[dict[str, Any]]) -> None:
         """Note samples that were found unusable; each is kept once in the run's life.

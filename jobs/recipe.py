@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal, Self, get_args, get_origin
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
 
 from jobs.errors import RecipeError
+from jobs.non_finite import OnNonFinite
 from model import ConvMAEConfig
 from model.errors import ModelConfigError
 from pipeline.image_maker import MAX_CONSECUTIVE_BAD_SAMPLES, OnBadSample
@@ -44,6 +45,8 @@ PLACEMENT_FIELDS = frozenset(
         "cache_dir",
         "cache_bytes",
         "stall_seconds",
+        "on_nonfinite_loss",
+        "max_nonfinite_in_a_row",
         "max_restarts_without_progress",
         "metrics_port",
     }
@@ -146,6 +149,10 @@ class Recipe(BaseModel):
     """Most bytes in that folder."""
     stall_seconds: float = Field(default=STALL_SECONDS, gt=0)
     """How long a worker waits for one batch before it says which stage hangs, and fails."""
+    on_nonfinite_loss: OnNonFinite = "stop"
+    """Where a loss or gradient is not finite: `stop` the attempt, `skip_batch`, or `rollback` and leave out steps."""
+    max_nonfinite_in_a_row: int = Field(default=10, gt=0)
+    """Batches that may be skipped, or rollbacks made, in a row before the attempt is stopped even so."""
 
     checkpoint_every_steps: int = Field(gt=0)
     """Steps between checkpoints; one more is saved at the end and when a run is stopped."""

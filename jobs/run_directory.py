@@ -5,6 +5,7 @@
         events/attempt-0001.jsonl   what happened, one JSON line each: start, restart, checkpoint, finish ...
         history/0001-00000001.jsonl one JSON line a step, in parts: attempt, then first step
             quarantine/attempt-0001.jsonl  samples that this attempt was the first to find unusable, one JSON line each
+        left-out.json               steps that a rollback left out, if there was one
         heartbeat.json              what the live run last said of itself
         stop-request.json           there while `convmae stop` waits to be heard
         checkpoints/step-00000050/  native ZeRO files
@@ -133,6 +134,18 @@ class RunDirectory:
     def write_quarantine(self, attempt: int, rows: Iterable[dict[str, Any]]) -> None:
         """Replace what one attempt was the first to find unusable."""
         self._write_lines("quarantine", f"attempt-{attempt:04d}.jsonl", rows)
+
+    def read_left_out(self) -> list[dict[str, Any]]:
+        """Windows of steps that rollbacks left out, in the order in which they were made."""
+        try:
+            rows: list[dict[str, Any]] = json.loads(self.storage.read(self.path("left-out.json")))
+        except FileNotFoundError:
+            return []
+        return rows
+
+    def write_left_out(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Replace the windows of steps that rollbacks left out."""
+        self.storage.write(self.path("left-out.json"), json.dumps(list(rows), indent=1).encode() + b"\n")
 
     def last_attempt(self) -> int:
         """The number of the newest attempt; 0 if there was none."""

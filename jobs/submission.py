@@ -20,17 +20,18 @@ if TYPE_CHECKING:
 STOP_WAIT_SECONDS = 600
 
 
-def submit(session: Session, run: RunDirectory) -> str:
+def submit(session: Session, run: RunDirectory, trace_url: str = "") -> str:
     """Start a claimed run as a Ray job; returns the job's submission id.
 
-    The job reads its recipe from the run directory, so nothing but the run's URL is in its command line.
+    The job reads its recipe from the run directory, so nothing but URLs is in its command line.
     """
     client = job_client(session)
     number = max((_number(job, run.name) for job in _jobs(client, run.name)), default=0) + 1
+    trace = ["--trace", trace_url] if trace_url else []
     python = sys.executable if session.is_local else "python"
     return str(
         client.submit_job(
-            entrypoint=shlex.join([python, "-m", "jobs.supervisor", run.url]),
+            entrypoint=shlex.join([python, "-m", "jobs.supervisor", run.url, *trace]),
             submission_id=f"{run.name}-a{number}",
             metadata={"run": run.name, "run_url": run.url},
             runtime_env={

@@ -7,12 +7,11 @@ weighted n * W * k / B before DeepSpeed's own division by k micro-batches and av
 from __future__ import annotations
 
 import logging
-import math
 import platform
 import socket
 import time
 from collections.abc import Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -24,15 +23,34 @@ import torch.distributed as dist
 from jobs import checkpoint
 from jobs.checkpoint import Commit
 from jobs.checkpoint_saver import CheckpointSaver
-from jobs.engine import build_engine, build_model, initialize_deepspeed, set_learning_rate
+from jobs.engine import (
+    build_engine,
+    build_model,
+    discard_step,
+    has_finite_gradients,
+    initialize_deepspeed,
+    set_learning_rate,
+)
 from jobs.errors import CheckpointError, DamagedCheckpointError
 from jobs.initial_weights import load_initial_weights
+from jobs.non_finite import (
+    FAULT_WORDS,
+    LeftOut,
+    NonFiniteLossError,
+    RolledBackError,
+    fault_of,
+    fault_words,
+    rollbacks_in_a_row,
+    stretches,
+)
 from jobs.recipe import Recipe
 from jobs.restore import fetch_newest
 from jobs.run_directory import RunDirectory
 from jobs.schedule import Schedule, micro_batches
 from jobs.step_reading import RankReading, StepReading, from_words, word_count
+from jobs.trace import TraceWriter, begin_trace
 from jobs.zero_state import ZeroState, read_zero_state, restore_optimizer
+from model.convmae import Output
 from model.noise import mask_noise
 from model.pixels import normalise
 from pipeline.batch import Batch
@@ -61,6 +79,8 @@ class TrainJob:
     """Number of the claim under which the driver works."""
     driver: str
     """Who that is, for people."""
+    trace_url: str = ""
+    """Where to write what each rank consumes; empty: nowhere."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +97,8 @@ class SharedStep(NamedTuple):
 
     loss: float
     """Mean over the global batch."""
+    fault: str
+    """What is not finite on some rank; empty where all is."""
     stop: bool
     """Whether to save and end after it."""
     uploading: bool
@@ -86,10 +108,6 @@ class SharedStep(NamedTuple):
     reading: StepReading
     wait_seconds: float
     """The longest that a rank waited for its batch."""
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss of a global batch is NaN or infinite on some rank; nothing was updated."""
 
 
 def train_worker(job: TrainJob) -> None:
@@ -143,26 +161,62 @@ class Trainer:
                 on_damage=self._pass_over,
             )
             self.step = found.commit.step if found else 0
-            self.attempt = self._begin_attempt(found.commit if found else None)
+            self.attempt, self.left_out = self._begin_attempt(found.commit if found else None)
             self.engine = self._restored_engine(read_zero_state(found.folder) if found else None)
         self.saver = CheckpointSaver(
             job.run, job.monitor, rank=place.rank, world_size=place.world_size, keep=self.recipe.keep_checkpoints
         )
+        self.trace = self._begin_trace() if job.trace_url else None
         self._stop_reply: Any = None
+        self._skipped_in_a_row = 0
         self._reading = RankReading(self.dataset, place.rank, place.world_size)
         self._quarantined: set[int] = set()
         self._quarantine_replies: list[Any] = []
 
     def run(self) -> None:
         """Train to the end of the schedule; saves on the way, at the end, and when asked to stop."""
-        with closing(self._loader().batches(self.step, self.schedule.total_steps)) as batches:
+        for stretch in stretches(self.step, self.schedule.total_steps, self.left_out):
+            if stretch.left_out:
+                self._leave_out(stretch.steps)
+            elif self._train(stretch.steps):
+                break
+        self.saver.close()
+        if self.trace:
+            self.trace.close()
+
+    def _train(self, steps: range) -> bool:
+        """Train `steps`, saving on the way; True if the run should end before the last of them."""
+        with closing(self._loader().batches(steps.start, steps.stop)) as batches:
             for batch in batches:
                 stop = self._train_step(batch)
-                if stop or self._is_due():
+                if stop or self._is_due(self.step):
                     self._save()
                 if stop:
-                    break
-        self.saver.close()
+                    return True
+        return False
+
+    def _leave_out(self, steps: range) -> None:
+        """Pass over steps that an earlier attempt rolled back."""
+        if self.place.rank == 0:
+            rows = [
+                {
+                    "step": step + 1,
+                    "epoch": self.order.epoch(step),
+                    "loss": None,
+                    "learning_rate": self.schedule.learning_rate(step),
+                    "world_size": self.place.world_size,
+                    "attempt": self.attempt,
+                    "samples": str(ConsumedDigest.of(self.order.batch(step))),
+                    "substitutions": 0,
+                    "data_wait_seconds": 0.0,
+                    "skipped": "left out by a rollback",
+                }
+                for step in steps
+            ]
+            self.job.monitor.leave_out.remote(rows)
+        self.step = steps.stop
+        if any(self._is_due(step + 1) for step in steps):
+            self._save()
 
     def _loader(self) -> Loader:
         return Loader(
@@ -184,27 +238,61 @@ class Trainer:
         set_learning_rate(self.engine, learning_rate)
         self._quarantine(batch)
         shared = self._backward(batch)
-        if not math.isfinite(shared.loss):
-            raise NonFiniteLossError(f"loss is {shared.loss} at step {batch.step + 1}; no update was made")
-        self.engine.step()
+        self._update(batch.step + 1, shared.fault)
         self.step = batch.step + 1
+        if self.trace:
+            self.trace.add(batch, float(self.engine.optimizer.param_groups[0]["lr"]), shared.fault)
         if self.saver.is_under_way and not shared.uploading:
             self.saver.finish()
         if self.place.rank == 0:
             row = {
                 "step": self.step,
                 "epoch": batch.epoch,
-                "loss": shared.loss,
+                "loss": None if shared.fault else shared.loss,
                 "learning_rate": learning_rate,
                 "world_size": self.place.world_size,
                 "attempt": self.attempt,
                 "samples": shared.samples,
                 "substitutions": int(shared.reading.substitutions),
                 "data_wait_seconds": round(shared.wait_seconds, 6),
-            }
+            } | ({"skipped": shared.fault} if shared.fault else {})
             norm = float(self.engine.get_global_grad_norm() or 0.0)
             self._stop_reply = self.job.monitor.record.remote(row, norm, shared.reading._asdict())
         return shared.stop
+
+    def _update(self, step: int, fault: str) -> None:
+        """Update the weights, or do what the recipe says where something is not finite; the same on every rank."""
+        if not fault:
+            self._skipped_in_a_row = 0
+            self.engine.step()
+            if not self.engine.was_step_applied():  # every gradient is finite, and the sum of their squares is not
+                raise NonFiniteLossError(f"the gradient's norm is not finite at step {step}; no update was made")
+            return
+        reason = f"{fault} is not finite at step {step}"
+        self._skipped_in_a_row += 1
+        if self.recipe.on_nonfinite_loss == "rollback":
+            self._roll_back(step, reason)
+        if self.recipe.on_nonfinite_loss == "stop" or self._skipped_in_a_row > self.recipe.max_nonfinite_in_a_row:
+            raise NonFiniteLossError(f"{reason}; no update was made")
+        logger.warning("%s; its batch is skipped", reason)
+        discard_step(self.engine)
+
+    def _roll_back(self, step: int, reason: str) -> None:
+        """Leave out the steps from the newest checkpoint up to `step`, and end the attempt. Collective."""
+        import ray
+
+        with suppress(CheckpointError):  # the one under way: if it fails, the one before is gone back to
+            self.saver.close()
+        newest = checkpoint.latest_commit(self.run_directory) if self.place.rank == 0 else None
+        done = [newest.step if newest else 0]
+        dist.broadcast_object_list(done, src=0)
+        window = LeftOut(done[0] + 1, step)
+        if rollbacks_in_a_row(self.left_out, window) > self.recipe.max_nonfinite_in_a_row:
+            raise NonFiniteLossError(f"{reason}, after {self.recipe.max_nonfinite_in_a_row} rollbacks in a row")
+        if self.place.rank == 0:
+            ray.get(self.job.monitor.roll_back.remote(**window.to_json(), reason=reason))
+        dist.barrier()  # a rank that fails ends the others; the ledger comes first
+        raise RolledBackError(f"{reason}; steps {window.first_step} to {step} are left out")
 
     def _quarantine(self, batch: Batch) -> None:
         """Tell the monitor of samples that were replaced, each once; the replies are awaited before a commit."""
@@ -221,12 +309,16 @@ class Trainer:
         rank is uploading, and what each rank read.
         """
         recipe, place = self.recipe, self.place
-        total = torch.zeros(3 + word_count(place.world_size), device=place.device, dtype=torch.float64)
+        words_from = 3 + FAULT_WORDS
+        total = torch.zeros(words_from + word_count(place.world_size), device=place.device, dtype=torch.float64)
         first = 0
         for index, size in enumerate(self.sizes):
             # A rank without images for this micro-batch still takes part in the reduction, with weight 0.
             chosen = slice(first, first + size) if size else slice(0, 1)
-            loss = self._forward(batch, chosen)
+            output = self._forward(batch, chosen)
+            loss = output.loss
+            if self.trace and size:
+                self.trace.note_masks(output.mask)
             self.engine.backward(loss * (size * place.world_size * len(self.sizes) / recipe.global_batch_size))
             total[0] += loss.detach() * size / recipe.global_batch_size
             first += size
@@ -234,21 +326,27 @@ class Trainer:
                 self.engine.step()
         total[1] = float(place.rank == 0 and self._stop_asked())
         total[2] = float(self.saver.is_uploading)
-        total[3:] = torch.tensor(self._reading.words(batch), dtype=torch.float64)
+        faults = fault_words(
+            place.rank,
+            loss_is_finite=bool(total[0].isfinite()),
+            gradients_are_finite=has_finite_gradients(self.engine),
+        )
+        total[3:] = torch.tensor([*faults, *self._reading.words(batch)], dtype=torch.float64)
         consumed = torch.tensor(ConsumedDigest.of(batch.sample_ids.numpy()).words(), device=place.device)
         dist.all_reduce(total)
         dist.all_reduce(consumed)
         loss_sum, stops, uploads, *words = total.tolist()
+        fault, words = fault_of(words[:FAULT_WORDS]), words[FAULT_WORDS:]
         digest = str(ConsumedDigest.from_words(consumed.tolist()))
-        return SharedStep(loss_sum, stops > 0, uploads > 0, digest, *from_words(words))
+        return SharedStep(loss_sum, fault, stops > 0, uploads > 0, digest, *from_words(words))
 
-    def _forward(self, batch: Batch, chosen: slice) -> torch.Tensor:
+    def _forward(self, batch: Batch, chosen: slice) -> Output:
         device = self.place.device
         pixels = batch.images[chosen]
         sample_ids = batch.sample_ids[chosen].to(device, non_blocking=True)
         noise = mask_noise(self.recipe.seed, batch.epoch, sample_ids, self.recipe.model.mask_patches, device)
-        loss: torch.Tensor = self.engine(normalise(pixels), noise=noise).loss
-        return loss
+        output: Output = self.engine(normalise(pixels), noise=noise)
+        return output
 
     def _stop_asked(self) -> bool:
         """The monitor's answer to an earlier step, if it is there; never waits."""
@@ -259,11 +357,11 @@ class Trainer:
         # If the monitor died, so did the newest rows of the history: this raises, and the restart does them again.
         return bool(ray.get(self._stop_reply))
 
-    def _is_due(self) -> bool:
+    def _is_due(self, step: int) -> bool:
         return (
-            self.step % self.recipe.checkpoint_every_steps == 0
-            or self.step == self.schedule.total_steps
-            or self.schedule.is_milestone(self.step, self.recipe.milestone_epochs)
+            step % self.recipe.checkpoint_every_steps == 0
+            or step == self.schedule.total_steps
+            or self.schedule.is_milestone(step, self.recipe.milestone_epochs)
         )
 
     def _save(self) -> None:
@@ -272,7 +370,15 @@ class Trainer:
 
         ray.get(self._quarantine_replies)  # the ledger up to a commit is never lost
         self._quarantine_replies.clear()
+        if self.trace:
+            self.trace.flush()  # nor is the trace up to a commit
         self.saver.begin(self._commit(), self._write_zero_files)
+
+    def _begin_trace(self) -> TraceWriter:
+        storage, url, place = self.run_directory.storage, self.job.trace_url, self.place
+        if place.rank == 0:
+            begin_trace(storage, url, self.run_directory.url, self.step)
+        return TraceWriter(storage, url, rank=place.rank, world_size=place.world_size, attempt=self.attempt)
 
     def _write_zero_files(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
@@ -319,10 +425,11 @@ class Trainer:
             raise DamagedCheckpointError("checkpoint", "must be as it was written", damage, remedy)
         ray.get(self.job.monitor.checkpoint_damaged.remote(step=step, reason=damage))
 
-    def _begin_attempt(self, commit: Commit | None) -> int:
+    def _begin_attempt(self, commit: Commit | None) -> tuple[int, list[LeftOut]]:
+        """The attempt's number, and the steps that earlier ones rolled back."""
         import ray
 
-        number = [0]
+        told: list[Any] = [0, []]
         if self.place.rank == 0:
             begin: Any = self.job.monitor.begin_attempt.remote(
                 world_size=self.place.world_size,
@@ -330,9 +437,9 @@ class Trainer:
                 counters=dict(commit.counters) if commit else {},
                 host=socket.gethostname(),
             )
-            number = [ray.get(begin)]
-        dist.broadcast_object_list(number, src=0)
-        return number[0]
+            told = [ray.get(begin), [LeftOut.from_json(row) for row in self.run_directory.read_left_out()]]
+        dist.broadcast_object_list(told, src=0)
+        return told[0], told[1]
 
     def _restored_engine(self, state: ZeroState | None) -> deepspeed.DeepSpeedEngine:
         model = build_model(self.recipe)

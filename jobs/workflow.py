@@ -50,7 +50,7 @@ def train_as_job(session: Session, plan: RunPlan, *, follow: bool) -> None:
     if claimed == "finished":
         say_finished(plan.run)
         return
-    job = submission.submit(session, plan.run)
+    job = submission.submit(session, plan.run, plan.trace_url)
     say(f"submitted {job} ({'a new run' if claimed == 'new' else 'resumes'}): {plan.run.url}")
     if follow:
         follow_job(session, plan.run, job)

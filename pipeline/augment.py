@@ -24,6 +24,8 @@ RATIO = (3 / 4, 4 / 3)
 ATTEMPTS = 10
 
 Draws = npt.NDArray[np.float64]
+CropRow = npt.NDArray[np.int32]
+"""(5,): top, left, height and width in pixels, and 1 where mirrored."""
 
 _STREAM = 0x41554747  # keeps augmentation apart from what else is keyed by (seed, epoch)
 

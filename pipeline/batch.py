@@ -6,9 +6,10 @@ import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-from pipeline.augment import Draws
+from pipeline.augment import CropRow, Draws
 from pipeline.hand_over import HandOver, Moving
 from pipeline.image_maker import Substitution
 from pipeline.read_ahead import Pending
@@ -26,6 +27,8 @@ class Batch:
     """(n, 3, H, W) uint8, on the device; safe to use on its current stream."""
     wait_seconds: float
     """How long the consumer waited for it; near zero where loading keeps up."""
+    crops: CropRow
+    """(n, 5): what each image shows of the one that it was cut from."""
     substitutions: tuple[Substitution, ...] = ()
 
 
@@ -52,6 +55,7 @@ class StartedBatch:
         self.images = hand_over.empty((len(pending), 3, *image_shape), torch.uint8)
         self.pixels = self.images.numpy()
         """The same memory."""
+        self.crops: CropRow = np.zeros((len(pending), 5), dtype=np.int32)
         self.substitutions: list[Substitution | None] = [None] * len(pending)
         self.done = [False] * len(pending)
         self.moving: Future[Moving] = Future()

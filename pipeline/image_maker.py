@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipeline.augment import Draws, augmented, random_crop
+from pipeline.augment import CropRow, Draws, augmented, random_crop
 from pipeline.bad_sample import BadSample
 from pipeline.dataset import Dataset
 from pipeline.decode import Pixels, decode
@@ -65,7 +65,9 @@ class ImageMaker:
         self._policy = policy
         self._known_bad: set[int] = set()
 
-    def fill(self, epoch: int, found: Sample | BadSample, draws: Draws, out: Pixels) -> Substitution | None:
+    def fill(
+        self, epoch: int, found: Sample | BadSample, draws: Draws, out: Pixels, crop: CropRow
+    ) -> Substitution | None:
         """Write the image of a sample, or that of its substitute.
 
         A substitute is cropped and flipped as the sample that it stands in for would have been, so that it differs
@@ -76,6 +78,7 @@ class ImageMaker:
             found: What was read.
             draws: Of its crop and flip in the epoch.
             out: (3, H, W), written.
+            crop: (5,), written: what was shown of the image that was used.
 
         Returns:
             How it was replaced; None where it was not.
@@ -83,44 +86,45 @@ class ImageMaker:
         Raises:
             DatasetError: The sample is unusable and the policy is to fail, or no substitute was found.
         """
-        bad = self._made(found, draws, out)
+        bad = self._made(found, draws, out, crop)
         if bad is None:
             return None
         if self._policy.on_bad_sample == "fail":
             raise bad.error()
-        return Substitution(bad, epoch, self._substituted(epoch, bad, draws, out))
+        return Substitution(bad, epoch, self._substituted(epoch, bad, draws, out, crop))
 
-    def _substituted(self, epoch: int, bad: BadSample, draws: Draws, out: Pixels) -> int:
+    def _substituted(self, epoch: int, bad: BadSample, draws: Draws, out: Pixels, crop: CropRow) -> int:
         for candidate in block_mates(self._order, self._seed, epoch, bad.id):
-            if self._stands_in(candidate, draws, out):
+            if self._stands_in(candidate, draws, out, crop):
                 return candidate
         for tried, candidate in enumerate(from_elsewhere(self._order, self._seed, epoch, bad.id)):
             if tried >= self._policy.max_consecutive:
                 break
-            if self._stands_in(candidate, draws, out):
+            if self._stands_in(candidate, draws, out, crop):
                 return candidate
         raise self._policy.too_many(bad)
 
-    def _stands_in(self, candidate: int, draws: Draws, out: Pixels) -> bool:
+    def _stands_in(self, candidate: int, draws: Draws, out: Pixels, crop: CropRow) -> bool:
         if candidate in self._known_bad:
             return False
         (found,) = self._dataset.read_each([candidate])
-        return self._made(found, draws, out) is None
+        return self._made(found, draws, out, crop) is None
 
-    def _made(self, found: Sample | BadSample, draws: Draws, out: Pixels) -> BadSample | None:
+    def _made(self, found: Sample | BadSample, draws: Draws, out: Pixels, crop: CropRow) -> BadSample | None:
         """Write the image; returns what is wrong if it cannot be."""
-        bad = found if isinstance(found, BadSample) else self._drawn(found, draws, out)
+        bad = found if isinstance(found, BadSample) else self._drawn(found, draws, out, crop)
         if bad:
             self._known_bad.add(bad.id)
         return bad
 
-    def _drawn(self, sample: Sample, draws: Draws, out: Pixels) -> BadSample | None:
+    def _drawn(self, sample: Sample, draws: Draws, out: Pixels, crop: CropRow) -> BadSample | None:
         with self._dataset.activities.doing("decode", f"{sample.member} at offset {sample.offset} of {sample.url}"):
             try:
                 pixels = decode(sample.data)
             except ValueError as error:
                 name = f"{sample.shard}/{sample.member}"
                 return sample.bad("undecodable", f"{name} at offset {sample.offset} does not decode ({error})")
-            crop = random_crop(draws, *pixels.shape[:2])
-            out[:] = augmented(pixels, crop, self._image_shape)
+            chosen = random_crop(draws, *pixels.shape[:2])
+            out[:] = augmented(pixels, chosen, self._image_shape)
+            crop[:] = (chosen.top, chosen.left, chosen.height, chosen.width, chosen.flip)
         return None

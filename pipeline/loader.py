@@ -142,7 +142,8 @@ class Loader:
         try:
             found = batch.pending[place].result()
             epoch = self._order.epoch(batch.step)
-            batch.image_done(place, self._maker.fill(epoch, found, batch.draws[place], batch.pixels[place]))
+            draws, pixels, crop = batch.draws[place], batch.pixels[place], batch.crops[place]
+            batch.image_done(place, self._maker.fill(epoch, found, draws, pixels, crop))
         except BaseException as error:
             batch.fail(error)
 
@@ -157,6 +158,7 @@ class Loader:
             batch.sample_ids,
             images,
             time.monotonic() - began,
+            batch.crops,
             tuple(substitution for substitution in batch.substitutions if substitution),
         )
 

@@ -14,6 +14,8 @@ from jobs.stack import Stack
 
 FIELDS = {"epochs": 20, "checkpoint_every_steps": 10, "max_restarts_without_progress": 5}
 
+TRACES = "s3://convmae/traces/"
+
 
 def processes(title: str) -> list[psutil.Process]:
     """Processes whose command line holds `title`."""
@@ -30,7 +32,7 @@ def processes(title: str) -> list[psutil.Process]:
 @pytest.fixture(scope="module")
 def undisturbed(convmae: Command, data: str) -> list[float]:
     """Losses of a run that nobody touched."""
-    convmae("pretrain", *small_recipe(data, **FIELDS), "--run", "undisturbed")
+    convmae("pretrain", *small_recipe(data, **FIELDS), "--run", "undisturbed", "--trace", TRACES + "undisturbed")
     return losses(convmae.run("undisturbed"))
 
 
@@ -43,7 +45,7 @@ def workers_before() -> Iterator[set[int]]:
 def test_worker_driver_and_s3_server_are_killed_and_the_run_goes_on_by_itself(
     convmae: Command, data: str, local_stack: Stack, undisturbed: list[float], workers_before: set[int]
 ) -> None:
-    convmae("submit", *small_recipe(data, **FIELDS), "--run", "killed")
+    convmae("submit", *small_recipe(data, **FIELDS), "--run", "killed", "--trace", TRACES + "killed")
     run = convmae.run("killed")
 
     def after(step: int, attempt: int) -> None:
@@ -68,6 +70,7 @@ def test_worker_driver_and_s3_server_are_killed_and_the_run_goes_on_by_itself(
     wait_until("the end", lambda: run.read_heartbeat().get("state") == "finished", 120)
 
     assert losses(run) == pytest.approx(undisturbed, rel=1e-6)
+    assert convmae("trace", TRACES + "undisturbed", TRACES + "killed")[0] == "the traces agree\n"
     starts = [event for event in run.read_events() if event["kind"] in ("start", "restart")]
     assert [event["attempt"] for event in starts] == [1, 2, 3]
     assert "rank" in starts[1]["reason"]

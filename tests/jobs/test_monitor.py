@@ -426,3 +426,41 @@ def test_a_monitor_that_is_started_again_amid_an_attempt_keeps_its_ledger(start:
     second.flush()
 
     assert [row["id"] for row in run.read_quarantine()] == [7, 8]
+
+
+def test_skipped_steps_are_rows_events_and_a_counter(start: Start, run: RunDirectory) -> None:
+    monitor = start()
+    begin(monitor)
+    record(monitor, range(1, 3))
+    row = {"step": 3, "epoch": 0, "loss": None, "learning_rate": 1e-3, "world_size": 2, "attempt": 1}
+    row |= {"data_wait_seconds": 0.0, "skipped": "the loss of rank 1"}
+    monitor.record(row, gradient_norm=float("inf"), reading=READING)
+    monitor.flush()
+    assert run.read_heartbeat()["loss"] is None
+    assert run.read_heartbeat()["gradient_norm"] == 0.5
+    record(monitor, range(4, 6))
+    monitor.flush()
+
+    assert [row["step"] for row in run.read_history() if row["loss"] is None] == [3]
+    assert (last_event(run)["kind"], last_event(run)["step"]) == ("skipped", 3)
+    assert last_event(run)["reason"] == "the loss of rank 1 is not finite"
+    assert scraped(monitor)["convmae_skipped_steps_total"] == 1
+
+
+def test_what_a_rollback_leaves_out_is_known_to_every_later_driver(start: Start, run: RunDirectory) -> None:
+    first = start()
+    begin(first)
+    record(first, range(1, 15))
+    first.roll_back(first_step=11, last_step=14, reason="the gradient is not finite at step 14")
+
+    assert last_event(run)["kind"] == "rollback"
+    second = start()
+    begin(second, resume_step=10)
+    second.leave_out([{"step": step, "loss": None, "attempt": 2, "skipped": "left out"} for step in range(11, 15)])
+    second.roll_back(first_step=21, last_step=22, reason="the loss of rank 0 is not finite at step 22")
+    second.flush()
+
+    windows = [(window["first_step"], window["last_step"], window["attempt"]) for window in run.read_left_out()]
+    assert windows == [(11, 14, 1), (21, 22, 2)]
+    assert [row["step"] for row in run.read_history() if row["loss"] is None] == [11, 12, 13, 14]
+    assert (scraped(second)["convmae_rollbacks_total"], scraped(second)["convmae_skipped_steps_total"]) == (2, 4)

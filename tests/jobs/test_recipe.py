@@ -49,6 +49,8 @@ OTHER_VALUES: dict[str, Any] = {
     "cache_dir": "/var/cache/convmae",
     "cache_bytes": 10**9,
     "stall_seconds": 60.0,
+    "on_nonfinite_loss": "skip_batch",
+    "max_nonfinite_in_a_row": 3,
     "checkpoint_every_steps": 10,
     "keep_checkpoints": 1,
     "on_damaged_checkpoint": "fail",
@@ -70,7 +72,7 @@ def test_every_field_has_another_value_below() -> None:
 
 def test_resuming_may_change_how_a_run_executes_and_nothing_else() -> None:
     workers = {"min_workers", "max_workers", "cpus_per_worker", "loader_threads", "micro_batch_size"}
-    computing = {"recompute", "compile"}
+    computing = {"recompute", "compile", "on_nonfinite_loss", "max_nonfinite_in_a_row"}
     saving = {"checkpoint_every_steps", "keep_checkpoints", "on_damaged_checkpoint"}
     watching = {"max_restarts_without_progress", "metrics_port"}
 

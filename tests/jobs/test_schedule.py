@@ -14,6 +14,7 @@ from jobs.recipes import named_recipe
 from jobs.schedule import Schedule, micro_batches
 from jobs.step_reading import word_count
 from jobs.trainer import Place, Trainer, order_of
+from model.convmae import Output
 
 RECIPE = named_recipe("tiny").amended({"epochs": 20, "warmup_epochs": 2.5})
 SCHEDULE = Schedule.of(RECIPE, steps_per_epoch=8)
@@ -94,6 +95,7 @@ class FakeEngine:
 
     def __init__(self, micro_batches_per_step: int) -> None:
         self._count = micro_batches_per_step
+        self.optimizer = SimpleNamespace(averaged_gradients={})
 
     def backward(self, loss: Tensor) -> None:
         torch.autograd.backward(loss / self._count)
@@ -140,7 +142,8 @@ def backward_of_rank(recipe: Any, place: Place, parts: list[int], images: Tensor
     rank = Trainer.__new__(Trainer)
     rank.recipe, rank.place, rank.sizes, rank.engine = recipe, place, parts, FakeEngine(len(parts))
     stand_ins: Any = rank
-    stand_ins._forward = lambda batch, chosen: sample_losses(weights, batch.images[chosen]).mean()
+    stand_ins._forward = lambda batch, chosen: Output(sample_losses(weights, batch.images[chosen]).mean(), chosen)
+    stand_ins.trace = None
     stand_ins._stop_asked = lambda: False
     stand_ins.saver = SimpleNamespace(is_uploading=False)
     stand_ins._reading = SimpleNamespace(words=lambda batch: [0.0] * word_count(place.world_size))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 from testbed import Command, losses, small_recipe
 
@@ -13,8 +15,12 @@ FIELDS = {"epochs": 10, "max_steps": 30, "checkpoint_every_steps": 15}
 def train(convmae: Command, data: str, name: str, workers: int, **fields: object) -> list[float]:
     """Losses of a run of `workers` workers."""
     arguments = small_recipe(data, **{**FIELDS, "min_workers": workers, "max_workers": workers, **fields})
-    convmae("pretrain", *arguments, "--run", name)
+    convmae("pretrain", *arguments, "--run", name, "--trace", trace_url(name))
     return losses(convmae.run(name))
+
+
+def trace_url(name: str) -> str:
+    return f"s3://convmae/traces/{name}"
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +41,7 @@ def test_losses_do_not_depend_on_workers_or_zero_stage(
 
     assert train(convmae, data, name, workers, zero_stage=zero_stage) == pytest.approx(alone, rel=1e-6)
     assert {row["world_size"] for row in convmae.run(name).read_history()} == {workers}
+    assert convmae("trace", trace_url("alone"), trace_url(name))[0] == "the traces agree\n"
 
 
 def test_a_run_resumes_at_another_world_size(convmae: Command, data: str, alone: list[float]) -> None:
@@ -45,3 +52,7 @@ def test_a_run_resumes_at_another_world_size(convmae: Command, data: str, alone:
 
     assert resized == pytest.approx(alone, rel=1e-6)
     assert [row["world_size"] for row in convmae.run("resized").read_history()] == [2] * 15 + [3] * 15
+    assert convmae("trace", trace_url("alone"), trace_url("resized"))[0] == "the traces agree\n"
+    rows = [json.loads(line) for line in convmae("trace", trace_url("resized"))[0].splitlines()]
+    ranks = [(step, rank) for step in range(1, 31) for rank in range(2 if step <= 15 else 3)]
+    assert [(row["step"], row["rank"]) for row in rows] == ranks

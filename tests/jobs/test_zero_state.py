@@ -219,6 +219,25 @@ def test_recomputing_every_part_trains_the_same_weights(runs: Runs, stage: int) 
     assert losses == saved(runs, 2, stage).losses
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_step_that_is_discarded_leaves_no_trace(runs: Runs, stage: int, precision: str) -> None:
+    """NaN on one rank alone, in the loss or in a gradient, is seen by all; weights, moments and counts stay."""
+    undisturbed = saved(runs, 2, stage, precision)
+    folder = runs.folder / f"{precision}-zero{stage}-discarded"
+    before, kept, after = folder / "before", folder / "kept", folder / "after"
+
+    steps = ["train", "loss", "train", str(before), "loss", "gradient", str(kept), "train", str(after)]
+    losses = runs.group(2).train(recipe(stage, precision), steps)
+
+    assert losses == pytest.approx(undisturbed.losses, rel=1e-6)
+    assert_same_state(read_zero_state(kept), read_zero_state(before))
+    continued = read_zero_state(after)
+    assert continued.optimizer_step == 3
+    moved = distance(undisturbed.next_state.tensors["exp_avg"], undisturbed.state.tensors["exp_avg"])
+    assert distance(continued.tensors["exp_avg"], undisturbed.next_state.tensors["exp_avg"]) < 1e-5 * moved
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1200)  # compiling takes minutes
 @pytest.mark.parametrize("stage", [1, 2])

@@ -1,12 +1,14 @@
 """One rank of a process group that trains a tiny ConvMAE through jobs.engine, as test_zero_state tells it.
 
-Reads one JSON case a line from standard input: {recipe, resume, steps}. `steps` is a list of "train" and of folders
-to save into. Answers each case with the list of losses as one line `done: [...]`.
+Reads one JSON case a line from standard input: {recipe, resume, steps}. `steps` is a list of "train", of "loss" and
+"gradient" (a step in which that is NaN on the last rank, and which is discarded), and of folders to save into.
+Answers each case with the list of losses as one line `done: [...]`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
@@ -15,7 +17,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from jobs.engine import build_engine, build_model, initialize_deepspeed, set_learning_rate
+from jobs.engine import (
+    build_engine,
+    build_model,
+    discard_step,
+    has_finite_gradients,
+    initialize_deepspeed,
+    set_learning_rate,
+)
 from jobs.recipe import Recipe
 from jobs.schedule import micro_batches
 from jobs.zero_state import read_zero_state, restore_optimizer
@@ -28,8 +37,9 @@ def rank_sizes(batch: int) -> list[int]:
     return [(rank + 1) * batch // WORLD_SIZE - rank * batch // WORLD_SIZE for rank in range(WORLD_SIZE)]
 
 
-def train_step(engine: Any, recipe: Recipe, step: int) -> float:
+def train_step(engine: Any, recipe: Recipe, step: int, poison: str = "") -> float:
     """One step on a global batch that depends on the step alone, weighted as jobs.trainer does."""
+    engine.poison[0] = math.nan if poison == "gradient" and RANK == WORLD_SIZE - 1 else 1.0
     batch, sizes = recipe.global_batch_size, rank_sizes(recipe.global_batch_size)
     images = torch.randn(batch, 3, *recipe.model.image_shape, generator=torch.Generator().manual_seed(step))
     noise = mask_noise(recipe.seed, step, torch.arange(batch), recipe.model.mask_patches, "cpu")
@@ -39,12 +49,33 @@ def train_step(engine: Any, recipe: Recipe, step: int) -> float:
     for part in parts:
         chosen = slice(first, first + part)
         loss = engine(images[chosen], noise=noise[chosen]).loss
+        if poison == "loss" and RANK == WORLD_SIZE - 1:
+            loss = loss * math.nan
         engine.backward(loss * (part * WORLD_SIZE * len(parts) / batch))
-        engine.step()
         total += loss.detach() * part / batch
         first += part
+        if first < sum(sizes[: RANK + 1]):
+            engine.step()
+    broken = torch.tensor([0.0 if has_finite_gradients(engine) else 1.0])
     dist.all_reduce(total)
+    dist.all_reduce(broken)
+    assert math.isnan(total.item()) == (poison == "loss")
+    assert (broken.item() > 0) == bool(poison)
+    discard_step(engine) if poison else engine.step()
     return total.item()
+
+
+class _Scaled(torch.autograd.Function):
+    """Its input; the gradient is multiplied by what `factor` holds at that time."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, factor: list[float]) -> torch.Tensor:
+        ctx.factor = factor
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0] * ctx.factor[0], None
 
 
 def run(case: dict[str, Any]) -> list[float]:
@@ -58,11 +89,15 @@ def run(case: dict[str, Any]) -> list[float]:
     engine = build_engine(model, recipe, micro_batches_per_step=count, world_size=WORLD_SIZE)
     if state:
         restore_optimizer(engine, state)
+    engine.poison = poison = [1.0]
+    engine.module.decoder.register_forward_hook(lambda module, given, result: _Scaled.apply(result, poison))
     step, losses = int(state.optimizer_step) if state else 0, []
     for action in case["steps"]:
         if action == "train":
             losses.append(train_step(engine, recipe, step))
             step += 1
+        elif action in ("loss", "gradient"):
+            train_step(engine, recipe, step, poison=action)
         else:
             folder = Path(action)
             engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)

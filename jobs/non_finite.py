@@ -1,0 +1,94 @@
+"""What to do with a step whose loss or gradient is not finite: how ranks agree on it, and which steps are left out.
+
+`stop` ends the attempt before the update. `skip_batch` makes no update: weights, moments and AdamW's count stay, the
+step counts as done, and the next batch follows at its own learning rate. `rollback` restarts from the newest
+checkpoint and leaves out all steps from there to the bad one. Which steps are left out is a ledger in the run
+directory, so that every later attempt leaves out the same ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+OnNonFinite = Literal["stop", "skip_batch", "rollback"]
+FAULT_WORDS = 3
+
+
+class NonFiniteLossError(RuntimeError):
+    """The loss or a gradient of a global batch is NaN or infinite on some rank; nothing was updated."""
+
+
+class RolledBackError(RuntimeError):
+    """A loss or gradient was not finite, and the steps since the newest checkpoint are left out: restart from there."""
+
+
+def fault_words(rank: int, *, loss_is_finite: bool, gradients_are_finite: bool) -> list[float]:
+    """What this rank found, as numbers that the ranks add up."""
+    return [float(not loss_is_finite), 0.0 if loss_is_finite else float(rank), float(not gradients_are_finite)]
+
+
+def fault_of(words: Sequence[float]) -> str:
+    """What the sums say is not finite, for people; empty where all is."""
+    ranks, sum_of_ranks, gradients = (int(word) for word in words)
+    if ranks == 1:
+        return f"the loss of rank {sum_of_ranks}"
+    if ranks:
+        return f"the loss of {ranks} ranks"
+    return "the gradient" if gradients else ""
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Steps without an update after a rollback; both from 1, and both among them."""
+
+    first_step: int
+    last_step: int
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> LeftOut:
+        """Read a row of the ledger."""
+        return cls(fields["first_step"], fields["last_step"])
+
+    def to_json(self) -> dict[str, int]:
+        """The fields as plain values."""
+        return dataclasses.asdict(self)
+
+
+def rollbacks_in_a_row(ledger: Sequence[LeftOut], last: LeftOut) -> int:
+    """How many rollbacks, `last` among them, follow each other without a step trained and kept between them."""
+    count, first_step = 1, last.first_step
+    for window in reversed(ledger):
+        if window.last_step + 1 < first_step:
+            break
+        count, first_step = count + 1, min(first_step, window.first_step)
+    return count
+
+
+class Stretch(NamedTuple):
+    """Consecutive steps, from 0 as the order counts them."""
+
+    steps: range
+    left_out: bool
+
+
+def stretches(start: int, stop: int, ledger: Sequence[LeftOut]) -> Iterator[Stretch]:
+    """Cut steps [start, stop) into those to train and those that are left out.
+
+    Args:
+        start: Steps that are done.
+        stop: Steps of the whole run.
+        ledger: In any order; windows may overlap.
+    """
+    for window in sorted(ledger, key=lambda window: window.first_step):
+        first, end = max(start, window.first_step - 1), min(stop, window.last_step)
+        if first >= end:
+            continue
+        if start < first:
+            yield Stretch(range(start, first), left_out=False)
+        yield Stretch(range(first, end), left_out=True)
+        start = end
+    if start < stop:
+        yield Stretch(range(start, stop), left_out=False)

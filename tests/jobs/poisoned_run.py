@@ -1,0 +1,35 @@
+"""The command, with a loss that is NaN on one rank at the steps (from 1) that POISON lists: `POISON=7,8 python ...`.
+
+Ray sends functions of the main module by value, so the workers run `poisoned` as it stands here.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+
+from jobs import cli, driver
+from jobs.trainer import TrainJob
+
+STEPS = frozenset(int(step) for step in os.environ["POISON"].split(","))
+
+
+def poisoned(job: TrainJob) -> None:
+    """What a worker does, on the last rank with a NaN now and then."""
+    from jobs import trainer
+
+    forward = trainer.Trainer._forward
+
+    def poison(self: trainer.Trainer, batch: trainer.Batch, chosen: slice) -> trainer.Output:
+        output = forward(self, batch, chosen)
+        if batch.step + 1 in STEPS and self.place.rank == self.place.world_size - 1:
+            return output._replace(loss=output.loss * math.nan)
+        return output
+
+    trainer.Trainer._forward = poison  # type: ignore[method-assign]
+    trainer.train_worker(job)
+
+
+if __name__ == "__main__":
+    driver.train_worker = poisoned
+    cli.main()
