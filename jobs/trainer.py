@@ -10,6 +10,7 @@ import logging
 import math
 import platform
 import socket
+import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import closing
@@ -30,7 +31,7 @@ from jobs.recipe import Recipe
 from jobs.restore import fetch_newest
 from jobs.run_directory import RunDirectory
 from jobs.schedule import Schedule, micro_batches
-from jobs.step_reading import RankReading, StepReading, from_words, word_count
+from jobs.step_reading import RankFigures, RankReading, StepReading, from_words, word_count
 from jobs.zero_state import ZeroState, read_zero_state, restore_optimizer
 from model.noise import mask_noise
 from model.pixels import normalise
@@ -79,8 +80,13 @@ class SharedStep(NamedTuple):
     samples: str
     """Digest of the samples that were used."""
     reading: StepReading
-    wait_seconds: float
-    """The longest that a rank waited for its batch."""
+    ranks: tuple[RankFigures, ...]
+    """By rank."""
+
+    @property
+    def wait_seconds(self) -> float:
+        """The longest that a rank waited for its batch."""
+        return max(figures.data_wait_seconds for figures in self.ranks)
 
 
 class NonFiniteLossError(RuntimeError):
@@ -144,7 +150,8 @@ class Trainer:
             job.run, job.monitor, rank=place.rank, world_size=place.world_size, keep=self.recipe.keep_checkpoints
         )
         self._stop_reply: Any = None
-        self._reading = RankReading(self.dataset, place.rank, place.world_size)
+        folders = [Path(tempfile.gettempdir()), *([Path(self.recipe.cache_dir)] if self.recipe.cache_dir else [])]
+        self._reading = RankReading(self.dataset, place.rank, place.world_size, device=place.device, folders=folders)
         self._quarantined: set[int] = set()
         self._quarantine_replies: list[Any] = []
 
@@ -198,7 +205,7 @@ class Trainer:
                 "data_wait_seconds": round(shared.wait_seconds, 6),
             }
             norm = float(self.engine.get_global_grad_norm() or 0.0)
-            self._stop_reply = self.job.monitor.record.remote(row, norm, shared.reading._asdict())
+            self._stop_reply = self.job.monitor.record.remote(row, norm, shared.reading._asdict(), shared.ranks)
         return shared.stop
 
     def _quarantine(self, batch: Batch) -> None:
