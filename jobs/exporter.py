@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from jobs.step_reading import RankFigures
+from jobs.rank_figures import RankFigures
 
 RANKS_SILENT_SECONDS = 20.0
 """Series of ranks go when no step was told for this long, or for RANKS_SILENT_STEPS of the slowest rank's steps."""
@@ -68,6 +68,11 @@ LABELLED_COUNTERS = {
     "failures": ("cause", "Failures of the worker group, by the class of their root cause."),
 }
 """The same with one more label, whose values are few words."""
+KNOWN_LABELS = {
+    "restarts": ("restart", "resize"),
+    "failures": ("NonFiniteLossError", "StalledError", "other"),
+}
+"""Their series begin at zero: `increase` does not see one that appears with its first event."""
 
 _RANK_GAUGES = {
     "step_seconds": "Seconds from the rank's step before the last to its last.",
@@ -81,6 +86,12 @@ _RANK_GAUGES = {
     "disk_free_ratio": "Free share of the fullest disk that the worker writes to.",
 }
 assert tuple(_RANK_GAUGES) == RankFigures._fields
+
+
+def served_names() -> set[str]:
+    """Names of all series that a run serves."""
+    counters = {f"convmae_{name}_total" for name in (*COUNTERS, *LABELLED_COUNTERS)}
+    return counters | {name for name, _ in _GAUGES.values()} | {f"convmae_rank_{name}" for name in _RANK_GAUGES}
 
 
 def status_keys() -> tuple[str, ...]:
@@ -139,6 +150,8 @@ class RunExporter:
             counter.labels(run)
         for name, (label, text) in LABELLED_COUNTERS.items():
             self._counters[name] = Counter(f"convmae_{name}", text, [*labels, label], registry=registry)
+            for value in KNOWN_LABELS[name]:
+                self._counters[name].labels(run, value)
         self._ranks = RankSeries(run)
         registry.register(self._ranks)
         server, _ = start_http_server(port, addr=host, registry=registry)

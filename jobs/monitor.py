@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from jobs.exporter import COUNTERS, LABELLED_COUNTERS, RunExporter
+from jobs.rank_figures import RankFigures
 from jobs.run_directory import HISTORY_PART_STEPS, RunDirectory
 from jobs.schedule import Schedule
-from jobs.step_reading import RankFigures
 
 logger = logging.getLogger(__name__)
 

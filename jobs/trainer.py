@@ -27,11 +27,12 @@ from jobs.checkpoint import Commit
 from jobs.checkpoint_saver import CheckpointSaver
 from jobs.engine import build_engine, build_model, initialize_deepspeed, set_learning_rate
 from jobs.errors import CheckpointError, DamagedCheckpointError
+from jobs.rank_figures import RankFigures
 from jobs.recipe import Recipe
 from jobs.restore import fetch_newest
 from jobs.run_directory import RunDirectory
 from jobs.schedule import Schedule, micro_batches
-from jobs.step_reading import RankFigures, RankReading, StepReading, from_words, word_count
+from jobs.step_reading import RankReading, StepReading, from_words, word_count
 from jobs.zero_state import ZeroState, read_zero_state, restore_optimizer
 from model.noise import mask_noise
 from model.pixels import normalise

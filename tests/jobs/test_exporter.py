@@ -18,7 +18,7 @@ from jobs.exporter import (
     RunExporter,
     status_keys,
 )
-from jobs.step_reading import RankFigures
+from jobs.rank_figures import RankFigures
 
 DOCS = Path(__file__).parents[2] / "docs" / "operate.md"
 

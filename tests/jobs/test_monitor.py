@@ -12,10 +12,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jobs import monitor as monitor_module
 from jobs.monitor import MonitorConfig, RunMonitor
+from jobs.rank_figures import RankFigures
 from jobs.recipes import named_recipe
 from jobs.run_directory import HISTORY_PART_STEPS, RunDirectory
 from jobs.schedule import Schedule
-from jobs.step_reading import RankFigures, StepReading
+from jobs.step_reading import StepReading
 from pipeline.storage import Storage
 
 SCHEDULE = Schedule.of(named_recipe("tiny"), steps_per_epoch=100)
