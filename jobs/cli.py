@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 bad input (one line on standard error, nothing s
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -99,6 +100,35 @@ def down() -> None:
     from jobs.session import home_folder
 
     stack.down(home_folder(os.environ), on_event=say)
+
+
+@app.command()
+def doctor(
+    store: Annotated[
+        str, typer.Option(help="URL under which runs will be kept; default: the local stack's.", show_default=False)
+    ] = "",
+    cache_dir: Annotated[str, typer.Option(help="The recipe's cache_dir, if it has one.", show_default=False)] = "",
+    gpu: Annotated[bool, typer.Option("--gpu", help="A node without a GPU is a failure.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check the machine, the cluster and the store, and say what to do about each finding.
+
+    Versions and clocks of all nodes, reading, writing and conditional writing, bandwidth of each node, disks, shared
+    memory, GPUs, and an all-reduce over all nodes. Exit code 1 if something failed.
+    """
+    from jobs.diagnosis import exit_code, finding_lines
+    from jobs.doctor import examine
+
+    findings = []
+    for finding in examine(_session(), store, [cache_dir] if cache_dir else [], wants_gpu=gpu):
+        findings.append(finding)
+        if not as_json:
+            for line in finding_lines([finding]):
+                say(line)
+    if as_json:
+        print_json([finding.to_json() for finding in findings])
+    if code := exit_code(findings):
+        raise typer.Exit(code)
 
 
 @app.command()
@@ -294,6 +324,7 @@ def drive(run_url: str, trace: TraceOption = "") -> None:
 def submit(
     recipe: RecipeName,
     overrides: Overrides = None,
+    *,
     run: RunOption = "",
     trace: TraceOption = "",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Show progress until the run ends.")] = False,
@@ -332,11 +363,24 @@ def list_command(run_root: RunRoot = "", as_json: AsJson = False) -> None:
 
 
 @app.command()
-def status(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
-    """Show what a run is doing, and its events."""
+def status(
+    run: RunName,
+    run_root: RunRoot = "",
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on showing it until the run ends.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a run is doing, and its events.
+
+    With --watch and --json, one JSON object a line.
+    """
     from jobs.status import event_line, run_status, status_lines
+    from jobs.watch import status_display, watch_run
 
     directory = _existing_run(_session(), run, run_root)
+    if watch:
+        with status_display(as_json=as_json) as show, contextlib.suppress(KeyboardInterrupt):
+            watch_run(directory, show)
+        return
     current = run_status(directory)
     if as_json:
         print_json({**current, "events": directory.read_events()})

@@ -197,6 +197,9 @@ def _start_monitor(session: Session, plan: RunPlan) -> Any:
         schedule=plan.schedule,
         global_batch_size=plan.recipe.global_batch_size,
         max_restarts_without_progress=plan.recipe.max_restarts_without_progress,
+        target_world_size=plan.recipe.max_workers,
+        checkpoint_every_steps=plan.recipe.checkpoint_every_steps,
+        device=plan.recipe.device,
         host="127.0.0.1" if session.is_local else get_node_ip_address(),  # type: ignore[no-untyped-call]
         metrics_port=plan.recipe.metrics_port,
         targets_folder=str(session.stack.targets_dir) if session.is_local and session.stack else "",

@@ -1,16 +1,26 @@
-"""The run's /metrics endpoint: run-level series that outlive workers.
+"""The run's /metrics endpoint: run-level series that outlive workers, and each rank's while it trains.
 
-Counters take up where the checkpoint left them, so that a restart does not look like a reset.
+Counters take up where the checkpoint left them, so that a restart does not look like a reset. Series of ranks are made
+when they are scraped, from the newest step's figures: those of a group that has ended cannot stay behind.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, start_http_server
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from jobs.rank_figures import RankFigures
+
+RANKS_SILENT_SECONDS = 20.0
+"""Series of ranks go when no step was told for this long, or for RANKS_SILENT_STEPS of the slowest rank's steps."""
+RANKS_SILENT_STEPS = 3
 
 _GAUGES = {
     "step": ("convmae_step", "Optimizer steps done."),
@@ -24,9 +34,11 @@ _GAUGES = {
     "quarantined": ("convmae_quarantined_samples", "Distinct samples that were found unusable."),
     "block_cache_bytes": ("convmae_block_cache_bytes", "Bytes in the disk cache of rank 0's node."),
     "block_cache_off_ranks": ("convmae_block_cache_off_ranks", "Ranks that no longer store blocks: their disk failed."),
-    "world_size": ("convmae_world_size_ranks", "Ranks that train."),
+    "world_size": ("convmae_world_size_ranks", "Ranks that train; 0 while the worker group restarts."),
+    "target_world_size": ("convmae_target_world_size_ranks", "Ranks that the run would take: max_workers."),
     "eta_seconds": ("convmae_eta_seconds", "Predicted seconds to the end of the run."),
     "last_step_at_seconds": ("convmae_last_step_timestamp_seconds", "Unix time of the last step."),
+    "checkpoint_every_steps": ("convmae_checkpoint_interval_steps", "Steps between checkpoints."),
     "checkpoint_step": ("convmae_checkpoint_step", "Step of the newest committed checkpoint."),
     "checkpoint_at_seconds": ("convmae_checkpoint_timestamp_seconds", "Unix time of the newest committed checkpoint."),
     "checkpoint_bytes": ("convmae_checkpoint_bytes", "Size of the newest committed checkpoint."),
@@ -36,7 +48,10 @@ _GAUGES = {
 
 COUNTERS = {
     "images": "Images trained, redone ones included.",
+    "steps_redone": "Steps that were done again after restarts.",
+    "worker_seconds": "Seconds that ranks trained, summed over them, from their restore to their newest step.",
     "checkpoint_stall_seconds": "Seconds that training stood still for committed checkpoints.",
+    "checkpoints": "Checkpoints committed.",
     "checkpoint_failures": "Checkpoints that could not be uploaded or committed.",
     "skipped_steps": "Steps without an update, since a loss or gradient was not finite, redone ones included.",
     "rollbacks": "Returns to a checkpoint since a loss or gradient was not finite.",
@@ -49,6 +64,65 @@ COUNTERS = {
     "block_cache_evictions": "Blocks that the disk caches evicted, all ranks.",
 }
 """Run-level counters `convmae_<name>_total`; a commit keeps them."""
+
+LABELLED_COUNTERS = {
+    "restarts": ("reason", "Restarts of the worker group."),
+    "failures": ("cause", "Failures of the worker group, by the class of their root cause."),
+}
+"""The same with one more label, whose values are few words."""
+KNOWN_LABELS = {
+    "restarts": ("restart", "resize"),
+    "failures": ("NonFiniteLossError", "StalledError", "other"),
+}
+"""Their series begin at zero: `increase` does not see one that appears with its first event."""
+
+_RANK_GAUGES = {
+    "step_seconds": "Seconds from the rank's step before the last to its last.",
+    "data_wait_seconds": "Of these, seconds without a batch.",
+    "storage_requests": "Ranged reads of images since the worker started.",
+    "storage_read_bytes": "Bytes of images received since the worker started.",
+    "block_cache_hits": "Reads that the disk cache served since the worker started.",
+    "block_cache_misses": "Reads that the disk cache could not serve since the worker started.",
+    "memory_bytes": "Resident memory of the worker's process.",
+    "device_memory_bytes": "Most memory that PyTorch held on the GPU; 0 on a CPU.",
+    "disk_free_ratio": "Free share of the fullest disk that the worker writes to.",
+}
+assert tuple(_RANK_GAUGES) == RankFigures._fields
+
+
+def served_names() -> set[str]:
+    """Names of all series that a run serves."""
+    counters = {f"convmae_{name}_total" for name in (*COUNTERS, *LABELLED_COUNTERS)}
+    return counters | {name for name, _ in _GAUGES.values()} | {f"convmae_rank_{name}" for name in _RANK_GAUGES}
+
+
+def status_keys() -> tuple[str, ...]:
+    """Keys of the monitor's status that `RunExporter.update` reads."""
+    return tuple(_GAUGES)
+
+
+class RankSeries(Collector):
+    """The gauges `convmae_rank_*` of the ranks that train now."""
+
+    def __init__(self, run: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._run = run
+        self._clock = clock
+        self._told: tuple[float, Sequence[RankFigures]] = (0.0, ())
+
+    def tell(self, ranks: Sequence[RankFigures]) -> None:
+        """Take the newest step's figures, by rank; an empty sequence forgets all ranks."""
+        self._told = (self._clock(), ranks)
+
+    def collect(self) -> Iterator[Metric]:
+        """What a scrape sees: nothing, if the ranks fell silent."""
+        at, ranks = self._told
+        patience = max([RANKS_SILENT_SECONDS, *(RANKS_SILENT_STEPS * figures.step_seconds for figures in ranks)])
+        alive = ranks if self._clock() - at <= patience else ()
+        for number, (name, text) in enumerate(_RANK_GAUGES.items()):
+            family = GaugeMetricFamily(f"convmae_rank_{name}", text, labels=["run", "rank"])
+            for rank, figures in enumerate(alive):
+                family.add_metric([self._run, str(rank)], figures[number])
+            yield family
 
 
 class RunExporter:
@@ -65,6 +139,8 @@ class RunExporter:
             host: Address to listen on.
             port: Port to listen on; 0: any free one.
         """
+        # They would tell when this process started, not when the run began to count.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         registry = CollectorRegistry()
         labels = ["run"]
         self._run = run
@@ -72,11 +148,14 @@ class RunExporter:
         self._counters = {
             name: Counter(f"convmae_{name}", text, labels, registry=registry) for name, text in COUNTERS.items()
         }
-        self._restarts = Counter(
-            "convmae_restarts", "Restarts of the worker group.", ["run", "reason"], registry=registry
-        )
         for counter in self._counters.values():
             counter.labels(run)
+        for name, (label, text) in LABELLED_COUNTERS.items():
+            self._counters[name] = Counter(f"convmae_{name}", text, [*labels, label], registry=registry)
+            for value in KNOWN_LABELS[name]:
+                self._counters[name].labels(run, value)
+        self._ranks = RankSeries(run)
+        registry.register(self._ranks)
         server, _ = start_http_server(port, addr=host, registry=registry)
         self.address = f"{host}:{server.server_port}"
 
@@ -86,18 +165,20 @@ class RunExporter:
         return f"http://{self.address}/metrics"
 
     def update(self, status: Mapping[str, Any]) -> None:
-        """Set every gauge that `status` has a value for."""
+        """Set every gauge that `status` has a value for; what is None there is not known now, and has no series."""
         for key, gauge in self._gauges.items():
             if status.get(key) is not None:
                 gauge.labels(self._run).set(status[key])
+            elif key in status:
+                gauge.clear()
 
-    def count(self, name: str, amount: float) -> None:
-        """Add to one of COUNTERS."""
-        self._counters[name].labels(self._run).inc(amount)
+    def update_ranks(self, ranks: Sequence[RankFigures]) -> None:
+        """Take the newest step's figures of each rank; none when the group has ended."""
+        self._ranks.tell(ranks)
 
-    def count_restart(self, reason: str) -> None:
-        """Add a restart; `reason` is one of a few words."""
-        self._restarts.labels(self._run, reason).inc()
+    def count(self, name: str, amount: float, label: str = "") -> None:
+        """Add to one of COUNTERS, or of LABELLED_COUNTERS with the value of its label."""
+        self._counters[name].labels(self._run, *([label] if label else [])).inc(amount)
 
     def announce(self, folder: Path) -> None:
         """Let the Prometheus of the local stack, which watches `folder`, find this endpoint."""
@@ -105,3 +186,7 @@ class RunExporter:
         temporary = folder / f".{self._run}.json.tmp"
         temporary.write_text(json.dumps(target))
         temporary.replace(folder / f"{self._run}.json")
+
+    def withdraw(self, folder: Path) -> None:
+        """Take back what `announce` told; a run that is over is not a target that is down."""
+        (folder / f"{self._run}.json").unlink(missing_ok=True)

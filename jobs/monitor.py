@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import threading
 import time
 from collections import deque
@@ -16,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs.exporter import COUNTERS, RunExporter
+from jobs.exporter import COUNTERS, LABELLED_COUNTERS, RunExporter
+from jobs.rank_figures import RankFigures
 from jobs.run_directory import HISTORY_PART_STEPS, RunDirectory
 from jobs.schedule import Schedule
 
@@ -25,6 +27,14 @@ logger = logging.getLogger(__name__)
 FLUSH_INTERVAL_SECONDS = 2.0
 """Between heartbeats; each is one PUT."""
 RATE_WINDOW_STEPS = 20
+# What a new driver still knows of the newest checkpoint.
+_CHECKPOINT_KEYS = (
+    "checkpoint_step",
+    "checkpoint_at_seconds",
+    "checkpoint_bytes",
+    "checkpoint_seconds",
+    "checkpoint_stall_seconds",
+)
 
 
 @dataclass(frozen=True)
@@ -35,6 +45,11 @@ class MonitorConfig:
     schedule: Schedule
     global_batch_size: int
     max_restarts_without_progress: int
+    target_world_size: int
+    """Ranks that the run takes where they are to be had."""
+    checkpoint_every_steps: int
+    device: str
+    """`cuda` or `cpu`: what a rank-hour is an hour of."""
     host: str
     metrics_port: int
     targets_folder: str
@@ -68,8 +83,9 @@ class RunMonitor:
         self._outcome = ""
         self._first_attempt_here = self._attempt + 1
         self._restarts = int(before.get("restarts", 0))
-        self._totals = {name: float(before.get(f"{name}_total", 0.0)) for name in COUNTERS}
+        self._totals = saved_counters(before)
         self._left_out = config.run.read_left_out()
+        self._workers_seen_at = time.monotonic()
         ledger = config.run.read_quarantine()
         self._quarantine = [row for row in ledger if row["attempt"] == self._attempt]
         self._quarantined = {row["id"] for row in ledger}
@@ -79,14 +95,19 @@ class RunMonitor:
             "step": before.get("step", 0),
             "world_size": before.get("world_size"),
             "total_steps": config.schedule.total_steps,
+            "target_world_size": config.target_world_size,
+            "checkpoint_every_steps": config.checkpoint_every_steps,
+            "device": config.device,
             "steps_per_epoch": config.schedule.steps_per_epoch,
             "restarts": self._restarts,
             "quarantined": len(self._quarantined),
-            **{f"{name}_total": total for name, total in self._totals.items()},
+            **{key: before[key] for key in _CHECKPOINT_KEYS if key in before},
+            **self._totals,
         }
         self._exporter = RunExporter(config.run.name, config.host, config.metrics_port)
-        for name, total in self._totals.items():
-            self._exporter.count(name, total)
+        for key, total in self._totals.items():
+            self._exporter.count(*_name_and_label(key, total))
+        self._exporter.update({**self._status, "world_size": 0})
         if config.targets_folder:
             self._exporter.announce(Path(config.targets_folder))
         self._status["metrics_url"] = self._exporter.url
@@ -108,18 +129,25 @@ class RunMonitor:
             if self._attempt == self._first_attempt_here:
                 # The last heartbeat is newer than the commit, unless it was lost.
                 self._restarts = max(self._restarts, int(counters.get("restarts", 0)))
-                for name, total in self._totals.items():
-                    self._count(name, max(0.0, counters.get(f"{name}_total", 0.0) - total))
+                for key, total in saved_counters(counters).items():
+                    name, amount, label = _name_and_label(key, max(0.0, total - self._totals.get(key, 0.0)))
+                    self._count(name, amount, label)
             before, step_before = self._status["world_size"], int(self._status["step"])
             kind, reason = self._start_kind(before, world_size)
             self._failure = ""
             if kind != "start":
                 self._restarts += 1
-                self._exporter.count_restart(kind)
+                self._count("restarts", 1, kind)
+            steps_redone = max(0, step_before - resume_step)
+            self._count("steps_redone", steps_redone)
+            self._workers_seen_at = time.monotonic()
             self._status.update(
                 world_size=world_size, attempt=self._attempt, state="running", step=resume_step, restarts=self._restarts
             )
             self._status.update(images_per_second=None, data_wait_ratio=None, eta_seconds=None)
+            self._status["checkpoint_step"] = resume_step
+            self._exporter.update(self._status)
+            self._exporter.update_ranks(())
             self._step_times.clear()
             self._add_event(
                 kind,
@@ -127,7 +155,7 @@ class RunMonitor:
                 step=resume_step,
                 world_size=world_size,
                 world_size_before=before,
-                steps_redone=max(0, step_before - resume_step),
+                steps_redone=steps_redone,
                 host=host,
             )
             number = self._attempt
@@ -143,19 +171,29 @@ class RunMonitor:
             return "restart", self._failure
         return "resize", f"workers {before} -> {now}"
 
-    def record(self, row: dict[str, Any], gradient_norm: float, reading: Mapping[str, float]) -> bool:
+    def record(
+        self,
+        row: dict[str, Any],
+        gradient_norm: float,
+        reading: Mapping[str, float],
+        ranks: Sequence[RankFigures],
+    ) -> bool:
         """Note one finished step; True if the run should save and stop.
 
         Args:
             row: The history row: step (from 1), epoch, loss, learning_rate, world_size, attempt, data_wait_seconds.
             gradient_norm: Before clipping; a diagnostic that is not kept in the history.
             reading: The fields of `StepReading`: what all ranks read for the step.
+            ranks: How each rank fared.
         """
         with self._lock:
             self._add_row(row)
             if "skipped" in row:
                 self._add_event("skipped", step=row["step"], reason=f"{row['skipped']} is not finite")
-            self._step_times.append((time.monotonic(), float(row["data_wait_seconds"])))
+            now = time.monotonic()
+            self._step_times.append((now, float(row["data_wait_seconds"])))
+            self._count("worker_seconds", int(row["world_size"]) * (now - self._workers_seen_at))
+            self._workers_seen_at = now
             self._count("images", self._config.global_batch_size)
             for name, amount in reading.items():
                 if name in COUNTERS:
@@ -167,6 +205,7 @@ class RunMonitor:
                 self._status["gradient_norm"] = gradient_norm
             self._status.update(self._rates(int(row["step"])))
             self._exporter.update(self._status)
+            self._exporter.update_ranks(ranks)
             return bool(self._stop_reason)
 
     def _add_row(self, row: dict[str, Any]) -> None:
@@ -220,10 +259,11 @@ class RunMonitor:
             self._status["quarantined"] = len(self._quarantined)
             self._exporter.update(self._status)
 
-    def _count(self, name: str, amount: float) -> None:
-        self._totals[name] += amount
-        self._exporter.count(name, amount)
-        self._status[f"{name}_total"] = self._totals[name]
+    def _count(self, name: str, amount: float, label: str = "") -> None:
+        key = f"{name}_total:{label}" if label else f"{name}_total"
+        self._totals[key] = self._totals.get(key, 0.0) + amount
+        self._exporter.count(name, amount, label)
+        self._status[key] = self._totals[key]
 
     def _rates(self, step: int) -> dict[str, float]:
         if len(self._step_times) < 2:
@@ -257,6 +297,7 @@ class RunMonitor:
                 checkpoint_seconds=duration_seconds,
                 checkpoint_stall_seconds=stall_seconds,
             )
+            self._count("checkpoints", 1)
             self._count("checkpoint_stall_seconds", stall_seconds)
             self._exporter.update(self._status)
             self._failures_without_progress = 0
@@ -284,7 +325,7 @@ class RunMonitor:
     def counters(self) -> dict[str, float]:
         """What a commit keeps so that counters go on after a restart."""
         with self._lock:
-            return {**{f"{name}_total": total for name, total in self._totals.items()}, "restarts": self._restarts}
+            return {**self._totals, "restarts": self._restarts}
 
     def worker_failed(self, error: str, fatal: bool) -> str:
         """Note why the worker group is about to end; the next attempt's event quotes it.
@@ -299,6 +340,9 @@ class RunMonitor:
         with self._lock:
             self._failure = error
             self._failures_without_progress += 1
+            self._count("failures", 1, failure_cause(error))
+            self._exporter.update({"world_size": 0})
+            self._exporter.update_ranks(())
             self._status["state"] = "restarting"
             self._dirty = True
             if fatal:
@@ -319,8 +363,11 @@ class RunMonitor:
         with self._lock:
             self._outcome = outcome
             self._status.update(state=outcome, eta_seconds=0.0 if outcome == "finished" else None)
+            self._exporter.update_ranks(())
             self._add_event(outcome, step=self._status["step"], reason=reason or self._stop_reason)
         self.flush()
+        if outcome != "failed" and self._config.targets_folder:
+            self._exporter.withdraw(Path(self._config.targets_folder))
 
     def status(self) -> dict[str, Any]:
         """What the heartbeat says, fresh."""
@@ -369,3 +416,25 @@ class RunMonitor:
                     self.request_stop("asked by `convmae stop`")
             except Exception:
                 logger.warning("history, events and heartbeat could not be written; trying again", exc_info=True)
+
+
+def saved_counters(saved: Mapping[str, Any]) -> dict[str, float]:
+    """The totals in a heartbeat or a commit: every counter without a further label, and what was counted with one.
+
+    Returns:
+        By `<name>_total`, or `<name>_total:<label>`.
+    """
+    plain = {f"{name}_total": float(saved.get(f"{name}_total", 0.0)) for name in COUNTERS}
+    prefixes = tuple(f"{name}_total:" for name in LABELLED_COUNTERS)
+    return plain | {key: float(value) for key, value in saved.items() if key.startswith(prefixes)}
+
+
+def _name_and_label(key: str, total: float) -> tuple[str, float, str]:
+    name, _, label = key.partition(":")
+    return name.removesuffix("_total"), total, label
+
+
+def failure_cause(error: str) -> str:
+    """The class of the error that `jobs.driver.describe_failure` names, or `other`: a label with few values."""
+    found = re.match(r"rank \d+: (\w+)", error)
+    return found[1] if found else "other"

@@ -28,6 +28,7 @@ BUCKET = "convmae"
 PROBE_TIMEOUT_SECONDS = 2.0
 OBJECT_STORE_BYTES = 512 * 1024**2
 CONFIG_DIR = Path(__file__).resolve().parents[1] / "infra" / "local"
+RULES_PATH = CONFIG_DIR.parent / "prometheus" / "convmae.rules.yml"
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ def write_configuration(settings: StackSettings, token: str) -> None:
     for folder in ("ray", "s3", "tmp"):
         (settings.run_dir / folder).mkdir(exist_ok=True)
     # Prometheus resolves the service discovery files relative to its configuration.
-    shutil.copyfile(CONFIG_DIR / "prometheus.yml", settings.home / "prometheus" / "prometheus.yml")
+    for path in (CONFIG_DIR / "prometheus.yml", RULES_PATH):
+        shutil.copyfile(path, settings.home / "prometheus" / path.name)
     link = settings.home / "ray"
     link.unlink(missing_ok=True)
     link.symlink_to(settings.run_dir / "ray")

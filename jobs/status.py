@@ -35,6 +35,10 @@ def run_status(run: RunDirectory, now_seconds: float | None = None) -> dict[str,
     if status["state"] not in FINAL_STATES and silent > SILENT_SECONDS:
         status["state"] = "interrupted"
     status["committed_steps"] = checkpoint.committed_steps(run)
+    if "checkpoint_at_seconds" in status:
+        status["checkpoint_age_seconds"] = max(0.0, now - status["checkpoint_at_seconds"])
+    if "worker_seconds_total" in status:
+        status["worker_hours"] = status["worker_seconds_total"] / 3600
     return status
 
 
@@ -49,15 +53,25 @@ def status_lines(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "learning rate", figure(status.get("learning_rate"), ".3e")
     yield "images/s", figure(status.get("images_per_second"), ".1f")
     yield "data wait", figure(status.get("data_wait_ratio"), ".1%")
-    yield "workers", str(status.get("world_size") or "-")
+    yield "workers", _workers(status)
     yield "attempt", f"{status.get('attempt', '-')} ({status.get('restarts', 0)} restarts)"
     if status.get("quarantined"):
         yield "unusable", f"{status['quarantined']:,} samples, see `convmae quarantine {status['run']}`"
+    if "worker_hours" in status:
+        hours = "GPU-hours" if status.get("device") == "cuda" else "worker-hours"
+        yield hours, figure(status["worker_hours"], ".2f")
     yield "checkpoints", ", ".join(str(step) for step in status["committed_steps"]) or "none yet"
+    if "checkpoint_age_seconds" in status:
+        yield "newest one", f"{duration_text(status['checkpoint_age_seconds'])} ago"
     if status["state"] not in FINAL_STATES:
         yield "ETA", duration_text(status.get("eta_seconds"))
         yield "metrics", status.get("metrics_url", "-")
     yield "directory", status["url"]
+
+
+def _workers(status: Mapping[str, Any]) -> str:
+    now, most = status.get("world_size"), status.get("target_world_size")
+    return "-" if not now else f"{now} of {most}" if most else str(now)
 
 
 def event_line(event: Mapping[str, Any]) -> str:

@@ -1,10 +1,21 @@
-"""What all ranks read for one step, added up with the step's loss: no collective and no series of its own per rank."""
+"""What all ranks read for one step, and how each fared: added up with the step's loss, in no collective of its own.
+
+Each rank writes its own figures into its own places of the words and leaves the others' zero, so that their sum is a
+table of all ranks, of the same step, at rank 0.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
+import psutil
+import torch
+
+from jobs.rank_figures import RankFigures
 from pipeline.batch import Batch
 from pipeline.dataset import Dataset
 from pipeline.read_counters import ReadCounts
@@ -30,10 +41,34 @@ class StepReading(NamedTuple):
 class RankReading:
     """One rank's part in it; remembers what it told last."""
 
-    def __init__(self, dataset: Dataset, rank: int, world_size: int) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        rank: int,
+        world_size: int,
+        *,
+        device: torch.device,
+        folders: Sequence[Path] = (),
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Start the clock of the first step.
+
+        Args:
+            dataset: Whose counters are told.
+            rank: Of this process.
+            world_size: Of its group.
+            device: Where it trains.
+            folders: What it writes to on the node's own disks; they exist, or a folder above them does.
+            clock: Seconds.
+        """
         self._dataset = dataset
         self._rank = rank
         self._world_size = world_size
+        self._device = device
+        self._folders = folders
+        self._clock = clock
+        self._stepped_at = clock()
+        self._process = psutil.Process()
         self._counts = ReadCounts()
         self._evictions = 0
 
@@ -54,17 +89,46 @@ class RankReading:
             block_cache_off_ranks=float(cache is not None and not cache.storing),
             block_cache_bytes=float(cache.used_bytes if cache and self._rank == 0 else 0),
         )
-        waits = [0.0] * self._world_size
-        waits[self._rank] = batch.wait_seconds
-        return [*reading, *waits]
+        ranks = [0.0] * (self._world_size * len(RankFigures._fields))
+        first = self._rank * len(RankFigures._fields)
+        ranks[first : first + len(RankFigures._fields)] = self._figures(batch)
+        return [*reading, *ranks]
+
+    def _figures(self, batch: Batch) -> RankFigures:
+        now = self._clock()
+        step_seconds, self._stepped_at = now - self._stepped_at, now
+        on_gpu = self._device.type == "cuda"
+        return RankFigures(
+            step_seconds=step_seconds,
+            data_wait_seconds=batch.wait_seconds,
+            storage_requests=self._counts.requests,
+            storage_read_bytes=self._counts.bytes,
+            block_cache_hits=self._counts.cache_hits,
+            block_cache_misses=self._counts.cache_misses,
+            memory_bytes=self._process.memory_info().rss,
+            device_memory_bytes=torch.cuda.max_memory_allocated(self._device) if on_gpu else 0.0,
+            disk_free_ratio=min(map(free_ratio, self._folders), default=1.0),
+        )
+
+
+def free_ratio(folder: Path) -> float:
+    """Free share, in [0, 1], of the disk that `folder` lies or will lie on; 0 where it cannot be read."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    try:
+        usage = shutil.disk_usage(folder)
+    except OSError:
+        return 0.0
+    return usage.free / usage.total if usage.total else 0.0
 
 
 def word_count(world_size: int) -> int:
     """How many numbers words() gives."""
-    return len(StepReading._fields) + world_size
+    return len(StepReading._fields) + world_size * len(RankFigures._fields)
 
 
-def from_words(words: Sequence[float]) -> tuple[StepReading, float]:
-    """Put together what was added up: the sums, and the longest wait of any rank in seconds."""
-    fields = len(StepReading._fields)
-    return StepReading(*words[:fields]), max(words[fields:])
+def from_words(words: Sequence[float]) -> tuple[StepReading, tuple[RankFigures, ...]]:
+    """Put together what was added up: the sums over ranks, and each rank's own figures, by rank."""
+    fields, width = len(StepReading._fields), len(RankFigures._fields)
+    ranks = (RankFigures(*words[first : first + width]) for first in range(fields, len(words), width))
+    return StepReading(*words[:fields]), tuple(ranks)

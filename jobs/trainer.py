@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import platform
 import socket
+import tempfile
 import time
 from collections.abc import Mapping
 from contextlib import closing, suppress
@@ -43,6 +44,7 @@ from jobs.non_finite import (
     rollbacks_in_a_row,
     stretches,
 )
+from jobs.rank_figures import RankFigures
 from jobs.recipe import Recipe
 from jobs.restore import fetch_newest
 from jobs.run_directory import RunDirectory
@@ -106,8 +108,13 @@ class SharedStep(NamedTuple):
     samples: str
     """Digest of the samples that were used."""
     reading: StepReading
-    wait_seconds: float
-    """The longest that a rank waited for its batch."""
+    ranks: tuple[RankFigures, ...]
+    """By rank."""
+
+    @property
+    def wait_seconds(self) -> float:
+        """The longest that a rank waited for its batch."""
+        return max(figures.data_wait_seconds for figures in self.ranks)
 
 
 def train_worker(job: TrainJob) -> None:
@@ -169,7 +176,8 @@ class Trainer:
         self.trace = self._begin_trace() if job.trace_url else None
         self._stop_reply: Any = None
         self._skipped_in_a_row = 0
-        self._reading = RankReading(self.dataset, place.rank, place.world_size)
+        folders = [Path(tempfile.gettempdir()), *([Path(self.recipe.cache_dir)] if self.recipe.cache_dir else [])]
+        self._reading = RankReading(self.dataset, place.rank, place.world_size, device=place.device, folders=folders)
         self._quarantined: set[int] = set()
         self._quarantine_replies: list[Any] = []
 
@@ -257,7 +265,7 @@ class Trainer:
                 "data_wait_seconds": round(shared.wait_seconds, 6),
             } | ({"skipped": shared.fault} if shared.fault else {})
             norm = float(self.engine.get_global_grad_norm() or 0.0)
-            self._stop_reply = self.job.monitor.record.remote(row, norm, shared.reading._asdict())
+            self._stop_reply = self.job.monitor.record.remote(row, norm, shared.reading._asdict(), shared.ranks)
         return shared.stop
 
     def _update(self, step: int, fault: str) -> None:

@@ -85,6 +85,24 @@ def test_status_and_list_tell_of_the_run(convmae: Command, finished: str) -> Non
         assert f"{finished} {STEPS}/{STEPS} finished" in convmae("logs", finished, *follow)[0]
 
 
+def test_the_doctor_examines_every_node_and_the_store(convmae: Command, finished: str) -> None:
+    findings = json.loads(convmae("doctor", "--json")[0])
+
+    by_check = {finding["check"]: finding for finding in findings}
+    assert {"cluster", "versions", "clock", "disk", "store bandwidth", "all-reduce"} <= set(by_check)
+    assert sum(finding["check"] == "store" for finding in findings) == 4
+    assert all(finding["remedy"] for finding in findings if finding["level"] in ("warning", "failed"))
+    assert not convmae.run("x").storage.list_names("s3://convmae/doctor")
+
+
+def test_a_run_is_watched_to_its_end(convmae: Command, finished: str) -> None:
+    out, _ = convmae("status", finished, "--watch", "--json")
+
+    (line,) = out.splitlines()
+    assert json.loads(line)["state"] == "finished"
+    assert json.loads(line)["worker_hours"] > 0
+
+
 def test_a_finished_run_is_not_started_over(convmae: Command, data: str, finished: str) -> None:
     before = convmae.run(finished).read_history()
 

@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jobs import monitor as monitor_module
 from jobs.monitor import MonitorConfig, RunMonitor
+from jobs.rank_figures import RankFigures
 from jobs.recipes import named_recipe
 from jobs.run_directory import HISTORY_PART_STEPS, RunDirectory
 from jobs.schedule import Schedule
@@ -21,6 +22,7 @@ from pipeline.storage import Storage
 SCHEDULE = Schedule.of(named_recipe("tiny"), steps_per_epoch=100)
 IMAGES = 64
 READING = StepReading(storage_requests=3, block_cache_hits=2, block_cache_bytes=7)._asdict()
+RANKS = (RankFigures(step_seconds=0.5, data_wait_seconds=0.1), RankFigures(step_seconds=0.5, data_wait_seconds=0.2))
 
 Start = Callable[..., RunMonitor]
 
@@ -52,6 +54,9 @@ def start(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> Start:
             schedule=SCHEDULE,
             global_batch_size=IMAGES,
             max_restarts_without_progress=max_restarts,
+            target_world_size=3,
+            checkpoint_every_steps=10,
+            device="cpu",
             host="127.0.0.1",
             metrics_port=0,
             targets_folder=targets_folder,
@@ -78,7 +83,7 @@ def record(monitor: RunMonitor, steps: range, attempt: int = 1) -> bool:
             "attempt": attempt,
             "data_wait_seconds": 0.0,
         }
-        stop = monitor.record(row, gradient_norm=0.5, reading=READING)
+        stop = monitor.record(row, gradient_norm=0.5, reading=READING, ranks=RANKS)
     return stop
 
 
@@ -191,6 +196,65 @@ def test_counters_come_from_the_commit_where_the_heartbeat_is_lost(start: Start,
 
     assert (monitor.counters()["images_total"], monitor.counters()["restarts"]) == (20 * IMAGES, 4)
     assert scraped(monitor)["convmae_images_total"] == 20 * IMAGES
+
+
+def test_restarts_and_failures_are_counted_by_kind_over_drivers(start: Start) -> None:
+    first = start()
+    begin(first)
+    record(first, range(1, 31))
+    first.worker_failed("rank 1: StalledError: no batch", fatal=False)
+    begin(first, resume_step=20)
+    first.worker_failed("the cluster is gone", fatal=False)
+    begin(first, world_size=1, resume_step=20)
+    begin(first, world_size=2, resume_step=20)
+    commit(first, 20)
+    first.flush()
+
+    second = start()
+    begin(second, resume_step=20, **{"restarts_total:resize": 5.0})
+
+    series = scraped(second)
+    assert series["convmae_restarts_total restart"] == 3
+    assert series["convmae_restarts_total resize"] == 5  # the commit knows more than the heartbeat
+    assert series["convmae_failures_total StalledError"] == series["convmae_failures_total other"] == 1
+    assert (series["convmae_steps_redone_total"], series["convmae_checkpoints_total"]) == (10, 1)
+    assert series["convmae_checkpoint_bytes"] == 1000  # the new driver knows of the newest checkpoint
+
+
+def test_rank_seconds_are_those_in_which_ranks_train(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("jobs.monitor.time.monotonic", lambda: now)
+    monitor = start()
+    now += 100  # it waits for workers
+    begin(monitor)
+    for step in range(1, 11):
+        now += 3
+        record(monitor, range(step, step + 1))
+    now += 50  # the group is being restarted
+    begin(monitor, resume_step=10)
+    now += 1
+    record(monitor, range(11, 12))
+
+    assert scraped(monitor)["convmae_worker_seconds_total"] == 2 * (10 * 3 + 1)
+
+
+def test_nothing_is_left_of_a_group_that_ended(start: Start) -> None:
+    monitor = start()
+    begin(monitor)
+    record(monitor, range(1, 31))
+    before = scraped(monitor)
+    assert before["convmae_rank_data_wait_seconds 0"] == 0.1
+    assert before["convmae_rank_data_wait_seconds 1"] == 0.2
+    assert before["convmae_world_size_ranks"] == 2
+
+    monitor.worker_failed("rank 1: lost", fatal=False)
+    after = scraped(monitor)
+
+    assert not [name for name in after if name.startswith("convmae_rank_")]
+    assert after["convmae_world_size_ranks"] == 0
+    assert after["convmae_target_world_size_ranks"] == 3
+    begin(monitor, resume_step=20)
+    assert "convmae_images_per_second" not in scraped(monitor)
 
 
 def test_a_monitor_that_is_started_again_amid_an_attempt_goes_on(start: Start, run: RunDirectory) -> None:
@@ -364,13 +428,13 @@ def test_metrics_are_served_over_http(start: Start) -> None:
 
 def test_rates_are_those_of_the_last_steps(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
+    monkeypatch.setattr("jobs.monitor.time.monotonic", lambda: now)
     monitor = start()
     begin(monitor)
-    monkeypatch.setattr("jobs.monitor.time.monotonic", lambda: now)
     for step in range(1, 101):
         now += 2.0 if step < 50 else 0.5
         row = {"step": step, "epoch": 0, "loss": 1.0, "learning_rate": 0.1, "world_size": 2, "attempt": 1}
-        monitor.record(row | {"data_wait_seconds": 0.1}, gradient_norm=1.0, reading=READING)
+        monitor.record(row | {"data_wait_seconds": 0.1}, gradient_norm=1.0, reading=READING, ranks=RANKS)
 
     status = monitor.status()
 
@@ -389,6 +453,17 @@ def test_the_endpoint_is_announced_to_prometheus(start: Start, tmp_path: Path) -
     (target,) = json.loads(path.read_text())
     assert path.name == "first.json"
     assert [f"http://{address}/metrics" for address in target["targets"]] == [monitor.status()["metrics_url"]]
+
+
+@pytest.mark.parametrize(("outcome", "left"), [("finished", 0), ("stopped", 0), ("failed", 1)])
+def test_only_a_run_that_failed_stays_a_target(start: Start, tmp_path: Path, outcome: str, left: int) -> None:
+    folder = tmp_path / "targets"
+    folder.mkdir()
+    monitor = start(targets_folder=str(folder))
+
+    monitor.end(outcome)
+
+    assert len(list(folder.iterdir())) == left
 
 
 def bad(sample: int, step: int) -> dict[str, Any]:

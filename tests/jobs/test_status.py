@@ -93,3 +93,24 @@ def test_an_event_is_one_line_without_empty_fields() -> None:
     event = {"at_seconds": NOW, "attempt": 2, "kind": "restart", "reason": "rank 1: lost", "step": 0, "host": ""}
 
     assert event_line(event) == "2023-11-14 22:13:20  attempt 2  restart: reason rank 1: lost, step 0"
+
+
+def test_age_of_the_checkpoint_and_hours_are_told(run: RunDirectory) -> None:
+    spoken = heartbeat("running", 1) | {
+        "checkpoint_at_seconds": NOW - 125,
+        "worker_seconds_total": 5400.0,
+        "world_size": 6,
+        "target_world_size": 8,
+        "data_wait_ratio": 0.031,
+        "restarts": 2,
+    }
+    run.write_heartbeat(spoken | {"device": "cuda"})
+    status = run_status(run, NOW)
+    lines = dict(status_lines(status))
+
+    assert (status["checkpoint_age_seconds"], status["worker_hours"]) == (125, 1.5)
+    assert (lines["newest one"], lines["GPU-hours"], lines["workers"]) == ("2m 05s ago", "1.50", "6 of 8")
+    assert lines["data wait"] == "3.1%"
+    assert "2 restarts" in lines["attempt"]
+    run.write_heartbeat(spoken | {"device": "cpu"})
+    assert dict(status_lines(run_status(run, NOW)))["worker-hours"] == "1.50"

@@ -1,0 +1,31 @@
+"""The queries of the dashboards that are checked in, as a reader of them would send them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+FOLDER = Path(__file__).parents[1] / "infra" / "grafana" / "dashboards"
+GPU = "DCGM_"
+"""Series of NVIDIA's exporter: without a GPU, their queries can only be parsed."""
+NODE = "ray_"
+
+
+def boards() -> dict[str, Any]:
+    """Each dashboard by the name of its file."""
+    return {path.stem: json.loads(path.read_text()) for path in sorted(FOLDER.glob("*.json"))}
+
+
+def panel_queries() -> list[Any]:
+    """Each query of each panel, for `pytest.mark.parametrize`, with variables filled in for all runs."""
+    queries = []
+    for name, board in boards().items():
+        for panel in board["panels"]:
+            for target in panel.get("targets", []):
+                query = target["expr"].replace("$run", ".*").replace("$__rate_interval", "1m")
+                assert "$" not in query, f"a variable that no test fills: {query}"
+                queries.append(pytest.param(query, id=f"{name}-{panel['id']}{target['refId']}"))
+    return queries
