@@ -14,9 +14,7 @@ from model import Backbone, ConvMAEConfig
 def arguments(description: str) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "--weights", type=Path, help="of `convmae consolidate` or `export --format backbone`"
-    )
+    parser.add_argument("--weights", type=Path, help="of `convmae consolidate` or `export --format backbone`")
     parser.add_argument("--steps", type=int, default=20, help="training steps on random data")
     parser.add_argument("--image-size", type=int, default=128, help="side of the images, in pixels")
     return parser.parse_args()
