@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import re
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,12 +10,12 @@ from pathlib import Path
 import pytest
 
 from jobs import checkpoint, driver
-from jobs.driver import FINAL_STATES, RunPlan, claim_run, describe_failure, is_live
-from jobs.errors import RunError
+from jobs.driver import FINAL_STATES, RunPlan, claim_run, describe_failure, is_live, sole_driver
+from jobs.errors import OvertakenError, RunError
 from jobs.recipes import named_recipe
 from jobs.run_directory import RunDirectory
 from jobs.schedule import Schedule
-from pipeline.errors import DatasetError
+from pipeline.errors import ClaimedError, DatasetError
 from pipeline.storage import Storage
 
 COLLATERAL = RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:4242")
@@ -132,6 +134,70 @@ def test_a_live_run_is_not_claimed_twice(plan: RunPlan, live: None) -> None:
     assert "convmae stop first" in caught.value.remedy
     assert plan.run.read_recipe() == plan.recipe
     assert plan.run.take_stop_request(), "the live run has not heard it yet"
+
+
+def test_a_second_driver_is_told_who_drives_and_how_old_the_lease_is(
+    plan: RunPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.claim.BEAT_SECONDS", 0.1)
+    watched: list[str] = []
+    with sole_driver(plan.run, watched.append) as claim:
+        with pytest.raises(RunError) as refused, sole_driver(plan.run, watched.append):
+            pass
+        assert claim.number == 1
+
+    assert f"process {os.getpid()}, drives the run, since" in str(refused.value)
+    assert re.search(r"the lease is \d+ s old", str(refused.value))
+    assert "convmae stop first" in refused.value.remedy
+    with sole_driver(plan.run, watched.append) as claim:
+        assert claim.number == 2, "numbers rise over the life of a run, so that they tell whose commit is newer"
+
+
+def test_who_submits_a_live_run_is_told_who_drives_it(plan: RunPlan, live: None) -> None:
+    plan.run.claim(plan.recipe)
+    with (
+        sole_driver(plan.run, lambda _: None),
+        pytest.raises(RunError, match=rf"already \(.*process {os.getpid()}, drives the run.*the lease is"),
+    ):
+        claim_run(plan)
+
+
+class LostClaim:
+    """A claim that another driver has taken over."""
+
+    def check(self) -> None:
+        raise ClaimedError("destination", "was taken over by somebody", "claims", "wait")
+
+
+def test_a_driver_that_lost_its_lease_ends_and_writes_nothing_more(
+    plan: RunPlan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    class Monitor:
+        def __getattr__(self, name: str) -> object:
+            calls.append(name)
+            raise AssertionError(name)
+
+    released = threading.Event()
+    monitor = Monitor()
+    monkeypatch.setattr(driver, "_start_monitor", lambda session, plan: monitor)
+    monkeypatch.setattr(driver, "_fit", lambda *_: released.wait(30))
+    monkeypatch.setattr("ray.kill", lambda actor: calls.append("kill" if actor is monitor else "?"))
+
+    with pytest.raises(OvertakenError, match="run: was taken over by somebody, got 'first'"):
+        driver.train(None, plan, LostClaim(), lambda status: None)  # type: ignore[arg-type]
+    released.set()
+
+    assert calls == ["kill"]
+
+
+def test_a_newest_commit_that_cannot_be_read_does_not_keep_a_run_from_resuming(plan: RunPlan) -> None:
+    plan.run.claim(plan.recipe)
+    write_commit(plan.run, 1)
+    plan.run.storage.write(checkpoint.commit_url(plan.run, 1), b"{")
+
+    assert claim_run(plan) == "resumes"
 
 
 def test_another_recipe_cannot_take_the_name(plan: RunPlan) -> None:
