@@ -158,6 +158,7 @@ def _start_monitor(session: Session, plan: RunPlan) -> Any:
         global_batch_size=plan.recipe.global_batch_size,
         max_restarts_without_progress=plan.recipe.max_restarts_without_progress,
         host="127.0.0.1" if session.is_local else get_node_ip_address(),  # type: ignore[no-untyped-call]
+        hang_seconds=plan.recipe.hang_seconds,
         metrics_port=plan.recipe.metrics_port,
         targets_folder=str(session.stack.targets_dir) if session.is_local and session.stack else "",
     )
