@@ -201,6 +201,7 @@ def _start_monitor(session: Session, plan: RunPlan) -> Any:
         checkpoint_every_steps=plan.recipe.checkpoint_every_steps,
         device=plan.recipe.device,
         host="127.0.0.1" if session.is_local else get_node_ip_address(),  # type: ignore[no-untyped-call]
+        hang_seconds=plan.recipe.hang_seconds,
         metrics_port=plan.recipe.metrics_port,
         targets_folder=str(session.stack.targets_dir) if session.is_local and session.stack else "",
     )

@@ -53,6 +53,7 @@ COUNTERS = {
     "checkpoint_stall_seconds": "Seconds that training stood still for committed checkpoints.",
     "checkpoints": "Checkpoints committed.",
     "checkpoint_failures": "Checkpoints that could not be uploaded or committed.",
+    "hangs": "Ranks that stood still and were killed.",
     "skipped_steps": "Steps without an update, since a loss or gradient was not finite, redone ones included.",
     "rollbacks": "Returns to a checkpoint since a loss or gradient was not finite.",
     "substitutions": "Samples that were replaced since they are unusable, redone ones included.",

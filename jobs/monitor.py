@@ -12,7 +12,7 @@ import re
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from jobs.exporter import COUNTERS, LABELLED_COUNTERS, RunExporter
 from jobs.rank_figures import RankFigures
 from jobs.run_directory import HISTORY_PART_STEPS, RunDirectory
 from jobs.schedule import Schedule
+from jobs.watchdog import Examined, Hang, HangWatch, Pulse, examine_and_kill, hang_text, training_stack
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,9 @@ _CHECKPOINT_KEYS = (
     "checkpoint_seconds",
     "checkpoint_stall_seconds",
 )
+WATCH_INTERVAL_SECONDS = 1.0
+EXAMINE_SECONDS = 30.0
+"""For a task on the node of a rank that hangs; a node that was cut off does not answer."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ class MonitorConfig:
     checkpoint_every_steps: int
     device: str
     """`cuda` or `cpu`: what a rank-hour is an hour of."""
+    hang_seconds: float
     host: str
     metrics_port: int
     targets_folder: str
@@ -78,7 +83,8 @@ class RunMonitor:
         self._dirty = False
         self._step_times: deque[tuple[float, float]] = deque(maxlen=RATE_WINDOW_STEPS)
         self._stop_reason = ""
-        self._failure = ""
+        self._failure = self._hang = ""
+        self._watch = HangWatch(config.hang_seconds)
         self._failures_without_progress = 0
         self._outcome = ""
         self._first_attempt_here = self._attempt + 1
@@ -112,6 +118,7 @@ class RunMonitor:
             self._exporter.announce(Path(config.targets_folder))
         self._status["metrics_url"] = self._exporter.url
         threading.Thread(target=self._flush_forever, name="monitor-flush", daemon=True).start()
+        threading.Thread(target=self._watch_forever, name="monitor-watch", daemon=True).start()
 
     def begin_attempt(self, *, world_size: int, resume_step: int, counters: dict[str, float], host: str) -> int:
         """Number a new life of the worker group. Rank 0 calls it before it restores anything.
@@ -134,7 +141,8 @@ class RunMonitor:
                     self._count(name, amount, label)
             before, step_before = self._status["world_size"], int(self._status["step"])
             kind, reason = self._start_kind(before, world_size)
-            self._failure = ""
+            self._failure = self._hang = ""
+            self._watch.begin(self._attempt)
             if kind != "start":
                 self._restarts += 1
                 self._count("restarts", 1, kind)
@@ -338,9 +346,11 @@ class RunMonitor:
             Why the run should be given up; empty to restart it.
         """
         with self._lock:
+            self._watch.end()
+            error = self._hang or error  # what the others died of
             self._failure = error
             self._failures_without_progress += 1
-            self._count("failures", 1, failure_cause(error))
+            self._count("failures", 1, "Hang" if self._hang else failure_cause(error))
             self._exporter.update({"world_size": 0})
             self._exporter.update_ranks(())
             self._status["state"] = "restarting"
@@ -350,6 +360,55 @@ class RunMonitor:
             if self._failures_without_progress > self._config.max_restarts_without_progress:
                 return f"{self._failures_without_progress} failures without a new checkpoint; the last: {error}"
             return ""
+
+    def pulse(self, pulse: Pulse) -> None:
+        """Note how far a rank is (jobs.watchdog)."""
+        with self._lock:
+            self._watch.hear(pulse, time.monotonic())
+
+    def look_for_hangs(self, now: float, examine: Callable[[Pulse], Examined]) -> None:
+        """Examine and kill the ranks that stand still, if there are any, and tell of each in an event.
+
+        Args:
+            now: Monotonic seconds.
+            examine: Finds out about a rank's process and kills it.
+        """
+        with self._lock:
+            hangs = self._watch.hangs(now)
+            if hangs:
+                self._watch.end()
+        for hang in hangs:
+            self._tell_hang(hang, examine)
+
+    def _tell_hang(self, hang: Hang, examine: Callable[[Pulse], Examined]) -> None:
+        with self._lock:
+            # Before it is killed: the controller asks why as soon as it has seen the death.
+            self._hang = self._hang or hang_text(hang, Examined("being looked at", ""))
+        found = examine(hang.pulse)
+        text = hang_text(hang, found)
+        logger.error("%s\n%s", text, found.stacks)
+        with self._lock:
+            self._hang = text
+            if self._failure:
+                self._failure = text
+            self._count("hangs", 1)
+            self._add_event(
+                "hang",
+                step=self._status["step"],
+                rank=hang.pulse.rank,
+                host=hang.pulse.host,
+                pid=hang.pulse.pid,
+                phase=hang.pulse.phase,
+                seconds=round(hang.seconds, 1),
+                state=found.state,
+                stack=training_stack(found.stacks),
+                reason=text,
+            )
+
+    def _watch_forever(self) -> None:
+        while not self._outcome:
+            time.sleep(WATCH_INTERVAL_SECONDS)
+            self.look_for_hangs(time.monotonic(), examined_on_its_node)
 
     def request_stop(self, reason: str) -> None:
         """Ask the run to save a checkpoint and end after the current step."""
@@ -362,6 +421,7 @@ class RunMonitor:
         """Note that the run is `finished`, `stopped` or `failed`, and write everything."""
         with self._lock:
             self._outcome = outcome
+            self._watch.end()
             self._status.update(state=outcome, eta_seconds=0.0 if outcome == "finished" else None)
             self._exporter.update_ranks(())
             self._add_event(outcome, step=self._status["step"], reason=reason or self._stop_reason)
@@ -438,3 +498,19 @@ def failure_cause(error: str) -> str:
     """The class of the error that `jobs.driver.describe_failure` names, or `other`: a label with few values."""
     found = re.match(r"rank \d+: (\w+)", error)
     return found[1] if found else "other"
+
+
+def examined_on_its_node(pulse: Pulse) -> Examined:
+    """Examine and kill a rank's process by a Ray task on its node."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = NodeAffinitySchedulingStrategy(pulse.node_id, soft=False)
+    task: Any = ray.remote(examine_and_kill)
+    try:
+        found: Examined = ray.get(
+            task.options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(pulse), timeout=EXAMINE_SECONDS
+        )
+    except Exception as error:  # the node is gone, or cut off
+        return Examined(f"not to be reached ({type(error).__name__})", "")
+    return found

@@ -19,6 +19,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 from jobs.errors import RecipeError
 from jobs.non_finite import OnNonFinite
+from jobs.watchdog import HANG_SECONDS
 from model import ConvMAEConfig
 from model.errors import ModelConfigError
 from pipeline.image_maker import MAX_CONSECUTIVE_BAD_SAMPLES, OnBadSample
@@ -45,6 +46,7 @@ PLACEMENT_FIELDS = frozenset(
         "cache_dir",
         "cache_bytes",
         "stall_seconds",
+        "hang_seconds",
         "on_nonfinite_loss",
         "max_nonfinite_in_a_row",
         "max_restarts_without_progress",
@@ -149,6 +151,8 @@ class Recipe(BaseModel):
     """Most bytes in that folder."""
     stall_seconds: float = Field(default=STALL_SECONDS, gt=0)
     """How long a worker waits for one batch before it says which stage hangs, and fails."""
+    hang_seconds: float = Field(default=HANG_SECONDS, gt=0)
+    """How long a rank may stand still in a step, or be silent, before it is killed and the attempt restarts."""
     on_nonfinite_loss: OnNonFinite = "stop"
     """Where a loss or gradient is not finite: `stop` the attempt, `skip_batch`, or `rollback` and leave out steps."""
     max_nonfinite_in_a_row: int = Field(default=10, gt=0)

@@ -51,6 +51,7 @@ from jobs.run_directory import RunDirectory
 from jobs.schedule import Schedule, micro_batches
 from jobs.step_reading import RankReading, StepReading, from_words, word_count
 from jobs.trace import TraceWriter, begin_trace
+from jobs.watchdog import COMPILE_ALLOWED_SECONDS, SAVE_ALLOWED_SECONDS, RankPulse
 from jobs.zero_state import ZeroState, read_zero_state, restore_optimizer
 from model.convmae import Output
 from model.noise import mask_noise
@@ -169,6 +170,7 @@ class Trainer:
             )
             self.step = found.commit.step if found else 0
             self.attempt, self.left_out = self._begin_attempt(found.commit if found else None)
+            self.pulse = self._begin_pulse()
             self.engine = self._restored_engine(read_zero_state(found.folder) if found else None)
         self.saver = CheckpointSaver(
             job.run, job.monitor, rank=place.rank, world_size=place.world_size, keep=self.recipe.keep_checkpoints
@@ -188,19 +190,25 @@ class Trainer:
                 self._leave_out(stretch.steps)
             elif self._train(stretch.steps):
                 break
+        self.pulse.at("end", SAVE_ALLOWED_SECONDS)
         self.saver.close()
+        self.pulse.close()
         if self.trace:
             self.trace.close()
 
     def _train(self, steps: range) -> bool:
         """Train `steps`, saving on the way; True if the run should end before the last of them."""
         with closing(self._loader().batches(steps.start, steps.stop)) as batches:
+            self.pulse.at("data", self.recipe.stall_seconds)
             for batch in batches:
+                compiles = self.recipe.compile and batch.step == steps.start
+                self.pulse.at("step", COMPILE_ALLOWED_SECONDS if compiles else 0.0)
                 stop = self._train_step(batch)
                 if stop or self._is_due(self.step):
                     self._save()
                 if stop:
                     return True
+                self.pulse.at("data", self.recipe.stall_seconds)
         return False
 
     def _leave_out(self, steps: range) -> None:
@@ -251,6 +259,7 @@ class Trainer:
         if self.trace:
             self.trace.add(batch, float(self.engine.optimizer.param_groups[0]["lr"]), shared.fault)
         if self.saver.is_under_way and not shared.uploading:
+            self.pulse.at("commit", SAVE_ALLOWED_SECONDS)
             self.saver.finish()
         if self.place.rank == 0:
             row = {
@@ -376,11 +385,23 @@ class Trainer:
         """Begin a checkpoint of the steps done; every rank must come here after the same step."""
         import ray
 
+        self.pulse.at("save", SAVE_ALLOWED_SECONDS)
         ray.get(self._quarantine_replies)  # the ledger up to a commit is never lost
         self._quarantine_replies.clear()
         if self.trace:
             self.trace.flush()  # nor is the trace up to a commit
         self.saver.begin(self._commit(), self._write_zero_files)
+
+    def _begin_pulse(self) -> RankPulse:
+        import ray
+
+        return RankPulse(
+            self.job.monitor,
+            attempt=self.attempt,
+            rank=self.place.rank,
+            node_id=ray.get_runtime_context().get_node_id(),
+            limit_seconds=self.recipe.hang_seconds,
+        )
 
     def _begin_trace(self) -> TraceWriter:
         storage, url, place = self.run_directory.storage, self.job.trace_url, self.place

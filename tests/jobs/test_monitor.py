@@ -17,6 +17,7 @@ from jobs.recipes import named_recipe
 from jobs.run_directory import HISTORY_PART_STEPS, RunDirectory
 from jobs.schedule import Schedule
 from jobs.step_reading import StepReading
+from jobs.watchdog import Examined, Pulse
 from pipeline.storage import Storage
 
 SCHEDULE = Schedule.of(named_recipe("tiny"), steps_per_epoch=100)
@@ -57,6 +58,7 @@ def start(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> Start:
             target_world_size=3,
             checkpoint_every_steps=10,
             device="cpu",
+            hang_seconds=30.0,
             host="127.0.0.1",
             metrics_port=0,
             targets_folder=targets_folder,
@@ -539,3 +541,33 @@ def test_what_a_rollback_leaves_out_is_known_to_every_later_driver(start: Start,
     assert windows == [(11, 14, 1), (21, 22, 2)]
     assert [row["step"] for row in run.read_history() if row["loss"] is None] == [11, 12, 13, 14]
     assert (scraped(second)["convmae_rollbacks_total"], scraped(second)["convmae_skipped_steps_total"]) == (2, 4)
+
+
+def test_a_rank_that_hangs_is_told_and_is_why_the_attempt_ended(start: Start, run: RunDirectory) -> None:
+    monitor = start()
+    begin(monitor)
+    record(monitor, range(1, 4))
+    now = time.monotonic()
+    for rank in range(2):
+        monitor.pulse(Pulse(1, rank, "node-1", "n", 100 + rank, 0.0, "", "step", 7 + rank, 0.0))
+    examined = []
+
+    def examine(pulse: Pulse) -> Examined:
+        examined.append(pulse.rank)
+        # What the controller says when it sees the death before the examination has ended.
+        assert monitor.worker_failed("rank 0: ActorDiedError: killed", fatal=False) == ""
+        return Examined("stopped (T)", "stacks")
+
+    monitor.look_for_hangs(now + 29.0, examine)
+    assert examined == []
+    monitor.look_for_hangs(now + 31.0, examine)
+    monitor.look_for_hangs(now + 99.0, examine)
+    assert examined == [0, 1]  # neither spoke
+    monitor.flush()
+
+    hang = next(event for event in run.read_events() if event["kind"] == "hang")
+    assert (hang["rank"], hang["host"], hang["pid"], hang["step"], hang["stack"]) == (0, "node-1", 100, 3, "stacks")
+    assert scraped(monitor)["convmae_hangs_total"] == 2
+    begin(monitor, resume_step=3)
+    assert last_event(run)["kind"] == "restart"
+    assert last_event(run)["reason"].startswith("rank 1 on node-1 (pid 101) has not spoken for 31 s; its process is st")
