@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import itertools
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -31,6 +32,10 @@ MOST_ATTEMPTS = 400
 """Newest events of attempts that are listed."""
 MOST_CHECKPOINTS = 40
 """Newest checkpoints that are listed, beside those that still exist."""
+MOST_FAULTS = 50
+"""Samples found unusable that are named."""
+MOST_BARS = 60
+"""Newest attempts that the timeline shows; narrower bars could not be told apart on a phone."""
 MOST_SKIPPED = 20
 """Skipped images that are named."""
 _ENDINGS = frozenset({"finished", "stopped", "failed"})
@@ -51,6 +56,8 @@ class RunRecord:
     """Checkpoints that exist now."""
     commit: Commit | None
     """The newest of them."""
+    faults: Sequence[Mapping[str, Any]]
+    """Samples that the run found unusable, in the order in which it found them."""
     skipped: Sequence[Mapping[str, str]] | None
     """Images that the data set left out; None where its list is gone."""
     picture: bytes | None
@@ -74,6 +81,7 @@ class RunRecord:
             history=History.of(run.read_history()),
             kept_steps=frozenset(checkpoint.committed_steps(run)),
             commit=checkpoint.latest_commit(run),
+            faults=run.read_quarantine(),
             skipped=None if skipped is None else [json.loads(line) for line in skipped.splitlines()],
             picture=_read_or_none(run, run.path(RECONSTRUCTIONS_NAME)),
         )
@@ -117,8 +125,9 @@ def report_html(record: RunRecord) -> str:
     sections = [
         _section("Training", _charts(record)),
         _section("Reconstructions", _picture(record)),
-        _section("Attempts", _timeline(record)),
+        _section("Attempts", _bars(record) + _timeline(record)),
         _section("Checkpoints", _checkpoints(record)),
+        _section("Data faults", _faults(record)),
         _section("Skipped images", _skipped(record)),
         _section("Recipe", _pairs(_recipe_fields(record.recipe))),
         _section("Software and data", _pairs(_origins(record))),
@@ -182,6 +191,26 @@ def _picture(record: RunRecord) -> str:
     return f'<div class="picture">{image}</div>{_paragraph(note)}'
 
 
+def _bars(record: RunRecord) -> str:
+    """The attempts over wall time: as wide as they lasted, with their workers, a mark where a failure ended one."""
+    attempts = record.attempts
+    if not attempts:
+        return ""
+    ends = [event["at_seconds"] for event in attempts[1:]] + [record.heartbeat["updated_at_seconds"]]
+    bars = []
+    for event, end in list(zip(attempts, ends, strict=True))[-MOST_BARS:]:
+        lasted = max(1.0, end - event["at_seconds"])
+        about = (
+            f"attempt {event['attempt']}: {event['world_size']} workers for {duration_text(lasted)}, {event['kind']}"
+        )
+        bars.append(
+            f'<div class="{escape(event["kind"])}" style="flex-grow: {lasted:.0f}" title="{escape(about)}">'
+            f"{escape(str(event['world_size']))}</div>"
+        )
+    note = "Workers of each attempt over time; a mark on the left of one says that a failure came before it."
+    return f'<div class="bars" role="img" aria-label="{escape(note)}">{"".join(bars)}</div>{_paragraph(note)}'
+
+
 def _timeline(record: RunRecord) -> str:
     turns = [event for event in record.events if "steps_redone" in event or event["kind"] in _ENDINGS]
     if not turns:
@@ -224,6 +253,20 @@ def _checkpoints(record: RunRecord) -> str:
     head = ("step", "time (UTC)", "size", "stall (s)", "still there", "milestone")
     total = _paragraph(f"{len(saved):,} written, {written_bytes}, {stall}.")
     return total + _left_out(len(saved) - len(rows)) + _table(head, rows)
+
+
+def _faults(record: RunRecord) -> str:
+    if not record.faults:
+        return _paragraph("None: every sample that was read is as it was ingested.")
+    kinds = Counter(str(row["fault"]) for row in record.faults)
+    counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
+    rows = [
+        (f"{row['step']:,}", row["fault"], f"{row['id']:,}", row["url"], row["reason"])
+        for row in record.faults[:MOST_FAULTS]
+    ]
+    total = f"{len(record.faults):,} samples were found unusable and replaced: {counts}."
+    total += f" The first {MOST_FAULTS} of them:" if len(rows) < len(record.faults) else ""
+    return _paragraph(total) + _table(("step", "fault", "sample", "where", "reason"), rows)
 
 
 def _skipped(record: RunRecord) -> str:

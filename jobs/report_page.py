@@ -39,6 +39,11 @@ dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
 .pairs dd { text-align: right; font-size: .85rem }
 .table { overflow: auto; max-height: 32rem }
 .picture { overflow-x: auto }
+.bars { display: flex; gap: 1px; height: 2.2rem; border-radius: .3rem; overflow: hidden }
+.bars div { flex-basis: 0; min-width: 2px; overflow: hidden; background: var(--card); color: var(--ink);
+  border-left: 3px solid var(--accent); font-size: .8rem; line-height: 2.2rem; text-align: center;
+  print-color-adjust: exact; -webkit-print-color-adjust: exact }
+.bars .restart { border-left-color: var(--mark) }
 table { width: 100%; border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
 th, td { padding: .35rem 1rem .35rem 0; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top }
 th { position: sticky; top: 0; background: var(--page); color: var(--faint); font-weight: 400 }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
@@ -35,8 +37,12 @@ def decode_jpeg(data: bytes) -> Pixels:
     """(H, W, 3) RGB pixels of a gray, YCbCr or RGB JPEG of 8 bits.
 
     Raises:
-        ValueError: The bytes are no such JPEG, or a damaged one.
+        ValueError: The bytes are no such JPEG, a damaged one, or one of more pixels than PIL's guard allows.
     """
+    height = width = 0
+    with contextlib.suppress(ValueError, KeyError):  # decoding says better what is wrong
+        height, width, *_ = simplejpeg.decode_jpeg_header(data, strict=False)
+    odd_images.refuse_bomb(height, width)  # before memory is asked for
     pixels: Pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
     return pixels
 

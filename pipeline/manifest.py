@@ -15,7 +15,7 @@ import google_crc32c
 from pipeline.errors import DamagedManifestError, DatasetError
 from pipeline.shard_index import Skipped
 from pipeline.shard_table import CONTENT_COLUMNS, ShardTable
-from pipeline.storage import Storage
+from pipeline.storage import Storage, is_local
 
 if TYPE_CHECKING:  # it imports webdataset, which imports torch: seconds, and 200 MB, that a reader of manifests spares
     from pipeline.shards import ShardReport
@@ -112,8 +112,11 @@ class Manifest:
             version = fields["format_version"]
             if version == FORMAT_VERSION:
                 shards = ShardTable.from_json(fields.pop("shards"))
+                _refuse_local_tars(shards, url)
                 return cls(**fields | {"classes": tuple(fields["classes"])}, shards=shards)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except DatasetError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             remedy = f"restore it, or make the data set again in another place ({type(error).__name__}: {error})"
             raise DamagedManifestError("manifest", "must be readable", place, remedy) from error
         rule = f"must have format_version {FORMAT_VERSION}"
@@ -127,6 +130,16 @@ class Manifest:
             "classes": list(self.classes),
             "skipped": self.skipped,
         }
+
+
+def _refuse_local_tars(shards: ShardTable, url: str) -> None:
+    """A data set in a store, which others may have written, must not make this machine read its own files."""
+    if is_local(url):
+        return
+    for place in shards.column("tar"):
+        if place and (place.startswith("/") or ("://" in place and is_local(place))):
+            remedy = "index the tars again from where they lie in a store"
+            raise DatasetError("manifest", f"must not lead from {url} to files of this machine", place, remedy)
 
 
 def _checked(data: bytes) -> bytes:

@@ -14,6 +14,10 @@ from pipeline.shard_index import ShardIndex
 from pipeline.storage import Storage
 
 INDEX_SUFFIX = ".index"
+MOST_KEY_BYTES = 1 << 16
+"""Of a key or extension; longer ones are a damaged or hostile manifest, and rows of them would fill the memory."""
+MOST_COUNT = 1 << 60
+"""Of samples or bytes over all shards: sums stay exact."""
 CONTENT_COLUMNS = ("extension_bytes", "index_sha256", "key_bytes", "name", "samples", "tar_bytes")
 """What says what the shards hold, wherever they lie."""
 
@@ -83,6 +87,8 @@ class ShardTable(Sequence[ShardEntry]):
     ) -> None:
         if len(set(names)) != len(names):
             raise ValueError("a shard's name is there twice")
+        if any(_leads_away(name) for name in names):
+            raise ValueError("a shard's name leads out of the data set")
         if any(len(digest) != 64 for digest in index_sha256):
             raise ValueError("a digest of an index is no SHA-256")
         self._names = _strings(names)
@@ -90,6 +96,8 @@ class ShardTable(Sequence[ShardEntry]):
         self.tar_bytes: npt.NDArray[np.int64] = _counts(tar_bytes)
         self.key_bytes: npt.NDArray[np.int64] = _counts(key_bytes)
         self.extension_bytes: npt.NDArray[np.int64] = _counts(extension_bytes)
+        if (self.key_bytes > MOST_KEY_BYTES).any() or (self.extension_bytes > MOST_KEY_BYTES).any():
+            raise ValueError(f"keys or extensions of more than {MOST_KEY_BYTES} bytes")
         self._index_sha256 = np.frombuffer(bytes.fromhex("".join(index_sha256)), np.uint8).reshape(-1, 32)
         self._etags = _strings([etag or "" for etag in etags])
         self._tars = _strings(tars)
@@ -190,7 +198,17 @@ def _strings(values: Sequence[str]) -> npt.NDArray[np.bytes_]:
 
 
 def _counts(values: Sequence[int]) -> npt.NDArray[np.int64]:
+    kinds = np.asarray(values)
+    if kinds.ndim != 1 or (kinds.size and kinds.dtype.kind not in "iu"):
+        raise ValueError("counts of shards are no list of integers")
     counts = np.array(values, np.int64)
     if (counts < 0).any():
         raise ValueError("a count of shards is negative")
+    if counts.sum(dtype=np.float64) > MOST_COUNT:
+        raise ValueError(f"counts of shards add up to more than {MOST_COUNT}")
     return counts
+
+
+def _leads_away(name: str) -> bool:
+    """Whether a path is not below the folder that it is relative to."""
+    return name.startswith("/") or "://" in name or ".." in name.split("/")

@@ -19,6 +19,8 @@ LABEL_FIELDS = ("cls", "label", "class_id")
 """Of a sample's .json; the first that is an integer counts."""
 LARGEST_IMAGE_BYTES = 256 << 20
 LARGEST_LABEL_BYTES = 1 << 20
+MOST_SKIPPED = 100_000
+"""Of one tar's images; a tar with more is given up, before their list fills the memory."""
 
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset skips these too
 
@@ -82,6 +84,10 @@ def read_samples(file: RangedFile, *, salvage: bool, measure: Callable[[bytes], 
             collector.contents.faults.append(item)
         elif not _is_passed_over(item.name):
             collector.take(item)
+            if len(collector.contents.skipped) > MOST_SKIPPED:
+                what = f"more than {MOST_SKIPPED} of its images cannot be used; the rest was not looked at"
+                collector.contents.faults.append(TarFault(item.offset, what))
+                break
     collector.contents.images = _labelled(_chosen(collector.images), collector.labels)
     return collector.contents
 

@@ -11,9 +11,11 @@ import tarfile
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import IO, NamedTuple, cast
+from typing import IO, NamedTuple, Self, cast
 
 CHUNK_BYTES = 8 << 20
+LARGEST_HEADER_BYTES = 1 << 20
+"""Of what pax and GNU put before a member (names, times, comments); `tarfile` reads it into memory whole."""
 _HELD_CHUNKS = 3
 _BLOCK = tarfile.BLOCKSIZE
 _MAGIC = slice(257, 262)
@@ -25,6 +27,13 @@ _PACKERS = {
     b"PK\x03\x04": "zip",
 }
 """By the first bytes of what they make."""
+_EXTENDED = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 _NO_END = "the tar is cut off: it has no end mark"
 
 
@@ -110,6 +119,17 @@ class RangedFile(io.RawIOBase):
         return self._chunks[number].result()
 
 
+class _BoundedInfo(tarfile.TarInfo):
+    """Headers of a bounded size."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        info = super().frombuf(buf, encoding, errors)
+        if info.type in _EXTENDED and info.size > LARGEST_HEADER_BYTES:
+            raise tarfile.HeaderError(f"an extended header of {info.size} bytes, more than {LARGEST_HEADER_BYTES}")
+        return info
+
+
 def scan_tar(file: RangedFile, *, salvage: bool = True) -> Iterator[TarMember | TarFault]:
     """Go through a tar from its first byte to its last.
 
@@ -136,7 +156,7 @@ def _archive(file: RangedFile, start: int) -> Generator[TarMember, None, tuple[T
     tar: tarfile.TarFile | None = None
     here = start
     try:
-        tar = tarfile.TarFile(fileobj=cast(IO[bytes], file), errorlevel=2)
+        tar = tarfile.TarFile(fileobj=cast(IO[bytes], file), errorlevel=2, tarinfo=_BoundedInfo)
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]
             here = tar.offset
@@ -155,6 +175,8 @@ def _archive(file: RangedFile, start: int) -> Generator[TarMember, None, tuple[T
 def _obstacle(member: tarfile.TarInfo) -> str:
     if not member.isreg():
         return f"it is a link to {member.linkname}"
+    if member.name.startswith("/") or ".." in member.name.split("/"):
+        return "its name leads out of the folder that a tar is unpacked in"
     return "it is stored as a sparse file" if member.issparse() else ""
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from jobs.checkpoint import CheckpointFile, Commit, write_commit
 from jobs.errors import RunError
 from jobs.recipe import Recipe
-from jobs.report import MOST_ATTEMPTS, MOST_CHECKPOINTS, MOST_SKIPPED, write_report
+from jobs.report import MOST_ATTEMPTS, MOST_CHECKPOINTS, MOST_FAULTS, MOST_SKIPPED, write_report
 from jobs.run_directory import RunDirectory
 from model import ConvMAEConfig
 from pipeline.storage import Storage
@@ -288,6 +288,44 @@ def test_recipe_and_versions_are_shown_in_full(tmp_path: Path) -> None:
     assert page.facts["model.norm_pix"] == "false"
     assert page.facts["torch"] == "2.13.0"
     assert page.facts["data set digest"] == "d1"
+
+
+def test_the_timeline_shows_how_long_attempts_lasted_on_how_many_workers(tmp_path: Path) -> None:
+    page, _ = report_of(finished_run(tmp_path))
+
+    bars = [attrs for _, attrs in page.tags if "flex-grow" in (attrs.get("style") or "")]
+    assert [bar["class"] for bar in bars] == ["start", "restart", "resize"]
+    assert [bar["style"] for bar in bars] == ["flex-grow: 1000", "flex-grow: 1000", "flex-grow: 1723"]
+    assert bars[1]["title"] == "attempt 2: 1 workers for 16m 40s, restart"
+
+
+def test_data_faults_are_named_and_counted_by_kind(tmp_path: Path) -> None:
+    run = finished_run(tmp_path)
+    ledger = [
+        {
+            "id": number,
+            "fault": "checksum" if number else "missing",
+            "url": f"s3://b/{SCRIPT}",
+            "reason": SCRIPT,
+            "step": 7,
+        }
+        for number in range(MOST_FAULTS + 1)
+    ]
+    run.write_quarantine(1, ledger)
+
+    page, text = report_of(run)
+
+    faults = [cells for cells in page.cells if len(cells) == 5]
+    assert len(faults) == MOST_FAULTS
+    assert faults[0] == ["7", "missing", "0", f"s3://b/{SCRIPT}", SCRIPT]
+    assert f"{MOST_FAULTS + 1} samples were found unusable and replaced: {MOST_FAULTS} checksum, 1 missing" in text
+    assert "<script" not in text
+
+
+def test_a_run_without_data_faults_says_so(tmp_path: Path) -> None:
+    _, text = report_of(finished_run(tmp_path))
+
+    assert "every sample that was read is as it was ingested" in text
 
 
 def test_first_skipped_images_are_named_and_all_are_counted(tmp_path: Path) -> None:

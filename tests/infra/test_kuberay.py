@@ -1,0 +1,148 @@
+"""The Kubernetes files against the real schemas: KubeRay 1.7, Kubernetes 1.37, the Prometheus operator 0.93."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from importlib.metadata import version
+from typing import Any
+
+import kubernetes_validate
+import pytest
+from manifests import INFRA, changed, crd_errors, documents
+
+from jobs.recipe import parse_overrides
+from jobs.recipes import named_recipe
+
+SCHEMAS = {
+    "RayCluster": "kuberay/rayclusters.v1.json.gz",
+    "RayJob": "kuberay/rayjobs.v1.json.gz",
+    "PodMonitor": "prometheus-operator/podmonitors.v1.json.gz",
+}
+HEAD = ("spec", "headGroupSpec", "template", "spec")
+
+
+def resource(name: str) -> Any:
+    (found,) = documents(f"kuberay/{name}.yaml")
+    return found
+
+
+def errors(document: Any) -> list[str]:
+    return crd_errors(SCHEMAS[document["kind"]], document)
+
+
+@pytest.mark.parametrize("name", ["raycluster", "rayjob", "podmonitor"])
+def test_a_custom_resource_keeps_its_definition(name: str) -> None:
+    assert errors(resource(name)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "value"),
+    [
+        ("raycluster", ("spec", "headGroupSpecs"), {}),
+        ("raycluster", ("spec", "enableInTreeAutoscaling"), "yes"),
+        ("raycluster", ("spec", "authOptions", "mode"), "password"),
+        ("raycluster", ("spec", "workerGroupSpecs", 1, "maxReplica"), 3),
+        ("raycluster", ("spec", "workerGroupSpecs", 0, "minReplicas"), "one"),
+        ("raycluster", ("spec", "gcsFaultToleranceOptions", "redis"), "x"),
+        ("raycluster", (*HEAD, "terminationGracePeriod"), 600),
+        ("raycluster", (*HEAD, "containers", 0, "resources", "limits", "memory"), "sixteen"),
+        ("raycluster", (*HEAD, "volumes", 0, "emptyDir", "mediums"), "Memory"),
+        ("rayjob", ("spec", "entryPoint"), "convmae"),
+        ("rayjob", ("spec", "clusterSelector"), "convmae"),
+        ("podmonitor", ("spec", "podMetricsEndpoints", 0, "interval"), "often"),
+        ("podmonitor", ("spec", "podMetricsEndpoint"), []),
+    ],
+)
+def test_the_definition_finds_what_is_wrong(name: str, place: tuple[Any, ...], value: Any) -> None:
+    assert errors(changed(resource(name), place, value))
+
+
+@pytest.mark.parametrize("document", documents("kuberay/redis.yaml"), ids=lambda document: document["kind"])
+def test_plain_resources_are_those_of_kubernetes(document: Any) -> None:
+    kubernetes_validate.validate(document, "1.37", strict=True)
+
+
+@pytest.mark.parametrize(
+    ("number", "place", "value"),
+    [
+        (0, ("spec", "ports", 0, "port"), "redis"),
+        (1, ("spec", "template", "spec", "containers", 0, "livenessprobe"), {}),
+        (1, ("spec", "replicas"), "one"),
+    ],
+)
+def test_kubernetes_finds_what_is_wrong(number: int, place: tuple[Any, ...], value: Any) -> None:
+    document = changed(documents("kuberay/redis.yaml")[number], place, value)
+
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(document, "1.37", strict=True)
+
+
+def pods() -> list[Any]:
+    """Specifications of all pods of the cluster."""
+    spec = resource("raycluster")["spec"]
+    return [
+        spec["headGroupSpec"]["template"]["spec"],
+        *(group["template"]["spec"] for group in spec["workerGroupSpecs"]),
+    ]
+
+
+def test_the_cluster_runs_the_versions_that_are_pinned() -> None:
+    cluster, image = resource("raycluster"), f"convmae-pretrain:{version('convmae-pretrain')}"
+
+    assert cluster["spec"]["rayVersion"] == version("ray")
+    assert all(container["image"].endswith(f"/{image}") for pod in pods() for container in pod["containers"])
+    assert image in (INFRA / "ray-up" / "aws.yaml").read_text()
+    assert image in (INFRA / "compose" / "compose.yml").read_text()
+
+
+def test_no_pod_runs_as_root_and_all_run_as_the_images_user() -> None:
+    (user,) = re.findall(r"^USER (\d+)$", (INFRA / "docker" / "Dockerfile").read_text(), flags=re.MULTILINE)
+    for pod in pods():
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] == int(user)
+        for container in pod["containers"]:
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+
+
+def test_spot_and_on_demand_groups_have_shared_memory_and_time_to_save() -> None:
+    groups = {group["groupName"]: group for group in resource("raycluster")["spec"]["workerGroupSpecs"]}
+
+    assert set(groups) == {"gpu-on-demand", "gpu-spot"}
+    assert groups["gpu-on-demand"]["minReplicas"] >= 1  # a run goes on when the spot market is empty
+    assert groups["gpu-spot"]["minReplicas"] == 0
+    assert groups["gpu-spot"]["template"]["spec"]["terminationGracePeriodSeconds"] < 120  # the notice that AWS gives
+    for pod in pods():
+        memory = next(volume for volume in pod["volumes"] if volume["name"] == "shared-memory")
+        assert memory["emptyDir"]["medium"] == "Memory"
+        assert any(mount["mountPath"] == "/dev/shm" for mount in pod["containers"][0]["volumeMounts"])
+
+
+def test_the_job_asks_for_a_recipe_that_fits_the_cluster() -> None:
+    words = shlex.split(resource("rayjob")["spec"]["entrypoint"])
+    overrides = parse_overrides([word for word in words if "=" in word])
+    recipe = named_recipe(words[2]).amended(overrides)
+    groups = resource("raycluster")["spec"]["workerGroupSpecs"]
+    gpus = [
+        (group["minReplicas"] * limits["nvidia.com/gpu"], group["maxReplicas"] * limits["nvidia.com/gpu"])
+        for group in groups
+        for limits in [group["template"]["spec"]["containers"][0]["resources"]["limits"]]
+    ]
+
+    assert words[:2] == ["convmae", "pretrain"]
+    assert recipe.min_workers <= sum(least for least, _ in gpus)
+    assert recipe.max_workers <= sum(most for _, most in gpus)
+    cpus = int(groups[0]["template"]["spec"]["containers"][0]["resources"]["requests"]["cpu"])
+    assert recipe.cpus_per_worker * 8 <= cpus
+    ports = {port["name"]: port["containerPort"] for port in pods()[0]["containers"][0]["ports"]}
+    assert recipe.metrics_port == ports["convmae"]
+    assert resource("rayjob")["spec"]["clusterSelector"]["ray.io/cluster"] == resource("raycluster")["metadata"]["name"]
+
+
+def test_the_monitor_selects_pods_and_ports_that_exist() -> None:
+    monitor, cluster = resource("podmonitor"), resource("raycluster")["spec"]
+    templates = [cluster["headGroupSpec"]["template"], *(group["template"] for group in cluster["workerGroupSpecs"])]
+    for template in templates:
+        assert monitor["spec"]["selector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+    ports = {port["name"] for pod in pods() for container in pod["containers"] for port in container["ports"]}
+    assert {endpoint["port"] for endpoint in monitor["spec"]["podMetricsEndpoints"]} <= ports
