@@ -48,7 +48,9 @@ def test_history_has_every_step_once_and_the_loss_falls(convmae: Command, finish
 
 def test_consolidated_weights_load_into_the_model(convmae: Command, finished: str, tmp_path: Path) -> None:
     run = convmae.run(finished)
-    out, _ = convmae("consolidate", finished, "--step", str(STEPS))
+    _, err = convmae("consolidate", finished, code=2)  # the run did it by itself
+    assert "target: must not exist" in err
+    out, _ = convmae("consolidate", finished, "--step", str(STEPS), "--force")
     assert f"step {STEPS}" in out
 
     model = ConvMAE(run.read_recipe().model)
