@@ -21,7 +21,9 @@ from typing import Any, Literal
 import torch
 
 from jobs import checkpoint
+from jobs.consolidate import Consolidated
 from jobs.errors import RecipeError, RunError, RunFailedError
+from jobs.milestones import MilestoneConsolidator
 from jobs.monitor import FLUSH_INTERVAL_SECONDS, MonitorConfig, RunMonitor
 from jobs.recipe import Recipe
 from jobs.report import REPORT_NAME
@@ -119,6 +121,7 @@ def train(session: Session, plan: RunPlan, on_status: Callable[[Mapping[str, Any
     from ray.exceptions import RayError
 
     monitor = _start_monitor(session, plan)
+    weights = _consolidator(plan, monitor)
     failure: list[BaseException] = []
     fit = threading.Thread(target=_fit, args=(plan, monitor, failure), name="ray-train", daemon=True)
     with _StopOnSignal(monitor):
@@ -126,7 +129,9 @@ def train(session: Session, plan: RunPlan, on_status: Callable[[Mapping[str, Any
         while fit.is_alive():
             fit.join(timeout=1.0)
             try:
-                on_status(ray.get(monitor.status.remote()))
+                status: Any = ray.get(monitor.status.remote())
+                weights.look(status.get("checkpoint_step"))
+                on_status(status)
             except RayError:
                 logger.warning("the run's monitor is being restarted")
     commit = checkpoint.latest_commit(plan.run)
@@ -135,6 +140,7 @@ def train(session: Session, plan: RunPlan, on_status: Callable[[Mapping[str, Any
         ray.get(monitor.end.remote("failed", reason))
         raise RunFailedError(reason) from failure[0]
     outcome = "finished" if commit and commit.step >= plan.schedule.total_steps else "stopped"
+    weights.finish(commit.step if commit and outcome == "finished" else None)
     ray.get(monitor.end.remote(outcome))
     on_status(ray.get(monitor.status.remote()))
     ray.kill(monitor)
@@ -166,6 +172,18 @@ def _start_monitor(session: Session, plan: RunPlan) -> Any:
         raise RunError("run", "must not be running already on this cluster", plan.run.name, remedy) from error
     ray.get(monitor.status.remote())
     return monitor
+
+
+def _consolidator(plan: RunPlan, monitor: Any) -> MilestoneConsolidator:
+    """Writes the weights of milestones beside the training; what comes of it are events, never the run's end."""
+
+    def done(result: Consolidated) -> None:
+        monitor.consolidated.remote(step=result.step, url=result.url, size_bytes=result.bytes, seconds=result.seconds)
+
+    def failed(step: int, error: str) -> None:
+        monitor.consolidation_failed.remote(step=step, error=error)
+
+    return MilestoneConsolidator(plan.run, done, failed)
 
 
 def _fit(plan: RunPlan, monitor: Any, failure: list[BaseException]) -> None:

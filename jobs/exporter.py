@@ -38,6 +38,7 @@ COUNTERS = {
     "images": "Images trained, redone ones included.",
     "checkpoint_stall_seconds": "Seconds that training stood still for committed checkpoints.",
     "checkpoint_failures": "Checkpoints that could not be uploaded or committed.",
+    "consolidation_failures": "Milestones, or last checkpoints, whose weights could not be written.",
     "substitutions": "Samples that were replaced since they are unusable, redone ones included.",
     "storage_requests": "Ranged reads of images from the object store, all ranks.",
     "storage_read_bytes": "Bytes of images received from the object store, all ranks.",

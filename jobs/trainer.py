@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import platform
 import socket
 import time
@@ -26,6 +27,7 @@ from jobs.checkpoint import Commit
 from jobs.checkpoint_saver import CheckpointSaver
 from jobs.engine import build_engine, build_model, initialize_deepspeed, set_learning_rate
 from jobs.errors import CheckpointError, DamagedCheckpointError
+from jobs.provenance import git_commit
 from jobs.recipe import Recipe
 from jobs.restore import fetch_newest
 from jobs.run_directory import RunDirectory
@@ -342,4 +344,9 @@ class Trainer:
 def software_versions() -> Mapping[str, str]:
     """Versions that a checkpoint was made with."""
     packages = ("convmae-pretrain", "torch", "deepspeed", "ray", "webdataset")
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+    git = git_commit(os.environ)
+    return {
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+        **({"git": git} if git else {}),
+    }
