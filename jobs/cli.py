@@ -536,14 +536,30 @@ def prune(
 @app.command()
 def consolidate(
     run: RunName,
+    *,
     step: Annotated[int, typer.Option(help="A committed step; default: the newest.", show_default=False)] = 0,
+    dtype: Annotated[str, typer.Option(help="Of floating-point tensors: fp32, bf16 or fp16.")] = "fp32",
+    shard_bytes: Annotated[
+        str, typer.Option(help="Several files of at most this size, like 5GB, and an index; default: one file.")
+    ] = "",
+    out: Annotated[
+        str, typer.Option(help="A .safetensors file or a folder; default: in the run directory.", show_default=False)
+    ] = "",
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
     run_root: RunRoot = "",
 ) -> None:
-    """Write a checkpoint's weights as one safetensors file. The run may be training meanwhile."""
-    from jobs.consolidate import consolidate as consolidate_run
+    """Write a checkpoint's weights as safetensors, without holding them in memory. The run may be training meanwhile.
 
-    result = consolidate_run(_existing_run(_session(), run, run_root), step or None)
-    say(f"step {result.step}: {result.url} ({result.bytes / 1e6:.1f} MB, sha256 {result.sha256[:16]}…)")
+    Large checkpoints are copied by Ray tasks, small ones here. A result is checked while it is made and read back for
+    its SHA-256. The same command again goes on where it was cut off.
+    """
+    from jobs.consolidate import Wanted
+    from jobs.consolidate_command import consolidate_and_say
+    from jobs.terminal import parsed_bytes
+
+    wanted = Wanted(dtype, parsed_bytes("--shard-bytes", shard_bytes) if shard_bytes else None, out)
+    session = _session()
+    consolidate_and_say(session, _existing_run(session, run, run_root), step or None, wanted, force=force)
 
 
 @app.command()

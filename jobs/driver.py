@@ -23,8 +23,10 @@ import torch
 
 from jobs import checkpoint
 from jobs.checkpoint import CLAIMS
+from jobs.consolidate import Consolidated
 from jobs.errors import OvertakenError, RecipeError, RunError, RunFailedError
 from jobs.initial_weights import pinned
+from jobs.milestones import MilestoneConsolidator
 from jobs.monitor import FLUSH_INTERVAL_SECONDS, MonitorConfig, RunMonitor
 from jobs.recipe import Recipe
 from jobs.report import REPORT_NAME
@@ -161,6 +163,7 @@ def train(session: Session, plan: RunPlan, claim: Claim, on_status: Callable[[Ma
     from ray.exceptions import RayError
 
     monitor = _start_monitor(session, plan)
+    weights = _consolidator(plan, monitor)
     failure: list[BaseException] = []
     fit = threading.Thread(target=_fit, args=(plan, claim, monitor, failure), name="ray-train", daemon=True)
     with _StopOnSignal(monitor):
@@ -169,7 +172,9 @@ def train(session: Session, plan: RunPlan, claim: Claim, on_status: Callable[[Ma
             fit.join(timeout=1.0)
             try:
                 claim.check()
-                on_status(ray.get(monitor.status.remote()))
+                status: Any = ray.get(monitor.status.remote())
+                weights.look(status.get("checkpoint_step"))
+                on_status(status)
             except RayError:
                 logger.warning("the run's monitor is being restarted")
             except ClaimedError as error:  # the run directory is the other's: nothing more may be written to it
@@ -181,6 +186,7 @@ def train(session: Session, plan: RunPlan, claim: Claim, on_status: Callable[[Ma
         ray.get(monitor.end.remote("failed", reason))
         raise RunFailedError(reason) from failure[0]
     outcome = "finished" if _is_committed_to_the_end(plan) else "stopped"
+    weights.finish(plan.schedule.total_steps if outcome == "finished" else None)
     ray.get(monitor.end.remote(outcome))
     on_status(ray.get(monitor.status.remote()))
     ray.kill(monitor)
@@ -216,6 +222,18 @@ def _start_monitor(session: Session, plan: RunPlan) -> Any:
         raise RunError("run", "must not be running already on this cluster", plan.run.name, remedy) from error
     ray.get(monitor.status.remote())
     return monitor
+
+
+def _consolidator(plan: RunPlan, monitor: Any) -> MilestoneConsolidator:
+    """Writes the weights of milestones beside the training; what comes of it are events, never the run's end."""
+
+    def done(result: Consolidated) -> None:
+        monitor.consolidated.remote(step=result.step, url=result.url, size_bytes=result.bytes, seconds=result.seconds)
+
+    def failed(step: int, error: str) -> None:
+        monitor.consolidation_failed.remote(step=step, error=error)
+
+    return MilestoneConsolidator(plan.run, done, failed)
 
 
 def _fit(plan: RunPlan, claim: Claim, monitor: Any, failure: list[BaseException]) -> None:

@@ -56,6 +56,7 @@ COUNTERS = {
     "hangs": "Ranks that stood still and were killed.",
     "skipped_steps": "Steps without an update, since a loss or gradient was not finite, redone ones included.",
     "rollbacks": "Returns to a checkpoint since a loss or gradient was not finite.",
+    "consolidation_failures": "Milestones, or last checkpoints, whose weights could not be written.",
     "substitutions": "Samples that were replaced since they are unusable, redone ones included.",
     "storage_requests": "Ranged reads of images from the object store, all ranks.",
     "storage_read_bytes": "Bytes of images received from the object store, all ranks.",

@@ -19,6 +19,8 @@ Result = TypeVar("Result")
 
 TASKS_PER_CPU = 2
 """In flight: enough that no core waits for the driver, few enough that a full disk stops the rest."""
+COPIES_PER_NODE = 4
+"""In flight, of tasks that copy: they fill a node's network before its memory."""
 TICK_SECONDS = 1.0
 
 
@@ -54,6 +56,7 @@ def fan_out(
     tasks: Iterable[Task],
     *,
     on_tick: Callable[[], None],
+    copying: bool = False,
 ) -> Iterator[Result]:
     """Run `work(storage, url, task)` for each task, one CPU each; results come in any order.
 
@@ -63,19 +66,22 @@ def fan_out(
         url: Handed to every task.
         tasks: Made one by one, as they are started.
         on_tick: Called at the start and about every second, also while no task ends. What it raises ends the fan-out.
+        copying: The tasks wait for storage more than they compute. They ask for no CPU, so that they also run where
+            training has all of them, a few on each node.
 
     Raises:
         UserError, OSError: One that a task met, as itself; the other tasks are cancelled.
         RunFailedError: A task's process died again and again.
     """
-    remote = ray.remote(num_cpus=1)(work)
+    kind = {"num_cpus": 0, "scheduling_strategy": "SPREAD"} if copying else {"num_cpus": 1}
+    remote = ray.remote(**kind)(work)
     shared = ray.put(storage)
     waiting = iter(tasks)
     running: list[Any] = []
     on_tick()
     try:
         while True:
-            started = itertools.islice(waiting, max(0, _width() - len(running)))
+            started = itertools.islice(waiting, max(0, _width(copying) - len(running)))
             running += [remote.remote(shared, url, task) for task in started]
             if not running:
                 return
@@ -88,8 +94,10 @@ def fan_out(
             ray.cancel(reference)
 
 
-def _width() -> int:
+def _width(copying: bool) -> int:
     """How many tasks may be in flight now: nodes come and go."""
+    if copying:
+        return COPIES_PER_NODE * max(1, sum(node["Alive"] for node in ray.nodes()))  # type: ignore[no-untyped-call]
     return max(1, TASKS_PER_CPU * int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
 
 

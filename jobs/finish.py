@@ -10,11 +10,20 @@ from jobs.reconstruction import write_reconstructions
 from jobs.report import write_report
 from jobs.run_directory import RunDirectory
 from pipeline.dataset import Dataset
+from pipeline.errors import UserError
 
 
 def finish(run: RunDirectory) -> Iterator[str]:
-    """Consolidate the newest checkpoint and write the report; one line about each file, as it is written."""
-    result = consolidate(run)
+    """Write weights, unless the driver has, and the report; one line about each file, as it is written.
+
+    A run whose weights cannot be written is finished all the same: they can be made of its checkpoint later.
+    """
+    try:
+        result = consolidate(run)
+    except (UserError, OSError) as error:
+        yield f"weights: not written, `convmae consolidate {run.name}` does it later: {error}"
+        yield f"report, without a picture: {write_report(run)}"
+        return
     yield f"weights: {result.url} ({result.bytes / 1e6:.1f} MB)"
     yield f"report: {_report(run, result.step)}"
 

@@ -330,6 +330,17 @@ class RunMonitor:
             self._add_event("checkpoint-damaged", step=step, reason=reason)
         self.flush()
 
+    def consolidated(self, *, step: int, url: str, size_bytes: int, seconds: float) -> None:
+        """Note that the weights of a step were written."""
+        with self._lock:
+            self._add_event("consolidated", step=step, url=url, bytes=size_bytes, duration_seconds=round(seconds, 3))
+
+    def consolidation_failed(self, *, step: int, error: str) -> None:
+        """Note a step whose weights could not be written; training goes on."""
+        with self._lock:
+            self._count("consolidation_failures", 1)
+            self._add_event("consolidation-failed", step=step, reason=error)
+
     def counters(self) -> dict[str, float]:
         """What a commit keeps so that counters go on after a restart."""
         with self._lock:

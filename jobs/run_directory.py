@@ -10,7 +10,7 @@
         stop-request.json           there while `convmae stop` waits to be heard
         checkpoints/step-00000050/  native ZeRO files
         commits/step-00000050.json  written last: without it the checkpoint does not exist
-        consolidated/               one safetensors file
+        consolidated/               weights as safetensors
         report.html, reconstructions.png
 
 Object stores cannot append, so events and history are written as small parts that one attempt owns and rewrites.

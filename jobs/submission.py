@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from jobs.errors import ClusterError, RunError
+from jobs.provenance import VARIABLE, git_commit
 from jobs.run_directory import RunDirectory
 from jobs.session import Session, check_answers
 
@@ -36,7 +37,7 @@ def submit(session: Session, run: RunDirectory, trace_url: str = "") -> str:
             metadata={"run": run.name, "run_url": run.url},
             runtime_env={
                 **session.runtime_env(),
-                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_SECONDS)},
+                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_SECONDS), VARIABLE: git_commit(session.environ)},
             },
         )
     )

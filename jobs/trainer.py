@@ -7,6 +7,7 @@ weighted n * W * k / B before DeepSpeed's own division by k micro-batches and av
 from __future__ import annotations
 
 import logging
+import os
 import platform
 import socket
 import tempfile
@@ -44,6 +45,7 @@ from jobs.non_finite import (
     rollbacks_in_a_row,
     stretches,
 )
+from jobs.provenance import git_commit
 from jobs.rank_figures import RankFigures
 from jobs.recipe import Recipe
 from jobs.restore import fetch_newest
@@ -487,4 +489,9 @@ class Trainer:
 def software_versions() -> Mapping[str, str]:
     """Versions that a checkpoint was made with."""
     packages = ("convmae-pretrain", "torch", "deepspeed", "ray", "webdataset")
-    return {"python": platform.python_version(), **{package: version(package) for package in packages}}
+    git = git_commit(os.environ)
+    return {
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+        **({"git": git} if git else {}),
+    }

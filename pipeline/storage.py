@@ -81,6 +81,11 @@ class Storage:
         """The same place named so that a process with another working directory finds it."""
         return str(LocalFileSystem._strip_protocol(url)) if is_local(url) else url
 
+    @staticmethod
+    def local_path(url: str) -> str:
+        """The path of a URL for which `is_local` holds."""
+        return _path(url)
+
     def read(self, url: str) -> bytes:
         """All bytes of a file or object."""
         # A start spares s3fs the HEAD that it sends before every whole read.
@@ -173,6 +178,10 @@ class Storage:
         self._put_local(
             str(local_path), lambda temporary: self._call(url, lambda fs, path: fs.get_file(path, str(temporary)))
         )
+
+    def attempt(self, url: str, call: Callable[[Any, str], T]) -> T:
+        """Run `call(filesystem, path)` with the retries and errors of every other method; it must be safe to repeat."""
+        return self._call(url, call)
 
     def exists(self, url: str) -> bool:
         """Whether a file or object (not a folder or prefix) lies there."""
@@ -277,6 +286,11 @@ class Storage:
 def is_local(url: str) -> bool:
     """Whether `url` is a path on this machine: ``file://`` or no protocol at all."""
     return _protocol(url) in ("file", "local")
+
+
+def is_s3(url: str) -> bool:
+    """Whether `url` is on S3 or a store that speaks its language."""
+    return _protocol(url) in _S3
 
 
 def is_web(url: str) -> bool:

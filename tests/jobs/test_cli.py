@@ -224,6 +224,10 @@ def test_what_does_not_fit_the_run_is_refused(convmae: Convmae, root: str) -> No
     assert_refused(convmae("stop", "first", "--run-root", root), "first (finished)", "nothing to stop")
     assert_refused(convmae("consolidate", "first", "--run-root", root), "committed checkpoint", "first")
     assert_refused(convmae("consolidate", "first", "--step", "3", "--run-root", root), "step", "none yet")
+    assert_refused(convmae("consolidate", "first", "--dtype", "fp8", "--run-root", root), "--dtype", "'fp8'")
+    assert_refused(convmae("consolidate", "first", "--shard-bytes", "some"), "--shard-bytes", "256MB")
+    several = ("--shard-bytes", "1GB", "--out", "a.safetensors")
+    assert_refused(convmae("consolidate", "first", *several), "--out", "must be a folder")
 
 
 def commit(run: RunDirectory, step: int, folder: Path, milestone: bool = False) -> Path:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from testbed import TILES, Command, losses, small_recipe, wait_until
 
 from jobs import checkpoint
-from jobs.consolidate import load_consolidated
+from jobs.consolidate import is_consolidated, load_consolidated
 from model import ConvMAE
 
 EPOCHS = 10
@@ -23,7 +23,9 @@ STEPS = EPOCHS * TILES // 12
 def finished(convmae: Command, data: str) -> str:
     """Name of a run that was submitted, watched while it ran, and finished."""
     name = "main"
-    out, _ = convmae("submit", *small_recipe(data, epochs=EPOCHS, checkpoint_every_steps=20), "--run", name)
+    out, _ = convmae(
+        "submit", *small_recipe(data, epochs=EPOCHS, checkpoint_every_steps=20, milestone_epochs=[5]), "--run", name
+    )
     assert f"submitted {name}-a1 (a new run)" in out
     run = convmae.run(name)
     wait_until("the first step", lambda: bool(run.read_heartbeat().get("loss")), 90)
@@ -48,7 +50,9 @@ def test_history_has_every_step_once_and_the_loss_falls(convmae: Command, finish
 
 def test_consolidated_weights_load_into_the_model(convmae: Command, finished: str, tmp_path: Path) -> None:
     run = convmae.run(finished)
-    out, _ = convmae("consolidate", finished, "--step", str(STEPS))
+    _, err = convmae("consolidate", finished, code=2)  # the run did it by itself
+    assert "target: must not exist" in err
+    out, _ = convmae("consolidate", finished, "--step", str(STEPS), "--force")
     assert f"step {STEPS}" in out
 
     model = ConvMAE(run.read_recipe().model)
@@ -69,6 +73,9 @@ def test_run_directory_holds_what_a_run_leaves_behind(convmae: Command, finished
     assert kinds[0] == "start"
     assert kinds[-1] == "finished"
     assert kinds.count("checkpoint") == STEPS // 20
+    weights = [event["step"] for event in run.read_events() if event["kind"] == "consolidated"]
+    assert weights == [STEPS // 2, STEPS]  # the milestone, while training went on, and the end
+    assert all(is_consolidated(run, step) for step in weights)
     assert checkpoint.committed_steps(run) == [STEPS - 40, STEPS - 20, STEPS]
     assert run.storage.read(run.path("reconstructions.png")).startswith(b"\x89PNG")
     assert b"<html" in run.storage.read(run.path("report.html"))
@@ -107,7 +114,7 @@ def test_a_finished_run_is_not_started_over(convmae: Command, data: str, finishe
     before = convmae.run(finished).read_history()
 
     for command in ("submit", "pretrain"):
-        arguments = small_recipe(data, epochs=EPOCHS, checkpoint_every_steps=20)
+        arguments = small_recipe(data, epochs=EPOCHS, checkpoint_every_steps=20, milestone_epochs=[5])
         assert f"{finished} is finished" in convmae(command, *arguments, "--run", finished)[0]
 
     assert convmae.run(finished).read_history() == before
@@ -116,7 +123,7 @@ def test_a_finished_run_is_not_started_over(convmae: Command, data: str, finishe
 def test_another_recipe_under_the_same_name_is_refused_with_what_differs(
     convmae: Command, data: str, finished: str
 ) -> None:
-    arguments = small_recipe(data, epochs=EPOCHS, checkpoint_every_steps=20, seed=7)
+    arguments = small_recipe(data, epochs=EPOCHS, checkpoint_every_steps=20, milestone_epochs=[5], seed=7)
 
     _, err = convmae("submit", *arguments, "model.mask_ratio=0.5", "--run", finished, code=2)
 

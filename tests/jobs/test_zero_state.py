@@ -17,14 +17,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from zero_material import commit_zero_files
 
 import jobs
+from jobs.consolidate import consolidate, load_consolidated
 from jobs.errors import CheckpointError
 from jobs.recipe import Recipe
 from jobs.recipes import named_recipe
+from jobs.run_directory import RunDirectory
 from jobs.zero_state import MASTER, MOMENTS, ZeroState, read_zero_state
 from model import ConvMAE
 from model.config import PARTS
+from pipeline.storage import Storage
 
 WORKER = Path(__file__).with_name("zero_worker.py")
 PROJECT = Path(jobs.__file__).parent.parent
@@ -181,6 +185,18 @@ def test_weights_are_bit_equal_to_deepspeeds_own(runs: Runs, stage: int, world_s
     assert_bit_equal(run.state.weights(), {**expected_fixed(recipe(stage)), **own})
     assert run.state.optimizer_step == 2
     assert all(tensor.abs().sum() > 0 for kind in MOMENTS for tensor in run.state.tensors[kind].values())
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_consolidated_file_holds_the_same_weights(runs: Runs, tmp_path: Path, stage: int, world_size: int) -> None:
+    saved_run = saved(runs, world_size, stage)
+    run = RunDirectory.of(Storage(), str(tmp_path), "first")
+    commit_zero_files(run, recipe(stage), saved_run.folder, step=2, stage=stage, world_size=world_size)
+
+    consolidate(run, part_bytes=1 << 17)
+
+    assert_bit_equal(load_consolidated(run, 2), saved_run.state.weights())
 
 
 @pytest.mark.parametrize("stage", STAGES)

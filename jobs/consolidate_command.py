@@ -1,0 +1,83 @@
+"""`convmae consolidate` as a person follows it: where it runs, how far it is, and what came of it."""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+from jobs.consolidate import Consolidated, FanOut, Progress, Wanted, commit_of, consolidate, in_threads
+from jobs.run_directory import RunDirectory
+from jobs.session import Session
+from jobs.terminal import bytes_text, duration_text, progress_bar, say
+from jobs.weight_files import PART_BYTES
+
+CLUSTER_BYTES = 2 << 30
+"""Checkpoints from this size on are worth starting tasks on a cluster for; smaller ones take seconds here."""
+
+
+def consolidate_and_say(session: Session, run: RunDirectory, step: int | None, wanted: Wanted, *, force: bool) -> None:
+    """Consolidate a step, show progress, and say what was made.
+
+    Raises:
+        UserError: There is no such checkpoint, the result exists, a file of it is damaged, a value does not fit.
+    """
+    commit = commit_of(run, step)
+    fan_out = _fan_out(session, commit.bytes)
+    with _shown() as show:
+        result = consolidate(
+            run,
+            commit.step,
+            wanted,
+            if_exists="replace" if force else "refuse",
+            fan_out=fan_out,
+            on_progress=show,
+            on_wait=lambda holder: say(f"a claim is held by {holder}; watching for up to 30 s whether it still works"),
+        )
+    say(result_line(result))
+
+
+def result_line(result: Consolidated) -> str:
+    """What was made, in one line."""
+    size, seconds = bytes_text(result.bytes), duration_text(result.seconds)
+    if len(result.files) == 1 and result.url == result.files[0].url:
+        return f"step {result.step}: {result.url} ({size}, sha256 {result.files[0].sha256[:16]}…) in {seconds}"
+    kept = f", {result.kept} of them kept" if result.kept else ""
+    return f"step {result.step}: {result.url} ({len(result.files)} files{kept}, {size}) in {seconds}"
+
+
+def progress_text(now: Progress, seconds: float) -> str:
+    """The figures of a consolidation in one line; what was kept says nothing about the rate."""
+    rate = now.bytes / seconds if seconds else 0.0
+    fresh = now.done - now.kept
+    remaining = seconds / fresh * (now.total - now.done) if fresh else None
+    return f"{bytes_text(now.bytes)} · {bytes_text(rate)}/s · ETA {duration_text(remaining)}"
+
+
+def _fan_out(session: Session, checkpoint_bytes: int) -> FanOut:
+    if checkpoint_bytes < CLUSTER_BYTES or "RAY_ADDRESS" not in session.environ:
+        return in_threads(PART_BYTES, most=2 * (os.cpu_count() or 1))
+    session.connect()
+    from jobs.fan_out import fan_out
+
+    return functools.partial(fan_out, copying=True)
+
+
+@contextmanager
+def _shown() -> Iterator[Callable[[str, Progress], None]]:
+    """Show parts as they are made; then the stages that follow, by name."""
+    began = time.monotonic()
+    with ExitStack() as bars:
+        stage, draw = "", None
+
+        def show(name: str, now: Progress) -> None:
+            nonlocal stage, draw
+            if draw is None or name != stage:
+                bars.close()
+                stage, draw = name, bars.enter_context(progress_bar(name))
+            figures = progress_text(now, time.monotonic() - began) if name == "parts" else bytes_text(now.bytes)
+            draw(now.done, now.total, figures)
+
+        yield show

@@ -1,0 +1,285 @@
+"""A file of `torch.save`, looked into by ranged reads: what it holds, and where each tensor's bytes lie.
+
+Such a file is a zip archive of stored (not compressed) records: `data.pkl` has the objects, `data/<key>` the bytes of
+each storage. Nothing is executed: the pickle's tensors become `LazyTensor`s, plain containers themselves, and whatever
+else it names, DeepSpeed's classes for example, an inert `Opaque`. That is stricter than `weights_only`, which refuses
+such files. Neither torch nor DeepSpeed is imported: a process that only copies bytes needs a fifth of their memory.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import math
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.errors import DamagedCheckpointError
+from pipeline.storage import Storage
+
+_BUFFER_BYTES = 1 << 16
+_LOCAL_HEADER_BYTES = 30
+
+STORAGE_DTYPES = {
+    "DoubleStorage": "F64",
+    "FloatStorage": "F32",
+    "HalfStorage": "F16",
+    "BFloat16Storage": "BF16",
+    "LongStorage": "I64",
+    "IntStorage": "I32",
+    "ShortStorage": "I16",
+    "CharStorage": "I8",
+    "ByteStorage": "U8",
+    "BoolStorage": "BOOL",
+    "ComplexFloatStorage": "C64",
+}
+"""torch's storage classes, and the dtypes by which safetensors knows their elements."""
+
+ITEM_BYTES = {
+    "F64": 8, "I64": 8, "C64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Record:
+    """One storage's bytes in a file."""
+
+    url: str
+    name: str
+    offset: int
+    """Of the first byte in the file."""
+    bytes: int
+    crc32: int
+    """Of the whole record, as the archive's directory has it."""
+
+
+@dataclass(frozen=True)
+class TensorPlace:
+    """Where a contiguous tensor lies."""
+
+    record: Record
+    dtype: str
+    """As in safetensors, for example `F32`."""
+    shape: tuple[int, ...]
+    first: int
+    """Its first element within the record."""
+
+    @property
+    def elements(self) -> int:
+        """How many."""
+        return math.prod(self.shape)
+
+
+class Opaque:
+    """Stands for an object of a class that is not needed; takes whatever a pickle does to it, and does nothing."""
+
+    def __init__(self, *arguments: object, **named: object) -> None: ...
+
+    def __setstate__(self, state: object) -> None: ...
+
+    def __setitem__(self, key: object, value: object) -> None: ...
+
+    def append(self, item: object) -> None:
+        """As a list's."""
+
+    def extend(self, items: object) -> None:
+        """As a list's."""
+
+    def add(self, item: object) -> None:
+        """As a set's."""
+
+    def update(self, *items: object) -> None:
+        """As a set's."""
+
+
+def read_archive(storage: Storage, url: str, size: int) -> Any:
+    """What `torch.load` would give, with tensors as `LazyTensor`s, other than plain objects as `Opaque`s.
+
+    Args:
+        storage: Reaches the file.
+        url: Of the file.
+        size: Its bytes, as they were when it was written.
+
+    Raises:
+        DamagedCheckpointError: It is missing, truncated, or its directory or pickle is not as it was written.
+    """
+    file: io.BufferedReader[Any] = io.BufferedReader(_RangedFile(storage, url, size), _BUFFER_BYTES)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return _Reader(url, archive, file).contents()
+    except FileNotFoundError:
+        raise damaged(url, "it is missing") from None
+    except (
+        zipfile.BadZipFile,
+        pickle.UnpicklingError,
+        ValueError,
+        LookupError,
+        EOFError,
+        TypeError,
+        AttributeError,
+    ) as e:
+        if isinstance(e, DamagedCheckpointError):
+            raise
+        raise damaged(url, f"its directory cannot be read: {e}") from e
+
+
+def damaged(url: str, what: str) -> DamagedCheckpointError:
+    """The error for a file of a checkpoint that is not as it was written."""
+    remedy = "choose another --step; `convmae status` shows the newest"
+    return DamagedCheckpointError("checkpoint", f"must be as it was written ({what})", url, remedy)
+
+
+class _Reader:
+    """One archive, while it is open."""
+
+    def __init__(self, url: str, archive: zipfile.ZipFile, file: io.BufferedReader[Any]) -> None:
+        self._url, self._archive, self._file = url, archive, file
+        names = archive.namelist()
+        self._root = names[0].partition("/")[0] if names else ""
+        self._records: dict[str, Record] = {}
+
+    def contents(self) -> Any:
+        if self._archive.read(f"{self._root}/byteorder") != b"little":
+            raise damaged(self._url, "it is not of a little-endian machine")
+        pickled = self._archive.read(f"{self._root}/data.pkl")  # checked against its CRC-32
+        return _Unpickler(io.BytesIO(pickled), self._record).load()
+
+    def _record(self, key: str) -> Record:
+        if key not in self._records:
+            info = self._archive.getinfo(f"{self._root}/data/{key}")
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise damaged(self._url, f"{info.filename} is compressed")
+            offset = self._data_offset(info) if info.file_size else info.header_offset
+            self._records[key] = Record(self._url, info.filename, offset, info.file_size, info.CRC)
+        return self._records[key]
+
+    def _data_offset(self, info: zipfile.ZipInfo) -> int:
+        """Behind the local header, whose padding the directory does not tell."""
+        self._file.seek(info.header_offset)
+        header = self._file.read(_LOCAL_HEADER_BYTES)
+        if header[:4] != b"PK\x03\x04":
+            raise damaged(self._url, f"{info.filename} has no header where the directory says")
+        name_bytes, extra_bytes = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+        return info.header_offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
+
+
+class _StorageOnDemand:
+    """A storage that the pickle names; its place is looked up when a tensor that somebody wants lies in it."""
+
+    def __init__(self, dtype: str, key: str) -> None:
+        self.dtype, self.key = dtype, key
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """A tensor of the pickle. `place()` finds where it lies, which may take a read."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    find: Callable[[], Record]
+    first: int
+    stride: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        """How many."""
+        return math.prod(self.shape)
+
+    def place(self) -> TensorPlace:
+        """Where it lies.
+
+        Raises:
+            DamagedCheckpointError: It is not contiguous, or its storage is shorter than it.
+        """
+        expected, wanted = 1, []
+        for length in reversed(self.shape):
+            wanted.append(expected)
+            expected *= length
+        strided = zip(self.shape, self.stride, reversed(wanted), strict=True)
+        record = self.find()
+        if self.elements and any(length > 1 and stride != want for length, stride, want in strided):
+            raise damaged(record.url, f"{record.name} holds a tensor that is not contiguous")
+        if self.dtype not in ITEM_BYTES:
+            raise damaged(record.url, f"{record.name} holds elements of an unknown type, {self.dtype}")
+        if (self.first + self.elements) * ITEM_BYTES[self.dtype] > record.bytes:
+            raise damaged(record.url, f"{record.name} is shorter than a tensor in it")
+        return TensorPlace(record, self.dtype, self.shape, self.first)
+
+
+class _Unpickler(pickle.Unpickler):
+    """Makes plain containers, tensors and opaque objects; no name of the pickle is ever imported or called."""
+
+    def __init__(self, file: io.BytesIO, record: Callable[[str], Record]) -> None:
+        super().__init__(file)
+        self._record = record
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in STORAGE_DTYPES:
+            return STORAGE_DTYPES[name]
+        return _PLAIN.get((module, name)) or {
+            "_rebuild_tensor_v2": self._tensor,
+            "_rebuild_parameter": _first,
+            "_rebuild_parameter_with_state": _first,
+            "_rebuild_from_type_v2": _from_type,
+        }.get(name if module in ("torch._utils", "torch._tensor") else "", Opaque)
+
+    def persistent_load(self, pid: Any) -> Any:
+        kind, dtype, key, *_ = pid
+        if kind != "storage":
+            raise pickle.UnpicklingError(f"an unknown kind of reference, {kind!r}")
+        return _StorageOnDemand(dtype if isinstance(dtype, str) else "of a storage without type", str(key))
+
+    def _tensor(
+        self, stored: Any, first: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: object
+    ) -> LazyTensor:
+        return LazyTensor(tuple(shape), stored.dtype, lambda: self._record(stored.key), int(first), tuple(stride))
+
+
+_PLAIN: Mapping[tuple[str, str], Any] = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch", "Size"): tuple,
+}
+
+
+def _first(value: Any, *_: object) -> Any:
+    return value
+
+
+def _from_type(rebuild: Callable[..., Any], _: object, arguments: tuple[Any, ...], *__: object) -> Any:
+    return rebuild(*arguments)
+
+
+class _RangedFile(io.RawIOBase):
+    """A file in storage, read by ranges; reads that follow each other are left to a buffer above."""
+
+    def __init__(self, storage: Storage, url: str, size: int) -> None:
+        super().__init__()
+        self._storage, self._url, self._size, self._position = storage, url, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size}[whence]
+        if start + offset < 0:
+            raise ValueError("the file is shorter than a zip archive")
+        self._position = start + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), self._size - self._position)
+        if wanted <= 0:
+            return 0
+        data = self._storage.read_range(self._url, self._position, wanted)
+        buffer[: len(data)] = data
+        self._position += len(data)
+        return len(data)

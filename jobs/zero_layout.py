@@ -1,0 +1,213 @@
+"""Where in DeepSpeed's ZeRO files the values of each named tensor lie; reads metadata, moves no weight.
+
+The layouts are those of `jobs.zero_state`: ZeRO 1 and 2 cut the concatenation of a group's parameters into as many
+equal ranges as there were ranks, ZeRO 3 cuts each parameter. Either way element i of a tensor lies in vector
+i // share at `offset + i % share`, with one vector for ZeRO 1 and 2 and one a rank for ZeRO 3.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.checkpoint import Commit, folder_name
+from jobs.errors import CheckpointError
+from jobs.run_directory import RunDirectory
+from jobs.torch_archive import ITEM_BYTES, LazyTensor, Record, damaged, read_archive
+
+_THREADS = 8
+"""Files that are looked into at once."""
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclass(frozen=True)
+class Extent:
+    """Bytes that lie together in one record."""
+
+    record: Record
+    start: int
+    """Within the record."""
+    bytes: int
+
+
+class Vector:
+    """Tensors of one type, one behind the other, in any number of files."""
+
+    def __init__(self, tensors: Sequence[LazyTensor]) -> None:
+        self._places = [tensor.place() for tensor in tensors]
+        self._ends = list(itertools.accumulate(place.elements for place in self._places))
+        self.dtype = self._places[0].dtype if self._places else "F32"
+        self.elements = self._ends[-1] if self._ends else 0
+
+    @property
+    def records(self) -> list[Record]:
+        """Where its tensors lie."""
+        return [place.record for place in self._places]
+
+    def extents(self, start: int, stop: int) -> Iterator[Extent]:
+        """The bytes of elements [start, stop), in order."""
+        item = ITEM_BYTES[self.dtype]
+        index = bisect.bisect_right(self._ends, start)
+        while start < stop:
+            place, begin = self._places[index], self._ends[index] - self._places[index].elements
+            end = min(stop, self._ends[index])
+            yield Extent(place.record, (place.first + start - begin) * item, (end - start) * item)
+            start, index = end, index + 1
+
+
+@dataclass(frozen=True)
+class SourceTensor:
+    """A named tensor of the model, and where its elements lie."""
+
+    name: str
+    shape: tuple[int, ...]
+    vectors: tuple[Vector, ...]
+    offset: int
+    """Of its first element in each vector."""
+    share: int
+    """Elements that a vector holds of it, at most."""
+
+    @property
+    def dtype(self) -> str:
+        """As in safetensors, as it is stored."""
+        return self.vectors[0].dtype
+
+    @property
+    def is_floating_point(self) -> bool:
+        """Whether it is converted to the dtype that is asked for."""
+        return self.dtype in _FLOATS
+
+    @property
+    def elements(self) -> int:
+        """How many."""
+        return math.prod(self.shape)
+
+    def extents(self, start: int, stop: int) -> Iterator[Extent]:
+        """The bytes of its elements [start, stop), in order."""
+        while start < stop:
+            index, within = divmod(start, self.share)
+            end = min(stop, (index + 1) * self.share)
+            yield from self.vectors[index].extents(self.offset + within, self.offset + within + end - start)
+            start = end
+
+
+def read_layout(run: RunDirectory, commit: Commit) -> list[SourceTensor]:
+    """Find every tensor of the model's state dict in a checkpoint: trained, frozen, and buffers.
+
+    Trained parameters come first, in the order in which they lie in the files.
+
+    Raises:
+        DamagedCheckpointError: A file is missing, has another size than the commit says, or is not as it was written.
+        CheckpointError: The files are of a kind that is not handled.
+    """
+    models, optimizers = _read_files(run, commit)
+    states = [optimizer["optimizer_state_dict"] for optimizer in optimizers]
+    stage_3 = "fp32_flat_groups" in states[0]
+    key = "fp32_flat_groups" if stage_3 else "single_partition_of_fp32_groups"
+    if any(key not in state for state in states):
+        raise CheckpointError("checkpoint", "must be of ZeRO 1, 2 or 3", run.name, "choose another --step")
+    _check_ranks(run, states)
+    groups: list[list[LazyTensor]] = [state[key] for state in states]
+    shapes: list[Mapping[str, tuple[int, ...]]] = models[0]["param_shapes"]
+    if stage_3:
+        trained = list(_cut_parameters(run, shapes, groups))
+    else:
+        trained = list(_cut_groups(run, shapes, groups, states[0].get("param_alignment_paddings")))
+    known = {tensor.name: tensor for tensor in trained}
+    known.update({tensor.name: tensor for tensor in _fixed(models, set(known))})
+    for alias, name in models[0].get("shared_params", {}).items():
+        if name in known:
+            original = known[name]
+            known[alias] = SourceTensor(alias, original.shape, original.vectors, original.offset, original.share)
+    return list(known.values())
+
+
+def _read_files(run: RunDirectory, commit: Commit) -> tuple[list[Any], list[Any]]:
+    """Contents of the files with model states and of those with optimizer states, both by rank."""
+    sizes = {file.name: file.bytes for file in commit.files}
+    folder = run.path("checkpoints", folder_name(commit.step))
+
+    def check_size(name: str) -> None:
+        try:
+            found = run.storage.size(run.storage.join(folder, name))
+        except FileNotFoundError:
+            raise damaged(run.storage.join(folder, name), "it is missing") from None
+        if found != sizes[name]:
+            raise damaged(run.storage.join(folder, name), f"it has {found} bytes, not {sizes[name]}")
+
+    def read(name: str) -> Any:
+        return read_archive(run.storage, run.storage.join(folder, name), sizes[name])
+
+    models, optimizers = (_by_rank(sizes, suffix) for suffix in ("_model_states.pt", "_optim_states.pt"))
+    if not models or not optimizers:
+        raise CheckpointError("checkpoint", "must hold ZeRO files", folder, "choose another --step")
+    with ThreadPoolExecutor(_THREADS) as threads:
+        list(threads.map(check_size, sizes))
+        return list(threads.map(read, models)), list(threads.map(read, optimizers))
+
+
+def _by_rank(names: Mapping[str, int], suffix: str) -> list[str]:
+    found = [name for name in names if name.endswith(suffix)]
+    return sorted(found, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
+
+
+def _check_ranks(run: RunDirectory, states: Sequence[Mapping[str, Any]]) -> None:
+    counts = states[0].get("partition_count", len(states))
+    ranks = max(counts) if isinstance(counts, list) else counts
+    if ranks != len(states):
+        rule = f"must hold the optimizer states of all its {ranks} ranks"
+        raise CheckpointError("checkpoint", rule, f"{len(states)} of {run.name}", "choose another --step")
+
+
+def _cut_groups(
+    run: RunDirectory,
+    shapes: Sequence[Mapping[str, tuple[int, ...]]],
+    groups: Sequence[Sequence[LazyTensor]],
+    paddings: Sequence[Sequence[int]] | None,
+) -> Iterator[SourceTensor]:
+    """ZeRO 1 and 2. DeepSpeed aligns groups to twice the ranks, and may pad behind each parameter."""
+    align = 2 * len(groups)
+    for index, group in enumerate(shapes):
+        vector, offset = Vector([rank[index] for rank in groups]), 0
+        for number, (name, shape) in enumerate(group.items()):
+            yield SourceTensor(name, tuple(shape), (vector,), offset, max(1, math.prod(shape)))
+            offset += math.prod(shape) + (paddings[index][number] if paddings else 0)
+        _check_length(run, math.ceil(offset / align) * align, math.ceil(vector.elements / align) * align)
+
+
+def _cut_parameters(
+    run: RunDirectory, shapes: Sequence[Mapping[str, tuple[int, ...]]], groups: Sequence[Sequence[LazyTensor]]
+) -> Iterator[SourceTensor]:
+    """ZeRO 3."""
+    vectors, offset = tuple(Vector(rank) for rank in groups), 0
+    for group in shapes:
+        for name, shape in group.items():
+            share = math.ceil(math.prod(shape) / len(vectors))
+            yield SourceTensor(name, tuple(shape), vectors, offset, max(1, share))
+            offset += share
+    for vector in vectors:
+        _check_length(run, offset, vector.elements)
+
+
+def _check_length(run: RunDirectory, needed: int, there: int) -> None:
+    if needed != there:
+        rule = f"must hold as many values as its parameters have ({needed})"
+        raise CheckpointError("checkpoint", rule, f"{there} in {run.name}", "choose another --step")
+
+
+def _fixed(models: Sequence[Mapping[str, Any]], trained: set[str]) -> Iterator[SourceTensor]:
+    """Frozen parameters and buffers: in the module's state below ZeRO 3, else frozen parameters lie in ranges."""
+    frozen = models[0].get("frozen_param_shapes") or {}
+    for name, tensor in models[0]["module"].items():
+        if name not in trained and name not in frozen and isinstance(tensor, LazyTensor):
+            yield SourceTensor(name, tensor.shape, (Vector([tensor]),), 0, max(1, tensor.elements))
+    for name, shape in frozen.items():
+        fragments = tuple(Vector([model["frozen_param_fragments"][name]]) for model in models)
+        share = math.ceil(math.prod(shape) / len(fragments))
+        yield SourceTensor(name, tuple(shape), fragments, 0, max(1, share))

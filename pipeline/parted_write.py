@@ -1,0 +1,185 @@
+"""One object that several processes write together, each its parts, and that nobody sees until all are there.
+
+On S3 this is a multipart upload, on a local path a hidden file beside the target and a rename. Other stores have one
+writer an object: `write_stream`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline import faults
+from pipeline.storage import Storage, is_local, is_s3
+
+MOST_PARTS = 10_000
+"""S3's limit for one object."""
+LEAST_PART_BYTES = 5 << 20
+"""S3's limit for all parts but the last."""
+
+
+@dataclass(frozen=True)
+class PartedWrite:
+    """An object that is being written. A picklable value: any process may write parts of it."""
+
+    url: str
+    token: str
+    """S3's upload id; in a folder what the hidden file is named after."""
+
+
+@dataclass(frozen=True)
+class WrittenPart:
+    """What the store answered for one part."""
+
+    number: int
+    """From 1 on."""
+    etag: str
+
+
+def takes_parts(url: str) -> bool:
+    """Whether several processes can write one object there."""
+    return is_local(url) or is_s3(url)
+
+
+def begin(storage: Storage, url: str) -> PartedWrite:
+    """Start writing. What was begun before for the same target and never finished is swept away.
+
+    The caller must hold a claim on the target: two writers would sweep each other's parts away.
+    """
+    abandon_all(storage, url)
+    if is_local(url):
+        path = Path(Storage.local_path(url))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return PartedWrite(url, uuid.uuid4().hex)
+    answer = storage.attempt(url, lambda fs, path: _s3(fs, path, "create_multipart_upload"))
+    return PartedWrite(url, answer["UploadId"])
+
+
+def write_part(storage: Storage, target: PartedWrite, number: int, offset: int, data: bytes) -> WrittenPart:
+    """Write one part; safe to repeat.
+
+    Args:
+        storage: Reaches the target.
+        target: From `begin`.
+        number: From 1 on, ascending with the offset.
+        offset: Of the part's first byte in the object.
+        data: At least LEAST_PART_BYTES, but for the last part.
+    """
+    if is_local(target.url):
+        storage.attempt(target.url, lambda *_: _write_at(_hidden(target), offset, data))
+        return WrittenPart(number, "")
+    answer = storage.attempt(
+        target.url,
+        lambda fs, path: _s3(fs, path, "upload_part", UploadId=target.token, PartNumber=number, Body=data),
+    )
+    return WrittenPart(number, answer["ETag"])
+
+
+def finish(storage: Storage, target: PartedWrite, parts: Sequence[WrittenPart]) -> None:
+    """Make the object visible, whole; it replaces what was there."""
+    if is_local(target.url):
+        storage.attempt(target.url, lambda *_: _rename(target))
+        return
+    numbered = [{"PartNumber": part.number, "ETag": part.etag} for part in sorted(parts, key=lambda part: part.number)]
+    lost_answer = False
+
+    def complete(filesystem: Any, path: str) -> None:
+        nonlocal lost_answer
+        try:
+            _s3(
+                filesystem,
+                path,
+                "complete_multipart_upload",
+                UploadId=target.token,
+                MultipartUpload={"Parts": numbered},
+            )
+        except Exception as error:
+            if not (lost_answer and faults.http_code(error) == "NoSuchUpload"):
+                lost_answer = True
+                raise
+
+    storage.attempt(target.url, complete)
+
+
+def abandon_all(storage: Storage, url: str) -> None:
+    """Sweep away what was begun for this target and never finished; invisible, but it takes space."""
+    if is_local(url):
+        target = Path(Storage.local_path(url))
+        for leftover in target.parent.glob(f".{target.name}.*.parts"):
+            leftover.unlink(missing_ok=True)
+    elif is_s3(url):
+        for upload_id in storage.attempt(url, _open_uploads):
+            abort = functools.partial(_s3, method="abort_multipart_upload", UploadId=upload_id)
+            with contextlib.suppress(FileNotFoundError):
+                storage.attempt(url, abort)
+
+
+def write_stream(storage: Storage, url: str, pieces: Callable[[], Iterable[bytes]]) -> None:
+    """Write one object piece by piece with fsspec's own writer; it is visible when all is written.
+
+    Args:
+        storage: Reaches the target.
+        url: On any store; not for a local path, where a half-written file would be seen.
+        pieces: Gives the content from its beginning, each time it is called.
+    """
+
+    def write(filesystem: Any, path: str) -> None:
+        file = filesystem.open(path, "wb")
+        try:
+            for piece in pieces():
+                file.write(piece)
+        except BaseException:
+            with contextlib.suppress(Exception):
+                file.discard()
+            with contextlib.suppress(AttributeError):  # else fsspec would finish it when it is collected
+                file.closed = True
+            raise
+        file.close()
+
+    storage.attempt(url, write)
+
+
+def _s3(filesystem: Any, path: str, method: str, **arguments: Any) -> Any:
+    bucket, key, _ = filesystem.split_path(path)
+    return filesystem.call_s3(method, Bucket=bucket, Key=key, **arguments)
+
+
+def _open_uploads(filesystem: Any, path: str) -> list[str]:
+    bucket, key, _ = filesystem.split_path(path)
+    answer = filesystem.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=key)
+    return [upload["UploadId"] for upload in answer.get("Uploads") or () if upload["Key"] == key]
+
+
+def _hidden(target: PartedWrite) -> Path:
+    path = Path(Storage.local_path(target.url))
+    return path.with_name(f".{path.name}.{target.token}.parts")
+
+
+def _write_at(path: Path, offset: int, data: bytes) -> None:
+    with _opened(path, os.O_WRONLY | os.O_CREAT) as file:
+        view = memoryview(data)
+        while view:
+            written = os.pwrite(file, view, offset)
+            view, offset = view[written:], offset + written
+
+
+@contextlib.contextmanager
+def _opened(path: Path, flags: int) -> Iterator[int]:
+    file = os.open(path, flags, 0o644)
+    try:
+        yield file
+    finally:
+        os.close(file)
+
+
+def _rename(target: PartedWrite) -> None:
+    hidden = _hidden(target)
+    with _opened(hidden, os.O_WRONLY) as file:
+        os.fsync(file)
+    hidden.replace(Storage.local_path(target.url))
