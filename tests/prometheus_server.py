@@ -19,7 +19,7 @@ PROMETHEUS = shutil.which("prometheus")
 PROMTOOL = shutil.which("promtool")
 
 _CONFIGURATION = """
-global: {{scrape_interval: 200ms, evaluation_interval: 200ms}}
+global: {{scrape_interval: 1s, evaluation_interval: 1s}}
 rule_files: [{rules}]
 scrape_configs:
   - job_name: convmae
@@ -29,7 +29,7 @@ scrape_configs:
 
 @contextmanager
 def prometheus(folder: Path, target: str, rules: Path) -> Iterator[str]:
-    """Run one that scrapes `target` and evaluates `rules` five times a second; gives its URL."""
+    """Run one that scrapes `target` and evaluates `rules` every second; gives its URL."""
     assert PROMETHEUS
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -60,7 +60,7 @@ def asked(url: str, query: str, at_seconds: float | None = None) -> list[dict[st
         raise ValueError(f"{query}: {error.read().decode()}") from error
 
 
-def wait_for_series(url: str, query: str, seconds: float = 30.0) -> None:
+def wait_for_series(url: str, query: str, seconds: float = 120.0) -> None:
     """Poll until `query` has an answer."""
     deadline = time.monotonic() + seconds
     while True:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import urllib.request
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors import safe_open
@@ -13,6 +15,7 @@ from testbed import TILES, Command, losses, small_recipe, wait_until
 
 from jobs import checkpoint
 from jobs.consolidate import is_consolidated, load_consolidated
+from jobs.stack import Stack
 from model import ConvMAE
 
 EPOCHS = 10
@@ -90,6 +93,29 @@ def test_status_and_list_tell_of_the_run(convmae: Command, finished: str) -> Non
     assert f"{STEPS} of {STEPS}" in convmae("status", finished)[0]
     for follow in ((), ("--follow",)):
         assert f"{finished} {STEPS}/{STEPS} finished" in convmae("logs", finished, *follow)[0]
+
+
+def test_no_secret_is_in_anything_that_a_run_leaves_behind(convmae: Command, finished: str, local_stack: Stack) -> None:
+    settings, run = local_stack.settings, convmae.run(finished)
+    token = settings.token_path.read_text().strip()
+    secrets = [secret.encode() for secret in (settings.secret_key, settings.internal_key, token)]
+    assert all(len(secret) >= 16 for secret in secrets)
+
+    left = {name: run.storage.read(run.path(name)) for name in run.storage.list_files(run.url)}
+    folders = (settings.home / "logs", settings.home / "prometheus", settings.run_dir / "ray")
+    for path in (path for folder in folders for path in folder.rglob("*") if path.is_file() and not path.is_symlink()):
+        left[str(path)] = path.read_bytes()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            left[f"command line of {process.pid}"] = "\0".join(process.cmdline()).encode()
+    for command in (("status", finished, "--json"), ("logs", finished), ("inspect", "tiny", "--json"), ("doctor",)):
+        left[" ".join(command)] = convmae(*command)[0].encode()
+
+    assert "report.html" in left
+    assert any("ray/session" in name for name in left)
+    assert [name for name, content in left.items() if any(secret in content for secret in secrets)] == []
+    for path in (settings.token_path, settings.identities_path, settings.home / "stack.json"):
+        assert path.stat().st_mode & 0o077 == 0
 
 
 def test_the_doctor_examines_every_node_and_the_store(convmae: Command, finished: str) -> None:
