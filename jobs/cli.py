@@ -605,8 +605,8 @@ def export(
         directory = _existing_run(session, checkpoint, run_root)
         weights, default = weights_file.of_run(directory, step), directory.path("exports")
     source = Source.of(weights, directory, image_size)
-    folder = Storage.absolute(out) if out else default if FORMATS[name].suffix else f"{default}/{source.stem}-{name}"
-    for written in export_weights(source, name, session.storage, folder, force=force):
+    target = out or (default if FORMATS[name].suffix else f"{default}/{source.stem}-{name}")
+    for written in export_weights(source, name, session.storage, target, force=force):
         say(f"{name}: {written.url} ({bytes_text(written.bytes)}, sha256 {written.sha256[:16]}…)")
 
 

@@ -98,17 +98,18 @@ def export(source: Source, name: str, storage: Storage, out: str, *, force: bool
     """
     check_format(name)
     form = FORMATS[name]
-    is_file = bool(form.suffix) and out.endswith(form.suffix)
-    folder, _, file_name = out.rpartition("/") if is_file else (out, "", f"{source.stem}-{name}{form.suffix}")
-    target = storage.join(folder, file_name) if form.suffix and folder else file_name if form.suffix else folder
-    storage.check(folder or ".", write=True)
+    folder, file_name = Storage.absolute(out), f"{source.stem}-{name}{form.suffix}"
+    if form.suffix and folder.endswith(form.suffix):
+        folder, _, file_name = folder.rpartition("/")
+    target = storage.join(folder, file_name) if form.suffix else folder
+    storage.check(folder, write=True)
     if not force and _exists(storage, target, is_folder=not form.suffix):
         raise ExportError("--out", "must not exist yet", target, "take another place, or replace it with --force")
     with scratch_folder() as scratch:
         form.write(source, Path(scratch), file_name)
         exported = []
         for path in sorted(Path(scratch).iterdir()):
-            url = storage.join(folder, path.name) if folder else path.name
+            url = storage.join(folder, path.name)
             storage.upload(path, url)
             exported.append(Exported(url, path.stat().st_size, sha256_of(path)))
     return exported

@@ -8,9 +8,11 @@
         left-out.json               steps that a rollback left out, if there was one
         heartbeat.json              what the live run last said of itself
         stop-request.json           there while `convmae stop` waits to be heard
-        checkpoints/step-00000050/  native ZeRO files
+        claims/claim-000001.json    who drives it
+        checkpoints/step-00000050/  native ZeRO files, of each attempt of each driver in a folder
         commits/step-00000050.json  written last: without it the checkpoint does not exist
         consolidated/               weights as safetensors
+        exports/                    in the formats of others
         report.html, reconstructions.png
 
 Object stores cannot append, so events and history are written as small parts that one attempt owns and rewrites.
