@@ -15,6 +15,7 @@ import contextlib
 import functools
 import json
 import logging
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 _BUFFER_BYTES = 128 << 20
 """What the threads of one process may hold together."""
+_NUMBERED = re.compile(r"(model-\d{5}-of-\d{5}\.safetensors)(\.sha256)?")
 _COPIES = 4
 """Of a part, in a task's memory."""
 
@@ -231,6 +233,8 @@ def consolidate(
         files = _planned(run, commit, wanted, url, part_bytes)
         copy = _Copy(storage, url, files, fan_out or in_threads(part_bytes), show=on_progress, check=claim.check)
         written = copy.run(keep=if_exists != "replace")
+        if if_exists == "replace" and wanted.shard_bytes is not None:
+            _delete_others(storage, url, files)
     return Consolidated(url, commit.step, tuple(written), copy.kept, time.monotonic() - began)
 
 
@@ -289,6 +293,14 @@ def _read_sha256(storage: Storage, url: str) -> str:
         return storage.read(f"{url}.sha256").decode().partition(" ")[0]
     except FileNotFoundError:
         return ""
+
+
+def _delete_others(storage: Storage, folder: str, files: Sequence[WeightFile]) -> None:
+    """Remove the files of a result that was replaced by one of other sizes."""
+    mine = {file.url.rpartition("/")[2] for file in files}
+    for name in storage.list_names(folder):
+        if (match := _NUMBERED.fullmatch(name)) and match[1] not in mine:
+            storage.delete(Storage.join(folder, name))
 
 
 @contextlib.contextmanager
