@@ -47,8 +47,8 @@ logger = logging.getLogger(__name__)
 _BUFFER_BYTES = 128 << 20
 """What the threads of one process may hold together."""
 _NUMBERED = re.compile(r"(model-\d{5}-of-\d{5}\.safetensors)(\.sha256)?")
-_COPIES = 4
-"""Of a part, in a task's memory."""
+_COPIES, _COPIES_CONVERTING = 4, 8
+"""Of a part, in a task's memory; what is read for a part of a narrower type is twice its size."""
 
 IfExists = Literal["refuse", "keep", "replace"]
 
@@ -164,9 +164,10 @@ def load_consolidated(run: RunDirectory, step: int) -> dict[str, Tensor]:
     return dict(load(run.storage.read(consolidated_url(run, step))))
 
 
-def in_threads(part_bytes: int = PART_BYTES, most: int = 4) -> FanOut:
-    """Tasks in threads of this process; fewer where parts are large, so that memory stays bounded."""
-    width = max(1, min(most, _BUFFER_BYTES // (_COPIES * part_bytes)))
+def in_threads(part_bytes: int = PART_BYTES, most: int = 4, *, dtype: str = "fp32") -> FanOut:
+    """Tasks in threads of this process; fewer where parts take more memory, so that it stays bounded."""
+    copies = _COPIES if dtype == "fp32" else _COPIES_CONVERTING
+    width = max(1, min(most, _BUFFER_BYTES // (copies * part_bytes)))
     return functools.partial(fan_out_locally, width=width)
 
 
@@ -231,7 +232,14 @@ def consolidate(
             for mark in wanted.mark(url):
                 storage.delete(mark)
         files = _planned(run, commit, wanted, url, part_bytes)
-        copy = _Copy(storage, url, files, fan_out or in_threads(part_bytes), show=on_progress, check=claim.check)
+        copy = _Copy(
+            storage,
+            url,
+            files,
+            fan_out or in_threads(part_bytes, dtype=wanted.dtype),
+            show=on_progress,
+            check=claim.check,
+        )
         written = copy.run(keep=if_exists != "replace")
         if if_exists == "replace" and wanted.shard_bytes is not None:
             _delete_others(storage, url, files)
