@@ -106,6 +106,7 @@ def compare(folder: Path, preset: str, stage: int, world: int, rounds: int) -> d
         for _ in range(rounds):
             for side, measurements in found.items():
                 measurements.append(measured(side, storage, run, result_url, server_pid))
+                print(f"{side:<6} {measurements[-1].wall_seconds:7.2f} s", flush=True)
         same_tensors(storage, consolidated_url(run, STEP), result_url)
     report(found)
     return found

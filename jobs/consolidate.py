@@ -15,6 +15,7 @@ import contextlib
 import functools
 import json
 import logging
+import re
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,8 +46,9 @@ logger = logging.getLogger(__name__)
 
 _BUFFER_BYTES = 128 << 20
 """What the threads of one process may hold together."""
-_COPIES = 4
-"""Of a part, in a task's memory."""
+_NUMBERED = re.compile(r"(model-\d{5}-of-\d{5}\.safetensors)(\.sha256)?")
+_COPIES, _COPIES_CONVERTING = 4, 8
+"""Of a part, in a task's memory; what is read for a part of a narrower type is twice its size."""
 
 IfExists = Literal["refuse", "keep", "replace"]
 
@@ -162,9 +164,10 @@ def load_consolidated(run: RunDirectory, step: int) -> dict[str, Tensor]:
     return dict(load(run.storage.read(consolidated_url(run, step))))
 
 
-def in_threads(part_bytes: int = PART_BYTES, most: int = 4) -> FanOut:
-    """Tasks in threads of this process; fewer where parts are large, so that memory stays bounded."""
-    width = max(1, min(most, _BUFFER_BYTES // (_COPIES * part_bytes)))
+def in_threads(part_bytes: int = PART_BYTES, most: int = 4, *, dtype: str = "fp32") -> FanOut:
+    """Tasks in threads of this process; fewer where parts take more memory, so that it stays bounded."""
+    copies = _COPIES if dtype == "fp32" else _COPIES_CONVERTING
+    width = max(1, min(most, _BUFFER_BYTES // (copies * part_bytes)))
     return functools.partial(fan_out_locally, width=width)
 
 
@@ -229,8 +232,17 @@ def consolidate(
             for mark in wanted.mark(url):
                 storage.delete(mark)
         files = _planned(run, commit, wanted, url, part_bytes)
-        copy = _Copy(storage, url, files, fan_out or in_threads(part_bytes), show=on_progress, check=claim.check)
+        copy = _Copy(
+            storage,
+            url,
+            files,
+            fan_out or in_threads(part_bytes, dtype=wanted.dtype),
+            show=on_progress,
+            check=claim.check,
+        )
         written = copy.run(keep=if_exists != "replace")
+        if if_exists == "replace" and wanted.shard_bytes is not None:
+            _delete_others(storage, url, files)
     return Consolidated(url, commit.step, tuple(written), copy.kept, time.monotonic() - began)
 
 
@@ -289,6 +301,14 @@ def _read_sha256(storage: Storage, url: str) -> str:
         return storage.read(f"{url}.sha256").decode().partition(" ")[0]
     except FileNotFoundError:
         return ""
+
+
+def _delete_others(storage: Storage, folder: str, files: Sequence[WeightFile]) -> None:
+    """Remove the files of a result that was replaced by one of other sizes."""
+    mine = {file.url.rpartition("/")[2] for file in files}
+    for name in storage.list_names(folder):
+        if (match := _NUMBERED.fullmatch(name)) and match[1] not in mine:
+            storage.delete(Storage.join(folder, name))
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ def consolidate_and_say(session: Session, run: RunDirectory, step: int | None, w
         UserError: There is no such checkpoint, the result exists, a file of it is damaged, a value does not fit.
     """
     commit = commit_of(run, step)
-    fan_out = _fan_out(session, commit.bytes)
+    fan_out = _fan_out(session, commit.bytes, wanted.dtype)
     with _shown() as show:
         result = consolidate(
             run,
@@ -56,9 +56,9 @@ def progress_text(now: Progress, seconds: float) -> str:
     return f"{bytes_text(now.bytes)} · {bytes_text(rate)}/s · ETA {duration_text(remaining)}"
 
 
-def _fan_out(session: Session, checkpoint_bytes: int) -> FanOut:
+def _fan_out(session: Session, checkpoint_bytes: int, dtype: str) -> FanOut:
     if checkpoint_bytes < CLUSTER_BYTES or "RAY_ADDRESS" not in session.environ:
-        return in_threads(PART_BYTES, most=2 * (os.cpu_count() or 1))
+        return in_threads(PART_BYTES, most=2 * (os.cpu_count() or 1), dtype=dtype)
     session.connect()
     from jobs.fan_out import fan_out
 

@@ -177,6 +177,16 @@ def test_what_is_there_is_refused_kept_or_replaced(run: RunDirectory, wanted: Wa
     assert all(Path(file.url).stat().st_mtime_ns > before for file, before in zip(first.files, times, strict=True))
 
 
+def test_files_of_another_size_are_replaced_whole(run: RunDirectory) -> None:
+    made(run, Wanted(shard_bytes=12_000))
+
+    result = made(run, Wanted(shard_bytes=20_000), if_exists="replace")
+
+    names = {Path(file.url).name for file in result.files}
+    there = {path.name.removesuffix(".sha256") for path in Path(result.url).iterdir()}
+    assert there == {*names, "model.safetensors.index.json"}
+
+
 def test_a_file_of_somebody_else_is_not_replaced_unless_forced(run: RunDirectory, tmp_path: Path) -> None:
     wanted = Wanted(out=f"{tmp_path}/mine.safetensors")
     Path(wanted.out).write_bytes(b"my own")
