@@ -4,7 +4,7 @@
         recipe.json                 the resolved recipe; its presence makes the run exist
         events/attempt-0001.jsonl   what happened, one JSON line each: start, restart, checkpoint, finish ...
         history/0001-00000001.jsonl one JSON line a step, in parts: attempt, then first step
-            quarantine/attempt-0001.jsonl  samples that this attempt was the first to find unusable, one JSON line each
+        quarantine/attempt-0001.jsonl  samples that this attempt was the first to find unusable, one JSON line each
         left-out.json               steps that a rollback left out, if there was one
         heartbeat.json              what the live run last said of itself
         stop-request.json           there while `convmae stop` waits to be heard
