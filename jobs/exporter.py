@@ -76,6 +76,10 @@ class RunExporter:
         self._restarts = Counter(
             "convmae_restarts", "Restarts of the worker group.", ["run", "reason"], registry=registry
         )
+        text = (
+            "Seconds of the last restart, from the last step before it to the first after it, by phase and all (down)."
+        )
+        self._recovery = Gauge("convmae_last_recovery_seconds", text, ["run", "phase"], registry=registry)
         for counter in self._counters.values():
             counter.labels(run)
         server, _ = start_http_server(port, addr=host, registry=registry)
@@ -99,6 +103,12 @@ class RunExporter:
     def count_restart(self, reason: str) -> None:
         """Add a restart; `reason` is one of a few words."""
         self._restarts.labels(self._run, reason).inc()
+
+    def recovered(self, seconds: Mapping[str, float]) -> None:
+        """Set how long each phase of a restart took; a phase that the last one had not is gone."""
+        self._recovery.clear()
+        for phase, value in seconds.items():
+            self._recovery.labels(self._run, phase).set(value)
 
     def announce(self, folder: Path) -> None:
         """Let the Prometheus of the local stack, which watches `folder`, find this endpoint."""

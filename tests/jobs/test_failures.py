@@ -75,6 +75,9 @@ def test_worker_driver_and_s3_server_are_killed_and_the_run_goes_on_by_itself(
     assert [event["attempt"] for event in starts] == [1, 2, 3]
     assert "rank" in starts[1]["reason"]
     assert starts[2]["reason"] == "resumed by a new driver"
+    recovered = [event for event in run.read_events() if event["kind"] == "recovered"]
+    assert [event["attempt"] for event in recovered] == [2, 3]
+    assert all(0 < event["start_seconds"] < event["down_seconds"] < 120 for event in recovered)
     assert all(event["steps_redone"] <= 2 * FIELDS["checkpoint_every_steps"] for event in starts)
 
 
