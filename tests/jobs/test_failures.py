@@ -6,27 +6,14 @@ import os
 import signal
 from collections.abc import Iterator
 
-import psutil
 import pytest
-from testbed import Command, losses, small_recipe, wait_until
+from testbed import Command, losses, processes, small_recipe, wait_until
 
 from jobs.stack import Stack
 
 FIELDS = {"epochs": 20, "checkpoint_every_steps": 10, "max_restarts_without_progress": 5}
 
 TRACES = "s3://convmae/traces/"
-
-
-def processes(title: str) -> list[psutil.Process]:
-    """Processes whose command line holds `title`."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if title in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
 
 
 @pytest.fixture(scope="module")
