@@ -254,6 +254,62 @@ def inspect(
 
 
 @app.command()
+def simulate(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    *,
+    nodes: Annotated[int, typer.Option(help="Nodes that the run is given.")],
+    mtbf_hours: Annotated[float, typer.Option(help="Mean hours between failures, or reclaims, of one node.")],
+    step_seconds: Annotated[float, typer.Option(help="Of one step on all nodes; a short run's history tells.")],
+    min_nodes: Annotated[int, typer.Option(help="Fewest that an elastic run trains with.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs in a node, for GPU hours.")] = 8,
+    replace_minutes: Annotated[float, typer.Option(help="Until a failed node is replaced.")] = 10.0,
+    restart_seconds: Annotated[float, typer.Option(help="From a failure to the first step after it.")] = 60.0,
+    stall_seconds: Annotated[float, typer.Option(help="Training stands still for one checkpoint.")] = 1.0,
+    trials: Annotated[int, typer.Option(min=1, help="Runs to simulate; means are shown.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of the failures.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Predict how long a recipe takes on nodes that fail, with a fixed and with an elastic number of workers.
+
+    Shows wall-clock, goodput, lost steps and GPU hours at the recipe's checkpoint interval and at the best one. For
+    spot nodes give their hours between reclaims and the minutes until one is free again. Starts nothing.
+    """
+    from dataclasses import asdict
+
+    from jobs.plan import DatasetSize
+    from jobs.schedule import Schedule
+    from jobs.simulation import Scenario, prediction_row, predictions, scenario_lines
+    from jobs.trainer import order_of
+
+    resolved = _recipe(recipe, overrides)
+    size = DatasetSize.of(_session().storage, resolved)
+    steps = Schedule.of(resolved, order_of(resolved, size.samples).steps_per_epoch).total_steps
+    scenario = Scenario(
+        steps=steps,
+        step_seconds=step_seconds,
+        nodes=nodes,
+        min_nodes=min_nodes,
+        mtbf_seconds=mtbf_hours * 3600,
+        replace_seconds=replace_minutes * 60,
+        restart_seconds=restart_seconds,
+        stall_seconds=stall_seconds,
+        interval_steps=resolved.checkpoint_every_steps,
+        gpus_per_node=gpus_per_node,
+    )
+    found = predictions(scenario, trials=trials, seed=seed)
+    if as_json:
+        print_json({"scenario": asdict(scenario), "predictions": [asdict(prediction) for prediction in found]})
+        return
+    print_pairs(scenario_lines(scenario))
+    columns = ("policy", "interval", "wall", "goodput", "lost", "restarts", "waiting", "GPU hours")
+    table = Table(*columns, box=None)
+    for prediction in found:
+        table.add_row(*prediction_row(prediction))
+    Console(highlight=False).print(table)
+
+
+@app.command()
 def order(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="URL of a data set.")],
     *,

@@ -150,6 +150,10 @@ class RunExporter:
         self._counters = {
             name: Counter(f"convmae_{name}", text, labels, registry=registry) for name, text in COUNTERS.items()
         }
+        text = (
+            "Seconds of the last restart, from the last step before it to the first after it, by phase and all (down)."
+        )
+        self._recovery = Gauge("convmae_last_recovery_seconds", text, ["run", "phase"], registry=registry)
         for counter in self._counters.values():
             counter.labels(run)
         for name, (label, text) in LABELLED_COUNTERS.items():
@@ -181,6 +185,12 @@ class RunExporter:
     def count(self, name: str, amount: float, label: str = "") -> None:
         """Add to one of COUNTERS, or of LABELLED_COUNTERS with the value of its label."""
         self._counters[name].labels(self._run, *([label] if label else [])).inc(amount)
+
+    def recovered(self, seconds: Mapping[str, float]) -> None:
+        """Set how long each phase of a restart took; a phase that the last one had not is gone."""
+        self._recovery.clear()
+        for phase, value in seconds.items():
+            self._recovery.labels(self._run, phase).set(value)
 
     def announce(self, folder: Path) -> None:
         """Let the Prometheus of the local stack, which watches `folder`, find this endpoint."""

@@ -19,6 +19,7 @@ from typing import Any
 
 from jobs.exporter import COUNTERS, LABELLED_COUNTERS, RunExporter
 from jobs.rank_figures import RankFigures
+from jobs.recovery import Recovery
 from jobs.run_directory import HISTORY_PART_STEPS, RunDirectory
 from jobs.schedule import Schedule
 from jobs.watchdog import Examined, Hang, HangWatch, Pulse, examine_and_kill, hang_text, training_stack
@@ -85,6 +86,8 @@ class RunMonitor:
         self._stop_reason = ""
         self._failure = self._hang = ""
         self._watch = HangWatch(config.hang_seconds)
+        self._failed_at: float | None = None
+        self._recovery: Recovery | None = None
         self._failures_without_progress = 0
         self._outcome = ""
         self._first_attempt_here = self._attempt + 1
@@ -100,6 +103,7 @@ class RunMonitor:
             "state": "starting",
             "step": before.get("step", 0),
             "world_size": before.get("world_size"),
+            "last_step_at_seconds": before.get("last_step_at_seconds"),
             "total_steps": config.schedule.total_steps,
             "target_world_size": config.target_world_size,
             "checkpoint_every_steps": config.checkpoint_every_steps,
@@ -120,7 +124,9 @@ class RunMonitor:
         threading.Thread(target=self._flush_forever, name="monitor-flush", daemon=True).start()
         threading.Thread(target=self._watch_forever, name="monitor-watch", daemon=True).start()
 
-    def begin_attempt(self, *, world_size: int, resume_step: int, counters: dict[str, float], host: str) -> int:
+    def begin_attempt(
+        self, *, world_size: int, resume_step: int, counters: dict[str, float], host: str, started_at_seconds: float
+    ) -> int:
         """Number a new life of the worker group. Rank 0 calls it before it restores anything.
 
         Args:
@@ -128,6 +134,7 @@ class RunMonitor:
             resume_step: Steps that the checkpoint to restore holds; 0 for none.
             counters: Run-level counters of that checkpoint.
             host: Where rank 0 runs.
+            started_at_seconds: Unix time at which it began.
         """
         self.flush()
         with self._lock:
@@ -143,7 +150,12 @@ class RunMonitor:
             kind, reason = self._start_kind(before, world_size)
             self._failure = self._hang = ""
             self._watch.begin(self._attempt)
-            if kind != "start":
+            last_step_at = self._status["last_step_at_seconds"]
+            self._recovery = Recovery(last_step_at, self._failed_at, started_at_seconds, time.time())
+            self._failed_at = None
+            if kind == "start":
+                self._recovery = None
+            else:
                 self._restarts += 1
                 self._count("restarts", 1, kind)
             steps_redone = max(0, step_before - resume_step)
@@ -179,6 +191,19 @@ class RunMonitor:
             return "restart", self._failure
         return "resize", f"workers {before} -> {now}"
 
+    def restored(self) -> None:
+        """Note that the attempt's engine holds the checkpoint."""
+        with self._lock:
+            if self._recovery:
+                self._recovery.restored_at = time.time()
+
+    def _tell_recovery(self, step: int) -> None:
+        """After the first step of an attempt: how long the run stood still, and what for."""
+        if self._recovery:
+            spent, self._recovery = self._recovery.seconds(time.time()), None
+            self._exporter.recovered(spent)
+            self._add_event("recovered", step=step, **{f"{phase}_seconds": value for phase, value in spent.items()})
+
     def record(
         self,
         row: dict[str, Any],
@@ -196,6 +221,7 @@ class RunMonitor:
         """
         with self._lock:
             self._add_row(row)
+            self._tell_recovery(int(row["step"]))
             if "skipped" in row:
                 self._add_event("skipped", step=row["step"], reason=f"{row['skipped']} is not finite")
             now = time.monotonic()
@@ -358,6 +384,7 @@ class RunMonitor:
         """
         with self._lock:
             self._watch.end()
+            self._failed_at = time.time()
             error = self._hang or error  # what the others died of
             self._failure = error
             self._failures_without_progress += 1

@@ -153,6 +153,7 @@ class Trainer:
 
     def __init__(self, job: TrainJob, place: Place) -> None:
         """Restore the newest committed checkpoint; every rank must come here together."""
+        self._started_at_seconds = time.time()
         self.job, self.recipe, self.run_directory, self.place = job, job.recipe, job.run, place
         self.dataset = open_dataset(job.run.storage, job.recipe)
         self.order = order_of(self.recipe, self.dataset.manifest.samples)
@@ -174,6 +175,8 @@ class Trainer:
             self.attempt, self.left_out = self._begin_attempt(found.commit if found else None)
             self.pulse = self._begin_pulse()
             self.engine = self._restored_engine(read_zero_state(found.folder) if found else None)
+        if place.rank == 0:
+            job.monitor.restored.remote()
         self.saver = CheckpointSaver(
             job.run, job.monitor, rank=place.rank, world_size=place.world_size, keep=self.recipe.keep_checkpoints
         )
@@ -467,6 +470,7 @@ class Trainer:
                 resume_step=self.step,
                 counters=dict(commit.counters) if commit else {},
                 host=socket.gethostname(),
+                started_at_seconds=self._started_at_seconds,
             )
             told = [ray.get(begin), [LeftOut.from_json(row) for row in self.run_directory.read_left_out()]]
         dist.broadcast_object_list(told, src=0)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from jobs.run_directory import RunDirectory
 from jobs.stack import Stack
 from pipeline.storage import Storage
@@ -81,3 +83,15 @@ def losses(run: RunDirectory) -> list[float]:
     rows = run.read_history()
     assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
     return [row["loss"] for row in rows]
+
+
+def processes(title: str) -> list[psutil.Process]:
+    """Processes whose command line holds `title`."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if title in " ".join(process.cmdline()):
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found

@@ -6,27 +6,14 @@ import os
 import signal
 from collections.abc import Iterator
 
-import psutil
 import pytest
-from testbed import Command, losses, small_recipe, wait_until
+from testbed import Command, losses, processes, small_recipe, wait_until
 
 from jobs.stack import Stack
 
 FIELDS = {"epochs": 20, "checkpoint_every_steps": 10, "max_restarts_without_progress": 5}
 
 TRACES = "s3://convmae/traces/"
-
-
-def processes(title: str) -> list[psutil.Process]:
-    """Processes whose command line holds `title`."""
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if title in " ".join(process.cmdline()):
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +62,9 @@ def test_worker_driver_and_s3_server_are_killed_and_the_run_goes_on_by_itself(
     assert [event["attempt"] for event in starts] == [1, 2, 3]
     assert "rank" in starts[1]["reason"]
     assert starts[2]["reason"] == "resumed by a new driver"
+    recovered = [event for event in run.read_events() if event["kind"] == "recovered"]
+    assert [event["attempt"] for event in recovered] == [2, 3]
+    assert all(0 < event["start_seconds"] < event["down_seconds"] < 120 for event in recovered)
     assert all(event["steps_redone"] <= 2 * FIELDS["checkpoint_every_steps"] for event in starts)
 
 

@@ -6,11 +6,10 @@ import os
 import signal
 
 import pytest
-from test_failures import processes
-from testbed import Command, losses, small_recipe, wait_until
+from testbed import Command, losses, processes, small_recipe, wait_until
 
 FIELDS = {"epochs": 20, "checkpoint_every_steps": 10, "min_workers": 2, "max_workers": 2}
-LIMIT_SECONDS = 6
+LIMIT_SECONDS = 15
 
 
 @pytest.mark.slow

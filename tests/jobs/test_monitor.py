@@ -70,7 +70,9 @@ def start(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> Start:
 
 
 def begin(monitor: RunMonitor, world_size: int = 2, resume_step: int = 0, **counters: float) -> int:
-    return monitor.begin_attempt(world_size=world_size, resume_step=resume_step, counters=counters, host="here")
+    return monitor.begin_attempt(
+        world_size=world_size, resume_step=resume_step, counters=counters, host="here", started_at_seconds=time.time()
+    )
 
 
 def record(monitor: RunMonitor, steps: range, attempt: int = 1) -> bool:
@@ -571,3 +573,50 @@ def test_a_rank_that_hangs_is_told_and_is_why_the_attempt_ended(start: Start, ru
     begin(monitor, resume_step=3)
     assert last_event(run)["kind"] == "restart"
     assert last_event(run)["reason"].startswith("rank 1 on node-1 (pid 101) has not spoken for 31 s; its process is st")
+
+
+def test_how_long_a_restart_took_and_what_for_is_told_once(
+    start: Start, run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("jobs.monitor.time.time", lambda: now)
+    monitor = start()
+    begin(monitor)
+    record(monitor, range(1, 31))
+    now = 1000.5
+    monitor.worker_failed("rank 1: lost", fatal=False)
+    now = 1007.0
+    monitor.begin_attempt(world_size=2, resume_step=20, counters={}, host="here", started_at_seconds=1006.0)
+    now = 1007.5
+    monitor.restored()
+    now = 1008.0
+    record(monitor, range(21, 31), attempt=2)
+    monitor.flush()
+
+    (event,) = (event for event in run.read_events() if event["kind"] == "recovered")
+    assert {key: value for key, value in event.items() if key.endswith("_seconds") and key != "at_seconds"} == {
+        "down_seconds": 8.0, "detect_seconds": 0.5, "start_seconds": 5.5, "load_seconds": 1.0,
+        "build_seconds": 0.5, "first_step_seconds": 0.5,
+    }  # fmt: skip
+    assert (event["step"], event["attempt"]) == (21, 2)
+    assert scraped(monitor)["convmae_last_recovery_seconds down"] == 8.0
+
+
+def test_a_new_driver_tells_how_long_the_run_was_down(
+    start: Start, run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("jobs.monitor.time.time", lambda: now)
+    first = start()
+    begin(first)
+    record(first, range(1, 31))
+    first.flush()
+    second = start()
+    now = 1060.0
+    begin(second, resume_step=20)
+    record(second, range(21, 23), attempt=2)
+    second.flush()
+
+    (event,) = (event for event in run.read_events() if event["kind"] == "recovered")
+    assert (event["down_seconds"], event["start_seconds"]) == (60.0, 60.0)
+    assert "detect_seconds" not in event

@@ -22,7 +22,7 @@ def train(convmae: Command, data: str, name: str, poison: str, code: int = 0, **
     recipe = small_recipe(data, **{**FIELDS, "min_workers": workers, "max_workers": workers, **fields})
     command = [sys.executable, str(SCRIPT), "pretrain", *recipe, "--run", name]
     environment = convmae.environment(POISON=poison, PYTHONPATH=str(SCRIPT.parents[2]))
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=400, check=False)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550, check=False)
     assert ended.returncode == code, ended.stderr
     return convmae.run(name).read_history()
 
@@ -62,7 +62,7 @@ def test_a_rollback_leaves_out_the_steps_since_the_checkpoint(convmae: Command, 
     assert losses(rows)[:5] == pytest.approx(losses(undisturbed)[:5], rel=1e-6)
     run = convmae.run("rolls")
     kinds = [event["kind"] for event in run.read_events() if event["kind"] != "checkpoint"]
-    assert kinds == ["start", "rollback", "restart", "finished"]
+    assert kinds == ["start", "rollback", "restart", "recovered", "finished"]
     assert [(window["first_step"], window["last_step"]) for window in run.read_left_out()] == [(6, 8)]
     assert checkpoint.committed_steps(run)[-1] == 20
 

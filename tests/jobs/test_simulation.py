@@ -1,0 +1,175 @@
+"""The simulation against closed forms, and what must hold whatever happens."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jobs import cli, simulation
+from jobs.simulation import (
+    POLICIES,
+    Scenario,
+    best_interval_steps,
+    daly_interval_seconds,
+    daly_wall_seconds,
+    mean_outcome,
+    predictions,
+    simulate,
+)
+from pipeline.errors import UserError
+
+NEVER = 1e15
+HOUR = 3600.0
+
+QUIET = Scenario(
+    steps=10_000, step_seconds=1.0, nodes=8, min_nodes=1, mtbf_seconds=NEVER, replace_seconds=600.0,
+    restart_seconds=60.0, stall_seconds=2.0, interval_steps=100, gpus_per_node=4,
+)  # fmt: skip
+ROUGH = replace(QUIET, mtbf_seconds=8 * HOUR, replace_seconds=0.0)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_without_failures_only_the_start_and_the_checkpoints_cost(policy: simulation.Policy) -> None:
+    outcome = simulate(QUIET, policy, random.Random(0))
+
+    assert outcome.wall_seconds == pytest.approx(60 + 10_000 + 100 * 2)
+    assert outcome.goodput == pytest.approx(10_000 / 10_260)
+    assert outcome.gpu_hours == pytest.approx(10_260 * 8 * 4 / 3600)
+    assert (outcome.lost_steps, outcome.restarts, outcome.waited_seconds) == (0, 0, 0)
+
+
+def test_a_last_interval_that_is_not_whole_ends_with_a_checkpoint() -> None:
+    outcome = simulate(replace(QUIET, steps=250), "fixed", random.Random(0))
+
+    assert outcome.wall_seconds == pytest.approx(60 + 250 + 3 * 2)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"interval_steps": 1000}, {"restart_seconds": 900.0}, {"stall_seconds": 60.0, "mtbf_seconds": 4 * HOUR}],
+)
+def test_with_nodes_replaced_at_once_it_agrees_with_dalys_closed_form(
+    policy: simulation.Policy, changes: dict[str, float]
+) -> None:
+    scenario = replace(ROUGH, steps=100_000, **changes)
+
+    wall = mean_outcome(scenario, policy, trials=200, seed=0).wall_seconds
+
+    # The closed form counts a restart per failure, not the start of the run.
+    assert wall - scenario.restart_seconds == pytest.approx(daly_wall_seconds(scenario), rel=0.02)
+
+
+def test_dalys_interval_begins_with_youngs_and_costs_least() -> None:
+    assert daly_interval_seconds(1.0, 1e8) == pytest.approx(math.sqrt(2e8), rel=1e-3)
+    assert daly_interval_seconds(10.0, 3.0) == 3.0
+    best = best_interval_steps(ROUGH)
+    costs = {steps: daly_wall_seconds(replace(ROUGH, interval_steps=steps)) for steps in (best // 2, best, 2 * best)}
+    assert min(costs, key=lambda steps: costs[steps]) == best
+
+
+def test_the_fixed_policy_waits_as_long_as_replacements_take() -> None:
+    """Node-failures over the whole run are many, and rarely overlap: each costs its replacement."""
+    scenario = replace(ROUGH, steps=200_000, mtbf_seconds=800 * HOUR, replace_seconds=600.0)
+
+    outcomes = [simulate(scenario, "fixed", random.Random(seed)) for seed in range(50)]
+
+    for outcome in outcomes:
+        assert outcome.waited_seconds == pytest.approx(600.0 * outcome.restarts, rel=0.2, abs=1)
+    assert sum(outcome.restarts for outcome in outcomes) == pytest.approx(
+        sum(outcome.wall_seconds - outcome.waited_seconds for outcome in outcomes) / (100 * HOUR), rel=0.15
+    )
+
+
+def test_the_elastic_policy_trains_on_what_is_left() -> None:
+    scenario = replace(ROUGH, steps=100_000, mtbf_seconds=100 * HOUR, replace_seconds=12 * HOUR)
+
+    fixed = mean_outcome(scenario, "fixed", trials=50, seed=0)
+    elastic = mean_outcome(scenario, "elastic", trials=50, seed=0)
+
+    assert elastic.wall_seconds < 0.8 * fixed.wall_seconds
+    assert elastic.waited_seconds == 0 < fixed.waited_seconds
+
+
+@given(
+    nodes=st.integers(1, 20), mtbf=st.floats(2.0, 1000.0), replaced=st.floats(0, 10.0), restart=st.floats(0, 300),
+    stall=st.floats(0, 10), interval=st.integers(1, 500), seed=st.integers(0, 2**32), policy=st.sampled_from(POLICIES),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None)
+def test_no_run_is_faster_than_one_without_failures(
+    nodes: int, mtbf: float, replaced: float, restart: float, stall: float, interval: int, seed: int,
+    policy: simulation.Policy,
+) -> None:  # fmt: skip
+    scenario = Scenario(1000, 1.0, nodes, 1, mtbf * HOUR, replaced * HOUR, restart, stall, interval)
+
+    outcome = simulate(scenario, policy, random.Random(seed))
+
+    quiet = simulate(replace(scenario, mtbf_seconds=NEVER), policy, random.Random(0))
+    assert outcome.wall_seconds >= quiet.wall_seconds * (1 - 1e-9)
+    assert 0 < outcome.goodput <= 1
+    assert 0 <= outcome.lost_steps <= interval * (outcome.restarts + 1)
+    assert outcome.gpu_hours <= outcome.wall_seconds * nodes / 3600 * (1 + 1e-9)
+
+
+def test_the_same_numbers_give_the_same_mean() -> None:
+    assert mean_outcome(ROUGH, "elastic", trials=5, seed=1) == mean_outcome(ROUGH, "elastic", trials=5, seed=1)
+    assert mean_outcome(ROUGH, "elastic", trials=5, seed=1) != mean_outcome(ROUGH, "elastic", trials=5, seed=2)
+
+
+def test_a_thousand_nodes_for_weeks_take_a_moment() -> None:
+    scenario = replace(QUIET, steps=500_000, nodes=1024, min_nodes=512, mtbf_seconds=5000 * HOUR)
+
+    found = predictions(scenario, trials=3, seed=0)
+
+    assert [(item.policy, item.interval_steps) for item in found] == [
+        ("fixed", 100), ("fixed", best_interval_steps(scenario)),
+        ("elastic", 100), ("elastic", best_interval_steps(scenario)),
+    ]  # fmt: skip
+    assert all(item.outcome.restarts > 10 for item in found)
+
+
+def test_the_command_prints_a_table_or_json(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["simulate", "convmae_base", "epochs=2", "warmup_epochs=0", "--nodes", "64", "--mtbf-hours", "200"]
+    arguments += ["--step-seconds", "1.5", "--replace-minutes", "30", "--trials", "2"]
+    monkeypatch.setenv("CONVMAE_HOME", "/nonexistent")
+
+    def said(*more: str) -> str:
+        monkeypatch.setattr("sys.argv", ["convmae", *arguments, *more])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 0
+        return capsys.readouterr().out
+
+    table, found = said(), json.loads(said("--json"))
+
+    assert found["scenario"]["mtbf_seconds"] == 200 * HOUR
+    assert found["predictions"][0]["outcome"]["wall_seconds"] > found["scenario"]["steps"] * 1.5
+    assert {item["policy"] for item in found["predictions"]} == set(POLICIES)
+    assert f"{found['predictions'][0]['outcome']['goodput']:.1%}" in table
+    assert "by Young and Daly" in table
+
+
+def test_a_run_without_headway_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulation, "MAX_EVENTS", 1000)
+
+    with pytest.raises(UserError, match="must let the run make headway"):
+        simulate(replace(ROUGH, mtbf_seconds=60.0, interval_steps=10_000), "fixed", random.Random(0))
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [({"nodes": 0}, "nodes"), ({"mtbf_seconds": 0.0}, "mtbf_seconds"), ({"restart_seconds": -1.0}, "restart_seconds"),
+     ({"min_nodes": 9}, "min_nodes")],
+)  # fmt: skip
+def test_numbers_that_cannot_be_are_refused(changes: dict[str, float], field: str) -> None:
+    with pytest.raises(UserError) as caught:
+        replace(QUIET, **changes)
+    assert caught.value.field == field
