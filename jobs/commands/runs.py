@@ -1,0 +1,287 @@
+"""Runs: planned, begun, watched, stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from jobs.commands.shared import (
+    AsJson,
+    Overrides,
+    RecipeName,
+    RunName,
+    RunRoot,
+    amended_recipe,
+    existing_run,
+    open_session,
+)
+from jobs.errors import RunError, RunFailedError
+from jobs.terminal import figure, print_json, print_pairs, say
+
+app = typer.Typer()
+
+TraceOption = Annotated[
+    str, typer.Option("--trace", help="URL at which to note the samples, crops and masks of each step and rank.")
+]
+RunOption = Annotated[
+    str, typer.Option("--run", help="Name of the run; default: the recipe's. The same name resumes it.")
+]
+Strict = Annotated[
+    bool,
+    typer.Option("--strict", help="Refuse to resume past a damaged checkpoint: on_damaged_checkpoint=fail."),
+]
+
+
+@app.command()
+def simulate(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    *,
+    nodes: Annotated[int, typer.Option(help="Nodes that the run is given.")],
+    mtbf_hours: Annotated[float, typer.Option(help="Mean hours between failures, or reclaims, of one node.")],
+    step_seconds: Annotated[float, typer.Option(help="Of one step on all nodes; a short run's history tells.")],
+    min_nodes: Annotated[int, typer.Option(help="Fewest that an elastic run trains with.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs in a node, for GPU hours.")] = 8,
+    replace_minutes: Annotated[float, typer.Option(help="Until a failed node is replaced.")] = 10.0,
+    restart_seconds: Annotated[float, typer.Option(help="From a failure to the first step after it.")] = 60.0,
+    stall_seconds: Annotated[float, typer.Option(help="Training stands still for one checkpoint.")] = 1.0,
+    trials: Annotated[int, typer.Option(min=1, help="Runs to simulate; means are shown.")] = 20,
+    seed: Annotated[int, typer.Option(help="Of the failures.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Predict how long a recipe takes on nodes that fail, with a fixed and with an elastic number of workers.
+
+    Shows wall-clock, goodput, lost steps and GPU hours at the recipe's checkpoint interval and at the best one. For
+    spot nodes give their hours between reclaims and the minutes until one is free again. Starts nothing.
+    """
+    from dataclasses import asdict
+
+    from jobs.plan import DatasetSize
+    from jobs.schedule import Schedule
+    from jobs.simulation import Scenario, prediction_row, predictions, scenario_lines
+    from jobs.trainer import order_of
+
+    resolved = amended_recipe(recipe, overrides)
+    size = DatasetSize.of(open_session().storage, resolved)
+    steps = Schedule.of(resolved, order_of(resolved, size.samples).steps_per_epoch).total_steps
+    scenario = Scenario(
+        steps=steps,
+        step_seconds=step_seconds,
+        nodes=nodes,
+        min_nodes=min_nodes,
+        mtbf_seconds=mtbf_hours * 3600,
+        replace_seconds=replace_minutes * 60,
+        restart_seconds=restart_seconds,
+        stall_seconds=stall_seconds,
+        interval_steps=resolved.checkpoint_every_steps,
+        gpus_per_node=gpus_per_node,
+    )
+    found = predictions(scenario, trials=trials, seed=seed)
+    if as_json:
+        print_json({"scenario": asdict(scenario), "predictions": [asdict(prediction) for prediction in found]})
+        return
+    print_pairs(scenario_lines(scenario))
+    columns = ("policy", "interval", "wall", "goodput", "lost", "restarts", "waiting", "GPU hours")
+    table = Table(*columns, box=None)
+    for prediction in found:
+        table.add_row(*prediction_row(prediction))
+    Console(highlight=False).print(table)
+
+
+@app.command()
+def pretrain(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    run: RunOption = "",
+    trace: TraceOption = "",
+    strict: Strict = False,
+) -> None:
+    """Train in the foreground, on the cluster that RAY_ADDRESS names or on the local stack.
+
+    Ctrl-C, or SIGTERM, saves a checkpoint and stops. The same command resumes.
+    """
+    from jobs.driver import plan_run
+    from jobs.workflow import train_here
+
+    session, resolved = open_session(), amended_recipe(recipe, overrides, strict=strict)
+    train_here(session, plan_run(session, resolved, run or resolved.name, trace))
+
+
+@app.command(hidden=True)
+def drive(run_url: str, trace: TraceOption = "") -> None:
+    """What a submitted job runs: the run whose directory is `run_url`."""
+    from jobs.driver import plan_run
+    from jobs.workflow import train_here
+
+    session = open_session()
+    root, _, name = run_url.rpartition("/")
+    recipe = session.run(run_url).read_recipe().amended({"run_root": root})
+    train_here(session, plan_run(session, recipe, name, trace))
+
+
+@app.command()
+def submit(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    *,
+    run: RunOption = "",
+    trace: TraceOption = "",
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Show progress until the run ends.")] = False,
+    strict: Strict = False,
+) -> None:
+    """Train as a Ray job, which goes on when this terminal is closed. The same command resumes."""
+    from jobs.driver import plan_run
+    from jobs.workflow import train_as_job
+
+    session, resolved = open_session(), amended_recipe(recipe, overrides, strict=strict)
+    train_as_job(session, plan_run(session, resolved, run or resolved.name, trace), follow=follow)
+
+
+@app.command(name="list")
+def list_command(run_root: RunRoot = "", as_json: AsJson = False) -> None:
+    """List the runs, with what each is doing."""
+    from jobs.run_directory import list_runs
+    from jobs.status import run_status
+
+    session = open_session()
+    root = session.run_root(run_root)
+    session.storage.check(root, write=False)
+    rows = [run_status(run) for run in list_runs(session.storage, root)]
+    if as_json:
+        print_json(rows)
+        return
+    table = Table("run", "state", "step", "loss", "images/s", "workers", box=None)
+    for row in rows:
+        figures = (figure(row.get("loss"), ".4f"), figure(row.get("images_per_second"), ".0f"))
+        steps = f"{row['step']}/{row['total_steps']}"
+        workers = figure(row.get("world_size"), "d")
+        table.add_row(row["run"], row["state"], steps, *figures, workers)
+    say(f"{len(rows)} runs under {root}")
+    if rows:
+        Console(highlight=False).print(table)
+
+
+@app.command()
+def status(
+    run: RunName,
+    run_root: RunRoot = "",
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on showing it until the run ends.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a run is doing, and its events.
+
+    With --watch and --json, one JSON object a line.
+    """
+    from jobs.status import event_line, run_status, status_lines
+    from jobs.watch import status_display, watch_run
+
+    directory = existing_run(open_session(), run, run_root)
+    if watch:
+        with status_display(as_json=as_json) as show, contextlib.suppress(KeyboardInterrupt):
+            watch_run(directory, show)
+        return
+    current = run_status(directory)
+    if as_json:
+        print_json({**current, "events": directory.read_events()})
+        return
+    print_pairs(status_lines(current))
+    for event in directory.read_events()[-10:]:
+        say(event_line(event))
+
+
+@app.command()
+def logs(
+    run: RunName,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+    run_root: RunRoot = "",
+) -> None:
+    """Print what a submitted run's newest job printed."""
+    from jobs import submission
+
+    session = open_session()
+    for piece in submission.log_lines(session, existing_run(session, run, run_root), follow=follow):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+
+
+@app.command()
+def stop(run: RunName, run_root: RunRoot = "") -> None:
+    """Ask a run to save a checkpoint and end; returns when it has."""
+    from jobs.driver import FINAL_STATES, is_live
+
+    directory = existing_run(open_session(), run, run_root)
+    if not is_live(directory):
+        state = directory.read_heartbeat().get("state", "submitted")
+        raise RunError(
+            "run", "must be running to be stopped", f"{directory.name} ({state})", "there is nothing to stop"
+        )
+    directory.write_stop_request()
+    say(f"asked {directory.name} to save and stop")
+    while (heartbeat := directory.read_heartbeat())["state"] not in FINAL_STATES:
+        time.sleep(1.0)
+    say(f"{directory.name}: {heartbeat['state']} at step {heartbeat['step']}; the command that began it resumes it")
+
+
+@app.command()
+def history(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
+    """Print one line a step: step, epoch, loss, learning rate, world size, attempt."""
+    for row in existing_run(open_session(), run, run_root).read_history():
+        if as_json:
+            sys.stdout.write(json.dumps(row) + "\n")
+        else:
+            line = (
+                f"step {row['step']:>8}  epoch {row['epoch']:>4}  loss {figure(row['loss'], '.6f')}  "
+                f"lr {row['learning_rate']:.3e}  world {row['world_size']:>3}  attempt {row['attempt']:>3}"
+            )
+            sys.stdout.write(line + "\n")
+
+
+@app.command()
+def trace(
+    url: Annotated[str, typer.Argument(help="URL that `--trace` was given.")],
+    other: Annotated[str, typer.Argument(help="Another, to compare with.", show_default=False)] = "",
+) -> None:
+    """Print what each rank consumed, one JSON object for each step and rank; or compare two traces.
+
+    With OTHER: one line for each step in which samples, crops, flips, masks or learning rates differ, whatever the
+    world sizes; exit code 1 if there is one.
+    """
+    from jobs.trace import differences, read_trace
+
+    storage = open_session().storage
+    if not other:
+        for row in read_trace(storage, url):
+            sys.stdout.write(json.dumps(row) + "\n")
+        return
+    found = list(differences(read_trace(storage, url), read_trace(storage, other)))
+    for line in found:
+        say(line)
+    if found:
+        raise RunFailedError(f"{len(found)} differences between {url} and {other}")
+    say("the traces agree")
+
+
+@app.command()
+def quarantine(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
+    """Print one line for each sample that the run found unusable: where it lies, what is wrong, what stood in."""
+    for row in existing_run(open_session(), run, run_root).read_quarantine():
+        if as_json:
+            sys.stdout.write(json.dumps(row) + "\n")
+        else:
+            line = f"step {row['step']:>8}  sample {row['id']}  {row['fault']}  {row['url']}: {row['reason']}"
+            sys.stdout.write(f"{line}; sample {row['substitute']} stood in\n")
+
+
+@app.command()
+def report(run: RunName, run_root: RunRoot = "") -> None:
+    """Write the run's report.html, with a picture of reconstructions from its newest checkpoint."""
+    from jobs.finish import write_run_report
+
+    say(write_run_report(existing_run(open_session(), run, run_root)))

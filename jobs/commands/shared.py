@@ -1,0 +1,54 @@
+"""What several commands take, and how they come to their session, recipe and run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import typer
+
+RecipeName = Annotated[
+    str, typer.Argument(help="Name of a recipe, or a .toml file that amends one.", show_default=False)
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[FIELD=VALUE]...", help="Fields to change: epochs=400 model.mask_ratio=0.6"),
+]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, or the URL of its directory.")]
+RunRoot = Annotated[str, typer.Option("--run-root", help="URL under which runs are kept; default: the local stack's.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+def open_session() -> Any:
+    """The session that the environment describes, told to all that reads it from there."""
+    from jobs.session import Session
+
+    session = Session.open(os.environ)
+    session.export()
+    return session
+
+
+def amended_recipe(name: str, overrides: Iterable[str] | None, *, strict: bool = False) -> Any:
+    """A recipe by name or file, with FIELD=VALUE amendments."""
+    from jobs.recipe import parse_overrides
+    from jobs.recipes import named_recipe
+
+    changes = [*(overrides or ()), *(["on_damaged_checkpoint=fail"] if strict else [])]
+    return named_recipe(name).amended(parse_overrides(changes))
+
+
+def existing_run(session: Any, name: str, run_root: str) -> Any:
+    """The run's directory.
+
+    Raises:
+        RunError: If there is none; names the nearest that exists.
+    """
+    from jobs.run_directory import list_runs, unknown_run
+
+    directory = session.run(name, run_root)
+    root = directory.url.rpartition("/")[0]
+    session.storage.check(root, write=False)
+    if not directory.exists():
+        raise unknown_run(directory, [known.name for known in list_runs(session.storage, root)])
+    return directory

@@ -1,0 +1,93 @@
+"""The local stack, the machine, and the demonstration."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from jobs.commands.shared import AsJson, open_session
+from jobs.terminal import print_json, say
+
+app = typer.Typer()
+
+
+@app.command()
+def up(
+    s3_port: Annotated[int, typer.Option(help="Port of the S3 server; 0: a free one.")] = 0,
+    ray_port: Annotated[int, typer.Option(help="Port of the Ray head; 0: a free one.")] = 0,
+    dashboard_port: Annotated[int, typer.Option(help="Port of the Ray dashboard; 0: a free one.")] = 0,
+    prometheus_port: Annotated[int, typer.Option(help="Port of Prometheus; 0: a free one.")] = 0,
+    cpus: Annotated[int, typer.Option(help="Logical CPUs that Ray may give out; 0: those of the machine.")] = 0,
+) -> None:
+    """Start the local stack: an S3 server, a Ray head, and Prometheus if it is installed.
+
+    Everything listens on loopback only, on free ports, with credentials made for this stack. Data and state are in
+    `.convmae` (or $CONVMAE_HOME). When it is up already, nothing happens; what died is started again.
+    """
+    from jobs import stack
+    from jobs.session import home_folder
+
+    started = stack.up(
+        home_folder(os.environ),
+        s3_port=s3_port,
+        ray_port=ray_port,
+        dashboard_port=dashboard_port,
+        prometheus_port=prometheus_port,
+        num_cpus=cpus or None,
+        on_event=say,
+    )
+    for name, service in started.status().items():
+        say(f"{name}: {service.detail}")
+    say(f"state and data: {home_folder(os.environ)}")
+
+
+@app.command()
+def down() -> None:
+    """Stop what `convmae up` started, by pid. Data stay, and the next `up` finds them."""
+    from jobs import stack
+    from jobs.session import home_folder
+
+    stack.down(home_folder(os.environ), on_event=say)
+
+
+@app.command()
+def doctor(
+    store: Annotated[
+        str, typer.Option(help="URL under which runs will be kept; default: the local stack's.", show_default=False)
+    ] = "",
+    cache_dir: Annotated[str, typer.Option(help="The recipe's cache_dir, if it has one.", show_default=False)] = "",
+    gpu: Annotated[bool, typer.Option("--gpu", help="A node without a GPU is a failure.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Check the machine, the cluster and the store, and say what to do about each finding.
+
+    Versions and clocks of all nodes, reading, writing and conditional writing, bandwidth of each node, disks, shared
+    memory, GPUs, and an all-reduce over all nodes. Exit code 1 if something failed.
+    """
+    from jobs.diagnosis import exit_code, finding_lines
+    from jobs.doctor import examine
+
+    findings = []
+    for finding in examine(open_session(), store, [cache_dir] if cache_dir else [], wants_gpu=gpu):
+        findings.append(finding)
+        if not as_json:
+            for line in finding_lines([finding]):
+                say(line)
+    if as_json:
+        print_json([finding.to_json() for finding in findings])
+    if code := exit_code(findings):
+        raise typer.Exit(code)
+
+
+@app.command()
+def demo(
+    images: Annotated[
+        str, typer.Option(help="Folder of your own photographs; default: those of Python packages.")
+    ] = "",
+) -> None:
+    """The main job from photographs to a report, on this machine, in about five minutes. What `make pretrain` runs."""
+    from jobs.demo import run_demo
+
+    run_demo(os.environ, images)
