@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain down fix check test test-slow bench-plan bench-model bench-loader bench-consolidate
+.PHONY: help install pretrain down fix check test test-slow bench-plan bench-model bench-loader bench-checkpoint bench-consolidate
 
 help:  ## Show these lines
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -50,6 +50,9 @@ bench-model: $(INSTALLED)  ## Forward and backward of the model, against its den
 
 bench-loader: $(INSTALLED)  ## Images a second beside other loaders; IMAGES=DIR takes your own, QUICK=1 is a first look
 	$(BIN)/python benchmarks/bench_loader.py $(if $(IMAGES),--images "$(IMAGES)") $(if $(QUICK),--quick)
+
+bench-checkpoint: $(INSTALLED)  ## How long training stands still for a checkpoint, beside DeepSpeed's own save
+	$(BIN)/python benchmarks/bench_checkpoint.py
 
 bench-consolidate: $(INSTALLED)  ## A checkpoint to one file, from S3 to S3, against DeepSpeed's own tool
 	$(BIN)/python benchmarks/bench_consolidate.py
