@@ -19,7 +19,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 		echo "installing python3.11-venv, which Debian ships apart from Python"; \
 		apt-get -qq update && apt-get -qq install -y python3.11-venv >/dev/null && $(PYTHON) -m venv $(VENV); }
 	@echo "installing into $(VENV) (a few minutes the first time)"
-	@$(BIN)/pip install -qq --disable-pip-version-check -c constraints.txt -e '.[local,export,dev]'
+	@$(BIN)/pip install -qq --no-compile --disable-pip-version-check -c constraints.txt -e '.[local,export,dev]'
 	@touch $(INSTALLED)
 
 pretrain: $(INSTALLED)  ## The main job, end to end; IMAGES=DIR takes your own photographs
