@@ -115,14 +115,18 @@ class CheckpointSaver:
             whole = dataclasses.replace(commit, files=files)
             self._committing = self._thread.submit(self._make_visible, whole, self._began, self._stall_seconds)
 
+    def settle(self) -> None:
+        """Finish what is under way and wait until it is committed, or has failed. Collective."""
+        self.finish()
+        self._await_commit()
+
     def close(self) -> None:
-        """Finish what is under way and wait until it is committed. Collective.
+        """Settle for good. Collective.
 
         Raises:
             CheckpointError: The last checkpoint was not committed; on every rank.
         """
-        self.finish()
-        self._await_commit()
+        self.settle()
         failure = [self._failure]
         dist.broadcast_object_list(failure, src=0)
         self._thread.shutdown()

@@ -35,6 +35,7 @@ from jobs.schedule import Schedule
 from jobs.session import Session
 from jobs.trace import check_trace
 from jobs.trainer import TrainJob, order_of, train_worker
+from jobs.wish import PAUSE_SECONDS
 from pipeline.claim import Claim, claimed, standing
 from pipeline.errors import ClaimedError, UnreachableError, UserError
 from pipeline.manifest import Manifest
@@ -254,11 +255,14 @@ def _fit(plan: RunPlan, claim: Claim, monitor: Any, failure: list[BaseException]
             name=plan.run.name,
             storage_path=folder,  # Ray's own bookkeeping; checkpoints are ours
             failure_config=FailureConfig(max_failures=-1),
-            callbacks=[failure_reporter(monitor)],
+            callbacks=[failure_reporter(monitor), save_before_resizes(monitor)],
             logging_config=LoggingConfig(log_level="ERROR"),
         )
         scaling_config: Any = ScalingConfig(
-            num_workers=workers, use_gpu=recipe.device == "cuda", resources_per_worker=resources
+            num_workers=workers,
+            use_gpu=recipe.device == "cuda",
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=recipe.resize_seconds,
         )
         trainer = TorchTrainer(lambda: train_worker(job), scaling_config=scaling_config, run_config=run_config)
         try:
@@ -282,6 +286,35 @@ def failure_reporter(monitor: Any) -> Any:
                 raise RunFailedError(given_up)
 
     return FailureReporter()
+
+
+def save_before_resizes(monitor: Any) -> Any:
+    """The callback by which Ray Train's controller has the ranks save before it resizes their group, or a node goes.
+
+    Ray Train has no public hook for either; these are of its developer API.
+    """
+    from ray.train.v2._internal.execution.callback import ControllerCallback
+    from ray.train.v2._internal.execution.controller.state import PreemptingState
+
+    class SaveBeforeResizes(ControllerCallback):
+        def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:  # noqa: ARG002
+            import ray
+
+            ray.get(monitor.group_ended.remote())
+
+        def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+            import ray
+
+            if not ray.get(monitor.pause.remote(PAUSE_SECONDS)):
+                logger.info("a group of %d workers starts from the newest commit", resize_decision.num_workers)
+
+        def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+            if isinstance(current_state, PreemptingState) and not isinstance(previous_state, PreemptingState):
+                info = current_state.preemption_info
+                seconds = None if info.deadline_ms is None else info.deadline_ms / 1e3 - time.time()
+                monitor.drain.remote(info.preempted_ranks, seconds)
+
+    return SaveBeforeResizes()
 
 
 def describe_failure(worker_exceptions: Mapping[int, Exception]) -> tuple[str, bool]:

@@ -23,6 +23,7 @@ from jobs.recovery import Recovery
 from jobs.run_directory import HISTORY_PART_STEPS, RunDirectory
 from jobs.schedule import Schedule
 from jobs.watchdog import Examined, Hang, HangWatch, Pulse, examine_and_kill, hang_text, training_stack
+from jobs.wish import Wish
 
 logger = logging.getLogger(__name__)
 
@@ -84,6 +85,8 @@ class RunMonitor:
         self._dirty = False
         self._step_times: deque[tuple[float, float]] = deque(maxlen=RATE_WINDOW_STEPS)
         self._stop_reason = ""
+        self._wish: Wish = ""
+        self._paused = threading.Event()
         self._failure = self._hang = ""
         self._watch = HangWatch(config.hang_seconds)
         self._failed_at: float | None = None
@@ -149,6 +152,7 @@ class RunMonitor:
             before, step_before = self._status["world_size"], int(self._status["step"])
             kind, reason = self._start_kind(before, world_size)
             self._failure = self._hang = ""
+            self._wish = ""
             self._watch.begin(self._attempt)
             last_step_at = self._status["last_step_at_seconds"]
             self._recovery = Recovery(last_step_at, self._failed_at, started_at_seconds, time.time())
@@ -210,8 +214,8 @@ class RunMonitor:
         gradient_norm: float,
         reading: Mapping[str, float],
         ranks: Sequence[RankFigures],
-    ) -> bool:
-        """Note one finished step; True if the run should save and stop.
+    ) -> Wish:
+        """Note one finished step; returns what the ranks should do.
 
         Args:
             row: The history row: step (from 1), epoch, loss, learning_rate, world_size, attempt, data_wait_seconds.
@@ -240,7 +244,55 @@ class RunMonitor:
             self._status.update(self._rates(int(row["step"])))
             self._exporter.update(self._status)
             self._exporter.update_ranks(ranks)
-            return bool(self._stop_reason)
+            if self._stop_reason:
+                return "stop"
+            wish = self._wish
+            if wish == "save":
+                self._wish = ""
+            return wish
+
+    def pause(self, timeout_seconds: float) -> bool:
+        """Have the ranks save and stand still, because Ray Train is about to end their group.
+
+        Args:
+            timeout_seconds: How long they may take.
+
+        Returns:
+            Whether they did; False at once where none train.
+        """
+        with self._lock:
+            if self._status["state"] != "running" or self._stop_reason:
+                return False
+            self._wish = "pause"
+            self._paused.clear()
+        paused = self._paused.wait(timeout_seconds)
+        with self._lock:
+            self._wish = ""
+        return paused
+
+    def paused(self) -> None:
+        """Note that the ranks have saved, and stand still."""
+        self._paused.set()
+
+    def drain(self, ranks: Sequence[int], seconds: float | None) -> None:
+        """Note that nodes are being drained, and have the ranks save.
+
+        Args:
+            ranks: On those nodes.
+            seconds: Until they are gone; None where nobody knows.
+        """
+        with self._lock:
+            named = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+            when = "soon" if seconds is None else f"in {max(0.0, seconds):.0f} s"
+            self._add_event("drain", step=self._status["step"], reason=f"the node of {named} goes away {when}")
+            if not self._wish:
+                self._wish = "save"
+
+    def group_ended(self) -> None:
+        """Note that Ray Train gave the worker group up, for whatever reason."""
+        with self._lock:
+            if self._status["state"] == "running":
+                self._status["state"] = "restarting"
 
     def _add_row(self, row: dict[str, Any]) -> None:
         newest = max(self._parts, default=None)

@@ -47,6 +47,7 @@ PLACEMENT_FIELDS = frozenset(
         "cache_bytes",
         "stall_seconds",
         "hang_seconds",
+        "resize_seconds",
         "on_nonfinite_loss",
         "max_nonfinite_in_a_row",
         "max_restarts_without_progress",
@@ -153,6 +154,8 @@ class Recipe(BaseModel):
     """How long a worker waits for one batch before it says which stage hangs, and fails."""
     hang_seconds: float = Field(default=HANG_SECONDS, gt=0)
     """How long a rank may stand still in a step, or be silent, before it is killed and the attempt restarts."""
+    resize_seconds: float = Field(default=60.0, gt=0)
+    """How often to look whether more, or fewer, workers could train now. A resize costs a save and a restart."""
     on_nonfinite_loss: OnNonFinite = "stop"
     """Where a loss or gradient is not finite: `stop` the attempt, `skip_batch`, or `rollback` and leave out steps."""
     max_nonfinite_in_a_row: int = Field(default=10, gt=0)

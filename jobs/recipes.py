@@ -65,6 +65,7 @@ def _tiny() -> Recipe:
         cpus_per_worker=0.25,
         loader_threads=1,
         checkpoint_every_steps=25,
+        resize_seconds=5.0,
     )
 
 

@@ -54,6 +54,7 @@ from jobs.schedule import Schedule, micro_batches
 from jobs.step_reading import RankReading, StepReading, from_words, word_count
 from jobs.trace import TraceWriter, begin_trace
 from jobs.watchdog import COMPILE_ALLOWED_SECONDS, SAVE_ALLOWED_SECONDS, RankPulse
+from jobs.wish import PAUSE_SECONDS, WISHES, Wish
 from jobs.zero_state import ZeroState, read_zero_state, restore_optimizer
 from model.convmae import Output
 from model.noise import mask_noise
@@ -104,8 +105,8 @@ class SharedStep(NamedTuple):
     """Mean over the global batch."""
     fault: str
     """What is not finite on some rank; empty where all is."""
-    stop: bool
-    """Whether to save and end after it."""
+    wish: Wish
+    """What to do after it."""
     uploading: bool
     """Whether some rank is uploading a checkpoint."""
     samples: str
@@ -181,7 +182,7 @@ class Trainer:
             job.run, job.monitor, rank=place.rank, world_size=place.world_size, keep=self.recipe.keep_checkpoints
         )
         self.trace = self._begin_trace() if job.trace_url else None
-        self._stop_reply: Any = None
+        self._reply: Any = None
         self._skipped_in_a_row = 0
         folders = [Path(tempfile.gettempdir()), *([Path(self.recipe.cache_dir)] if self.recipe.cache_dir else [])]
         self._reading = RankReading(self.dataset, place.rank, place.world_size, device=place.device, folders=folders)
@@ -208,13 +209,27 @@ class Trainer:
             for batch in batches:
                 compiles = self.recipe.compile and batch.step == steps.start
                 self.pulse.at("step", COMPILE_ALLOWED_SECONDS if compiles else 0.0)
-                stop = self._train_step(batch)
-                if stop or self._is_due(self.step):
+                wish = self._train_step(batch)
+                if wish or self._is_due(self.step):
                     self._save()
-                if stop:
+                if wish == "pause":
+                    self._stand_still()
+                if wish == "stop":
                     return True
                 self.pulse.at("data", self.recipe.stall_seconds)
         return False
+
+    def _stand_still(self) -> None:
+        """Commit, say so, and wait to be ended; go on if nobody comes. Collective."""
+        import ray
+
+        self.pulse.at("pause", SAVE_ALLOWED_SECONDS + PAUSE_SECONDS)
+        self.saver.settle()
+        if self.place.rank == 0:
+            ray.get(self.job.monitor.paused.remote())
+        time.sleep(PAUSE_SECONDS)
+        self._reply = None  # it repeats the wish
+        logger.warning("the worker group was not ended; training goes on")
 
     def _leave_out(self, steps: range) -> None:
         """Pass over steps that an earlier attempt rolled back."""
@@ -253,8 +268,8 @@ class Trainer:
             stall_seconds=self.recipe.stall_seconds,
         )
 
-    def _train_step(self, batch: Batch) -> bool:
-        """One optimizer step on the global batch `batch.step`; True if the run should stop after it."""
+    def _train_step(self, batch: Batch) -> Wish:
+        """One optimizer step on the global batch `batch.step`; returns what to do after it."""
         learning_rate = self.schedule.learning_rate(batch.step)
         set_learning_rate(self.engine, learning_rate)
         self._quarantine(batch)
@@ -279,8 +294,8 @@ class Trainer:
                 "data_wait_seconds": round(shared.wait_seconds, 6),
             } | ({"skipped": shared.fault} if shared.fault else {})
             norm = float(self.engine.get_global_grad_norm() or 0.0)
-            self._stop_reply = self.job.monitor.record.remote(row, norm, shared.reading._asdict(), shared.ranks)
-        return shared.stop
+            self._reply = self.job.monitor.record.remote(row, norm, shared.reading._asdict(), shared.ranks)
+        return shared.wish
 
     def _update(self, step: int, fault: str) -> None:
         """Update the weights, or do what the recipe says where something is not finite; the same on every rank."""
@@ -327,8 +342,8 @@ class Trainer:
     def _backward(self, batch: Batch) -> SharedStep:
         """Gradients of the mean loss over the global batch.
 
-        Rank 0's wish to stop travels with the loss, so that all ranks leave after the same step; so does whether a
-        rank is uploading, and what each rank read.
+        The monitor's wish travels from rank 0 with the loss, so that all ranks fulfil it after the same step; so does
+        whether a rank is uploading, and what each rank read.
         """
         recipe, place = self.recipe, self.place
         words_from = 3 + FAULT_WORDS
@@ -346,7 +361,7 @@ class Trainer:
             first += size
             if index + 1 < len(self.sizes):
                 self.engine.step()
-        total[1] = float(place.rank == 0 and self._stop_asked())
+        total[1] = float(WISHES.index(self._monitors_wish()) if place.rank == 0 else 0)
         total[2] = float(self.saver.is_uploading)
         faults = fault_words(
             place.rank,
@@ -357,10 +372,10 @@ class Trainer:
         consumed = torch.tensor(ConsumedDigest.of(batch.sample_ids.numpy()).words(), device=place.device)
         dist.all_reduce(total)
         dist.all_reduce(consumed)
-        loss_sum, stops, uploads, *words = total.tolist()
+        loss_sum, wish, uploads, *words = total.tolist()
         fault, words = fault_of(words[:FAULT_WORDS]), words[FAULT_WORDS:]
         digest = str(ConsumedDigest.from_words(consumed.tolist()))
-        return SharedStep(loss_sum, fault, stops > 0, uploads > 0, digest, *from_words(words))
+        return SharedStep(loss_sum, fault, WISHES[int(wish)], uploads > 0, digest, *from_words(words))
 
     def _forward(self, batch: Batch, chosen: slice) -> Output:
         device = self.place.device
@@ -370,14 +385,16 @@ class Trainer:
         output: Output = self.engine(normalise(pixels), noise=noise)
         return output
 
-    def _stop_asked(self) -> bool:
-        """The monitor's answer to an earlier step, if it is there; never waits."""
+    def _monitors_wish(self) -> Wish:
+        """The monitor's answer to an earlier step, if it is there and new; never waits."""
         import ray
 
-        if self._stop_reply is None or not ray.wait([self._stop_reply], timeout=0)[0]:
-            return False
+        if self._reply is None or not ray.wait([self._reply], timeout=0)[0]:
+            return ""
         # If the monitor died, so did the newest rows of the history: this raises, and the restart does them again.
-        return bool(ray.get(self._stop_reply))
+        reply, self._reply = self._reply, None
+        wish: Wish = ray.get(reply)
+        return wish
 
     def _is_due(self, step: int) -> bool:
         return (

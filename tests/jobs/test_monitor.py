@@ -4,6 +4,7 @@ import json
 import time
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,8 @@ def begin(monitor: RunMonitor, world_size: int = 2, resume_step: int = 0, **coun
     )
 
 
-def record(monitor: RunMonitor, steps: range, attempt: int = 1) -> bool:
-    stop = False
+def record(monitor: RunMonitor, steps: range, attempt: int = 1) -> str:
+    wish = ""
     for step in steps:
         row = {
             "step": step,
@@ -87,8 +88,8 @@ def record(monitor: RunMonitor, steps: range, attempt: int = 1) -> bool:
             "attempt": attempt,
             "data_wait_seconds": 0.0,
         }
-        stop = monitor.record(row, gradient_norm=0.5, reading=READING, ranks=RANKS)
-    return stop
+        wish = monitor.record(row, gradient_norm=0.5, reading=READING, ranks=RANKS)
+    return wish
 
 
 def commit(monitor: RunMonitor, step: int) -> None:
@@ -369,14 +370,48 @@ def test_a_stop_request_is_heard(start: Start, run: RunDirectory, monkeypatch: p
     monkeypatch.setattr(monitor_module, "FLUSH_INTERVAL_SECONDS", 0.02)
     monitor = start()
     begin(monitor)
-    assert record(monitor, range(1, 2)) is False
+    assert not record(monitor, range(1, 2))
 
     run.write_stop_request()
 
     assert eventually(lambda: monitor.status()["state"] == "stopping")
-    assert record(monitor, range(2, 3)) is True
+    assert record(monitor, range(2, 3)) == "stop"
     monitor.end("stopped")
     assert "convmae stop" in last_event(run)["reason"]
+
+
+def test_ranks_are_asked_to_pause_until_they_have_saved(start: Start) -> None:
+    monitor = start()
+    assert not monitor.pause(60.0)  # nobody trains yet
+    begin(monitor)
+    record(monitor, range(1, 2))
+    with ThreadPoolExecutor(1) as threads:
+        paused = threads.submit(monitor.pause, 60.0)
+
+        assert eventually(lambda: record(monitor, range(2, 3)) == "pause")
+        assert not paused.done()
+        monitor.paused()
+
+        assert paused.result(10)
+    assert not record(monitor, range(3, 4))
+    assert not monitor.pause(0.05)  # they did not save in time
+    assert not record(monitor, range(4, 5))
+    monitor.group_ended()
+    assert monitor.status()["state"] == "restarting"
+    assert not monitor.pause(60.0)
+
+
+def test_a_drained_node_is_told_and_has_the_ranks_save_once(start: Start, run: RunDirectory) -> None:
+    monitor = start()
+    begin(monitor)
+    record(monitor, range(1, 6))
+
+    monitor.drain([1, 3], 29.6)
+
+    assert [record(monitor, range(step, step + 1)) for step in (6, 7)] == ["save", ""]
+    monitor.flush()
+    assert (last_event(run)["kind"], last_event(run)["step"]) == ("drain", 5)
+    assert last_event(run)["reason"] == "the node of ranks 1, 3 goes away in 30 s"
 
 
 def test_storage_that_is_away_does_not_end_the_heartbeat(

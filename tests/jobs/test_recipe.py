@@ -50,6 +50,7 @@ OTHER_VALUES: dict[str, Any] = {
     "cache_bytes": 10**9,
     "stall_seconds": 60.0,
     "hang_seconds": 30.0,
+    "resize_seconds": 30.0,
     "on_nonfinite_loss": "skip_batch",
     "max_nonfinite_in_a_row": 3,
     "checkpoint_every_steps": 10,
@@ -75,7 +76,7 @@ def test_resuming_may_change_how_a_run_executes_and_nothing_else() -> None:
     workers = {"min_workers", "max_workers", "cpus_per_worker", "loader_threads", "micro_batch_size"}
     computing = {"recompute", "compile", "on_nonfinite_loss", "max_nonfinite_in_a_row"}
     saving = {"checkpoint_every_steps", "keep_checkpoints", "on_damaged_checkpoint"}
-    watching = {"max_restarts_without_progress", "metrics_port", "hang_seconds"}
+    watching = {"max_restarts_without_progress", "metrics_port", "hang_seconds", "resize_seconds"}
 
     reading = {
         "on_bad_sample",

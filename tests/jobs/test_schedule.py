@@ -144,7 +144,7 @@ def backward_of_rank(recipe: Any, place: Place, parts: list[int], images: Tensor
     stand_ins: Any = rank
     stand_ins._forward = lambda batch, chosen: Output(sample_losses(weights, batch.images[chosen]).mean(), chosen)
     stand_ins.trace = None
-    stand_ins._stop_asked = lambda: False
+    stand_ins._monitors_wish = lambda: ""
     stand_ins.saver = SimpleNamespace(is_uploading=False)
     stand_ins._reading = SimpleNamespace(words=lambda batch: [0.0] * word_count(place.world_size))
     batch: Any = SimpleNamespace(images=images, sample_ids=torch.arange(len(images)))
