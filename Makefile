@@ -39,7 +39,7 @@ check: $(INSTALLED)  ## Lint, format, types, layers
 	$(BIN)/lint-imports
 
 test: check  ## Checks, then all tests but the slow ones
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2
 
 test-slow: $(INSTALLED)  ## The tests that take minutes
 	$(BIN)/python -m pytest -m slow

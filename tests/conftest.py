@@ -3,18 +3,54 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 from jobs.stack import Stack, down, up
 
+STACK_FILES = frozenset(
+    f"tests/{name}.py"
+    for name in (
+        "jobs/test_bad_samples",
+        "jobs/test_consolidate_cluster",
+        "jobs/test_damaged_checkpoints",
+        "jobs/test_datasets",
+        "jobs/test_failures",
+        "jobs/test_hangs",
+        "jobs/test_live_metrics",
+        "jobs/test_main_job",
+        "jobs/test_nodes",
+        "jobs/test_poisoned_runs",
+        "jobs/test_racing_drivers",
+        "jobs/test_stack",
+        "jobs/test_trajectory",
+        "pipeline/test_chaos",
+    )
+)
+"""Files with tests of the local stack: they share one, and take turns, while others run beside them (`pytest -n 2`)."""
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks at the groups
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests of the local stack share one and take turns; with `--dist loadgroup` others run beside them."""
+    """Hold STACK_FILES to what it says."""
     for item in items:
-        if "local_stack" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("stack"))
+        file = item.nodeid.partition("::")[0]
+        if "local_stack" in getattr(item, "fixturenames", ()) and file not in STACK_FILES:
+            raise pytest.UsageError(f"{file} has tests of the local stack: add it to STACK_FILES in tests/conftest.py")
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Deal out single tests, but those of the stack as one.
+
+    pytest-xdist 3.8's own groups, which are marks, are not seen by pytest 9.2.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return "stack" if nodeid.partition("::")[0] in STACK_FILES else nodeid
+
+    return Scheduling(config, log)
 
 
 @pytest.fixture(scope="session")

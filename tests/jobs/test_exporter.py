@@ -38,6 +38,7 @@ def full() -> RunExporter:
         exporter.count(name, 1)
     for name in LABELLED_COUNTERS:
         exporter.count(name, 1, "why")
+    exporter.recovered({"detect": 0.5, "down": 8.0})
     return exporter
 
 
