@@ -74,7 +74,7 @@ def test_names_and_labels_are_of_the_agreed_form(full: RunExporter) -> None:
         assert re.fullmatch(r"convmae(_[a-z]+)+", family.name)
         assert family.documentation.endswith(".")
         for sample in family.samples:
-            assert set(sample.labels) <= {"run", "rank", "reason", "cause"}
+            assert set(sample.labels) <= {"run", "rank", "reason", "cause", "phase"}
 
 
 def test_what_is_not_known_has_no_series(full: RunExporter) -> None:

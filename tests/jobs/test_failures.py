@@ -11,7 +11,7 @@ from testbed import Command, losses, processes, small_recipe, wait_until
 
 from jobs.stack import Stack
 
-FIELDS = {"epochs": 20, "checkpoint_every_steps": 10, "max_restarts_without_progress": 5}
+FIELDS = {"epochs": 12, "checkpoint_every_steps": 10, "max_restarts_without_progress": 5}
 
 TRACES = "s3://convmae/traces/"
 
@@ -42,13 +42,13 @@ def test_worker_driver_and_s3_server_are_killed_and_the_run_goes_on_by_itself(
 
         wait_until(f"step {step} of attempt {attempt}", reached, 120)
 
-    after(25, attempt=1)
+    after(15, attempt=1)
     worker = next(process for process in processes("ray::RayTrainWorker") if process.pid not in workers_before)
     os.kill(worker.pid, signal.SIGKILL)
-    after(55, attempt=2)
+    after(35, attempt=2)
     (driver,) = (process for process in processes(run.url) if "jobs.cli" in process.cmdline())
     os.kill(driver.pid, signal.SIGKILL)
-    after(85, attempt=3)
+    after(55, attempt=3)
     stack = Stack.load(local_stack.settings.home)
     assert stack is not None
     s3 = stack.status()["s3"].pid
@@ -68,6 +68,7 @@ def test_worker_driver_and_s3_server_are_killed_and_the_run_goes_on_by_itself(
     assert all(event["steps_redone"] <= 2 * FIELDS["checkpoint_every_steps"] for event in starts)
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_work_is_given_up_with_its_cause(convmae: Command, data: str) -> None:
     """A learning rate at which the loss is soon not finite: each restart fails at the same step."""
     fields = {"epochs": 5, "base_learning_rate": 1e30, "warmup_epochs": 0.0, "max_restarts_without_progress": 1}
