@@ -163,8 +163,6 @@ def train(session: Session, plan: RunPlan, claim: Claim, on_status: Callable[[Ma
     import ray
     from ray.exceptions import RayError
 
-    if session.is_local:  # one machine is not drained, and the watcher is one process more to start
-        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     monitor = _start_monitor(session, plan)
     weights = _consolidator(plan, monitor)
     failure: list[BaseException] = []

@@ -110,6 +110,8 @@ def client_environment(settings: StackSettings, base: Mapping[str, str]) -> dict
         # it believes that it may not form clusters. Head and clients must agree on it.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        # One machine is not drained, and the watcher is one process more to start for every run.
+        "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         "NO_PROXY": no_proxy,
         "no_proxy": no_proxy,
     }
