@@ -20,7 +20,6 @@ STACK_FILES = frozenset(
         "jobs/test_hangs",
         "jobs/test_live_metrics",
         "jobs/test_main_job",
-        "jobs/test_nodes",
         "jobs/test_poisoned_runs",
         "jobs/test_racing_drivers",
         "jobs/test_stack",
