@@ -30,7 +30,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 def home_folder(environ: Mapping[str, str]) -> Path:
     """The local stack's folder: $CONVMAE_HOME, or `.convmae` in the current folder."""
-    return Path(environ.get(HOME_VARIABLE, ".convmae")).absolute()
+    return Path(environ.get(HOME_VARIABLE) or ".convmae").absolute()
 
 
 @dataclass(frozen=True)
