@@ -38,7 +38,7 @@ $facts
 
 ## Use
 
-With [convmae-pretrain](https://pypi.org/project/convmae-pretrain/) installed, the whole model:
+With convmae-pretrain installed, the whole model:
 
 ```python
 import json
