@@ -20,6 +20,8 @@ $(INSTALLED): pyproject.toml constraints.txt
 		apt-get -qq update && apt-get -qq install -y python3.11-venv >/dev/null && $(PYTHON) -m venv $(VENV); }
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	@$(BIN)/pip install -qq --no-compile --disable-pip-version-check -c constraints.txt -e '.[local,export,dev]'
+	@# By all cores at once, which pip does not; else every worker of the first run compiles the same files again.
+	@$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	@touch $(INSTALLED)
 
 pretrain: $(INSTALLED)  ## The main job, end to end; IMAGES=DIR takes your own photographs

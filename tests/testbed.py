@@ -54,7 +54,7 @@ class Command:
     def __call__(self, *arguments: str, code: int = 0, **changes: str) -> tuple[str, str]:
         """Run it to its end; returns standard output and standard error."""
         process = self.start(*arguments, **changes)
-        out, err = process.communicate(timeout=240)
+        out, err = process.communicate(timeout=480)
         assert process.returncode == code, f"{arguments} ended with {process.returncode}\n{out}\n{err}"
         return out, err
 

@@ -84,7 +84,7 @@ def test_an_ingest_that_is_killed_goes_on_and_ends_in_the_same_bytes(
     url = f"{ROOT}/killed"
     arguments = ("shard", str(photographs), url, "--samples-per-shard", "1")
     first = convmae.start(*arguments)
-    wait_until("a finished shard", lambda: any(name.endswith(".index") for name in s3.list_names(url)), 60)
+    wait_until("a finished shard", lambda: any(name.endswith(".index") for name in s3.list_names(url)), 180)
     first.send_signal(signal.SIGKILL)
     first.communicate()
     assert not s3.exists(f"{url}/manifest.json")

@@ -40,7 +40,7 @@ def test_worker_driver_and_s3_server_are_killed_and_the_run_goes_on_by_itself(
             now = run.read_heartbeat()
             return bool(now.get("loss")) and now.get("attempt", 0) >= attempt and now["step"] >= step
 
-        wait_until(f"step {step} of attempt {attempt}", reached, 120)
+        wait_until(f"step {step} of attempt {attempt}", reached, 300)
 
     after(15, attempt=1)
     worker = next(process for process in processes("ray::RayTrainWorker") if process.pid not in workers_before)
@@ -54,7 +54,7 @@ def test_worker_driver_and_s3_server_are_killed_and_the_run_goes_on_by_itself(
     s3 = stack.status()["s3"].pid
     assert s3
     os.kill(s3, signal.SIGKILL)
-    wait_until("the end", lambda: run.read_heartbeat().get("state") == "finished", 120)
+    wait_until("the end", lambda: run.read_heartbeat().get("state") == "finished", 300)
 
     assert losses(run) == pytest.approx(undisturbed, rel=1e-6)
     assert convmae("trace", TRACES + "undisturbed", TRACES + "killed")[0] == "the traces agree\n"

@@ -28,7 +28,7 @@ def live(convmae: Command, data: str, local_stack: Stack) -> Iterator[tuple[str,
     assert url
     convmae("submit", *small_recipe(data, epochs=5000, warmup_epochs=1.0, checkpoint_every_steps=20), "--run", name)
     run = convmae.run(name)
-    wait_until("a checkpoint", lambda: bool(run.read_heartbeat().get("checkpoint_at_seconds")), 240)
+    wait_until("a checkpoint", lambda: bool(run.read_heartbeat().get("checkpoint_at_seconds")), 300)
     wait_for_series(url, f'convmae:images:rate5m{{run="{name}"}} > 0', 120)
     wait_for_series(url, f'convmae:checkpoint_stall:ratio1h{{run="{name}"}}', 60)
     wait_for_series(url, "ray_node_mem_used", 120)
@@ -54,7 +54,7 @@ def test_a_worker_that_dies_leaves_no_series_and_resets_no_counter(
 
     os.kill(workers(local_stack)[0], signal.SIGKILL)
     killed_at = time.monotonic()
-    wait_until("the restart", lambda: run.read_heartbeat().get("attempt") == 2, 240)
+    wait_until("the restart", lambda: run.read_heartbeat().get("attempt") == 2, 300)
     wait_for_series(url, f'convmae_restarts_total{{run="{name}", reason="restart"}} == 1', 60)
     wait_for_series(url, f'convmae_images_total{{run="{name}"}} > {images}', 60)
 

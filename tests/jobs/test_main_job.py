@@ -31,12 +31,12 @@ def finished(convmae: Command, data: str) -> str:
     )
     assert f"submitted {name}-a1 (a new run)" in out
     run = convmae.run(name)
-    wait_until("the first step", lambda: bool(run.read_heartbeat().get("loss")), 90)
+    wait_until("the first step", lambda: bool(run.read_heartbeat().get("loss")), 300)
     metrics = urllib.request.urlopen(run.read_heartbeat()["metrics_url"], timeout=5).read().decode()
     for series in ("convmae_step", "convmae_loss", "convmae_images_total", "convmae_world_size_ranks"):
         assert f'{series}{{run="{name}"}}' in metrics
-    wait_until("the end", lambda: run.read_heartbeat()["state"] == "finished", 120)
-    wait_until("the report", lambda: run.storage.exists(run.path("report.html")), 60)
+    wait_until("the end", lambda: run.read_heartbeat()["state"] == "finished", 300)
+    wait_until("the report", lambda: run.storage.exists(run.path("report.html")), 120)
     return name
 
 
@@ -168,11 +168,11 @@ def test_sharding_again_keeps_what_is_there(convmae: Command, photographs: Path,
 def test_stop_saves_and_the_same_command_goes_on(convmae: Command, data: str) -> None:
     command = ("pretrain", *small_recipe(data, epochs=20, checkpoint_every_steps=10_000), "--run", "stopped")
     process, run = convmae.start(*command), convmae.run("stopped")
-    wait_until("ten steps", lambda: run.read_heartbeat().get("step", 0) >= 10, 90)
+    wait_until("ten steps", lambda: run.read_heartbeat().get("step", 0) >= 10, 300)
 
     out, _ = convmae("stop", "stopped")
 
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=180) == 0
     assert "stopped at step" in out
     (step,) = checkpoint.committed_steps(run)
     assert 10 <= step < 160
