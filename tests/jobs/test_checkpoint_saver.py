@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from testbed import wait_until
+from patience import wait_until
 
 from jobs import checkpoint
 from jobs.checkpoint import Commit

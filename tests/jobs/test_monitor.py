@@ -401,7 +401,10 @@ def test_ranks_are_asked_to_pause_until_they_have_saved(start: Start) -> None:
     assert not monitor.pause(60.0)
 
 
-def test_a_drained_node_is_told_and_has_the_ranks_save_once(start: Start, run: RunDirectory) -> None:
+def test_a_drained_node_is_told_and_has_the_ranks_save_now_and_before_it_goes(
+    start: Start, run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor_module, "LEAST_SAVE_SECONDS", 29.3)
     monitor = start()
     begin(monitor)
     record(monitor, range(1, 6))
@@ -409,9 +412,29 @@ def test_a_drained_node_is_told_and_has_the_ranks_save_once(start: Start, run: R
     monitor.drain([1, 3], 29.6)
 
     assert [record(monitor, range(step, step + 1)) for step in (6, 7)] == ["save", ""]
+    time.sleep(0.4)
+    assert record(monitor, range(8, 9)) == "pause"
+    begin(monitor, resume_step=8)
+    assert record(monitor, range(9, 10)) == "", "the drain is over"
     monitor.flush()
-    assert (last_event(run)["kind"], last_event(run)["step"]) == ("drain", 5)
-    assert last_event(run)["reason"] == "the node of ranks 1, 3 goes away in 30 s"
+    told = next(event for event in run.read_events() if event["kind"] == "drain")
+    assert (told["step"], told["reason"]) == (5, "the node of ranks 1, 3 goes away in 30 s")
+
+
+def test_a_run_that_has_no_room_says_so_until_it_trains(start: Start, run: RunDirectory) -> None:
+    monitor = start()
+
+    monitor.waiting(1, 2)
+
+    assert (monitor.status()["state"], monitor.status()["waiting"]) == ("waiting", True)
+    begin(monitor)
+    assert (monitor.status()["state"], monitor.status()["waiting"]) == ("running", False)
+    monitor.waiting(0, 2)
+    monitor.request_stop("SIGTERM")
+    monitor.waiting(0, 2)
+    assert (monitor.status()["state"], monitor.status()["waiting"]) == ("stopping", True)
+    monitor.flush()
+    assert "there is room for 0 workers, and min_workers is 2" in last_event(run)["reason"]
 
 
 def test_storage_that_is_away_does_not_end_the_heartbeat(

@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from testbed import Command, small_recipe, wait_until
+from patience import wait_until
+from testbed import Command, small_recipe
 
 from jobs import checkpoint
 from jobs.stack import Stack
