@@ -91,13 +91,10 @@ class CheckedFiles:
         return self._checked.copy()
 
     def read_range(self, url: str, offset: int, length: int) -> bytes:
-        """A few bytes; their chunks are kept for a while, for the next few."""
+        """A few bytes, of one chunk, which is kept for a while for the next few."""
         file = self._numbers[url]
-        size, first = self._files[file].chunk_bytes, self._firsts[file]
-        end = min(offset + length, self._files[file].bytes)
-        begin, after = offset // size, -(-end // size)
-        data = b"".join(self._chunk(file, first + chunk) for chunk in range(begin, after))
-        return data[offset - begin * size : end - begin * size]
+        chunk, start = divmod(offset, self._files[file].chunk_bytes)
+        return self._chunk(file, self._firsts[file] + chunk)[start : start + length]
 
     def read_into(self, copies: Iterable[Copy]) -> None:
         """Copy many ranges, in as few requests as the chunks allow."""

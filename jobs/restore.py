@@ -100,7 +100,7 @@ def _with_chunks(run: RunDirectory, commit: Commit, rank: int, world_size: int) 
     if all(file.chunk_bytes for file in commit.files):
         return commit, ""
     mine, damage = _attempt(lambda: with_chunks(run, commit.step, commit.files[rank::world_size]))
-    by_rank, damage = _gathered(mine, damage, world_size)
+    by_rank, damage = _gathered(mine or [], damage, world_size)
     if damage:
         return commit, damage
     known: dict[str, CheckpointFile] = {file.name: file for files in by_rank for file in files}

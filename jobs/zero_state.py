@@ -97,9 +97,8 @@ def read_zero_state(files: CheckedFiles, owned: Mapping[str, range]) -> ZeroStat
                 rule, remedy = f"must hold {moment} of {name}", "resume with the model that the run began with"
                 raise CheckpointError("checkpoint", rule, files.run.name, remedy)
             moments[moment][name] = _room(sources[name], wanted, copies)
-    step = layout.optimizer_step() if owned else 0.0
-    if isinstance(step, LazyTensor):
-        step = _room(SourceTensor("step", (1,), (Vector([step]),), 0, 1), range(1), copies)
+    told = layout.optimizer_step() if owned else 0.0
+    step: Tensor | float = _room(_scalar(told), range(1), copies) if isinstance(told, LazyTensor) else told
     files.read_into(copies)
     return ZeroState(
         {name: value.float() if value.is_floating_point() else value for name, value in weights.items()},
@@ -139,10 +138,14 @@ def restore_optimizer(engine: deepspeed.DeepSpeedEngine, state: ZeroState) -> No
                 slots[moment][place].copy_(state.moments[moment][piece.name])
 
 
+def _scalar(tensor: LazyTensor) -> SourceTensor:
+    return SourceTensor("step", (1,), (Vector([tensor]),), 0, 1)
+
+
 def _room(source: SourceTensor, wanted: range, copies: list[Copy]) -> Tensor:
     """Room for values of a tensor, flattened; adds what is to be copied there."""
     tensor = torch.empty(len(wanted), dtype=_DTYPES[source.dtype])
-    room, position = memoryview(tensor.view(torch.uint8).numpy()), 0
+    room, position = tensor.view(torch.uint8).numpy().data, 0
     for extent in source.extents(wanted.start, wanted.stop):
         target = room[position : position + extent.bytes]
         copies.append(Copy(extent.record.url, extent.record.offset + extent.start, target))
