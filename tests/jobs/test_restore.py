@@ -192,9 +192,12 @@ def test_many_ranks_read_little_more_than_the_weights_each(
     assert total <= CountingStorage.read_bytes < now * weights + (total - weights) + surplus
 
 
-def test_a_flipped_byte_anywhere_is_found_by_some_rank(tmp_path: Path, together: Any) -> None:
+@pytest.mark.parametrize(("stage", "before"), [(2, 2), (3, 3)])
+def test_a_flipped_byte_anywhere_is_found_by_some_rank(
+    tmp_path: Path, together: Any, caplog: pytest.LogCaptureFixture, stage: int, before: int
+) -> None:
     """Pickles, masters, moments, padding, module weights that nobody restores, zip headers and directories."""
-    run = make_run(tmp_path)
+    run = make_run(tmp_path, stage, before)
     places = [
         (path, offset)
         for path in files_of(run, 30)
@@ -205,10 +208,12 @@ def test_a_flipped_byte_anywhere_is_found_by_some_rank(tmp_path: Path, together:
     for path, offset in places:
         flip(path, offset)
         with pytest.raises(CheckpointError, match="must be whole, and none is"):
-            together(run)
+            together(run, stage=stage)
         flip(path, offset)
+        assert str(path) in caplog.text, offset
+        caplog.clear()
 
-    assert all(together(run)[0])
+    assert all(together(run, stage=stage)[0])
 
 
 @pytest.mark.parametrize(

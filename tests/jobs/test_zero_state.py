@@ -12,6 +12,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,10 +25,11 @@ import jobs
 from jobs.checkpoint import Commit
 from jobs.consolidate import consolidate, load_consolidated
 from jobs.engine import parameter_groups
+from jobs.errors import CheckpointError
 from jobs.recipe import Recipe
 from jobs.recipes import named_recipe
 from jobs.run_directory import RunDirectory
-from jobs.zero_state import owned_ranges
+from jobs.zero_state import ZeroState, owned_ranges, restore_optimizer
 from model import ConvMAE
 from model.config import PARTS
 from pipeline.storage import Storage
@@ -269,8 +271,27 @@ def test_every_value_is_owned_by_one_rank(stage: int, world_size: int) -> None:
 
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            values = [value for owned in by_rank for value in owned[name]]
-            assert values == list(range(parameter.numel())), name
+            ranges = [owned[name] for owned in by_rank if owned[name]]
+            edges = [0, *(values.stop for values in ranges)]
+            assert [values.start for values in ranges] == edges[:-1], name
+            assert edges[-1] == parameter.numel(), name
+    by_size = sorted(sum(map(len, owned.values())) for owned in by_rank)
+    assert by_size[-1] <= sum(by_size) / world_size + len(by_rank[0])
+
+
+def test_an_engine_that_owns_other_ranges_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = torch.nn.Linear(4, 1, bias=False)
+    optimizer = SimpleNamespace(
+        single_partition_of_fp32_groups=[torch.zeros(2)],
+        real_dp_process_group=[None],
+        round_robin_bit16_groups=[[module.weight]],
+    )
+    engine: Any = SimpleNamespace(module=module, optimizer=optimizer, zero_optimization_stage=lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 1)
+    state = ZeroState({"weight": torch.zeros(1, 4)}, {"weight": range(2)}, {}, 1.0)
+
+    with pytest.raises(CheckpointError, match="must share out the optimizer's state as"):
+        restore_optimizer(engine, state)
 
 
 @pytest.mark.parametrize("stage", STAGES)
