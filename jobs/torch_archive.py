@@ -46,7 +46,7 @@ class Files(Protocol):
     """Where archives lie: a `Storage`, or what checks the bytes that it gives."""
 
     def read_range(self, url: str, offset: int, length: int) -> bytes:
-        """As `Storage.read_range`; may give less, but for none, also before the file's end."""
+        """As `Storage.read_range`; may give fewer bytes, though never none, before the file's end."""
 
 
 @dataclass(frozen=True)
