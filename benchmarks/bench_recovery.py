@@ -93,8 +93,7 @@ def settle(run: RunDirectory) -> None:
 
 def alive(cluster: Cluster) -> list[Node]:
     """Nodes on which a rank trains."""
-    there = [node for node in cluster.nodes if node.process.poll() is None]
-    return [node for node in there if node.workers()]
+    return [node for node in cluster.nodes if node.workers()]
 
 
 def recovered(run: RunDirectory, attempt: int) -> dict[str, Any] | None:

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import secrets
-import signal
 import socket
 import subprocess
 import sys
@@ -35,23 +34,36 @@ class Node:
     log: Path
     node_id: str = ""
 
-    def raylet(self) -> psutil.Process:
-        """Its raylet."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
-        return next(child for child in children if child.name() == "raylet")
+    @property
+    def is_up(self) -> bool:
+        """Whether its raylet runs; one that was drained ends by itself."""
+        return self._raylet() is not None
 
     def workers(self) -> list[psutil.Process]:
         """Processes of the ranks that train on it."""
-        return [child for child in self.raylet().children(recursive=True) if "RayTrainWorker" in child.name()]
+        raylet = self._raylet()
+        found = raylet.children(recursive=True) if raylet else []
+        return [process for process in found if "RayTrainWorker" in process.name()]
 
     def kill(self) -> None:
         """SIGKILL its raylet; what ran under it dies with it."""
-        self.raylet().kill()
+        raylet = self._raylet()
+        assert raylet, "it is up"
+        raylet.kill()
+
+    def _raylet(self) -> psutil.Process | None:
+        if self.process.poll() is not None:
+            return None
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        return next((child for child in children if child.name() == "raylet"), None)
 
     def end(self) -> None:
-        """End every process of it."""
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
+        """SIGKILL every process of it, as when a machine loses its power; drivers of jobs are among a head's."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family = psutil.Process(self.process.pid).children(recursive=True)
+            for process in [psutil.Process(self.process.pid), *family]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
         self.process.wait()
 
 

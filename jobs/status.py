@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -19,8 +20,8 @@ SILENT_SECONDS = 60.0
 def run_status(run: RunDirectory, now_seconds: float | None = None) -> dict[str, Any]:
     """State, progress and figures of a run.
 
-    State is `submitted`, `starting`, `running`, `restarting`, `stopping`, `finished`, `stopped`, `failed`, or
-    `interrupted` where a live run fell silent.
+    State is `submitted`, `starting`, `running`, `waiting`, `restarting`, `stopping`, `finished`, `stopped`, `failed`,
+    or `interrupted` where a live run fell silent.
     """
     now = time.time() if now_seconds is None else now_seconds
     status = {
@@ -48,7 +49,7 @@ def status_lines(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "run", status["run"]
     yield "state", status["state"]
     yield "step", f"{step:,} of {total:,}" + (f" ({step / total:.1%})" if total else "")
-    yield "epoch", str(status.get("epoch", "-"))
+    yield "epoch", _epochs(status)
     yield "loss", figure(status.get("loss"), ".6f")
     yield "learning rate", figure(status.get("learning_rate"), ".3e")
     yield "images/s", figure(status.get("images_per_second"), ".1f")
@@ -67,6 +68,12 @@ def status_lines(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "ETA", duration_text(status.get("eta_seconds"))
         yield "metrics", status.get("metrics_url", "-")
     yield "directory", status["url"]
+
+
+def _epochs(status: Mapping[str, Any]) -> str:
+    """Whole epochs done, of all."""
+    length = status.get("steps_per_epoch")
+    return f"{status['step'] // length:,} of {math.ceil(status['total_steps'] / length):,}" if length else "-"
 
 
 def _workers(status: Mapping[str, Any]) -> str:

@@ -22,6 +22,7 @@ STACK_FILES = frozenset(
         "jobs/test_main_job",
         "jobs/test_poisoned_runs",
         "jobs/test_racing_drivers",
+        "jobs/test_soak",
         "jobs/test_stack",
         "jobs/test_trajectory",
         "pipeline/test_chaos",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from patience import wait_until
 from ray_nodes import Cluster, ray_cluster
 from testbed import TILES, losses, small_recipe
 
+from jobs.checkpoint import Commit, committed_steps, read_commit
 from jobs.run_directory import RunDirectory
 from pipeline.photographs import cut_tiles
 
@@ -27,7 +29,8 @@ FIELDS = {
     "resize_seconds": 2.0,
     "min_workers": 1,
     "max_workers": 3,
-    "epochs": 60,
+    "epochs": 1000,
+    "base_learning_rate": 0.004,
     "max_restarts_without_progress": 5,
 }
 
@@ -58,10 +61,14 @@ def done(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
     return out, err
 
 
+def recipe_of(cluster: Cluster, data: str, **fields: object) -> Sequence[str]:
+    """Arguments for a recipe that lasts longer than a test."""
+    return small_recipe(data, **{**FIELDS, "run_root": f"{cluster.bucket}/runs", **fields})
+
+
 def begin(cluster: Cluster, data: str, name: str, **fields: object) -> RunDirectory:
     """Submit a run."""
-    recipe = small_recipe(data, **{**FIELDS, "run_root": f"{cluster.bucket}/runs", **fields})
-    done(cluster.convmae("submit", *recipe, "--run", name))
+    done(cluster.convmae("submit", *recipe_of(cluster, data, **fields), "--run", name))
     return cluster.run(name)
 
 
@@ -90,6 +97,11 @@ def event(run: RunDirectory, kind: str) -> dict[str, Any]:
     return next(event for event in reversed(run.read_events()) if event["kind"] == kind)
 
 
+def latest_commit(run: RunDirectory) -> Commit:
+    """The newest checkpoint's."""
+    return read_commit(run, committed_steps(run)[-1])
+
+
 def test_a_run_lives_through_nodes_that_come_and_go(cluster: Cluster, data: str) -> None:
     run = begin(cluster, data, "nodes")
     second = cluster.nodes[1]
@@ -115,4 +127,59 @@ def test_a_run_lives_through_nodes_that_come_and_go(cluster: Cluster, data: str)
 
     done(cluster.convmae("stop", run.url))
     assert run.read_heartbeat()["state"] == "stopped"
-    assert losses(run)
+
+    done(cluster.convmae("pretrain", *recipe_of(cluster, data, max_steps=len(losses(run))), "--run", "undisturbed"))
+    assert losses(run) == pytest.approx(losses(cluster.run("undisturbed")), rel=1e-5)
+
+
+def test_with_fewer_nodes_than_the_minimum_a_run_waits_and_goes_on_when_they_come(cluster: Cluster, data: str) -> None:
+    for node in [node for node in cluster.nodes if node.is_up][1:]:
+        node.kill()
+    wait_until("one node", lambda: len(cluster.alive()) == 2, PATIENCE_SECONDS)
+
+    run = begin(cluster, data, "waiting", min_workers=2)
+    until(run, "a word that it waits", lambda now: now["state"] == "waiting")
+    assert event(run, "waiting")["reason"] == "there is room for 1 workers, and min_workers is 2; waits for nodes"
+    second = cluster.add()
+    begun = until(run, "two ranks and a checkpoint", trains(2, after=15))
+
+    second.kill()
+    until(run, "a word that it waits again", lambda now: now["state"] == "waiting")
+    cluster.add()
+    until(run, "two ranks again", lambda now: trains(2)(now) and now["attempt"] > begun["attempt"])
+    cluster.nodes[-1].kill()
+    until(run, "a word that it waits once more", lambda now: now["state"] == "waiting")
+    out, _ = done(cluster.convmae("stop", run.url))
+    assert "stopped" in out, "also where no rank is there that could save"
+
+
+def test_sigterm_saves_and_says_how_to_resume(cluster: Cluster, data: str) -> None:
+    process = cluster.convmae("pretrain", *recipe_of(cluster, data), "--run", "terminated")
+    run = cluster.run("terminated")
+    until(run, "steps", trains(1, after=12))
+
+    process.send_signal(signal.SIGTERM)
+
+    out, _ = done(process)
+    assert "terminated: stopped; the same command resumes it from its checkpoint" in out
+    stopped = event(run, "stopped")
+    assert stopped["reason"] == "SIGTERM"
+    assert latest_commit(run).step == stopped["step"] == len(losses(run))
+
+
+def test_the_ray_head_dies_and_the_same_command_goes_on(cluster: Cluster, data: str) -> None:
+    run = begin(cluster, data, "headless")
+    until(run, "a checkpoint", trains(1, after=15))
+    before = latest_commit(run).step
+
+    for node in [cluster.head, *cluster.nodes]:
+        node.end()
+    cluster.start_head()
+    cluster.add()
+    begin(cluster, data, "headless")
+
+    until(run, "the next steps", lambda now: trains(1, after=before)(now) and now["attempt"] == 2)
+    assert event(run, "restart")["reason"] == "resumed by a new driver"
+    assert event(run, "restart")["step"] >= before
+    done(cluster.convmae("stop", run.url))
+    assert len(losses(run)) == run.read_heartbeat()["step"]

@@ -44,6 +44,21 @@ def test_losses_do_not_depend_on_workers_or_zero_stage(
     assert convmae("trace", trace_url("alone"), trace_url(name))[0] == "the traces agree\n"
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_five_hundred_steps_of_a_run_that_is_resized_again_and_again(convmae: Command, data: str) -> None:
+    """At the learning rate of `tiny`; at five times that, training is chaotic and any rounding grows."""
+    fields = {"epochs": 63, "base_learning_rate": 4e-3, "zero_stage": 2, "checkpoint_every_steps": 100}
+    calm = train(convmae, data, "calm", 1, **fields, max_steps=500)
+
+    for workers, steps in ((2, 125), (1, 250), (3, 375), (2, 500)):
+        often = train(convmae, data, "often", workers, **fields, max_steps=steps)
+
+    assert often[:50] == pytest.approx(calm[:50], rel=1e-6)
+    assert often == pytest.approx(calm, rel=1e-5)
+    assert convmae("trace", trace_url("calm"), trace_url("often"))[0] == "the traces agree\n"
+
+
 def test_a_run_resumes_at_another_world_size(convmae: Command, data: str, alone: list[float]) -> None:
     train(convmae, data, "resized", 2, zero_stage=2, max_steps=15)
     assert checkpoint.committed_steps(convmae.run("resized")) == [15]

@@ -1,0 +1,119 @@
+"""Half an hour of kills at random: the run finishes on its trajectory, and nothing grows. Its own command: `make soak`.
+
+CONVMAE_SOAK_MINUTES sets how long kills go on, CONVMAE_SOAK_SEED which; the seed is in the log of a test that fails.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import statistics
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+from patience import wait_until
+from testbed import Command, losses, processes, small_recipe
+
+from jobs.checkpoint import committed_steps
+from jobs.run_directory import RunDirectory
+from jobs.stack import Stack
+from jobs.trainer import order_of
+from pipeline.manifest import Manifest
+from pipeline.order import ConsumedDigest
+
+logger = logging.getLogger(__name__)
+
+pytestmark = [pytest.mark.soak, pytest.mark.timeout(4 * 3600)]
+
+MINUTES = float(os.environ.get("CONVMAE_SOAK_MINUTES", "30"))
+SEED = int(os.environ.get("CONVMAE_SOAK_SEED", str(int(time.time()))))
+BETWEEN_KILLS_SECONDS = (30.0, 60.0)
+FIELDS = {"epochs": 100_000, "checkpoint_every_steps": 10, "max_restarts_without_progress": 20}
+GROWTH = 1.25
+"""The median of the last third of the samples may be so many times that of the first."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the stack and the run hold, right after a recovery."""
+
+    memory_bytes: int
+    descriptors: int
+    threads: int
+    processes: int
+    temporary_files: int
+    shared_memory_files: int
+
+    @classmethod
+    def of(cls, stack: Stack) -> Sample:
+        """Of every process of the stack, and of what they leave on this machine."""
+        family = []
+        for record in stack.records():
+            if process := record.process():
+                family += [process, *process.children(recursive=True)]
+        memory = descriptors = threads = 0
+        for process in family:
+            try:
+                with process.oneshot():
+                    memory += process.memory_info().rss
+                    descriptors += process.num_fds()
+                    threads += process.num_threads()
+            except psutil.NoSuchProcess:
+                continue
+        scratch = [*Path("/tmp").glob("convmae-*"), *stack.settings.run_dir.joinpath("tmp").iterdir()]
+        return cls(memory, descriptors, threads, len(family), len(scratch), len(list(Path("/dev/shm").iterdir())))
+
+
+def victims(random_: random.Random, run: RunDirectory, stack: Stack) -> Iterator[tuple[str, int]]:
+    """What is killed next: a name for it, and its pid."""
+    while True:
+        what = random_.choice(["rank", "rank", "driver", "s3"])
+        if what == "rank":
+            found = [process.pid for process in processes("ray::RayTrainWorker")]
+        elif what == "driver":
+            found = [process.pid for process in processes(run.url) if "jobs.cli" in process.cmdline()]
+        else:
+            found = [pid for pid in [stack.status()["s3"].pid] if pid]
+        if found:
+            yield what, random_.choice(found)
+        else:
+            time.sleep(1.0)
+
+
+def test_nothing_is_lost_and_nothing_grows(convmae: Command, data: str, local_stack: Stack) -> None:
+    logger.warning("seed %d, %g minutes", SEED, MINUTES)
+    random_ = random.Random(SEED)
+    convmae("submit", *small_recipe(data, **FIELDS), "--run", "soak")
+    run = convmae.run("soak")
+    samples: list[Sample] = []
+    until = time.monotonic() + MINUTES * 60
+    for what, pid in victims(random_, run, local_stack):
+        trained = run.read_heartbeat().get("step", 0)
+        wait_until("training", lambda before=trained: run.read_heartbeat().get("step", 0) > before + 1, 300)
+        samples.append(Sample.of(local_stack))
+        logger.warning("%d steps, %s; next: %s", trained, samples[-1], what)
+        if time.monotonic() > until:
+            break
+        time.sleep(random_.uniform(*BETWEEN_KILLS_SECONDS))
+        if psutil.pid_exists(pid):
+            psutil.Process(pid).kill()
+    convmae("stop", "soak")
+    steps = run.read_heartbeat()["step"]
+    assert committed_steps(run)[-1] == steps
+
+    convmae("pretrain", *small_recipe(data, **FIELDS, max_steps=steps), "--run", "calm")
+    assert losses(run) == pytest.approx(losses(convmae.run("calm")), rel=1e-5)
+    order = order_of(run.read_recipe(), Manifest.load(run.storage, data).samples)
+    consumed = [row["samples"] for row in run.read_history()]
+    assert consumed == [str(ConsumedDigest.of(order.batch(step))) for step in range(steps)]
+    third = len(samples) // 3
+    for field in Sample.__dataclass_fields__:
+        first, last = (
+            statistics.median(getattr(sample, field) for sample in part) for part in (samples[:third], samples[-third:])
+        )
+        assert last <= GROWTH * first + 4, f"{field} grew from {first} to {last}"
