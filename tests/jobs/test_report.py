@@ -109,7 +109,7 @@ def attempt_event(number: int, attempt: tuple[str, str, int, int, int]) -> dict[
 
 
 def checkpoint_event(number: int, step: int) -> dict[str, Any]:
-    fields = {"stall_seconds": 0.25, "bytes": 3_000_000, "milestone": step == TOTAL_STEPS}
+    fields = {"stall_seconds": 0.25, "duration_seconds": 1.0, "bytes": 3_000_000, "milestone": step == TOTAL_STEPS}
     return {"at_seconds": 1000.0 * number + step, "attempt": number, "kind": "checkpoint", "step": step, **fields}
 
 
