@@ -184,6 +184,8 @@ def test_the_command_prints_a_table_or_json(
     assert {item["policy"] for item in found["predictions"]} == set(POLICIES)
     assert f"{found['predictions'][0]['outcome']['goodput']:.1%}" in table
     assert "by Young and Daly" in table
+    by_itself = json.loads(said("checkpoint_interval=auto", "--stall-seconds", "5", "--json"))
+    assert by_itself["scenario"]["interval_steps"] == pytest.approx(math.sqrt(2 * 5 * 200 / 64 * HOUR) / 1.5, rel=0.03)
 
 
 def test_a_run_without_headway_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
