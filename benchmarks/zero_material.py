@@ -79,7 +79,14 @@ def write_zero_files(folder: Path, material: Material, stage: int, world_size: i
 
 
 def commit_zero_files(
-    run: RunDirectory, recipe: Recipe, folder: Path, *, step: int, stage: int, world_size: int
+    run: RunDirectory,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    step: int,
+    stage: int,
+    world_size: int,
+    chunk_bytes: int = checkpoint.CHUNK_BYTES,
 ) -> Commit:
     """Make a committed checkpoint of a run of the files in `folder`."""
     run.claim(recipe)
@@ -98,7 +105,7 @@ def commit_zero_files(
         milestone=False,
         counters={},
         versions={"torch": torch.__version__, "git": "c0ffee"},
-        files=tuple(checkpoint.upload_files(run, step, folder)),
+        files=tuple(checkpoint.upload_files(run, step, folder, chunk_bytes=chunk_bytes)),
     )
     checkpoint.write_commit(run, commit)
     return commit

@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,17 @@ import psutil
 from jobs.errors import CheckpointError, DamagedCheckpointError, OvertakenError
 from jobs.run_directory import RunDirectory
 from pipeline.claim import standing
+from pipeline.crc_combine import CRC32C, combined
 
 logger = logging.getLogger(__name__)
 
 CLAIMS = "claims"
 """Folder of the run's claims (pipeline.claim): who drives it."""
 COMMIT_NAME = re.compile(r"step-(\d{8,})\.json")
+CHUNK_BYTES = 1 << 18
+"""What has a checksum of its own, so that a range can be checked without the rest of its file: little is read beside
+what is needed, and a gigabyte of checkpoint takes 32 KB of its commit object."""
 FORMAT_VERSION = 2
-_READ_BYTES = 1 << 22
 _SCRATCH = "convmae-checkpoint-"
 
 
@@ -49,6 +52,19 @@ class CheckpointFile:
     """Path below the folder of its step: `<claim>-<attempt>/<file>`."""
     bytes: int
     crc32c: int
+    chunk_bytes: int = 0
+    """Length of the chunks that have a CRC32C of their own, but for the last one; 0: there are none."""
+    chunk_crc32cs: str = ""
+    """Theirs in order, eight hexadecimal digits each."""
+
+    def __post_init__(self) -> None:
+        if self.chunk_bytes and len(self.chunk_checksums()) != -(-self.bytes // self.chunk_bytes):
+            raise ValueError(f"{self.name} has a checksum for each {self.chunk_bytes} of {self.bytes} bytes")
+
+    def chunk_checksums(self) -> list[int]:
+        """The CRC32C of each chunk."""
+        words = self.chunk_crc32cs
+        return [int(words[at : at + 8], 16) for at in range(0, len(words), 8)]
 
 
 @dataclass(frozen=True)
@@ -106,7 +122,7 @@ class Commit:
             raise CheckpointError("format_version", f"must be {known}", version, remedy)
         try:
             return cls(**{**migrated, "files": tuple(CheckpointFile(**file) for file in migrated["files"])})
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             rule, remedy = f"must have the fields of format {version} ({error})", _OTHERS
             raise DamagedCheckpointError("commit", rule, f"step {fields.get('step')}", remedy) from None
 
@@ -141,7 +157,9 @@ def commit_url(run: RunDirectory, step: int) -> str:
     return run.path("commits", f"{folder_name(step)}.json")
 
 
-def upload_files(run: RunDirectory, step: int, folder: Path, owner: str = "") -> list[CheckpointFile]:
+def upload_files(
+    run: RunDirectory, step: int, folder: Path, owner: str = "", *, chunk_bytes: int = CHUNK_BYTES
+) -> list[CheckpointFile]:
     """Upload every file of `folder` into the checkpoint of `step`; nothing of it is visible yet.
 
     Args:
@@ -149,12 +167,14 @@ def upload_files(run: RunDirectory, step: int, folder: Path, owner: str = "") ->
         step: Of the checkpoint.
         folder: Local.
         owner: From `owner_name`: no other process uploads under it.
+        chunk_bytes: What gets a checksum of its own.
     """
     uploaded = []
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
         name = f"{owner}/{path.name}" if owner else path.name
         run.storage.upload(path, file_url(run, step, name))
-        uploaded.append(CheckpointFile(name, path.stat().st_size, file_crc32c(path)))
+        with path.open("rb") as file:
+            uploaded.append(checksummed(name, iter(lambda: file.read(chunk_bytes), b""), chunk_bytes))
     return uploaded
 
 
@@ -231,24 +251,6 @@ def latest_commit(run: RunDirectory) -> Commit | None:
     return read_commit(run, steps[-1]) if steps else None
 
 
-def download_files(run: RunDirectory, commit: Commit, folder: Path) -> None:
-    """Fetch a checkpoint's files into `folder`, each checked against the commit.
-
-    Raises:
-        DamagedCheckpointError: If a file is missing, truncated or altered.
-    """
-    for file in commit.files:
-        url = file_url(run, commit.step, file.name)
-        remedy = f"delete {commit_url(run, commit.step)} to resume from the checkpoint before"
-        target = folder / Path(file.name).name
-        try:
-            run.storage.download(url, target)
-        except FileNotFoundError:
-            raise DamagedCheckpointError("checkpoint", "must be whole", f"{url} is missing", remedy) from None
-        if target.stat().st_size != file.bytes or file_crc32c(target) != file.crc32c:
-            raise DamagedCheckpointError("checkpoint", "must be as it was written", f"{url} was altered", remedy)
-
-
 def prune(run: RunDirectory, keep: int, newest: int | None = None) -> list[int]:
     """Delete all but the `keep` newest checkpoints and the milestones; returns the steps deleted.
 
@@ -291,10 +293,17 @@ def sweep_scratch_folders() -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def file_crc32c(path: Path) -> int:
-    """CRC32C of a file's bytes."""
-    checksum = 0
-    with path.open("rb") as file:
-        while data := file.read(_READ_BYTES):
-            checksum = google_crc32c.extend(checksum, data)
-    return checksum
+def checksummed(name: str, chunks: Iterable[bytes], chunk_bytes: int) -> CheckpointFile:
+    """A file's size and checksums, from its bytes in order.
+
+    Args:
+        name: Of the file.
+        chunks: All of `chunk_bytes` bytes but the last, which may be shorter.
+        chunk_bytes: Their length.
+    """
+    size, whole, each = 0, 0, []
+    for chunk in chunks:
+        checksum = google_crc32c.value(chunk)
+        size, whole = size + len(chunk), combined(whole, checksum, len(chunk), CRC32C)
+        each.append(f"{checksum:08x}")
+    return CheckpointFile(name, size, whole, chunk_bytes, "".join(each))

@@ -31,7 +31,7 @@ from jobs.record_check import RecordCheck
 from jobs.run_directory import RunDirectory
 from jobs.weight_copy import Done, HashFile, MakeFile, MakePart, Task, work
 from jobs.weight_files import DTYPES, FILE_NAME, INDEX_NAME, PART_BYTES, WeightFile, index_of, one_file, several_files
-from jobs.zero_layout import read_layout
+from jobs.zero_layout import ZeroFiles
 from pipeline import parted_write
 from pipeline.claim import claimed
 from pipeline.crc_combine import CRC32C, combined
@@ -269,7 +269,7 @@ def _is_finished(storage: Storage, wanted: Wanted, url: str) -> bool:
 
 
 def _planned(run: RunDirectory, commit: Commit, wanted: Wanted, url: str, part_bytes: int) -> list[WeightFile]:
-    tensors = read_layout(run, commit)
+    tensors = ZeroFiles.read(run, commit, run.storage).weights()
     metadata, dtype = _metadata(run, commit, wanted), DTYPES[wanted.dtype]
     if wanted.shard_bytes is None:
         files = [one_file(url, tensors, metadata, dtype)]

@@ -11,7 +11,6 @@ import logging
 import os
 import signal
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -26,6 +25,7 @@ from jobs.checkpoint import CLAIMS
 from jobs.checkpoint_interval import IntervalRule
 from jobs.consolidate import Consolidated
 from jobs.errors import OvertakenError, RecipeError, RunError, RunFailedError
+from jobs.failure_cause import root_cause
 from jobs.initial_weights import pinned
 from jobs.milestones import MilestoneConsolidator
 from jobs.monitor import FLUSH_INTERVAL_SECONDS, MonitorConfig, RunMonitor
@@ -35,10 +35,9 @@ from jobs.run_directory import RunDirectory
 from jobs.schedule import Schedule
 from jobs.session import Session
 from jobs.trace import check_trace
-from jobs.trainer import TrainJob, order_of, train_worker
-from jobs.wish import PAUSE_SECONDS
+from jobs.trainer import TrainJob, order_of
 from pipeline.claim import Claim, claimed, standing
-from pipeline.errors import ClaimedError, UnreachableError, UserError
+from pipeline.errors import ClaimedError
 from pipeline.manifest import Manifest
 from pipeline.storage import Storage
 
@@ -46,8 +45,6 @@ logger = logging.getLogger(__name__)
 
 FINAL_STATES = frozenset({"finished", "stopped", "failed"})
 _URLS = ("data", "run_root", "init_from")
-# Deaths that follow from another rank's: its peers see the connection break.
-_COLLATERAL = ("connection closed by peer", "connection reset by peer", "gloo", "nccl", "broken pipe")
 
 
 @dataclass(frozen=True)
@@ -177,6 +174,8 @@ def train(session: Session, plan: RunPlan, claim: Claim, on_status: Callable[[Ma
                 status: Any = ray.get(monitor.status.remote())
                 weights.look(status.get("checkpoint_step"))
                 on_status(status)
+                if status["state"] == "stopping" and status["waiting"]:
+                    break  # there are no ranks that could save
             except RayError:
                 logger.warning("the run's monitor is being restarted")
             except ClaimedError as error:  # the run directory is the other's: nothing more may be written to it
@@ -184,7 +183,7 @@ def train(session: Session, plan: RunPlan, claim: Claim, on_status: Callable[[Ma
                 remedy = f"this driver was silent for too long; {_ask_the_other(plan.run)}"
                 raise OvertakenError("run", error.rule, plan.run.name, remedy) from None
     if failure:
-        reason = _root_cause(failure[0])
+        reason = root_cause(failure[0])
         ray.get(monitor.end.remote("failed", reason))
         raise RunFailedError(reason) from failure[0]
     outcome = "finished" if _is_committed_to_the_end(plan) else "stopped"
@@ -239,127 +238,12 @@ def _consolidator(plan: RunPlan, monitor: Any) -> MilestoneConsolidator:
 
 
 def _fit(plan: RunPlan, claim: Claim, monitor: Any, failure: list[BaseException]) -> None:
-    """Ray Train's loop; in a thread, since on the main thread it would take SIGINT for itself."""
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from jobs.worker_group import fit
 
-    # Ray Train looks after its workers this often, and restarts them no sooner than it has noticed.
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    recipe = plan.recipe
-    elastic = recipe.min_workers != recipe.max_workers
-    workers = (recipe.min_workers, recipe.max_workers) if elastic else recipe.max_workers
-    resources = {"CPU": recipe.cpus_per_worker} | ({"GPU": 1.0} if recipe.device == "cuda" else {})
-    job = TrainJob(recipe, plan.run, monitor, claim.number, claim.holder.text, plan.trace_url)
-    with tempfile.TemporaryDirectory(prefix="convmae-ray-train-") as folder:
-        # Typed as Any: Ray 2.60 annotates TorchTrainer with the configs of Train v1.
-        run_config: Any = RunConfig(
-            name=plan.run.name,
-            storage_path=folder,  # Ray's own bookkeeping; checkpoints are ours
-            failure_config=FailureConfig(max_failures=-1),
-            callbacks=[failure_reporter(monitor), save_before_resizes(monitor)],
-            logging_config=LoggingConfig(log_level="ERROR"),
-        )
-        scaling_config: Any = ScalingConfig(
-            num_workers=workers,
-            use_gpu=recipe.device == "cuda",
-            resources_per_worker=resources,
-            elastic_resize_monitor_interval_s=recipe.resize_seconds,
-        )
-        trainer = TorchTrainer(lambda: train_worker(job), scaling_config=scaling_config, run_config=run_config)
-        try:
-            trainer.fit()
-        except BaseException as error:  # handed to the main thread, which raises it
-            failure.append(error)
-
-
-def failure_reporter(monitor: Any) -> Any:
-    """The callback by which Ray Train's controller tells the monitor why a worker group ended, and asks to go on."""
-    from ray.train import UserCallback
-
-    class FailureReporter(UserCallback):
-        def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
-            import ray
-
-            for rank, exception in sorted(worker_exceptions.items()):
-                logger.error("rank %d failed: %s", rank, exception)
-            error, fatal = describe_failure(worker_exceptions)
-            if given_up := ray.get(monitor.worker_failed.remote(error, fatal)):
-                raise RunFailedError(given_up)
-
-    return FailureReporter()
-
-
-def save_before_resizes(monitor: Any) -> Any:
-    """The callback by which Ray Train's controller has the ranks save before it resizes their group, or a node goes.
-
-    Ray Train has no public hook for either; these are of its developer API.
-    """
-    from ray.train.v2._internal.execution.callback import ControllerCallback
-    from ray.train.v2._internal.execution.controller.state import PreemptingState
-
-    class SaveBeforeResizes(ControllerCallback):
-        def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:  # noqa: ARG002
-            import ray
-
-            ray.get(monitor.group_ended.remote())
-
-        def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
-            import ray
-
-            if not ray.get(monitor.pause.remote(PAUSE_SECONDS)):
-                logger.info("a group of %d workers starts from the newest commit", resize_decision.num_workers)
-
-        def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-            if isinstance(current_state, PreemptingState) and not isinstance(previous_state, PreemptingState):
-                info = current_state.preemption_info
-                seconds = None if info.deadline_ms is None else info.deadline_ms / 1e3 - time.time()
-                monitor.drain.remote(info.preempted_ranks, seconds)
-
-    return SaveBeforeResizes()
-
-
-def describe_failure(worker_exceptions: Mapping[int, Exception]) -> tuple[str, bool]:
-    """The root cause among the errors of a worker group, in one line, and whether no restart can mend it.
-
-    When one rank dies its peers fail too, in their collectives; those are named only if there is nothing else.
-    """
-    causes = {rank: _cause(error) for rank, error in worker_exceptions.items()}
-    fatal = any(_is_fatal(cause) for cause in causes.values())
-
-    def suspicion(rank: int) -> int:
-        cause, text = causes[rank], str(causes[rank]).lower()
-        if isinstance(cause, UserError):
-            return 0
-        return 2 if any(word in text for word in _COLLATERAL) else 1
-
-    rank = min(sorted(causes), key=suspicion)
-    lines = str(causes[rank]).strip().splitlines() or [""]
-    return f"rank {rank}: {type(causes[rank]).__name__}: {lines[0]}", fatal
-
-
-def _is_fatal(cause: BaseException) -> bool:
-    """Whether a restart meets the same again; an object store that is away may come back."""
-    return isinstance(cause, UserError) and not isinstance(cause, UnreachableError)
-
-
-def _cause(error: BaseException) -> BaseException:
-    """What Ray Train and Ray wrapped."""
-    for attribute in ("health_check_failure", "_base_exc", "cause", "__cause__"):
-        inner = getattr(error, attribute, None)
-        if isinstance(inner, BaseException):
-            return _cause(inner)
-    return error
-
-
-def _root_cause(error: BaseException) -> str:
-    """The reason that the reporter gave, if Ray Train wrapped it; else the error's own last line."""
-    current: BaseException | None = error
-    while current is not None:
-        if isinstance(current, RunFailedError):
-            return str(current)
-        current = getattr(current, "controller_failure", None) or current.__cause__
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[-1]
+    try:
+        fit(TrainJob(plan.recipe, plan.run, monitor, claim.number, claim.holder.text, plan.trace_url))
+    except BaseException as error:  # handed to the main thread, which raises it
+        failure.append(error)
 
 
 class _StopOnSignal:

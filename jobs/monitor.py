@@ -40,6 +40,10 @@ _CHECKPOINT_KEYS = (
     "checkpoint_seconds",
     "checkpoint_stall_seconds",
 )
+UNKNOWN_DEADLINE_SECONDS = 120.0
+"""Until a node that is drained is gone, where its cloud does not say; Ray Train then ends the group after as long."""
+LEAST_SAVE_SECONDS = 5.0
+"""Left for the last save before a node goes."""
 WATCH_INTERVAL_SECONDS = 1.0
 EXAMINE_SECONDS = 30.0
 """For a task on the node of a rank that hangs; a node that was cut off does not answer."""
@@ -90,6 +94,7 @@ class RunMonitor:
         self._step_times: deque[tuple[float, float]] = deque(maxlen=RATE_WINDOW_STEPS)
         self._stop_reason = ""
         self._wish: Wish = ""
+        self._pause_at: float | None = None
         self._paused = threading.Event()
         self._failure = self._hang = ""
         self._watch = HangWatch(config.hang_seconds)
@@ -110,6 +115,7 @@ class RunMonitor:
         self._status: dict[str, Any] = {
             "run": config.run.name,
             "state": "starting",
+            "waiting": False,
             "step": before.get("step", 0),
             "world_size": before.get("world_size"),
             "last_step_at_seconds": before.get("last_step_at_seconds"),
@@ -163,6 +169,7 @@ class RunMonitor:
             self._driver_died = False
             self._failure = self._hang = ""
             self._wish = ""
+            self._pause_at = None
             self._watch.begin(self._attempt)
             last_step_at = self._status["last_step_at_seconds"]
             self._recovery = Recovery(last_step_at, self._failed_at, started_at_seconds, time.time())
@@ -176,7 +183,12 @@ class RunMonitor:
             self._count("steps_redone", steps_redone)
             self._workers_seen_at = time.monotonic()
             self._status.update(
-                world_size=world_size, attempt=self._attempt, state="running", step=resume_step, restarts=self._restarts
+                world_size=world_size,
+                attempt=self._attempt,
+                state="running",
+                waiting=False,
+                step=resume_step,
+                restarts=self._restarts,
             )
             self._status.update(images_per_second=None, data_wait_ratio=None, eta_seconds=None)
             self._status["checkpoint_step"] = resume_step
@@ -257,6 +269,8 @@ class RunMonitor:
             self._exporter.update_ranks(ranks)
             if self._stop_reason:
                 return "stop"
+            if self._pause_at is not None and now >= self._pause_at:
+                self._wish, self._pause_at = "pause", None
             return self._wish or ("save" if self._clock.is_due(now) else "")
 
     def pause(self, timeout_seconds: float) -> bool:
@@ -283,7 +297,7 @@ class RunMonitor:
         self._paused.set()
 
     def drain(self, ranks: Sequence[int], seconds: float | None) -> None:
-        """Note that nodes are being drained, and have the ranks save.
+        """Note that nodes are being drained; have the ranks save now, and once more before those go.
 
         Args:
             ranks: On those nodes.
@@ -295,6 +309,24 @@ class RunMonitor:
             self._add_event("drain", step=self._status["step"], reason=f"the node of {named} goes away {when}")
             if not self._wish:
                 self._wish = "save"
+            left = UNKNOWN_DEADLINE_SECONDS if seconds is None else seconds
+            last_save = max(LEAST_SAVE_SECONDS, 2 * float(self._status.get("checkpoint_seconds") or 0.0))
+            self._pause_at = time.monotonic() + left - last_save
+
+    def waiting(self, possible: int, needed: int) -> None:
+        """Note that the cluster has no room for the fewest workers that the run trains with.
+
+        Args:
+            possible: Workers that it has room for.
+            needed: min_workers.
+        """
+        with self._lock:
+            self._status["waiting"] = True
+            if not self._stop_reason:
+                self._status["state"] = "waiting"
+            reason = f"there is room for {possible} workers, and min_workers is {needed}; waits for nodes"
+            self._add_event("waiting", step=self._status["step"], reason=reason)
+            logger.warning(reason)
 
     def group_ended(self) -> None:
         """Note that Ray Train gave the worker group up, for whatever reason."""
@@ -615,7 +647,7 @@ def _name_and_label(key: str, total: float) -> tuple[str, float, str]:
 
 
 def failure_cause(error: str) -> str:
-    """The class of the error that `jobs.driver.describe_failure` names, or `other`: a label with few values."""
+    """The class of the error that `jobs.failure_cause.describe_failure` names, or `other`: a label with few values."""
     found = re.match(r"rank \d+: (\w+)", error)
     return found[1] if found else "other"
 

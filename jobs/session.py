@@ -24,6 +24,8 @@ from pipeline.storage import Storage
 
 NAMESPACE = "convmae"
 HOME_VARIABLE = "CONVMAE_HOME"
+JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Set by Ray for the driver of a submitted job."""
 CONNECT_SECONDS = 5.0
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -108,8 +110,11 @@ class Session:
             raise ClusterError("RAY_ADDRESS", f"must answer ({_first_line(error)})", address, remedy) from error
 
     def runtime_env(self) -> dict[str, Any]:
-        """Ray's runtime environment: on a cluster of other machines, the project's code travels along."""
-        if self.is_local or "RAY_JOB_ID" in os.environ or not (PROJECT / "pyproject.toml").exists():
+        """Ray's runtime environment: on a cluster of other machines, the project's code travels along.
+
+        The driver of a submitted job has it from the job already, and Ray refuses to be given it twice.
+        """
+        if self.is_local or JOB_VARIABLE in self.environ or not (PROJECT / "pyproject.toml").exists():
             return {}
         return {"working_dir": str(PROJECT)}
 

@@ -15,10 +15,9 @@ import pickle
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from jobs.errors import DamagedCheckpointError
-from pipeline.storage import Storage
 
 _BUFFER_BYTES = 1 << 16
 _LOCAL_HEADER_BYTES = 30
@@ -41,6 +40,13 @@ STORAGE_DTYPES = {
 ITEM_BYTES = {
     "F64": 8, "I64": 8, "C64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+
+
+class Files(Protocol):
+    """Where archives lie: a `Storage`, or what checks the bytes that it gives."""
+
+    def read_range(self, url: str, offset: int, length: int) -> bytes:
+        """As `Storage.read_range`; may give fewer bytes, though never none, before the file's end."""
 
 
 @dataclass(frozen=True)
@@ -95,18 +101,18 @@ class Opaque:
         """As a set's."""
 
 
-def read_archive(storage: Storage, url: str, size: int) -> Any:
+def read_archive(files: Files, url: str, size: int) -> Any:
     """What `torch.load` would give, with tensors as `LazyTensor`s, other than plain objects as `Opaque`s.
 
     Args:
-        storage: Reaches the file.
+        files: Reach the file; asked for places later, too.
         url: Of the file.
         size: Its bytes, as they were when it was written.
 
     Raises:
         DamagedCheckpointError: It is missing, truncated, or its directory or pickle is not as it was written.
     """
-    file: io.BufferedReader[Any] = io.BufferedReader(_RangedFile(storage, url, size), _BUFFER_BYTES)
+    file: io.BufferedReader[Any] = io.BufferedReader(_RangedFile(files, url, size), _BUFFER_BYTES)
     try:
         with zipfile.ZipFile(file) as archive:
             return _Reader(url, archive, file).contents()
@@ -128,7 +134,7 @@ def read_archive(storage: Storage, url: str, size: int) -> Any:
 
 def damaged(url: str, what: str) -> DamagedCheckpointError:
     """The error for a file of a checkpoint that is not as it was written."""
-    remedy = "choose another --step; `convmae status` shows the newest"
+    remedy = "`convmae checkpoints RUN --verify` shows which others are whole"
     return DamagedCheckpointError("checkpoint", f"must be as it was written ({what})", url, remedy)
 
 
@@ -255,9 +261,9 @@ def _from_type(rebuild: Callable[..., Any], _: object, arguments: tuple[Any, ...
 class _RangedFile(io.RawIOBase):
     """A file in storage, read by ranges; reads that follow each other are left to a buffer above."""
 
-    def __init__(self, storage: Storage, url: str, size: int) -> None:
+    def __init__(self, files: Files, url: str, size: int) -> None:
         super().__init__()
-        self._storage, self._url, self._size, self._position = storage, url, size, 0
+        self._files, self._url, self._size, self._position = files, url, size, 0
 
     def readable(self) -> bool:
         return True
@@ -279,7 +285,7 @@ class _RangedFile(io.RawIOBase):
         wanted = min(len(buffer), self._size - self._position)
         if wanted <= 0:
             return 0
-        data = self._storage.read_range(self._url, self._position, wanted)
+        data = self._files.read_range(self._url, self._position, wanted)
         buffer[: len(data)] = data
         self._position += len(data)
         return len(data)

@@ -31,6 +31,7 @@ from jobs.engine import (
     discard_step,
     has_finite_gradients,
     initialize_deepspeed,
+    parameter_groups,
     set_learning_rate,
 )
 from jobs.errors import CheckpointError, DamagedCheckpointError
@@ -48,15 +49,15 @@ from jobs.non_finite import (
 from jobs.provenance import git_commit
 from jobs.rank_figures import RankFigures
 from jobs.recipe import Recipe
-from jobs.restore import fetch_newest
+from jobs.restore import restore_newest
 from jobs.run_directory import RunDirectory
 from jobs.schedule import Schedule, micro_batches
 from jobs.step_reading import RankReading, StepReading, from_words, word_count
 from jobs.trace import TraceWriter, begin_trace
 from jobs.watchdog import COMPILE_ALLOWED_SECONDS, SAVE_ALLOWED_SECONDS, RankPulse
 from jobs.wish import PAUSE_SECONDS, WISHES, Wish
-from jobs.zero_state import ZeroState, read_zero_state, restore_optimizer
-from model.convmae import Output
+from jobs.zero_state import ZeroState, owned_ranges, restore_optimizer
+from model.convmae import ConvMAE, Output
 from model.noise import mask_noise
 from model.pixels import normalise
 from pipeline.batch import Batch
@@ -163,19 +164,19 @@ class Trainer:
         self.sizes = micro_batches(self.rank_sizes[place.rank], max(self.rank_sizes), self.recipe.micro_batch_size)
         initialize_deepspeed(self.recipe.device)
         checkpoint.sweep_scratch_folders()
-        with checkpoint.scratch_folder() as scratch:
-            found = fetch_newest(
-                job.run,
-                Path(scratch),
-                rank=place.rank,
-                world_size=place.world_size,
-                check=self._check_commit,
-                on_damage=self._pass_over,
-            )
-            self.step = found.commit.step if found else 0
-            self.attempt, self.left_out = self._begin_attempt(found.commit if found else None)
-            self.pulse = self._begin_pulse()
-            self.engine = self._restored_engine(read_zero_state(found.folder) if found else None)
+        model = build_model(self.recipe)
+        found = restore_newest(
+            job.run,
+            self._owned_ranges(model),
+            rank=place.rank,
+            world_size=place.world_size,
+            check=self._check_commit,
+            on_damage=self._pass_over,
+        )
+        self.step = found.commit.step if found else 0
+        self.attempt, self.left_out = self._begin_attempt(found.commit if found else None)
+        self.pulse = self._begin_pulse()
+        self.engine = self._restored_engine(model, found.state if found else None)
         if place.rank == 0:
             job.monitor.restored.remote()
         self.saver = CheckpointSaver(
@@ -497,10 +498,15 @@ class Trainer:
         dist.broadcast_object_list(told, src=0)
         return told[0], told[1]
 
-    def _restored_engine(self, state: ZeroState | None) -> deepspeed.DeepSpeedEngine:
-        model = build_model(self.recipe)
+    def _owned_ranges(self, model: ConvMAE) -> dict[str, range]:
+        """Of each trained parameter, what this rank updates."""
+        groups = parameter_groups(model, self.recipe.weight_decay)
+        rank, world_size = self.place.rank, self.place.world_size
+        return owned_ranges(model, groups, stage=self.recipe.zero_stage, rank=rank, world_size=world_size)
+
+    def _restored_engine(self, model: ConvMAE, state: ZeroState | None) -> deepspeed.DeepSpeedEngine:
         if state:
-            model.load_state_dict(state.weights(), strict=True)
+            model.load_state_dict(state.weights, strict=True)
         elif self.recipe.init_from:
             model.load_state_dict(load_initial_weights(self.run_directory.storage, self.recipe), strict=True)
         model.to(self.place.device)

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from jobs import checkpoint
+from jobs.checked_files import CheckedFiles, with_chunks
 from jobs.checkpoint import Commit, scratch_folder
 from jobs.errors import CheckpointError, WeightsFileError
 from jobs.run_directory import RunDirectory
@@ -104,10 +105,8 @@ def of_run(run: RunDirectory, step: int | None = None) -> Weights:
 
 def _of_checkpoint(run: RunDirectory, commit: Commit) -> Weights:
     config = run.read_recipe().model
-    with scratch_folder() as scratch:
-        checkpoint.download_files(run, commit, Path(scratch))
-        mapped = read_zero_state(Path(scratch)).weights()
-        tensors = {name: tensor.detach().clone() for name, tensor in mapped.items()}
+    commit = replace(commit, files=tuple(with_chunks(run, commit.step, commit.files)))
+    tensors = read_zero_state(CheckedFiles(run, commit), owned={}).weights
     metadata = {
         "run": run.name,
         "step": str(commit.step),

@@ -1,8 +1,9 @@
 """Where in DeepSpeed's ZeRO files the values of each named tensor lie; reads metadata, moves no weight.
 
-The layouts are those of `jobs.zero_state`: ZeRO 1 and 2 cut the concatenation of a group's parameters into as many
-equal ranges as there were ranks, ZeRO 3 cuts each parameter. Either way element i of a tensor lies in vector
-i // share at `offset + i % share`, with one vector for ZeRO 1 and 2 and one a rank for ZeRO 3.
+ZeRO 1 and 2 cut the concatenation of a group's parameters into as many equal ranges as there were ranks; ZeRO 3 cuts
+each parameter, the last range padded, and a rank's ranges lie one after the other. Either way element i of a tensor
+lies in vector i // share at `offset + i % share`, with one vector for ZeRO 1 and 2 and one a rank for ZeRO 3. AdamW's
+moments lie as the fp32 masters do.
 """
 
 from __future__ import annotations
@@ -11,18 +12,22 @@ import bisect
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from jobs.checkpoint import Commit, folder_name
 from jobs.errors import CheckpointError
 from jobs.run_directory import RunDirectory
-from jobs.torch_archive import ITEM_BYTES, LazyTensor, Record, damaged, read_archive
+from jobs.torch_archive import ITEM_BYTES, Files, LazyTensor, Record, damaged, read_archive
 
 _THREADS = 8
 """Files that are looked into at once."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state of a parameter."""
+_MASTERS = {True: "fp32_flat_groups", False: "single_partition_of_fp32_groups"}
+"""Where the fp32 masters are: in ZeRO 3, and else."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -97,38 +102,116 @@ class SourceTensor:
             start = end
 
 
-def read_layout(run: RunDirectory, commit: Commit) -> list[SourceTensor]:
-    """Find every tensor of the model's state dict in a checkpoint: trained, frozen, and buffers.
+class ZeroFiles:
+    """What the files of one checkpoint say of themselves. Holds places, no values."""
 
-    Trained parameters come first, in the order in which they lie in the files.
+    def __init__(
+        self, run: RunDirectory, models: Sequence[Mapping[str, Any]], optimizers: Sequence[Mapping[str, Any]]
+    ) -> None:
+        """Take the contents of model states and of optimizer states, both by rank; `read` gets them.
 
-    Raises:
-        DamagedCheckpointError: A file is missing, has another size than the commit says, or is not as it was written.
-        CheckpointError: The files are of a kind that is not handled.
-    """
-    models, optimizers = _read_files(run, commit)
-    states = [optimizer["optimizer_state_dict"] for optimizer in optimizers]
-    stage_3 = "fp32_flat_groups" in states[0]
-    key = "fp32_flat_groups" if stage_3 else "single_partition_of_fp32_groups"
-    if any(key not in state for state in states):
-        raise CheckpointError("checkpoint", "must be of ZeRO 1, 2 or 3", run.name, "choose another --step")
-    _check_ranks(run, states)
-    groups: list[list[LazyTensor]] = [state[key] for state in states]
-    shapes: list[Mapping[str, tuple[int, ...]]] = models[0]["param_shapes"]
-    if stage_3:
-        trained = list(_cut_parameters(run, shapes, groups))
-    else:
-        trained = list(_cut_groups(run, shapes, groups, states[0].get("param_alignment_paddings")))
-    known = {tensor.name: tensor for tensor in trained}
-    known.update({tensor.name: tensor for tensor in _fixed(models, set(known))})
-    for alias, name in models[0].get("shared_params", {}).items():
-        if name in known:
-            original = known[name]
-            known[alias] = SourceTensor(alias, original.shape, original.vectors, original.offset, original.share)
-    return list(known.values())
+        Raises:
+            CheckpointError: The files are of a kind that is not handled.
+        """
+        self._run, self._models = run, models
+        self._states: list[Mapping[str, Any]] = [optimizer["optimizer_state_dict"] for optimizer in optimizers]
+        self._stage_3 = _MASTERS[True] in self._states[0]
+        if any(_MASTERS[self._stage_3] not in state for state in self._states):
+            raise CheckpointError("checkpoint", "must be of ZeRO 1, 2 or 3", run.name, "choose another --step")
+        _check_ranks(run, self._states)
+        _check_kind(run, models)
+        self._shapes: list[Mapping[str, tuple[int, ...]]] = models[0]["param_shapes"]
+
+    @classmethod
+    def read(cls, run: RunDirectory, commit: Commit, files: Files) -> ZeroFiles:
+        """Look into every file.
+
+        Args:
+            run: Whose checkpoint it is.
+            commit: Of the checkpoint.
+            files: What the archives are read through.
+
+        Raises:
+            DamagedCheckpointError: A file is missing, has another size than the commit says, or is not as it was
+                written.
+            CheckpointError: The files are of a kind that is not handled.
+        """
+        return cls(run, *_read_files(run, commit, files))
+
+    def weights(self) -> list[SourceTensor]:
+        """Every tensor of the model's state dict: trained, frozen, and buffers.
+
+        Trained parameters come first, in the order in which they lie in the files.
+
+        Raises:
+            DamagedCheckpointError: A tensor does not lie as it should.
+            CheckpointError: There are more values than the parameters have, or fewer.
+        """
+        known = {tensor.name: tensor for tensor in self._cut([_masters(state) for state in self._states])}
+        known.update({tensor.name: tensor for tensor in _fixed(self._models, set(known))})
+        for alias, name in self._models[0].get("shared_params", {}).items():
+            if name in known:
+                known[alias] = replace(known[name], name=alias)
+        return list(known.values())
+
+    def moments(self) -> dict[str, dict[str, SourceTensor]]:
+        """AdamW's moments of every trained parameter: `exp_avg` and `exp_avg_sq`, each by the parameter's name.
+
+        Raises:
+            DamagedCheckpointError: As `weights`.
+            CheckpointError: As `weights`, or the optimizer is another.
+        """
+        for state in self._states:
+            _check_adamw(self._run, state)
+        found = {}
+        for moment in MOMENTS:
+            groups = [_moments(state, moment) for state in self._states]
+            found[moment] = {tensor.name: tensor for tensor in self._cut(groups)}
+        return found
+
+    def optimizer_step(self) -> LazyTensor | float:
+        """AdamW's step count, for its bias correction; call after `moments`."""
+        inner = _inner_states(self._states[0])
+        step: LazyTensor | float = inner[min(inner)]["step"]
+        return step
+
+    def _cut(self, groups: Sequence[Sequence[LazyTensor]]) -> Iterator[SourceTensor]:
+        """The parameters in flat vectors of all ranks."""
+        _find_places(groups)
+        if self._stage_3:
+            return _cut_parameters(self._run, self._shapes, groups)
+        return _cut_groups(self._run, self._shapes, groups, self._states[0].get("param_alignment_paddings"))
 
 
-def _read_files(run: RunDirectory, commit: Commit) -> tuple[list[Any], list[Any]]:
+def _masters(state: Mapping[str, Any]) -> list[LazyTensor]:
+    masters: list[LazyTensor] = state[_MASTERS[_MASTERS[True] in state]]
+    return masters
+
+
+def _moments(state: Mapping[str, Any], moment: str) -> list[LazyTensor]:
+    inner = _inner_states(state)
+    return [inner[group][moment] for group in sorted(inner)]
+
+
+def _inner_states(state: Mapping[str, Any]) -> Mapping[int, Mapping[str, Any]]:
+    """AdamW's own state: flat vectors by number of their group."""
+    inner = state.get("optimizer_state_dict" if _MASTERS[True] in state else "base_optimizer_state")
+    found = inner.get("state") if isinstance(inner, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def _find_places(by_file: Iterable[Iterable[LazyTensor]]) -> None:
+    """Find tensors of many files, which takes a read for most, in many files at once."""
+
+    def find(tensors: Iterable[LazyTensor]) -> None:
+        for tensor in tensors:
+            tensor.find()
+
+    with ThreadPoolExecutor(_THREADS) as threads:
+        list(threads.map(find, by_file))
+
+
+def _read_files(run: RunDirectory, commit: Commit, files: Files) -> tuple[list[Any], list[Any]]:
     """Contents of the files with model states and of those with optimizer states, both by rank."""
     sizes = {file.name: file.bytes for file in commit.files}
     folder = run.path("checkpoints", folder_name(commit.step))
@@ -142,7 +225,7 @@ def _read_files(run: RunDirectory, commit: Commit) -> tuple[list[Any], list[Any]
             raise damaged(run.storage.join(folder, name), f"it has {found} bytes, not {sizes[name]}")
 
     def read(name: str) -> Any:
-        return read_archive(run.storage, run.storage.join(folder, name), sizes[name])
+        return read_archive(files, run.storage.join(folder, name), sizes[name])
 
     models, optimizers = (_by_rank(sizes, suffix) for suffix in ("_model_states.pt", "_optim_states.pt"))
     if not models or not optimizers:
@@ -155,6 +238,31 @@ def _read_files(run: RunDirectory, commit: Commit) -> tuple[list[Any], list[Any]
 def _by_rank(names: Mapping[str, int], suffix: str) -> list[str]:
     found = [name for name in names if name.endswith(suffix)]
     return sorted(found, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
+
+
+def _check_kind(run: RunDirectory, models: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse what DeepSpeed can save and nothing here was made for."""
+    first = models[0]
+    config = first.get("ds_config")
+    zero = config.get("zero_optimization") if isinstance(config, Mapping) else None
+    offloads = [zero.get(what) for what in ("offload_optimizer", "offload_param")] if isinstance(zero, Mapping) else []
+    kinds = {
+        "without offload": any(isinstance(to, Mapping) and to.get("device", "none") != "none" for to in offloads),
+        "without tensor parallelism": first.get("mp_world_size", 1) != 1,
+        "without mixture of experts": bool(first.get("num_experts")),
+    }
+    for rule, is_broken in kinds.items():
+        if is_broken:
+            raise CheckpointError("checkpoint", f"must be {rule}", run.name, "choose another run; no recipe makes such")
+
+
+def _check_adamw(run: RunDirectory, state: Mapping[str, Any]) -> None:
+    inner = _inner_states(state)
+    found = sorted({field for group in inner.values() for field in group})
+    if len(inner) != len(_masters(state)) or found != [*MOMENTS, "step"]:
+        rule = f"must be of AdamW, with a state of {', '.join(MOMENTS)} and step for each vector"
+        value = f"{', '.join(found) or 'nothing'} for {len(inner)} of {len(_masters(state))} in {run.name}"
+        raise CheckpointError("checkpoint", rule, value, "choose another run; no recipe makes such")
 
 
 def _check_ranks(run: RunDirectory, states: Sequence[Mapping[str, Any]]) -> None:
@@ -207,6 +315,7 @@ def _fixed(models: Sequence[Mapping[str, Any]], trained: set[str]) -> Iterator[S
     for name, tensor in models[0]["module"].items():
         if name not in trained and name not in frozen and isinstance(tensor, LazyTensor):
             yield SourceTensor(name, tensor.shape, (Vector([tensor]),), 0, max(1, tensor.elements))
+    _find_places([model["frozen_param_fragments"][name] for name in frozen] for model in models)
     for name, shape in frozen.items():
         fragments = tuple(Vector([model["frozen_param_fragments"][name]]) for model in models)
         share = math.ceil(math.prod(shape) / len(fragments))

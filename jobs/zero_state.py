@@ -1,93 +1,163 @@
-"""DeepSpeed's native ZeRO files, read as whole named tensors and laid out again for any world size.
+"""A run's state out of a checkpoint of any world size and ZeRO stage, and into the engine that goes on.
 
-DeepSpeed 0.19.8 loads a checkpoint only at the world size that wrote it. Its files hold flat vectors:
-
-- ZeRO 1 and 2: one vector a parameter group, parameters one after the other, cut into world_size equal ranges;
-- ZeRO 3: each parameter cut into world_size equal ranges (the last padded), a rank's ranges one after the other.
-
-Both are undone here into {name: tensor} for the fp32 master and the two AdamW moments, and done again with the layout
-of the engine that resumes. This leans on private fields of DeepSpeed: its version is pinned, and the exactness test
-must stay green.
+DeepSpeed 0.19.8 loads a checkpoint only at the world size that wrote it. Here its files are read by ranges, through the
+layout of whoever wrote them (jobs.zero_layout): the weights whole, since each rank's module needs them, and of AdamW's
+moments what this rank will own. What a rank owns follows from parameter groups, stage, rank and world size alone, so
+that a checkpoint is read and found whole before an engine is built; the engine must then agree. This leans on private
+fields of DeepSpeed: its version is pinned, and the exactness test must stay green.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from jobs.checked_files import CheckedFiles, Copy
 from jobs.errors import CheckpointError
+from jobs.torch_archive import LazyTensor
+from jobs.zero_layout import MOMENTS, SourceTensor, Vector, ZeroFiles
 
 if TYPE_CHECKING:
     import deepspeed
 
-MASTER = "master"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+_ALIGNED = 2
+"""ZeRO 1 and 2 make each rank's range of a group a multiple of so many values."""
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ZeroState:
-    """The state of a run, independent of how many ranks held it."""
+    """What one rank needs to go on. Holds the model's weights once, and this rank's share of the moments."""
 
-    tensors: Mapping[str, Mapping[str, Tensor]]
-    """`master`, `exp_avg`, `exp_avg_sq`: each parameter's name to its fp32 tensor, in its own shape."""
-    fixed: Mapping[str, Tensor]
-    """Frozen parameters and buffers by name."""
+    weights: Mapping[str, Tensor]
+    """The model's whole state dict: fp32 masters, frozen parameters, buffers."""
+    owned: Mapping[str, range]
+    """Of each trained parameter, flattened: the values whose moments are here."""
+    moments: Mapping[str, Mapping[str, Tensor]]
+    """`exp_avg` and `exp_avg_sq`: the owned values of each parameter."""
     optimizer_step: float
     """AdamW's step count, for its bias correction."""
 
-    def weights(self) -> dict[str, Tensor]:
-        """The model's whole state dict in fp32."""
-        return {**self.fixed, **self.tensors[MASTER]}
+
+def owned_ranges(
+    model: nn.Module, groups: Sequence[Mapping[str, Any]], *, stage: int, rank: int, world_size: int
+) -> dict[str, range]:
+    """Which values of each trained parameter, flattened, this rank will update.
+
+    Args:
+        model: Has the parameters' names.
+        groups: The optimizer's parameter groups, before DeepSpeed changes them.
+        stage: ZeRO 1, 2 or 3.
+        rank: Of this process.
+        world_size: Number of processes that train together.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    owned = {}
+    for group in groups:
+        sizes = {names[id(parameter)]: parameter.numel() for parameter in group["params"]}
+        share = math.ceil(sum(sizes.values()) / (world_size * _ALIGNED)) * _ALIGNED
+        begin = -rank * share  # of the parameter, counted from that of this rank's range of the group
+        for name, size in sizes.items():
+            if stage == 3:
+                share = math.ceil(size / world_size)
+                begin = -rank * share
+            owned[name] = range(min(max(0, -begin), size), min(max(0, share - begin), size))
+            begin += size
+    return owned
 
 
-def read_zero_state(folder: Path) -> ZeroState:
-    """Read the files that `engine.save_checkpoint` wrote into `folder`, of any world size and stage.
+def read_zero_state(files: CheckedFiles, owned: Mapping[str, range]) -> ZeroState:
+    """Read weights, and the moments that this rank owns.
 
-    Tensors are memory-mapped; a parameter that lay in one piece is a view of its file.
+    Args:
+        files: Of the checkpoint.
+        owned: From `owned_ranges`; empty where weights are all that is wanted.
 
     Raises:
-        CheckpointError: If `folder` holds no such files, or files of another kind of optimizer.
+        DamagedCheckpointError: A file is missing, truncated or, where it was read, altered.
+        CheckpointError: The files are of a kind that is not handled, or of another model.
     """
-    model_states = [_load(path) for path in _by_rank(folder, "*_model_states.pt")]
-    optimizer_states = [_load(path)["optimizer_state_dict"] for path in _by_rank(folder, "*_optim_states.pt")]
-    stage = int(optimizer_states[0]["zero_stage"])
-    shapes = model_states[0]["param_shapes"]
-    flats = _flat_vectors(optimizer_states, stage)
-    merge = _merge_whole if stage == 3 else _merge_groups
-    inner = _inner_optimizer(optimizer_states[0], stage)
+    layout = ZeroFiles.read(files.run, files.commit, files)
+    copies: list[Copy] = []
+    weights = {
+        source.name: _room(source, range(source.elements), copies).view(source.shape) for source in layout.weights()
+    }
+    moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
+    for moment, sources in (layout.moments() if owned else {}).items():
+        for name, wanted in owned.items():
+            if name not in sources or wanted.stop > sources[name].elements:
+                rule, remedy = f"must hold {moment} of {name}", "resume with the model that the run began with"
+                raise CheckpointError("checkpoint", rule, files.run.name, remedy)
+            moments[moment][name] = _room(sources[name], wanted, copies)
+    told = layout.optimizer_step() if owned else 0.0
+    step: Tensor | float = _room(_scalar(told), range(1), copies) if isinstance(told, LazyTensor) else told
+    files.read_into(copies)
     return ZeroState(
-        tensors={kind: dict(merge(shapes, by_rank)) for kind, by_rank in flats.items()},
-        fixed=_fixed_tensors(model_states),
-        optimizer_step=float(inner[0]["step"]),
+        {name: value.float() if value.is_floating_point() else value for name, value in weights.items()},
+        owned,
+        moments,
+        float(step),
     )
 
 
 def restore_optimizer(engine: deepspeed.DeepSpeedEngine, state: ZeroState) -> None:
-    """Put masters, moments and step into a fresh engine, whose module already holds `state.weights()`.
+    """Put masters, moments and step into a fresh engine, whose module already holds the weights of `state`.
 
     Every rank copies the ranges that it owns, and nothing is communicated.
+
+    Raises:
+        CheckpointError: The engine owns other ranges than were read: DeepSpeed is not the version that is pinned.
     """
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     optimizer = engine.optimizer
     stage = engine.zero_optimization_stage()
-    owned = _whole_slices(optimizer, names) if stage == 3 else _group_slices(optimizer, names)
-    for flat, pieces in owned:
+    cut = _whole_slices(optimizer, names) if stage == 3 else _group_slices(optimizer, names)
+    slices = list(cut)
+    found = {piece.name: range(piece.start, piece.start + piece.length) for _, pieces in slices for piece in pieces}
+    if found != {name: values for name, values in state.owned.items() if values}:
+        rule, remedy = "must share out the optimizer's state as 0.19.8 does", "install the version that is pinned"
+        raise CheckpointError("deepspeed", rule, _version(), remedy)
+    for flat, pieces in slices:
         slots = optimizer.optimizer.state[flat]
         slots["step"] = torch.tensor(state.optimizer_step, dtype=torch.float32)
         for moment in MOMENTS:
             slots[moment] = torch.zeros_like(flat)
-        for kind, target in [(MASTER, flat.data), *((moment, slots[moment]) for moment in MOMENTS)]:
-            for piece in pieces:
-                source = state.tensors[kind][piece.name].reshape(-1)[piece.start : piece.start + piece.length]
-                target[piece.offset : piece.offset + piece.length].copy_(source)
+        for piece in pieces:
+            place = slice(piece.offset, piece.offset + piece.length)
+            values = state.owned[piece.name]
+            flat.data[place].copy_(state.weights[piece.name].reshape(-1)[values.start : values.stop])
+            for moment in MOMENTS:
+                slots[moment][place].copy_(state.moments[moment][piece.name])
+
+
+def _scalar(tensor: LazyTensor) -> SourceTensor:
+    return SourceTensor("step", (1,), (Vector([tensor]),), 0, 1)
+
+
+def _room(source: SourceTensor, wanted: range, copies: list[Copy]) -> Tensor:
+    """Room for values of a tensor, flattened; adds what is to be copied there."""
+    tensor = torch.empty(len(wanted), dtype=_DTYPES[source.dtype])
+    room, position = tensor.view(torch.uint8).numpy().data, 0
+    for extent in source.extents(wanted.start, wanted.stop):
+        target = room[position : position + extent.bytes]
+        copies.append(Copy(extent.record.url, extent.record.offset + extent.start, target))
+        position += extent.bytes
+    return tensor
+
+
+def _version() -> str:
+    import deepspeed
+
+    version: str = deepspeed.__version__
+    return version
 
 
 @dataclass(frozen=True)
@@ -121,74 +191,7 @@ def _whole_slices(optimizer: Any, names: Mapping[int, str]) -> Iterator[tuple[Te
         for parameter in parameters:
             share = parameter.ds_tensor.ds_numel
             length = max(0, min(share, parameter.ds_numel - rank * share))
-            pieces.append(_Piece(names[id(parameter)], rank * share, length, offset))
+            if length:
+                pieces.append(_Piece(names[id(parameter)], rank * share, length, offset))
             offset += share
         yield flat, pieces
-
-
-def _by_rank(folder: Path, pattern: str) -> list[Path]:
-    paths = list(folder.glob(pattern))
-    if not paths:
-        raise CheckpointError("checkpoint", f"must hold {pattern}", folder.name, "choose another step")
-    return sorted(paths, key=lambda path: [int(number) for number in re.findall(r"\d+", path.name)])
-
-
-def _load(path: Path) -> dict[str, Any]:
-    # DeepSpeed pickles its loss scaler and configuration beside the tensors, so weights_only cannot read these files.
-    # They are this run's own, and their CRC was checked against the commit. Unpickling imports DeepSpeed, which looks
-    # for an accelerator and warns where there is none; outside of training the CPU is all that is needed.
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    state: dict[str, Any] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-    return state
-
-
-def _inner_optimizer(optimizer_state: Mapping[str, Any], stage: int) -> dict[int, dict[str, Any]]:
-    """AdamW's own state: flat vectors by number."""
-    inner = optimizer_state["optimizer_state_dict" if stage == 3 else "base_optimizer_state"]
-    states: dict[int, dict[str, Any]] = inner["state"]
-    return states
-
-
-def _flat_vectors(optimizer_states: list[dict[str, Any]], stage: int) -> dict[str, list[list[Tensor]]]:
-    """`kind` to the flat vectors of each rank, in the order of its groups."""
-    for paddings in optimizer_states[0].get("param_alignment_paddings") or []:
-        if any(paddings):
-            raise CheckpointError("checkpoint", "must have no parameter alignment", paddings, "save without it")
-    masters = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
-    flats = {MASTER: [[flat.detach() for flat in rank[masters]] for rank in optimizer_states]}
-    for moment in MOMENTS:
-        inner = [_inner_optimizer(rank, stage) for rank in optimizer_states]
-        flats[moment] = [[rank[index][moment] for index in sorted(rank)] for rank in inner]
-    return flats
-
-
-def _merge_groups(shapes: list[Mapping[str, torch.Size]], by_rank: list[list[Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    for group, group_shapes in enumerate(shapes):
-        ranges = [rank[group] for rank in by_rank]
-        vector, offset = torch.cat(ranges) if len(ranges) > 1 else ranges[0], 0
-        for name, shape in group_shapes.items():
-            yield name, vector[offset : offset + shape.numel()].view(shape)
-            offset += shape.numel()
-
-
-def _merge_whole(shapes: list[Mapping[str, torch.Size]], by_rank: list[list[Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    vectors, offset = [torch.cat(groups) if len(groups) > 1 else groups[0] for groups in by_rank], 0
-    for group_shapes in shapes:
-        for name, shape in group_shapes.items():
-            share = math.ceil(shape.numel() / len(vectors))
-            whole = torch.cat([vector[offset : offset + share] for vector in vectors])
-            yield name, whole[: shape.numel()].view(shape)
-            offset += share
-
-
-def _fixed_tensors(model_states: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """Frozen parameters and buffers: in the module's state below ZeRO 3, else frozen parameters lie in ranges."""
-    first = model_states[0]
-    trained = {name for group in first["param_shapes"] for name in group}
-    frozen = first.get("frozen_param_shapes") or {}
-    fixed = {name: value for name, value in first["module"].items() if name not in trained and name not in frozen}
-    for name, shape in frozen.items():
-        fragments = [state["frozen_param_fragments"][name].reshape(-1) for state in model_states]
-        whole = torch.cat(fragments) if len(fragments) > 1 else fragments[0]
-        fixed[name] = whole[: shape.numel()].view(shape)
-    return {name: value.float() if value.is_floating_point() else value for name, value in fixed.items()}

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,14 +67,6 @@ def small_recipe(data: str, **fields: object) -> Sequence[str]:
     """Arguments for the recipe `tiny`, made small."""
     overrides = {"data": data, **SMALL, **fields}
     return ("tiny", *(f"{key}={value}" for key, value in overrides.items()))
-
-
-def wait_until(what: str, holds: Callable[[], bool], seconds: float) -> None:
-    """Poll until `holds`; fail the test if it does not in time."""
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline, f"waited {seconds} s for {what}"
-        time.sleep(0.2)
 
 
 def losses(run: RunDirectory) -> list[float]:

@@ -6,10 +6,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import pytest
 
 from jobs import checkpoint
-from jobs.checkpoint import Commit
+from jobs.checkpoint import CheckpointFile, Commit
+from jobs.checkpoint_check import faults_of
 from jobs.errors import CheckpointError, DamagedCheckpointError, OvertakenError
 from jobs.run_directory import RunDirectory
 from pipeline.claim import Holder
@@ -68,14 +70,13 @@ def test_files_without_a_commit_are_invisible(run: RunDirectory, local: Path) ->
         checkpoint.read_commit(run, 5)
 
 
-def test_a_committed_checkpoint_comes_back_whole(run: RunDirectory, local: Path, tmp_path: Path) -> None:
+def test_a_committed_checkpoint_comes_back_whole(run: RunDirectory, local: Path) -> None:
     commit = save(run, local, 5)
 
     found = checkpoint.latest_commit(run)
     assert found == commit
-    checkpoint.download_files(run, found, tmp_path / "fetched")
-
-    assert {path.name: path.read_bytes() for path in (tmp_path / "fetched").iterdir()} == FILES
+    assert faults_of(run, found) == []
+    assert {file.name: stored(run, found, file.name).read_bytes() for file in found.files} == FILES
     assert found.bytes == sum(len(data) for data in FILES.values())
 
 
@@ -89,30 +90,28 @@ def test_the_newest_commit_is_that_of_the_highest_step(run: RunDirectory, local:
         checkpoint.read_commit(run, 4)
 
 
-def test_a_saved_step_can_be_saved_again(run: RunDirectory, local: Path, tmp_path: Path) -> None:
+def test_a_saved_step_can_be_saved_again(run: RunDirectory, local: Path) -> None:
     save(run, local, 5)
     (local / "rank-0.pt").write_bytes(b"other")
 
     commit = save(run, local, 5)
 
-    checkpoint.download_files(run, commit, tmp_path / "fetched")
-    assert (tmp_path / "fetched" / "rank-0.pt").read_bytes() == b"other"
+    assert faults_of(run, commit) == []
+    assert stored(run, commit, "rank-0.pt").read_bytes() == b"other"
 
 
 @pytest.mark.parametrize(
     ("damaged", "message"),
     [
         (lambda data: None, "is missing"),
-        (lambda data: data[:-1], "was altered"),
+        (lambda data: data[:-1], "has 299 bytes where 300 were written"),
         (lambda data: data[:-1] + bytes([data[-1] ^ 1]), "was altered"),
-        (lambda data: data + b"\0", "was altered"),
-        (lambda data: b"", "was altered"),
+        (lambda data: data + b"\0", "has 301 bytes"),
+        (lambda data: b"", "has 0 bytes"),
     ],
     ids=["missing", "truncated", "bit flipped", "longer", "emptied"],
 )
-def test_a_damaged_file_is_found_and_named(
-    run: RunDirectory, local: Path, tmp_path: Path, damaged: Any, message: str
-) -> None:
+def test_a_damaged_file_is_found_and_named(run: RunDirectory, local: Path, damaged: Any, message: str) -> None:
     commit = save(run, local, 5)
     path = stored(run, commit, "rank-0.pt")
     data = damaged(path.read_bytes())
@@ -120,12 +119,20 @@ def test_a_damaged_file_is_found_and_named(
     if data is not None:
         path.write_bytes(data)
 
-    with pytest.raises(CheckpointError, match=message) as caught:
-        checkpoint.download_files(run, commit, tmp_path / "fetched")
+    (fault,) = faults_of(run, commit)
 
-    assert str(path) in str(caught.value)
-    assert "resume from the checkpoint before" in caught.value.remedy
-    assert len(str(caught.value).splitlines()) == 1
+    assert fault.startswith(f"{path} {message}")
+    assert len(fault.splitlines()) == 1
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 7, 100, 300, 4096])
+def test_every_chunk_has_its_checksum(run: RunDirectory, local: Path, chunk_bytes: int) -> None:
+    for file in checkpoint.upload_files(run, 5, local, chunk_bytes=chunk_bytes):
+        data = FILES[file.name]
+
+        assert (file.bytes, file.crc32c) == (len(data), google_crc32c.value(data))
+        chunks = [data[at : at + chunk_bytes] for at in range(0, len(data), chunk_bytes)]
+        assert file.chunk_checksums() == [google_crc32c.value(chunk) for chunk in chunks]
 
 
 def test_another_format_is_refused(run: RunDirectory, local: Path) -> None:
@@ -139,18 +146,20 @@ def test_another_format_is_refused(run: RunDirectory, local: Path) -> None:
             checkpoint.latest_commit(run)
 
 
-def test_a_commit_of_format_1_is_migrated(run: RunDirectory, local: Path, tmp_path: Path) -> None:
-    """As the release before wrote them: no claim, no driver, files directly in the folder of their step."""
+def test_a_commit_of_format_1_is_migrated(run: RunDirectory, local: Path) -> None:
+    """As the release before wrote them: no claim, no driver, no chunks, files directly in the folder of their step."""
     commit = save(run, local, 5)
     fields = dataclasses.asdict(commit) | {"format_version": 1}
     del fields["claim"], fields["driver"]
+    for file in fields["files"]:
+        del file["chunk_bytes"], file["chunk_crc32cs"]
     Path(run.path("commits", "step-00000005.json")).write_text(json.dumps(fields))
 
     found = checkpoint.read_commit(run, 5)
 
-    assert found == commit
-    checkpoint.download_files(run, found, tmp_path / "fetched")
-    assert {path.name: path.read_bytes() for path in (tmp_path / "fetched").iterdir()} == FILES
+    plain = tuple(CheckpointFile(file.name, file.bytes, file.crc32c) for file in commit.files)
+    assert found == dataclasses.replace(commit, files=plain)
+    assert faults_of(run, found) == []
 
 
 @pytest.mark.parametrize(
@@ -159,10 +168,12 @@ def test_a_commit_of_format_1_is_migrated(run: RunDirectory, local: Path, tmp_pa
         lambda fields: {name: value for name, value in fields.items() if name != "step"},
         lambda fields: {name: value for name, value in fields.items() if name != "files"},
         lambda fields: fields | {"files": [{"name": "a"}]},
+        lambda fields: fields | {"files": [fields["files"][0] | {"chunk_crc32cs": ""}]},
+        lambda fields: fields | {"files": [fields["files"][0] | {"chunk_crc32cs": "no digits" * 100}]},
         lambda fields: fields | {"surplus": 1},
         lambda fields: [fields],
     ],
-    ids=["no step", "no files", "a file without size", "a field more", "a list"],
+    ids=["no step", "no files", "a file without size", "checksums missing", "no checksums", "a field more", "a list"],
 )
 def test_a_commit_without_its_fields_is_damaged(run: RunDirectory, local: Path, changed: Any) -> None:
     fields = dataclasses.asdict(save(run, local, 5))
@@ -238,7 +249,7 @@ class DeadStorage(Storage):
 
 @pytest.mark.parametrize("deletions", range(len(FILES) + 1))
 def test_a_kill_while_pruning_leaves_nothing_that_looks_complete(
-    run: RunDirectory, local: Path, tmp_path: Path, deletions: int
+    run: RunDirectory, local: Path, deletions: int
 ) -> None:
     for step in (10, 20):
         save(run, local, step)
@@ -248,5 +259,5 @@ def test_a_kill_while_pruning_leaves_nothing_that_looks_complete(
         checkpoint.prune(RunDirectory(DeadStorage(), run.url), keep=1)
 
     for step in checkpoint.committed_steps(run):  # each one that can be seen is whole
-        checkpoint.download_files(run, checkpoint.read_commit(run, step), tmp_path / f"fetched-{step}")
+        assert faults_of(run, checkpoint.read_commit(run, step)) == []
     assert checkpoint.committed_steps(run) == ([10, 20] if deletions == 0 else [20])

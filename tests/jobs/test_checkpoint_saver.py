@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from testbed import wait_until
+from patience import wait_until
 
 from jobs import checkpoint
 from jobs.checkpoint import Commit
+from jobs.checkpoint_check import faults_of
 from jobs.checkpoint_saver import CheckpointSaver
 from jobs.errors import CheckpointError
 from jobs.run_directory import RunDirectory
@@ -109,7 +110,7 @@ def test_training_goes_on_while_the_files_are_on_their_way(
     found = checkpoint.latest_commit(run)
     assert found is not None
     assert [(file.name, file.bytes) for file in found.files] == [("000000-0001/weights.pt", 7)]
-    checkpoint.download_files(run, found, tmp_path / "fetched")
+    assert faults_of(run, found) == []
     assert monitor.told == [("flush", []), ("checkpoint_committed", 5)]  # history first
     assert scratch(tmp_path) == []
 

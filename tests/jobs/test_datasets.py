@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from patience import wait_until
 from pipeline_tars import tar_bytes
-from testbed import TILES, Command, wait_until
+from testbed import TILES, Command
 
 from pipeline.claim import claimed
 from pipeline.dataset import Dataset

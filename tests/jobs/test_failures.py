@@ -7,7 +7,8 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from testbed import Command, losses, processes, small_recipe, wait_until
+from patience import wait_until
+from testbed import Command, losses, processes, small_recipe
 
 from jobs.stack import Stack
 

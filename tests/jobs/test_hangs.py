@@ -6,7 +6,8 @@ import os
 import signal
 
 import pytest
-from testbed import Command, losses, processes, small_recipe, wait_until
+from patience import wait_until
+from testbed import Command, losses, processes, small_recipe
 
 FIELDS = {"epochs": 20, "checkpoint_every_steps": 10, "min_workers": 2, "max_workers": 2}
 LIMIT_SECONDS = 15

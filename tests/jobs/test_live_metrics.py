@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import psutil
 import pytest
 from panel_queries import GPU, panel_queries
+from patience import wait_until
 from prometheus_server import PROMETHEUS, asked, wait_for_series
-from testbed import Command, small_recipe, wait_until
+from testbed import Command, small_recipe
 
 from jobs.stack import Stack
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
+from patience import wait_until
 from safetensors import safe_open
-from testbed import TILES, Command, losses, small_recipe, wait_until
+from testbed import TILES, Command, losses, small_recipe
 
 from jobs import checkpoint
 from jobs.consolidate import is_consolidated, load_consolidated

@@ -405,7 +405,10 @@ def test_ranks_are_asked_to_pause_until_they_have_saved(start: Start) -> None:
     assert not monitor.pause(60.0)
 
 
-def test_a_drained_node_is_told_and_has_the_ranks_save_once(start: Start, run: RunDirectory) -> None:
+def test_a_drained_node_is_told_and_has_the_ranks_save_now_and_before_it_goes(
+    start: Start, run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor_module, "LEAST_SAVE_SECONDS", 29.3)
     monitor = start()
     begin(monitor)
     record(monitor, range(1, 6))
@@ -416,9 +419,29 @@ def test_a_drained_node_is_told_and_has_the_ranks_save_once(start: Start, run: R
     assert [record(monitor, range(step, step + 1)) for step in (6, 7)] == ["save", "save"]
     monitor.save_began(7)
     assert record(monitor, range(8, 9)) == ""
+    time.sleep(0.4)
+    assert record(monitor, range(9, 10)) == "pause"
+    begin(monitor, resume_step=9)
+    assert record(monitor, range(10, 11)) == "", "the drain is over"
     monitor.flush()
-    assert (last_event(run)["kind"], last_event(run)["step"]) == ("drain", 5)
-    assert last_event(run)["reason"] == "the node of ranks 1, 3 goes away in 30 s"
+    told = next(event for event in run.read_events() if event["kind"] == "drain")
+    assert (told["step"], told["reason"]) == (5, "the node of ranks 1, 3 goes away in 30 s")
+
+
+def test_a_run_that_has_no_room_says_so_until_it_trains(start: Start, run: RunDirectory) -> None:
+    monitor = start()
+
+    monitor.waiting(1, 2)
+
+    assert (monitor.status()["state"], monitor.status()["waiting"]) == ("waiting", True)
+    begin(monitor)
+    assert (monitor.status()["state"], monitor.status()["waiting"]) == ("running", False)
+    monitor.waiting(0, 2)
+    monitor.request_stop("SIGTERM")
+    monitor.waiting(0, 2)
+    assert (monitor.status()["state"], monitor.status()["waiting"]) == ("stopping", True)
+    monitor.flush()
+    assert "there is room for 0 workers, and min_workers is 2" in last_event(run)["reason"]
 
 
 def test_with_seconds_the_ranks_save_when_it_is_time(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

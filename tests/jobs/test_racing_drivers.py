@@ -10,9 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from testbed import Command, small_recipe, wait_until
+from patience import wait_until
+from testbed import Command, small_recipe
 
 from jobs import checkpoint
+from jobs.checkpoint_check import faults_of
 from jobs.stack import Stack
 
 STEPS = 8
@@ -91,9 +93,9 @@ def test_of_drivers_that_commit_the_same_step_the_newest_claim_wins_whole(convma
     for step in range(1, STEPS + 1):
         commit = checkpoint.read_commit(run, step)
         assert commit.claim == DRIVERS
-        checkpoint.download_files(run, commit, tmp_path / f"fetched-{step}")
+        assert faults_of(run, commit) == []
         expected = b"%d of driver %d" % (step, DRIVERS) * 1000
-        assert {path.read_bytes() for path in (tmp_path / f"fetched-{step}").iterdir()} == {expected}
+        assert {run.storage.read(checkpoint.file_url(run, step, file.name)) for file in commit.files} == {expected}
     assert told[-1] == [f"committed {step}" for step in range(1, STEPS + 1)]
     refused = [line for lines in told[:-1] for line in lines if line.startswith("refused")]
     assert refused, "they did not race"

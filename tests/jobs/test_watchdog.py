@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 import pytest
-from testbed import wait_until
+from patience import wait_until
 
 from jobs.watchdog import (
     Examined,

@@ -12,20 +12,24 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from whole_state import MASTER, MOMENTS, WholeState, whole_state
 from zero_material import commit_zero_files
 
 import jobs
+from jobs.checkpoint import Commit
 from jobs.consolidate import consolidate, load_consolidated
+from jobs.engine import parameter_groups
 from jobs.errors import CheckpointError
 from jobs.recipe import Recipe
 from jobs.recipes import named_recipe
 from jobs.run_directory import RunDirectory
-from jobs.zero_state import MASTER, MOMENTS, ZeroState, read_zero_state
+from jobs.zero_state import ZeroState, owned_ranges, restore_optimizer
 from model import ConvMAE
 from model.config import PARTS
 from pipeline.storage import Storage
@@ -35,6 +39,8 @@ PROJECT = Path(jobs.__file__).parent.parent
 
 STAGES = (1, 2, 3)
 WORLD_SIZES = (1, 2, 3)
+CHUNK_BYTES = 1 << 12
+"""So small that what is read for whole chunks is little beside what is needed of this model."""
 RESIZES = [(2, 1), (1, 2), pytest.param(2, 3, marks=pytest.mark.slow), pytest.param(3, 2, marks=pytest.mark.slow)]
 
 
@@ -67,6 +73,8 @@ class WorkerGroup:
             "WORLD_SIZE": str(world_size),
             "OMP_NUM_THREADS": "1",
         }
+        self.read_bytes = [0] * world_size
+        """What each rank of the last case read to resume."""
         self._logs = [folder / f"rank-{rank}-of-{world_size}.log" for rank in range(world_size)]
         self._processes = []
         for rank, path in enumerate(self._logs):
@@ -78,24 +86,26 @@ class WorkerGroup:
                 )
             self._processes.append(process)
 
-    def train(self, recipe: Recipe, steps: list[str], resume: Path | None = None) -> list[float]:
+    def train(self, recipe: Recipe, steps: list[str], resume: RunDirectory | None = None) -> list[float]:
         """Run a case on every rank; returns the losses of its steps."""
-        case = {"recipe": recipe.to_json(), "resume": str(resume or ""), "steps": steps}
+        case = {"recipe": recipe.to_json(), "resume": resume.url if resume else "", "steps": steps}
         for process in self._processes:
             assert process.stdin
             process.stdin.write(json.dumps(case) + "\n")
             process.stdin.flush()
         answers = [self._answer(rank) for rank in range(len(self._processes))]
-        assert all(answer == answers[0] for answer in answers)
-        return answers[0]
+        losses: list[float] = answers[0]["losses"]
+        assert all(answer["losses"] == losses for answer in answers)
+        self.read_bytes = [answer["read_bytes"] for answer in answers]
+        return losses
 
-    def _answer(self, rank: int) -> list[float]:
+    def _answer(self, rank: int) -> dict[str, Any]:
         output = self._processes[rank].stdout
         assert output
         for line in output:
             if line.startswith("done: "):
-                losses: list[float] = json.loads(line.removeprefix("done: "))
-                return losses
+                answer: dict[str, Any] = json.loads(line.removeprefix("done: "))
+                return answer
         raise AssertionError(self._logs[rank].read_text()[-3000:])
 
     def close(self) -> None:
@@ -109,9 +119,12 @@ class Saved:
     """A run of two steps, and of a third at the same world size."""
 
     folder: Path
-    state: ZeroState
+    run: RunDirectory
+    """Its one checkpoint holds the files of `folder`."""
+    commit: Commit
+    state: WholeState
     """After two steps."""
-    next_state: ZeroState
+    next_state: WholeState
     """After three."""
     losses: list[float]
 
@@ -129,7 +142,11 @@ class Runs:
         name = f"{recipe.precision}-zero{recipe.zero_stage}-of-{world_size}"
         folder, after = self.folder / f"{name}-step2", self.folder / f"{name}-step3"
         losses = self.group(world_size).train(recipe, ["train", "train", str(folder), "train", str(after)])
-        return Saved(folder, read_zero_state(folder), read_zero_state(after), losses)
+        run = RunDirectory.of(Storage(), str(self.folder / "runs"), name)
+        commit = commit_zero_files(
+            run, recipe, folder, step=2, stage=recipe.zero_stage, world_size=world_size, chunk_bytes=CHUNK_BYTES
+        )
+        return Saved(folder, run, commit, whole_state(folder), whole_state(after), losses)
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +171,7 @@ def assert_bit_equal(found: Any, expected: Any) -> None:
         assert torch.equal(found[name], tensor), name
 
 
-def assert_same_state(found: ZeroState, expected: ZeroState) -> None:
+def assert_same_state(found: WholeState, expected: WholeState) -> None:
     assert found.tensors.keys() == expected.tensors.keys() == {MASTER, *MOMENTS}
     for kind in expected.tensors:
         assert_bit_equal(found.tensors[kind], expected.tensors[kind])
@@ -189,14 +206,12 @@ def test_weights_are_bit_equal_to_deepspeeds_own(runs: Runs, stage: int, world_s
 
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_consolidated_file_holds_the_same_weights(runs: Runs, tmp_path: Path, stage: int, world_size: int) -> None:
+def test_a_consolidated_file_holds_the_same_weights(runs: Runs, stage: int, world_size: int) -> None:
     saved_run = saved(runs, world_size, stage)
-    run = RunDirectory.of(Storage(), str(tmp_path), "first")
-    commit_zero_files(run, recipe(stage), saved_run.folder, step=2, stage=stage, world_size=world_size)
 
-    consolidate(run, part_bytes=1 << 17)
+    consolidate(saved_run.run, part_bytes=1 << 17)
 
-    assert_bit_equal(load_consolidated(run, 2), saved_run.state.weights())
+    assert_bit_equal(load_consolidated(saved_run.run, 2), saved_run.state.weights())
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -215,15 +230,68 @@ def test_a_checkpoint_resumes_exactly_at_another_world_size(runs: Runs, stage: i
     name = f"zero{stage}-from-{before}-to-{now}"
     again, after = runs.folder / name, runs.folder / f"{name}-step3"
 
-    losses = runs.group(now).train(recipe(stage), [str(again), "train", str(after)], resume=run.folder)
+    losses = runs.group(now).train(recipe(stage), [str(again), "train", str(after)], resume=run.run)
 
-    assert_same_state(read_zero_state(again), run.state)
+    assert_same_state(whole_state(again), run.state)
     assert losses == pytest.approx(run.losses[2:], rel=1e-6)
-    continued = read_zero_state(after)
+    continued = whole_state(after)
     for kind, rtol in [("exp_avg", 1e-5), (MASTER, 1e-3)]:  # AdamW magnifies rounding where gradients are all but zero
         moved = distance(run.next_state.tensors[kind], run.state.tensors[kind])
         assert distance(continued.tensors[kind], run.next_state.tensors[kind]) < rtol * moved
     assert continued.optimizer_step == 3
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(("before", "now"), RESIZES)
+def test_each_rank_reads_what_it_needs_and_all_of_them_everything(
+    runs: Runs, stage: int, before: int, now: int
+) -> None:
+    run = saved(runs, before, stage)
+    group = runs.group(now)
+
+    group.train(recipe(stage), [], resume=run.run)
+
+    weights = sum(tensor.nbytes for tensor in run.state.weights().values())
+    parts = weights + (run.commit.bytes - weights) // now  # of moments its share, of what nobody needs its part
+    ranges = 4 if stage < 3 else 2 * len(run.state.tensors[MASTER])
+    # Pickles and directories, and at both ends of every range of moments what else is in the chunk.
+    surplus = len(run.commit.files) * 100_000 + 2 * ranges * CHUNK_BYTES
+    for rank, found in enumerate(group.read_bytes):
+        assert weights < found < parts + surplus, rank
+    assert sum(group.read_bytes) >= run.commit.bytes
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("world_size", [1, 2, 5, 64, 1000])
+def test_every_value_is_owned_by_one_rank(stage: int, world_size: int) -> None:
+    model = ConvMAE(recipe(stage).model)
+    groups = parameter_groups(model, weight_decay=0.05)
+
+    by_rank = [owned_ranges(model, groups, stage=stage, rank=rank, world_size=world_size) for rank in range(world_size)]
+
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            ranges = [owned[name] for owned in by_rank if owned[name]]
+            edges = [0, *(values.stop for values in ranges)]
+            assert [values.start for values in ranges] == edges[:-1], name
+            assert edges[-1] == parameter.numel(), name
+    by_size = sorted(sum(map(len, owned.values())) for owned in by_rank)
+    assert by_size[-1] <= sum(by_size) / world_size + len(by_rank[0])
+
+
+def test_an_engine_that_owns_other_ranges_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = torch.nn.Linear(4, 1, bias=False)
+    optimizer = SimpleNamespace(
+        single_partition_of_fp32_groups=[torch.zeros(2)],
+        real_dp_process_group=[None],
+        round_robin_bit16_groups=[[module.weight]],
+    )
+    engine: Any = SimpleNamespace(module=module, optimizer=optimizer, zero_optimization_stage=lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 1)
+    state = ZeroState({"weight": torch.zeros(1, 4)}, {"weight": range(2)}, {}, 1.0)
+
+    with pytest.raises(CheckpointError, match="must share out the optimizer's state as"):
+        restore_optimizer(engine, state)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -247,8 +315,8 @@ def test_a_step_that_is_discarded_leaves_no_trace(runs: Runs, stage: int, precis
     losses = runs.group(2).train(recipe(stage, precision), steps)
 
     assert losses == pytest.approx(undisturbed.losses, rel=1e-6)
-    assert_same_state(read_zero_state(kept), read_zero_state(before))
-    continued = read_zero_state(after)
+    assert_same_state(whole_state(kept), whole_state(before))
+    continued = whole_state(after)
     assert continued.optimizer_step == 3
     moved = distance(undisturbed.next_state.tensors["exp_avg"], undisturbed.state.tensors["exp_avg"])
     assert distance(continued.tensors["exp_avg"], undisturbed.next_state.tensors["exp_avg"]) < 1e-5 * moved
@@ -278,13 +346,8 @@ def test_bf16_weights_resume_exactly_from_fp32_masters(runs: Runs, stage: int) -
     run = saved(runs, 2, stage, "bf16")
     again = runs.folder / f"bf16-zero{stage}"
 
-    runs.group(1).train(recipe(stage, "bf16"), [str(again)], resume=run.folder)
+    runs.group(1).train(recipe(stage, "bf16"), [str(again)], resume=run.run)
 
-    assert_same_state(read_zero_state(again), run.state)
+    assert_same_state(whole_state(again), run.state)
     masters = run.state.tensors[MASTER]
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in masters.values())
-
-
-def test_a_folder_without_zero_files_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="must hold"):
-        read_zero_state(tmp_path)

@@ -1,8 +1,9 @@
 """One rank of a process group that trains a tiny ConvMAE through jobs.engine, as test_zero_state tells it.
 
-Reads one JSON case a line from standard input: {recipe, resume, steps}. `steps` is a list of "train", of "loss" and
-"gradient" (a step in which that is NaN on the last rank, and which is discarded), and of folders to save into.
-Answers each case with the list of losses as one line `done: [...]`.
+Reads one JSON case a line from standard input: {recipe, resume, steps}. `resume` is the URL of a run, or empty. `steps`
+is a list of "train", of "loss" and "gradient" (a step in which that is NaN on the last rank, and which is discarded),
+and of folders to save into. Answers each case with one line `done: {losses, read_bytes}`: of all ranks, and by this one
+to resume.
 """
 
 from __future__ import annotations
@@ -23,14 +24,29 @@ from jobs.engine import (
     discard_step,
     has_finite_gradients,
     initialize_deepspeed,
+    parameter_groups,
     set_learning_rate,
 )
 from jobs.recipe import Recipe
+from jobs.restore import restore_newest
+from jobs.run_directory import RunDirectory
 from jobs.schedule import micro_batches
-from jobs.zero_state import read_zero_state, restore_optimizer
+from jobs.zero_state import owned_ranges, restore_optimizer
 from model.noise import mask_noise
+from pipeline.storage import Storage
 
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+class CountingStorage(Storage):
+    """Counts what was read by ranges."""
+
+    read_bytes = 0
+
+    def read_range(self, url: str, offset: int, length: int, etag: str | None = None) -> bytes:
+        data = super().read_range(url, offset, length, etag)
+        CountingStorage.read_bytes += len(data)
+        return data
 
 
 def rank_sizes(batch: int) -> list[int]:
@@ -78,12 +94,20 @@ class _Scaled(torch.autograd.Function):
         return gradients[0] * ctx.factor[0], None
 
 
-def run(case: dict[str, Any]) -> list[float]:
+def run(case: dict[str, Any]) -> dict[str, Any]:
     recipe = Recipe.from_json(case["recipe"])
     model = build_model(recipe)
-    state = read_zero_state(Path(case["resume"])) if case["resume"] else None
-    if state:
-        model.load_state_dict(state.weights(), strict=True)
+    groups = parameter_groups(model, recipe.weight_decay)
+    owned = owned_ranges(model, groups, stage=recipe.zero_stage, rank=RANK, world_size=WORLD_SIZE)
+    CountingStorage.read_bytes, state = 0, None
+    if case["resume"]:
+        restored = restore_newest(
+            RunDirectory(CountingStorage(), case["resume"]), owned, rank=RANK, world_size=WORLD_SIZE,
+            check=lambda commit: None, on_damage=lambda step, why: None,
+        )  # fmt: skip
+        assert restored
+        state = restored.state
+        model.load_state_dict(state.weights, strict=True)
     largest = max(rank_sizes(recipe.global_batch_size))
     count = len(micro_batches(largest, largest, recipe.micro_batch_size))
     engine = build_engine(model, recipe, micro_batches_per_step=count, world_size=WORLD_SIZE)
@@ -102,7 +126,7 @@ def run(case: dict[str, Any]) -> list[float]:
             folder = Path(action)
             engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
     engine.destroy()
-    return losses
+    return {"losses": losses, "read_bytes": CountingStorage.read_bytes}
 
 
 if __name__ == "__main__":

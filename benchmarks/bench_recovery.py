@@ -1,0 +1,133 @@
+"""From a failure to the first new step: `make bench-recovery`.
+
+A head and nodes of one CPU each run the recipe `tiny` on photographs, on a real Ray cluster on this machine. By turns a
+rank's process is killed, a node is killed, a node is added and a node is drained. Printed are, over all rounds, the
+medians of what the run's own event log says: how long no step was done, and in which phase of the restart.
+
+    python benchmarks/bench_recovery.py [--rounds 3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from patience import wait_until
+from ray_nodes import Cluster, Node, ray_cluster
+
+from jobs.recovery import PHASES
+from jobs.run_directory import RunDirectory
+from pipeline.photographs import cut_tiles
+
+GOALS = {"worker killed": 8.0, "node killed": 20.0, "node added": 10.0}
+"""Seconds down at most."""
+PATIENCE_SECONDS = 300.0
+IMAGES = 512
+DRAIN_SECONDS = 15
+
+Found = dict[str, list[dict[str, float]]]
+
+
+def measure(cluster: Cluster, rounds: int) -> Found:
+    """Events `recovered` and the steps that were redone, by what had happened."""
+    run = begin(cluster)
+    found: Found = defaultdict(list)
+
+    def after(what: str, do: Callable[[], object]) -> None:
+        attempt = run.read_heartbeat()["attempt"]
+        do()
+        wait_until(what, lambda: recovered(run, attempt) is not None, PATIENCE_SECONDS)
+        (start,) = (event for event in run.read_events() if event["attempt"] == attempt + 1 and "steps_redone" in event)
+        event = recovered(run, attempt)
+        assert event
+        found[what].append({**event, "steps_redone": start["steps_redone"]})
+        settle(run)
+
+    settle(run)
+    for _ in range(rounds):
+        after("worker killed", alive(cluster)[0].workers()[0].kill)
+        after("node killed", alive(cluster)[-1].kill)
+        after("node added", cluster.add)
+        leaves = alive(cluster)[-1]
+        after("node drained", lambda node=leaves: cluster.drain(node, DRAIN_SECONDS))
+        after("node added", cluster.add)
+    return found
+
+
+def begin(cluster: Cluster) -> RunDirectory:
+    """Submit a run that lasts."""
+    with tempfile.TemporaryDirectory() as folder:
+        cut_tiles(Path(folder), IMAGES, seed=0)
+        done(cluster, "shard", folder, f"{cluster.bucket}/data", "--samples-per-shard", "128")
+    placed = ("cpus_per_worker=1.0", "epochs=100000", f"run_root={cluster.bucket}/runs", "checkpoint_every_steps=10")
+    done(cluster, "submit", "tiny", f"data={cluster.bucket}/data", *placed, "--run", "recovery")
+    return cluster.run("recovery")
+
+
+def done(cluster: Cluster, *arguments: str) -> None:
+    """Run a command to its end."""
+    process = cluster.convmae(*arguments)
+    out, err = process.communicate()
+    assert process.returncode == 0, out + err
+
+
+def settle(run: RunDirectory) -> None:
+    """Wait until the run trains and has saved what it does."""
+    attempt = run.read_heartbeat().get("attempt")
+
+    def saved() -> bool:
+        now = run.read_heartbeat()
+        told = [event for event in run.read_events() if event["attempt"] == now.get("attempt")]
+        return now.get("attempt") == attempt and any(event["kind"] == "checkpoint" for event in told)
+
+    wait_until("a run", lambda: bool(run.read_heartbeat().get("attempt")), PATIENCE_SECONDS)
+    attempt = run.read_heartbeat()["attempt"]
+    wait_until("a checkpoint", saved, PATIENCE_SECONDS)
+
+
+def alive(cluster: Cluster) -> list[Node]:
+    """Nodes on which a rank trains."""
+    there = [node for node in cluster.nodes if node.process.poll() is None]
+    return [node for node in there if node.workers()]
+
+
+def recovered(run: RunDirectory, attempt: int) -> dict[str, Any] | None:
+    """The event that the attempt after this one has done its first step."""
+    told = (event for event in run.read_events() if event["kind"] == "recovered" and event["attempt"] > attempt)
+    return next(told, None)
+
+
+def report(found: Found) -> list[str]:
+    """One line for each kind of event."""
+    lines = [f"{'':16}{'down':>8}{'goal':>8}{'redone':>8}" + "".join(f"{phase:>12}" for phase in PHASES)]
+    for what, events in found.items():
+        median = {key: statistics.median(event.get(f"{key}_seconds", 0.0) for event in events) for key in PHASES}
+        down = statistics.median(event["down_seconds"] for event in events)
+        redone = statistics.median(event["steps_redone"] for event in events)
+        goal = f"{GOALS[what]:.0f} s" if what in GOALS else ""
+        phases = "".join(f"{median[phase]:>10.1f} s" for phase in PHASES)
+        lines.append(f"{what:16}{down:>6.1f} s{goal:>8}{redone:>8.0f}{phases}")
+    return lines
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bench-recovery-") as folder, ray_cluster(Path(folder)) as cluster:
+        cluster.add()
+        cluster.add()
+        found = measure(cluster, arguments.rounds)
+    print(json.dumps(found) if arguments.json else "\n".join(report(found)))
+
+
+if __name__ == "__main__":
+    main()

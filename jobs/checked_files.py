@@ -1,0 +1,209 @@
+"""A checkpoint's files, of which only bytes come out that are as they were written.
+
+Whoever reads a range gets whole chunks from the store, each compared with its CRC32C in the commit. So a rank needs to
+read what it uses and nothing else, and what has been compared is known to the chunk: the rest can be dealt to others.
+
+Imports no torch. Memory is bounded: THREADS reads of READ_BYTES, twice while a read is put together, and some chunks in
+which directories lie.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from jobs import checkpoint
+from jobs.checkpoint import CHUNK_BYTES, CheckpointFile, Commit, checksummed
+from jobs.run_directory import RunDirectory
+from jobs.torch_archive import damaged
+
+READ_BYTES = 8 << 20
+"""Of one request, at most."""
+THREADS = 8
+"""Requests at once."""
+_KEPT_CHUNKS = 64
+"""Of those in which directories and headers lie: they are read piece by piece."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Bytes of a file, and where they are to go."""
+
+    url: str
+    offset: int
+    target: memoryview
+    """As long as what is wanted."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Chunks of one file that one request reads."""
+
+    file: int
+    first: int
+    """Number of the first chunk, counted over all files."""
+    count: int
+
+
+class CheckedFiles:
+    """The files of one checkpoint.
+
+    Owns: a bit for each chunk, that it was read and is as it was written.
+    Concurrency: `read_range` is safe to call from several threads; the other methods belong to one.
+    Failure: whatever reads raises DamagedCheckpointError that names a file which is missing, truncated or altered, and
+        what Storage raises.
+    Blocking: all that reads.
+    """
+
+    def __init__(self, run: RunDirectory, commit: Commit) -> None:
+        """Number the chunks; does no I/O.
+
+        Args:
+            run: Whose checkpoint it is.
+            commit: With checksums of chunks: an older one must have passed through `with_chunks`.
+        """
+        self.run, self.commit = run, commit
+        self._storage = run.storage
+        self._files = [file for file in commit.files if file.bytes]
+        assert all(file.chunk_bytes for file in self._files)
+        self._urls = [checkpoint.file_url(run, commit.step, file.name) for file in self._files]
+        self._numbers = {url: number for number, url in enumerate(self._urls)}
+        self._checksums = [file.chunk_checksums() for file in self._files]
+        self._firsts = [0, *itertools.accumulate(len(checksums) for checksums in self._checksums)]
+        self._checked = np.zeros(self._firsts[-1], np.bool_)
+        self._chunk = functools.lru_cache(_KEPT_CHUNKS)(lambda file, chunk: self._read(_Run(file, chunk, 1)))
+
+    @property
+    def checked(self) -> NDArray[np.bool_]:
+        """Of each chunk whether it was read here, and is as it was written; in the order of the commit's files."""
+        return self._checked.copy()
+
+    def read_range(self, url: str, offset: int, length: int) -> bytes:
+        """A few bytes, of one chunk, which is kept for a while for the next few."""
+        file = self._numbers[url]
+        chunk, start = divmod(offset, self._files[file].chunk_bytes)
+        return self._chunk(file, self._firsts[file] + chunk)[start : start + length]
+
+    def read_into(self, copies: Iterable[Copy]) -> None:
+        """Copy many ranges, in as few requests as the chunks allow."""
+        wanted = [copy for copy in copies if len(copy.target)]
+        needed = np.zeros_like(self._checked)
+        for copy in wanted:
+            needed[slice(*self._chunks(copy))] = True
+        runs = list(self._runs(np.flatnonzero(needed)))
+        firsts = [run.first for run in runs]
+        by_run: list[list[Copy]] = [[] for _ in runs]
+        for copy in wanted:
+            first, after = self._chunks(copy)
+            for index in range(bisect.bisect_right(firsts, first) - 1, len(runs)):
+                if runs[index].first >= after:
+                    break
+                by_run[index].append(copy)
+
+        def read(index: int) -> None:
+            data, start = memoryview(self._read(runs[index])), self._offset(runs[index])
+            for copy in by_run[index]:
+                low, high = max(copy.offset, start), min(copy.offset + len(copy.target), start + len(data))
+                copy.target[low - copy.offset : high - copy.offset] = data[low - start : high - start]
+
+        in_threads(read, range(len(runs)))
+
+    def check(self, chunks: NDArray[np.intp]) -> None:
+        """Read chunks, by number, for their checksums alone."""
+        in_threads(self._read, list(self._runs(chunks)))
+
+    def _chunks(self, copy: Copy) -> tuple[int, int]:
+        """Numbers of the first chunk of a copy, and of the one behind its last."""
+        file = self._numbers[copy.url]
+        first, size = self._firsts[file], self._files[file].chunk_bytes
+        return first + copy.offset // size, first - (-(copy.offset + len(copy.target)) // size)
+
+    def _runs(self, chunks: NDArray[np.intp]) -> Iterator[_Run]:
+        """Ascending chunks as requests."""
+        run: _Run | None = None
+        for chunk in map(int, chunks):
+            if run and chunk == run.first + run.count and self._takes_one_more(run):
+                run = dataclasses.replace(run, count=run.count + 1)
+                continue
+            if run:
+                yield run
+            run = _Run(bisect.bisect_right(self._firsts, chunk) - 1, chunk, 1)
+        if run:
+            yield run
+
+    def _takes_one_more(self, run: _Run) -> bool:
+        in_file = run.first + run.count < self._firsts[run.file + 1]
+        return in_file and (run.count + 1) * self._files[run.file].chunk_bytes <= READ_BYTES
+
+    def _offset(self, run: _Run) -> int:
+        return (run.first - self._firsts[run.file]) * self._files[run.file].chunk_bytes
+
+    def _read(self, run: _Run) -> bytes:
+        """The bytes of a run, compared with the commit."""
+        file, url, offset = self._files[run.file], self._urls[run.file], self._offset(run)
+        wanted = min(run.count * file.chunk_bytes, file.bytes - offset)
+        try:
+            data = self._storage.read_range(url, offset, wanted)
+        except FileNotFoundError:
+            raise damaged(url, "it is missing") from None
+        if len(data) != wanted:
+            raise damaged(url, f"it ends before its {file.bytes} bytes")
+        first = run.first - self._firsts[run.file]
+        expected = self._checksums[run.file][first : first + run.count]
+        for number, checksum in enumerate(expected):
+            start = number * file.chunk_bytes
+            if google_crc32c.value(data[start : start + file.chunk_bytes]) != checksum:
+                raise damaged(url, f"it was altered at {offset + start} or in the {file.chunk_bytes} bytes from there")
+        self._checked[run.first : run.first + run.count] = True
+        return data
+
+
+def with_chunks(run: RunDirectory, step: int, files: Sequence[CheckpointFile]) -> list[CheckpointFile]:
+    """The same files with checksums of chunks; those of older commits, which have none, are read whole.
+
+    Raises:
+        DamagedCheckpointError: One that was read is missing, or not what its CRC32C says.
+    """
+    known = {file.name: file for file in files}
+
+    def measure(file: CheckpointFile) -> None:
+        url = checkpoint.file_url(run, step, file.name)
+        try:
+            found = checksummed(file.name, _chunks_of(run, url, file.bytes), CHUNK_BYTES)
+        except FileNotFoundError:
+            raise damaged(url, "it is missing") from None
+        if (found.bytes, found.crc32c) != (file.bytes, file.crc32c):
+            raise damaged(url, "it was altered")
+        known[file.name] = found
+
+    in_threads(measure, [file for file in files if not file.chunk_bytes])
+    return [known[file.name] for file in files]
+
+
+def _chunks_of(run: RunDirectory, url: str, size: int) -> Iterator[bytes]:
+    for offset in range(0, size, READ_BYTES):
+        data = run.storage.read_range(url, offset, min(READ_BYTES, size - offset))
+        for start in range(0, len(data), CHUNK_BYTES):
+            yield data[start : start + CHUNK_BYTES]
+
+
+def in_threads(work: Callable[[T], Any], items: Sequence[T]) -> None:
+    """Do `work` on every item; after the first that raises, none is begun."""
+    threads = ThreadPoolExecutor(THREADS)
+    try:
+        for _ in threads.map(work, items):
+            pass
+    finally:
+        threads.shutdown(cancel_futures=True)

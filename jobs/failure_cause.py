@@ -1,0 +1,55 @@
+"""What ended a worker group, in one line: its root cause among the errors of all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jobs.errors import RunFailedError
+from pipeline.errors import UnreachableError, UserError
+
+# Deaths that follow from another rank's: its peers see the connection break.
+_COLLATERAL = ("connection closed by peer", "connection reset by peer", "gloo", "nccl", "broken pipe")
+
+
+def describe_failure(worker_exceptions: Mapping[int, Exception]) -> tuple[str, bool]:
+    """The root cause among the errors of a worker group, in one line, and whether no restart can mend it.
+
+    When one rank dies its peers fail too, in their collectives; those are named only if there is nothing else.
+    """
+    causes = {rank: _cause(error) for rank, error in worker_exceptions.items()}
+    fatal = any(_is_fatal(cause) for cause in causes.values())
+
+    def suspicion(rank: int) -> int:
+        cause, text = causes[rank], str(causes[rank]).lower()
+        if isinstance(cause, UserError):
+            return 0
+        return 2 if any(word in text for word in _COLLATERAL) else 1
+
+    rank = min(sorted(causes), key=suspicion)
+    lines = str(causes[rank]).strip().splitlines() or [""]
+    return f"rank {rank}: {type(causes[rank]).__name__}: {lines[0]}", fatal
+
+
+def _is_fatal(cause: BaseException) -> bool:
+    """Whether a restart meets the same again; an object store that is away may come back."""
+    return isinstance(cause, UserError) and not isinstance(cause, UnreachableError)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What Ray Train and Ray wrapped."""
+    for attribute in ("health_check_failure", "_base_exc", "cause", "__cause__"):
+        inner = getattr(error, attribute, None)
+        if isinstance(inner, BaseException):
+            return _cause(inner)
+    return error
+
+
+def root_cause(error: BaseException) -> str:
+    """The reason that the reporter gave, if Ray Train wrapped it; else the error's own last line."""
+    current: BaseException | None = error
+    while current is not None:
+        if isinstance(current, RunFailedError):
+            return str(current)
+        current = getattr(current, "controller_failure", None) or current.__cause__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1]

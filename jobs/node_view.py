@@ -1,0 +1,41 @@
+"""Which nodes of the Ray cluster a worker group can be started on now; Ray itself learns late that one is gone."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+PROBE_SECONDS = 1.0
+PROBES_AT_ONCE = 64
+
+
+def unusable_nodes() -> set[str]:
+    """Ids of nodes that Ray counts as alive, though they are being drained or do not answer."""
+    import ray
+    from ray._private.state import state
+
+    nodes: Any = ray.nodes()  # type: ignore[no-untyped-call]
+    return set(state.get_draining_nodes()) | silent_nodes(nodes)
+
+
+def silent_nodes(nodes: Iterable[Mapping[str, Any]]) -> set[str]:
+    """Ids of the nodes whose raylet takes no connection; Ray's own health check needs many seconds to say so.
+
+    Args:
+        nodes: As `ray.nodes()` tells of them.
+    """
+    alive = [node for node in nodes if node["Alive"]]
+    with ThreadPoolExecutor(PROBES_AT_ONCE) as probes:
+        answers = list(probes.map(_answers, alive))
+    return {node["NodeID"] for node, answered in zip(alive, answers, strict=True) if not answered}
+
+
+def _answers(node: Mapping[str, Any]) -> bool:
+    address = (node["NodeManagerAddress"], node["NodeManagerPort"])
+    try:
+        socket.create_connection(address, timeout=PROBE_SECONDS).close()
+    except OSError:
+        return False
+    return True

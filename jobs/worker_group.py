@@ -1,0 +1,167 @@
+"""The worker group of a run, as Ray Train's controller keeps it: started, watched, resized, restarted.
+
+Ray Train has no public hook for most of what happens to a group; what is used here is of its developer API, and its
+version is pinned. Imports Ray: whoever needs it imports it late.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import time
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.train import UserCallback
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller.state import PreemptingState
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
+from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+from jobs.errors import RunFailedError
+from jobs.failure_cause import describe_failure
+from jobs.node_view import unusable_nodes
+from jobs.trainer import TrainJob, train_worker
+from jobs.wish import PAUSE_SECONDS
+
+logger = logging.getLogger(__name__)
+
+HEALTH_CHECK_SECONDS = 0.5
+"""How often Ray Train looks after its workers; it restarts them no sooner than it has noticed."""
+COORDINATOR_SECONDS = 5.0
+
+
+def fit(job: TrainJob) -> None:
+    """Train `job` with Ray Train until its workers return, or the monitor gives it up. Blocks.
+
+    Not on the main thread, where Ray Train would take SIGINT for itself.
+
+    Raises:
+        Exception: What Ray Train raises when it gives up; jobs.failure_cause finds the reason in it.
+    """
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(HEALTH_CHECK_SECONDS))
+    recipe = job.recipe
+    resources = {"CPU": recipe.cpus_per_worker} | ({"GPU": 1.0} if recipe.device == "cuda" else {})
+    with tempfile.TemporaryDirectory(prefix="convmae-ray-train-") as folder:
+        saving: Any = SaveBeforeResizes(job.monitor)
+        run_config = RunConfig(
+            name=job.run.name,
+            storage_path=folder,  # Ray's own bookkeeping; checkpoints are ours
+            failure_config=FailureConfig(max_failures=-1),
+            callbacks=[FailureReporter(job.monitor), saving],
+            logging_config=LoggingConfig(log_level="ERROR"),
+        )
+        scaling_config = ScalingConfig(
+            num_workers=(recipe.min_workers, recipe.max_workers),
+            use_gpu=recipe.device == "cuda",
+            resources_per_worker=resources,
+            elastic_resize_monitor_interval_s=recipe.resize_seconds,
+        )
+        RunTrainer(lambda: train_worker(job), scaling_config=scaling_config, run_config=run_config).follow_nodes(
+            job.monitor
+        ).fit()
+
+
+class RunTrainer(TorchTrainer):
+    """Ray Train's trainer, with a scaling policy of our own."""
+
+    def follow_nodes(self, monitor: Any) -> RunTrainer:
+        """Use `FollowNodes`, which tells `monitor` when it waits."""
+        self._policy = FollowNodes(self.scaling_config, monitor)
+        return self
+
+    def _create_default_callbacks(self) -> Any:
+        # Ray Data's would start a process for every worker group, and none of its data sets is read here.
+        return [each for each in super()._create_default_callbacks() if not isinstance(each, DatasetsCallback)]
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        return super()._initialize_and_run_controller(**{**arguments, "scaling_policy": self._policy})
+
+
+class FollowNodes(ElasticScalingPolicy):
+    """As many workers as the nodes that answer and stay have room for.
+
+    Ray Train's own policy goes by a list that is up to 20 s old, and by Ray's health checks: after a node's death it
+    asks for a group that cannot be placed, and waits a minute for it. It counts nodes that are being drained, too.
+    """
+
+    def __init__(self, scaling_config: Any, monitor: Any) -> None:
+        super().__init__(scaling_config)
+        self._monitor = monitor
+        self._waiting = False
+
+    def make_decision_for_non_running_worker_group(self) -> Any:
+        """Start a group of all that can be placed; wait where they are fewer than min_workers, and say so."""
+        decision = super().make_decision_for_non_running_worker_group()
+        waits = isinstance(decision, NoopDecision)
+        if waits and self._latest_reserved_resources is not None and not self._waiting:
+            possible = self._count_possible_workers(self._latest_reserved_resources)
+            self._monitor.waiting.remote(possible, self.scaling_config.min_workers)
+            self._waiting = True
+        elif not waits:
+            self._waiting = False
+        return decision
+
+    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
+        """Grow where there is room; a group shrinks when a node is gone, and trains on one that leaves until then."""
+        decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+        if isinstance(decision, ResizeDecision) and decision.num_workers < worker_group_state.num_workers:
+            return NoopDecision()
+        return decision
+
+    def _get_reserved_resources(self) -> Any:
+        """What is reserved for this run, freshly counted, on nodes that are usable; None if nobody knows."""
+        if time.monotonic() - self._latest_reserved_resources_query_time < self.GET_RESERVED_RESOURCES_INTERVAL_S:
+            return self._latest_reserved_resources
+        try:
+            counted = self._autoscaling_coordinator.get_reserved_resources.remote(self._requester_id, recompute=True)
+            reserved: dict[str, Any] = ray.get(counted, timeout=COORDINATOR_SECONDS)
+            gone = unusable_nodes()
+            self._latest_reserved_resources = {node: what for node, what in reserved.items() if node not in gone}
+        except RayError:
+            logger.warning("the cluster's resources could not be counted; trying again", exc_info=True)
+            self._latest_reserved_resources = None
+        self._latest_reserved_resources_query_time = time.monotonic()
+        return self._latest_reserved_resources
+
+
+class FailureReporter(UserCallback):
+    """Tells the monitor why a worker group ended, and asks it whether to go on."""
+
+    def __init__(self, monitor: Any) -> None:
+        self._monitor = monitor
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:  # noqa: ARG002
+        """Raise to end the run."""
+        for rank, exception in sorted(worker_exceptions.items()):
+            logger.error("rank %d failed: %s", rank, exception)
+        error, fatal = describe_failure(worker_exceptions)
+        if given_up := ray.get(self._monitor.worker_failed.remote(error, fatal)):
+            raise RunFailedError(given_up)
+
+
+class SaveBeforeResizes(ControllerCallback):
+    """Has the ranks save before their group is resized, and before a node of it goes away."""
+
+    def __init__(self, monitor: Any) -> None:
+        self._monitor = monitor
+
+    def before_controller_execute_failure_decision(self, failure_decision: Any) -> None:  # noqa: ARG002
+        """Note that no rank trains now."""
+        ray.get(self._monitor.group_ended.remote())
+
+    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
+        """Wait until the ranks, if there are any, have saved and stand still."""
+        if not ray.get(self._monitor.pause.remote(PAUSE_SECONDS)):
+            logger.info("a group of %d workers starts from the newest commit", resize_decision.num_workers)
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Tell of a node that is being drained, and until when."""
+        if isinstance(current_state, PreemptingState) and not isinstance(previous_state, PreemptingState):
+            info = current_state.preemption_info
+            seconds = None if info.deadline_ms is None else info.deadline_ms / 1e3 - time.time()
+            self._monitor.drain.remote(info.preempted_ranks, seconds)

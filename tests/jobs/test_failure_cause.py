@@ -1,0 +1,49 @@
+from __future__ import annotations
+
+import pytest
+
+from jobs.failure_cause import describe_failure
+from pipeline.errors import DatasetError
+
+COLLATERAL = RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:4242")
+
+
+class WrappedError(Exception):
+    """As Ray wraps what a task raised."""
+
+    def __init__(self, cause: Exception) -> None:
+        super().__init__("a long traceback\nof another process")
+        self.cause = cause
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_the_rank_that_died_first_is_named_not_its_peers(order: tuple[int, int]) -> None:
+    errors: list[Exception] = [COLLATERAL, ValueError("boom\nmore")]
+
+    text, fatal = describe_failure({rank: errors[order[rank]] for rank in (0, 1)})
+
+    assert text == f"rank {order.index(1)}: ValueError: boom"
+    assert not fatal
+
+
+def test_peers_are_named_where_there_is_nothing_else() -> None:
+    text, fatal = describe_failure({3: COLLATERAL})
+
+    assert text.startswith("rank 3: RuntimeError: ")
+    assert "Connection closed by peer" in text
+    assert not fatal
+
+
+def test_a_users_error_is_the_cause_and_fatal_however_deep_it_is_wrapped() -> None:
+    error = DatasetError("data set", "must be whole", "shard-000001.tar", "copy it again")
+    from_error = RuntimeError("outer")
+    from_error.__cause__ = WrappedError(error)
+
+    text, fatal = describe_failure({0: ValueError("boom"), 1: COLLATERAL, 2: from_error})
+
+    assert text == f"rank 2: DatasetError: {error}"
+    assert fatal
+
+
+def test_a_failure_without_words_is_still_one_line() -> None:
+    assert describe_failure({0: ValueError()}) == ("rank 0: ValueError: ", False)
