@@ -179,7 +179,7 @@ def commit_of(run: RunDirectory, step: int | None) -> Commit:
     """
     commit = checkpoint.latest_commit(run) if step is None else checkpoint.read_commit(run, step)
     if commit is None:
-        remedy = "wait for the first one, or lower checkpoint_every_steps"
+        remedy = "wait for the first one, or save more often (checkpoint_interval)"
         raise CheckpointError("run", "must have a committed checkpoint", run.name, remedy)
     return commit
 

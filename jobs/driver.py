@@ -22,6 +22,7 @@ import torch
 
 from jobs import checkpoint
 from jobs.checkpoint import CLAIMS
+from jobs.checkpoint_interval import IntervalRule
 from jobs.consolidate import Consolidated
 from jobs.errors import OvertakenError, RecipeError, RunError, RunFailedError
 from jobs.failure_cause import root_cause
@@ -204,7 +205,7 @@ def _start_monitor(session: Session, plan: RunPlan) -> Any:
         global_batch_size=plan.recipe.global_batch_size,
         max_restarts_without_progress=plan.recipe.max_restarts_without_progress,
         target_world_size=plan.recipe.max_workers,
-        checkpoint_every_steps=plan.recipe.checkpoint_every_steps,
+        checkpoint_interval=IntervalRule.of(plan.recipe),
         device=plan.recipe.device,
         host="127.0.0.1" if session.is_local else get_node_ip_address(),  # type: ignore[no-untyped-call]
         hang_seconds=plan.recipe.hang_seconds,

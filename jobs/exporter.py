@@ -38,7 +38,14 @@ _GAUGES = {
     "target_world_size": ("convmae_target_world_size_ranks", "Ranks that the run would take: max_workers."),
     "eta_seconds": ("convmae_eta_seconds", "Predicted seconds to the end of the run."),
     "last_step_at_seconds": ("convmae_last_step_timestamp_seconds", "Unix time of the last step."),
-    "checkpoint_every_steps": ("convmae_checkpoint_interval_steps", "Steps between checkpoints."),
+    "checkpoint_every_steps": (
+        "convmae_checkpoint_interval_steps",
+        "Steps between checkpoints; no series where the interval is one of time.",
+    ),
+    "checkpoint_interval_seconds": (
+        "convmae_checkpoint_interval_seconds",
+        "Seconds from one checkpoint to the next; no series where the interval is one of steps.",
+    ),
     "checkpoint_step": ("convmae_checkpoint_step", "Step of the newest committed checkpoint."),
     "checkpoint_at_seconds": ("convmae_checkpoint_timestamp_seconds", "Unix time of the newest committed checkpoint."),
     "checkpoint_bytes": ("convmae_checkpoint_bytes", "Size of the newest committed checkpoint."),

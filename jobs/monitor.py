@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jobs.checkpoint_clock import CheckpointClock
+from jobs.checkpoint_interval import IntervalRule
 from jobs.exporter import COUNTERS, LABELLED_COUNTERS, RunExporter
 from jobs.rank_figures import RankFigures
 from jobs.recovery import Recovery
@@ -57,7 +59,7 @@ class MonitorConfig:
     max_restarts_without_progress: int
     target_world_size: int
     """Ranks that the run takes where they are to be had."""
-    checkpoint_every_steps: int
+    checkpoint_interval: IntervalRule
     device: str
     """`cuda` or `cpu`: what a rank-hour is an hour of."""
     hang_seconds: float
@@ -84,7 +86,9 @@ class RunMonitor:
         self._flushing = threading.Lock()
         before = config.run.read_heartbeat()
         self._attempt = config.run.last_attempt()
-        self._events = [event for event in config.run.read_events() if event["attempt"] == self._attempt]
+        events = config.run.read_events()
+        self._events = [event for event in events if event["attempt"] == self._attempt]
+        self._clock = CheckpointClock(config.checkpoint_interval, events)
         self._parts: dict[int, list[dict[str, Any]]] = {}
         self._dirty = False
         self._step_times: deque[tuple[float, float]] = deque(maxlen=RATE_WINDOW_STEPS)
@@ -100,12 +104,14 @@ class RunMonitor:
         self._outcome = ""
         self._first_attempt_here = self._attempt + 1
         self._restarts = int(before.get("restarts", 0))
+        self._driver_died = before.get("state") == "running"  # and nobody ended it
         self._totals = saved_counters(before)
         self._left_out = config.run.read_left_out()
         self._workers_seen_at = time.monotonic()
         ledger = config.run.read_quarantine()
         self._quarantine = [row for row in ledger if row["attempt"] == self._attempt]
         self._quarantined = {row["id"] for row in ledger}
+        every_steps = None if self._clock.seconds is not None else config.checkpoint_interval.every_steps
         self._status: dict[str, Any] = {
             "run": config.run.name,
             "state": "starting",
@@ -115,7 +121,8 @@ class RunMonitor:
             "last_step_at_seconds": before.get("last_step_at_seconds"),
             "total_steps": config.schedule.total_steps,
             "target_world_size": config.target_world_size,
-            "checkpoint_every_steps": config.checkpoint_every_steps,
+            "checkpoint_every_steps": every_steps,
+            "checkpoint_interval_seconds": self._clock.seconds,
             "device": config.device,
             "steps_per_epoch": config.schedule.steps_per_epoch,
             "restarts": self._restarts,
@@ -157,6 +164,9 @@ class RunMonitor:
                     self._count(name, amount, label)
             before, step_before = self._status["world_size"], int(self._status["step"])
             kind, reason = self._start_kind(before, world_size)
+            if self._driver_died and not self._failure:
+                self._count("failures", 1, "DriverDied")
+            self._driver_died = False
             self._failure = self._hang = ""
             self._wish = ""
             self._pause_at = None
@@ -194,6 +204,7 @@ class RunMonitor:
                 steps_redone=steps_redone,
                 host=host,
             )
+            self._decide_interval()
             number = self._attempt
         self.flush()
         return number
@@ -260,10 +271,7 @@ class RunMonitor:
                 return "stop"
             if self._pause_at is not None and now >= self._pause_at:
                 self._wish, self._pause_at = "pause", None
-            wish = self._wish
-            if wish == "save":
-                self._wish = ""
-            return wish
+            return self._wish or ("save" if self._clock.is_due(now) else "")
 
     def pause(self, timeout_seconds: float) -> bool:
         """Have the ranks save and stand still, because Ray Train is about to end their group.
@@ -285,7 +293,9 @@ class RunMonitor:
         return paused
 
     def paused(self) -> None:
-        """Note that the ranks have saved, and stand still."""
+        """Note that the ranks have saved, and stand still; if nobody ends them, they go on."""
+        with self._lock:
+            self._wish = ""
         self._paused.set()
 
     def drain(self, ranks: Sequence[int], seconds: float | None) -> None:
@@ -427,6 +437,20 @@ class RunMonitor:
                 bytes=size_bytes,
                 milestone=milestone,
             )
+            self._decide_interval()
+
+    def _decide_interval(self) -> None:
+        failures = sum(total for key, total in self._totals.items() if key.startswith("failures_total:"))
+        decision = self._clock.decide(
+            failures=int(failures),
+            worker_seconds=self._totals["worker_seconds_total"],
+            world_size=int(self._status["world_size"] or self._config.target_world_size),
+        )
+        if decision:
+            seconds = round(decision.seconds, 3)
+            self._add_event("checkpoint-interval", step=self._status["step"], seconds=seconds, reason=decision.reason)
+            self._status["checkpoint_interval_seconds"] = self._clock.seconds
+            self._exporter.update(self._status)
 
     def checkpoint_failed(self, *, step: int, error: str) -> None:
         """Note a checkpoint that could not be uploaded or committed; training goes on."""
@@ -451,9 +475,16 @@ class RunMonitor:
             self._count("consolidation_failures", 1)
             self._add_event("consolidation-failed", step=step, reason=error)
 
-    def counters(self) -> dict[str, float]:
-        """What a commit keeps so that counters go on after a restart."""
+    def save_began(self, step: int) -> dict[str, float]:
+        """Note that the ranks save after `step`.
+
+        Returns:
+            What the commit keeps so that counters go on after a restart.
+        """
         with self._lock:
+            if self._wish == "save":
+                self._wish = ""
+            self._clock.save_began(step, time.monotonic())
             return {**self._totals, "restarts": self._restarts}
 
     def worker_failed(self, error: str, fatal: bool) -> str:
@@ -586,6 +617,7 @@ class RunMonitor:
     def _add_event(self, kind: str, **fields: Any) -> None:
         event = {"at_seconds": round(time.time(), 3), "attempt": self._attempt, "kind": kind, **fields}
         self._events.append(event)
+        self._clock.see(event)
         self._dirty = True
         logger.info("%s", event)
 

@@ -35,7 +35,11 @@ PLACEMENT_FIELDS = frozenset(
         "micro_batch_size",
         "recompute",
         "compile",
+        "checkpoint_interval",
         "checkpoint_every_steps",
+        "checkpoint_every_seconds",
+        "checkpoint_min_seconds",
+        "checkpoint_max_seconds",
         "keep_checkpoints",
         "on_damaged_checkpoint",
         "cpus_per_worker",
@@ -161,8 +165,17 @@ class Recipe(BaseModel):
     max_nonfinite_in_a_row: int = Field(default=10, gt=0)
     """Batches that may be skipped, or rollbacks made, in a row before the attempt is stopped even so."""
 
+    checkpoint_interval: Literal["steps", "seconds", "auto"] = "steps"
+    """What says when to save: one of the two fields below, or what saves, failures and restarts were seen to cost. One
+    more is saved at the end, at a milestone and when a run is stopped."""
     checkpoint_every_steps: int = Field(gt=0)
-    """Steps between checkpoints; one more is saved at the end and when a run is stopped."""
+    """Steps between checkpoints, with `steps`."""
+    checkpoint_every_seconds: float = Field(default=600.0, gt=0)
+    """Seconds between checkpoints, with `seconds`; with `auto` until the first one is committed."""
+    checkpoint_min_seconds: float = Field(default=60.0, gt=0)
+    """Fewest between checkpoints, with `auto`."""
+    checkpoint_max_seconds: float = Field(default=3600.0, gt=0)
+    """Most between checkpoints, with `auto`."""
     keep_checkpoints: int = Field(default=3, gt=0)
     """Most recent checkpoints to keep; milestones stay for ever."""
     on_damaged_checkpoint: Literal["previous", "fail"] = "previous"
@@ -198,6 +211,10 @@ class Recipe(BaseModel):
             raise RecipeError(
                 "min_workers", f"must be at most max_workers = {self.max_workers}", self.min_workers, remedy
             )
+        if self.checkpoint_min_seconds > self.checkpoint_max_seconds:
+            rule = f"must be at most checkpoint_max_seconds = {self.checkpoint_max_seconds:g}"
+            remedy = f"set checkpoint_max_seconds={self.checkpoint_min_seconds:g} or a smaller checkpoint_min_seconds"
+            raise RecipeError("checkpoint_min_seconds", rule, self.checkpoint_min_seconds, remedy)
         if self.model.kept == self.model.mask_patches:
             rule = f"must hide at least one of {self.model.mask_patches} patches, else there is no loss to train with"
             raise RecipeError("model.mask_ratio", rule, self.model.mask_ratio, "the paper uses 0.75")

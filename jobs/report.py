@@ -20,6 +20,7 @@ from typing import Any
 from jobs import checkpoint
 from jobs.charts import CANVASES, History, training_chart
 from jobs.checkpoint import Commit
+from jobs.goodput import measured_goodput
 from jobs.recipe import Recipe
 from jobs.reconstruction import RECONSTRUCTIONS_NAME
 from jobs.report_page import PAGE
@@ -162,6 +163,8 @@ def _facts(record: RunRecord) -> Iterable[tuple[str, str]]:
         yield "Resizes", f"{kinds.count('resize'):,}"
         yield "Steps done again", f"{redone:,}"
         yield "Workers", _world_sizes([event["world_size"] for event in attempts])
+        if goodput := measured_goodput(record.events):
+            yield "Goodput", f"{goodput.ratio:.1%}"
         yield "Wall time", duration_text(heartbeat["updated_at_seconds"] - attempts[0]["at_seconds"])
 
 

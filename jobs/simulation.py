@@ -161,7 +161,9 @@ def mean_outcome(scenario: Scenario, policy: Policy, *, trials: int, seed: int) 
 def daly_interval_seconds(stall_seconds: float, mtbf_seconds: float) -> float:
     """The time between checkpoints that costs least, by Daly's estimate (equation 37), without the stall itself.
 
-    Young's sqrt(2 * stall * MTBF) is its first term. How long a restart takes has no part in it.
+    Young's sqrt(2 * stall * MTBF) is its first term. How long a restart takes has no part in it but through the
+    MTBF, which is of all time in which a failure can come: in the whole model (equation 20) it is a factor of the
+    wall-clock. The MTBF + restart under the root of Daly's first-order form is that sum, for an MTBF of training alone.
     """
     if stall_seconds >= 2 * mtbf_seconds:
         return mtbf_seconds

@@ -62,6 +62,8 @@ def status_lines(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         hours = "GPU-hours" if status.get("device") == "cuda" else "worker-hours"
         yield hours, figure(status["worker_hours"], ".2f")
     yield "checkpoints", ", ".join(str(step) for step in status["committed_steps"]) or "none yet"
+    if status.get("checkpoint_interval_seconds"):
+        yield "save every", duration_text(status["checkpoint_interval_seconds"])
     if "checkpoint_age_seconds" in status:
         yield "newest one", f"{duration_text(status['checkpoint_age_seconds'])} ago"
     if status["state"] not in FINAL_STATES:

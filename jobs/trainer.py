@@ -398,8 +398,9 @@ class Trainer:
         return wish
 
     def _is_due(self, step: int) -> bool:
+        by_steps = self.recipe.checkpoint_interval == "steps"  # else the monitor wishes for it
         return (
-            step % self.recipe.checkpoint_every_steps == 0
+            (by_steps and step % self.recipe.checkpoint_every_steps == 0)
             or step == self.schedule.total_steps
             or self.schedule.is_milestone(step, self.recipe.milestone_epochs)
         )
@@ -409,6 +410,9 @@ class Trainer:
         import ray
 
         self.pulse.at("save", SAVE_ALLOWED_SECONDS)
+        if self._reply is not None:
+            ray.get(self._reply)  # raises if the monitor died; else it may repeat the wish that this fulfils
+            self._reply = None
         ray.get(self._quarantine_replies)  # the ledger up to a commit is never lost
         self._quarantine_replies.clear()
         if self.trace:
@@ -439,7 +443,7 @@ class Trainer:
         import ray
 
         recipe = self.recipe
-        counters: Any = ray.get(self.job.monitor.counters.remote()) if self.place.rank == 0 else {}
+        counters: Any = ray.get(self.job.monitor.save_began.remote(self.step)) if self.place.rank == 0 else {}
         return Commit(
             step=self.step,
             epoch=self.step // self.schedule.steps_per_epoch,

@@ -96,7 +96,7 @@ def of_run(run: RunDirectory, step: int | None = None) -> Weights:
     if step is None:
         step = max([*consolidated, *checkpoint.committed_steps(run)], default=None)
     if step is None:
-        remedy = "wait for the first one, or lower checkpoint_every_steps"
+        remedy = "wait for the first one, or save more often (checkpoint_interval)"
         raise CheckpointError("run", "must have a committed checkpoint", run.name, remedy)
     if step in consolidated:
         return of_file(run.storage, run.path("consolidated", f"{checkpoint.folder_name(step)}{SUFFIX}"))

@@ -306,10 +306,18 @@ RECOVERY = Board(
                     "short",
                     [
                         Query(f"convmae_step{{{RUN}}} - convmae_checkpoint_step"),
-                        Query(f"convmae_checkpoint_interval_steps{{{RUN}}}", "{{run}} interval"),
+                        Query(f"convmae:checkpoint_interval:steps{{{RUN}}}", "{{run}} interval"),
                     ],
                 ),
-                Graph("Age", "Of the newest one.", "s", [Query(f"convmae:checkpoint_age:seconds{{{RUN}}}")]),
+                Graph(
+                    "Age",
+                    "Of the newest one; below two intervals while it trains.",
+                    "s",
+                    [
+                        Query(f"convmae:checkpoint_age:seconds{{{RUN}}}"),
+                        Query(f"convmae:checkpoint_interval:steps{{{RUN}}} * convmae:step:seconds", "{{run}} interval"),
+                    ],
+                ),
                 Graph(
                     "Committed and failed",
                     "In the last hour.",

@@ -63,6 +63,7 @@ def simulate(
     """
     from dataclasses import asdict
 
+    from jobs.checkpoint_interval import IntervalRule
     from jobs.plan import DatasetSize
     from jobs.schedule import Schedule
     from jobs.simulation import Scenario, prediction_row, predictions, scenario_lines
@@ -71,16 +72,18 @@ def simulate(
     resolved = amended_recipe(recipe, overrides)
     size = DatasetSize.of(open_session().storage, resolved)
     steps = Schedule.of(resolved, order_of(resolved, size.samples).steps_per_epoch).total_steps
+    mtbf_seconds = mtbf_hours * 3600
+    rule = IntervalRule.of(resolved)
     scenario = Scenario(
         steps=steps,
         step_seconds=step_seconds,
         nodes=nodes,
         min_nodes=min_nodes,
-        mtbf_seconds=mtbf_hours * 3600,
+        mtbf_seconds=mtbf_seconds,
         replace_seconds=replace_minutes * 60,
         restart_seconds=restart_seconds,
         stall_seconds=stall_seconds,
-        interval_steps=resolved.checkpoint_every_steps,
+        interval_steps=rule.simulated_steps(step_seconds, stall_seconds, mtbf_seconds / nodes),
         gpus_per_node=gpus_per_node,
     )
     found = predictions(scenario, trials=trials, seed=seed)

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 import urllib.request
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from jobs import monitor as monitor_module
+from jobs.checkpoint_interval import IntervalRule
 from jobs.monitor import MonitorConfig, RunMonitor
 from jobs.rank_figures import RankFigures
 from jobs.recipes import named_recipe
@@ -23,6 +26,7 @@ from pipeline.storage import Storage
 
 SCHEDULE = Schedule.of(named_recipe("tiny"), steps_per_epoch=100)
 IMAGES = 64
+EVERY_TEN = IntervalRule("steps", every_steps=10, every_seconds=60.0, min_seconds=20.0, max_seconds=600.0)
 READING = StepReading(storage_requests=3, block_cache_hits=2, block_cache_bytes=7)._asdict()
 RANKS = (RankFigures(step_seconds=0.5, data_wait_seconds=0.1), RankFigures(step_seconds=0.5, data_wait_seconds=0.2))
 
@@ -50,14 +54,14 @@ def run(tmp_path: Path) -> RunDirectory:
 def start(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> Start:
     """Starts a monitor of the run that writes only when told to; a second call is what a new driver does."""
 
-    def make(max_restarts: int = 2, targets_folder: str = "") -> RunMonitor:
+    def make(max_restarts: int = 2, targets_folder: str = "", interval: IntervalRule = EVERY_TEN) -> RunMonitor:
         config = MonitorConfig(
             run=run,
             schedule=SCHEDULE,
             global_batch_size=IMAGES,
             max_restarts_without_progress=max_restarts,
             target_world_size=3,
-            checkpoint_every_steps=10,
+            checkpoint_interval=interval,
             device="cpu",
             hang_seconds=30.0,
             host="127.0.0.1",
@@ -179,7 +183,7 @@ def test_counters_go_on_in_a_new_driver_and_redone_images_count(start: Start) ->
     begin(first, resume_step=20)
     record(first, range(21, 31), attempt=2)
     first.flush()
-    counters = first.counters()
+    counters = first.save_began(30)
     assert (counters["images_total"], counters["restarts"]) == (40 * IMAGES, 1)
     assert counters["storage_requests_total"] == 40 * READING["storage_requests"]
 
@@ -187,19 +191,19 @@ def test_counters_go_on_in_a_new_driver_and_redone_images_count(start: Start) ->
     begin(second, resume_step=20, images_total=20 * IMAGES, restarts=0)
     record(second, range(21, 26), attempt=3)
 
-    assert (second.counters()["images_total"], second.counters()["restarts"]) == (45 * IMAGES, 2)
+    assert (second.save_began(20)["images_total"], second.save_began(20)["restarts"]) == (45 * IMAGES, 2)
     assert scraped(second)["convmae_images_total"] == 45 * IMAGES
     assert scraped(second)["convmae_storage_requests_total"] == 45 * READING["storage_requests"]
     assert scraped(second)["convmae_block_cache_bytes"] == READING["block_cache_bytes"]
 
 
 def test_counters_come_from_the_commit_where_the_heartbeat_is_lost(start: Start, run: RunDirectory) -> None:
-    run.write_events(1, [{"attempt": 1}])
+    run.write_events(1, [{"attempt": 1, "kind": "start"}])
 
     monitor = start()
     begin(monitor, resume_step=20, images_total=20 * IMAGES, restarts=3)
 
-    assert (monitor.counters()["images_total"], monitor.counters()["restarts"]) == (20 * IMAGES, 4)
+    assert (monitor.save_began(20)["images_total"], monitor.save_began(20)["restarts"]) == (20 * IMAGES, 4)
     assert scraped(monitor)["convmae_images_total"] == 20 * IMAGES
 
 
@@ -275,7 +279,7 @@ def test_a_monitor_that_is_started_again_amid_an_attempt_goes_on(start: Start, r
 
     assert [event["kind"] for event in run.read_events()] == ["start", "checkpoint"]
     assert steps_of(run) == list(range(1, 21))
-    assert second.counters()["images_total"] == 20 * IMAGES
+    assert second.save_began(20)["images_total"] == 20 * IMAGES
 
 
 def test_failures_without_progress_are_given_up(start: Start) -> None:
@@ -411,11 +415,14 @@ def test_a_drained_node_is_told_and_has_the_ranks_save_now_and_before_it_goes(
 
     monitor.drain([1, 3], 29.6)
 
-    assert [record(monitor, range(step, step + 1)) for step in (6, 7)] == ["save", ""]
+    # A reply that comes too late for a step is not read: the next one must say the same.
+    assert [record(monitor, range(step, step + 1)) for step in (6, 7)] == ["save", "save"]
+    monitor.save_began(7)
+    assert record(monitor, range(8, 9)) == ""
     time.sleep(0.4)
-    assert record(monitor, range(8, 9)) == "pause"
-    begin(monitor, resume_step=8)
-    assert record(monitor, range(9, 10)) == "", "the drain is over"
+    assert record(monitor, range(9, 10)) == "pause"
+    begin(monitor, resume_step=9)
+    assert record(monitor, range(10, 11)) == "", "the drain is over"
     monitor.flush()
     told = next(event for event in run.read_events() if event["kind"] == "drain")
     assert (told["step"], told["reason"]) == (5, "the node of ranks 1, 3 goes away in 30 s")
@@ -435,6 +442,74 @@ def test_a_run_that_has_no_room_says_so_until_it_trains(start: Start, run: RunDi
     assert (monitor.status()["state"], monitor.status()["waiting"]) == ("stopping", True)
     monitor.flush()
     assert "there is room for 0 workers, and min_workers is 2" in last_event(run)["reason"]
+
+
+def test_with_seconds_the_ranks_save_when_it_is_time(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr("jobs.monitor.time.monotonic", lambda: now)
+    monitor = start(interval=replace(EVERY_TEN, kind="seconds"))
+    begin(monitor)
+    series = scraped(monitor)
+    assert series["convmae_checkpoint_interval_seconds"] == 60
+    assert "convmae_checkpoint_interval_steps" not in series
+
+    wishes = []
+    for step in range(1, 10):
+        wishes.append(record(monitor, range(step, step + 1)))
+        now += 20
+    assert wishes == ["", "", "", *["save"] * 6]
+    monitor.save_began(9)
+    now += 200
+    assert record(monitor, range(10, 11)) == ""  # it is still being uploaded
+    commit(monitor, 9)
+
+    assert record(monitor, range(11, 12)) == "save"
+
+
+def test_with_auto_the_interval_is_measured_told_and_kept_by_a_new_driver(
+    start: Start, run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("jobs.monitor.time.monotonic", lambda: now)
+    rule = replace(EVERY_TEN, kind="auto")
+    first = start(interval=rule)
+    begin(first)
+    for step in range(1, 11):
+        now += 1440
+        record(first, range(step, step + 1))
+    first.save_began(10)
+    commit(first, 10)
+    first.flush()
+
+    told = [event for event in run.read_events() if event["kind"] == "checkpoint-interval"]
+    # 0.25 s stall, four hours of training and one that is taken for seen.
+    young = pytest.approx(math.sqrt(2 * 0.25 * 5 * 3600), rel=0.01)
+    assert [(event["seconds"], event["step"]) for event in told] == [(60.0, 0), (young, 10)]
+    assert "no failure in 4h 00m of training" in told[1]["reason"]
+    assert first.status()["checkpoint_interval_seconds"] == young
+    second = start(interval=rule)
+    assert scraped(second)["convmae_checkpoint_interval_seconds"] == told[1]["seconds"]
+    begin(second, resume_step=10)
+    second.flush()
+
+    assert last_event(run)["kind"] == "checkpoint-interval"  # the driver's death is a failure
+    assert "1 failure in 4h 00m of training" in last_event(run)["reason"]
+    assert second.status()["checkpoint_interval_seconds"] < told[1]["seconds"]
+
+
+def test_a_driver_that_died_is_a_failure(start: Start) -> None:
+    first = start()
+    begin(first)
+    record(first, range(1, 6))
+    first.flush()
+
+    second = start()
+    begin(second)
+    second.end("stopped")
+    third = start()
+    begin(third)
+
+    assert scraped(third)["convmae_failures_total DriverDied"] == 1
 
 
 def test_storage_that_is_away_does_not_end_the_heartbeat(

@@ -53,7 +53,11 @@ OTHER_VALUES: dict[str, Any] = {
     "resize_seconds": 30.0,
     "on_nonfinite_loss": "skip_batch",
     "max_nonfinite_in_a_row": 3,
+    "checkpoint_interval": "auto",
     "checkpoint_every_steps": 10,
+    "checkpoint_every_seconds": 30.0,
+    "checkpoint_min_seconds": 10.0,
+    "checkpoint_max_seconds": 1000.0,
     "keep_checkpoints": 1,
     "on_damaged_checkpoint": "fail",
     "milestone_epochs": [10],
@@ -75,7 +79,8 @@ def test_every_field_has_another_value_below() -> None:
 def test_resuming_may_change_how_a_run_executes_and_nothing_else() -> None:
     workers = {"min_workers", "max_workers", "cpus_per_worker", "loader_threads", "micro_batch_size"}
     computing = {"recompute", "compile", "on_nonfinite_loss", "max_nonfinite_in_a_row"}
-    saving = {"checkpoint_every_steps", "keep_checkpoints", "on_damaged_checkpoint"}
+    interval = {"interval", "every_steps", "every_seconds", "min_seconds", "max_seconds"}
+    saving = {*(f"checkpoint_{name}" for name in interval), "keep_checkpoints", "on_damaged_checkpoint"}
     watching = {"max_restarts_without_progress", "metrics_port", "hang_seconds", "resize_seconds"}
 
     reading = {
@@ -131,6 +136,9 @@ def test_a_recipe_cannot_be_changed() -> None:
         ({"max_workers": 9}, "max_workers", "at most lanes = 8", 9, "raise lanes (a divisor of 64)"),
         ({"min_workers": 3}, "min_workers", "at most max_workers = 2", 3, "max_workers=3"),
         ({"warmup_epochs": 40}, "warmup_epochs", "below epochs = 40", 40.0, "warmup_epochs=4,"),
+        ({"checkpoint_min_seconds": 3601}, "checkpoint_min_seconds", "max_seconds = 3600", 3601.0, "max_seconds=3601"),
+        ({"checkpoint_interval": "never"}, "checkpoint_interval", "'steps', 'seconds' or 'auto'", "never", "<steps|"),
+        ({"checkpoint_every_seconds": 0}, "checkpoint_every_seconds", "greater than 0", 0, "=<float>"),
         ({"model.mask_ratio": 0.0}, "model.mask_ratio", "must hide at least one of 64 patches", 0.0, "0.75"),
         ({"compile": True, "zero_stage": 3}, "compile", "false with zero_stage = 3", True, "zero_stage=2"),
         ({"recompute": ["stage4"]}, "recompute", "'stage1', 'stage2', 'stage3' or 'decoder'", "stage4", "recompute="),
@@ -172,6 +180,7 @@ def test_a_bad_value_is_refused_in_one_line_that_says_what_to_do(
         {"max_workers": 8},  # as many workers as lanes
         {"min_workers": 2},
         {"warmup_epochs": 39.9},
+        {"checkpoint_min_seconds": 3600.0},
         {"warmup_epochs": 0},
         {"metrics_port": 65535},
     ],

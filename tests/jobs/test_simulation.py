@@ -98,7 +98,7 @@ def test_the_elastic_policy_trains_on_what_is_left() -> None:
 
 
 @given(
-    nodes=st.integers(1, 20), mtbf=st.floats(2.0, 1000.0), replaced=st.floats(0, 10.0), restart=st.floats(0, 300),
+    nodes=st.integers(1, 20), mtbf=st.floats(10.0, 1000.0), replaced=st.floats(0, 0.05), restart=st.floats(0, 300),
     stall=st.floats(0, 10), interval=st.integers(1, 500), seed=st.integers(0, 2**32), policy=st.sampled_from(POLICIES),
 )  # fmt: skip
 @settings(max_examples=60, deadline=None)
@@ -106,7 +106,8 @@ def test_no_run_is_faster_than_one_without_failures(
     nodes: int, mtbf: float, replaced: float, restart: float, stall: float, interval: int, seed: int,
     policy: simulation.Policy,
 ) -> None:  # fmt: skip
-    scenario = Scenario(1000, 1.0, nodes, 1, mtbf * HOUR, replaced * HOUR, restart, stall, interval)
+    # A node is there most of the time, else all of them hardly ever are, and the fixed policy makes no headway.
+    scenario = Scenario(1000, 1.0, nodes, 1, mtbf * HOUR, replaced * mtbf * HOUR, restart, stall, interval)
 
     outcome = simulate(scenario, policy, random.Random(seed))
 
@@ -134,6 +135,34 @@ def test_a_thousand_nodes_for_weeks_take_a_moment() -> None:
     assert all(item.outcome.restarts > 10 for item in found)
 
 
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_thousand_nodes_agree_with_dalys_closed_form(policy: simulation.Policy) -> None:
+    """Any of 1,024 nodes fails every five hours, and is replaced at once."""
+    scenario = replace(QUIET, steps=200_000, nodes=1024, mtbf_seconds=5000 * HOUR, replace_seconds=0.0)
+    scenario = replace(scenario, restart_seconds=120.0, interval_steps=best_interval_steps(scenario))
+
+    outcome = mean_outcome(scenario, policy, trials=100, seed=0)
+
+    assert outcome.wall_seconds - scenario.restart_seconds == pytest.approx(daly_wall_seconds(scenario), rel=0.005)
+    assert 0.95 < outcome.goodput < 1
+    assert outcome.restarts == pytest.approx(outcome.wall_seconds / scenario.group_mtbf_seconds, rel=0.1)
+    assert outcome.lost_steps / outcome.restarts == pytest.approx(scenario.interval_steps / 2, rel=0.1)
+
+
+def test_of_a_thousand_nodes_one_that_is_replaced_slowly_stops_all_or_none() -> None:
+    scenario = replace(
+        QUIET, steps=200_000, nodes=1024, mtbf_seconds=5000 * HOUR, replace_seconds=HOUR, interval_steps=250
+    )
+
+    fixed, elastic = (mean_outcome(scenario, policy, trials=20, seed=0) for policy in POLICIES)
+
+    # It waits an hour for each failure, of which there is one in five hours of training.
+    assert fixed.goodput == pytest.approx(1 / (1 + HOUR / scenario.group_mtbf_seconds), rel=0.05)
+    # Two restarts for each failure, and half an interval.
+    assert elastic.goodput == pytest.approx(1 - (2 * 60 + 125) / scenario.group_mtbf_seconds - 2 / 250, rel=0.01)
+    assert (elastic.waited_seconds, fixed.lost_steps > 0) == (0, True)
+
+
 def test_the_command_prints_a_table_or_json(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -155,6 +184,8 @@ def test_the_command_prints_a_table_or_json(
     assert {item["policy"] for item in found["predictions"]} == set(POLICIES)
     assert f"{found['predictions'][0]['outcome']['goodput']:.1%}" in table
     assert "by Young and Daly" in table
+    by_itself = json.loads(said("checkpoint_interval=auto", "--stall-seconds", "5", "--json"))
+    assert by_itself["scenario"]["interval_steps"] == pytest.approx(math.sqrt(2 * 5 * 200 / 64 * HOUR) / 1.5, rel=0.03)
 
 
 def test_a_run_without_headway_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

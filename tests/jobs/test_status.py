@@ -98,6 +98,7 @@ def test_an_event_is_one_line_without_empty_fields() -> None:
 def test_age_of_the_checkpoint_and_hours_are_told(run: RunDirectory) -> None:
     spoken = heartbeat("running", 1) | {
         "checkpoint_at_seconds": NOW - 125,
+        "checkpoint_interval_seconds": 93.4,
         "worker_seconds_total": 5400.0,
         "world_size": 6,
         "target_world_size": 8,
@@ -110,7 +111,10 @@ def test_age_of_the_checkpoint_and_hours_are_told(run: RunDirectory) -> None:
 
     assert (status["checkpoint_age_seconds"], status["worker_hours"]) == (125, 1.5)
     assert (lines["newest one"], lines["GPU-hours"], lines["workers"]) == ("2m 05s ago", "1.50", "6 of 8")
+    assert lines["save every"] == "1m 33s"
     assert lines["data wait"] == "3.1%"
     assert "2 restarts" in lines["attempt"]
-    run.write_heartbeat(spoken | {"device": "cpu"})
-    assert dict(status_lines(run_status(run, NOW)))["worker-hours"] == "1.50"
+    run.write_heartbeat(spoken | {"device": "cpu", "checkpoint_interval_seconds": None})
+    lines = dict(status_lines(run_status(run, NOW)))
+    assert lines["worker-hours"] == "1.50"
+    assert "save every" not in lines
