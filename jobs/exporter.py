@@ -110,6 +110,23 @@ def status_keys() -> tuple[str, ...]:
     return tuple(_GAUGES)
 
 
+def saved_counters(saved: Mapping[str, Any]) -> dict[str, float]:
+    """The totals in a heartbeat or a commit: every counter without a further label, and what was counted with one.
+
+    Returns:
+        By `<name>_total`, or `<name>_total:<label>`.
+    """
+    plain = {f"{name}_total": float(saved.get(f"{name}_total", 0.0)) for name in COUNTERS}
+    prefixes = tuple(f"{name}_total:" for name in LABELLED_COUNTERS)
+    return plain | {key: float(value) for key, value in saved.items() if key.startswith(prefixes)}
+
+
+def name_and_label(key: str, total: float) -> tuple[str, float, str]:
+    """A total as `RunExporter.count` takes it: name, amount and label, from a key that `saved_counters` gives."""
+    name, _, label = key.partition(":")
+    return name.removesuffix("_total"), total, label
+
+
 class RankSeries(Collector):
     """The gauges `convmae_rank_*` of the ranks that train now."""
 

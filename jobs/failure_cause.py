@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from jobs.errors import RunFailedError
@@ -53,3 +54,9 @@ def root_cause(error: BaseException) -> str:
         current = getattr(current, "controller_failure", None) or current.__cause__
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1]
+
+
+def failure_cause(error: str) -> str:
+    """The class of the error that `describe_failure` names, or `other`: a label with few values."""
+    found = re.match(r"rank \d+: (\w+)", error)
+    return found[1] if found else "other"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import math
-import re
 import threading
 import time
 from collections import deque
@@ -19,12 +18,13 @@ from typing import Any
 
 from jobs.checkpoint_clock import CheckpointClock
 from jobs.checkpoint_interval import IntervalRule
-from jobs.exporter import COUNTERS, LABELLED_COUNTERS, RunExporter
+from jobs.exporter import COUNTERS, RunExporter, name_and_label, saved_counters
+from jobs.failure_cause import failure_cause
 from jobs.rank_figures import RankFigures
 from jobs.recovery import Recovery
 from jobs.run_directory import HISTORY_PART_STEPS, RunDirectory
 from jobs.schedule import Schedule
-from jobs.watchdog import Examined, Hang, HangWatch, Pulse, examine_and_kill, hang_text, training_stack
+from jobs.watchdog import Examined, Hang, HangWatch, Pulse, examined_on_its_node, hang_text, training_stack
 from jobs.wish import Wish
 
 logger = logging.getLogger(__name__)
@@ -45,8 +45,6 @@ UNKNOWN_DEADLINE_SECONDS = 120.0
 LEAST_SAVE_SECONDS = 5.0
 """Left for the last save before a node goes."""
 WATCH_INTERVAL_SECONDS = 1.0
-EXAMINE_SECONDS = 30.0
-"""For a task on the node of a rank that hangs; a node that was cut off does not answer."""
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,7 @@ class RunMonitor:
         }
         self._exporter = RunExporter(config.run.name, config.host, config.metrics_port)
         for key, total in self._totals.items():
-            self._exporter.count(*_name_and_label(key, total))
+            self._exporter.count(*name_and_label(key, total))
         self._exporter.update({**self._status, "world_size": 0})
         if config.targets_folder:
             self._exporter.announce(Path(config.targets_folder))
@@ -160,7 +158,7 @@ class RunMonitor:
                 # The last heartbeat is newer than the commit, unless it was lost.
                 self._restarts = max(self._restarts, int(counters.get("restarts", 0)))
                 for key, total in saved_counters(counters).items():
-                    name, amount, label = _name_and_label(key, max(0.0, total - self._totals.get(key, 0.0)))
+                    name, amount, label = name_and_label(key, max(0.0, total - self._totals.get(key, 0.0)))
                     self._count(name, amount, label)
             before, step_before = self._status["world_size"], int(self._status["step"])
             kind, reason = self._start_kind(before, world_size)
@@ -630,41 +628,3 @@ class RunMonitor:
                     self.request_stop("asked by `convmae stop`")
             except Exception:
                 logger.warning("history, events and heartbeat could not be written; trying again", exc_info=True)
-
-
-def saved_counters(saved: Mapping[str, Any]) -> dict[str, float]:
-    """The totals in a heartbeat or a commit: every counter without a further label, and what was counted with one.
-
-    Returns:
-        By `<name>_total`, or `<name>_total:<label>`.
-    """
-    plain = {f"{name}_total": float(saved.get(f"{name}_total", 0.0)) for name in COUNTERS}
-    prefixes = tuple(f"{name}_total:" for name in LABELLED_COUNTERS)
-    return plain | {key: float(value) for key, value in saved.items() if key.startswith(prefixes)}
-
-
-def _name_and_label(key: str, total: float) -> tuple[str, float, str]:
-    name, _, label = key.partition(":")
-    return name.removesuffix("_total"), total, label
-
-
-def failure_cause(error: str) -> str:
-    """The class of the error that `jobs.failure_cause.describe_failure` names, or `other`: a label with few values."""
-    found = re.match(r"rank \d+: (\w+)", error)
-    return found[1] if found else "other"
-
-
-def examined_on_its_node(pulse: Pulse) -> Examined:
-    """Examine and kill a rank's process by a Ray task on its node."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    there = NodeAffinitySchedulingStrategy(pulse.node_id, soft=False)
-    task: Any = ray.remote(examine_and_kill)
-    try:
-        found: Examined = ray.get(
-            task.options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(pulse), timeout=EXAMINE_SECONDS
-        )
-    except Exception as error:  # the node is gone, or cut off
-        return Examined(f"not to be reached ({type(error).__name__})", "")
-    return found

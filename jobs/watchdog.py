@@ -35,6 +35,8 @@ SAVE_ALLOWED_SECONDS = 300.0
 """To wait for storage, which retries for 120 s and names its own failure, beyond the limit."""
 COMPILE_ALLOWED_SECONDS = 1800.0
 DUMP_SECONDS = 5.0
+EXAMINE_SECONDS = 30.0
+"""For a task on the node of a rank that hangs; a node that was cut off does not answer."""
 STACK_SIGNAL = signal.SIGUSR1
 
 _STATES = {
@@ -240,3 +242,19 @@ def hang_text(hang: Hang, examined: Examined) -> str:
     at = f", at {line}" if line else ""
     place = f"rank {pulse.rank} on {pulse.host} (pid {pulse.pid})"
     return f"{place} {what} for {hang.seconds:.0f} s; its process is {examined.state}{at}"
+
+
+def examined_on_its_node(pulse: Pulse) -> Examined:
+    """Examine and kill a rank's process by a Ray task on its node."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = NodeAffinitySchedulingStrategy(pulse.node_id, soft=False)
+    task: Any = ray.remote(examine_and_kill)
+    try:
+        found: Examined = ray.get(
+            task.options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(pulse), timeout=EXAMINE_SECONDS
+        )
+    except Exception as error:  # the node is gone, or cut off
+        return Examined(f"not to be reached ({type(error).__name__})", "")
+    return found
