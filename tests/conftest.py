@@ -17,6 +17,7 @@ STACK_FILES = frozenset(
         "jobs/test_damaged_checkpoints",
         "jobs/test_datasets",
         "jobs/test_failures",
+        "jobs/test_goodput_run",
         "jobs/test_hangs",
         "jobs/test_live_metrics",
         "jobs/test_main_job",

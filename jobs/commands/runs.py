@@ -18,6 +18,7 @@ from jobs.commands.shared import (
     RecipeName,
     RunName,
     RunRoot,
+    amended,
     amended_recipe,
     existing_run,
     open_session,
@@ -145,6 +146,29 @@ def submit(
 
     session, resolved = open_session(), amended_recipe(recipe, overrides, strict=strict)
     train_as_job(session, plan_run(session, resolved, run or resolved.name, trace), follow=follow)
+
+
+@app.command()
+def resume(
+    run: RunName,
+    overrides: Overrides = None,
+    *,
+    run_root: RunRoot = "",
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Show progress until the run ends.")] = False,
+    strict: Strict = False,
+) -> None:
+    """Go on with a run that was stopped or cut off, as a Ray job, by the recipe in its directory.
+
+    FIELD=VALUE may change where and how it executes (max_workers=8), not what it computes.
+    """
+    from jobs.driver import plan_run
+    from jobs.workflow import train_as_job
+
+    session = open_session()
+    directory = existing_run(session, run, run_root)
+    recipe = amended(directory.read_recipe(), overrides, strict=strict)
+    recipe = recipe.amended({"run_root": directory.url.rpartition("/")[0]})
+    train_as_job(session, plan_run(session, recipe, directory.name), follow=follow)
 
 
 @app.command(name="list")

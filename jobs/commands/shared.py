@@ -31,11 +31,17 @@ def open_session() -> Any:
 
 def amended_recipe(name: str, overrides: Iterable[str] | None, *, strict: bool = False) -> Any:
     """A recipe by name or file, with FIELD=VALUE amendments."""
-    from jobs.recipe import parse_overrides
     from jobs.recipes import named_recipe
 
+    return amended(named_recipe(name), overrides, strict=strict)
+
+
+def amended(recipe: Any, overrides: Iterable[str] | None, *, strict: bool = False) -> Any:
+    """A recipe with FIELD=VALUE amendments."""
+    from jobs.recipe import parse_overrides
+
     changes = [*(overrides or ()), *(["on_damaged_checkpoint=fail"] if strict else [])]
-    return named_recipe(name).amended(parse_overrides(changes))
+    return recipe.amended(parse_overrides(changes))
 
 
 def existing_run(session: Any, name: str, run_root: str) -> Any:

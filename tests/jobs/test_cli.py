@@ -344,6 +344,26 @@ def test_strict_refuses_damaged_checkpoints_when_it_resumes(
     assert asked == ["previous", "fail"] * 2
 
 
+def test_resume_takes_the_runs_own_recipe_and_changes_only_where_it_executes(
+    convmae: Convmae, root: str, data: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(workflow, "train_as_job", lambda session, plan, follow: asked.append((plan, follow)))
+    run = RunDirectory.of(Storage(), root, "second")
+    recipe = named_recipe("tiny").amended({"data": data, "epochs": 7, "run_root": root})
+    run.claim(recipe)
+    place = ("--run-root", root)
+
+    assert convmae("resume", "second", "max_workers=4", "--follow", *place).code == 0
+    assert_refused(
+        convmae("resume", "second", "epochs=9", *place), "has another recipe under this name (epochs: 7 -> 9)"
+    )
+    assert_refused(convmae("resume", "secnod", *place), "did you mean second?")
+
+    ((plan, follow),) = asked
+    assert (plan.run.url, plan.recipe, follow) == (run.url, recipe.amended({"max_workers": 4}), True)
+
+
 def test_a_failed_run_is_one_line_and_exit_code_1(
     convmae: Convmae, root: str, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,54 @@
+"""What `convmae simulate` predicts is what a real run with injected kills makes of its time."""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import signal
+import time
+
+import pytest
+from patience import wait_until
+from testbed import Command, processes, small_recipe
+
+from jobs.goodput import measured_goodput
+from jobs.simulation import mean_outcome
+
+logger = logging.getLogger(__name__)
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+KILLS = 8
+BETWEEN_KILLS_SECONDS = 35.0
+SEED = 7
+
+
+def test_predicted_and_measured_goodput_agree(convmae: Command, data: str) -> None:
+    fields = {"epochs": 300, "base_learning_rate": 4e-3, "checkpoint_every_steps": 50}
+    others = {process.pid for process in processes("ray::RayTrainWorker")}
+    convmae("submit", *small_recipe(data, **fields, max_restarts_without_progress=20), "--run", "predicted")
+    run = convmae.run("predicted")
+    wait_until("the first step", lambda: bool(run.read_heartbeat().get("loss")), 300)
+
+    # As in the simulation failures come at any time, also while a group starts.
+    random_, began, due = random.Random(SEED), time.monotonic(), 0.0
+    for _ in range(KILLS):
+        due += random_.expovariate(1 / BETWEEN_KILLS_SECONDS)
+        time.sleep(max(0.0, began + due - time.monotonic()))
+        wait_until("a rank", lambda: any(one.pid not in others for one in processes("ray::RayTrainWorker")), 120)
+        victim = next(one for one in processes("ray::RayTrainWorker") if one.pid not in others)
+        os.kill(victim.pid, signal.SIGKILL)
+    wait_until("the end", lambda: run.read_heartbeat().get("state") == "finished", 600)
+
+    found = measured_goodput(run.read_events())
+    assert found
+    scenario = found.scenario(
+        nodes=1, min_nodes=1, mtbf_seconds=found.wall_seconds / found.restarts, replace_seconds=0.0
+    )
+    predicted = mean_outcome(scenario, "fixed", trials=200, seed=0)
+    # The simulation begins with the start of a group, the measurement after it.
+    ratio = scenario.ideal_seconds / (predicted.wall_seconds - scenario.restart_seconds)
+    logger.warning("measured %s: %.3f; predicted %.3f, %s", found, found.ratio, ratio, predicted)
+    assert found.restarts >= KILLS / 2
+    assert ratio == pytest.approx(found.ratio, rel=0.1)
