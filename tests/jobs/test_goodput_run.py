@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import random
@@ -52,3 +53,20 @@ def test_predicted_and_measured_goodput_agree(convmae: Command, data: str) -> No
     logger.warning("measured %s: %.3f; predicted %.3f, %s", found, found.ratio, ratio, predicted)
     assert found.restarts >= KILLS / 2
     assert ratio == pytest.approx(found.ratio, rel=0.1)
+
+
+def test_an_interval_that_sets_itself_saves_by_time_and_says_why(convmae: Command, data: str) -> None:
+    timed = {"checkpoint_interval": "auto", "checkpoint_every_seconds": 4.0, "checkpoint_min_seconds": 3.0}
+    fields = {"epochs": 60, "checkpoint_every_steps": 100_000, "keep_checkpoints": 100, **timed}
+    convmae("pretrain", *small_recipe(data, **fields, checkpoint_max_seconds=6.0), "--run", "timed")
+
+    events = convmae.run("timed").read_events()
+    decisions = [event for event in events if event["kind"] == "checkpoint-interval"]
+    assert decisions[0]["reason"] == "every 4s until a checkpoint is committed"
+    assert decisions[-1]["seconds"] == 6.0
+    assert "a save stalls" in decisions[-1]["reason"]
+    assert "checkpoint_max_seconds bounds it" in decisions[-1]["reason"]
+    saves = [event["at_seconds"] - event["duration_seconds"] for event in events if event["kind"] == "checkpoint"]
+    assert len(saves) > 3
+    gaps = [later - earlier for earlier, later in itertools.pairwise(saves[:-1])]  # the last is the end's
+    assert all(3.0 <= gap <= 9.0 for gap in gaps), gaps

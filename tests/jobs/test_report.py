@@ -1,6 +1,10 @@
 import base64
+import html
 import io
 import json
+import re
+import shutil
+import subprocess
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
@@ -413,3 +417,70 @@ def test_long_run_makes_a_small_file_that_says_what_it_leaves_out(tmp_path: Path
 def test_report_of_an_unknown_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="must exist"):
         write_report(RunDirectory.of(STORAGE, str(tmp_path), "nobody"))
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), "")
+LAID_OUT = """<script>
+const hidden = element => getComputedStyle(element).display === "none";
+const wide = [...document.querySelectorAll("body *")].filter(element => {
+  const box = element.getBoundingClientRect();
+  return !element.closest(".table, .picture, svg") && box.width && box.right > innerWidth + 1;
+});
+document.title = JSON.stringify({
+  viewport: innerWidth, page: document.documentElement.scrollWidth, wide: wide.map(element => element.className),
+  charts: [...document.querySelectorAll("svg")].filter(svg => !hidden(svg)).map(svg => svg.getAttribute("class")),
+  letters: Math.min(...[...document.querySelectorAll("td, dd, p")].map(e => parseFloat(getComputedStyle(e).fontSize))),
+  pictures: [...document.images].map(image => image.complete && image.naturalWidth > 0),
+});
+</script>"""
+
+
+def chromium(page: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """Open a page in headless Chromium, which may reach no host."""
+    alone = ("--no-sandbox", "--disable-gpu", "--host-resolver-rules=MAP * ~NOTFOUND", "--enable-logging=stderr")
+    profile = f"--user-data-dir={page.parent / 'profile'}"
+    command = [CHROMIUM, "--headless", *alone, profile, *options, page.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+
+@pytest.fixture
+def page_of_a_run(tmp_path: Path) -> Path:
+    """The report of a run with long names and a picture, as a file."""
+    run = finished_run(tmp_path)
+    picture = io.BytesIO()
+    Image.new("RGB", (800, 300), "green").save(picture, "PNG")
+    STORAGE.write(run.path("reconstructions.png"), picture.getvalue())
+    page = tmp_path / "report.html"
+    page.write_bytes(STORAGE.read(write_report(run)))
+    return page
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
+@pytest.mark.parametrize(("width", "charts"), [(360, "narrow"), (1280, "wide")])
+def test_report_is_readable_on_a_phone_and_on_a_desk(page_of_a_run: Path, width: int, charts: str) -> None:
+    text = page_of_a_run.read_text()
+    policy = re.compile('<meta http-equiv="Content-Security-Policy"[^>]*>')  # it forbids the script that measures
+    page_of_a_run.write_text(policy.sub("", text).replace("</body>", f"{LAID_OUT}</body>"))
+
+    dom = chromium(page_of_a_run, f"--window-size={width},800", "--dump-dom").stdout
+
+    title = re.search("<title>(.*?)</title>", dom)
+    assert title
+    found = json.loads(html.unescape(title[1]))
+    assert found["page"] <= found["viewport"] == width  # a scroll bar takes a part
+    assert found["wide"] == []
+    assert found["charts"]
+    assert set(found["charts"]) == {charts}
+    assert found["letters"] >= 12
+    assert found["pictures"] == [True]
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
+def test_report_prints_and_loads_nothing_from_elsewhere(page_of_a_run: Path) -> None:
+    printed = page_of_a_run.with_suffix(".pdf")
+
+    log = chromium(page_of_a_run, f"--print-to-pdf={printed}").stderr
+
+    assert printed.read_bytes().startswith(b"%PDF")
+    assert "Refused to" not in log
+    assert "ERR_" not in log
