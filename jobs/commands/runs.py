@@ -253,7 +253,7 @@ def stop(run: RunName, run_root: RunRoot = "") -> None:
     say(f"asked {directory.name} to save and stop")
     while (heartbeat := directory.read_heartbeat())["state"] not in FINAL_STATES:
         time.sleep(1.0)
-    say(f"{directory.name}: {heartbeat['state']} at step {heartbeat['step']}; the command that began it resumes it")
+    say(f"{directory.name}: {heartbeat['state']} at step {heartbeat['step']}; `convmae resume {run}` goes on")
 
 
 @app.command()
