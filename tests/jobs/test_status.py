@@ -62,8 +62,10 @@ def test_committed_steps_are_read_from_commits(run: RunDirectory) -> None:
 
 
 def test_lines_say_how_far_a_live_run_is(run: RunDirectory) -> None:
-    figures = {"loss": 0.123456789, "images_per_second": 812.34, "eta_seconds": 3700.0, "world_size": 2, "epoch": 4}
-    run.write_heartbeat({**heartbeat("running", 1), **figures, "metrics_url": "http://127.0.0.1:1/metrics"})
+    figures = {"loss": 0.123456789, "images_per_second": 812.34, "eta_seconds": 3700.0, "world_size": 2}
+    run.write_heartbeat(
+        {**heartbeat("running", 1), **figures, "steps_per_epoch": 20, "metrics_url": "http://127.0.0.1:1/metrics"}
+    )
 
     lines = dict(status_lines(run_status(run, NOW)))
 
@@ -71,7 +73,7 @@ def test_lines_say_how_far_a_live_run_is(run: RunDirectory) -> None:
     assert lines["loss"] == "0.123457"
     assert lines["images/s"] == "812.3"
     assert lines["ETA"] == "1h 01m"
-    assert (lines["workers"], lines["epoch"], lines["checkpoints"]) == ("2", "4", "none yet")
+    assert (lines["workers"], lines["epoch"], lines["checkpoints"]) == ("2", "1 of 6", "none yet")
     assert lines["metrics"] == "http://127.0.0.1:1/metrics"
 
 
