@@ -49,7 +49,6 @@ def test_a_damaged_checkpoint_is_passed_over_or_refused_and_the_trajectory_is_th
 def test_a_run_starts_from_the_weights_of_another(convmae: Command, data: str) -> None:
     fields = {**FIELDS, "max_steps": 40, "warmup_epochs": 0.0}
     convmae("pretrain", *small_recipe(data, **fields), "--run", "first")
-    convmae("consolidate", "first")
     before = convmae.run("first")
     start = before.path("consolidated", "step-00000040.safetensors")
 
