@@ -169,7 +169,10 @@ def test_a_small_budget_slows_and_changes_nothing(dataset: Dataset, tmp_path: Pa
     found = batches(through, 0, 3 * EPOCH)
 
     assert same(found, batches(dataset, 0, 3 * EPOCH))
-    assert sum(path.stat().st_size for path in tmp_path.rglob("0*-*")) <= limit
+    sizes = [path.stat().st_size for path in tmp_path.rglob("0*-*")]
+    assert sum(sizes) <= limit + 2 * max(sizes), (
+        "a block that is on its way is missed by who counts; here are two threads"
+    )
     hits = through.counters.read()
     assert hits.cache_hits > 0.15 * (hits.cache_hits + hits.cache_misses)
 
