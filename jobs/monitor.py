@@ -326,7 +326,6 @@ class RunMonitor:
                 self._status["state"] = "waiting"
             reason = f"there is room for {possible} workers, and min_workers is {needed}; waits for nodes"
             self._add_event("waiting", step=self._status["step"], reason=reason)
-            logger.warning(reason)
 
     def group_ended(self) -> None:
         """Note that Ray Train gave the worker group up, for whatever reason."""

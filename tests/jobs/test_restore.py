@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from counting_storage import CountingStorage
 from zero_material import Material, commit_zero_files, random_material, write_zero_files
 
 from jobs import checkpoint, restore
@@ -67,17 +68,6 @@ class Ranks:
         for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
             raise error
         return results
-
-
-class CountingStorage(Storage):
-    """Counts what was read by ranges."""
-
-    read_bytes = 0
-
-    def read_range(self, url: str, offset: int, length: int, etag: str | None = None) -> bytes:
-        data = super().read_range(url, offset, length, etag)
-        CountingStorage.read_bytes += len(data)
-        return data
 
 
 @pytest.fixture

@@ -68,7 +68,7 @@ class WorkerGroup:
 
     def __init__(self, world_size: int, folder: Path) -> None:
         environment = os.environ | {
-            "PYTHONPATH": str(PROJECT),
+            "PYTHONPATH": os.pathsep.join([str(PROJECT), str(PROJECT / "tests")]),
             "MEETING_POINT": (folder / f"meeting-point-of-{world_size}").as_uri(),
             "WORLD_SIZE": str(world_size),
             "OMP_NUM_THREADS": "1",

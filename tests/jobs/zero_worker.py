@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from counting_storage import CountingStorage
 
 from jobs.engine import (
     build_engine,
@@ -33,20 +34,8 @@ from jobs.run_directory import RunDirectory
 from jobs.schedule import micro_batches
 from jobs.zero_state import owned_ranges, restore_optimizer
 from model.noise import mask_noise
-from pipeline.storage import Storage
 
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-
-
-class CountingStorage(Storage):
-    """Counts what was read by ranges."""
-
-    read_bytes = 0
-
-    def read_range(self, url: str, offset: int, length: int, etag: str | None = None) -> bytes:
-        data = super().read_range(url, offset, length, etag)
-        CountingStorage.read_bytes += len(data)
-        return data
 
 
 def rank_sizes(batch: int) -> list[int]:
