@@ -8,6 +8,7 @@ checkpoint is invisible, and a kill at any moment leaves the one before.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import time
@@ -137,6 +138,7 @@ class CheckpointSaver:
     def _make_visible(self, commit: Commit, began: float, stall_seconds: float) -> None:
         """Rank 0's thread: history first, then the commit object, then old checkpoints."""
         import ray
+        from ray.exceptions import RayError
 
         try:
             ray.get(self._monitor.flush.remote())  # history up to a commit is never lost
@@ -144,13 +146,15 @@ class CheckpointSaver:
         except Exception as error:
             self._fail(commit.step, f"{type(error).__name__}: {error}")
             return
-        self._monitor.checkpoint_committed.remote(
+        told = self._monitor.checkpoint_committed.remote(
             step=commit.step,
             stall_seconds=stall_seconds,
             duration_seconds=time.monotonic() - began,
             size_bytes=commit.bytes,
             milestone=commit.milestone,
         )
+        with contextlib.suppress(RayError):  # a monitor that has just died misses the event, not the commit
+            ray.get(told)  # not waited for, it might be overtaken by the run's end
         try:
             checkpoint.prune(self._run, self._keep, newest=commit.step)
             retention.delete_leftovers_before(self._run, commit.claim, commit.attempt)

@@ -228,11 +228,18 @@ def _start_monitor(session: Session, plan: RunPlan) -> Any:
 def _consolidator(plan: RunPlan, monitor: Any) -> MilestoneConsolidator:
     """Writes the weights of milestones beside the training; what comes of it are events, never the run's end."""
 
+    import ray
+    from ray.exceptions import RayError
+
+    def tell(method: Any, **facts: Any) -> None:
+        with contextlib.suppress(RayError):  # a monitor that has just died misses the event, not the weights
+            ray.get(method.remote(**facts))  # not waited for, it might be overtaken by the run's end
+
     def done(result: Consolidated) -> None:
-        monitor.consolidated.remote(step=result.step, url=result.url, size_bytes=result.bytes, seconds=result.seconds)
+        tell(monitor.consolidated, step=result.step, url=result.url, size_bytes=result.bytes, seconds=result.seconds)
 
     def failed(step: int, error: str) -> None:
-        monitor.consolidation_failed.remote(step=step, error=error)
+        tell(monitor.consolidation_failed, step=step, error=error)
 
     return MilestoneConsolidator(plan.run, done, failed)
 
