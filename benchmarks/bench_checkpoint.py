@@ -95,7 +95,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="convmae-bench-checkpoint-") as name:
         folder = Path(name)
         (folder / "s3").mkdir()
-        with local_s3(folder / "s3") as (storage, bucket, _):
+        with local_s3(folder / "s3") as server:
             for stage in options.stages:
                 batch = options.micro_batch_size
                 changes = {
@@ -110,8 +110,8 @@ def main() -> None:
                     "min_workers": 1,
                 }
                 recipe = named_recipe("convmae_base").amended(changes)
-                run = RunDirectory.of(storage, f"{bucket}/runs", f"zero-{stage}")
-                found = measure(recipe, storage, run.url, options.rounds, folder)
+                run = RunDirectory.of(server.storage, f"{server.url}/runs", f"zero-{stage}")
+                found = measure(recipe, server.storage, run.url, options.rounds, folder)
                 print("\n".join(report(recipe, found)), flush=True)
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import psutil
 from consolidate_sides import STEP
-from local_s3 import local_s3
+from local_s3 import LocalS3, local_s3
 from zero_material import commit_zero_files, model_material, write_zero_files
 
 from jobs.checkpoint import Commit
@@ -50,12 +50,12 @@ class Measured:
     """Wall seconds of what the process did, one after the other."""
 
 
-def measured(side: str, storage: Storage, run: RunDirectory, result_url: str, server_pid: int) -> Measured:
+def measured(side: str, server: LocalS3, run: RunDirectory, result_url: str) -> Measured:
     """Run one side in a process of its own and watch it."""
-    server = psutil.Process(server_pid)
-    told = {"storage": asdict(storage), "run": run.url, "result": result_url}
+    store = psutil.Process(server.pid)
+    told = {"storage": asdict(server.storage), "run": run.url, "result": result_url}
     environment = {**os.environ, "BENCH_TOLD": json.dumps(told)}
-    before, began = _cpu(server), time.perf_counter()
+    before, began = _cpu(store), time.perf_counter()
     process = psutil.Popen(
         [sys.executable, str(SIDES), side],
         env=environment,
@@ -74,7 +74,7 @@ def measured(side: str, storage: Storage, run: RunDirectory, result_url: str, se
     out, err = process.communicate()
     assert process.returncode == 0, err
     stages = json.loads(out.strip().splitlines()[-1])
-    return Measured(wall, cpu, _cpu(server) - before, int(peak), stages)
+    return Measured(wall, cpu, _cpu(store) - before, int(peak), stages)
 
 
 def _cpu(process: psutil.Process) -> float:
@@ -97,17 +97,17 @@ def main() -> None:
 def compare(folder: Path, preset: str, stage: int, world: int, rounds: int) -> dict[str, list[Measured]]:
     """Make a checkpoint, run both sides `rounds` times in turn, and print what they take."""
     (folder / "s3").mkdir()
-    with local_s3(folder / "s3") as (storage, bucket, server_pid):
-        run = RunDirectory.of(storage, f"{bucket}/runs", "bench")
+    with local_s3(folder / "s3") as server:
+        run = RunDirectory.of(server.storage, f"{server.url}/runs", "bench")
         commit = _checkpoint(run, folder / "checkpoint", preset, stage, world)
         print(f"{preset}, ZeRO-{stage}, {world} ranks: {commit.bytes / 1e6:.0f} MB of checkpoint", flush=True)
-        result_url = f"{bucket}/stock/model.safetensors"
+        result_url = f"{server.url}/stock/model.safetensors"
         found: dict[str, list[Measured]] = {"ours": [], "stock": []}
         for _ in range(rounds):
             for side, measurements in found.items():
-                measurements.append(measured(side, storage, run, result_url, server_pid))
+                measurements.append(measured(side, server, run, result_url))
                 print(f"{side:<6} {measurements[-1].wall_seconds:7.2f} s", flush=True)
-        same_tensors(storage, consolidated_url(run, STEP), result_url)
+        same_tensors(server.storage, consolidated_url(run, STEP), result_url)
     report(found)
     return found
 

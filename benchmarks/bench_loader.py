@@ -208,10 +208,10 @@ def main() -> None:
         for name in ("material", "s3"):
             (root / name).mkdir()
         material = make_material(options.images, count, root / "material")
-        with local_s3(root / "s3") as (storage, bucket, server):
+        with local_s3(root / "s3") as server:
             for name in ("shards", "streaming"):
-                copy_to(storage, str(root / "material" / name), Storage.join(bucket, name))
-            bench = Bench(material, storage, bucket, server)
+                copy_to(server.storage, str(root / "material" / name), Storage.join(server.url, name))
+            bench = Bench(material, server.storage, server.url, server.pid)
             print(f"{len(material.files)} images, {bench.cores} cores, {rounds} rounds, batches of {BATCH}", flush=True)
             for number in range(rounds):
                 bench.round()

@@ -64,9 +64,9 @@ def begin(cluster: Cluster) -> RunDirectory:
     """Submit a run that lasts."""
     with tempfile.TemporaryDirectory() as folder:
         cut_tiles(Path(folder), IMAGES, seed=0)
-        done(cluster, "shard", folder, f"{cluster.bucket}/data", "--samples-per-shard", "128")
-    placed = ("cpus_per_worker=1.0", "epochs=100000", f"run_root={cluster.bucket}/runs", "checkpoint_every_steps=10")
-    done(cluster, "submit", "tiny", f"data={cluster.bucket}/data", *placed, "--run", "recovery")
+        done(cluster, "shard", folder, f"{cluster.s3.url}/data", "--samples-per-shard", "128")
+    placed = ("cpus_per_worker=1.0", "epochs=100000", f"run_root={cluster.s3.url}/runs", "checkpoint_every_steps=10")
+    done(cluster, "submit", "tiny", f"data={cluster.s3.url}/data", *placed, "--run", "recovery")
     return cluster.run("recovery")
 
 

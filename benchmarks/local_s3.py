@@ -1,4 +1,4 @@
-"""A local S3 server for a benchmark: the stack's SeaweedFS alone, in a folder of its own, ended with the benchmark."""
+"""A local S3 server of one's own, which can be killed and started: the stack's SeaweedFS alone, in its own folder."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import secrets
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from jobs import stack_services
@@ -18,15 +19,58 @@ from pipeline.storage import Storage
 START_SECONDS = 60.0
 
 
+@dataclass
+class LocalS3:
+    """The server, while it is up or down; its data stay."""
+
+    folder: Path
+    settings: StackSettings
+    process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        """Of its bucket, which is empty at first."""
+        return f"s3://{BUCKET}"
+
+    @property
+    def storage(self) -> Storage:
+        """How to reach it."""
+        endpoint = f"http://127.0.0.1:{self.settings.ports.s3}"
+        return Storage(endpoint, self.settings.access_key, self.settings.secret_key, region=REGION)
+
+    @property
+    def pid(self) -> int:
+        """Of the process that runs."""
+        assert self.process, "it is up"
+        return self.process.pid
+
+    def start(self) -> None:
+        """Start it, and wait until it answers."""
+        log_path = self.folder / "s3.log"
+        environment = stack_services.service_environment("s3", self.settings, os.environ)
+        with log_path.open("ab") as log:
+            self.process = subprocess.Popen(
+                stack_services.command("s3", self.settings), env=environment, stdout=log, stderr=log, cwd=self.folder
+            )
+        deadline = time.monotonic() + START_SECONDS
+        while not stack_services.is_healthy("s3", self.settings):
+            assert self.process.poll() is None and time.monotonic() < deadline, log_path.read_text()
+            time.sleep(0.1)
+
+    def kill(self) -> None:
+        """SIGKILL it."""
+        assert self.process, "it is up"
+        self.process.kill()
+        self.process.wait()
+        self.process = None
+
+
 @contextlib.contextmanager
-def local_s3(folder: Path) -> Iterator[tuple[Storage, str, int]]:
-    """Start the server.
+def local_s3(folder: Path) -> Iterator[LocalS3]:
+    """Start a server that ends with the context.
 
     Args:
         folder: Empty; for its data and logs.
-
-    Yields:
-        How to reach it, the URL of an empty bucket, and the server's pid.
     """
     (folder / "run").mkdir()
     settings = StackSettings(
@@ -41,19 +85,12 @@ def local_s3(folder: Path) -> Iterator[tuple[Storage, str, int]]:
         prometheus_binary=None,
     )
     stack_services.write_configuration(settings, token="")
-    environment = stack_services.service_environment("s3", settings, os.environ)
-    with (folder / "s3.log").open("wb") as log:
-        server = subprocess.Popen(
-            stack_services.command("s3", settings), env=environment, stdout=log, stderr=log, cwd=folder
-        )
+    server = LocalS3(folder, settings)
     try:
-        deadline = time.monotonic() + START_SECONDS
-        while not stack_services.is_healthy("s3", settings):
-            assert server.poll() is None and time.monotonic() < deadline, (folder / "s3.log").read_text()
-            time.sleep(0.1)
-        endpoint = f"http://127.0.0.1:{settings.ports.s3}"
-        yield Storage(endpoint, settings.access_key, settings.secret_key, region=REGION), f"s3://{BUCKET}", server.pid
+        server.start()
+        yield server
     finally:
-        server.terminate()
-        server.wait()
+        if server.process:
+            server.process.terminate()
+            server.process.wait()
         stack_services.remove_configuration(settings)

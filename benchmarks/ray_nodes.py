@@ -16,11 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import psutil
-from local_s3 import local_s3
+from local_s3 import LocalS3, local_s3
 from patience import wait_until
 
 from jobs.run_directory import RunDirectory
-from pipeline.storage import Storage
 
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 OBJECT_STORE_BYTES = 100 << 20
@@ -74,9 +73,7 @@ class Cluster:
     folder: Path
     sockets: Path
     """Short: paths of Unix sockets may have 107 bytes."""
-    storage: Storage
-    bucket: str
-    s3_pid: int
+    s3: LocalS3
     ports: dict[str, int]
     head: Node = field(init=False)
     nodes: list[Node] = field(default_factory=list)
@@ -89,7 +86,7 @@ class Cluster:
     def environment(self) -> dict[str, str]:
         """Of the nodes; those who submit to them have RAY_ADDRESS as well."""
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "RAY_", "CONVMAE_"))}
-        storage = self.storage
+        storage = self.s3.storage
         assert storage.endpoint_url and storage.key and storage.secret and storage.region
         return {
             **clean,
@@ -160,7 +157,7 @@ class Cluster:
 
     def run(self, name: str) -> RunDirectory:
         """The directory of a run."""
-        return RunDirectory.of(self.storage, f"{self.bucket}/runs", name)
+        return RunDirectory.of(self.s3.storage, f"{self.s3.url}/runs", name)
 
     def end(self) -> None:
         """End all nodes."""
@@ -204,10 +201,10 @@ def ray_cluster(folder: Path) -> Iterator[Cluster]:
         folder: Empty; for logs, data and the token that every node and client must show.
     """
     (folder / "s3").mkdir()
-    with local_s3(folder / "s3") as (storage, bucket, s3_pid), tempfile.TemporaryDirectory(prefix="ray-") as sockets:
+    with local_s3(folder / "s3") as s3, tempfile.TemporaryDirectory(prefix="ray-") as sockets:
         (folder / "token").write_text(secrets.token_hex(32))
         ports = {name: free_port() for name in ("gcs", "dashboard", "client")}
-        cluster = Cluster(folder, Path(sockets), storage, bucket, s3_pid, ports)
+        cluster = Cluster(folder, Path(sockets), s3, ports)
         try:
             cluster.start_head()
             yield cluster

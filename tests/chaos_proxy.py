@@ -20,9 +20,12 @@ CHUNK_BYTES = 4096
 
 @dataclass(frozen=True)
 class Request:
-    """One GET that came through."""
+    """One that came through."""
 
+    method: str
     path: str
+    client_port: int
+    """Of the one who asks, on this machine."""
     first: int
     """Of the range."""
     if_match: str | None
@@ -34,7 +37,7 @@ class Request:
 
 @dataclass
 class Behaviour:
-    """What happens to the GETs of tars; may be changed while requests are under way."""
+    """What happens to the GETs of tars and to writes; may be changed while requests are under way."""
 
     busy_until: float = 0.0
     """503 SlowDown until then, by time.monotonic(); to every request."""
@@ -45,6 +48,8 @@ class Behaviour:
     hangs: Callable[[Request], bool] = lambda request: False
     """Whether no answer comes until the proxy is closed."""
     bytes_per_second: float = float("inf")
+    before_write: Callable[[Request], bool] = lambda request: True
+    """Called when a PUT or POST has come in whole; whether the store hears of it. If not, its connection breaks off."""
 
 
 class ChaosProxy:
@@ -65,7 +70,7 @@ class ChaosProxy:
             def do_GET(self) -> None:
                 proxy._serve(self)
 
-            do_HEAD = do_GET  # noqa: N815
+            do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
 
             def log_message(self, format: str, *args: object) -> None:  # noqa: A002
                 pass
@@ -102,9 +107,14 @@ class ChaosProxy:
         if is_tar and behaviour.hangs(request):
             self._closed.wait()
             return
+        sent = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
+        if request.method in ("PUT", "POST") and not behaviour.before_write(request):
+            handler.close_connection = True
+            return
+        asked = {key: value for key, value in handler.headers.items() if key.lower() != "expect"}  # it was answered
         connection = http.client.HTTPConnection(str(self._upstream.hostname), self._upstream.port, timeout=30)
         try:
-            connection.request(handler.command, handler.path, headers=dict(handler.headers.items()))
+            connection.request(handler.command, handler.path, body=sent or None, headers=asked)
             answer = connection.getresponse()
             body = bytearray(answer.read())
         except OSError:
@@ -125,7 +135,8 @@ class ChaosProxy:
         with self._lock:
             is_tar = path.endswith(".tar") and handler.command == "GET"
             number = len(self.tar_requests()) if is_tar else -1
-            request = Request(path, first, handler.headers.get("If-Match"), number)
+            if_match = handler.headers.get("If-Match")
+            request = Request(handler.command, path, handler.client_address[1], first, if_match, number)
             self.requests.append(request)
         return request
 

@@ -33,10 +33,10 @@ def test_both_sides_save_in_turn(tmp_path: Path) -> None:
     changes = {"global_batch_size": 4, "micro_batch_size": 2, "lanes": 2, "min_workers": 1, "max_workers": 2}
     recipe: Recipe = named_recipe("tiny").amended(changes)
     (tmp_path / "s3").mkdir()
-    with local_s3(tmp_path / "s3") as (storage, bucket, _):
-        run = RunDirectory.of(storage, f"{bucket}/runs", "bench")
+    with local_s3(tmp_path / "s3") as server:
+        run = RunDirectory.of(server.storage, f"{server.url}/runs", "bench")
 
-        found = measure(recipe, storage, run.url, 1, tmp_path)
+        found = measure(recipe, server.storage, run.url, 1, tmp_path)
 
     assert found["ours"][0]["steps"] >= 1
     assert found["ours"][0]["stall"] < found["ours"][0]["until_commit"]

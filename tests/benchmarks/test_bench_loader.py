@@ -67,11 +67,13 @@ def test_ours_makes_two_epochs(place: Place) -> None:
 
 
 def test_a_side_on_s3_makes_every_image_once(place: Place, material: Material, tmp_path: Path) -> None:
-    with local_s3(tmp_path) as (storage, bucket, _):
+    with local_s3(tmp_path) as server:
         for path in Path(material.shards).iterdir():
-            storage.upload(path, f"{bucket}/shards/{path.name}")
-        urls = [f"{bucket}/shards/{Path(tar).name}" for tar in place.tars]
-        there = replace(place, shards=f"{bucket}/shards", storage=storage, tars=signed_urls(storage, urls))
+            server.storage.upload(path, f"{server.url}/shards/{path.name}")
+        urls = [f"{server.url}/shards/{Path(tar).name}" for tar in place.tars]
+        there = replace(
+            place, shards=f"{server.url}/shards", storage=server.storage, tars=signed_urls(server.storage, urls)
+        )
 
         assert sum(loader_sides.webdataset(there)) == COUNT
         assert sum(loader_sides.ours(there)) == sum(loader_sides.ours(place))

@@ -101,13 +101,13 @@ def test_no_process_needs_300_mb_for_a_checkpoint_of_two_gigabytes(tmp_path: Pat
     files = tmp_path / "files"
     write_zero_files(files, random_material(190_000_000), 2, 2)
     (tmp_path / "s3").mkdir()
-    with local_s3(tmp_path / "s3") as (storage, bucket, _):
-        run = RunDirectory.of(storage, f"{bucket}/runs", "large")
+    with local_s3(tmp_path / "s3") as server:
+        run = RunDirectory.of(server.storage, f"{server.url}/runs", "large")
         commit = commit_zero_files(run, named_recipe("tiny"), files, step=5, stage=2, world_size=2)
         optimizer = sum(file.bytes for file in commit.files if "optim" in file.name)
         assert optimizer >= 2 << 30
         shutil.rmtree(files)
-        environment = _environment(storage, tmp_path)
+        environment = _environment(server.storage, tmp_path)
 
         for arguments in ([], ["--dtype", "bf16"], ["--dtype", "fp16", "--shard-bytes", "100MB"]):
             command = [sys.executable, "-m", "jobs.cli", "consolidate", run.url, *arguments]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ def data(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> str:
     """URL of a data set."""
     folder: Path = tmp_path_factory.mktemp("photographs")
     cut_tiles(folder, TILES, seed=0)
-    url = f"{cluster.bucket}/data"
+    url = f"{cluster.s3.url}/data"
     done(cluster.convmae("shard", str(folder), url, "--samples-per-shard", "40"))
     return url
 
@@ -63,7 +64,7 @@ def done(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
 
 def recipe_of(cluster: Cluster, data: str, **fields: object) -> Sequence[str]:
     """Arguments for a recipe that lasts longer than a test."""
-    return small_recipe(data, **{**FIELDS, "run_root": f"{cluster.bucket}/runs", **fields})
+    return small_recipe(data, **{**FIELDS, "run_root": f"{cluster.s3.url}/runs", **fields})
 
 
 def begin(cluster: Cluster, data: str, name: str, **fields: object) -> RunDirectory:
@@ -130,6 +131,24 @@ def test_a_run_lives_through_nodes_that_come_and_go(cluster: Cluster, data: str)
 
     done(cluster.convmae("pretrain", *recipe_of(cluster, data, max_steps=len(losses(run))), "--run", "undisturbed"))
     assert losses(run) == pytest.approx(losses(cluster.run("undisturbed")), rel=1e-5)
+
+
+def test_the_store_is_killed_and_away_for_twenty_seconds(cluster: Cluster, data: str) -> None:
+    fields = {"max_steps": 800, "checkpoint_every_steps": 5}
+    run = begin(cluster, data, "storeless", **fields)
+    until(run, "a checkpoint", lambda now: now.get("checkpoint_step", 0) >= 10)
+
+    cluster.s3.kill()
+    time.sleep(20)
+    cluster.s3.start()
+    back_at = run.read_heartbeat()["step"]
+
+    until(run, "the end", lambda now: now["state"] == "finished")
+    assert 10 <= back_at < 800, "it was away while the run went on"
+    assert run.read_heartbeat()["attempt"] == 1
+    assert committed_steps(run)[-1] == 800
+    done(cluster.convmae("pretrain", *recipe_of(cluster, data, **fields), "--run", "with-a-store"))
+    assert losses(run) == pytest.approx(losses(cluster.run("with-a-store")), rel=1e-5)
 
 
 def test_with_fewer_nodes_than_the_minimum_a_run_waits_and_goes_on_when_they_come(cluster: Cluster, data: str) -> None:
