@@ -20,6 +20,14 @@ def unusable_nodes() -> set[str]:
     return set(state.get_draining_nodes()) | silent_nodes(nodes)
 
 
+def raylet_addresses() -> dict[str, tuple[str, int]]:
+    """Host and port of the raylet of every living node, by the node's id."""
+    import ray
+
+    nodes: Any = ray.nodes()  # type: ignore[no-untyped-call]
+    return {node["NodeID"]: _address(node) for node in nodes if node["Alive"]}
+
+
 def silent_nodes(nodes: Iterable[Mapping[str, Any]]) -> set[str]:
     """Ids of the nodes whose raylet takes no connection; Ray's own health check needs many seconds to say so.
 
@@ -32,10 +40,13 @@ def silent_nodes(nodes: Iterable[Mapping[str, Any]]) -> set[str]:
     return {node["NodeID"] for node, answered in zip(alive, answers, strict=True) if not answered}
 
 
+def _address(node: Mapping[str, Any]) -> tuple[str, int]:
+    return node["NodeManagerAddress"], node["NodeManagerPort"]
+
+
 def _answers(node: Mapping[str, Any]) -> bool:
-    address = (node["NodeManagerAddress"], node["NodeManagerPort"])
     try:
-        socket.create_connection(address, timeout=PROBE_SECONDS).close()
+        socket.create_connection(_address(node), timeout=PROBE_SECONDS).close()
     except OSError:
         return False
     return True

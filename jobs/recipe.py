@@ -52,6 +52,7 @@ PLACEMENT_FIELDS = frozenset(
         "stall_seconds",
         "hang_seconds",
         "resize_seconds",
+        "standby",
         "on_nonfinite_loss",
         "max_nonfinite_in_a_row",
         "max_restarts_without_progress",
@@ -160,6 +161,8 @@ class Recipe(BaseModel):
     """How long a rank may stand still in a step, or be silent, before it is killed and the attempt restarts."""
     resize_seconds: float = Field(default=60.0, gt=0)
     """How often to look whether more, or fewer, workers could train now. A resize costs a save and a restart."""
+    standby: bool = True
+    """Keep a process beside each rank that has imported all that a rank needs, so that a restart takes seconds."""
     on_nonfinite_loss: OnNonFinite = "stop"
     """Where a loss or gradient is not finite: `stop` the attempt, `skip_batch`, or `rollback` and leave out steps."""
     max_nonfinite_in_a_row: int = Field(default=10, gt=0)

@@ -52,6 +52,7 @@ from jobs.recipe import Recipe
 from jobs.restore import restore_newest
 from jobs.run_directory import RunDirectory
 from jobs.schedule import Schedule, micro_batches
+from jobs.standby import ask_for_successor
 from jobs.step_reading import RankReading, StepReading, from_words, word_count
 from jobs.trace import TraceWriter, begin_trace
 from jobs.watchdog import COMPILE_ALLOWED_SECONDS, SAVE_ALLOWED_SECONDS, RankPulse
@@ -185,6 +186,7 @@ class Trainer:
         self.trace = self._begin_trace() if job.trace_url else None
         self._reply: Any = None
         self._skipped_in_a_row = 0
+        self._has_successor = False
         folders = [Path(tempfile.gettempdir()), *([Path(self.recipe.cache_dir)] if self.recipe.cache_dir else [])]
         self._reading = RankReading(self.dataset, place.rank, place.world_size, device=place.device, folders=folders)
         self._quarantined: set[int] = set()
@@ -211,6 +213,9 @@ class Trainer:
                 compiles = self.recipe.compile and batch.step == steps.start
                 self.pulse.at("step", COMPILE_ALLOWED_SECONDS if compiles else 0.0)
                 wish = self._train_step(batch)
+                if self.recipe.standby and not self._has_successor:
+                    ask_for_successor()  # now, when the first step is done that others wait for
+                    self._has_successor = True
                 if wish or self._is_due(self.step):
                     self._save()
                 if wish == "pause":

@@ -10,6 +10,7 @@ import logging
 import os
 import tempfile
 import time
+from collections import Counter
 from typing import Any
 
 import ray
@@ -24,7 +25,8 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from jobs.errors import RunFailedError
 from jobs.failure_cause import describe_failure
-from jobs.node_view import unusable_nodes
+from jobs.node_view import raylet_addresses, unusable_nodes
+from jobs.standby import Newcomers, own_environment, rank_environment, start_standbys
 from jobs.trainer import TrainJob, train_worker
 from jobs.wish import PAUSE_SECONDS
 
@@ -53,6 +55,7 @@ def fit(job: TrainJob) -> None:
             storage_path=folder,  # Ray's own bookkeeping; checkpoints are ours
             failure_config=FailureConfig(max_failures=-1),
             callbacks=[FailureReporter(job.monitor), saving],
+            worker_runtime_env={"env_vars": rank_environment(recipe.device)} if recipe.standby else {},
             logging_config=LoggingConfig(log_level="ERROR"),
         )
         scaling_config = ScalingConfig(
@@ -61,17 +64,16 @@ def fit(job: TrainJob) -> None:
             resources_per_worker=resources,
             elastic_resize_monitor_interval_s=recipe.resize_seconds,
         )
-        RunTrainer(lambda: train_worker(job), scaling_config=scaling_config, run_config=run_config).follow_nodes(
-            job.monitor
-        ).fit()
+        trainer = RunTrainer(lambda: train_worker(job), scaling_config=scaling_config, run_config=run_config)
+        trainer.follow_nodes(job.monitor, standby=recipe.standby).fit()
 
 
 class RunTrainer(TorchTrainer):
     """Ray Train's trainer, with a scaling policy of our own."""
 
-    def follow_nodes(self, monitor: Any) -> RunTrainer:
-        """Use `FollowNodes`, which tells `monitor` when it waits."""
-        self._policy = FollowNodes(self.scaling_config, monitor)
+    def follow_nodes(self, monitor: Any, *, standby: bool) -> RunTrainer:
+        """Use `FollowNodes`, which tells `monitor` when it waits, and has processes wait where the group would grow."""
+        self._policy = FollowNodes(self.scaling_config, monitor, standby=standby)
         return self
 
     def _create_default_callbacks(self) -> Any:
@@ -89,10 +91,11 @@ class FollowNodes(ElasticScalingPolicy):
     asks for a group that cannot be placed, and waits a minute for it. It counts nodes that are being drained, too.
     """
 
-    def __init__(self, scaling_config: Any, monitor: Any) -> None:
+    def __init__(self, scaling_config: Any, monitor: Any, *, standby: bool) -> None:
         super().__init__(scaling_config)
-        self._monitor = monitor
+        self._monitor, self._standby = monitor, standby
         self._waiting = False
+        self._newcomers = Newcomers()
 
     def make_decision_for_non_running_worker_group(self) -> Any:
         """Start a group of all that can be placed; wait where they are fewer than min_workers, and say so."""
@@ -109,9 +112,27 @@ class FollowNodes(ElasticScalingPolicy):
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
         """Grow where there is room; a group shrinks when a node is gone, and trains on one that leaves until then."""
         decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
-        if isinstance(decision, ResizeDecision) and decision.num_workers < worker_group_state.num_workers:
-            return NoopDecision()
-        return decision
+        if not isinstance(decision, ResizeDecision):
+            return decision
+        grows = decision.num_workers > worker_group_state.num_workers
+        return decision if grows and self._is_prepared(decision.num_workers, worker_group_state) else NoopDecision()
+
+    def _is_prepared(self, num_workers: int, group: Any) -> bool:
+        """Whether processes wait where the group would grow, if they are to."""
+        if not self._standby:
+            return True
+        here = Counter(worker.metadata.node_id for worker in group.workers)
+        reserved = self._latest_reserved_resources or {}
+        room = {node: self._count_possible_workers({node: has}) for node, has in reserved.items()}
+
+        def start(node_id: str, count: int) -> bool:
+            try:
+                environment = ray.get(group.workers[0].execute_async(own_environment), timeout=COORDINATOR_SECONDS)
+            except RayError:
+                return False
+            return start_standbys(raylet_addresses()[node_id], environment, count)
+
+        return self._newcomers.are_ready(here, room, num_workers, start, time.monotonic())
 
     def _get_reserved_resources(self) -> Any:
         """What is reserved for this run, freshly counted, on nodes that are usable; None if nobody knows."""

@@ -70,6 +70,10 @@ class ChaosProxy:
             def do_GET(self) -> None:
                 proxy._serve(self)
 
+            def handle(self) -> None:
+                with contextlib.suppress(ConnectionResetError):  # who asked was killed
+                    super().handle()
+
             do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
 
             def log_message(self, format: str, *args: object) -> None:  # noqa: A002

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 
-from jobs import cli, driver
+from jobs import cli, trainer
 from jobs.trainer import TrainJob
 
 STEPS = frozenset(int(step) for step in os.environ["POISON"].split(","))
@@ -16,7 +16,7 @@ STEPS = frozenset(int(step) for step in os.environ["POISON"].split(","))
 
 def poisoned(job: TrainJob) -> None:
     """What a worker does, on the last rank with a NaN now and then."""
-    from jobs import trainer
+    from jobs import trainer  # the worker's own, in which `train_worker` is what it was
 
     forward = trainer.Trainer._forward
 
@@ -31,5 +31,5 @@ def poisoned(job: TrainJob) -> None:
 
 
 if __name__ == "__main__":
-    driver.train_worker = poisoned
+    trainer.train_worker = poisoned  # before jobs.worker_group takes it from there
     cli.main()
