@@ -22,7 +22,8 @@ from jobs.exporter import COUNTERS, RunExporter, name_and_label, saved_counters
 from jobs.failure_cause import failure_cause
 from jobs.rank_figures import RankFigures
 from jobs.recovery import Recovery
-from jobs.run_directory import HISTORY_PART_STEPS, RunDirectory
+from jobs.run_directory import RunDirectory
+from jobs.run_record import RunRecord
 from jobs.schedule import Schedule
 from jobs.watchdog import Examined, Hang, HangWatch, Pulse, examined_on_its_node, hang_text, training_stack
 from jobs.wish import Wish
@@ -70,7 +71,7 @@ class MonitorConfig:
 class RunMonitor:
     """Record of one run. A plain class: jobs.driver makes an actor of it; tests call it directly.
 
-    Owns: the unwritten tail of history, events and quarantine ledger; never weights.
+    Owns: what the heartbeat and the metrics say; through `RunRecord`, what is to be written; never weights.
     Concurrency: methods may run in parallel; a lock guards the state, and storage is written outside of it.
     Failure: dies with its process; a new one continues from the run directory. What was unwritten is of steps after
         the last commit (`flush` precedes every commit): rank 0 sees the death and fails, and they are done again.
@@ -83,12 +84,9 @@ class RunMonitor:
         self._lock = threading.Lock()
         self._flushing = threading.Lock()
         before = config.run.read_heartbeat()
-        self._attempt = config.run.last_attempt()
         events = config.run.read_events()
-        self._events = [event for event in events if event["attempt"] == self._attempt]
+        self._record = RunRecord(config.run, events)
         self._clock = CheckpointClock(config.checkpoint_interval, events)
-        self._parts: dict[int, list[dict[str, Any]]] = {}
-        self._dirty = False
         self._step_times: deque[tuple[float, float]] = deque(maxlen=RATE_WINDOW_STEPS)
         self._stop_reason = ""
         self._wish: Wish = ""
@@ -100,15 +98,12 @@ class RunMonitor:
         self._recovery: Recovery | None = None
         self._failures_without_progress = 0
         self._outcome = ""
-        self._first_attempt_here = self._attempt + 1
+        self._first_attempt_here = self._record.attempt + 1
         self._restarts = int(before.get("restarts", 0))
         self._driver_died = before.get("state") == "running"  # and nobody ended it
         self._totals = saved_counters(before)
         self._left_out = config.run.read_left_out()
         self._workers_seen_at = time.monotonic()
-        ledger = config.run.read_quarantine()
-        self._quarantine = [row for row in ledger if row["attempt"] == self._attempt]
-        self._quarantined = {row["id"] for row in ledger}
         every_steps = None if self._clock.seconds is not None else config.checkpoint_interval.every_steps
         self._status: dict[str, Any] = {
             "run": config.run.name,
@@ -124,7 +119,7 @@ class RunMonitor:
             "device": config.device,
             "steps_per_epoch": config.schedule.steps_per_epoch,
             "restarts": self._restarts,
-            "quarantined": len(self._quarantined),
+            "quarantined": self._record.quarantined,
             **{key: before[key] for key in _CHECKPOINT_KEYS if key in before},
             **self._totals,
         }
@@ -152,9 +147,9 @@ class RunMonitor:
         """
         self.flush()
         with self._lock:
-            self._attempt += 1
-            self._events, self._parts, self._quarantine = [], {}, []
-            if self._attempt == self._first_attempt_here:
+            self._record.begin_attempt()
+            number = self._record.attempt
+            if number == self._first_attempt_here:
                 # The last heartbeat is newer than the commit, unless it was lost.
                 self._restarts = max(self._restarts, int(counters.get("restarts", 0)))
                 for key, total in saved_counters(counters).items():
@@ -168,7 +163,7 @@ class RunMonitor:
             self._failure = self._hang = ""
             self._wish = ""
             self._pause_at = None
-            self._watch.begin(self._attempt)
+            self._watch.begin(number)
             last_step_at = self._status["last_step_at_seconds"]
             self._recovery = Recovery(last_step_at, self._failed_at, started_at_seconds, time.time())
             self._failed_at = None
@@ -182,7 +177,7 @@ class RunMonitor:
             self._workers_seen_at = time.monotonic()
             self._status.update(
                 world_size=world_size,
-                attempt=self._attempt,
+                attempt=number,
                 state="running",
                 waiting=False,
                 step=resume_step,
@@ -203,14 +198,13 @@ class RunMonitor:
                 host=host,
             )
             self._decide_interval()
-            number = self._attempt
         self.flush()
         return number
 
     def _start_kind(self, before: int | None, now: int) -> tuple[str, str]:
-        if self._attempt == 1:
+        if self._record.attempt == 1:
             return "start", "new run"
-        if self._attempt == self._first_attempt_here:
+        if self._record.attempt == self._first_attempt_here:
             return "restart", "resumed by a new driver"
         if self._failure:
             return "restart", self._failure
@@ -334,12 +328,7 @@ class RunMonitor:
                 self._status["state"] = "restarting"
 
     def _add_row(self, row: dict[str, Any]) -> None:
-        newest = max(self._parts, default=None)
-        if newest is None or len(self._parts[newest]) >= HISTORY_PART_STEPS:
-            newest = int(row["step"])
-            self._parts[newest] = []
-        self._parts[newest].append(row)
-        self._dirty = True
+        self._record.add_row(row)
         if "skipped" in row:
             self._count("skipped_steps", 1)
 
@@ -352,7 +341,12 @@ class RunMonitor:
             reason: For people.
         """
         with self._lock:
-            window = {"first_step": first_step, "last_step": last_step, "attempt": self._attempt, "reason": reason}
+            window = {
+                "first_step": first_step,
+                "last_step": last_step,
+                "attempt": self._record.attempt,
+                "reason": reason,
+            }
             self._left_out.append(window)
             self._count("rollbacks", 1)
             self._add_event("rollback", step=last_step, first_step=first_step, reason=reason)
@@ -375,13 +369,8 @@ class RunMonitor:
             rows: As `Substitution.to_json` gives them, and the step.
         """
         with self._lock:
-            for row in rows:
-                if row["id"] not in self._quarantined:
-                    self._quarantined.add(row["id"])
-                    self._quarantine.append({**row, "attempt": self._attempt})
-                    self._dirty = True
-                    logger.warning("sample %s is replaced from now on: %s", row["id"], row["reason"])
-            self._status["quarantined"] = len(self._quarantined)
+            self._record.quarantine(rows)
+            self._status["quarantined"] = self._record.quarantined
             self._exporter.update(self._status)
 
     def _count(self, name: str, amount: float, label: str = "") -> None:
@@ -504,7 +493,7 @@ class RunMonitor:
             self._exporter.update({"world_size": 0})
             self._exporter.update_ranks(())
             self._status["state"] = "restarting"
-            self._dirty = True
+            self._record.touch()
             if fatal:
                 return error
             if self._failures_without_progress > self._config.max_restarts_without_progress:
@@ -565,7 +554,7 @@ class RunMonitor:
         with self._lock:
             self._stop_reason = self._stop_reason or reason
             self._status["state"] = "stopping"
-            self._dirty = True
+            self._record.touch()
 
     def end(self, outcome: str, reason: str = "") -> None:
         """Note that the run is `finished`, `stopped` or `failed`, and write everything."""
@@ -588,35 +577,19 @@ class RunMonitor:
         """Write history, events and heartbeat; returns when storage has them."""
         with self._flushing:
             with self._lock:
-                attempt, events, quarantine = self._attempt, list(self._events), list(self._quarantine)
-                parts = {start: list(rows) for start, rows in self._parts.items()}
-                dirty, self._dirty = self._dirty, False
+                tail = self._record.tail()
             try:
-                if dirty:
-                    self._write(attempt, events, parts)
-                    if quarantine:
-                        self._config.run.write_quarantine(attempt, quarantine)
+                tail.write(self._config.run)
                 self._config.run.write_heartbeat(self.status())
             except BaseException:
                 with self._lock:
-                    self._dirty = True
+                    self._record.touch()
                 raise
             with self._lock:
-                for start in sorted(parts)[:-1]:  # full, and written
-                    self._parts.pop(start, None)
-
-    def _write(self, attempt: int, events: list[dict[str, Any]], parts: dict[int, list[dict[str, Any]]]) -> None:
-        for start, rows in parts.items():
-            self._config.run.write_history(attempt, start, rows)
-        if events:
-            self._config.run.write_events(attempt, events)
+                self._record.written(tail)
 
     def _add_event(self, kind: str, **fields: Any) -> None:
-        event = {"at_seconds": round(time.time(), 3), "attempt": self._attempt, "kind": kind, **fields}
-        self._events.append(event)
-        self._clock.see(event)
-        self._dirty = True
-        logger.info("%s", event)
+        self._clock.see(self._record.add_event(kind, fields))
 
     def _flush_forever(self) -> None:
         while not self._outcome:

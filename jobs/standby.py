@@ -24,8 +24,10 @@ CALL_SECONDS = 10.0
 IMPORTS = (
     "aiobotocore.session",
     "deepspeed",
+    "deepspeed.module_inject",
     "deepspeed.runtime.zero.muon.original_muon",
-    "jobs.trainer",
+    "jobs.monitor",
+    "jobs.worker_group",
     "ray.train.torch",
     "s3fs",
     "torch._dynamo",

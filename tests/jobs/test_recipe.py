@@ -51,6 +51,7 @@ OTHER_VALUES: dict[str, Any] = {
     "stall_seconds": 60.0,
     "hang_seconds": 30.0,
     "resize_seconds": 30.0,
+    "standby": False,
     "on_nonfinite_loss": "skip_batch",
     "max_nonfinite_in_a_row": 3,
     "checkpoint_interval": "auto",
@@ -81,7 +82,7 @@ def test_resuming_may_change_how_a_run_executes_and_nothing_else() -> None:
     computing = {"recompute", "compile", "on_nonfinite_loss", "max_nonfinite_in_a_row"}
     interval = {"interval", "every_steps", "every_seconds", "min_seconds", "max_seconds"}
     saving = {*(f"checkpoint_{name}" for name in interval), "keep_checkpoints", "on_damaged_checkpoint"}
-    watching = {"max_restarts_without_progress", "metrics_port", "hang_seconds", "resize_seconds"}
+    watching = {"max_restarts_without_progress", "metrics_port", "hang_seconds", "resize_seconds", "standby"}
 
     reading = {
         "on_bad_sample",
