@@ -75,17 +75,21 @@ class Newcomers:
         return True
 
 
-def rank_environment(device: str) -> dict[str, str]:
+def rank_environment(environ: Mapping[str, str], device: str, cpus: float) -> dict[str, str]:
     """Variables with which a rank's process, and those that wait for its place, are started.
 
     Args:
+        environ: The driver's.
         device: `cpu` or `cuda`.
+        cpus: Of a rank.
     """
     from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
 
     return {
         WORKER_PROCESS_SETUP_HOOK_ENV_VAR: HOOK,
         "DS_ACCELERATOR": device,
+        # Ray sets it when a process is given its work, and by then torch has looked.
+        "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS") or str(max(1, int(cpus))),
     }
 
 

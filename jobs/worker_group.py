@@ -50,12 +50,13 @@ def fit(job: TrainJob) -> None:
     resources = {"CPU": recipe.cpus_per_worker} | ({"GPU": 1.0} if recipe.device == "cuda" else {})
     with tempfile.TemporaryDirectory(prefix="convmae-ray-train-") as folder:
         saving: Any = SaveBeforeResizes(job.monitor)
+        variables = rank_environment(os.environ, recipe.device, recipe.cpus_per_worker)
         run_config = RunConfig(
             name=job.run.name,
             storage_path=folder,  # Ray's own bookkeeping; checkpoints are ours
             failure_config=FailureConfig(max_failures=-1),
             callbacks=[FailureReporter(job.monitor), saving],
-            worker_runtime_env={"env_vars": rank_environment(recipe.device)} if recipe.standby else {},
+            worker_runtime_env={"env_vars": variables} if recipe.standby else {},
             logging_config=LoggingConfig(log_level="ERROR"),
         )
         scaling_config = ScalingConfig(

@@ -4,7 +4,9 @@ import os
 import subprocess
 import sys
 
-from jobs.standby import WARM_SECONDS, Newcomers
+import pytest
+
+from jobs.standby import WARM_SECONDS, Newcomers, rank_environment
 
 WITHOUT_CUDA = """
 import sys, torch
@@ -64,3 +66,12 @@ def test_importing_asks_cuda_nothing_and_leaves_nothing_out() -> None:
     )
 
     assert ended.stdout == "[] []\n", ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("environ", "cpus", "threads"),
+    [({}, 4.0, "4"), ({}, 0.5, "1"), ({"OMP_NUM_THREADS": "3"}, 4.0, "3"), ({"OMP_NUM_THREADS": ""}, 2.5, "2")],
+)
+def test_torch_computes_on_the_cpus_of_a_rank(environ: dict[str, str], cpus: float, threads: str) -> None:
+    """Ray says so when an actor starts, which is after a process that waits has imported torch."""
+    assert rank_environment(environ, "cpu", cpus)["OMP_NUM_THREADS"] == threads
