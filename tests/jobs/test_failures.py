@@ -12,7 +12,7 @@ from testbed import Command, losses, processes, small_recipe
 
 from jobs.stack import Stack
 
-FIELDS = {"epochs": 12, "checkpoint_every_steps": 10, "max_restarts_without_progress": 5}
+FIELDS = {"epochs": 12, "checkpoint_every_steps": 10, "max_restarts_without_progress": 5, "standby": True}
 
 TRACES = "s3://convmae/traces/"
 
@@ -22,6 +22,15 @@ def undisturbed(convmae: Command, data: str) -> list[float]:
     """Losses of a run that nobody touched."""
     convmae("pretrain", *small_recipe(data, **FIELDS), "--run", "undisturbed", "--trace", TRACES + "undisturbed")
     return losses(convmae.run("undisturbed"))
+
+
+def waiting() -> set[int]:
+    """Processes that have no work, and have imported what a rank needs."""
+    return {
+        process.pid
+        for process in processes("ray::IDLE")
+        if any("libtorch_cpu" in mapped.path for mapped in process.memory_maps())
+    }
 
 
 @pytest.fixture
@@ -44,9 +53,13 @@ def test_worker_driver_and_s3_server_are_killed_and_the_run_goes_on_by_itself(
         wait_until(f"step {step} of attempt {attempt}", reached, 300)
 
     after(15, attempt=1)
+    wait_until("a process that waits", lambda: len(waiting()) >= 2, 60)
+    standbys = waiting()
     worker = next(process for process in processes("ray::RayTrainWorker") if process.pid not in workers_before)
     os.kill(worker.pid, signal.SIGKILL)
     after(35, attempt=2)
+    workers = {process.pid for process in processes("ray::RayTrainWorker")} - workers_before
+    assert workers <= standbys, "those that waited took over"
     (driver,) = (process for process in processes(run.url) if "jobs.cli" in process.cmdline())
     os.kill(driver.pid, signal.SIGKILL)
     after(55, attempt=3)

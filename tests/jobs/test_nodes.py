@@ -33,6 +33,7 @@ FIELDS = {
     "epochs": 1000,
     "base_learning_rate": 0.004,
     "max_restarts_without_progress": 5,
+    "standby": True,
 }
 
 

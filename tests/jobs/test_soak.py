@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.soak, pytest.mark.timeout(4 * 3600)]
 MINUTES = float(os.environ.get("CONVMAE_SOAK_MINUTES", "30"))
 SEED = int(os.environ.get("CONVMAE_SOAK_SEED", str(int(time.time()))))
 BETWEEN_KILLS_SECONDS = (30.0, 60.0)
-FIELDS = {"epochs": 100_000, "checkpoint_every_steps": 10, "max_restarts_without_progress": 20}
+FIELDS = {"epochs": 100_000, "checkpoint_every_steps": 10, "max_restarts_without_progress": 20, "standby": True}
 GROWTH = 1.25
 """The median of the last third of the samples may be so many times that of the first."""
 
