@@ -96,9 +96,9 @@ def consolidate(
     Large checkpoints are copied by Ray tasks, small ones here. A result is checked while it is made and read back for
     its SHA-256. The same command again goes on where it was cut off.
     """
-    from jobs.consolidate import Wanted
     from jobs.consolidate_command import consolidate_and_say
     from jobs.terminal import parsed_bytes
+    from jobs.weight_results import Wanted
 
     wanted = Wanted(dtype, parsed_bytes("--shard-bytes", shard_bytes) if shard_bytes else None, out)
     session = open_session()
