@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -86,11 +85,10 @@ def test_a_kill_in_the_middle_is_gone_on_from(run: RunDirectory) -> None:
         f"run = RunDirectory(Storage(), {run.url!r})\n"
         f"consolidate.consolidate(run, wanted=wanted, part_bytes={PART_BYTES}, on_progress=slowly)\n"
     )
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    assert process.stdout
-    next(line for line in process.stdout if int(line) >= 11)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        next(line for line in process.stdout if int(line) >= 11)
+        process.kill()
     wanted = Wanted(shard_bytes=12_000)
     assert not any(run.storage.exists(mark) for mark in wanted.marks(wanted.url(run, STEP)))
 
