@@ -98,6 +98,8 @@ class Wanted:
 
 ONE_FILE = Wanted()
 """All weights in fp32, in the run directory."""
+SEVERAL_FILES = Wanted(shard_bytes=0)
+"""The same as a folder of files of any size: enough to ask whether it is there."""
 
 
 def consolidated_url(run: RunDirectory, step: int) -> str:

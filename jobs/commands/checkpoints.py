@@ -109,7 +109,10 @@ def consolidate(
 def export(
     checkpoint: Annotated[
         str,
-        typer.Argument(metavar="CHECKPOINT", help="A run, or the path or URL of a consolidated .safetensors file."),
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="A run, or the path or URL of a consolidated .safetensors file, or of a folder of several.",
+        ),
     ],
     *,
     name: Annotated[str, typer.Option("--format", help="official, backbone, hf or onnx.")],
@@ -138,12 +141,12 @@ def export(
 
     session = open_session()
     check_format(name)
-    if checkpoint.endswith(weights_file.SUFFIX):
+    if weights_file.is_weights(session.storage, checkpoint):
         if step is not None:
             raise UserError("--step", "must not be given with a file", step, "give the run, or the step's own file")
         url, directory = Storage.absolute(checkpoint), None
         weights = weights_file.of_file(session.storage, url)
-        default = url.rpartition("/")[0]
+        default = weights_file.folder_beside(url)
     else:
         directory = existing_run(session, checkpoint, run_root)
         weights, default = weights_file.of_run(directory, step), directory.path("exports")
