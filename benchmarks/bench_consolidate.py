@@ -28,9 +28,9 @@ from local_s3 import LocalS3, local_s3
 from zero_material import commit_zero_files, model_material, write_zero_files
 
 from jobs.checkpoint import Commit
-from jobs.consolidate import consolidated_url
 from jobs.recipes import named_recipe
 from jobs.run_directory import RunDirectory
+from jobs.weight_results import consolidated_url
 from pipeline.storage import Storage
 
 GOAL = 3.0

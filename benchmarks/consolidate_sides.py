@@ -56,8 +56,10 @@ def stock(storage: Storage, run_url: str, result_url: str) -> dict[str, float]:
 def ours(storage: Storage, run_url: str) -> dict[str, float]:
     """`convmae consolidate --force`; returns the seconds of its stages."""
     began = time.perf_counter()
-    from jobs.consolidate import Progress, Wanted, consolidate, in_threads
+    from jobs.consolidate import consolidate, in_threads
     from jobs.weight_files import PART_BYTES
+    from jobs.weight_results import Wanted
+    from jobs.weight_writer import Progress
 
     entered, stage = {"import": began}, "import"
 

@@ -26,6 +26,7 @@ from jobs import checkpoint
 from jobs.checkpoint import CHUNK_BYTES, CheckpointFile, Commit, checksummed
 from jobs.run_directory import RunDirectory
 from jobs.torch_archive import damaged
+from pipeline.storage import Storage
 
 READ_BYTES = 8 << 20
 """Of one request, at most."""
@@ -45,6 +46,42 @@ class Copy:
     offset: int
     target: memoryview
     """As long as what is wanted."""
+
+
+@dataclass(frozen=True)
+class CheckedRange:
+    """Whole chunks of one file that lie together, and their checksums: a picklable value.
+
+    Any process can read it.
+    """
+
+    url: str
+    offset: int
+    length: int
+    """In bytes."""
+    chunk_bytes: int
+    """Of each chunk but the file's last."""
+    checksums: tuple[int, ...]
+    """The CRC32C of each chunk."""
+
+    def read(self, storage: Storage) -> bytes:
+        """The bytes, as they were written.
+
+        Raises:
+            DamagedCheckpointError: The file is missing, truncated or altered; names it and the chunk.
+        """
+        try:
+            data = storage.read_range(self.url, self.offset, self.length)
+        except FileNotFoundError:
+            raise damaged(self.url, "it is missing") from None
+        if len(data) != self.length:
+            raise damaged(self.url, f"it ends before byte {self.offset + self.length}")
+        for number, checksum in enumerate(self.checksums):
+            start = number * self.chunk_bytes
+            if google_crc32c.value(data[start : start + self.chunk_bytes]) != checksum:
+                place = f"at {self.offset + start} or in the {self.chunk_bytes} bytes from there"
+                raise damaged(self.url, f"it was altered {place}")
+        return data
 
 
 @dataclass(frozen=True)
@@ -80,7 +117,7 @@ class CheckedFiles:
         assert all(file.chunk_bytes for file in self._files)
         self._urls = [checkpoint.file_url(run, commit.step, file.name) for file in self._files]
         self._numbers = {url: number for number, url in enumerate(self._urls)}
-        self._checksums = [file.chunk_checksums() for file in self._files]
+        self._checksums = [np.array(file.chunk_checksums(), np.uint32) for file in self._files]
         self._firsts = [0, *itertools.accumulate(len(checksums) for checksums in self._checksums)]
         self._checked = np.zeros(self._firsts[-1], np.bool_)
         self._chunk = functools.lru_cache(_KEPT_CHUNKS)(lambda file, chunk: self._read(_Run(file, chunk, 1)))
@@ -95,6 +132,17 @@ class CheckedFiles:
         file = self._numbers[url]
         chunk, start = divmod(offset, self._files[file].chunk_bytes)
         return self._chunk(file, self._firsts[file] + chunk)[start : start + length]
+
+    def chunk_bytes(self, url: str) -> int:
+        """What has a checksum of its own in a file."""
+        return self._files[self._numbers[url]].chunk_bytes
+
+    def covering(self, url: str, offset: int, length: int) -> CheckedRange:
+        """The whole chunks that hold a range of a file, for another process to read; `checked` does not hear of it."""
+        file = self._numbers[url]
+        size = self._files[file].chunk_bytes
+        first, after = offset // size, -(-(offset + length) // size)
+        return self._range(file, first, after - first)
 
     def read_into(self, copies: Iterable[Copy]) -> None:
         """Copy many ranges, in as few requests as the chunks allow."""
@@ -152,22 +200,16 @@ class CheckedFiles:
 
     def _read(self, run: _Run) -> bytes:
         """The bytes of a run, compared with the commit."""
-        file, url, offset = self._files[run.file], self._urls[run.file], self._offset(run)
-        wanted = min(run.count * file.chunk_bytes, file.bytes - offset)
-        try:
-            data = self._storage.read_range(url, offset, wanted)
-        except FileNotFoundError:
-            raise damaged(url, "it is missing") from None
-        if len(data) != wanted:
-            raise damaged(url, f"it ends before its {file.bytes} bytes")
-        first = run.first - self._firsts[run.file]
-        expected = self._checksums[run.file][first : first + run.count]
-        for number, checksum in enumerate(expected):
-            start = number * file.chunk_bytes
-            if google_crc32c.value(data[start : start + file.chunk_bytes]) != checksum:
-                raise damaged(url, f"it was altered at {offset + start} or in the {file.chunk_bytes} bytes from there")
+        data = self._range(run.file, run.first - self._firsts[run.file], run.count).read(self._storage)
         self._checked[run.first : run.first + run.count] = True
         return data
+
+    def _range(self, number: int, first: int, count: int) -> CheckedRange:
+        """Chunks of one file, counted from its beginning."""
+        file, offset = self._files[number], first * self._files[number].chunk_bytes
+        wanted = min(count * file.chunk_bytes, file.bytes - offset)
+        checksums = self._checksums[number][first : first + count].tolist()
+        return CheckedRange(self._urls[number], offset, wanted, file.chunk_bytes, tuple(checksums))
 
 
 def with_chunks(run: RunDirectory, step: int, files: Sequence[CheckpointFile]) -> list[CheckpointFile]:

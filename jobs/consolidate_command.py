@@ -8,11 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from jobs.consolidate import Consolidated, FanOut, Progress, Wanted, commit_of, consolidate, in_threads
+from jobs.consolidate import commit_of, consolidate, in_threads
 from jobs.run_directory import RunDirectory
 from jobs.session import Session
 from jobs.terminal import bytes_text, duration_text, progress_bar, say
 from jobs.weight_files import PART_BYTES
+from jobs.weight_results import Consolidated, Wanted
+from jobs.weight_writer import FanOut, Progress
 
 CLUSTER_BYTES = 2 << 30
 """Checkpoints from this size on are worth starting tasks on a cluster for; smaller ones take seconds here."""

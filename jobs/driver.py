@@ -23,7 +23,6 @@ import torch
 from jobs import checkpoint
 from jobs.checkpoint import CLAIMS
 from jobs.checkpoint_interval import IntervalRule
-from jobs.consolidate import Consolidated
 from jobs.errors import OvertakenError, RecipeError, RunError, RunFailedError
 from jobs.failure_cause import root_cause
 from jobs.initial_weights import pinned
@@ -36,6 +35,7 @@ from jobs.schedule import Schedule
 from jobs.session import Session
 from jobs.trace import check_trace
 from jobs.trainer import TrainJob, order_of
+from jobs.weight_results import Consolidated
 from pipeline.claim import Claim, claimed, standing
 from pipeline.errors import ClaimedError
 from pipeline.manifest import Manifest

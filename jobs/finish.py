@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from jobs import checkpoint
-from jobs.consolidate import consolidate, load_consolidated
+from jobs.consolidate import consolidate
 from jobs.reconstruction import write_reconstructions
 from jobs.report import write_report
 from jobs.run_directory import RunDirectory
+from jobs.weight_results import load_consolidated
 from pipeline.dataset import Dataset
 from pipeline.errors import UserError
 

@@ -8,8 +8,9 @@ import threading
 from collections.abc import Callable
 
 from jobs import checkpoint
-from jobs.consolidate import Consolidated, consolidate, in_threads
+from jobs.consolidate import consolidate, in_threads
 from jobs.run_directory import RunDirectory
+from jobs.weight_results import Consolidated
 
 logger = logging.getLogger(__name__)
 

@@ -58,8 +58,6 @@ class Record:
     offset: int
     """Of the first byte in the file."""
     bytes: int
-    crc32: int
-    """Of the whole record, as the archive's directory has it."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +157,7 @@ class _Reader:
             if info.compress_type != zipfile.ZIP_STORED:
                 raise damaged(self._url, f"{info.filename} is compressed")
             offset = self._data_offset(info) if info.file_size else info.header_offset
-            self._records[key] = Record(self._url, info.filename, offset, info.file_size, info.CRC)
+            self._records[key] = Record(self._url, info.filename, offset, info.file_size)
         return self._records[key]
 
     def _data_offset(self, info: zipfile.ZipInfo) -> int:

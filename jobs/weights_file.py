@@ -1,9 +1,10 @@
-"""One consolidated safetensors file: its configuration, its tensors, and whether it is as it was written."""
+"""Consolidated weights, in one safetensors file or several: configuration, tensors, and whether they are as written."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -19,6 +20,8 @@ from jobs.checked_files import CheckedFiles, with_chunks
 from jobs.checkpoint import Commit, scratch_folder
 from jobs.errors import CheckpointError, WeightsFileError
 from jobs.run_directory import RunDirectory
+from jobs.weight_files import FILE_NAME, INDEX_NAME
+from jobs.weight_results import SEVERAL_FILES, recorded_sha256
 from jobs.zero_state import read_zero_state
 from model import ConvMAE, ConvMAEConfig
 from model.errors import ModelConfigError
@@ -26,6 +29,9 @@ from model.weights import check_names
 from pipeline.storage import Storage
 
 SUFFIX = ".safetensors"
+INDEX_SUFFIX = ".safetensors.index.json"
+_SHARD_NAME = re.compile(r"[^/\\]+\.safetensors")
+_RESULT = re.compile(r"step-(\d+)(\.safetensors)?")
 _NOT_IN_SHAPES = ("num_heads", "decoder_num_heads")
 """Fields of a model that its tensors do not tell."""
 
@@ -70,16 +76,84 @@ def check_against(tensors: Mapping[str, Any], config: ConvMAEConfig, value: str)
 
 
 def of_file(storage: Storage, url: str) -> Weights:
-    """Read a consolidated file, and compare it with the SHA-256 beside it where there is one.
+    """Read consolidated weights: one file, or several by their index or their folder.
+
+    Each file is compared with the SHA-256 beside it where there is one.
 
     Raises:
-        WeightsFileError: It is missing, altered, no safetensors file, or not of one of our models.
+        WeightsFileError: A file is missing, altered, no safetensors file, not of one of our models, or not one of those
+            that the index was written for.
     """
-    with local_copy(storage, url) as path:
-        if (expected := _recorded_sha256(storage, url)) and sha256_of(path) != expected:
-            rule = f"must have the SHA-256 in {url.rpartition('/')[2]}.sha256 beside it"
-            raise WeightsFileError("weights", rule, url, "consolidate the checkpoint again, or get the file again")
-        return read_weights(path, url)
+    if url.endswith(SUFFIX):
+        with _checked_copy(storage, url) as path:
+            return read_weights(path, url)
+    if url.endswith(INDEX_SUFFIX):
+        return _of_shards(storage, url)
+    for name, read in ((INDEX_NAME, _of_shards), (FILE_NAME, of_file)):
+        if storage.exists(place := Storage.join(url, name)):
+            return read(storage, place)
+    rule = f"must end in {SUFFIX}, or be a folder with {INDEX_NAME}"
+    raise WeightsFileError("weights", rule, url, "give what `convmae consolidate` wrote")
+
+
+def is_weights(storage: Storage, url: str) -> bool:
+    """Whether `of_file` is meant by a place: a file, an index, or a folder that holds one of them."""
+    if url.endswith((SUFFIX, INDEX_SUFFIX)):
+        return True
+    return "/" in url and any(storage.exists(Storage.join(url, name)) for name in (INDEX_NAME, FILE_NAME))
+
+
+def folder_beside(url: str) -> str:
+    """Where what is made of weights goes: the folder of a file; for several, the one in which theirs lies."""
+    place = url.removesuffix(f"/{INDEX_NAME}").rstrip("/")
+    return place.rpartition("/")[0]
+
+
+def _of_shards(storage: Storage, index_url: str) -> Weights:
+    folder, places = index_url.rpartition("/")[0], _weight_map(storage, index_url)
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    for name in sorted(set(places.values())):
+        url = Storage.join(folder, name)
+        with _checked_copy(storage, url) as path, _opened(path, url) as file:
+            theirs = dict(file.metadata() or {})
+            _check_shard(url, index_url, {key for key, place in places.items() if place == name}, set(file.keys()))
+            _check_same(url, metadata or theirs, theirs)
+            tensors.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118  it is no mapping
+        metadata = theirs
+    return _weights(tensors, metadata, index_url)
+
+
+def _weight_map(storage: Storage, index_url: str) -> dict[str, str]:
+    """The file of each tensor."""
+    remedy = "consolidate the checkpoint again, or get the folder again"
+    try:
+        places = json.loads(storage.read(index_url))["weight_map"]
+    except FileNotFoundError:
+        raise WeightsFileError("weights", "must exist", index_url, remedy) from None
+    except (ValueError, LookupError, TypeError) as error:
+        rule = f"must be the index of several files ({type(error).__name__}: {error})"
+        raise WeightsFileError("weights", rule, index_url, remedy) from None
+    is_map = isinstance(places, dict) and bool(places)
+    if not is_map or not all(isinstance(name, str) and _SHARD_NAME.fullmatch(name) for name in places.values()):
+        rule = f"must name {SUFFIX} files of its own folder for all tensors"
+        raise WeightsFileError("weights", rule, index_url, remedy)
+    return dict(places)
+
+
+def _check_shard(url: str, index_url: str, expected: set[str], found: set[str]) -> None:
+    faults = [f"missing {name}" for name in sorted(expected - found)]
+    faults += [f"unexpected {name}" for name in sorted(found - expected)]
+    if faults:
+        rule = f"must hold the tensors that {index_url.rpartition('/')[2]} says ({'; '.join(faults)})"
+        raise WeightsFileError("weights", rule, url, "consolidate the checkpoint again with --force")
+
+
+def _check_same(url: str, before: Mapping[str, str], theirs: Mapping[str, str]) -> None:
+    for key in sorted({*before, *theirs}):
+        if before.get(key) != theirs.get(key):
+            rule = f"must be of the same consolidation as the files before it ({key} was {before.get(key)!r})"
+            raise WeightsFileError("weights", rule, f"{url}, {key} {theirs.get(key)!r}", "get the folder again")
 
 
 def of_run(run: RunDirectory, step: int | None = None) -> Weights:
@@ -92,14 +166,14 @@ def of_run(run: RunDirectory, step: int | None = None) -> Weights:
     Raises:
         CheckpointError: There is no such step, or a file of it is missing or altered.
     """
-    consolidated = _consolidated_steps(run)
+    consolidated = _consolidated(run)
     if step is None:
         step = max([*consolidated, *checkpoint.committed_steps(run)], default=None)
     if step is None:
         remedy = "wait for the first one, or save more often (checkpoint_interval)"
         raise CheckpointError("run", "must have a committed checkpoint", run.name, remedy)
     if step in consolidated:
-        return of_file(run.storage, run.path("consolidated", f"{checkpoint.folder_name(step)}{SUFFIX}"))
+        return of_file(run.storage, consolidated[step])
     return _of_checkpoint(run, checkpoint.read_commit(run, step))
 
 
@@ -120,10 +194,15 @@ def _of_checkpoint(run: RunDirectory, commit: Commit) -> Weights:
     return weights
 
 
-def _consolidated_steps(run: RunDirectory) -> list[int]:
-    names = [name for name in run.storage.list_names(run.path("consolidated")) if name.endswith(SUFFIX)]
-    steps = [name.removesuffix(SUFFIX).removeprefix("step-") for name in names]
-    return [int(step) for step in steps if step.isdecimal()]
+def _consolidated(run: RunDirectory) -> dict[int, str]:
+    """Where each step's fp32 weights are: the file, or else the folder of several that are finished."""
+    found: dict[int, str] = {}
+    for name in sorted(run.storage.list_names(run.path("consolidated"))):  # a folder comes before its file
+        match = _RESULT.fullmatch(name)
+        url = run.path("consolidated", name)
+        if match and (match[2] or SEVERAL_FILES.is_finished(run.storage, url)):
+            found[int(match[1])] = url
+    return found
 
 
 def read_weights(path: Path, url: str) -> Weights:
@@ -133,12 +212,13 @@ def read_weights(path: Path, url: str) -> Weights:
         WeightsFileError: As `of_file`.
     """
     with _opened(path, url) as file:
-        metadata = dict(file.metadata() or {})
-        weights = Weights(
-            model_config(metadata, url),
-            {name: file.get_tensor(name) for name in file.keys()},  # noqa: SIM118  it is no mapping
-            {name: value for name, value in metadata.items() if name not in ("model", "format")},
-        )
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+        return _weights(tensors, dict(file.metadata() or {}), url)
+
+
+def _weights(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], url: str) -> Weights:
+    told = {name: value for name, value in metadata.items() if name not in ("model", "format")}
+    weights = Weights(model_config(metadata, url), tensors, told)
     weights.check(url)
     return weights
 
@@ -206,15 +286,16 @@ def local_copy(storage: Storage, url: str) -> Iterator[Path]:
         yield path
 
 
+@contextmanager
+def _checked_copy(storage: Storage, url: str) -> Iterator[Path]:
+    with local_copy(storage, url) as path:
+        if (expected := recorded_sha256(storage, url)) and sha256_of(path) != expected:
+            rule = f"must have the SHA-256 in {url.rpartition('/')[2]}.sha256 beside it"
+            raise WeightsFileError("weights", rule, url, "consolidate the checkpoint again, or get the file again")
+        yield path
+
+
 def sha256_of(path: Path) -> str:
     """Of a local file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _recorded_sha256(storage: Storage, url: str) -> str:
-    try:
-        words = storage.read(f"{url}.sha256").decode(errors="replace").split()
-    except FileNotFoundError:
-        return ""
-    return words[0] if words else ""

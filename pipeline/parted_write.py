@@ -1,7 +1,7 @@
 """One object that several processes write together, each its parts, and that nobody sees until all are there.
 
 On S3 this is a multipart upload, on a local path a hidden file beside the target and a rename. Other stores have one
-writer an object: `write_stream`.
+writer an object: `write_stream`. What was begun can be gone on with by another process (pipeline.parted_journal).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import google_crc32c
 
 from pipeline import faults
 from pipeline.storage import Storage, is_local, is_s3
@@ -35,11 +37,14 @@ class PartedWrite:
 
 @dataclass(frozen=True)
 class WrittenPart:
-    """What the store answered for one part."""
+    """A part as it was sent, and what the store answered for it."""
 
     number: int
     """From 1 on."""
-    etag: str
+    offset: int
+    bytes: int
+    crc32c: int
+    etag: str = ""
 
 
 def takes_parts(url: str) -> bool:
@@ -71,14 +76,29 @@ def write_part(storage: Storage, target: PartedWrite, number: int, offset: int, 
         offset: Of the part's first byte in the object.
         data: At least LEAST_PART_BYTES, but for the last part.
     """
+    crc32c = google_crc32c.value(data)
     if is_local(target.url):
         storage.attempt(target.url, lambda *_: _write_at(_hidden(target), offset, data))
-        return WrittenPart(number, "")
+        return WrittenPart(number, offset, len(data), crc32c)
     answer = storage.attempt(
         target.url,
         lambda fs, path: _s3(fs, path, "upload_part", UploadId=target.token, PartNumber=number, Body=data),
     )
-    return WrittenPart(number, answer["ETag"])
+    return WrittenPart(number, offset, len(data), crc32c, answer["ETag"])
+
+
+def still_there(storage: Storage, target: PartedWrite, parts: Iterable[WrittenPart]) -> list[WrittenPart]:
+    """Those of `parts` that the store still holds as they were written.
+
+    S3 tells each part's size and ETag, which are compared; in a folder the bytes are read, and their CRC32C compared.
+    """
+    if is_local(target.url):
+        return storage.attempt(target.url, lambda *_: [part for part in parts if _is_written(_hidden(target), part)])
+    try:
+        held = storage.attempt(target.url, lambda fs, path: dict(_held(fs, path, target.token)))
+    except FileNotFoundError:  # the upload was finished or aborted
+        return []
+    return [part for part in parts if held.get(part.number) == (part.bytes, part.etag.strip('"'))]
 
 
 def finish(storage: Storage, target: PartedWrite, parts: Sequence[WrittenPart]) -> None:
@@ -107,17 +127,19 @@ def finish(storage: Storage, target: PartedWrite, parts: Sequence[WrittenPart]) 
     storage.attempt(target.url, complete)
 
 
-def abandon_all(storage: Storage, url: str) -> None:
-    """Sweep away what was begun for this target and never finished; invisible, but it takes space."""
+def abandon_all(storage: Storage, url: str, but: PartedWrite | None = None) -> None:
+    """Sweep away what was begun for this target and never finished, `but` one; invisible, but it takes space."""
     if is_local(url):
         target = Path(Storage.local_path(url))
         for leftover in target.parent.glob(f".{target.name}.*.parts"):
-            leftover.unlink(missing_ok=True)
+            if but is None or leftover != _hidden(but):
+                leftover.unlink(missing_ok=True)
     elif is_s3(url):
         for upload_id in storage.attempt(url, _open_uploads):
-            abort = functools.partial(_s3, method="abort_multipart_upload", UploadId=upload_id)
-            with contextlib.suppress(FileNotFoundError):
-                storage.attempt(url, abort)
+            if but is None or upload_id != but.token:
+                abort = functools.partial(_s3, method="abort_multipart_upload", UploadId=upload_id)
+                with contextlib.suppress(FileNotFoundError):
+                    storage.attempt(url, abort)
 
 
 def write_stream(storage: Storage, url: str, pieces: Callable[[], Iterable[bytes]]) -> None:
@@ -156,9 +178,30 @@ def _open_uploads(filesystem: Any, path: str) -> list[str]:
     return [upload["UploadId"] for upload in answer.get("Uploads") or () if upload["Key"] == key]
 
 
+def _held(filesystem: Any, path: str, upload_id: str) -> Iterator[tuple[int, tuple[int, str]]]:
+    """Number, bytes and ETag of each part that an upload holds; a thousand come with an answer."""
+    marker = 0
+    while True:
+        answer = _s3(filesystem, path, "list_parts", UploadId=upload_id, PartNumberMarker=marker)
+        found = answer.get("Parts") or ()
+        yield from ((part["PartNumber"], (part["Size"], part["ETag"].strip('"'))) for part in found)
+        if not answer.get("IsTruncated") or not found:
+            return
+        marker = found[-1]["PartNumber"]
+
+
 def _hidden(target: PartedWrite) -> Path:
     path = Path(Storage.local_path(target.url))
     return path.with_name(f".{path.name}.{target.token}.parts")
+
+
+def _is_written(path: Path, part: WrittenPart) -> bool:
+    try:
+        with _opened(path, os.O_RDONLY) as file:
+            data = os.pread(file, part.bytes, part.offset)
+    except FileNotFoundError:
+        return False
+    return (len(data), google_crc32c.value(data)) == (part.bytes, part.crc32c)
 
 
 def _write_at(path: Path, offset: int, data: bytes) -> None:

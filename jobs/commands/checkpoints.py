@@ -96,9 +96,9 @@ def consolidate(
     Large checkpoints are copied by Ray tasks, small ones here. A result is checked while it is made and read back for
     its SHA-256. The same command again goes on where it was cut off.
     """
-    from jobs.consolidate import Wanted
     from jobs.consolidate_command import consolidate_and_say
     from jobs.terminal import parsed_bytes
+    from jobs.weight_results import Wanted
 
     wanted = Wanted(dtype, parsed_bytes("--shard-bytes", shard_bytes) if shard_bytes else None, out)
     session = open_session()
@@ -109,7 +109,10 @@ def consolidate(
 def export(
     checkpoint: Annotated[
         str,
-        typer.Argument(metavar="CHECKPOINT", help="A run, or the path or URL of a consolidated .safetensors file."),
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="A run, or the path or URL of a consolidated .safetensors file, or of a folder of several.",
+        ),
     ],
     *,
     name: Annotated[str, typer.Option("--format", help="official, backbone, hf or onnx.")],
@@ -138,12 +141,12 @@ def export(
 
     session = open_session()
     check_format(name)
-    if checkpoint.endswith(weights_file.SUFFIX):
+    if weights_file.is_weights(session.storage, checkpoint):
         if step is not None:
             raise UserError("--step", "must not be given with a file", step, "give the run, or the step's own file")
         url, directory = Storage.absolute(checkpoint), None
         weights = weights_file.of_file(session.storage, url)
-        default = url.rpartition("/")[0]
+        default = weights_file.folder_beside(url)
     else:
         directory = existing_run(session, checkpoint, run_root)
         weights, default = weights_file.of_run(directory, step), directory.path("exports")

@@ -120,7 +120,7 @@ def test_a_file_that_ends_early_or_is_missing_is_named(files: CheckedFiles) -> N
     os.truncate(url(files, "a"), 1233)
     Path(url(files, "c")).unlink()
 
-    with pytest.raises(DamagedCheckpointError, match="it ends before its 1234 bytes"):
+    with pytest.raises(DamagedCheckpointError, match="it ends before byte 1234"):
         copied(files, ("a", 1200, 1))
     with pytest.raises(DamagedCheckpointError, match=r"it is missing.*/c'"):
         copied(files, ("c", 0, 1))

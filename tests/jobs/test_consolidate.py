@@ -6,65 +6,33 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
-import zipfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from made_up_run import MATERIAL, STEP, assert_bit_equal, left_behind, made, make_run, tensors_of
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from zero_material import Material, commit_zero_files, random_material, write_zero_files
+from zero_material import Material
 
-from jobs import checkpoint, consolidate
+from jobs import checkpoint
 from jobs.checkpoint import Commit
-from jobs.consolidate import Progress, Wanted, consolidated_url, is_consolidated, load_consolidated
-from jobs.errors import CheckpointError, DamagedCheckpointError
+from jobs.errors import CheckpointError
 from jobs.recipes import named_recipe
 from jobs.run_directory import RunDirectory
-from jobs.torch_archive import read_archive
-from jobs.weight_copy import Done, Task
+from jobs.weight_results import Wanted, consolidated_url, is_consolidated, load_consolidated
 from pipeline.errors import UserError
-from pipeline.storage import Storage
 
-STEP = 7
-PART_BYTES = 4096
-"""So small that every tensor lies in several parts, and every part in several tensors or ranks."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MATERIAL = random_material(9000, tensor_elements=2500)
-
-
-def make_run(
-    folder: Path, stage: int, world_size: int, material: Material = MATERIAL, *, bf16: bool = False
-) -> RunDirectory:
-    """A run with one checkpoint of made-up files."""
-    files = folder / f"zero{stage}-of-{world_size}"
-    write_zero_files(files, material, stage, world_size, bf16=bf16)
-    run = RunDirectory.of(Storage(retry_seconds=2), str(folder / "runs"), files.name)
-    commit_zero_files(run, named_recipe("tiny"), files, step=STEP, stage=stage, world_size=world_size)
-    return run
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
     return make_run(tmp_path, 2, 2)
-
-
-FP32 = Wanted()
-
-
-def made(run: RunDirectory, wanted: Wanted = FP32, **options: Any) -> consolidate.Consolidated:
-    return consolidate.consolidate(run, wanted=wanted, part_bytes=PART_BYTES, **options)
-
-
-def tensors_of(result: consolidate.Consolidated) -> dict[str, Tensor]:
-    return {name: tensor for file in result.files for name, tensor in load_file(file.url).items()}
 
 
 def deepspeeds_own(run: RunDirectory, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -75,23 +43,6 @@ def deepspeeds_own(run: RunDirectory, dtype: torch.dtype) -> dict[str, Tensor]:
     state = get_fp32_state_dict_from_zero_checkpoint(folder, tag=checkpoint.folder_name(STEP))
     converted: dict[str, Tensor] = to_torch_tensor(state, dtype=dtype)
     return converted
-
-
-def assert_bit_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
-
-
-def archives(run: RunDirectory, suffix: str) -> list[Path]:
-    return sorted(Path(run.path("checkpoints", checkpoint.folder_name(STEP))).glob(f"*{suffix}"))
-
-
-def left_behind(run: RunDirectory) -> list[str]:
-    """Everything in the folder of results, however hidden."""
-    folder = Path(run.path("consolidated"))
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
@@ -233,156 +184,6 @@ def test_what_fits_or_was_never_finite_is_converted(tmp_path: Path, value: float
 
     expected = torch.tensor(value).half().float()
     assert torch.equal(found.nan_to_num(nan=1.0), expected.nan_to_num(nan=1.0))
-
-
-Damage = Callable[[Path], None]
-
-
-def flip(place: Callable[[Path], int]) -> Damage:
-    def damage(path: Path) -> None:
-        data = bytearray(path.read_bytes())
-        data[place(path)] ^= 1
-        path.write_bytes(data)
-
-    return damage
-
-
-def within(record: str, offset: int) -> Callable[[Path], int]:
-    def place(path: Path) -> int:
-        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
-            info = next(info for info in archive.infolist() if info.filename.endswith(record))
-            file.seek(info.header_offset + 26)
-            name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
-            return info.header_offset + 30 + name + extra + offset % info.file_size
-
-    return place
-
-
-DAMAGES: dict[str, tuple[str, Damage, str]] = {
-    "a weight": ("rank_1*_optim_states.pt", flip(within("data/6", 4242)), "CRC-32"),
-    "the last weight": ("rank_1*_optim_states.pt", flip(within("data/6", -1)), "CRC-32"),
-    "a frozen parameter": ("model_states.pt", flip(within("data/5", 77)), "CRC-32"),
-    "the pickle": ("rank_0*_optim_states.pt", flip(within("data.pkl", 300)), "directory cannot be read"),
-    "the directory": ("rank_0*_optim_states.pt", flip(lambda path: path.stat().st_size - 20), "as it was written"),
-    "a file cut off": (
-        "rank_1*_optim_states.pt",
-        lambda path: os.truncate(path, path.stat().st_size - 1),
-        "bytes, not",
-    ),
-    "a file that is longer": ("model_states.pt", lambda path: os.truncate(path, path.stat().st_size + 1), "bytes, not"),
-    "a missing file": ("rank_1*_optim_states.pt", Path.unlink, "is missing"),
-    "a file of zeros": ("rank_0*_optim_states.pt", lambda path: path.write_bytes(bytes(path.stat().st_size)), "cannot"),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGES)
-@pytest.mark.parametrize("wanted", [Wanted("bf16"), Wanted("bf16", shard_bytes=12_000)], ids=["one file", "several"])
-def test_damaged_files_are_found_and_leave_nothing(run: RunDirectory, wanted: Wanted, name: str) -> None:
-    suffix, damage, what = DAMAGES[name]
-    (path, *_) = archives(run, suffix)
-    damage(path)
-
-    with pytest.raises(DamagedCheckpointError, match=what) as caught:
-        made(run, wanted)
-
-    assert str(path) in str(caught.value)
-    assert len(str(caught.value).splitlines()) == 1
-    assert [name for name in left_behind(run) if "." in name] == []
-
-
-def test_moments_are_not_read(run: RunDirectory) -> None:
-    for path in archives(run, "_optim_states.pt"):
-        flip(within("data/1", 99))(path)  # exp_avg of the first group
-
-    made(run)
-
-
-class Marker:
-    """What a pickle may name to run code when it is loaded."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (os.mkdir, (str(self.path),))
-
-
-def test_a_pickle_runs_no_code(tmp_path: Path) -> None:
-    path = tmp_path / "evil.pt"
-    torch.save({"fine": torch.arange(3.0), "evil": Marker(tmp_path / "executed")}, path)
-
-    contents = read_archive(Storage(), str(path), path.stat().st_size)
-
-    assert contents["fine"].place().elements == 3
-    assert not (tmp_path / "executed").exists()
-
-
-def test_whole_files_of_an_interrupted_call_are_kept_and_others_made_anew(run: RunDirectory) -> None:
-    wanted = Wanted(shard_bytes=12_000)
-    first = made(run, wanted)
-    Path(first.url, "model.safetensors.index.json").unlink()
-    urls = [Path(file.url) for file in first.files]
-    urls[1].unlink()
-    flip(lambda path: 5000)(urls[2])
-    Path(f"{urls[3]}.sha256").unlink()
-    times = [path.stat().st_mtime_ns if path.exists() else 0 for path in urls]
-
-    seen: list[Progress] = []
-    again = made(run, wanted, on_progress=lambda _, now: seen.append(now))
-
-    assert again.files == first.files
-    assert again.kept == len(urls) - 3
-    changed = [path.stat().st_mtime_ns != before for path, before in zip(urls, times, strict=True)]
-    assert [number for number, is_new in enumerate(changed) if is_new] == [1, 2, 3]
-    assert seen[-1].done == seen[-1].total > seen[-1].kept > 0
-
-
-def test_a_fault_leaves_finished_files_and_nothing_that_looks_complete(run: RunDirectory) -> None:
-    wanted = Wanted(shard_bytes=12_000)
-
-    def dies_half_way(work: Any, storage: Storage, url: str, tasks: Iterator[Task], **_: Any) -> Iterator[Done]:
-        for number, task in enumerate(tasks):
-            if number == 9:
-                raise OSError("the store is away")
-            yield work(storage, url, task)
-
-    with pytest.raises(OSError, match="away"):
-        made(run, wanted, fan_out=dies_half_way)
-
-    names = {name.rpartition("/")[2] for name in left_behind(run)}
-    assert "model.safetensors.index.json" not in names
-    assert not [name for name in names if name.endswith(".parts")]
-    assert made(run, wanted).kept > 0
-
-
-def test_a_kill_in_the_middle_is_gone_on_from(run: RunDirectory) -> None:
-    program = (
-        "import sys, time\n"
-        "from jobs import consolidate\n"
-        "from jobs.run_directory import RunDirectory\n"
-        "from pipeline.storage import Storage\n"
-        "def slowly(stage, now):\n"
-        "    print(now.done, flush=True)\n"
-        "    time.sleep(0.02)\n"
-        f"wanted = consolidate.Wanted(shard_bytes=12_000)\n"
-        f"run = RunDirectory(Storage(), {run.url!r})\n"
-        f"consolidate.consolidate(run, wanted=wanted, part_bytes={PART_BYTES}, on_progress=slowly)\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    assert process.stdout
-    next(line for line in process.stdout if int(line) >= 11)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    wanted = Wanted(shard_bytes=12_000)
-    assert not any(run.storage.exists(mark) for mark in wanted.mark(wanted.url(run, STEP)))
-
-    began = time.monotonic()
-    result = made(run, wanted)
-
-    assert result.kept > 0
-    assert time.monotonic() - began < 10  # the dead one's claim is taken over at once on its own machine
-    assert_bit_equal(tensors_of(result), tensors_of(made(run)))
-    assert not [name for name in left_behind(run) if name.endswith(".parts") or ".claims" in name]
 
 
 def test_a_consolidated_step_is_known(run: RunDirectory) -> None:

@@ -18,10 +18,10 @@ from safetensors.torch import load
 from testbed import Command
 from zero_material import commit_zero_files, random_material, write_zero_files
 
-from jobs.consolidate import load_consolidated
 from jobs.recipes import named_recipe
 from jobs.run_directory import RunDirectory
 from jobs.stack import Stack
+from jobs.weight_results import load_consolidated
 from pipeline.storage import Storage
 
 ON_A_CLUSTER = """
@@ -30,7 +30,8 @@ from jobs.session import Session
 session = Session.open(os.environ)
 session.export()
 session.connect()
-from jobs.consolidate import Wanted, consolidate
+from jobs.consolidate import consolidate
+from jobs.weight_results import Wanted
 from jobs.fan_out import fan_out
 tasks = functools.partial(fan_out, copying=True)
 result = consolidate(session.run(sys.argv[1]), wanted=Wanted(shard_bytes=int(sys.argv[2])), fan_out=tasks)

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
-from jobs.consolidate import Consolidated, Progress, WrittenFile
 from jobs.consolidate_command import progress_text, result_line
+from jobs.weight_results import Consolidated, WrittenFile
+from jobs.weight_writer import Progress
 
 
 def test_the_rate_and_the_rest_are_told_without_what_was_kept() -> None:

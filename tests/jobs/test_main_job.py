@@ -15,8 +15,8 @@ from safetensors import safe_open
 from testbed import TILES, Command, losses, small_recipe
 
 from jobs import checkpoint
-from jobs.consolidate import is_consolidated, load_consolidated
 from jobs.stack import Stack
+from jobs.weight_results import is_consolidated, load_consolidated
 from model import ConvMAE
 
 EPOCHS = 10

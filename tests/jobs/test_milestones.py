@@ -7,10 +7,10 @@ import pytest
 from zero_material import commit_zero_files, random_material, write_zero_files
 
 from jobs import checkpoint
-from jobs.consolidate import Consolidated, is_consolidated
 from jobs.milestones import MilestoneConsolidator
 from jobs.recipes import named_recipe
 from jobs.run_directory import RunDirectory
+from jobs.weight_results import Consolidated, is_consolidated
 from pipeline.storage import Storage
 
 

@@ -23,12 +23,13 @@ from zero_material import commit_zero_files
 
 import jobs
 from jobs.checkpoint import Commit
-from jobs.consolidate import consolidate, load_consolidated
+from jobs.consolidate import consolidate
 from jobs.engine import parameter_groups
 from jobs.errors import CheckpointError
 from jobs.recipe import Recipe
 from jobs.recipes import named_recipe
 from jobs.run_directory import RunDirectory
+from jobs.weight_results import load_consolidated
 from jobs.zero_state import ZeroState, owned_ranges, restore_optimizer
 from model import ConvMAE
 from model.config import PARTS

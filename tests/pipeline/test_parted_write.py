@@ -80,10 +80,24 @@ def test_what_was_never_finished_is_swept_away_by_the_next(place: tuple[Storage,
     parted_write.abandon_all(storage, url)
 
     with pytest.raises((FileNotFoundError, OSError)):
-        parted_write.finish(storage, dead, [parted_write.WrittenPart(1, "none")])
+        parted_write.finish(storage, dead, [parted_write.WrittenPart(1, 0, 1, 0, "none")])
     parted_write.finish(storage, other, write_all(storage, other))
     assert storage.read(other.url) == CONTENT
     assert storage.list_names(folder) == ["object-of-another-name"]
+
+
+def test_parts_are_still_there_as_they_were_written_or_not(place: tuple[Storage, str]) -> None:
+    storage, folder = place
+    target = parted_write.begin(storage, f"{folder}/object")
+    parts = write_all(storage, target)
+
+    assert parted_write.still_there(storage, target, parts) == parts
+    parted_write.write_part(storage, target, 2, STARTS[1], bytes(LEAST_PART_BYTES))
+    assert [part.number for part in parted_write.still_there(storage, target, parts)] == [
+        part.number for part in parts if part.number != 2
+    ]
+    parted_write.abandon_all(storage, target.url)
+    assert parted_write.still_there(storage, target, parts) == []
 
 
 def test_stores_without_parts_are_written_as_a_stream() -> None:

@@ -1,0 +1,94 @@
+"""A run with one checkpoint of made-up ZeRO files, to consolidate, to damage, and to look at."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from zero_material import Material, commit_zero_files, random_material, write_zero_files
+
+from jobs import checkpoint
+from jobs.consolidate import consolidate
+from jobs.recipes import named_recipe
+from jobs.run_directory import RunDirectory
+from jobs.weight_results import ONE_FILE, Consolidated, Wanted
+from pipeline.storage import Storage
+
+STEP = 7
+PART_BYTES = 4096
+"""So small that every tensor lies in several parts, and every part in several tensors or ranks."""
+CHUNK_BYTES = 1000
+"""So small that moments, which are not read, have chunks of their own; no multiple of any type's size."""
+MATERIAL = random_material(9000, tensor_elements=2500)
+
+Damage = Callable[[Path], None]
+
+
+def make_run(
+    folder: Path, stage: int, world_size: int, material: Material = MATERIAL, *, bf16: bool = False
+) -> RunDirectory:
+    """A run with one checkpoint of made-up files."""
+    files = folder / f"zero{stage}-of-{world_size}"
+    write_zero_files(files, material, stage, world_size, bf16=bf16)
+    run = RunDirectory.of(Storage(retry_seconds=2), str(folder / "runs"), files.name)
+    recipe = named_recipe("tiny")
+    commit_zero_files(run, recipe, files, step=STEP, stage=stage, world_size=world_size, chunk_bytes=CHUNK_BYTES)
+    return run
+
+
+def made(run: RunDirectory, wanted: Wanted = ONE_FILE, **options: Any) -> Consolidated:
+    """Consolidate it in small parts."""
+    return consolidate(run, wanted=wanted, **{"part_bytes": PART_BYTES, **options})
+
+
+def tensors_of(result: Consolidated) -> dict[str, Tensor]:
+    """All tensors of a result."""
+    return {name: tensor for file in result.files for name, tensor in load_file(file.url).items()}
+
+
+def assert_bit_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Compare names, types and bits."""
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
+
+
+def archives(run: RunDirectory, suffix: str) -> list[Path]:
+    """Files of its checkpoint."""
+    return sorted(Path(run.path("checkpoints", checkpoint.folder_name(STEP))).glob(f"*{suffix}"))
+
+
+def left_behind(run: RunDirectory) -> list[str]:
+    """Everything in the folder of results, however hidden."""
+    folder = Path(run.path("consolidated"))
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def flip(place: Callable[[Path], int]) -> Damage:
+    """Change one bit."""
+
+    def damage(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[place(path)] ^= 1
+        path.write_bytes(data)
+
+    return damage
+
+
+def within(record: str, offset: int) -> Callable[[Path], int]:
+    """A place in a record of an archive."""
+
+    def place(path: Path) -> int:
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            info = next(info for info in archive.infolist() if info.filename.endswith(record))
+            file.seek(info.header_offset + 26)
+            name, extra = (int.from_bytes(file.read(2), "little") for _ in range(2))
+            return info.header_offset + 30 + name + extra + offset % info.file_size
+
+    return place
