@@ -2,30 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
+from container_engine import compose_command
 from manifests import INFRA
 
 FOLDER = INFRA / "compose"
 SECRETS = ("S3_ACCESS_KEY", "S3_SECRET_KEY", "RAY_AUTH_TOKEN", "GRAFANA_PASSWORD")
-
-
-@functools.cache
-def compose_command() -> tuple[str, ...]:
-    """`docker compose`, or `docker-compose` of version 2 or later; empty where neither is installed."""
-    for command in (("docker", "compose"), ("docker-compose",)):
-        if shutil.which(command[0]):
-            said = subprocess.run([*command, "version", "--short"], capture_output=True, text=True, check=False)
-            if said.returncode == 0 and said.stdout.lstrip("v").startswith(tuple("23456789")):
-                return command
-    return ()
 
 
 pytestmark = pytest.mark.skipif(not compose_command(), reason="Docker Compose 2 is not installed")
