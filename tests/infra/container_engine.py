@@ -26,6 +26,7 @@ CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 APT_SOURCES = Path("/etc/apt/sources.list.d/debian.sources")
 SUITE = "bookworm"
 """Of the base that is made here; its Python is the one that the image wants."""
+PROCESS_LIMIT = 16384
 
 
 def why_none() -> str:
@@ -175,15 +176,14 @@ def _environment(folder: Path) -> dict[str, str]:
 
 
 def _configuration(folder: Path) -> str:
-    """Limits of processes are the caller's: raising them is not allowed everywhere."""
-    limits = [
-        (name, resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))[1]) for name in ("nofile", "nproc")
-    ]
-    bounded = [f"{name}={limit}:{limit}" for name, hard in limits if (limit := hard if 0 < hard < 1 << 20 else 1 << 20)]
+    """Limits of processes are below those of Podman itself: raising them is not allowed everywhere."""
+    hard = {name: resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))[1] for name in ("nofile", "nproc")}
+    bounded = {name: limit if 0 < limit < PROCESS_LIMIT else PROCESS_LIMIT for name, limit in hard.items()}
+    limits = ", ".join(f'"{name}={limit}:{limit}"' for name, limit in bounded.items())
     return f"""
 [containers]
 cgroups = "disabled"
-default_ulimits = {str(bounded).replace("'", '"')}
+default_ulimits = [{limits}]
 [engine]
 cgroup_manager = "cgroupfs"
 events_logger = "none"
