@@ -27,6 +27,7 @@ APT_SOURCES = Path("/etc/apt/sources.list.d/debian.sources")
 SUITE = "bookworm"
 """Of the base that is made here; its Python is the one that the image wants."""
 PROCESS_LIMIT = 16384
+"""Of open files and of processes in a container; Podman gives itself twice that."""
 
 
 def why_none() -> str:
