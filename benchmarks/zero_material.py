@@ -87,6 +87,7 @@ def commit_zero_files(
     stage: int,
     world_size: int,
     chunk_bytes: int = checkpoint.CHUNK_BYTES,
+    milestone: bool = False,
 ) -> Commit:
     """Make a committed checkpoint of a run of the files in `folder`."""
     run.claim(recipe)
@@ -102,7 +103,7 @@ def commit_zero_files(
         seed=0,
         attempt=1,
         created_at_seconds=time.time(),
-        milestone=False,
+        milestone=milestone,
         counters={},
         versions={"torch": torch.__version__, "git": "c0ffee"},
         files=tuple(checkpoint.upload_files(run, step, folder, chunk_bytes=chunk_bytes)),

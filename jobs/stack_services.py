@@ -209,7 +209,7 @@ def _s3_command(settings: StackSettings) -> list[str]:
 
 def _s3_tuning(settings: StackSettings) -> dict[str, str]:
     keys = ("SIGNING_KEY", "SIGNING_READ_KEY", "FILER_SIGNING_KEY", "FILER_SIGNING_READ_KEY")
-    return {"GOMEMLIMIT": "300MiB", "GOGC": "50"} | {f"WEED_JWT_{key}": settings.internal_key for key in keys}
+    return {"GOMEMLIMIT": "400MiB", "GOGC": "50"} | {f"WEED_JWT_{key}": settings.internal_key for key in keys}
 
 
 def _ray_command(settings: StackSettings) -> list[str]:

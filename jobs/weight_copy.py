@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import google_crc32c
 
-from jobs.weight_reads import PartPlan, PartRead
+from jobs.weight_reads import PartPlan, PartRead, Take
 from jobs.weight_types import converted
 from pipeline import parted_write
 from pipeline.parted_write import PartedWrite, WrittenPart
@@ -86,28 +86,35 @@ def work(storage: Storage, url: str, task: Task) -> Done:  # noqa: ARG001 (a fan
 
 def made(storage: Storage, plan: PartPlan) -> bytes:
     """The bytes of a part, from chunks that were compared with the commit."""
-    room = bytearray(plan.bytes)
-    room[: len(plan.literal)] = plan.literal
-
-    def fill(read: PartRead) -> None:
-        data = memoryview(read.range.read(storage))
-        for take in read.takes:
-            source = data[take.start : take.start + take.bytes]
-            if take.source_dtype == take.dtype:
-                room[take.offset : take.offset + take.bytes] = source
-                continue
-            position = take.offset
-            for start in range(0, take.bytes, _CONVERT_BYTES):
-                values = converted(take.tensor, source[start : start + _CONVERT_BYTES], take.source_dtype, take.dtype)
-                room[position : position + len(values)] = values
-                position += len(values)
-
     if len(plan.reads) == 1:
-        fill(plan.reads[0])
+        pieces = _pieces(storage, plan.reads[0])
     else:
         with ThreadPoolExecutor(_READS) as threads:
-            list(threads.map(fill, plan.reads))
-    return bytes(room)
+            found = threads.map(lambda read: _pieces(storage, read), plan.reads)
+            pieces = [piece for some in found for piece in some]
+    pieces.sort(key=lambda piece: piece[0])
+    data = b"".join([plan.literal, *(values for _, values in pieces)])
+    assert len(data) == plan.bytes
+    return data
+
+
+def _pieces(storage: Storage, read: PartRead) -> list[tuple[int, bytes | memoryview]]:
+    """What is taken of one read, as it is written, each with its place in the part."""
+    data = memoryview(read.range.read(storage))
+    is_mostly_taken = 2 * sum(take.bytes for take in read.takes) >= len(data)
+    pieces: list[tuple[int, bytes | memoryview]] = []
+    for take in read.takes:
+        values = data[take.start : take.start + take.bytes]
+        if take.source_dtype != take.dtype:
+            pieces.append((take.offset, _converted(take, values)))
+        else:  # a copy, where a view would keep much more than is needed
+            pieces.append((take.offset, values if is_mostly_taken else bytes(values)))
+    return pieces
+
+
+def _converted(take: Take, values: memoryview) -> bytes:
+    chunks = (values[start : start + _CONVERT_BYTES] for start in range(0, len(values), _CONVERT_BYTES))
+    return b"".join(converted(take.tensor, chunk, take.source_dtype, take.dtype) for chunk in chunks)
 
 
 def _streamed(storage: Storage, url: str, plans: Sequence[PartPlan]) -> Done:

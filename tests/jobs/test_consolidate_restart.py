@@ -101,7 +101,7 @@ def test_a_kill_in_the_middle_is_gone_on_from(run: RunDirectory) -> None:
     assert not [name for name in left_behind(run) if name.endswith(".parts") or ".claims" in name]
 
 
-PATIENTLY = """
+HALF_WAY = """
 import json, os, sys, time
 from jobs.consolidate import consolidate
 from jobs.run_directory import RunDirectory
@@ -109,14 +109,20 @@ from pipeline import parted_journal
 from pipeline.storage import Storage
 parted_journal.SAVE_SECONDS = 0.0
 run = RunDirectory(Storage(**json.loads(os.environ["STORAGE"])), sys.argv[1])
-consolidate(run, part_bytes=int(sys.argv[2]), on_progress=lambda *_: time.sleep(0.3))
+
+def stop(stage, now):
+    if now.done >= int(sys.argv[3]):
+        time.sleep(600)
+
+consolidate(run, part_bytes=int(sys.argv[2]), on_progress=stop)
 """
 
 
 def cut_off(run: RunDirectory, part_bytes: int, written_parts: int) -> list[dict[str, Any]]:
-    """Consolidate in another process and kill that when so many parts are noted; gives what is noted then."""
+    """Consolidate in another process, kill that when so many parts are noted, and give what is noted."""
     environment = {**os.environ, "STORAGE": json.dumps(asdict(run.storage))}
-    process = subprocess.Popen([sys.executable, "-c", PATIENTLY, run.url, str(part_bytes)], env=environment)
+    command = [sys.executable, "-c", HALF_WAY, run.url, str(part_bytes), str(written_parts)]
+    process = subprocess.Popen(command, env=environment)
     noted: list[dict[str, Any]] = []
     while len(noted) < written_parts:
         assert process.poll() is None

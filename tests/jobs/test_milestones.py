@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -26,8 +25,7 @@ def run(tmp_path: Path) -> RunDirectory:
 
 def commit(run: RunDirectory, step: int, *, milestone: bool) -> None:
     files = Path(run.url).parent / "files"
-    made = commit_zero_files(run, named_recipe("tiny"), files, step=step, stage=1, world_size=2)
-    checkpoint.write_commit(run, dataclasses.replace(made, milestone=milestone))
+    commit_zero_files(run, named_recipe("tiny"), files, step=step, stage=1, world_size=2, milestone=milestone)
 
 
 class Told:
