@@ -44,10 +44,12 @@ def consolidate_and_say(session: Session, run: RunDirectory, step: int | None, w
 def result_line(result: Consolidated) -> str:
     """What was made, in one line."""
     size, seconds = bytes_text(result.bytes), duration_text(result.seconds)
+    taken_up = f", {bytes_text(result.kept_bytes)} of an earlier call" if result.kept_bytes else ""
     if len(result.files) == 1 and result.url == result.files[0].url:
-        return f"step {result.step}: {result.url} ({size}, sha256 {result.files[0].sha256[:16]}…) in {seconds}"
+        sha256 = result.files[0].sha256[:16]
+        return f"step {result.step}: {result.url} ({size}{taken_up}, sha256 {sha256}…) in {seconds}"
     kept = f", {result.kept} of them kept" if result.kept else ""
-    return f"step {result.step}: {result.url} ({len(result.files)} files{kept}, {size}) in {seconds}"
+    return f"step {result.step}: {result.url} ({len(result.files)} files{kept}, {size}{taken_up}) in {seconds}"
 
 
 def progress_text(now: Progress, seconds: float) -> str:

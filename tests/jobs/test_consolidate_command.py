@@ -20,3 +20,11 @@ def test_one_file_is_told_with_its_checksum_and_several_with_their_number() -> N
 
     assert one == "step 7: s3://b/one.safetensors (352 MB, sha256 0123456789abcdef…) in 3s"
     assert several == "step 7: s3://b/folder (2 files, 1 of them kept, 704 MB) in 3s"
+
+
+def test_what_was_taken_up_of_an_earlier_call_is_told() -> None:
+    file = WrittenFile("s3://b/one.safetensors", 352_000_000, "0123456789abcdef0123")
+
+    one = result_line(Consolidated(file.url, 7, (file,), kept_bytes=200_000_000, seconds=3.2))
+
+    assert "(352 MB, 200 MB of an earlier call, sha256 0123456789abcdef…)" in one
