@@ -5,12 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from manifests import INFRA
 from patience import wait_until
 from prometheus_server import PROMETHEUS, asked, prometheus, wait_for_series
-from ray_nodes import Cluster, free_port, ray_cluster
+from ray_nodes import Cluster, ray_cluster
 from testbed import TILES, small_recipe
 
 from pipeline.photographs import cut_tiles
@@ -58,12 +59,15 @@ def test_world_size_follows_the_nodes_and_the_dead_leave_no_series(cluster: Clus
     photographs = tmp_path / "photographs"
     photographs.mkdir()
     cut_tiles(photographs, TILES, seed=0)
-    data, port = f"{cluster.s3.url}/data", free_port()
+    data = f"{cluster.s3.url}/data"
     done(cluster, "shard", str(photographs), data, "--samples-per-shard", "40")
-    fields = {**FIELDS, "run_root": f"{cluster.s3.url}/runs", "metrics_port": port}
+    fields = {**FIELDS, "run_root": f"{cluster.s3.url}/runs"}
     done(cluster, "submit", *small_recipe(data, **fields), "--run", "watched")
+    run = cluster.run("watched")
+    wait_until("its series", lambda: "metrics_url" in run.read_heartbeat(), 240)
+    target = urlsplit(str(run.read_heartbeat()["metrics_url"])).netloc
 
-    with prometheus(tmp_path, f"127.0.0.1:{port}", INFRA / "prometheus" / "convmae.rules.yml") as url:
+    with prometheus(tmp_path, target, INFRA / "prometheus" / "convmae.rules.yml") as url:
         wait_for_series(url, f"convmae_world_size_ranks{{{RUN}}} == 1", 240)
         wait_for_series(url, f"convmae_images_total{{{RUN}}} > 0", 120)
         assert ranks(url) <= {"0"}
@@ -89,7 +93,7 @@ def test_world_size_follows_the_nodes_and_the_dead_leave_no_series(cluster: Clus
         assert not [name for name in counters if asked(url, f"resets({name}{{{RUN}}}{seen}) > 0")]
         (sizes,) = asked(url, f"max_over_time(convmae_world_size_ranks{{{RUN}}}{seen})")
         assert float(sizes["value"][1]) == 2
-        done(cluster, "stop", cluster.run("watched").url)
+        done(cluster, "stop", run.url)
 
 
 def ranks(url: str) -> set[str]:
