@@ -67,7 +67,8 @@ class Command:
 def small_recipe(data: str, **fields: object) -> Sequence[str]:
     """Arguments for the recipe `tiny`, made small."""
     overrides = {"data": data, **SMALL, **fields}
-    return ("tiny", *(f"{key}={value}" for key, value in overrides.items()))
+    written = {key: str(value).lower() if isinstance(value, bool) else value for key, value in overrides.items()}
+    return ("tiny", *(f"{key}={value}" for key, value in written.items()))
 
 
 def losses(run: RunDirectory) -> list[float]:
