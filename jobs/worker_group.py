@@ -127,11 +127,12 @@ class FollowNodes(ElasticScalingPolicy):
         room = {node: self._count_possible_workers({node: has}) for node, has in reserved.items()}
 
         def start(node_id: str, count: int) -> bool:
+            address = raylet_addresses().get(node_id)
             try:
                 environment = ray.get(group.workers[0].execute_async(own_environment), timeout=COORDINATOR_SECONDS)
             except RayError:
                 return False
-            return start_standbys(raylet_addresses()[node_id], environment, count)
+            return address is not None and start_standbys(address, environment, count)
 
         return self._newcomers.are_ready(here, room, num_workers, start, time.monotonic())
 
