@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable
@@ -47,6 +48,7 @@ def measure(cluster: Cluster, rounds: int) -> Found:
         event = recovered(run, attempt)
         assert event
         found[what].append({**event, "steps_redone": start["steps_redone"]})
+        print(f"{what}: {event['down_seconds']:.1f} s", file=sys.stderr, flush=True)
         settle(run)
 
     settle(run)
