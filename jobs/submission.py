@@ -6,6 +6,7 @@ import asyncio
 import re
 import shlex
 import sys
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -19,28 +20,57 @@ if TYPE_CHECKING:
 
 # Ray kills a stopped job's driver after this long; a checkpoint is saved meanwhile.
 STOP_WAIT_SECONDS = 600
+NO_AGENT = "No available agent"
+"""What Ray's head says of jobs until the first node's agent has reported, and when none does any more."""
+AGENT_SECONDS = 60.0
 
 
 def submit(session: Session, run: RunDirectory, trace_url: str = "") -> str:
     """Start a claimed run as a Ray job; returns the job's submission id.
 
     The job reads its recipe from the run directory, so nothing but URLs is in its command line.
+
+    Raises:
+        ClusterError: If the cluster does not take it.
     """
     client = job_client(session)
     number = max((_number(job, run.name) for job in _jobs(client, run.name)), default=0) + 1
     trace = ["--trace", trace_url] if trace_url else []
     python = sys.executable if session.is_local else "python"
-    return str(
-        client.submit_job(
-            entrypoint=shlex.join([python, "-m", "jobs.supervisor", run.url, *trace]),
-            submission_id=f"{run.name}-a{number}",
-            metadata={"run": run.name, "run_url": run.url},
-            runtime_env={
-                **session.runtime_env(),
-                "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_SECONDS), VARIABLE: git_commit(session.environ)},
-            },
-        )
-    )
+    job = {
+        "entrypoint": shlex.join([python, "-m", "jobs.supervisor", run.url, *trace]),
+        "submission_id": f"{run.name}-a{number}",
+        "metadata": {"run": run.name, "run_url": run.url},
+        "runtime_env": {
+            **session.runtime_env(),
+            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_SECONDS), VARIABLE: git_commit(session.environ)},
+        },
+    }
+    return hand_over(client, job, session.environ["RAY_ADDRESS"])
+
+
+def hand_over(client: Any, job: dict[str, Any], address: str, patience_seconds: float = AGENT_SECONDS) -> str:
+    """Give Ray a job, waiting for a cluster that has only just started; returns its submission id.
+
+    Args:
+        client: Of the cluster.
+        job: What `submit_job` takes.
+        address: Of the cluster, for people.
+        patience_seconds: How long to ask again while no node of the cluster is ready for jobs.
+
+    Raises:
+        ClusterError: If the cluster does not take it.
+    """
+    deadline = time.monotonic() + patience_seconds
+    while True:
+        try:
+            return str(client.submit_job(**job))
+        except (RuntimeError, OSError) as error:
+            if NO_AGENT in str(error) and time.monotonic() < deadline:
+                continue  # Ray itself has waited for seconds before it said so
+            lines = str(error).rstrip(" .").splitlines() or [type(error).__name__]
+            remedy = "look at the cluster with `convmae doctor`; the same command submits again"
+            raise ClusterError("RAY_ADDRESS", f"must take the job ({lines[-1]})", address, remedy) from error
 
 
 def job_state(client: JobSubmissionClient, submission_id: str) -> str:
