@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from local_s3 import local_s3
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from zero_material import commit_zero_files, model_material, write_zero_files
@@ -136,6 +137,25 @@ def test_files_of_two_consolidations_are_not_mixed(result: Consolidated) -> None
 
     with pytest.raises(WeightsFileError, match=r"same consolidation as the files before it \(step was '4'\).*step '8'"):
         weights_file.of_file(Storage(), result.url)
+
+
+def test_several_files_are_made_and_read_on_s3(tmp_path: Path) -> None:
+    (tmp_path / "s3").mkdir()
+    with local_s3(tmp_path / "s3") as server:
+        run = RunDirectory.of(server.storage, f"{server.url}/runs", "first")
+        state = commit_small(run, tmp_path / "files")
+        result = consolidate(run, wanted=Wanted(shard_bytes=60_000))
+
+        assert len(result.files) > 2
+        assert_same(weights_file.of_file(server.storage, result.url), state)
+        server.storage.delete(run.path("commits", f"step-{STEP:08d}.json"))
+        source = Source.of(weights_file.of_run(run), run)
+        (written,) = export(source, "backbone", server.storage, f"{server.url}/exports")
+        assert server.storage.exists(written.url)
+
+        server.storage.delete(result.files[1].url)
+        with pytest.raises(WeightsFileError, match=rf"weights: must exist, got '{result.files[1].url}'"):
+            weights_file.of_file(server.storage, result.url)
 
 
 @pytest.mark.parametrize(
