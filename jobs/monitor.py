@@ -7,10 +7,8 @@ so an object store that is away delays no step until the next checkpoint.
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +16,12 @@ from typing import Any
 
 from jobs.checkpoint_clock import CheckpointClock
 from jobs.checkpoint_interval import IntervalRule
-from jobs.exporter import COUNTERS, RunExporter, name_and_label, saved_counters
+from jobs.exporter import RunExporter
 from jobs.failure_cause import failure_cause
 from jobs.rank_figures import RankFigures
 from jobs.recovery import Recovery
 from jobs.run_directory import RunDirectory
+from jobs.run_figures import RunFigures
 from jobs.run_record import RunRecord
 from jobs.schedule import Schedule
 from jobs.watchdog import Examined, Hang, HangWatch, Pulse, examined_on_its_node, hang_text, training_stack
@@ -32,15 +31,6 @@ logger = logging.getLogger(__name__)
 
 FLUSH_INTERVAL_SECONDS = 2.0
 """Between heartbeats; each is one PUT."""
-RATE_WINDOW_STEPS = 20
-# What a new driver still knows of the newest checkpoint.
-_CHECKPOINT_KEYS = (
-    "checkpoint_step",
-    "checkpoint_at_seconds",
-    "checkpoint_bytes",
-    "checkpoint_seconds",
-    "checkpoint_stall_seconds",
-)
 UNKNOWN_DEADLINE_SECONDS = 120.0
 """Until a node that is drained is gone, where its cloud does not say; Ray Train then ends the group after as long."""
 LEAST_SAVE_SECONDS = 5.0
@@ -71,7 +61,7 @@ class MonitorConfig:
 class RunMonitor:
     """Record of one run. A plain class: jobs.driver makes an actor of it; tests call it directly.
 
-    Owns: what the heartbeat and the metrics say; through `RunRecord`, what is to be written; never weights.
+    Owns: `RunFigures`, what the heartbeat and the metrics say; `RunRecord`, what is to be written; never weights.
     Concurrency: methods may run in parallel; a lock guards the state, and storage is written outside of it.
     Failure: dies with its process; a new one continues from the run directory. What was unwritten is of steps after
         the last commit (`flush` precedes every commit): rank 0 sees the death and fails, and they are done again.
@@ -87,7 +77,6 @@ class RunMonitor:
         events = config.run.read_events()
         self._record = RunRecord(config.run, events)
         self._clock = CheckpointClock(config.checkpoint_interval, events)
-        self._step_times: deque[tuple[float, float]] = deque(maxlen=RATE_WINDOW_STEPS)
         self._stop_reason = ""
         self._wish: Wish = ""
         self._pause_at: float | None = None
@@ -99,37 +88,26 @@ class RunMonitor:
         self._failures_without_progress = 0
         self._outcome = ""
         self._first_attempt_here = self._record.attempt + 1
-        self._restarts = int(before.get("restarts", 0))
         self._driver_died = before.get("state") == "running"  # and nobody ended it
-        self._totals = saved_counters(before)
         self._left_out = config.run.read_left_out()
-        self._workers_seen_at = time.monotonic()
-        every_steps = None if self._clock.seconds is not None else config.checkpoint_interval.every_steps
-        self._status: dict[str, Any] = {
+        fixed = {
             "run": config.run.name,
             "state": "starting",
             "waiting": False,
-            "step": before.get("step", 0),
-            "world_size": before.get("world_size"),
-            "last_step_at_seconds": before.get("last_step_at_seconds"),
             "total_steps": config.schedule.total_steps,
             "target_world_size": config.target_world_size,
-            "checkpoint_every_steps": every_steps,
+            "checkpoint_every_steps": None
+            if self._clock.seconds is not None
+            else config.checkpoint_interval.every_steps,
             "checkpoint_interval_seconds": self._clock.seconds,
             "device": config.device,
             "steps_per_epoch": config.schedule.steps_per_epoch,
-            "restarts": self._restarts,
             "quarantined": self._record.quarantined,
-            **{key: before[key] for key in _CHECKPOINT_KEYS if key in before},
-            **self._totals,
         }
-        self._exporter = RunExporter(config.run.name, config.host, config.metrics_port)
-        for key, total in self._totals.items():
-            self._exporter.count(*name_and_label(key, total))
-        self._exporter.update({**self._status, "world_size": 0})
+        exporter = RunExporter(config.run.name, config.host, config.metrics_port)
+        self._figures = RunFigures(fixed, before, exporter, global_batch_size=config.global_batch_size)
         if config.targets_folder:
-            self._exporter.announce(Path(config.targets_folder))
-        self._status["metrics_url"] = self._exporter.url
+            self._figures.announce(Path(config.targets_folder))
         threading.Thread(target=self._flush_forever, name="monitor-flush", daemon=True).start()
         threading.Thread(target=self._watch_forever, name="monitor-watch", daemon=True).start()
 
@@ -151,43 +129,24 @@ class RunMonitor:
             number = self._record.attempt
             if number == self._first_attempt_here:
                 # The last heartbeat is newer than the commit, unless it was lost.
-                self._restarts = max(self._restarts, int(counters.get("restarts", 0)))
-                for key, total in saved_counters(counters).items():
-                    name, amount, label = name_and_label(key, max(0.0, total - self._totals.get(key, 0.0)))
-                    self._count(name, amount, label)
-            before, step_before = self._status["world_size"], int(self._status["step"])
+                self._figures.catch_up(counters)
+            before = self._figures["world_size"]
             kind, reason = self._start_kind(before, world_size)
             if self._driver_died and not self._failure:
-                self._count("failures", 1, "DriverDied")
+                self._figures.count("failures", label="DriverDied")
             self._driver_died = False
             self._failure = self._hang = ""
             self._wish = ""
             self._pause_at = None
             self._watch.begin(number)
-            last_step_at = self._status["last_step_at_seconds"]
+            last_step_at = self._figures["last_step_at_seconds"]
             self._recovery = Recovery(last_step_at, self._failed_at, started_at_seconds, time.time())
             self._failed_at = None
             if kind == "start":
                 self._recovery = None
             else:
-                self._restarts += 1
-                self._count("restarts", 1, kind)
-            steps_redone = max(0, step_before - resume_step)
-            self._count("steps_redone", steps_redone)
-            self._workers_seen_at = time.monotonic()
-            self._status.update(
-                world_size=world_size,
-                attempt=number,
-                state="running",
-                waiting=False,
-                step=resume_step,
-                restarts=self._restarts,
-            )
-            self._status.update(images_per_second=None, data_wait_ratio=None, eta_seconds=None)
-            self._status["checkpoint_step"] = resume_step
-            self._exporter.update(self._status)
-            self._exporter.update_ranks(())
-            self._step_times.clear()
+                self._figures.restarted(kind)
+            steps_redone = self._figures.group_began(attempt=number, world_size=world_size, resume_step=resume_step)
             self._add_event(
                 kind,
                 reason=reason,
@@ -220,7 +179,7 @@ class RunMonitor:
         """After the first step of an attempt: how long the run stood still, and what for."""
         if self._recovery:
             spent, self._recovery = self._recovery.seconds(time.time()), None
-            self._exporter.recovered(spent)
+            self._figures.recovered(spent)
             self._add_event("recovered", step=step, **{f"{phase}_seconds": value for phase, value in spent.items()})
 
     def record(
@@ -244,21 +203,7 @@ class RunMonitor:
             if "skipped" in row:
                 self._add_event("skipped", step=row["step"], reason=f"{row['skipped']} is not finite")
             now = time.monotonic()
-            self._step_times.append((now, float(row["data_wait_seconds"])))
-            self._count("worker_seconds", int(row["world_size"]) * (now - self._workers_seen_at))
-            self._workers_seen_at = now
-            self._count("images", self._config.global_batch_size)
-            for name, amount in reading.items():
-                if name in COUNTERS:
-                    self._count(name, amount)
-                else:
-                    self._status[name] = amount
-            self._status.update(row, last_step_at_seconds=time.time())
-            if math.isfinite(gradient_norm):
-                self._status["gradient_norm"] = gradient_norm
-            self._status.update(self._rates(int(row["step"])))
-            self._exporter.update(self._status)
-            self._exporter.update_ranks(ranks)
+            self._figures.step_done(row, gradient_norm, reading, ranks, now)
             if self._stop_reason:
                 return "stop"
             if self._pause_at is not None and now >= self._pause_at:
@@ -275,7 +220,7 @@ class RunMonitor:
             Whether they did; False at once where none train.
         """
         with self._lock:
-            if self._status["state"] != "running" or self._stop_reason:
+            if self._figures["state"] != "running" or self._stop_reason:
                 return False
             self._wish = "pause"
             self._paused.clear()
@@ -300,11 +245,11 @@ class RunMonitor:
         with self._lock:
             named = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
             when = "soon" if seconds is None else f"in {max(0.0, seconds):.0f} s"
-            self._add_event("drain", step=self._status["step"], reason=f"the node of {named} goes away {when}")
+            self._add_event("drain", step=self._figures["step"], reason=f"the node of {named} goes away {when}")
             if not self._wish:
                 self._wish = "save"
             left = UNKNOWN_DEADLINE_SECONDS if seconds is None else seconds
-            last_save = max(LEAST_SAVE_SECONDS, 2 * float(self._status.get("checkpoint_seconds") or 0.0))
+            last_save = max(LEAST_SAVE_SECONDS, 2 * float(self._figures["checkpoint_seconds"] or 0.0))
             self._pause_at = time.monotonic() + left - last_save
 
     def waiting(self, possible: int, needed: int) -> None:
@@ -315,22 +260,22 @@ class RunMonitor:
             needed: min_workers.
         """
         with self._lock:
-            self._status["waiting"] = True
+            self._figures.tell(waiting=True)
             if not self._stop_reason:
-                self._status["state"] = "waiting"
+                self._figures.tell(state="waiting")
             reason = f"there is room for {possible} workers, and min_workers is {needed}; waits for nodes"
-            self._add_event("waiting", step=self._status["step"], reason=reason)
+            self._add_event("waiting", step=self._figures["step"], reason=reason)
 
     def group_ended(self) -> None:
         """Note that Ray Train gave the worker group up, for whatever reason."""
         with self._lock:
-            if self._status["state"] == "running":
-                self._status["state"] = "restarting"
+            if self._figures["state"] == "running":
+                self._figures.tell(state="restarting")
 
     def _add_row(self, row: dict[str, Any]) -> None:
         self._record.add_row(row)
         if "skipped" in row:
-            self._count("skipped_steps", 1)
+            self._figures.count("skipped_steps")
 
     def roll_back(self, *, first_step: int, last_step: int, reason: str) -> None:
         """Note, for all attempts to come, that steps are left out; returns when storage has it.
@@ -348,7 +293,7 @@ class RunMonitor:
                 "reason": reason,
             }
             self._left_out.append(window)
-            self._count("rollbacks", 1)
+            self._figures.count("rollbacks")
             self._add_event("rollback", step=last_step, first_step=first_step, reason=reason)
             windows = list(self._left_out)
         self._config.run.write_left_out(windows)
@@ -359,8 +304,7 @@ class RunMonitor:
         with self._lock:
             for row in rows:
                 self._add_row(row)
-            self._status.update(step=rows[-1]["step"])
-            self._exporter.update(self._status)
+            self._figures.tell(step=rows[-1]["step"])
 
     def quarantine(self, rows: Sequence[dict[str, Any]]) -> None:
         """Note samples that were found unusable; each is kept once in the run's life.
@@ -370,26 +314,7 @@ class RunMonitor:
         """
         with self._lock:
             self._record.quarantine(rows)
-            self._status["quarantined"] = self._record.quarantined
-            self._exporter.update(self._status)
-
-    def _count(self, name: str, amount: float, label: str = "") -> None:
-        key = f"{name}_total:{label}" if label else f"{name}_total"
-        self._totals[key] = self._totals.get(key, 0.0) + amount
-        self._exporter.count(name, amount, label)
-        self._status[key] = self._totals[key]
-
-    def _rates(self, step: int) -> dict[str, float]:
-        if len(self._step_times) < 2:
-            return {}
-        seconds = self._step_times[-1][0] - self._step_times[0][0]
-        step_seconds = seconds / (len(self._step_times) - 1)
-        waited = sum(wait for _, wait in list(self._step_times)[1:])
-        return {
-            "images_per_second": self._config.global_batch_size / step_seconds,
-            "data_wait_ratio": min(1.0, waited / seconds),
-            "eta_seconds": (self._config.schedule.total_steps - step) * step_seconds,
-        }
+            self._figures.tell(quarantined=self._record.quarantined)
 
     def checkpoint_committed(
         self, *, step: int, stall_seconds: float, duration_seconds: float, size_bytes: int, milestone: bool
@@ -404,16 +329,15 @@ class RunMonitor:
             milestone: Whether it is kept for ever.
         """
         with self._lock:
-            self._status.update(
+            self._figures.tell(
                 checkpoint_step=step,
                 checkpoint_at_seconds=time.time(),
                 checkpoint_bytes=size_bytes,
                 checkpoint_seconds=duration_seconds,
                 checkpoint_stall_seconds=stall_seconds,
             )
-            self._count("checkpoints", 1)
-            self._count("checkpoint_stall_seconds", stall_seconds)
-            self._exporter.update(self._status)
+            self._figures.count("checkpoints")
+            self._figures.count("checkpoint_stall_seconds", stall_seconds)
             self._failures_without_progress = 0
             self._add_event(
                 "checkpoint",
@@ -426,22 +350,20 @@ class RunMonitor:
             self._decide_interval()
 
     def _decide_interval(self) -> None:
-        failures = sum(total for key, total in self._totals.items() if key.startswith("failures_total:"))
         decision = self._clock.decide(
-            failures=int(failures),
-            worker_seconds=self._totals["worker_seconds_total"],
-            world_size=int(self._status["world_size"] or self._config.target_world_size),
+            failures=self._figures.failures,
+            worker_seconds=self._figures.totals["worker_seconds_total"],
+            world_size=int(self._figures["world_size"] or self._config.target_world_size),
         )
         if decision:
             seconds = round(decision.seconds, 3)
-            self._add_event("checkpoint-interval", step=self._status["step"], seconds=seconds, reason=decision.reason)
-            self._status["checkpoint_interval_seconds"] = self._clock.seconds
-            self._exporter.update(self._status)
+            self._add_event("checkpoint-interval", step=self._figures["step"], seconds=seconds, reason=decision.reason)
+            self._figures.tell(checkpoint_interval_seconds=self._clock.seconds)
 
     def checkpoint_failed(self, *, step: int, error: str) -> None:
         """Note a checkpoint that could not be uploaded or committed; training goes on."""
         with self._lock:
-            self._count("checkpoint_failures", 1)
+            self._figures.count("checkpoint_failures")
             self._add_event("checkpoint-failed", step=step, reason=error)
 
     def checkpoint_damaged(self, *, step: int, reason: str) -> None:
@@ -458,7 +380,7 @@ class RunMonitor:
     def consolidation_failed(self, *, step: int, error: str) -> None:
         """Note a step whose weights could not be written; training goes on."""
         with self._lock:
-            self._count("consolidation_failures", 1)
+            self._figures.count("consolidation_failures")
             self._add_event("consolidation-failed", step=step, reason=error)
 
     def save_began(self, step: int) -> dict[str, float]:
@@ -471,7 +393,7 @@ class RunMonitor:
             if self._wish == "save":
                 self._wish = ""
             self._clock.save_began(step, time.monotonic())
-            return {**self._totals, "restarts": self._restarts}
+            return {**self._figures.totals, "restarts": self._figures["restarts"]}
 
     def worker_failed(self, error: str, fatal: bool) -> str:
         """Note why the worker group is about to end; the next attempt's event quotes it.
@@ -489,10 +411,8 @@ class RunMonitor:
             error = self._hang or error  # what the others died of
             self._failure = error
             self._failures_without_progress += 1
-            self._count("failures", 1, "Hang" if self._hang else failure_cause(error))
-            self._exporter.update({"world_size": 0})
-            self._exporter.update_ranks(())
-            self._status["state"] = "restarting"
+            self._figures.count("failures", label="Hang" if self._hang else failure_cause(error))
+            self._figures.group_failed()
             self._record.touch()
             if fatal:
                 return error
@@ -530,10 +450,10 @@ class RunMonitor:
             self._hang = text
             if self._failure:
                 self._failure = text
-            self._count("hangs", 1)
+            self._figures.count("hangs")
             self._add_event(
                 "hang",
-                step=self._status["step"],
+                step=self._figures["step"],
                 rank=hang.pulse.rank,
                 host=hang.pulse.host,
                 pid=hang.pulse.pid,
@@ -553,7 +473,7 @@ class RunMonitor:
         """Ask the run to save a checkpoint and end after the current step."""
         with self._lock:
             self._stop_reason = self._stop_reason or reason
-            self._status["state"] = "stopping"
+            self._figures.tell(state="stopping")
             self._record.touch()
 
     def end(self, outcome: str, reason: str = "") -> None:
@@ -561,17 +481,16 @@ class RunMonitor:
         with self._lock:
             self._outcome = outcome
             self._watch.end()
-            self._status.update(state=outcome, eta_seconds=0.0 if outcome == "finished" else None)
-            self._exporter.update_ranks(())
-            self._add_event(outcome, step=self._status["step"], reason=reason or self._stop_reason)
+            self._figures.ended(outcome)
+            self._add_event(outcome, step=self._figures["step"], reason=reason or self._stop_reason)
         self.flush()
         if outcome != "failed" and self._config.targets_folder:
-            self._exporter.withdraw(Path(self._config.targets_folder))
+            self._figures.withdraw(Path(self._config.targets_folder))
 
     def status(self) -> dict[str, Any]:
         """What the heartbeat says, fresh."""
         with self._lock:
-            return {**self._status, "updated_at_seconds": time.time()}
+            return self._figures.heartbeat()
 
     def flush(self) -> None:
         """Write history, events and heartbeat; returns when storage has them."""
