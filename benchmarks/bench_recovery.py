@@ -4,7 +4,7 @@ A head and nodes of one CPU each run the recipe `tiny` on photographs, on a real
 rank's process is killed, a node is killed, a node is added and a node is drained. Printed are, over all rounds, the
 medians of what the run's own event log says: how long no step was done, and in which phase of the restart.
 
-    python benchmarks/bench_recovery.py [--rounds 3]
+    python benchmarks/bench_recovery.py [--rounds 3] [--calm-seconds 30]
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import json
 import statistics
 import sys
 import tempfile
+import time
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -35,12 +36,19 @@ DRAIN_SECONDS = 15
 Found = dict[str, list[dict[str, float]]]
 
 
-def measure(cluster: Cluster, rounds: int) -> Found:
-    """Events `recovered` and the steps that were redone, by what had happened."""
+def measure(cluster: Cluster, rounds: int, calm_seconds: float) -> Found:
+    """Events `recovered` and the steps that were redone, by what had happened.
+
+    Args:
+        cluster: Of two nodes.
+        rounds: How often each thing happens; a node is added twice in each.
+        calm_seconds: How long the run trains undisturbed before each, so that processes that wait have imported.
+    """
     run = begin(cluster)
     found: Found = defaultdict(list)
 
     def after(what: str, do: Callable[[], object]) -> None:
+        time.sleep(calm_seconds)
         attempt = run.read_heartbeat()["attempt"]
         do()
         wait_until(what, lambda: recovered(run, attempt) is not None, PATIENCE_SECONDS)
@@ -121,12 +129,13 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--calm-seconds", type=float, default=30.0, help="of training before each; 0: disturb at once")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-recovery-") as folder, ray_cluster(Path(folder)) as cluster:
         cluster.add()
         cluster.add()
-        found = measure(cluster, arguments.rounds)
+        found = measure(cluster, arguments.rounds, arguments.calm_seconds)
     print(json.dumps(found) if arguments.json else "\n".join(report(found)))
 
 
