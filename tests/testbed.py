@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,13 +78,25 @@ def losses(run: RunDirectory) -> list[float]:
     return [row["loss"] for row in rows]
 
 
-def processes(title: str) -> list[psutil.Process]:
-    """Processes whose command line holds `title`."""
+def family(stack: Stack) -> list[psutil.Process]:
+    """All processes of a stack, those of its jobs among them; somebody else's Ray on this machine is not touched."""
+    now = Stack.load(stack.settings.home) or stack  # its keeper may have restarted a service
+    roots = [process for record in now.records() if (process := record.process())]
+    return list({*roots, *(child for root in roots for child in root.children(recursive=True))})
+
+
+def processes(title: str, among: Iterable[psutil.Process]) -> list[psutil.Process]:
+    """Those whose command line holds `title`."""
     found = []
-    for process in psutil.process_iter():
+    for process in among:
         try:
             if title in " ".join(process.cmdline()):
                 found.append(process)
         except psutil.Error:
             continue
     return found
+
+
+def ranks(stack: Stack) -> list[psutil.Process]:
+    """Processes of ranks, of all runs of a stack."""
+    return processes("ray::RayTrainWorker", family(stack))

@@ -139,7 +139,8 @@ def container_engine() -> Iterator[Engine]:
             engine.podman("rm", "--all", "--force", "--time=0", "--volumes", check=False)
             server.terminate()
             server.wait(timeout=60)
-            for process in processes(str(folder)):  # watchers of `exec`, which would stay for five minutes
+            # Watchers of `exec`, which would stay for five minutes.
+            for process in processes(str(folder), psutil.process_iter()):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
 

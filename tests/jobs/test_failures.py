@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 
 import pytest
 from patience import wait_until
-from testbed import Command, losses, processes, small_recipe
+from testbed import Command, family, losses, processes, ranks, small_recipe
 
 from jobs.stack import Stack
 
@@ -24,23 +23,23 @@ def undisturbed(convmae: Command, data: str) -> list[float]:
     return losses(convmae.run("undisturbed"))
 
 
-def waiting() -> set[int]:
+def waiting(stack: Stack) -> set[int]:
     """Processes that have no work, and have imported what a rank needs."""
     return {
         process.pid
-        for process in processes("ray::IDLE")
+        for process in processes("ray::IDLE", family(stack))
         if any("libtorch_cpu" in mapped.path for mapped in process.memory_maps())
     }
 
 
 @pytest.fixture
-def workers_before() -> Iterator[set[int]]:
-    """Workers of other runs, which a test must not kill."""
-    yield {process.pid for process in processes("ray::RayTrainWorker")}
+def ranks_before(local_stack: Stack) -> set[int]:
+    """Ranks of other runs, which a test must not kill."""
+    return {process.pid for process in ranks(local_stack)}
 
 
 def test_worker_driver_and_s3_server_are_killed_and_the_run_goes_on_by_itself(
-    convmae: Command, data: str, local_stack: Stack, undisturbed: list[float], workers_before: set[int]
+    convmae: Command, data: str, local_stack: Stack, undisturbed: list[float], ranks_before: set[int]
 ) -> None:
     convmae("submit", *small_recipe(data, **FIELDS), "--run", "killed", "--trace", TRACES + "killed")
     run = convmae.run("killed")
@@ -53,14 +52,14 @@ def test_worker_driver_and_s3_server_are_killed_and_the_run_goes_on_by_itself(
         wait_until(f"step {step} of attempt {attempt}", reached, 300)
 
     after(15, attempt=1)
-    wait_until("a process that waits", lambda: len(waiting()) >= 2, 60)
-    standbys = waiting()
-    worker = next(process for process in processes("ray::RayTrainWorker") if process.pid not in workers_before)
+    wait_until("a process that waits", lambda: len(waiting(local_stack)) >= 2, 60)
+    standbys = waiting(local_stack)
+    worker = next(process for process in ranks(local_stack) if process.pid not in ranks_before)
     os.kill(worker.pid, signal.SIGKILL)
     after(35, attempt=2)
-    workers = {process.pid for process in processes("ray::RayTrainWorker")} - workers_before
+    workers = {process.pid for process in ranks(local_stack)} - ranks_before
     assert workers <= standbys, "those that waited took over"
-    (driver,) = (process for process in processes(run.url) if "jobs.cli" in process.cmdline())
+    (driver,) = (process for process in processes(run.url, family(local_stack)) if "jobs.cli" in process.cmdline())
     os.kill(driver.pid, signal.SIGKILL)
     after(55, attempt=3)
     stack = Stack.load(local_stack.settings.home)

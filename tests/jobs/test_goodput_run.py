@@ -11,10 +11,11 @@ import time
 
 import pytest
 from patience import wait_until
-from testbed import Command, processes, small_recipe
+from testbed import Command, ranks, small_recipe
 
 from jobs.goodput import measured_goodput
 from jobs.simulation import mean_outcome
+from jobs.stack import Stack
 
 logger = logging.getLogger(__name__)
 
@@ -25,9 +26,9 @@ BETWEEN_KILLS_SECONDS = 35.0
 SEED = 7
 
 
-def test_predicted_and_measured_goodput_agree(convmae: Command, data: str) -> None:
+def test_predicted_and_measured_goodput_agree(convmae: Command, data: str, local_stack: Stack) -> None:
     fields = {"epochs": 300, "base_learning_rate": 4e-3, "checkpoint_every_steps": 50}
-    others = {process.pid for process in processes("ray::RayTrainWorker")}
+    others = {process.pid for process in ranks(local_stack)}
     convmae("submit", *small_recipe(data, **fields, max_restarts_without_progress=20), "--run", "predicted")
     run = convmae.run("predicted")
     wait_until("the first step", lambda: bool(run.read_heartbeat().get("loss")), 300)
@@ -37,8 +38,8 @@ def test_predicted_and_measured_goodput_agree(convmae: Command, data: str) -> No
     for _ in range(KILLS):
         due += random_.expovariate(1 / BETWEEN_KILLS_SECONDS)
         time.sleep(max(0.0, began + due - time.monotonic()))
-        wait_until("a rank", lambda: any(one.pid not in others for one in processes("ray::RayTrainWorker")), 120)
-        victim = next(one for one in processes("ray::RayTrainWorker") if one.pid not in others)
+        wait_until("a rank", lambda: any(one.pid not in others for one in ranks(local_stack)), 120)
+        victim = next(one for one in ranks(local_stack) if one.pid not in others)
         os.kill(victim.pid, signal.SIGKILL)
     wait_until("the end", lambda: run.read_heartbeat().get("state") == "finished", 600)
 

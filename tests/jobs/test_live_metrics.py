@@ -7,12 +7,11 @@ import signal
 import time
 from collections.abc import Iterator
 
-import psutil
 import pytest
 from panel_queries import GPU, panel_queries
 from patience import wait_until
 from prometheus_server import PROMETHEUS, asked, wait_for_series
-from testbed import Command, small_recipe
+from testbed import Command, ranks, small_recipe
 
 from jobs.stack import Stack
 
@@ -53,7 +52,7 @@ def test_a_worker_that_dies_leaves_no_series_and_resets_no_counter(
     run = convmae.run(name)
     images = float(asked(url, f'convmae_images_total{{run="{name}"}}')[0]["value"][1])
 
-    os.kill(workers(local_stack)[0], signal.SIGKILL)
+    os.kill([process.pid for process in ranks(local_stack)][0], signal.SIGKILL)
     killed_at = time.monotonic()
     wait_until("the restart", lambda: run.read_heartbeat().get("attempt") == 2, 300)
     wait_for_series(url, f'convmae_restarts_total{{run="{name}", reason="restart"}} == 1', 60)
@@ -62,16 +61,6 @@ def test_a_worker_that_dies_leaves_no_series_and_resets_no_counter(
     assert not asked(url, f'resets(convmae_images_total{{run="{name}"}}[10m]) > 0')
     assert float(asked(url, f'sum(convmae_failures_total{{run="{name}"}})')[0]["value"][1]) == 1
     wait_until("half a minute", lambda: time.monotonic() > killed_at + 30, 40)
-    ranks = {row["metric"]["rank"] for row in asked(url, f'convmae_rank_step_seconds{{run="{name}"}}')}
+    told = {row["metric"]["rank"] for row in asked(url, f'convmae_rank_step_seconds{{run="{name}"}}')}
     now = asked(url, f'convmae_world_size_ranks{{run="{name}"}}')
-    assert len(ranks) in (0, int(now[0]["value"][1]))  # those of the new group, or none if it is just starting
-
-
-def workers(stack: Stack) -> list[int]:
-    """Processes of the ranks on `stack`; other stacks on the machine have theirs."""
-    now = Stack.load(stack.settings.home)
-    assert now is not None
-    head = now.status()["ray"].pid
-    assert head
-    below = psutil.Process(head).children(recursive=True)
-    return [process.pid for process in below if "ray::RayTrainWorker" in " ".join(process.cmdline())]
+    assert len(told) in (0, int(now[0]["value"][1]))  # those of the new group, or none if it is just starting

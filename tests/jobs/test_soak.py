@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 from patience import wait_until
-from testbed import Command, losses, processes, small_recipe
+from testbed import Command, family, losses, processes, ranks, small_recipe
 
 from jobs.checkpoint import committed_steps
 from jobs.run_directory import RunDirectory
@@ -52,12 +52,9 @@ class Sample:
     @classmethod
     def of(cls, stack: Stack) -> Sample:
         """Of every process of the stack, and of what they leave on this machine."""
-        family = []
-        for record in stack.records():
-            if process := record.process():
-                family += [process, *process.children(recursive=True)]
+        theirs = family(stack)
         memory = descriptors = threads = 0
-        for process in family:
+        for process in theirs:
             try:
                 with process.oneshot():
                     memory += process.memory_info().rss
@@ -66,7 +63,7 @@ class Sample:
             except psutil.NoSuchProcess:
                 continue
         scratch = [*Path("/tmp").glob("convmae-*"), *stack.settings.run_dir.joinpath("tmp").iterdir()]
-        return cls(memory, descriptors, threads, len(family), len(scratch), len(list(Path("/dev/shm").iterdir())))
+        return cls(memory, descriptors, threads, len(theirs), len(scratch), len(list(Path("/dev/shm").iterdir())))
 
 
 def victims(random_: random.Random, run: RunDirectory, stack: Stack) -> Iterator[tuple[str, int]]:
@@ -74,9 +71,9 @@ def victims(random_: random.Random, run: RunDirectory, stack: Stack) -> Iterator
     while True:
         what = random_.choice(["rank", "rank", "driver", "s3"])
         if what == "rank":
-            found = [process.pid for process in processes("ray::RayTrainWorker")]
+            found = [process.pid for process in ranks(stack)]
         elif what == "driver":
-            found = [process.pid for process in processes(run.url) if "jobs.cli" in process.cmdline()]
+            found = [process.pid for process in processes(run.url, family(stack)) if "jobs.cli" in process.cmdline()]
         else:
             found = [pid for pid in [stack.status()["s3"].pid] if pid]
         if found:
