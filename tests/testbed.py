@@ -82,7 +82,8 @@ def family(stack: Stack) -> list[psutil.Process]:
     """All processes of a stack, those of its jobs among them; somebody else's Ray on this machine is not touched."""
     now = Stack.load(stack.settings.home) or stack  # its keeper may have restarted a service
     roots = [process for record in now.records() if (process := record.process())]
-    return list({*roots, *(child for root in roots for child in root.children(recursive=True))})
+    found = {*roots, *(child for root in roots for child in root.children(recursive=True))}
+    return sorted(found, key=lambda process: process.pid)
 
 
 def processes(title: str, among: Iterable[psutil.Process]) -> list[psutil.Process]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections.abc import Iterator
 
@@ -52,7 +50,7 @@ def test_a_worker_that_dies_leaves_no_series_and_resets_no_counter(
     run = convmae.run(name)
     images = float(asked(url, f'convmae_images_total{{run="{name}"}}')[0]["value"][1])
 
-    os.kill([process.pid for process in ranks(local_stack)][0], signal.SIGKILL)
+    ranks(local_stack)[0].kill()
     killed_at = time.monotonic()
     wait_until("the restart", lambda: run.read_heartbeat().get("attempt") == 2, 300)
     wait_for_series(url, f'convmae_restarts_total{{run="{name}", reason="restart"}} == 1', 60)
