@@ -13,7 +13,8 @@ from __future__ import annotations
 import heapq
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Literal
@@ -23,8 +24,12 @@ from pipeline.errors import UserError
 
 Policy = Literal["fixed", "elastic"]
 POLICIES: tuple[Policy, ...] = ("fixed", "elastic")
-MAX_EVENTS = 10_000_000
-"""After which a run that makes no headway is given up."""
+MAX_IDLE_EVENTS = 200_000
+"""Failures and arrivals without a new checkpoint, after which a run is given up."""
+
+
+class NoHeadwayError(UserError):
+    """A run that never ends: its nodes fail faster than it comes to its next checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -100,12 +105,14 @@ def simulate(scenario: Scenario, policy: Policy, rng: random.Random) -> Outcome:
         rng: Draws the failures.
 
     Raises:
-        UserError: The run makes no headway: nodes fail faster than a checkpoint is reached.
+        NoHeadwayError: Nodes fail faster than a checkpoint is reached.
     """
     least = scenario.nodes if policy == "fixed" else scenario.min_nodes
     now, kept, alive, arrivals = 0.0, 0, scenario.nodes, list[float]()
     lost, restarts, waited, node_seconds = 0.0, -1, 0.0, 0.0
-    for _ in range(MAX_EVENTS):
+    idle = 0
+    while idle < MAX_IDLE_EVENTS:
+        idle += 1
         failure = now + rng.expovariate(alive / scenario.mtbf_seconds) if alive else math.inf
         event = min(failure, arrivals[0]) if arrivals else failure
         if alive < least:
@@ -114,6 +121,7 @@ def simulate(scenario: Scenario, policy: Policy, rng: random.Random) -> Outcome:
             restarts += 1
             stretch = _trained(scenario, alive, event - now - scenario.restart_seconds, scenario.steps - kept)
             kept, lost = kept + stretch.kept, lost + stretch.lost
+            idle = 0 if stretch.kept else idle
             if kept >= scenario.steps:
                 now += scenario.restart_seconds + stretch.seconds
                 node_seconds += alive * (scenario.restart_seconds + stretch.seconds)
@@ -127,8 +135,10 @@ def simulate(scenario: Scenario, policy: Policy, rng: random.Random) -> Outcome:
         else:
             heapq.heappush(arrivals, now + scenario.replace_seconds)
             alive -= 1
-    rule = f"must let the run make headway ({kept:,} of {scenario.steps:,} steps after {MAX_EVENTS:,} events)"
-    raise UserError("interval_steps", rule, scenario.interval_steps, "save more often, or take nodes that fail less")
+    rule = f"must let the run make headway ({kept:,} of {scenario.steps:,} steps after {now / 86_400:,.0f} days)"
+    raise NoHeadwayError(
+        "interval_steps", rule, scenario.interval_steps, "save more often, or take nodes that fail less"
+    )
 
 
 @dataclass(frozen=True)
@@ -194,34 +204,46 @@ class Prediction:
 
     policy: Policy
     interval_steps: int
-    outcome: Outcome
+    outcome: Outcome | None
+    """None: it never ends, since nodes fail faster than a checkpoint is reached."""
 
 
 def predictions(scenario: Scenario, *, trials: int, seed: int) -> list[Prediction]:
     """Every policy at the scenario's interval, and at the best one where that is another."""
     intervals = dict.fromkeys((scenario.interval_steps, best_interval_steps(scenario)))
-    return [
-        Prediction(
-            policy, steps, mean_outcome(replace(scenario, interval_steps=steps), policy, trials=trials, seed=seed)
-        )
-        for policy in POLICIES
-        for steps in intervals
-    ]
+    found = []
+    for policy in POLICIES:
+        for steps in intervals:
+            outcome = None
+            with suppress(NoHeadwayError):
+                outcome = mean_outcome(replace(scenario, interval_steps=steps), policy, trials=trials, seed=seed)
+            found.append(Prediction(policy, steps, outcome))
+    return found
 
 
-def scenario_lines(scenario: Scenario) -> Iterator[tuple[str, str]]:
-    """What is simulated, and the interval that costs least, as fields and values for people."""
-    best = best_interval_steps(scenario)
-    yield "steps", f"{scenario.steps:,} of {scenario.step_seconds:g} s on {scenario.nodes:,} nodes"
-    yield "without failures", duration_text(scenario.ideal_seconds)
-    yield "any node fails", f"every {duration_text(scenario.group_mtbf_seconds)}"
-    yield "checkpoints", f"every {scenario.interval_steps:,} steps, {scenario.stall_seconds:g} s each"
-    yield "best interval", f"{best:,} steps ({duration_text(best * scenario.step_seconds)}), by Young and Daly"
+def scenario_lines(markets: Mapping[str, Scenario], *, is_estimate: bool) -> Iterator[tuple[str, str]]:
+    """What is simulated, and the interval that costs least, as fields and values for people.
+
+    Args:
+        markets: The run on nodes of each kind, which differ in how they fail.
+        is_estimate: Whether nobody has measured how long a step takes.
+    """
+    first = next(iter(markets.values()))
+    source = " (an estimate for H100 GPUs: --step-seconds)" if is_estimate else ""
+    yield "steps", f"{first.steps:,} of {first.step_seconds:.3g} s on {first.nodes:,} nodes{source}"
+    yield "without failures", duration_text(first.ideal_seconds)
+    for market, scenario in markets.items():
+        best = best_interval_steps(scenario)
+        yield market, f"any of the nodes fails every {duration_text(scenario.group_mtbf_seconds)}"
+        yield "  checkpoints", f"every {scenario.interval_steps:,} steps, {scenario.stall_seconds:g} s each"
+        yield "  best interval", f"{best:,} steps ({duration_text(best * scenario.step_seconds)}), by Young and Daly"
 
 
 def prediction_row(prediction: Prediction) -> tuple[str, ...]:
     """Policy, interval, wall-clock, goodput, lost steps, restarts, waiting and GPU hours, for people."""
     outcome = prediction.outcome
+    if outcome is None:
+        return (prediction.policy, f"{prediction.interval_steps:,}", "never ends")
     return (
         prediction.policy,
         f"{prediction.interval_steps:,}",

@@ -25,6 +25,7 @@ from jobs.commands.shared import (
 )
 from jobs.errors import RunError, RunFailedError
 from jobs.terminal import figure, print_json, print_pairs, say
+from pipeline.errors import UserError
 
 app = typer.Typer()
 
@@ -45,12 +46,19 @@ def simulate(
     recipe: RecipeName,
     overrides: Overrides = None,
     *,
-    nodes: Annotated[int, typer.Option(help="Nodes that the run is given.")],
-    mtbf_hours: Annotated[float, typer.Option(help="Mean hours between failures, or reclaims, of one node.")],
-    step_seconds: Annotated[float, typer.Option(help="Of one step on all nodes; a short run's history tells.")],
-    min_nodes: Annotated[int, typer.Option(help="Fewest that an elastic run trains with.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(help="GPUs in a node, for GPU hours.")] = 8,
+    nodes: Annotated[int, typer.Option(min=1, help="Nodes that the run is given.")],
+    mtbf_hours: Annotated[float, typer.Option(help="Mean hours between failures of one node on demand.")],
+    step_seconds: Annotated[
+        float | None,
+        typer.Option(help="Of one step on all nodes; a short run's history tells. Default: estimated for H100 GPUs."),
+    ] = None,
+    min_nodes: Annotated[int, typer.Option(min=1, help="Fewest that an elastic run trains with.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs in a node.")] = 8,
     replace_minutes: Annotated[float, typer.Option(help="Until a failed node is replaced.")] = 10.0,
+    spot_mtbf_hours: Annotated[
+        float | None, typer.Option(help="Mean hours until a spot node is taken back; shows spot nodes too.")
+    ] = None,
+    spot_replace_minutes: Annotated[float, typer.Option(help="Until another spot node is there.")] = 30.0,
     restart_seconds: Annotated[float, typer.Option(help="From a failure to the first step after it.")] = 60.0,
     stall_seconds: Annotated[float, typer.Option(help="Training stands still for one checkpoint.")] = 1.0,
     trials: Annotated[int, typer.Option(min=1, help="Runs to simulate; means are shown.")] = 20,
@@ -59,43 +67,63 @@ def simulate(
 ) -> None:
     """Predict how long a recipe takes on nodes that fail, with a fixed and with an elastic number of workers.
 
-    Shows wall-clock, goodput, lost steps and GPU hours at the recipe's checkpoint interval and at the best one. For
-    spot nodes give their hours between reclaims and the minutes until one is free again. Starts nothing.
+    Shows wall-clock, goodput, lost steps and GPU hours at the recipe's checkpoint interval and at the best one, on
+    nodes on demand and, where --spot-mtbf-hours is given, on spot nodes. Starts nothing.
     """
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from jobs.checkpoint_interval import IntervalRule
     from jobs.plan import DatasetSize
     from jobs.schedule import Schedule
     from jobs.simulation import Scenario, prediction_row, predictions, scenario_lines
+    from jobs.sizing import H100_FLOPS_PER_SECOND, NodeType, estimated_step_seconds
     from jobs.trainer import order_of
 
     resolved = amended_recipe(recipe, overrides)
     size = DatasetSize.of(open_session().storage, resolved)
     steps = Schedule.of(resolved, order_of(resolved, size.samples).steps_per_epoch).total_steps
-    mtbf_seconds = mtbf_hours * 3600
     rule = IntervalRule.of(resolved)
+    for option, hours in (("--mtbf-hours", mtbf_hours), ("--spot-mtbf-hours", spot_mtbf_hours)):
+        if hours is not None and not hours > 0:
+            raise UserError(option, "must be above 0", hours, "give a larger one")
     scenario = Scenario(
         steps=steps,
-        step_seconds=step_seconds,
+        step_seconds=estimated_step_seconds(resolved, NodeType(gpus_per_node, H100_FLOPS_PER_SECOND), nodes)
+        if step_seconds is None
+        else step_seconds,
         nodes=nodes,
         min_nodes=min_nodes,
-        mtbf_seconds=mtbf_seconds,
+        mtbf_seconds=mtbf_hours * 3600,
         replace_seconds=replace_minutes * 60,
         restart_seconds=restart_seconds,
         stall_seconds=stall_seconds,
-        interval_steps=rule.simulated_steps(step_seconds, stall_seconds, mtbf_seconds / nodes),
+        interval_steps=1,
         gpus_per_node=gpus_per_node,
     )
-    found = predictions(scenario, trials=trials, seed=seed)
+    markets = {"on-demand": scenario}
+    if spot_mtbf_hours is not None:
+        markets["spot"] = replace(
+            scenario, mtbf_seconds=spot_mtbf_hours * 3600, replace_seconds=spot_replace_minutes * 60
+        )
+    for market, one in markets.items():
+        interval = rule.simulated_steps(one.step_seconds, one.stall_seconds, one.group_mtbf_seconds)
+        markets[market] = replace(one, interval_steps=interval)
+    found = {market: predictions(one, trials=trials, seed=seed) for market, one in markets.items()}
     if as_json:
-        print_json({"scenario": asdict(scenario), "predictions": [asdict(prediction) for prediction in found]})
+        print_json(
+            {
+                "scenarios": {market: asdict(one) for market, one in markets.items()},
+                "step_seconds_estimated": step_seconds is None,
+                "predictions": [{"market": market, **asdict(one)} for market in found for one in found[market]],
+            }
+        )
         return
-    print_pairs(scenario_lines(scenario))
-    columns = ("policy", "interval", "wall", "goodput", "lost", "restarts", "waiting", "GPU hours")
-    table = Table(*columns, box=None)
-    for prediction in found:
-        table.add_row(*prediction_row(prediction))
+    print_pairs(scenario_lines(markets, is_estimate=step_seconds is None))
+    columns = ("nodes", "policy", "interval", "wall", "goodput", "lost", "restarts", "waiting", "GPU-h")
+    table = Table(*columns, box=None, padding=(0, 1, 0, 0))
+    for market, ones in found.items():
+        for prediction in ones:
+            table.add_row(market, *prediction_row(prediction))
     Console(highlight=False).print(table)
 
 

@@ -12,16 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs import cli, simulation
+from jobs.recipes import named_recipe
 from jobs.simulation import (
     POLICIES,
+    NoHeadwayError,
     Scenario,
     best_interval_steps,
     daly_interval_seconds,
     daly_wall_seconds,
     mean_outcome,
+    prediction_row,
     predictions,
     simulate,
 )
+from jobs.sizing import H100_FLOPS_PER_SECOND, NodeType, estimated_step_seconds
 from pipeline.errors import UserError
 
 NEVER = 1e15
@@ -132,7 +136,7 @@ def test_a_thousand_nodes_for_weeks_take_a_moment() -> None:
         ("fixed", 100), ("fixed", best_interval_steps(scenario)),
         ("elastic", 100), ("elastic", best_interval_steps(scenario)),
     ]  # fmt: skip
-    assert all(item.outcome.restarts > 10 for item in found)
+    assert all(item.outcome and item.outcome.restarts > 10 for item in found)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -179,20 +183,63 @@ def test_the_command_prints_a_table_or_json(
 
     table, found = said(), json.loads(said("--json"))
 
-    assert found["scenario"]["mtbf_seconds"] == 200 * HOUR
-    assert found["predictions"][0]["outcome"]["wall_seconds"] > found["scenario"]["steps"] * 1.5
+    scenario = found["scenarios"]["on-demand"]
+    assert scenario["mtbf_seconds"] == 200 * HOUR
+    assert found["predictions"][0]["outcome"]["wall_seconds"] > scenario["steps"] * 1.5
     assert {item["policy"] for item in found["predictions"]} == set(POLICIES)
     assert f"{found['predictions'][0]['outcome']['goodput']:.1%}" in table
     assert "by Young and Daly" in table
     by_itself = json.loads(said("checkpoint_interval=auto", "--stall-seconds", "5", "--json"))
-    assert by_itself["scenario"]["interval_steps"] == pytest.approx(math.sqrt(2 * 5 * 200 / 64 * HOUR) / 1.5, rel=0.03)
+    assert by_itself["scenarios"]["on-demand"]["interval_steps"] == pytest.approx(
+        math.sqrt(2 * 5 * 200 / 64 * HOUR) / 1.5, rel=0.03
+    )
+    both = json.loads(said("--spot-mtbf-hours", "24", "--spot-replace-minutes", "60", "--json"))
+    assert both["scenarios"]["spot"] == scenario | {"mtbf_seconds": 24 * HOUR, "replace_seconds": HOUR}
+    assert [item["market"] for item in both["predictions"]] == ["on-demand"] * 4 + ["spot"] * 4
+    spot = both["predictions"][-1]["outcome"]
+    assert spot["wall_seconds"] > found["predictions"][-1]["outcome"]["wall_seconds"]
+    assert "spot" in said("--spot-mtbf-hours", "24")
+
+
+def test_a_step_that_nobody_measured_is_estimated_as_in_the_guide() -> None:
+    """docs/cluster.md: 4096 images in a step, 23,839 and 67,925 images/s on one node and on four."""
+    recipe, node = named_recipe("convmae_base"), NodeType(8, H100_FLOPS_PER_SECOND)
+
+    for nodes, images_per_second in ((1, 23_839), (4, 67_925)):
+        assert 4096 / estimated_step_seconds(recipe, node, nodes) == pytest.approx(images_per_second, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--nodes", "0", "--mtbf-hours", "1"], "--nodes"),
+        (["--nodes", "2", "--mtbf-hours", "0"], "--mtbf-hours: must be above 0"),
+        (["--nodes", "2", "--mtbf-hours", "1", "--spot-mtbf-hours", "-1"], "--spot-mtbf-hours: must be above 0"),
+        (["--nodes", "2", "--mtbf-hours", "1", "--step-seconds", "0"], "step_seconds: must be above 0"),
+    ],
+)
+def test_the_command_refuses_numbers_that_cannot_be(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONVMAE_HOME", "/nonexistent")
+    monkeypatch.setattr("sys.argv", ["convmae", "simulate", "convmae_base", *arguments])
+
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_a_run_without_headway_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(simulation, "MAX_EVENTS", 1000)
+    monkeypatch.setattr(simulation, "MAX_IDLE_EVENTS", 1000)
 
-    with pytest.raises(UserError, match="must let the run make headway"):
-        simulate(replace(ROUGH, mtbf_seconds=60.0, interval_steps=10_000), "fixed", random.Random(0))
+    hopeless = replace(ROUGH, mtbf_seconds=60.0, interval_steps=10_000)
+    with pytest.raises(NoHeadwayError, match="must let the run make headway"):
+        simulate(hopeless, "fixed", random.Random(0))
+    assert predictions(hopeless, trials=1, seed=0)[0].outcome is None
+    assert prediction_row(predictions(hopeless, trials=1, seed=0)[0])[-1] == "never ends"
 
 
 @pytest.mark.parametrize(
