@@ -15,7 +15,7 @@ from jobs.recipes import named_recipe
 from jobs.run_directory import RunDirectory
 from jobs.session import Session, home_folder
 from jobs.terminal import say
-from jobs.workflow import follow_job, train_as_job
+from jobs.workflow import follow_job, say_outcome, train_as_job
 from pipeline.manifest import Manifest
 from pipeline.photographs import PHOTOGRAPHS, cut_tiles
 from pipeline.shard_plan import Ingest, Sharding
@@ -57,7 +57,7 @@ def run_demo(environ: Mapping[str, str], images: str) -> None:
     plan = driver.plan_run(session, named_recipe("tiny").amended(overrides), run_name)
     if plan.run.exists() and driver.is_live(plan.run) and (job := submission.newest_job(session, plan.run)):
         say(f"{run_name} is running already: {job}")
-        follow_job(session, plan.run, job)
+        say_outcome(plan.run, follow_job(session, plan.run, job))
     else:
         train_as_job(session, plan, follow=True)
     _show_results(plan.run, home / "results" / run_name, session)

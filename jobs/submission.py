@@ -89,13 +89,19 @@ def newest_job(session: Session, run: RunDirectory) -> str:
     return str(max(jobs, key=lambda job: _number(job, run.name)).submission_id) if jobs else ""
 
 
-def log_lines(session: Session, run: RunDirectory, *, follow: bool) -> Iterator[str]:
-    """What the run's newest job printed, in pieces.
+def log_pieces(session: Session, run: RunDirectory, submission_id: str, *, follow: bool) -> Iterator[str]:
+    """What a job of the run printed, in pieces.
+
+    Args:
+        session: Says which cluster.
+        run: Which run.
+        submission_id: From `newest_job`.
+        follow: Go on until the job ends.
 
     Raises:
         RunError: If the run was never submitted as a job to this cluster.
     """
-    client, submission_id = job_client(session), newest_job(session, run)
+    client = job_client(session)
     if not submission_id:
         remedy = f"it ran in the foreground, or on another cluster; `convmae status {run.name}` shows its events"
         raise RunError("run", "must have been submitted to this cluster", run.name, remedy)

@@ -41,6 +41,16 @@ def print_json(value: object) -> None:
     say(json.dumps(value, indent=1))
 
 
+def whole_lines(pieces: Iterable[str]) -> Iterator[str]:
+    """The lines of a text that comes in pieces, without their ends; each as soon as it is whole."""
+    rest = ""
+    for piece in pieces:
+        *lines, rest = (rest + piece).split("\n")
+        yield from lines
+    if rest:
+        yield rest
+
+
 def figure(value: float | None, form: str) -> str:
     """A number in a format, or `-` where there is none yet."""
     return "-" if value is None else format(value, form)

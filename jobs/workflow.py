@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Mapping
+from typing import Any, TextIO
 
 from jobs import driver, submission
 from jobs.driver import FINAL_STATES, RunPlan
@@ -10,7 +13,7 @@ from jobs.errors import RunFailedError
 from jobs.finish import finish
 from jobs.run_directory import RunDirectory
 from jobs.session import Session
-from jobs.terminal import progress_bar, say, status_text
+from jobs.terminal import print_json, progress_bar, say, status_text
 
 ENDED_JOB_STATES = frozenset({"SUCCEEDED", "FAILED", "STOPPED", "LOST"})
 
@@ -39,33 +42,52 @@ def train_here(session: Session, plan: RunPlan) -> None:
             say(line)
 
 
-def train_as_job(session: Session, plan: RunPlan, *, follow: bool) -> None:
+def train_as_job(session: Session, plan: RunPlan, *, follow: bool, as_json: bool = False) -> None:
     """Submit the run to the cluster, and show its progress if asked to.
+
+    Args:
+        session: Says which cluster.
+        plan: The run.
+        follow: Return when its job has ended.
+        as_json: Print one JSON object, of what was begun or, with `follow`, of what became of it; progress goes to
+            standard error.
 
     Raises:
         RunFailedError: If it was followed and ended badly.
     """
     submission.job_client(session)  # a cluster that does not answer is found before the run is claimed
     claimed = driver.claim_run(plan)
-    if claimed == "finished":
+    job = "" if claimed == "finished" else submission.submit(session, plan.run, plan.trace_url)
+    told = {"run": plan.run.name, "url": plan.run.url, "job": job, "begins": claimed}
+    if as_json:
+        if job and follow:
+            follow_job(session, plan.run, job, sys.stderr)
+        now = plan.run.read_heartbeat() if follow else {}
+        print_json(told | {key: now[key] for key in ("state", "step", "total_steps") if key in now})
+    elif not job:
         say_finished(plan.run)
-        return
-    job = submission.submit(session, plan.run, plan.trace_url)
-    say(f"submitted {job} ({'a new run' if claimed == 'new' else 'resumes'}): {plan.run.url}")
-    if follow:
-        follow_job(session, plan.run, job)
     else:
-        say(f"next: `convmae status {plan.run.name}`, `convmae logs -f {plan.run.name}`")
+        say(f"submitted {job} ({'a new run' if claimed == 'new' else 'resumes'}): {plan.run.url}")
+        if follow:
+            say_outcome(plan.run, follow_job(session, plan.run, job))
+        else:
+            say(f"next: `convmae status {plan.run.name}`, `convmae logs -f {plan.run.name}`")
 
 
-def follow_job(session: Session, run: RunDirectory, job: str) -> None:
-    """Show a submitted run's progress until its job ends.
+def follow_job(session: Session, run: RunDirectory, job: str, stream: TextIO | None = None) -> Mapping[str, Any]:
+    """Show a submitted run's progress until its job ends; returns its last heartbeat.
+
+    Args:
+        session: Says which cluster.
+        run: Which run.
+        job: Its job's submission id.
+        stream: Where to show it; default: standard output.
 
     Raises:
         RunFailedError: If it ended badly; quotes the error that it printed.
     """
     client = submission.job_client(session)
-    with progress_bar(run.name) as show:
+    with progress_bar(run.name, stream or sys.stdout) as show:
         while (state := submission.job_state(client, job)) not in ENDED_JOB_STATES:
             now = run.read_heartbeat()
             if now and now["state"] not in FINAL_STATES:
@@ -78,13 +100,20 @@ def follow_job(session: Session, run: RunDirectory, job: str) -> None:
         raise RunFailedError(f"the Ray head died, and job {job} with it; the same command resumes {run.name}")
     if state != "SUCCEEDED":
         raise RunFailedError(f"job {job} {state.lower()}: {_last_word(session, run)}")
-    say(f"{run.name}: {now['state']} at step {now['step']} of {now['total_steps']}")
+    return now
 
 
 def _last_word(session: Session, run: RunDirectory) -> str:
     """Why a job ended, in its own words: its last error, or else its last line."""
-    lines = "".join(submission.log_lines(session, run, follow=False)).strip().splitlines() or ["it printed nothing"]
+    lines = "".join(
+        submission.log_pieces(session, run, submission.newest_job(session, run), follow=False)
+    ).strip().splitlines() or ["it printed nothing"]
     return next((line for line in reversed(lines) if line.startswith(("failed: ", "error: "))), lines[-1])
+
+
+def say_outcome(run: RunDirectory, now: Mapping[str, Any]) -> None:
+    """Say what a followed run came to."""
+    say(f"{run.name}: {now['state']} at step {now['step']} of {now['total_steps']}")
 
 
 def say_finished(run: RunDirectory) -> None:

@@ -24,7 +24,7 @@ from jobs.commands.shared import (
     open_session,
 )
 from jobs.errors import RunError, RunFailedError
-from jobs.terminal import figure, print_json, print_pairs, say
+from jobs.terminal import figure, print_json, print_pairs, say, whole_lines
 from pipeline.errors import UserError
 
 app = typer.Typer()
@@ -167,13 +167,14 @@ def submit(
     trace: TraceOption = "",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Show progress until the run ends.")] = False,
     strict: Strict = False,
+    as_json: AsJson = False,
 ) -> None:
     """Train as a Ray job, which goes on when this terminal is closed. The same command resumes."""
     from jobs.driver import plan_run
     from jobs.workflow import train_as_job
 
     session, resolved = open_session(), amended_recipe(recipe, overrides, strict=strict)
-    train_as_job(session, plan_run(session, resolved, run or resolved.name, trace), follow=follow)
+    train_as_job(session, plan_run(session, resolved, run or resolved.name, trace), follow=follow, as_json=as_json)
 
 
 @app.command()
@@ -184,6 +185,7 @@ def resume(
     run_root: RunRoot = "",
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Show progress until the run ends.")] = False,
     strict: Strict = False,
+    as_json: AsJson = False,
 ) -> None:
     """Go on with a run that was stopped or cut off, as a Ray job, by the recipe in its directory.
 
@@ -196,7 +198,7 @@ def resume(
     directory = existing_run(session, run, run_root)
     recipe = amended(directory.read_recipe(), overrides, strict=strict)
     recipe = recipe.amended({"run_root": directory.url.rpartition("/")[0]})
-    train_as_job(session, plan_run(session, recipe, directory.name), follow=follow)
+    train_as_job(session, plan_run(session, recipe, directory.name), follow=follow, as_json=as_json)
 
 
 @app.command(name="list")
@@ -256,18 +258,30 @@ def logs(
     run: RunName,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
     run_root: RunRoot = "",
+    as_json: AsJson = False,
 ) -> None:
-    """Print what a submitted run's newest job printed."""
+    """Print what a submitted run's newest job printed.
+
+    With --json, one object a line: the job, and a line of what it printed.
+    """
     from jobs import submission
 
     session = open_session()
-    for piece in submission.log_lines(session, existing_run(session, run, run_root), follow=follow):
+    directory = existing_run(session, run, run_root)
+    job = submission.newest_job(session, directory)
+    pieces = submission.log_pieces(session, directory, job, follow=follow)
+    if as_json:
+        for line in whole_lines(pieces):
+            sys.stdout.write(json.dumps({"job": job, "line": line}) + "\n")
+            sys.stdout.flush()
+        return
+    for piece in pieces:
         sys.stdout.write(piece)
         sys.stdout.flush()
 
 
 @app.command()
-def stop(run: RunName, run_root: RunRoot = "") -> None:
+def stop(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
     """Ask a run to save a checkpoint and end; returns when it has."""
     from jobs.driver import FINAL_STATES, is_live
 
@@ -278,9 +292,14 @@ def stop(run: RunName, run_root: RunRoot = "") -> None:
             "run", "must be running to be stopped", f"{directory.name} ({state})", "there is nothing to stop"
         )
     directory.write_stop_request()
-    say(f"asked {directory.name} to save and stop")
+    if not as_json:
+        say(f"asked {directory.name} to save and stop")
     while (heartbeat := directory.read_heartbeat())["state"] not in FINAL_STATES:
         time.sleep(1.0)
+    if as_json:
+        told = {key: heartbeat[key] for key in ("state", "step", "total_steps")}
+        print_json({"run": directory.name, "url": directory.url, **told})
+        return
     say(f"{directory.name}: {heartbeat['state']} at step {heartbeat['step']}; `convmae resume {run}` goes on")
 
 
@@ -335,8 +354,12 @@ def quarantine(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) ->
 
 
 @app.command()
-def report(run: RunName, run_root: RunRoot = "") -> None:
+def report(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
     """Write the run's report.html, with a picture of reconstructions from its newest checkpoint."""
     from jobs.finish import write_run_report
 
-    say(write_run_report(existing_run(open_session(), run, run_root)))
+    url = write_run_report(existing_run(open_session(), run, run_root))
+    if as_json:
+        print_json({"run": run, "report": url})
+    else:
+        say(url)

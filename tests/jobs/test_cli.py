@@ -335,7 +335,7 @@ def test_strict_refuses_damaged_checkpoints_when_it_resumes(
     asked = []
     monkeypatch.setattr(workflow, "train_here", lambda session, plan: asked.append(plan.recipe.on_damaged_checkpoint))
     monkeypatch.setattr(
-        workflow, "train_as_job", lambda session, plan, follow: asked.append(plan.recipe.on_damaged_checkpoint)
+        workflow, "train_as_job", lambda session, plan, follow, as_json: asked.append(plan.recipe.on_damaged_checkpoint)
     )
     for command in ("pretrain", "submit"):
         for strict in ([], ["--strict"]):
@@ -348,7 +348,7 @@ def test_resume_takes_the_runs_own_recipe_and_changes_only_where_it_executes(
     convmae: Convmae, root: str, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
-    monkeypatch.setattr(workflow, "train_as_job", lambda session, plan, follow: asked.append((plan, follow)))
+    monkeypatch.setattr(workflow, "train_as_job", lambda session, plan, follow, as_json: asked.append((plan, follow)))
     run = RunDirectory.of(Storage(), root, "second")
     recipe = named_recipe("tiny").amended({"data": data, "epochs": 7, "run_root": root})
     run.claim(recipe)

@@ -83,6 +83,10 @@ def test_run_directory_holds_what_a_run_leaves_behind(convmae: Command, finished
     assert checkpoint.committed_steps(run) == [STEPS - 40, STEPS - 20, STEPS]
     assert run.storage.read(run.path("reconstructions.png")).startswith(b"\x89PNG")
     assert b"<html" in run.storage.read(run.path("report.html"))
+    run.storage.delete(run.path("report.html"))
+    told = json.loads(convmae("report", finished, "--json")[0])
+    assert told == {"run": finished, "report": run.path("report.html")}
+    assert b"<html" in run.storage.read(told["report"])
 
 
 def test_status_and_list_tell_of_the_run(convmae: Command, finished: str) -> None:
@@ -94,6 +98,9 @@ def test_status_and_list_tell_of_the_run(convmae: Command, finished: str) -> Non
     assert f"{STEPS} of {STEPS}" in convmae("status", finished)[0]
     for follow in ((), ("--follow",)):
         assert f"{finished} {STEPS}/{STEPS} finished" in convmae("logs", finished, *follow)[0]
+        rows = [json.loads(line) for line in convmae("logs", finished, "--json", *follow)[0].splitlines()]
+        assert {row["job"] for row in rows} == {f"{finished}-a1"}
+        assert any(row["line"].startswith(f"{finished} {STEPS}/{STEPS} finished") for row in rows)
 
 
 def test_no_secret_is_in_anything_that_a_run_leaves_behind(convmae: Command, finished: str, local_stack: Stack) -> None:
@@ -143,6 +150,8 @@ def test_a_finished_run_is_not_started_over(convmae: Command, data: str, finishe
     for command in ("submit", "pretrain"):
         arguments = small_recipe(data, epochs=EPOCHS, checkpoint_every_steps=20, milestone_epochs=[5])
         assert f"{finished} is finished" in convmae(command, *arguments, "--run", finished)[0]
+    told = json.loads(convmae("resume", finished, "--json")[0])
+    assert told == {"run": finished, "url": convmae.run(finished).url, "job": "", "begins": "finished"}
 
     assert convmae.run(finished).read_history() == before
 
@@ -172,11 +181,17 @@ def test_stop_saves_and_the_same_command_goes_on(convmae: Command, data: str) ->
     process, run = convmae.start(*command), convmae.run("stopped")
     wait_until("ten steps", lambda: run.read_heartbeat().get("step", 0) >= 10, 300)
 
-    out, _ = convmae("stop", "stopped")
+    told = json.loads(convmae("stop", "stopped", "--json")[0])
 
     assert process.wait(timeout=180) == 0
-    assert "stopped at step" in out
     (step,) = checkpoint.committed_steps(run)
+    assert told == {
+        "run": "stopped",
+        "url": run.url,
+        "state": "stopped",
+        "step": step,
+        "total_steps": told["total_steps"],
+    }
     assert step >= 10
     convmae(*command, f"max_steps={step + 20}")
     assert len(losses(run)) == step + 20

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.terminal import bytes_text
+from jobs.terminal import bytes_text, whole_lines
 
 
 @pytest.mark.parametrize(
@@ -20,3 +20,16 @@ from jobs.terminal import bytes_text
 )
 def test_bytes_have_three_digits_and_a_unit(count: float, text: str) -> None:
     assert bytes_text(count) == text
+
+
+@pytest.mark.parametrize(
+    ("pieces", "lines"),
+    [
+        ([], []),
+        (["a\nb\n"], ["a", "b"]),
+        (["a", "b\n", "\nc"], ["ab", "", "c"]),
+        (["a\r", "b\n"], ["a\rb"]),  # a bar that is redrawn is one line
+    ],
+)
+def test_pieces_become_whole_lines(pieces: list[str], lines: list[str]) -> None:
+    assert list(whole_lines(pieces)) == lines
