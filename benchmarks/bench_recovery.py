@@ -56,7 +56,10 @@ def measure(cluster: Cluster, rounds: int, calm_seconds: float) -> Found:
         event = recovered(run, attempt)
         assert event
         found[what].append({**event, "steps_redone": start["steps_redone"]})
-        print(f"{what}: {event['down_seconds']:.1f} s", file=sys.stderr, flush=True)
+        phases = ", ".join(
+            f"{phase} {event[f'{phase}_seconds']:.1f}" for phase in PHASES if f"{phase}_seconds" in event
+        )
+        print(f"{what}: {event['down_seconds']:.1f} s ({phases})", file=sys.stderr, flush=True)
         settle(run)
 
     settle(run)
