@@ -15,17 +15,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import re
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
-import psutil
 
 from jobs.errors import CheckpointError, DamagedCheckpointError, OvertakenError
 from jobs.run_directory import RunDirectory
@@ -41,7 +37,6 @@ CHUNK_BYTES = 1 << 18
 """What has a checksum of its own, so that a range can be checked without the rest of its file: little is read beside
 what is needed, and a gigabyte of checkpoint takes 32 KB of its commit object."""
 FORMAT_VERSION = 2
-_SCRATCH = "convmae-checkpoint-"
 
 
 @dataclass(frozen=True)
@@ -278,19 +273,6 @@ def delete(run: RunDirectory, commit: Commit) -> None:
     run.storage.delete(commit_url(run, commit.step))
     for file in commit.files:
         run.storage.delete(file_url(run, commit.step, file.name))
-
-
-def scratch_folder() -> tempfile.TemporaryDirectory[str]:
-    """A local folder for one checkpoint's files, deleted with its context."""
-    return tempfile.TemporaryDirectory(prefix=f"{_SCRATCH}{os.getpid()}-")
-
-
-def sweep_scratch_folders() -> None:
-    """Delete the scratch folders of processes that were killed on this machine."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
-        pid = folder.name.removeprefix(_SCRATCH).partition("-")[0]
-        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def checksummed(name: str, chunks: Iterable[bytes], chunk_bytes: int) -> CheckpointFile:

@@ -24,6 +24,7 @@ from jobs.checkpoint import CheckpointFile, Commit
 from jobs.errors import CheckpointError
 from jobs.run_directory import RunDirectory
 from pipeline.daemon_threads import DaemonThreads
+from pipeline.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -80,7 +81,7 @@ class CheckpointSaver:
         """
         self._began = time.monotonic()
         self.finish()
-        scratch = checkpoint.scratch_folder()
+        scratch = scratch_folder()
         files = Path(scratch.name, "native")
         try:
             write(files)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from jobs import onnx_export
-from jobs.checkpoint import folder_name, scratch_folder
+from jobs.checkpoint import folder_name
 from jobs.errors import ExportError
 from jobs.model_card import write_card
 from jobs.run_directory import RunDirectory
@@ -23,6 +23,7 @@ from model.config import PATCH_PIXELS
 from model.errors import ModelConfigError
 from model.pixels import IMAGENET_MEAN, IMAGENET_STD
 from model.weights import to_official
+from pipeline.scratch import scratch_folder
 from pipeline.storage import Storage
 
 OFFICIAL_KERNEL_SIZE = 5

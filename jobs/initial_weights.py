@@ -18,13 +18,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from jobs.checkpoint import scratch_folder
 from jobs.errors import WeightsFileError
 from jobs.recipe import Recipe
 from jobs.run_directory import RunDirectory
 from jobs.weights_file import SUFFIX, check_against, check_header, local_copy, model_json, read_weights, sha256_of
 from model import ConvMAE, ConvMAEConfig
 from model.weights import to_official
+from pipeline.scratch import scratch_folder
 from pipeline.storage import Storage
 
 

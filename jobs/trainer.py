@@ -164,7 +164,6 @@ class Trainer:
         self.rank_sizes = [len(self.order.rank_batch(0, rank, place.world_size)) for rank in range(place.world_size)]
         self.sizes = micro_batches(self.rank_sizes[place.rank], max(self.rank_sizes), self.recipe.micro_batch_size)
         initialize_deepspeed(self.recipe.device)
-        checkpoint.sweep_scratch_folders()
         model = build_model(self.recipe)
         found = restore_newest(
             job.run,

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from jobs import checkpoint
+from pipeline.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -79,7 +79,7 @@ class RankPulse:
     ) -> None:
         """Start the thread, and let STACK_SIGNAL dump the stacks of this process's threads into a file."""
         self._monitor = monitor
-        self._folder = checkpoint.scratch_folder()  # swept by the next attempt if this process is killed
+        self._folder = scratch_folder()
         path = Path(self._folder.name, "stacks.txt")
         self._stacks = path.open("w")
         # Written by a C handler: also while another thread holds the interpreter's lock.

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from jobs import checkpoint
 from jobs.checked_files import CheckedFiles, with_chunks
-from jobs.checkpoint import Commit, scratch_folder
+from jobs.checkpoint import Commit
 from jobs.errors import CheckpointError, WeightsFileError
 from jobs.run_directory import RunDirectory
 from jobs.weight_files import FILE_NAME, INDEX_NAME
@@ -26,6 +26,7 @@ from jobs.zero_state import read_zero_state
 from model import ConvMAE, ConvMAEConfig
 from model.errors import ModelConfigError
 from model.weights import check_names
+from pipeline.scratch import scratch_folder
 from pipeline.storage import Storage
 
 SUFFIX = ".safetensors"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import time
 from collections import Counter
 from typing import Any
@@ -29,6 +28,7 @@ from jobs.node_view import raylet_addresses, unusable_nodes
 from jobs.standby import Newcomers, own_environment, rank_environment, start_standbys
 from jobs.trainer import TrainJob, train_worker
 from jobs.wish import PAUSE_SECONDS
+from pipeline.scratch import scratch_folder
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def fit(job: TrainJob) -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(HEALTH_CHECK_SECONDS))
     recipe = job.recipe
     resources = {"CPU": recipe.cpus_per_worker} | ({"GPU": 1.0} if recipe.device == "cuda" else {})
-    with tempfile.TemporaryDirectory(prefix="convmae-ray-train-") as folder:
+    with scratch_folder() as folder:
         saving: Any = SaveBeforeResizes(job.monitor)
         variables = rank_environment(os.environ, recipe.device, recipe.cpus_per_worker)
         run_config = RunConfig(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import tarfile
-import tempfile
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +18,7 @@ import google_crc32c
 from pipeline import faults
 from pipeline.errors import DatasetError, RefusedError
 from pipeline.photo import CorruptImage, Photo, photo_from
+from pipeline.scratch import scratch_folder
 from pipeline.shard_index import NO_LABEL, IndexRow, ShardIndex, Skipped
 from pipeline.shard_plan import ShardTask
 from pipeline.shard_table import INDEX_SUFFIX, ShardEntry
@@ -84,7 +84,7 @@ def write_shard(storage: Storage, destination: str, task: ShardTask) -> ShardRep
     finished = _finished(storage, destination, task)
     if finished is not None:
         return finished
-    with tempfile.TemporaryDirectory(prefix="convmae-shard-") as folder:
+    with scratch_folder() as folder:
         path = Path(folder) / "shard.tar"
         try:
             index = _write_tar(storage, task, path)
