@@ -51,10 +51,10 @@ class Command:
         pipe = subprocess.PIPE
         return subprocess.Popen(command, env=self.environment(**changes), stdout=pipe, stderr=pipe, text=True)
 
-    def __call__(self, *arguments: str, code: int = 0, **changes: str) -> tuple[str, str]:
+    def __call__(self, *arguments: str, code: int = 0, within_seconds: float = 480, **changes: str) -> tuple[str, str]:
         """Run it to its end; returns standard output and standard error."""
         process = self.start(*arguments, **changes)
-        out, err = process.communicate(timeout=480)
+        out, err = process.communicate(timeout=within_seconds)
         assert process.returncode == code, f"{arguments} ended with {process.returncode}\n{out}\n{err}"
         return out, err
 

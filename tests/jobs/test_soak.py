@@ -103,7 +103,8 @@ def test_nothing_is_lost_and_nothing_grows(convmae: Command, data: str, local_st
     steps = run.read_heartbeat()["step"]
     assert committed_steps(run)[-1] == steps
 
-    convmae("pretrain", *small_recipe(data, **FIELDS, max_steps=steps), "--run", "calm")
+    calm = {**FIELDS, "checkpoint_every_steps": 1000, "max_steps": steps}
+    convmae("pretrain", *small_recipe(data, **calm), "--run", "calm", within_seconds=steps)  # a step a second will do
     assert losses(run) == pytest.approx(losses(convmae.run("calm")), rel=1e-5)
     order = order_of(run.read_recipe(), Manifest.load(run.storage, data).samples)
     consumed = [row["samples"] for row in run.read_history()]
