@@ -120,8 +120,12 @@ def _ask_the_other(run: RunDirectory) -> str:
     return f"watch it with `convmae status {run.name}`, end it with `convmae stop {run.name}`"
 
 
-def claim_run(plan: RunPlan) -> Literal["new", "resumes", "finished"]:
+def claim_run(plan: RunPlan, *, is_sole_driver: bool = False) -> Literal["new", "resumes", "finished"]:
     """Take the run's name for this recipe; a run is finished when its last step is committed and its report written.
+
+    Args:
+        plan: The run.
+        is_sole_driver: Whether this process is in `sole_driver`; else it is watched for seconds whether another one is.
 
     Raises:
         RunError: If the name belongs to another recipe, or another driver works on the run.
@@ -130,7 +134,7 @@ def claim_run(plan: RunPlan) -> Literal["new", "resumes", "finished"]:
     if run.check_recipe(plan.recipe):
         if _is_committed_to_the_end(plan) and run.storage.exists(run.path(REPORT_NAME)):
             return "finished"
-        if is_live(run):
+        if not is_sole_driver and is_live(run):
             ruler = standing(run.storage, run.path(CLAIMS))
             held = f" ({ruler.text})" if ruler and not ruler.is_over else ""
             raise RunError("run", f"must not be running already{held}", run.name, _ask_the_other(run))
@@ -221,6 +225,8 @@ def _start_monitor(session: Session, plan: RunPlan) -> Any:
     except ValueError as error:
         remedy = f"watch it with `convmae status {plan.run.name}`"
         raise RunError("run", "must not be running already on this cluster", plan.run.name, remedy) from error
+    import jobs.worker_group  # noqa: F401  as long as the monitor's process imports, too
+
     ray.get(monitor.status.remote())
     return monitor
 

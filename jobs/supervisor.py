@@ -15,8 +15,8 @@ from types import FrameType
 
 QUICK_DEATH_SECONDS = 60.0
 MAX_QUICK_DEATHS = 3
-# Ray frees the name and the workers of a dead driver within seconds.
-PAUSE_SECONDS = 3.0
+# Ray frees the name and the workers of a dead driver while the next one imports.
+PAUSE_SECONDS = 1.0
 
 
 def supervise(command: Sequence[str]) -> int:

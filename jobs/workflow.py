@@ -26,7 +26,7 @@ def train_here(session: Session, plan: RunPlan) -> None:
     """
     session.connect()
     with driver.sole_driver(plan.run, lambda other: say(f"is {other} alive? watching its lease")) as claim:
-        claimed = driver.claim_run(plan)
+        claimed = driver.claim_run(plan, is_sole_driver=True)
         if claimed == "finished":
             say_finished(plan.run)
             return
