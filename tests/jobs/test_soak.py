@@ -10,7 +10,7 @@ import os
 import random
 import statistics
 import time
-from collections.abc import Iterator
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,20 +66,22 @@ class Sample:
         return cls(memory, descriptors, threads, len(theirs), len(scratch), len(list(Path("/dev/shm").iterdir())))
 
 
-def victims(random_: random.Random, run: RunDirectory, stack: Stack) -> Iterator[tuple[str, int]]:
-    """What is killed next: a name for it, and its pid."""
-    while True:
-        what = random_.choice(["rank", "rank", "driver", "s3"])
-        if what == "rank":
-            found = [process.pid for process in ranks(stack)]
-        elif what == "driver":
-            found = [process.pid for process in processes(run.url, family(stack)) if "jobs.cli" in process.cmdline()]
-        else:
-            found = [pid for pid in [stack.status()["s3"].pid] if pid]
-        if found:
-            yield what, random_.choice(found)
-        else:
-            time.sleep(1.0)
+def victims(what: str, run: RunDirectory, stack: Stack) -> list[int]:
+    """Processes that could be killed now."""
+    if what == "rank":
+        return [process.pid for process in ranks(stack)]
+    if what == "driver":
+        return [process.pid for process in processes(run.url, family(stack)) if "jobs.cli" in process.cmdline()]
+    now = Stack.load(stack.settings.home)  # its keeper starts another server after each kill
+    return [pid for pid in [now.status()["s3"].pid] if pid] if now else []
+
+
+def recoveries(run: RunDirectory) -> list[str]:
+    """What each restart was for, and how long no step was done."""
+    events = run.read_events()
+    reasons = {event["attempt"]: event["reason"] for event in events if event["kind"] == "restart"}
+    found = [event for event in events if event["kind"] == "recovered"]
+    return [f"{reasons[event['attempt']]}: {event['down_seconds']:.1f} s" for event in found]
 
 
 def test_nothing_is_lost_and_nothing_grows(convmae: Command, data: str, local_stack: Stack) -> None:
@@ -88,17 +90,22 @@ def test_nothing_is_lost_and_nothing_grows(convmae: Command, data: str, local_st
     convmae("submit", *small_recipe(data, **FIELDS), "--run", "soak")
     run = convmae.run("soak")
     samples: list[Sample] = []
+    killed: Counter[str] = Counter()
     until = time.monotonic() + MINUTES * 60
-    for what, pid in victims(random_, run, local_stack):
+    while True:
+        restarts = killed["rank"] + killed["driver"]
+        wait_until("a recovery", lambda expected=restarts: len(recoveries(run)) == expected, 300)
         trained = run.read_heartbeat().get("step", 0)
         wait_until("training", lambda before=trained: run.read_heartbeat().get("step", 0) > before + 1, 300)
         samples.append(Sample.of(local_stack))
-        logger.warning("%d steps, %s; next: %s", trained, samples[-1], what)
         if time.monotonic() > until:
             break
         time.sleep(random_.uniform(*BETWEEN_KILLS_SECONDS))
-        if psutil.pid_exists(pid):
-            psutil.Process(pid).kill()
+        what = random_.choice(["rank", "rank", "driver", "s3"])
+        pid = random_.choice(victims(what, run, local_stack))
+        logger.warning("%s; killing %s %d after step %d", samples[-1], what, pid, run.read_heartbeat()["step"])
+        psutil.Process(pid).kill()
+        killed[what] += 1
     convmae("stop", "soak")
     steps = run.read_heartbeat()["step"]
     assert committed_steps(run)[-1] == steps
@@ -109,6 +116,7 @@ def test_nothing_is_lost_and_nothing_grows(convmae: Command, data: str, local_st
     order = order_of(run.read_recipe(), Manifest.load(run.storage, data).samples)
     consumed = [row["samples"] for row in run.read_history()]
     assert consumed == [str(ConsumedDigest.of(order.batch(step))) for step in range(steps)]
+    logger.warning("killed %s; recoveries: %s", dict(killed), recoveries(run))
     third = len(samples) // 3
     assert third, f"{len(samples)} samples tell nothing of growth: give it more minutes"
     for field in Sample.__dataclass_fields__:
