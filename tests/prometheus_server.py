@@ -15,6 +15,8 @@ from urllib.error import HTTPError
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
+from patience import wait_until
+
 PROMETHEUS = shutil.which("prometheus")
 PROMTOOL = shutil.which("promtool")
 
@@ -40,10 +42,20 @@ def prometheus(folder: Path, target: str, rules: Path) -> Iterator[str]:
     with (folder / "prometheus.log").open("w") as log:
         server = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log)
         try:
+            # It listens before it answers: queries are refused until then.
+            wait_until("Prometheus", lambda: _is_ready(f"http://127.0.0.1:{port}"), 60)
             yield f"http://127.0.0.1:{port}"
         finally:
             server.terminate()
             server.wait(timeout=20)
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        with urlopen(f"{url}/-/ready", timeout=20):
+            return True
+    except OSError:  # 503 is one, too
+        return False
 
 
 def asked(url: str, query: str, at_seconds: float | None = None) -> list[dict[str, Any]]:
