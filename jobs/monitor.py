@@ -495,11 +495,11 @@ class RunMonitor:
     def flush(self) -> None:
         """Write history, events and heartbeat; returns when storage has them."""
         with self._flushing:
-            with self._lock:
-                tail = self._record.tail()
+            with self._lock:  # at once: a heartbeat that is seen is of what is written
+                tail, heartbeat = self._record.tail(), self._figures.heartbeat()
             try:
                 tail.write(self._config.run)
-                self._config.run.write_heartbeat(self.status())
+                self._config.run.write_heartbeat(heartbeat)
             except BaseException:
                 with self._lock:
                     self._record.touch()

@@ -19,6 +19,7 @@ from jobs.monitor import MonitorConfig, RunMonitor
 from jobs.rank_figures import RankFigures
 from jobs.recipes import named_recipe
 from jobs.run_directory import HISTORY_PART_STEPS, RunDirectory
+from jobs.run_record import Tail
 from jobs.schedule import Schedule
 from jobs.step_reading import StepReading
 from jobs.watchdog import Examined, Pulse
@@ -322,6 +323,24 @@ def test_rare_flushes_lose_no_row(start: Start, run: RunDirectory) -> None:
     assert steps_of(run) == list(range(1, steps + 11))
     names = run.storage.list_names(run.path("history"))
     assert names == [f"0001-{first:08d}.jsonl" for first in (1, HISTORY_PART_STEPS + 1, 2 * HISTORY_PART_STEPS + 1)]
+
+
+def test_a_heartbeat_tells_of_no_step_that_is_not_written_yet(
+    start: Start, run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monitor = start()
+    begin(monitor)
+    record(monitor, range(1, 4))
+    write = Tail.write
+
+    def while_steps_go_on(tail: Tail, directory: RunDirectory) -> None:
+        write(tail, directory)
+        record(monitor, range(4, 6))
+
+    monkeypatch.setattr(Tail, "write", while_steps_go_on)
+    monitor.flush()
+
+    assert run.read_heartbeat()["step"] == steps_of(run)[-1] == 3
 
 
 @pytest.mark.parametrize("failures", [1, 2, 3, 4])
