@@ -60,6 +60,9 @@ def run_demo(environ: Mapping[str, str], images: str) -> None:
         say_outcome(plan.run, follow_job(session, plan.run, job))
     else:
         train_as_job(session, plan, follow=True)
+    if plan.run.read_heartbeat().get("state") != "finished":  # somebody stopped it
+        say("the same command resumes it")
+        return
     _show_results(plan.run, home / "results" / run_name, session)
 
 
