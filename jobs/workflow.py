@@ -62,8 +62,7 @@ def train_as_job(session: Session, plan: RunPlan, *, follow: bool, as_json: bool
     if as_json:
         if job and follow:
             follow_job(session, plan.run, job, sys.stderr)
-        now = plan.run.read_heartbeat() if follow else {}
-        print_json(told | {key: now[key] for key in ("state", "step", "total_steps") if key in now})
+        print_json(told | (outcome(plan.run.read_heartbeat()) if follow else {}))
     elif not job:
         say_finished(plan.run)
     else:
@@ -109,6 +108,11 @@ def _last_word(session: Session, run: RunDirectory) -> str:
         submission.log_pieces(session, run, submission.newest_job(session, run), follow=False)
     ).strip().splitlines() or ["it printed nothing"]
     return next((line for line in reversed(lines) if line.startswith(("failed: ", "error: "))), lines[-1])
+
+
+def outcome(now: Mapping[str, Any]) -> dict[str, Any]:
+    """How far a run came, of its heartbeat."""
+    return {key: now[key] for key in ("state", "step", "total_steps")}
 
 
 def say_outcome(run: RunDirectory, now: Mapping[str, Any]) -> None:

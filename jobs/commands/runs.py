@@ -97,7 +97,7 @@ def simulate(
         replace_seconds=replace_minutes * 60,
         restart_seconds=restart_seconds,
         stall_seconds=stall_seconds,
-        interval_steps=1,
+        interval_steps=1,  # until the rest is known to be sound
         gpus_per_node=gpus_per_node,
     )
     markets = {"on-demand": scenario}
@@ -105,9 +105,12 @@ def simulate(
         markets["spot"] = replace(
             scenario, mtbf_seconds=spot_mtbf_hours * 3600, replace_seconds=spot_replace_minutes * 60
         )
-    for market, one in markets.items():
-        interval = rule.simulated_steps(one.step_seconds, one.stall_seconds, one.group_mtbf_seconds)
-        markets[market] = replace(one, interval_steps=interval)
+    markets = {
+        market: replace(
+            one, interval_steps=rule.simulated_steps(one.step_seconds, one.stall_seconds, one.group_mtbf_seconds)
+        )
+        for market, one in markets.items()
+    }
     found = {market: predictions(one, trials=trials, seed=seed) for market, one in markets.items()}
     if as_json:
         print_json(
@@ -284,6 +287,7 @@ def logs(
 def stop(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
     """Ask a run to save a checkpoint and end; returns when it has."""
     from jobs.driver import FINAL_STATES, is_live
+    from jobs.workflow import outcome
 
     directory = existing_run(open_session(), run, run_root)
     if not is_live(directory):
@@ -297,8 +301,7 @@ def stop(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
     while (heartbeat := directory.read_heartbeat())["state"] not in FINAL_STATES:
         time.sleep(1.0)
     if as_json:
-        told = {key: heartbeat[key] for key in ("state", "step", "total_steps")}
-        print_json({"run": directory.name, "url": directory.url, **told})
+        print_json({"run": directory.name, "url": directory.url, **outcome(heartbeat)})
         return
     say(f"{directory.name}: {heartbeat['state']} at step {heartbeat['step']}; `convmae resume {run}` goes on")
 
