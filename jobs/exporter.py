@@ -37,6 +37,7 @@ _GAUGES = {
     "world_size": ("convmae_world_size_ranks", "Ranks that train; 0 while the worker group restarts."),
     "target_world_size": ("convmae_target_world_size_ranks", "Ranks that the run would take: max_workers."),
     "eta_seconds": ("convmae_eta_seconds", "Predicted seconds to the end of the run."),
+    "ending": ("convmae_ending", "1 once all steps are done or somebody asked the run to stop; 0 before."),
     "last_step_at_seconds": ("convmae_last_step_timestamp_seconds", "Unix time of the last step."),
     "checkpoint_every_steps": (
         "convmae_checkpoint_interval_steps",
@@ -217,8 +218,12 @@ class RunExporter:
             self._recovery.labels(self._run, phase).set(value)
 
     def announce(self, folder: Path) -> None:
-        """Let the Prometheus of the local stack, which watches `folder`, find this endpoint."""
-        target = [{"targets": [self.address], "labels": {"job": "convmae"}}]
+        """Let the Prometheus of the local stack, which watches `folder`, find this endpoint.
+
+        The run takes the place of the address as `instance`: each driver listens on another port, and a run's series
+        would end with its driver, and others begin.
+        """
+        target = [{"targets": [self.address], "labels": {"job": "convmae", "instance": self._run}}]
         temporary = folder / f".{self._run}.json.tmp"
         temporary.write_text(json.dumps(target))
         temporary.replace(folder / f"{self._run}.json")

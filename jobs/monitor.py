@@ -473,7 +473,7 @@ class RunMonitor:
         """Ask the run to save a checkpoint and end after the current step."""
         with self._lock:
             self._stop_reason = self._stop_reason or reason
-            self._figures.tell(state="stopping")
+            self._figures.stop_asked()
             self._record.touch()
 
     def end(self, outcome: str, reason: str = "") -> None:

@@ -48,6 +48,7 @@ class RunFigures:
         self._global_batch_size = global_batch_size
         self._step_times: deque[tuple[float, float]] = deque(maxlen=RATE_WINDOW_STEPS)
         self._workers_seen_at = time.monotonic()
+        self._stop_asked = False
         self._totals = saved_counters(before)
         for key, total in self._totals.items():
             exporter.count(*name_and_label(key, total))
@@ -56,6 +57,7 @@ class RunFigures:
             "world_size": None,
             "last_step_at_seconds": None,
             "checkpoint_seconds": None,
+            "ending": 0,
             "restarts": int(before.get("restarts", 0)),
             **{key: before[key] for key in _KEPT if key in before},
             **fixed,
@@ -85,6 +87,11 @@ class RunFigures:
         self._status.update(changes)
         self._exporter.update(changes)
 
+    def stop_asked(self) -> None:
+        """Somebody asked the run to save and end."""
+        self._stop_asked = True
+        self.tell(state="stopping", ending=1)
+
     def count(self, name: str, amount: float = 1, label: str = "") -> None:
         """Add to one of `exporter.COUNTERS`, or of `LABELLED_COUNTERS` with the value of its label."""
         key = f"{name}_total:{label}" if label else f"{name}_total"
@@ -112,6 +119,7 @@ class RunFigures:
             waiting=False,
             step=resume_step,
             checkpoint_step=resume_step,
+            ending=int(self._stop_asked),
             restarts=self._status["restarts"],
             images_per_second=None,
             data_wait_ratio=None,
@@ -150,7 +158,9 @@ class RunFigures:
             self.count(name, reading[name])
         levels = {name: amount for name, amount in reading.items() if name not in COUNTERS}
         norm = {"gradient_norm": gradient_norm} if math.isfinite(gradient_norm) else {}
-        self.tell(**row, **levels, **norm, **self._rates(int(row["step"])), last_step_at_seconds=time.time())
+        step = int(row["step"])
+        is_ending = self._stop_asked or step >= self._status["total_steps"]
+        self.tell(**row, **levels, **norm, **self._rates(step), ending=int(is_ending), last_step_at_seconds=time.time())
         self._exporter.update_ranks(ranks)
 
     def _rates(self, step: int) -> dict[str, float]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from importlib.metadata import version
 from typing import Any
 
 import kubernetes_validate
 import pytest
-from manifests import INFRA, changed, crd_errors, documents
+import yaml
+from manifests import INFRA, ROOT, changed, crd_errors, documents
 
 from jobs.recipe import parse_overrides
 from jobs.recipes import named_recipe
@@ -18,11 +20,19 @@ SCHEMAS = {
     "RayCluster": "kuberay/rayclusters.v1.json.gz",
     "RayJob": "kuberay/rayjobs.v1.json.gz",
     "PodMonitor": "prometheus-operator/podmonitors.v1.json.gz",
+    "PrometheusRule": "prometheus-operator/prometheusrules.v1.json.gz",
 }
 HEAD = ("spec", "headGroupSpec", "template", "spec")
 
 
+GUIDE = (ROOT / "docs" / "cluster.md").read_text()
+
+
 def resource(name: str) -> Any:
+    if name == "prometheusrule":
+        (command,) = re.findall(r"^ +\$ (.*kuberay/prometheusrule.yaml.*) \| kubectl apply -f -$", GUIDE, re.MULTILINE)
+        made = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True, check=True)
+        return yaml.safe_load(made.stdout)
     (found,) = documents(f"kuberay/{name}.yaml")
     return found
 
@@ -31,7 +41,7 @@ def errors(document: Any) -> list[str]:
     return crd_errors(SCHEMAS[document["kind"]], document)
 
 
-@pytest.mark.parametrize("name", ["raycluster", "rayjob", "podmonitor"])
+@pytest.mark.parametrize("name", ["raycluster", "rayjob", "podmonitor", "prometheusrule"])
 def test_a_custom_resource_keeps_its_definition(name: str) -> None:
     assert errors(resource(name)) == []
 
@@ -52,6 +62,8 @@ def test_a_custom_resource_keeps_its_definition(name: str) -> None:
         ("rayjob", ("spec", "clusterSelector"), "convmae"),
         ("podmonitor", ("spec", "podMetricsEndpoints", 0, "interval"), "often"),
         ("podmonitor", ("spec", "podMetricsEndpoint"), []),
+        ("prometheusrule", ("spec", "groups", 0, "rules", 0, "expression"), "up"),
+        ("prometheusrule", ("spec", "groups", 0, "rules", 0, "for"), "a while"),
     ],
 )
 def test_the_definition_finds_what_is_wrong(name: str, place: tuple[Any, ...], value: Any) -> None:
@@ -137,6 +149,20 @@ def test_the_job_asks_for_a_recipe_that_fits_the_cluster() -> None:
     ports = {port["name"]: port["containerPort"] for port in pods()[0]["containers"][0]["ports"]}
     assert recipe.metrics_port == ports["convmae"]
     assert resource("rayjob")["spec"]["clusterSelector"]["ray.io/cluster"] == resource("raycluster")["metadata"]["name"]
+
+
+def test_the_rules_of_the_cluster_are_those_of_every_prometheus() -> None:
+    rules = yaml.safe_load((INFRA / "prometheus" / "convmae.rules.yml").read_text())
+
+    assert resource("prometheusrule")["spec"] == rules
+    assert resource("prometheusrule")["metadata"]["labels"] == resource("podmonitor")["metadata"]["labels"]
+
+
+def test_a_run_keeps_its_series_when_its_head_is_replaced() -> None:
+    (endpoint,) = (end for end in resource("podmonitor")["spec"]["podMetricsEndpoints"] if end["port"] == "convmae")
+    replaced = {relabeling["targetLabel"]: relabeling for relabeling in endpoint["relabelings"]}
+
+    assert replaced["instance"]["sourceLabels"] == ["__meta_kubernetes_pod_label_ray_io_cluster"]
 
 
 def test_the_monitor_selects_pods_and_ports_that_exist() -> None:

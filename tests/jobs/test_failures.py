@@ -7,6 +7,7 @@ import signal
 
 import pytest
 from patience import wait_until
+from prometheus_server import asked
 from testbed import Command, family, losses, processes, ranks, small_recipe
 
 from jobs.stack import Stack
@@ -79,6 +80,17 @@ def test_worker_driver_and_s3_server_are_killed_and_the_run_goes_on_by_itself(
     assert [event["attempt"] for event in recovered] == [2, 3]
     assert all(0 < event["start_seconds"] < event["down_seconds"] < 120 for event in recovered)
     assert all(event["steps_redone"] <= 2 * FIELDS["checkpoint_every_steps"] for event in starts)
+    if local_stack.prometheus_url:
+        assert_series_go_on(local_stack.prometheus_url, "killed")
+
+
+def assert_series_go_on(url: str, run: str) -> None:
+    """One line for each run on a graph, and rates over its restarts, whichever driver served it."""
+    kept = asked(url, f'count_over_time(convmae_step{{run="{run}"}}[15m])')
+    assert [series["metric"]["instance"] for series in kept] == [run]
+    assert not asked(url, f'resets(convmae_images_total{{run="{run}"}}[15m]) > 0')
+    (total,) = asked(url, f'last_over_time(convmae_restarts_total{{run="{run}", reason="restart"}}[15m])')
+    assert float(total["value"][1]) == 2
 
 
 @pytest.mark.slow

@@ -609,6 +609,7 @@ def test_the_endpoint_is_announced_to_prometheus(start: Start, tmp_path: Path) -
     (target,) = json.loads(path.read_text())
     assert path.name == "first.json"
     assert [f"http://{address}/metrics" for address in target["targets"]] == [monitor.status()["metrics_url"]]
+    assert target["labels"] == {"job": "convmae", "instance": "first"}, "which do not change with the port"
 
 
 @pytest.mark.parametrize(("outcome", "left"), [("finished", 0), ("stopped", 0), ("failed", 1)])
