@@ -25,19 +25,19 @@ global: {{scrape_interval: 1s, evaluation_interval: 1s}}
 rule_files: [{rules}]
 scrape_configs:
   - job_name: convmae
-    static_configs: [{{targets: ["{target}"]}}]
+    static_configs: [{{targets: [{targets}]}}]
 """
 
 
 @contextmanager
-def prometheus(folder: Path, target: str, rules: Path) -> Iterator[str]:
-    """Run one that scrapes `target` and evaluates `rules` every second; gives its URL."""
+def prometheus(folder: Path, rules: Path, *targets: str) -> Iterator[str]:
+    """Run one that scrapes `targets` and evaluates `rules` every second; gives its URL."""
     assert PROMETHEUS
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     file = folder / "prometheus.yml"
-    file.write_text(_CONFIGURATION.format(rules=rules, target=target))
+    file.write_text(_CONFIGURATION.format(rules=rules, targets=", ".join(map(json.dumps, targets))))
     command = [PROMETHEUS, f"--config.file={file}", f"--storage.tsdb.path={folder / 'data'}"]
     with (folder / "prometheus.log").open("w") as log:
         server = subprocess.Popen([*command, f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log)

@@ -9,6 +9,8 @@ from infra.grafana.panels import RUN, Board, Figure, Graph, Query, Section
 
 RATE = "$__rate_interval"
 BY_RANK = "{{run}} rank {{rank}}"
+BY_GPU = "{{Hostname}}{{hostname}} GPU {{gpu}}"
+"""DCGM's exporter writes the one up to 4.8.2, the other after; a label that is not there is empty."""
 
 
 def _of(series: str) -> Query:
@@ -413,41 +415,37 @@ NODES = Board(
                     "Busy",
                     "Share of time with a kernel; steady near 100.",
                     "percent",
-                    [Query("DCGM_FI_DEV_GPU_UTIL", "{{Hostname}} {{gpu}}")],
+                    [Query("DCGM_FI_DEV_GPU_UTIL", BY_GPU)],
                 ),
                 Graph(
                     "Tensor cores",
                     "Share of cycles; what bf16 is for.",
                     "percentunit",
-                    [Query("DCGM_FI_PROF_PIPE_TENSOR_ACTIVE", "{{Hostname}} {{gpu}}")],
+                    [Query("DCGM_FI_PROF_PIPE_TENSOR_ACTIVE", BY_GPU)],
                 ),
                 Graph(
                     "Memory",
                     "Used share.",
                     "percentunit",
-                    [
-                        Query(
-                            "DCGM_FI_DEV_FB_USED / (DCGM_FI_DEV_FB_USED + DCGM_FI_DEV_FB_FREE)", "{{Hostname}} {{gpu}}"
-                        )
-                    ],
+                    [Query("DCGM_FI_DEV_FB_USED / (DCGM_FI_DEV_FB_USED + DCGM_FI_DEV_FB_FREE)", BY_GPU)],
                 ),
                 Graph(
                     "Power",
                     "Watts; one below the others is throttled or idle.",
                     "watt",
-                    [Query("DCGM_FI_DEV_POWER_USAGE", "{{Hostname}} {{gpu}}")],
+                    [Query("DCGM_FI_DEV_POWER_USAGE", BY_GPU)],
                 ),
                 Graph(
                     "Temperature",
                     "Below the card's limit.",
                     "celsius",
-                    [Query("DCGM_FI_DEV_GPU_TEMP", "{{Hostname}} {{gpu}}")],
+                    [Query("DCGM_FI_DEV_GPU_TEMP", BY_GPU)],
                 ),
                 Graph(
                     "Last XID",
                     "Zero; NVIDIA's table says what each number means.",
                     "short",
-                    [Query("DCGM_FI_DEV_XID_ERRORS", "{{Hostname}} {{gpu}}")],
+                    [Query("DCGM_FI_DEV_XID_ERRORS", BY_GPU)],
                 ),
             ],
         ),

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from jsonschema import Draft7Validator
-from panel_queries import GPU, NODE, boards, panel_queries
+from panel_queries import GPU, NODE, boards, legends, panel_queries
+from prometheus_client import CollectorRegistry, Gauge, start_http_server
 from prometheus_server import PROMETHEUS, asked, prometheus, wait_for_series
 
 from infra.grafana.boards import BOARDS
@@ -17,6 +18,22 @@ from jobs.rank_figures import RankFigures
 
 ROOT = Path(__file__).parents[2]
 SCHEMAS = ROOT / "tests" / "schemas" / "grafana"
+DCGM_GAUGES = (
+    "DCGM_FI_DEV_GPU_UTIL",
+    "DCGM_FI_DEV_SM_CLOCK",
+    "DCGM_FI_DEV_MEM_CLOCK",
+    "DCGM_FI_DEV_MEM_COPY_UTIL",
+    "DCGM_FI_DEV_MEMORY_TEMP",
+    "DCGM_FI_DEV_GPU_TEMP",
+    "DCGM_FI_DEV_POWER_USAGE",
+    "DCGM_FI_DEV_XID_ERRORS",
+    "DCGM_FI_DEV_FB_FREE",
+    "DCGM_FI_DEV_FB_USED",
+    "DCGM_FI_PROF_GR_ENGINE_ACTIVE",
+    "DCGM_FI_PROF_PIPE_TENSOR_ACTIVE",
+    "DCGM_FI_PROF_DRAM_ACTIVE",
+)
+"""Of those that dcgm-exporter 4.8.2 serves of each GPU unless told otherwise (its etc/default-counters.csv)."""
 
 
 def schema_errors(name: str, definition: str, value: Any) -> list[str]:
@@ -102,26 +119,46 @@ def test_panels_have_identities_titles_and_explanations_and_do_not_overlap(name:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Prometheus with our rules that scrapes the real exporter, which has a value in every series."""
+    """A Prometheus with our rules; it scrapes the real exporter, with a value in every series, and two nodes' GPUs."""
     exporter = RunExporter("first", "127.0.0.1", 0)
     exporter.update(dict.fromkeys(status_keys(), 1.0))
     exporter.update_ranks([RankFigures(step_seconds=600.0), RankFigures(step_seconds=600.0)])
     for name in COUNTERS:
         exporter.count(name, 1)
     rules = ROOT / "infra" / "prometheus" / "convmae.rules.yml"
-    with prometheus(tmp_path_factory.mktemp("prometheus"), exporter.address, rules) as url:
+    gpus = [serve_gpus("Hostname", "node-a"), serve_gpus("hostname", "node-b")]
+    with prometheus(tmp_path_factory.mktemp("prometheus"), rules, exporter.address, *gpus) as url:
         wait_for_series(url, "count(convmae:checkpoint_stall:ratio1h)")
+        wait_for_series(url, f"count({DCGM_GAUGES[0]}) == 4")
         yield url
 
 
+def serve_gpus(host_label: str, host: str) -> str:
+    """Address of a stand-in for DCGM's exporter with its default gauges of two GPUs; the case of one label changed."""
+    registry = CollectorRegistry()
+    labels = ("gpu", "UUID", "pci_bus_id", "device", "modelName", host_label)
+    for name in DCGM_GAUGES:
+        gauge = Gauge(name, "as by default", labels, registry=registry)
+        for gpu in ("0", "1"):
+            gauge.labels(gpu, f"GPU-{host}-{gpu}", f"00000000:0{gpu}:00.0", f"nvidia{gpu}", "NVIDIA H100", host).set(
+                0.5
+            )
+    server, _ = start_http_server(0, addr="127.0.0.1", registry=registry)
+    return f"127.0.0.1:{server.server_port}"
+
+
 @pytest.mark.skipif(PROMETHEUS is None, reason="Prometheus is not installed")
-@pytest.mark.parametrize("query", panel_queries())
-def test_a_panels_query_has_an_answer(server: str, query: str) -> None:
-    """GPU panels, and those of Ray's own series, are only parsed here; a slow test asks the latter of a cluster."""
+@pytest.mark.parametrize(("query", "legend"), panel_queries())
+def test_a_panels_query_has_an_answer_and_its_lines_have_names(server: str, query: str, legend: str) -> None:
+    """Those of Ray's own series are only parsed here; a slow test asks them of a cluster."""
     found = asked(server, query)
 
-    if GPU not in query and NODE not in query:
+    if NODE not in query:
         assert found, f"no series answers {query}"
+        named = legends(legend, found)
+        assert len(set(named)) == len(named), f"two lines have one name: {named}"
+    if GPU in query:
+        assert sorted(legends(legend, found)) == [f"node-{node} GPU {gpu}" for node in "ab" for gpu in "01"]
 
 
 @pytest.mark.skipif(PROMETHEUS is None, reason="Prometheus is not installed")

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from panel_queries import GPU, panel_queries
+from panel_queries import GPU, legends, panel_queries
 from patience import wait_until
 from prometheus_server import PROMETHEUS, asked, wait_for_series
 from testbed import Command, ranks, small_recipe
@@ -34,13 +34,15 @@ def live(convmae: Command, data: str, local_stack: Stack) -> Iterator[tuple[str,
     convmae("stop", name)
 
 
-@pytest.mark.parametrize("query", panel_queries())
-def test_a_live_run_answers_every_panel(live: tuple[str, str], query: str) -> None:
+@pytest.mark.parametrize(("query", "legend"), panel_queries())
+def test_a_live_run_answers_every_panel(live: tuple[str, str], query: str, legend: str) -> None:
     """But those of GPUs, which are only parsed."""
     found = asked(live[1], query)
 
     if GPU not in query:
         assert found, f"no series answers {query}"
+        named = legends(legend, found)
+        assert len(set(named)) == len(named), f"two lines have one name: {named}"
 
 
 def test_a_worker_that_dies_leaves_no_series_and_resets_no_counter(

@@ -67,7 +67,7 @@ def test_world_size_follows_the_nodes_and_the_dead_leave_no_series(cluster: Clus
     wait_until("its series", lambda: "metrics_url" in run.read_heartbeat(), 240)
     target = urlsplit(str(run.read_heartbeat()["metrics_url"])).netloc
 
-    with prometheus(tmp_path, target, INFRA / "prometheus" / "convmae.rules.yml") as url:
+    with prometheus(tmp_path, INFRA / "prometheus" / "convmae.rules.yml", target) as url:
         wait_for_series(url, f"convmae_world_size_ranks{{{RUN}}} == 1", 240)
         wait_for_series(url, f"convmae_images_total{{{RUN}}} > 0", 120)
         assert ranks(url) <= {"0"}
