@@ -127,9 +127,12 @@ OVERVIEW = Board(
             [
                 Graph(
                     "Images per second",
-                    "Over five minutes, redone ones included.",
+                    "Of the last 20 steps; and over five minutes, in which restarts count.",
                     "short",
-                    [Query(f"convmae:images:rate5m{{{RUN}}}")],
+                    [
+                        _of("convmae_images_per_second"),
+                        Query(f"convmae:images:rate5m{{{RUN}}}", "{{run}} over 5 min"),
+                    ],
                 ),
                 Graph(
                     "Ranks",

@@ -101,6 +101,7 @@ def draw(url: str, run: str, path: str) -> None:
         axes = picture.add_subplot(rows, COLUMNS, number)
         for line in lines(url, run, graph, span):
             axes.plot(line.minutes, line.values, linewidth=1.2, label=line.name)
+        axes.set_xlim(0, (span[1] - span[0]) / 60)
         _dress(axes, graph, f"{board.title.partition(': ')[2]} · {graph.title}")
     picture.savefig(path)
 
@@ -109,7 +110,7 @@ def _dress(axes: Axes, graph: Graph, title: str) -> None:
     grey = "#9fa7b3"
     axes.set_facecolor("#181b1f")
     axes.set_title(title, color="white", fontsize=9, loc="left")
-    axes.tick_params(colors=grey, labelsize=7)
+    axes.tick_params(which="both", colors=grey, labelsize=7)
     axes.grid(color="#2c3038", linewidth=0.5)
     axes.set_xlabel("minutes", color=grey, fontsize=7)
     if graph.logarithmic:
