@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import matplotlib as mpl
@@ -41,13 +42,15 @@ class History:
     losses: Floats
     learning_rates: Floats
     world_sizes: Floats
+    step_seconds: Floats
+    """NaN where it was not noted."""
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]]) -> History:
         """Take the columns from history rows, as `RunDirectory.read_history` gives them, but for skipped steps."""
         rows = [row for row in rows if row["loss"] is not None]
-        names = ("step", "loss", "learning_rate", "world_size")
-        return cls(*(np.fromiter((row[name] for row in rows), np.float64, len(rows)) for name in names))
+        names = ("step", "loss", "learning_rate", "world_size", "step_seconds")
+        return cls(*(np.fromiter((row.get(name, np.nan) for row in rows), np.float64, len(rows)) for name in names))
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -94,36 +97,67 @@ def trend(steps: Floats, values: Floats, points: int) -> tuple[Floats, Floats]:
     return means[0], means[1]
 
 
-def training_chart(history: History, restarts: Sequence[int], epoch_steps: int | None, canvas: Canvas) -> str:
-    """Draw loss and learning rate over steps, and the number of workers where it changed, as one `<svg>` element.
+def speeds(history: History, global_batch_size: int) -> tuple[Floats, Floats]:
+    """Images per second over stretches of the steps that were timed: the batch over the mean time of a step."""
+    timed = np.isfinite(history.step_seconds) & (history.step_seconds > 0)
+    steps, seconds = trend(history.steps[timed], history.step_seconds[timed], TREND_POINTS)
+    return steps, global_batch_size / seconds
+
+
+def training_chart(
+    history: History, *, global_batch_size: int, restarts: Sequence[int], epoch_steps: int | None, canvas: Canvas
+) -> str:
+    """Draw a run over its steps, one panel below the other, as one `<svg>` element.
+
+    Loss and learning rate; images per second where the history has times; workers where their number changed.
 
     Args:
         history: At least one step.
+        global_batch_size: Images in a step.
         restarts: Steps that a later attempt went on from; each becomes a vertical line.
         epoch_steps: Steps in an epoch, if known.
         canvas: How large.
     """
-    resized = len(np.unique(history.world_sizes)) > 1
-    heights = [1.0, 0.5, 0.35][: 3 if resized else 2]
+    drawn: list[tuple[str, float, Callable[[Axes, History], None]]] = [
+        ("loss", 1.0, _draw_loss),
+        ("learning rate", 0.5, _draw_learning_rate),
+    ]
+    if (history.step_seconds > 0).any():
+        drawn.append(("images/s", 0.5, partial(_draw_speed, global_batch_size=global_batch_size)))
+    if len(np.unique(history.world_sizes)) > 1:
+        drawn.append(("workers", 0.35, _draw_workers))
+    heights = [height for _, height, _ in drawn]
     inches = (canvas.width_pixels / 72, sum(heights) * canvas.panel_pixels / 72)
     figure = Figure(figsize=inches, dpi=72, layout="constrained")
     panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
-    for panel, title in zip(panels, ("loss", "learning rate", "workers"), strict=False):
+    for panel, (title, _, draw) in zip(panels, drawn, strict=True):
         _prepare(panel, title, restarts)
-    _draw_loss(panels[0], history)
-    panels[1].plot(*thinned(history.steps, history.learning_rates, RAW_POINTS // 6), color=_ACCENT, linewidth=1.6)
-    panels[1].set_ylim(bottom=0)
-    panels[1].yaxis.set_major_formatter("{x:g}")
-    if resized:
-        workers = thinned(history.steps, history.world_sizes, RAW_POINTS // 3)
-        panels[2].plot(*workers, color=_ACCENT, linewidth=1.6, drawstyle="steps-post")
-        panels[2].yaxis.set_major_locator(MaxNLocator(3, integer=True))
-        panels[2].set_ylim(0, history.world_sizes.max() * 1.2)
+        draw(panel, history)
     label = "step" if epoch_steps is None else f"step ({epoch_steps:,} in an epoch)"
     panels[-1].set_xlabel(label, color=_FAINT, fontsize=11)
     panels[-1].xaxis.set_major_locator(MaxNLocator(max(3, canvas.width_pixels // 110), integer=True))
     panels[-1].xaxis.set_major_formatter(EngFormatter(sep="") if history.steps[-1] >= 10_000 else "{x:.0f}")
-    return _svg(figure, canvas, f"Loss and learning rate over {len(history):,} steps")
+    shown = ", ".join(title for title, *_ in drawn)
+    return _svg(figure, canvas, f"{shown} over {len(history):,} steps")
+
+
+def _draw_learning_rate(panel: Axes, history: History) -> None:
+    panel.plot(*thinned(history.steps, history.learning_rates, RAW_POINTS // 6), color=_ACCENT, linewidth=1.6)
+    panel.set_ylim(bottom=0)
+    panel.yaxis.set_major_formatter("{x:g}")
+
+
+def _draw_speed(panel: Axes, history: History, global_batch_size: int) -> None:
+    panel.plot(*speeds(history, global_batch_size), color=_ACCENT, linewidth=1.6)
+    panel.set_ylim(bottom=0)
+    panel.yaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _draw_workers(panel: Axes, history: History) -> None:
+    workers = thinned(history.steps, history.world_sizes, RAW_POINTS // 3)
+    panel.plot(*workers, color=_ACCENT, linewidth=1.6, drawstyle="steps-post")
+    panel.yaxis.set_major_locator(MaxNLocator(3, integer=True))
+    panel.set_ylim(0, history.world_sizes.max() * 1.2)
 
 
 def _draw_loss(panel: Axes, history: History) -> None:

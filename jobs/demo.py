@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -52,7 +53,7 @@ def run_demo(environ: Mapping[str, str], images: str) -> None:
     manifest = make_dataset(session, str(source), data, SHARDING)
 
     overrides = {"data": data, **_length(manifest)}
-    arguments = " ".join(f"{field}={value}" for field, value in overrides.items())
+    arguments = " ".join(shlex.quote(f"{field}={value}") for field, value in overrides.items())
     say(f"\n$ convmae submit tiny {arguments} --run {run_name} --follow")
     plan = driver.plan_run(session, named_recipe("tiny").amended(overrides), run_name)
     if plan.run.exists() and driver.is_live(plan.run) and (job := submission.newest_job(session, plan.run)):
@@ -81,12 +82,14 @@ def _names(images: str, home: Path) -> tuple[str, Path]:
 
 
 def _length(manifest: Manifest) -> dict[str, Any]:
-    """Fields that make the run about `STEPS` long on any data set."""
+    """Fields that make the run about `STEPS` long on any data set, with early milestones for the picture."""
     recipe = named_recipe("tiny")
     batch = min(recipe.global_batch_size, manifest.samples // recipe.lanes * recipe.lanes)
     steps_per_epoch = max(1, manifest.samples // max(1, batch))
     epochs = math.ceil(STEPS / steps_per_epoch)
     fields: dict[str, Any] = {"epochs": epochs, "warmup_epochs": epochs / 20}
+    if milestones := sorted({epoch for epoch in (1, epochs // 5) if 0 < epoch < epochs}):
+        fields["milestone_epochs"] = milestones
     if epochs * steps_per_epoch > 2 * STEPS:
         fields["max_steps"] = STEPS
     if 0 < batch < recipe.global_batch_size:

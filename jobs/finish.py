@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
-from jobs import checkpoint
+import numpy as np
+
+from jobs import checkpoint, weights_file
 from jobs.consolidate import consolidate
-from jobs.reconstruction import write_reconstructions
+from jobs.errors import WeightsFileError
+from jobs.reconstruction import Stage, write_reconstructions
 from jobs.report import write_report
 from jobs.run_directory import RunDirectory
-from jobs.weight_results import load_consolidated
 from pipeline.dataset import Dataset
 from pipeline.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+MOST_STAGES = 6
+"""Rows of reconstructions in the picture."""
 
 
 def finish(run: RunDirectory) -> Iterator[str]:
@@ -39,5 +47,21 @@ def write_run_report(run: RunDirectory) -> str:
 def _report(run: RunDirectory, step: int) -> str:
     recipe = run.read_recipe()
     dataset = Dataset.open(run.storage, recipe.data, check_etags=recipe.check_etags)
-    write_reconstructions(run, load_consolidated(run, step), dataset)
+    write_reconstructions(run, _stages(run, step), dataset)
     return write_report(run)
+
+
+def _stages(run: RunDirectory, newest: int) -> Iterator[Stage]:
+    """Steps whose weights were written, as of milestones, spread evenly where they are many; up to the newest."""
+    steps = sorted(step for step in weights_file.consolidated(run) if step <= newest)
+    for place in sorted({round(place) for place in np.linspace(0, len(steps) - 1, MOST_STAGES)}):
+        try:
+            weights = weights_file.of_run(run, steps[place])
+        except WeightsFileError as error:
+            if steps[place] == newest:
+                raise
+            logger.warning("step %d is not in the picture: %s", steps[place], error)
+            continue
+        epochs = int(weights.metadata["epoch"])
+        caption = f"reconstruction after {epochs:,} epoch{'' if epochs == 1 else 's'}, step {steps[place]:,}"
+        yield Stage(caption, weights.tensors)

@@ -192,7 +192,7 @@ class RunMonitor:
         """Note one finished step; returns what the ranks should do.
 
         Args:
-            row: The history row: step (from 1), epoch, loss, learning_rate, world_size, attempt, data_wait_seconds.
+            row: The history row (docs/data-format.md).
             gradient_norm: Before clipping; a diagnostic that is not kept in the history.
             reading: The fields of `StepReading`: what all ranks read for the step.
             ranks: How each rank fared.

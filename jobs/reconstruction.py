@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -44,7 +44,7 @@ _SAMPLES_STREAM = 0x50494354  # keeps the choice of samples apart from what else
 
 
 class Panels(NamedTuple):
-    """The three rows of the picture, each (B, 3, H, W) uint8."""
+    """What one model makes of images, each (B, 3, H, W) uint8."""
 
     original: Tensor
     masked: Tensor
@@ -53,10 +53,18 @@ class Panels(NamedTuple):
     """The prediction where pixels were hidden, the original elsewhere."""
 
 
+class Stage(NamedTuple):
+    """A model on its way."""
+
+    caption: str
+    weights: Mapping[str, Tensor]
+    """Its state dict."""
+
+
 def reconstruction_grid(
-    config: ConvMAEConfig, weights: Mapping[str, Tensor], dataset: Dataset, *, seed: int, count: int = 8
+    config: ConvMAEConfig, stages: Iterable[Stage], dataset: Dataset, *, seed: int, count: int = 8
 ) -> Image.Image:
-    """Draw originals, masked images and reconstructions in three rows, one column for each image.
+    """Draw originals, masked images and a row of reconstructions for each stage, one column for each image.
 
     The same arguments give the same picture. Images are centre-cropped; masks are those of epoch 0. What a `norm_pix`
     model predicts has no brightness or contrast of its own: each predicted patch is given the mean and variance of
@@ -64,30 +72,38 @@ def reconstruction_grid(
 
     Args:
         config: The model's.
-        weights: Its state dict.
+        stages: At least one; each is let go before the next is asked for.
         dataset: Where the images come from.
         seed: Chooses images and masks.
         count: Columns; fewer where the data set has fewer images.
     """
     model = ConvMAE(config).eval()
-    model.load_state_dict(weights)
     samples = varied(usable(dataset, spread_samples(dataset.samples, CANDIDATES * count, seed)), count)
     crops = [center_crop(decode(sample.data), config.image_shape) for sample in samples]
     noise = mask_noise(seed, 0, torch.tensor([sample.id for sample in samples]), config.mask_patches, "cpu")
-    return draw_grid(reconstruct_panels(model, torch.from_numpy(np.stack(crops)), noise), config.mask_ratio)
+    images, rows = torch.from_numpy(np.stack(crops)), list[tuple[str, Tensor]]()
+    for stage in stages:
+        model.load_state_dict(stage.weights)
+        panels = reconstruct_panels(model, images, noise)
+        rows = rows or [
+            ("original", panels.original),
+            (f"what the model sees: {config.mask_ratio:.0%} is hidden", panels.masked),
+        ]
+        rows.append((stage.caption, panels.reconstruction))
+    return draw_grid(rows)
 
 
-def write_reconstructions(run: RunDirectory, weights: Mapping[str, Tensor], dataset: Dataset) -> str:
+def write_reconstructions(run: RunDirectory, stages: Iterable[Stage], dataset: Dataset) -> str:
     """Draw the reconstructions of a run's model as `reconstructions.png` in its directory; returns the URL.
 
     Args:
         run: Its recipe gives model and seed.
-        weights: State dict of the run's model, as `consolidate` writes it.
+        stages: The run's model, as `consolidate` writes it.
         dataset: Where the images come from.
     """
     recipe = run.read_recipe()
     data = io.BytesIO()
-    reconstruction_grid(recipe.model, weights, dataset, seed=recipe.seed).save(data, "PNG", optimize=True)
+    reconstruction_grid(recipe.model, stages, dataset, seed=recipe.seed).save(data, "PNG", optimize=True)
     url = run.path(RECONSTRUCTIONS_NAME)
     run.storage.write(url, data.getvalue())
     return url
@@ -153,20 +169,23 @@ def reconstruct_panels(model: ConvMAE, images: Tensor, noise: Tensor) -> Panels:
     return Panels(images, masked, torch.where(hidden, denormalise(unpatchify(prediction, config.grid)), images))
 
 
-def draw_grid(panels: Panels, mask_ratio: float) -> Image.Image:
-    """Lay the panels out in three captioned rows, about LEAST_WIDTH_PIXELS to MOST_WIDTH_PIXELS wide."""
-    count, _, height, width = panels.original.shape
+def draw_grid(rows: Sequence[tuple[str, Tensor]]) -> Image.Image:
+    """Lay images out in captioned rows, about LEAST_WIDTH_PIXELS to MOST_WIDTH_PIXELS wide.
+
+    Args:
+        rows: Caption and images, (B, 3, H, W) uint8, of each.
+    """
+    count, _, height, width = rows[0][1].shape
     whole_factor = math.ceil(LEAST_WIDTH_PIXELS / (count * width))
     cell_width = min(whole_factor * width, MOST_WIDTH_PIXELS // count)
     cell_height = round(height * cell_width / width)
     # Whole factors show the model's pixels as they are.
     method = Image.Resampling.BICUBIC if cell_width % width else Image.Resampling.NEAREST
     row_height = _CAPTION_PIXELS + cell_height + _GAP_PIXELS
-    picture = Image.new("RGB", (_GAP_PIXELS + count * (cell_width + _GAP_PIXELS), 3 * row_height), "white")
+    picture = Image.new("RGB", (_GAP_PIXELS + count * (cell_width + _GAP_PIXELS), len(rows) * row_height), "white")
     pen, font = ImageDraw.Draw(picture), ImageFont.load_default(_FONT_PIXELS)
-    captions = ("original", f"what the model sees: {mask_ratio:.0%} is hidden", "reconstruction")
-    for row, (caption, images) in enumerate(zip(captions, panels, strict=True)):
-        top = row * row_height
+    for number, (caption, images) in enumerate(rows):
+        top = number * row_height
         pen.text((_GAP_PIXELS, top + _CAPTION_PIXELS // 2), caption, "black", font, anchor="lm")
         for column, image in enumerate(images):
             cell = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((cell_width, cell_height), method)

@@ -179,7 +179,16 @@ def _charts(record: RunRecord) -> str:
         return _paragraph("No step was recorded yet.")
     restarts = [event["step"] for event in record.attempts if event["kind"] != "start"]
     epoch_steps = record.heartbeat.get("steps_per_epoch")
-    charts = "".join(training_chart(record.history, restarts, epoch_steps, canvas) for canvas in CANVASES)
+    charts = "".join(
+        training_chart(
+            record.history,
+            global_batch_size=record.recipe.global_batch_size,
+            restarts=restarts,
+            epoch_steps=epoch_steps,
+            canvas=canvas,
+        )
+        for canvas in CANVASES
+    )
     return charts + (_paragraph("Dashed lines: the step from which a later attempt went on.") if restarts else "")
 
 
@@ -187,7 +196,7 @@ def _picture(record: RunRecord) -> str:
     if record.picture is None:
         return ""
     source = f"data:image/png;base64,{base64.b64encode(record.picture).decode()}"
-    note = "Patches that the model saw are left as they are."
+    note = "Patches that the model saw are left as they are. Rows are of the milestones and the newest checkpoint."
     if record.recipe.model.norm_pix:
         note += " It predicts normalised patches: each is shown with the mean and variance of the original patch."
     image = f'<img src="{source}" alt="Originals, masked images and reconstructions">'

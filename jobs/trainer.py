@@ -122,6 +122,11 @@ class SharedStep(NamedTuple):
         """The longest that a rank waited for its batch."""
         return max(figures.data_wait_seconds for figures in self.ranks)
 
+    @property
+    def step_seconds(self) -> float:
+        """Since the last step, or since the attempt could read, of the slowest rank."""
+        return max(figures.step_seconds for figures in self.ranks)
+
 
 def train_worker(job: TrainJob) -> None:
     """Train `job` from its newest checkpoint to its end, or until the monitor asks to stop."""
@@ -249,6 +254,7 @@ class Trainer:
                     "attempt": self.attempt,
                     "samples": str(ConsumedDigest.of(self.order.batch(step))),
                     "substitutions": 0,
+                    "step_seconds": 0.0,
                     "data_wait_seconds": 0.0,
                     "skipped": "left out by a rollback",
                 }
@@ -296,6 +302,7 @@ class Trainer:
                 "attempt": self.attempt,
                 "samples": shared.samples,
                 "substitutions": int(shared.reading.substitutions),
+                "step_seconds": round(shared.step_seconds, 6),
                 "data_wait_seconds": round(shared.wait_seconds, 6),
             } | ({"skipped": shared.fault} if shared.fault else {})
             norm = float(self.engine.get_global_grad_norm() or 0.0)

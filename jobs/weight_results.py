@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from jobs import checkpoint
 from jobs.errors import CheckpointError
 from jobs.run_directory import RunDirectory
 from jobs.weight_files import DTYPES, FILE_NAME, INDEX_NAME
 from pipeline.storage import Storage
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -110,13 +106,6 @@ def consolidated_url(run: RunDirectory, step: int) -> str:
 def is_consolidated(run: RunDirectory, step: int) -> bool:
     """Whether the fp32 weights of `step` are there."""
     return ONE_FILE.is_finished(run.storage, consolidated_url(run, step))
-
-
-def load_consolidated(run: RunDirectory, step: int) -> dict[str, Tensor]:
-    """The fp32 tensors of a consolidated step by name; holds all of them."""
-    from safetensors.torch import load
-
-    return dict(load(run.storage.read(consolidated_url(run, step))))
 
 
 def recorded_sha256(storage: Storage, url: str) -> str:

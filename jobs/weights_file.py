@@ -167,14 +167,14 @@ def of_run(run: RunDirectory, step: int | None = None) -> Weights:
     Raises:
         CheckpointError: There is no such step, or a file of it is missing or altered.
     """
-    consolidated = _consolidated(run)
+    written = consolidated(run)
     if step is None:
-        step = max([*consolidated, *checkpoint.committed_steps(run)], default=None)
+        step = max([*written, *checkpoint.committed_steps(run)], default=None)
     if step is None:
         remedy = "wait for the first one, or save more often (checkpoint_interval)"
         raise CheckpointError("run", "must have a committed checkpoint", run.name, remedy)
-    if step in consolidated:
-        return of_file(run.storage, consolidated[step])
+    if step in written:
+        return of_file(run.storage, written[step])
     return _of_checkpoint(run, checkpoint.read_commit(run, step))
 
 
@@ -195,7 +195,7 @@ def _of_checkpoint(run: RunDirectory, commit: Commit) -> Weights:
     return weights
 
 
-def _consolidated(run: RunDirectory) -> dict[int, str]:
+def consolidated(run: RunDirectory) -> dict[int, str]:
     """Where each step's fp32 weights are: the file, or else the folder of several that are finished."""
     found: dict[int, str] = {}
     for name in sorted(run.storage.list_names(run.path("consolidated"))):  # a folder comes before its file

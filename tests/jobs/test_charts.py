@@ -4,9 +4,13 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from jobs.charts import CANVASES, Canvas, History, thinned, training_chart, trend
+from jobs.charts import CANVASES, Canvas, History, speeds, thinned, training_chart, trend
 
 Series = tuple[np.ndarray, np.ndarray]
+
+
+def chart(history: History, restarts: list[int], canvas: Canvas) -> str:
+    return training_chart(history, global_batch_size=64, restarts=restarts, epoch_steps=31, canvas=canvas)
 
 
 def noisy(length: int) -> Series:
@@ -59,17 +63,17 @@ def test_trend_of_a_line_is_on_the_line(length: int) -> None:
 @pytest.mark.parametrize("canvas", CANVASES)
 @pytest.mark.parametrize("length", [1, 2, 3000])
 def test_chart_is_well_formed_svg_that_fits_its_canvas_and_is_drawn_alike_twice(canvas: Canvas, length: int) -> None:
-    text = training_chart(history(length), [], 31, canvas)
+    text = chart(history(length), [], canvas)
 
     root = ET.fromstring(text.replace("xlink:", ""))  # HTML needs no declaration of the prefix, XML does
     assert root.tag == "svg"
     assert root.attrib["class"] == canvas.name
     assert float(root.attrib["viewBox"].split()[2]) == canvas.width_pixels
-    assert text == training_chart(history(length), [], 31, canvas)
+    assert text == chart(history(length), [], canvas)
 
 
 def test_chart_takes_every_colour_from_the_page() -> None:
-    text = training_chart(history(50, (2, 1)), [10], 31, CANVASES[0])
+    text = chart(history(50, (2, 1)), [10], CANVASES[0])
 
     assert set(re.findall(r"(?:stroke|fill): ([^;\"]+)", text)) == {
         "none", "var(--ink)", "var(--faint)", "var(--rule)", "var(--accent)", "var(--mark)",
@@ -78,19 +82,32 @@ def test_chart_takes_every_colour_from_the_page() -> None:
 
 def test_each_step_of_a_restart_is_marked_once_in_every_panel() -> None:
     def marks(restarts: list[int]) -> int:
-        return training_chart(history(50), restarts, None, CANVASES[0]).count("var(--mark)")
+        return chart(history(50), restarts, CANVASES[0]).count("var(--mark)")
 
     assert marks([]) == 0
     assert marks([10, 20, 20]) == 2 * marks([10]) > 0
 
 
+def test_speed_is_that_of_the_steps_that_were_timed() -> None:
+    rows = [{"step": step, "loss": 1.0, "learning_rate": 1e-3, "world_size": 2} for step in range(1, 41)]
+    timed = [row | {"step_seconds": 0.5 if row["step"] <= 20 else 2.0} for row in rows]
+    mixed = History.of(rows[:10] + timed[10:])
+
+    steps, images_per_second = speeds(mixed, global_batch_size=64)
+
+    assert steps.tolist() == list(range(11, 41))
+    assert images_per_second.tolist() == [128.0] * 10 + [32.0] * 20
+    assert 'aria-label="loss, learning rate, images/s over 40 steps"' in chart(mixed, [], CANVASES[0])
+    assert ">images/s<" not in chart(History.of(rows), [], CANVASES[0])
+
+
 def test_workers_are_drawn_only_where_their_number_changed() -> None:
-    assert ">workers<" not in training_chart(history(50, (2,)), [], None, CANVASES[0])
-    assert ">workers<" in training_chart(history(50, (2, 1)), [], None, CANVASES[0])
+    assert ">workers<" not in chart(history(50, (2,)), [], CANVASES[0])
+    assert ">workers<" in chart(history(50, (2, 1)), [], CANVASES[0])
 
 
 def test_chart_of_a_million_steps_stays_small() -> None:
     steps, values = noisy(1_000_000)
-    long = History(steps, values, np.abs(values), np.full(len(steps), 2.0))
+    long = History(steps, values, np.abs(values), np.full(len(steps), 2.0), np.abs(values))
 
-    assert len(training_chart(long, [], None, CANVASES[0])) < 200_000
+    assert len(chart(long, [], CANVASES[0])) < 200_000

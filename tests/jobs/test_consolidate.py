@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from zero_material import Material
 
-from jobs import checkpoint
+from jobs import checkpoint, weights_file
 from jobs.checkpoint import Commit
 from jobs.errors import CheckpointError
 from jobs.recipes import named_recipe
 from jobs.run_directory import RunDirectory
-from jobs.weight_results import Wanted, consolidated_url, is_consolidated, load_consolidated
+from jobs.weight_results import Wanted, consolidated_url, is_consolidated
 from pipeline.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -75,7 +75,7 @@ def test_a_file_has_a_checksum_and_says_what_it_was_made_of(run: RunDirectory) -
     assert (metadata["recipe_digest"], metadata["dataset_digest"]) == (recipe.digest(), "d" * 64)
     assert json.loads(metadata["model"]) == recipe.to_json()["model"]
     assert json.loads(metadata["versions"])["torch"] == torch.__version__
-    assert_bit_equal(load_consolidated(run, STEP), load_file(file.url))
+    assert_bit_equal(weights_file.of_run(run, STEP).tensors, load_file(file.url))
     assert left_behind(run) == ["step-00000007.safetensors", "step-00000007.safetensors.sha256"]
 
 

@@ -24,6 +24,8 @@ def test_the_run_takes_about_as_many_steps_on_any_data_set(samples: int) -> None
 
     schedule = Schedule.of(recipe, order_of(recipe, samples).steps_per_epoch)
     assert demo.STEPS <= schedule.total_steps <= 2 * demo.STEPS
+    if recipe.epochs > 1:
+        assert 0 < recipe.milestone_epochs[0] <= recipe.milestone_epochs[-1] < recipe.epochs
 
 
 def test_other_photographs_make_another_run_and_the_same_ones_the_same(tmp_path: Path) -> None:

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import psutil
 import pytest
 import torch
 from patience import wait_until
+from PIL import Image
 from safetensors import safe_open
 from testbed import TILES, Command, losses, small_recipe
 
-from jobs import checkpoint
+from jobs import checkpoint, weights_file
 from jobs.stack import Stack
-from jobs.weight_results import is_consolidated, load_consolidated
+from jobs.weight_results import is_consolidated
 from model import ConvMAE
 
 EPOCHS = 10
@@ -47,6 +50,7 @@ def test_history_has_every_step_once_and_the_loss_falls(convmae: Command, finish
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert all(row["world_size"] == 2 and row["attempt"] == 1 for row in rows)
     assert [row["epoch"] for row in rows] == [step * 12 // TILES for step in range(STEPS)]
+    assert all(row["step_seconds"] >= row["data_wait_seconds"] >= 0 for row in rows)
     quarter = STEPS // 4
     assert sum(row["loss"] for row in rows[-quarter:]) < 0.95 * sum(row["loss"] for row in rows[:quarter])
     assert len(convmae("history", finished)[0].splitlines()) == STEPS
@@ -60,7 +64,7 @@ def test_consolidated_weights_load_into_the_model(convmae: Command, finished: st
     assert f"step {STEPS}" in out
 
     model = ConvMAE(run.read_recipe().model)
-    model.load_state_dict(load_consolidated(run, STEPS), strict=True)
+    model.load_state_dict(weights_file.of_run(run, STEPS).tensors, strict=True)
 
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
     run.storage.download(run.path("consolidated", f"step-{STEPS:08d}.safetensors"), tmp_path / "weights")
@@ -81,12 +85,18 @@ def test_run_directory_holds_what_a_run_leaves_behind(convmae: Command, finished
     assert weights == [STEPS // 2, STEPS]  # the milestone, while training went on, and the end
     assert all(is_consolidated(run, step) for step in weights)
     assert checkpoint.committed_steps(run) == [STEPS - 40, STEPS - 20, STEPS]
-    assert run.storage.read(run.path("reconstructions.png")).startswith(b"\x89PNG")
-    assert b"<html" in run.storage.read(run.path("report.html"))
+    assert rows_of_images(run.storage.read(run.path("reconstructions.png"))) == 2 + len(weights)
+    assert b">images/s<" in run.storage.read(run.path("report.html"))
     run.storage.delete(run.path("report.html"))
     told = json.loads(convmae("report", finished, "--json")[0])
     assert told == {"run": finished, "report": run.path("report.html")}
     assert b"<html" in run.storage.read(told["report"])
+
+
+def rows_of_images(png: bytes) -> int:
+    """Rows in a picture: white lines from one side to the other set captions off from them, and from those above."""
+    is_white = (np.asarray(Image.open(io.BytesIO(png)).convert("L")) == 255).all(axis=1)
+    return int((np.diff(is_white.astype(int)) == -1).sum()) // 2
 
 
 def test_status_and_list_tell_of_the_run(convmae: Command, finished: str) -> None:

@@ -12,7 +12,7 @@ from jobs.reconstruction import (
     HIDDEN_GRAY,
     LEAST_WIDTH_PIXELS,
     MOST_WIDTH_PIXELS,
-    Panels,
+    Stage,
     draw_grid,
     reconstruct_panels,
     reconstruction_grid,
@@ -138,23 +138,23 @@ def test_samples_are_distinct_spread_and_decided_by_the_seed(samples: int, count
 def test_picture_is_readable_whatever_the_image_size(height: int, width: int, count: int) -> None:
     images = torch.zeros(count, 3, height, width, dtype=torch.uint8)
 
-    picture = draw_grid(Panels(images, images, images), mask_ratio=0.75)
+    picture = draw_grid([("a row", images)] * 3)
 
     gaps = 8 * (count + 1)
     assert LEAST_WIDTH_PIXELS <= picture.width <= MOST_WIDTH_PIXELS + gaps
     assert picture.height >= 3 * height * (picture.width - gaps) // (count * width)
 
 
-def test_grid_shows_the_panels_pixel_by_pixel_in_three_rows() -> None:
+def test_grid_shows_each_row_pixel_by_pixel() -> None:
     images = noisy_images(8)
-    panels = Panels(images, 255 - images, images // 2)
+    rows = [images, 255 - images, images // 2, images // 3]
 
-    picture = np.asarray(draw_grid(panels, mask_ratio=0.75))
+    picture = np.asarray(draw_grid([(f"row {number}", row) for number, row in enumerate(rows)]))
 
     factor = 2  # 8 images of 64 pixels: the smallest whole factor that reaches LEAST_WIDTH_PIXELS
     cell_height, cell_width = SHAPE[0] * factor, SHAPE[1] * factor
-    row_height = picture.shape[0] // 3
-    for row, shown in enumerate(panels):
+    row_height = picture.shape[0] // len(rows)
+    for row, shown in enumerate(rows):
         for column in range(8):
             bottom = (row + 1) * row_height - 8
             left = 8 + column * (cell_width + 8)
@@ -178,23 +178,38 @@ def test_same_run_gives_the_same_picture_bytes(tmp_path: Path, dataset: Dataset,
     run = RunDirectory.of(STORAGE, str(tmp_path), "run")
     run.claim(recipe)
     torch.manual_seed(0)
-    weights = ConvMAE(recipe.model).state_dict()
+    stages = [Stage("untrained", ConvMAE(recipe.model).state_dict())]
 
-    url = write_reconstructions(run, weights, dataset)
+    url = write_reconstructions(run, stages, dataset)
     first = STORAGE.read(url)
-    write_reconstructions(run, weights, dataset)
+    write_reconstructions(run, stages, dataset)
 
     assert url == run.path("reconstructions.png")
     assert STORAGE.read(url) == first
-    assert Image.open(io.BytesIO(first)).size == reconstruction_grid(recipe.model, weights, dataset, seed=4).size
+    assert Image.open(io.BytesIO(first)).size == reconstruction_grid(recipe.model, stages, dataset, seed=4).size
 
 
 def test_seed_changes_the_picture_and_few_samples_make_fewer_columns(dataset: Dataset) -> None:
     config = small()
-    weights = ConvMAE(config).state_dict()
+    stages = [Stage("untrained", ConvMAE(config).state_dict())]
 
-    pictures = [reconstruction_grid(config, weights, dataset, seed=seed, count=4).tobytes() for seed in (0, 1)]
-    wide = reconstruction_grid(config, weights, dataset, seed=0, count=99)
+    pictures = [reconstruction_grid(config, stages, dataset, seed=seed, count=4).tobytes() for seed in (0, 1)]
+    wide = reconstruction_grid(config, stages, dataset, seed=0, count=99)
 
     assert pictures[0] != pictures[1]
     assert (wide.width - 8) % dataset.samples == 0
+
+
+def test_each_stage_has_a_row_below_the_same_images_and_masks(dataset: Dataset) -> None:
+    config = small(norm_pix=False)
+    torch.manual_seed(0)
+    stages = [Stage(f"after {epoch} epochs", ConvMAE(config).state_dict()) for epoch in (1, 2)]
+
+    both = np.asarray(reconstruction_grid(config, iter(stages), dataset, seed=0))
+
+    row_height = both.shape[0] // 4
+    for number, stage in enumerate(stages):
+        alone = np.asarray(reconstruction_grid(config, [stage], dataset, seed=0))
+        np.testing.assert_array_equal(both[: 2 * row_height], alone[: 2 * row_height])
+        np.testing.assert_array_equal(both[(2 + number) * row_height :][:row_height], alone[2 * row_height :])
+    assert (both[2 * row_height : 3 * row_height] != both[3 * row_height :]).any()

@@ -22,6 +22,7 @@ from whole_state import MASTER, MOMENTS, WholeState, whole_state
 from zero_material import commit_zero_files
 
 import jobs
+from jobs import weights_file
 from jobs.checkpoint import Commit
 from jobs.consolidate import consolidate
 from jobs.engine import parameter_groups
@@ -29,7 +30,6 @@ from jobs.errors import CheckpointError
 from jobs.recipe import Recipe
 from jobs.recipes import named_recipe
 from jobs.run_directory import RunDirectory
-from jobs.weight_results import load_consolidated
 from jobs.zero_state import ZeroState, owned_ranges, restore_optimizer
 from model import ConvMAE
 from model.config import PARTS
@@ -212,7 +212,7 @@ def test_a_consolidated_file_holds_the_same_weights(runs: Runs, stage: int, worl
 
     consolidate(saved_run.run, part_bytes=1 << 17)
 
-    assert_bit_equal(load_consolidated(saved_run.run, 2), saved_run.state.weights())
+    assert_bit_equal(weights_file.of_run(saved_run.run, 2).tensors, saved_run.state.weights())
 
 
 @pytest.mark.parametrize("stage", STAGES)
