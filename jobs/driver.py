@@ -28,7 +28,7 @@ from jobs.failure_cause import root_cause
 from jobs.initial_weights import pinned
 from jobs.milestones import MilestoneConsolidator
 from jobs.monitor import FLUSH_INTERVAL_SECONDS, MonitorConfig, RunMonitor
-from jobs.recipe import Recipe
+from jobs.recipe import URL_FIELDS, Recipe
 from jobs.report import REPORT_NAME
 from jobs.run_directory import RunDirectory
 from jobs.schedule import Schedule
@@ -44,7 +44,6 @@ from pipeline.storage import Storage
 logger = logging.getLogger(__name__)
 
 FINAL_STATES = frozenset({"finished", "stopped", "failed"})
-_URLS = ("data", "run_root", "init_from")
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,9 @@ def plan_run(session: Session, recipe: Recipe, name: str, trace_url: str = "") -
     """
     if not recipe.data:
         raise RecipeError("data", "must be the URL of a data set", "", "make one with `convmae shard SOURCE URL`")
-    recipe = recipe.amended({name: url and Storage.absolute(url) for name in _URLS for url in [getattr(recipe, name)]})
+    recipe = recipe.amended(
+        {name: url and Storage.absolute(url) for name in URL_FIELDS for url in [getattr(recipe, name)]}
+    )
     run = session.run(name, recipe.run_root)
     session.storage.check(recipe.data, write=False)
     manifest = Manifest.load(session.storage, recipe.data)

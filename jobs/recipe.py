@@ -22,8 +22,12 @@ from jobs.non_finite import OnNonFinite
 from jobs.watchdog import HANG_SECONDS
 from model import ConvMAEConfig
 from model.errors import ModelConfigError
+from pipeline.errors import StorageError
 from pipeline.image_maker import MAX_CONSECUTIVE_BAD_SAMPLES, OnBadSample
 from pipeline.stall_watch import STALL_SECONDS
+from pipeline.storage import is_web
+
+URL_FIELDS = ("data", "run_root", "init_from")
 
 # Where and how a run executes, not what it computes: these may differ when a run is resumed.
 PLACEMENT_FIELDS = frozenset(
@@ -202,6 +206,8 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _combinations(self) -> Self:
+        for name in URL_FIELDS:
+            _check_url(name, getattr(self, name))
         if self.global_batch_size % self.lanes:
             nearest = _nearest_divisor(self.global_batch_size, self.lanes)
             rule = f"must divide global_batch_size = {self.global_batch_size}"
@@ -320,6 +326,17 @@ def _first_fault(error: ValidationError) -> RecipeError:
     rule = fault["msg"].replace("Input should", "should").replace("Field required", "is required")
     value = None if fault["type"] == "missing" else fault["input"]
     return RecipeError(field, rule, value, f"give {field}=<{_type_name(Recipe.model_fields[field].annotation)}>")
+
+
+def _check_url(name: str, url: str) -> None:
+    """Refuse what is no URL, and what may be a secret: a recipe is written into the run directory and the report."""
+    try:
+        signed = bool(url) and is_web(url) and "?" in url
+    except StorageError as error:
+        raise RecipeError(name, error.rule, error.value, error.remedy) from None
+    if signed:
+        remedy = "give an address that can be read without one, or copy the object to s3:// or a folder"
+        raise RecipeError(name, "must have no query, which may be a signature", f"{url.partition('?')[0]}?...", remedy)
 
 
 def _type_name(annotation: Any) -> str:

@@ -351,12 +351,22 @@ def _protocol(url: str) -> str:
             "URL", "must have two slashes", url, f"write {scheme}://{url.partition(':/')[2].lstrip('/')}"
         )
     if protocol in ("file", "local", "memory") or protocol in known_implementations:
+        _refuse_password(protocol, url)
         return protocol
     nearest = difflib.get_close_matches(
         protocol, ["s3", "gs", "file", "memory", *known_implementations], n=1, cutoff=0.4
     )
     remedy = f"did you mean {nearest[0]}://?" if nearest else "use s3://, gs://, file:// or a path"
     raise StorageError("URL", "must have a known protocol", url, remedy)
+
+
+def _refuse_password(protocol: str, url: str) -> None:
+    """URLs are written into recipes, reports and logs. Elsewhere than here a bare name before the @ is no secret."""
+    host, _, rest = url.partition("://")[2].partition("/")
+    known, at, place = host.rpartition("@")
+    if at and (":" in known or protocol in (*_S3, *_HTTP)):
+        remedy = "give them by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or by the machine's role"
+        raise StorageError("URL", "must hold no credentials", f"{protocol}://...@{place}/{rest}", remedy)
 
 
 def _path(url: str) -> str:

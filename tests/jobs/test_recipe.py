@@ -160,6 +160,10 @@ def test_a_recipe_cannot_be_changed() -> None:
         ({"epoch": 3}, "epoch", "is not a field", "epoch", "did you mean epochs?"),
         ({"model.maskratio": 0.5}, "model.maskratio", "is not a field", "model.maskratio", "model.mask_ratio?"),
         ({"xyz": 1}, "xyz", "is not a field", "xyz", "known: name, data,"),
+        ({"data": "s4://b/d"}, "data", "must have a known protocol", "s4://b/d", "s3://"),
+        ({"data": "s3://AKIA:hush@b/d"}, "data", "must hold no credentials", "s3://...@b/d", "AWS_SECRET_ACCESS_KEY"),
+        ({"run_root": "https://hush@h/r"}, "run_root", "must hold no credentials", "https://...@h/r", "role"),
+        ({"init_from": "https://h/w?X-Amz-Signature=hush"}, "init_from", "have no query", "https://h/w?...", "copy"),
     ],
 )
 def test_a_bad_value_is_refused_in_one_line_that_says_what_to_do(

@@ -169,6 +169,28 @@ def test_check_tells_what_is_wrong_with_a_url(url: str, says: str) -> None:
         Storage().check(url, write=True)
 
 
+@pytest.mark.parametrize(
+    "url", ["s3://AKIA:hush@bucket/x", "https://hush@host/x", "http://user:hush@host/x", "sftp://user:hush@host/x"]
+)
+def test_a_url_with_credentials_is_refused_without_repeating_them(url: str) -> None:
+    """It would be in recipes, reports and logs."""
+    for use in (Storage().read, Storage.absolute):
+        with pytest.raises(StorageError, match="must hold no credentials") as refused:
+            use(url)
+        assert "hush" not in str(refused.value)
+
+
+def test_an_at_sign_elsewhere_is_no_secret() -> None:
+    for url in (
+        "s3://bucket/a@b",
+        "abfs://container@account/x",
+        "sftp://user@host/x",
+        "/tmp/a@b:c/x",
+        "file:///a:b@c/x",
+    ):
+        Storage.absolute(url)
+
+
 def test_check_tells_that_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
