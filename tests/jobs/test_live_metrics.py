@@ -29,6 +29,7 @@ def live(convmae: Command, data: str, local_stack: Stack) -> Iterator[tuple[str,
     wait_until("a checkpoint", lambda: bool(run.read_heartbeat().get("checkpoint_at_seconds")), 300)
     wait_for_series(url, f'convmae:images:rate5m{{run="{name}"}} > 0', 120)
     wait_for_series(url, f'convmae:checkpoint_stall:ratio1h{{run="{name}"}}', 60)
+    wait_for_series(url, f'convmae:checkpoint_age:seconds{{run="{name}"}}', 60)  # scraped, then evaluated
     wait_for_series(url, "ray_node_mem_used", 120)
     yield name, url
     convmae("stop", name)
