@@ -39,6 +39,14 @@ what is needed, and a gigabyte of checkpoint takes 32 KB of its commit object.""
 FORMAT_VERSION = 2
 
 
+_LARGEST = 2**53
+"""Beyond what is counted here, and within what dates and tables take."""
+
+
+def _is_count(number: object) -> bool:
+    return type(number) is int and 0 <= number < _LARGEST
+
+
 @dataclass(frozen=True)
 class CheckpointFile:
     """One uploaded file."""
@@ -53,6 +61,11 @@ class CheckpointFile:
     """Theirs in order, eight hexadecimal digits each."""
 
     def __post_init__(self) -> None:
+        # Files are read from, and deleted at, where this says: nothing else than a file of the checkpoint.
+        if not isinstance(self.name, str) or "\0" in self.name or {"", ".", ".."} & {*self.name.split("/")}:
+            raise ValueError(f"{self.name!r} is no path below the folder of a step")
+        if not all(_is_count(number) for number in (self.bytes, self.crc32c, self.chunk_bytes)):
+            raise ValueError(f"{self.name} has sizes and a checksum that are no numbers of bytes")
         if self.chunk_bytes and len(self.chunk_checksums()) != -(-self.bytes // self.chunk_bytes):
             raise ValueError(f"{self.name} has a checksum for each {self.chunk_bytes} of {self.bytes} bytes")
 
@@ -93,6 +106,21 @@ class Commit:
     """Who that was, for people."""
     format_version: int = field(default=FORMAT_VERSION)
 
+    def __post_init__(self) -> None:
+        for name in ("step", "epoch", "world_size", "zero_stage", "order_version", "attempt", "claim"):
+            if not _is_count(getattr(self, name)):
+                raise ValueError(f"{name} is no count: {getattr(self, name)!r}")
+        for name in ("precision", "recipe_digest", "dataset_digest", "driver"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is no text: {getattr(self, name)!r}")
+        if type(self.seed) is not int or type(self.milestone) is not bool:
+            raise ValueError(f"seed or milestone is of another type: {self.seed!r}, {self.milestone!r}")
+        numbers = [self.created_at_seconds, *self.counters.values()]
+        if not all(type(number) in (int, float) and 0 <= number < _LARGEST for number in numbers):
+            raise ValueError("created_at_seconds or a counter is no number")
+        if not all(isinstance(text, str) for text in self.versions.values()):
+            raise ValueError("versions are no texts")
+
     @property
     def bytes(self) -> int:
         """Size of the checkpoint."""
@@ -117,7 +145,7 @@ class Commit:
             raise CheckpointError("format_version", f"must be {known}", version, remedy)
         try:
             return cls(**{**migrated, "files": tuple(CheckpointFile(**file) for file in migrated["files"])})
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             rule, remedy = f"must have the fields of format {version} ({error})", _OTHERS
             raise DamagedCheckpointError("commit", rule, f"step {fields.get('step')}", remedy) from None
 
@@ -202,7 +230,7 @@ def _made_by(data: bytes) -> tuple[int, str]:
     """Claim and driver of a commit object; of one that cannot be read 0, so that it can be replaced."""
     try:
         commit = Commit.from_json(json.loads(data))
-    except (ValueError, AttributeError):
+    except (ValueError, RecursionError, AttributeError):
         return 0, ""
     return commit.claim, commit.driver
 
@@ -232,12 +260,15 @@ def read_commit(run: RunDirectory, step: int) -> Commit:
         raise CheckpointError("step", "must be a committed checkpoint", step, f"committed: {known}") from None
     try:
         fields = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         rule = f"must be a JSON object ({error})"
         raise DamagedCheckpointError("commit", rule, f"step {step}", _OTHERS) from None
     if not isinstance(fields, dict):
         raise DamagedCheckpointError("commit", "must be a JSON object", f"step {step}", _OTHERS)
-    return Commit.from_json(fields)
+    commit = Commit.from_json(fields)
+    if commit.step != step:
+        raise DamagedCheckpointError("commit", f"must be of the step of its name, {step}", commit.step, _OTHERS)
+    return commit
 
 
 def latest_commit(run: RunDirectory) -> Commit | None:

@@ -13,6 +13,7 @@ from typer.exceptions import TyperException
 
 from jobs.commands import checkpoints, data, runs, stack
 from jobs.errors import RunFailedError
+from jobs.terminal import write_line
 from pipeline.errors import UserError
 
 app = typer.Typer(
@@ -43,10 +44,14 @@ def main() -> None:
     except typer.Abort:
         sys.exit(1)
     except UserError as error:
-        sys.stderr.write(f"error: {error}\n")
+        write_line(sys.stderr, f"error: {error}")
         sys.exit(2)
-    except (RunFailedError, StackError, OSError) as error:
-        sys.stderr.write(f"failed: {error}\n")
+    except StackError as error:
+        for line in f"failed: {error}".splitlines():  # the end of a service's log may follow
+            write_line(sys.stderr, line)
+        sys.exit(1)
+    except (RunFailedError, OSError) as error:
+        write_line(sys.stderr, f"failed: {error}")
         sys.exit(1)
 
 

@@ -46,7 +46,8 @@ def run_demo(environ: Mapping[str, str], images: str) -> None:
     session.export()
 
     data = f"s3://convmae/datasets/{run_name}"
-    say(f"\n$ convmae shard {source} {data} --samples-per-shard {SAMPLES_PER_SHARD}")
+    say("")
+    say(f"$ convmae shard {source} {data} --samples-per-shard {SAMPLES_PER_SHARD}")
     if not images:
         say(f"photographs: {', '.join(photograph.name for photograph in PHOTOGRAPHS)}, cut into {TILES} images")
         cut_tiles(source, TILES, SEED)
@@ -54,7 +55,8 @@ def run_demo(environ: Mapping[str, str], images: str) -> None:
 
     overrides = {"data": data, **_length(manifest)}
     arguments = " ".join(shlex.quote(f"{field}={value}") for field, value in overrides.items())
-    say(f"\n$ convmae submit tiny {arguments} --run {run_name} --follow")
+    say("")
+    say(f"$ convmae submit tiny {arguments} --run {run_name} --follow")
     plan = driver.plan_run(session, named_recipe("tiny").amended(overrides), run_name)
     if plan.run.exists() and driver.is_live(plan.run) and (job := submission.newest_job(session, plan.run)):
         say(f"{run_name} is running already: {job}")

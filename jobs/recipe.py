@@ -27,6 +27,10 @@ from pipeline.image_maker import MAX_CONSECUTIVE_BAD_SAMPLES, OnBadSample
 from pipeline.stall_watch import STALL_SECONDS
 from pipeline.storage import is_web
 
+MOST = 10**9
+"""Of anything that is counted: what is beyond it is a slip."""
+LONGEST_ARGUMENT = 4096
+"""Characters of a `field=value`."""
 URL_FIELDS = ("data", "run_root", "init_from")
 
 # Where and how a run executes, not what it computes: these may differ when a run is resumed.
@@ -106,7 +110,7 @@ class Recipe(BaseModel):
     init_sha256: str = ""
     """Of that file; found out when a run begins."""
 
-    epochs: int = Field(gt=0)
+    epochs: int = Field(gt=0, le=MOST)
     """Passes over the data; the learning-rate schedule spans them."""
     max_steps: int = Field(default=0, ge=0)
     """Stop after this many steps of that schedule; 0: run all epochs."""
@@ -118,17 +122,17 @@ class Recipe(BaseModel):
     """AdamW's, on matrices and kernels only: not on biases, norms and tokens."""
     clip_grad_norm: float = Field(default=0.0, ge=0)
     """Largest global gradient norm; 0: no clipping, as in the paper."""
-    global_batch_size: int = Field(gt=0)
+    global_batch_size: int = Field(gt=0, le=MOST)
     """Images in one optimizer step over all ranks; never changes with the world size."""
-    micro_batch_size: int = Field(gt=0)
+    micro_batch_size: int = Field(gt=0, le=MOST)
     """Most images that one rank sends through the model at once."""
-    lanes: int = Field(gt=0)
+    lanes: int = Field(gt=0, le=MOST)
     """Virtual readers that the data order is dealt to; divides global_batch_size and bounds the world size."""
-    block_samples: int = Field(default=32, gt=0)
+    block_samples: int = Field(default=32, gt=0, le=MOST)
     """Consecutive samples that are fetched with one ranged read."""
-    window_blocks: int = Field(default=64, gt=0)
+    window_blocks: int = Field(default=64, gt=0, le=MOST)
     """Blocks of one lane that are open, and shuffled together, at once."""
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides order, crops, flips, masks and initial weights."""
 
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -141,17 +145,17 @@ class Recipe(BaseModel):
     """Compile the model with torch.compile: minutes at each start, then fewer passes over memory. Not with ZeRO 3."""
     device: Literal["cpu", "cuda"] = "cuda"
     """Where workers train: `cuda` takes one GPU each and NCCL, `cpu` takes gloo."""
-    min_workers: int = Field(default=1, gt=0)
+    min_workers: int = Field(default=1, gt=0, le=MOST)
     """Fewest workers to train with; with fewer the run waits."""
-    max_workers: int = Field(default=1, gt=0)
+    max_workers: int = Field(default=1, gt=0, le=MOST)
     """Most workers to train with."""
     cpus_per_worker: float = Field(default=8.0, gt=0)
     """Logical CPUs that Ray reserves for one worker."""
-    loader_threads: int = Field(default=8, gt=0)
+    loader_threads: int = Field(default=8, gt=0, le=MOST)
     """Decoding threads in one worker."""
     on_bad_sample: OnBadSample = "fail"
     """What to do with a sample that is not as it was ingested: `fail`, or `skip`: another of its block stands in."""
-    max_consecutive_bad_samples: int = Field(default=MAX_CONSECUTIVE_BAD_SAMPLES, gt=0)
+    max_consecutive_bad_samples: int = Field(default=MAX_CONSECUTIVE_BAD_SAMPLES, gt=0, le=MOST)
     """Samples of one lane in a row that may be replaced before the run is given up."""
     check_etags: bool = True
     """Refuse tars whose ETag is not that of the manifest; `false` for a copy of a data set that has other ones."""
@@ -169,13 +173,13 @@ class Recipe(BaseModel):
     """Keep a process beside each rank that has imported all that a rank needs, so that a restart takes seconds."""
     on_nonfinite_loss: OnNonFinite = "stop"
     """Where a loss or gradient is not finite: `stop` the attempt, `skip_batch`, or `rollback` and leave out steps."""
-    max_nonfinite_in_a_row: int = Field(default=10, gt=0)
+    max_nonfinite_in_a_row: int = Field(default=10, gt=0, le=MOST)
     """Batches that may be skipped, or rollbacks made, in a row before the attempt is stopped even so."""
 
     checkpoint_interval: Literal["steps", "seconds", "auto"] = "steps"
     """What says when to save: one of the two fields below, or what saves, failures and restarts were seen to cost. One
     more is saved at the end, at a milestone and when a run is stopped."""
-    checkpoint_every_steps: int = Field(gt=0)
+    checkpoint_every_steps: int = Field(gt=0, le=MOST)
     """Steps between checkpoints, with `steps`."""
     checkpoint_every_seconds: float = Field(default=600.0, gt=0)
     """Seconds between checkpoints, with `seconds`; with `auto` until the first one is committed."""
@@ -183,13 +187,13 @@ class Recipe(BaseModel):
     """Fewest between checkpoints, with `auto`."""
     checkpoint_max_seconds: float = Field(default=3600.0, gt=0)
     """Most between checkpoints, with `auto`."""
-    keep_checkpoints: int = Field(default=3, gt=0)
+    keep_checkpoints: int = Field(default=3, gt=0, le=MOST)
     """Most recent checkpoints to keep; milestones stay for ever."""
     on_damaged_checkpoint: Literal["previous", "fail"] = "previous"
     """What to do where the newest checkpoint is not as it was written: go on from the one before, or `fail`."""
     milestone_epochs: tuple[int, ...] = (200, 400, 800, 1600)
     """Epochs after which a checkpoint is saved and never deleted (the epochs of the paper's ablation)."""
-    max_restarts_without_progress: int = Field(default=3, ge=0)
+    max_restarts_without_progress: int = Field(default=3, ge=0, le=MOST)
     """Restarts in a row without a new committed checkpoint before the run is given up."""
     metrics_port: int = Field(default=0, ge=0, le=65535)
     """Port of the run's /metrics endpoint; 0: any free one."""
@@ -290,13 +294,16 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     """Read `field=value` arguments.
 
     Raises:
-        RecipeError: For an argument without `=`, or a key that is given twice.
+        RecipeError: For an argument without `=` or of absurd length, or a key that is given twice.
     """
     overrides: dict[str, Any] = {}
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if not equals or not key:
             raise RecipeError("argument", "must be field=value", argument, "write for example epochs=400")
+        if len(argument) > LONGEST_ARGUMENT:
+            rule = f"must be at most {LONGEST_ARGUMENT} characters"
+            raise RecipeError(key[:40], rule, f"{text[:40]}...", "put it into a .toml file, or correct it")
         if key in overrides:
             raise RecipeError(key, "must be given once", argument, "drop one of the two")
         overrides[key] = _toml_value(text)
@@ -306,7 +313,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 def _toml_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):  # no TOML, or too deep, or a number of too many digits
         return text
 
 

@@ -27,6 +27,8 @@ from jobs.errors import RecipeError
 from jobs.recipe import Recipe, unknown_key
 from model import ConvMAEConfig
 
+LARGEST_FILE_BYTES = 16384
+"""Of a recipe's file; what takes long or much memory to parse is larger."""
 SIZES = ("small", "base", "large", "huge")
 SHORTER_EPOCHS = (200, 400, 800)
 
@@ -104,8 +106,16 @@ def named_recipe(name: str) -> Recipe:
 
 def _file_recipe(path: Path) -> Recipe:
     try:
-        fields = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        with path.open("rb") as file:
+            data = file.read(LARGEST_FILE_BYTES + 1)
+    except OSError as error:
+        raise RecipeError("recipe", "must be a readable TOML file", str(path), str(error)) from error
+    if len(data) > LARGEST_FILE_BYTES:
+        remedy = "a recipe has some dozens of short lines"
+        raise RecipeError("recipe", f"must be at most {LARGEST_FILE_BYTES} bytes", str(path), remedy)
+    try:
+        fields = tomllib.loads(data.decode())
+    except (ValueError, RecursionError) as error:  # what TOML refuses, and Python: bytes, depth, digits
         raise RecipeError("recipe", "must be a readable TOML file", str(path), str(error)) from error
     base = fields.pop("base", None)
     if not isinstance(base, str) or base.endswith(".toml"):

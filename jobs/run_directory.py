@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jobs.errors import RunError
+from jobs.run_rows import checked, parsed
 from pipeline.storage import Storage
 
 if TYPE_CHECKING:  # it imports torch, which commands that only look should not wait for
@@ -75,15 +76,19 @@ class RunDirectory:
         """The resolved recipe.
 
         Raises:
-            RunError: If there is no such run.
+            RunError: If there is no such run, or its recipe is damaged.
         """
         from jobs.recipe import Recipe
 
+        url = self.path("recipe.json")
         try:
-            return Recipe.from_json(json.loads(self.storage.read(self.path("recipe.json"))))
+            fields = parsed(self.storage.read(url), url)
         except FileNotFoundError:
             remedy = "`convmae list` shows the runs that exist"
             raise RunError("run", "must exist", self.url, remedy) from None
+        if not isinstance(fields, dict):
+            raise RunError("run directory", "must hold a recipe as a JSON object", url, "restore the file")
+        return Recipe.from_json(fields)
 
     def check_recipe(self, recipe: Recipe) -> bool:
         """Whether the run exists, with this recipe. Reads only.
@@ -139,8 +144,9 @@ class RunDirectory:
 
     def read_left_out(self) -> list[dict[str, Any]]:
         """Windows of steps that rollbacks left out, in the order in which they were made."""
+        url = self.path("left-out.json")
         try:
-            rows: list[dict[str, Any]] = json.loads(self.storage.read(self.path("left-out.json")))
+            rows: list[dict[str, Any]] = parsed(self.storage.read(url), url)
         except FileNotFoundError:
             return []
         return rows
@@ -160,11 +166,11 @@ class RunDirectory:
 
     def read_heartbeat(self) -> dict[str, Any]:
         """What the live run last said of itself; empty before it first spoke."""
+        url = self.path("heartbeat.json")
         try:
-            heartbeat: dict[str, Any] = json.loads(self.storage.read(self.path("heartbeat.json")))
+            return checked("heartbeat", parsed(self.storage.read(url), url), url)
         except FileNotFoundError:
             return {}
-        return heartbeat
 
     def write_stop_request(self) -> None:
         """Ask the run, wherever its driver is, to save a checkpoint and end."""
@@ -181,11 +187,12 @@ class RunDirectory:
         return sorted(name for name in self.storage.list_names(self.path(folder)) if name.endswith(".jsonl"))
 
     def _read_lines(self, folder: str, name: str) -> list[dict[str, Any]]:
+        url = self.path(folder, name)
         try:
-            data = self.storage.read(self.path(folder, name))
+            data = self.storage.read(url)
         except FileNotFoundError:  # object stores list deleted names for a while
             return []
-        return [json.loads(line) for line in data.splitlines()]
+        return [checked(folder, parsed(line, url), url) for line in data.splitlines()]
 
     def _write_lines(self, folder: str, name: str, rows: Iterable[dict[str, Any]]) -> None:
         data = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.run_directory import HISTORY_PART_STEPS, RunDirectory
+from pipeline.printable import printable
 
 logger = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ class RunRecord:
                 self._quarantined.add(row["id"])
                 self._quarantine.append({**row, "attempt": self.attempt})
                 self._is_new = True
-                logger.warning("sample %s is replaced from now on: %s", row["id"], row["reason"])
+                logger.warning("sample %s is replaced from now on: %s", row["id"], printable(row["reason"]))
 
     def tail(self) -> Tail:
         """What is to be written now."""

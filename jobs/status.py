@@ -12,6 +12,7 @@ from jobs import checkpoint
 from jobs.driver import FINAL_STATES
 from jobs.run_directory import RunDirectory
 from jobs.terminal import duration_text, figure
+from pipeline.errors import UserError
 
 SILENT_SECONDS = 60.0
 """A live run that has not spoken for this long is cut off: its driver died, or it cannot reach the object store."""
@@ -41,6 +42,28 @@ def run_status(run: RunDirectory, now_seconds: float | None = None) -> dict[str,
     if "worker_seconds_total" in status:
         status["worker_hours"] = status["worker_seconds_total"] / 3600
     return status
+
+
+def status_or_error(run: RunDirectory) -> dict[str, Any]:
+    """As `run_status`; of a run whose directory is damaged, the state `unreadable` and the `error`."""
+    try:
+        return run_status(run)
+    except UserError as error:
+        return {
+            "run": run.name,
+            "url": run.url,
+            "state": "unreadable",
+            "step": 0,
+            "total_steps": 0,
+            "error": str(error),
+        }
+
+
+def list_cells(status: Mapping[str, Any]) -> tuple[str, ...]:
+    """A run in a table: name, state, step, loss, images per second, workers."""
+    steps = f"{status['step']}/{status['total_steps']}"
+    figures = (figure(status.get("loss"), ".4f"), figure(status.get("images_per_second"), ".0f"))
+    return status["run"], status["state"], steps, *figures, figure(status.get("world_size"), "d")
 
 
 def status_lines(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

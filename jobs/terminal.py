@@ -6,26 +6,42 @@ import json
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Table
 from rich.text import Text
 
 from pipeline.errors import UserError
+from pipeline.printable import printable
 
 LOG_INTERVAL_SECONDS = 10.0
 _BYTE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 def say(line: str) -> None:
-    """Print one line; names out of tars and file systems may hold what the terminal cannot encode."""
-    encoding = sys.stdout.encoding or "utf-8"
-    sys.stdout.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
-    sys.stdout.flush()
+    """Print one line."""
+    write_line(sys.stdout, line)
+
+
+def write_line(stream: TextIO, line: str) -> None:
+    """Write one line, without control characters and with what the stream cannot encode as escapes."""
+    encoding = stream.encoding or "utf-8"
+    stream.write(printable(line).encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    stream.flush()
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print rows below their columns' names; cells are text, whatever they hold."""
+    table = Table(*columns, box=None, padding=(0, 1, 0, 0))
+    for row in rows:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+    if table.rows:
+        Console(highlight=False).print(table)
 
 
 def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
@@ -37,8 +53,9 @@ def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
 
 
 def print_json(value: object) -> None:
-    """Print one JSON document."""
-    say(json.dumps(value, indent=1))
+    """Print one JSON document, in which control characters are escapes."""
+    sys.stdout.write(json.dumps(value, indent=1) + "\n")
+    sys.stdout.flush()
 
 
 def whole_lines(pieces: Iterable[str]) -> Iterator[str]:
@@ -124,7 +141,7 @@ def progress_bar(title: str, stream: TextIO = sys.stdout) -> Iterator[Callable[[
 
         def show(done: int, total: int, text: str) -> None:
             progress.update(task, completed=done, total=total or None)
-            live.update(Group(progress, Text(text)))
+            live.update(Group(progress, Text(printable(text))))
 
         yield show
 
@@ -136,8 +153,7 @@ def _line_writer(title: str, stream: TextIO) -> Callable[[int, int, str], None]:
         nonlocal last_at, last_line
         line, now = f"{title} {done}/{total} {text}", time.monotonic()
         if line != last_line and (now - last_at >= LOG_INTERVAL_SECONDS or done == total):
-            stream.write(line + "\n")
-            stream.flush()
+            write_line(stream, line)
             last_at, last_line = now, line
 
     return show

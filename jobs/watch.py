@@ -18,7 +18,8 @@ from rich.text import Text
 from jobs.driver import FINAL_STATES
 from jobs.run_directory import RunDirectory
 from jobs.status import event_line, run_status, status_lines
-from jobs.terminal import status_text
+from jobs.terminal import status_text, write_line
+from pipeline.printable import printable
 
 WATCH_SECONDS = 2.0
 """Between looks; the run speaks about as often."""
@@ -48,28 +49,25 @@ def watch_run(run: RunDirectory, show: Show, pause: Callable[[float], None] = ti
 def status_display(*, as_json: bool, stream: TextIO = sys.stdout) -> Iterator[Show]:
     """Gives what `watch_run` shows with: JSON lines, a screen that is redrawn on a terminal, or lines in a log."""
     if as_json:
-        yield lambda status: _write(stream, json.dumps(status))
+        yield lambda status: write_line(stream, json.dumps(status))
     elif stream.isatty():
         with Live(console=Console(file=stream), auto_refresh=False) as live:
             yield lambda status: live.update(_screen(status), refresh=True)
     else:
-        yield lambda status: _write(stream, _line(status))
+        yield lambda status: write_line(stream, _line(status))
 
 
 def _line(status: Mapping[str, Any]) -> str:
     return f"{status['run']} {status['step']}/{status['total_steps']} {status_text(status)}"
 
 
-def _write(stream: TextIO, line: str) -> None:
-    stream.write(line + "\n")
-    stream.flush()
-
-
 def _screen(status: Mapping[str, Any]) -> Group:
     table = Table(box=None, show_header=False, pad_edge=False)
     for field, value in status_lines(status):
         style = _STYLES.get(value, "yellow") if field == "state" else ""
-        table.add_row(Text(field, "dim"), Text(value, style))
+        table.add_row(Text(field, "dim"), Text(printable(value), style))
     bar = ProgressBar(total=status["total_steps"] or None, completed=status["step"], pulse=False)
-    events = [Text(event_line(event), "dim", no_wrap=True, overflow="ellipsis") for event in status["events"]]
+    events = [
+        Text(printable(event_line(event)), "dim", no_wrap=True, overflow="ellipsis") for event in status["events"]
+    ]
     return Group(bar, table, *events)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pipeline.printable import printable
+
 
 class UserError(ValueError):
     """Bad input from a user: a recipe, a URL, credentials or data."""
@@ -20,7 +22,7 @@ class UserError(ValueError):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return f"{self.field}: {self.rule}, got {self.value!r}; {self.remedy}"
+        return printable(f"{self.field}: {self.rule}, got {self.value!r}; {self.remedy}")
 
 
 class StorageError(UserError):

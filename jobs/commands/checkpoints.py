@@ -6,11 +6,9 @@ import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from jobs.commands.shared import AsJson, Overrides, RunName, RunRoot, amended_recipe, existing_run, open_session
-from jobs.terminal import bytes_text, print_json, progress_bar, say
+from jobs.terminal import bytes_text, print_json, print_table, progress_bar, say
 from pipeline.errors import UserError
 
 app = typer.Typer()
@@ -37,12 +35,9 @@ def checkpoints(
     if as_json:
         print_json([row.to_json() for row in rows])
     else:
-        table = Table("step", "epoch", "time (UTC)", "ranks", "ZeRO", "bytes", "kind", "verified", box=None)
-        for row in rows:
-            table.add_row(*row.cells())
         say(f"{len(rows)} checkpoints of {directory.url}")
-        if rows:
-            Console(highlight=False).print(table)
+        columns = ("step", "epoch", "time (UTC)", "ranks", "ZeRO", "bytes", "kind", "verified")
+        print_table(columns, [row.cells() for row in rows])
         for fault in faults:
             say(fault)
     if faults:

@@ -9,8 +9,6 @@ import time
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from jobs.commands.shared import (
     AsJson,
@@ -24,7 +22,7 @@ from jobs.commands.shared import (
     open_session,
 )
 from jobs.errors import RunError, RunFailedError
-from jobs.terminal import figure, print_json, print_pairs, say, whole_lines
+from jobs.terminal import figure, print_json, print_pairs, print_table, say, whole_lines
 from pipeline.errors import UserError
 
 app = typer.Typer()
@@ -123,11 +121,7 @@ def simulate(
         return
     print_pairs(scenario_lines(markets, is_estimate=step_seconds is None))
     columns = ("nodes", "policy", "interval", "wall", "goodput", "lost", "restarts", "waiting", "GPU-h")
-    table = Table(*columns, box=None, padding=(0, 1, 0, 0))
-    for market, ones in found.items():
-        for prediction in ones:
-            table.add_row(market, *prediction_row(prediction))
-    Console(highlight=False).print(table)
+    print_table(columns, [(market, *prediction_row(one)) for market, ones in found.items() for one in ones])
 
 
 @app.command()
@@ -208,24 +202,20 @@ def resume(
 def list_command(run_root: RunRoot = "", as_json: AsJson = False) -> None:
     """List the runs, with what each is doing."""
     from jobs.run_directory import list_runs
-    from jobs.status import run_status
+    from jobs.status import list_cells, status_or_error
 
     session = open_session()
     root = session.run_root(run_root)
     session.storage.check(root, write=False)
-    rows = [run_status(run) for run in list_runs(session.storage, root)]
+    rows = [status_or_error(run) for run in list_runs(session.storage, root)]
     if as_json:
         print_json(rows)
         return
-    table = Table("run", "state", "step", "loss", "images/s", "workers", box=None)
-    for row in rows:
-        figures = (figure(row.get("loss"), ".4f"), figure(row.get("images_per_second"), ".0f"))
-        steps = f"{row['step']}/{row['total_steps']}"
-        workers = figure(row.get("world_size"), "d")
-        table.add_row(row["run"], row["state"], steps, *figures, workers)
     say(f"{len(rows)} runs under {root}")
-    if rows:
-        Console(highlight=False).print(table)
+    print_table(("run", "state", "step", "loss", "images/s", "workers"), [list_cells(row) for row in rows])
+    for row in rows:
+        if "error" in row:
+            say(f"{row['run']}: {row['error']}")
 
 
 @app.command()
@@ -317,7 +307,7 @@ def history(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> No
                 f"step {row['step']:>8}  epoch {row['epoch']:>4}  loss {figure(row['loss'], '.6f')}  "
                 f"lr {row['learning_rate']:.3e}  world {row['world_size']:>3}  attempt {row['attempt']:>3}"
             )
-            sys.stdout.write(line + "\n")
+            say(line)
 
 
 @app.command()
@@ -353,7 +343,7 @@ def quarantine(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) ->
             sys.stdout.write(json.dumps(row) + "\n")
         else:
             line = f"step {row['step']:>8}  sample {row['id']}  {row['fault']}  {row['url']}: {row['reason']}"
-            sys.stdout.write(f"{line}; sample {row['substitute']} stood in\n")
+            say(f"{line}; sample {row['substitute']} stood in")
 
 
 @app.command()

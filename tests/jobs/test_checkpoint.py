@@ -8,6 +8,7 @@ from typing import Any
 
 import google_crc32c
 import pytest
+from committed import save
 
 from jobs import checkpoint
 from jobs.checkpoint import CheckpointFile, Commit
@@ -33,28 +34,6 @@ def local(tmp_path: Path) -> Path:
     for name, data in FILES.items():
         (folder / name).write_bytes(data)
     return folder
-
-
-def save(run: RunDirectory, local: Path, step: int, milestone: bool = False) -> Commit:
-    commit = Commit(
-        step=step,
-        epoch=step // 10,
-        world_size=2,
-        zero_stage=1,
-        precision="fp32",
-        recipe_digest="a" * 64,
-        dataset_digest="b" * 64,
-        order_version=1,
-        seed=0,
-        attempt=1,
-        created_at_seconds=1.5,
-        milestone=milestone,
-        counters={"images_total": 64.0 * step},
-        versions={"torch": "2"},
-        files=tuple(checkpoint.upload_files(run, step, local)),
-    )
-    checkpoint.write_commit(run, commit)
-    return commit
 
 
 def stored(run: RunDirectory, commit: Commit, name: str) -> Path:

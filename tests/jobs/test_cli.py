@@ -101,7 +101,7 @@ def root(tmp_path: Path) -> str:
     run.claim(named_recipe("tiny"))
     row = {"epoch": 0, "loss": 0.5, "learning_rate": 1e-3, "world_size": 2, "attempt": 1}
     run.write_history(1, 1, [{"step": step, **row} for step in range(1, 6)])
-    event = {"at_seconds": 1.7e9, "attempt": 1, "kind": "start", "reason": "new run"}
+    event = {"at_seconds": 1.7e9, "attempt": 1, "kind": "start", "step": 0, "reason": "new run"}
     run.write_events(1, [event, event | {"kind": "finished", "reason": "", "step": 5}])
     beat = {"state": "finished", "step": 5, "total_steps": 5, "loss": 0.5, "updated_at_seconds": 1.7e9}
     run.write_heartbeat(beat)

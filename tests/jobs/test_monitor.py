@@ -199,7 +199,7 @@ def test_counters_go_on_in_a_new_driver_and_redone_images_count(start: Start) ->
 
 
 def test_counters_come_from_the_commit_where_the_heartbeat_is_lost(start: Start, run: RunDirectory) -> None:
-    run.write_events(1, [{"attempt": 1, "kind": "start"}])
+    run.write_events(1, [{"at_seconds": 1.0, "attempt": 1, "kind": "start", "step": 0}])
 
     monitor = start()
     begin(monitor, resume_step=20, images_total=20 * IMAGES, restarts=3)
@@ -624,7 +624,8 @@ def test_only_a_run_that_failed_stays_a_target(start: Start, tmp_path: Path, out
 
 
 def bad(sample: int, step: int) -> dict[str, Any]:
-    return {"id": sample, "fault": "checksum", "reason": "flipped", "step": step, "substitute": sample + 1}
+    told = {"fault": "checksum", "url": "s3://b/shard-000000.tar", "reason": "flipped"}
+    return {"id": sample, "step": step, "substitute": sample + 1, **told}
 
 
 def test_the_ledger_has_each_sample_once_over_epochs_attempts_and_drivers(start: Start, run: RunDirectory) -> None:
@@ -688,7 +689,8 @@ def test_what_a_rollback_leaves_out_is_known_to_every_later_driver(start: Start,
     assert last_event(run)["kind"] == "rollback"
     second = start()
     begin(second, resume_step=10)
-    second.leave_out([{"step": step, "loss": None, "attempt": 2, "skipped": "left out"} for step in range(11, 15)])
+    row = {"epoch": 0, "loss": None, "learning_rate": 1e-3, "world_size": 2, "attempt": 2, "skipped": "left out"}
+    second.leave_out([{"step": step, **row} for step in range(11, 15)])
     second.roll_back(first_step=21, last_step=22, reason="the loss of rank 0 is not finite at step 22")
     second.flush()
 

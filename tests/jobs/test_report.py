@@ -313,6 +313,8 @@ def test_data_faults_are_named_and_counted_by_kind(tmp_path: Path) -> None:
             "url": f"s3://b/{SCRIPT}",
             "reason": SCRIPT,
             "step": 7,
+            "substitute": number + 1,
+            "attempt": 1,
         }
         for number in range(MOST_FAULTS + 1)
     ]

@@ -21,7 +21,8 @@ def run(tmp_path: Path) -> RunDirectory:
 
 
 def rows(attempt: int, steps: range) -> list[dict[str, Any]]:
-    return [{"step": step, "attempt": attempt, "loss": 1 / step} for step in steps]
+    row = {"epoch": 0, "learning_rate": 1e-3, "world_size": 2, "attempt": attempt}
+    return [{"step": step, "loss": 1 / step, **row} for step in steps]
 
 
 def test_a_new_name_is_claimed_once(run: RunDirectory) -> None:
@@ -92,13 +93,17 @@ def test_history_is_empty_before_the_first_step(run: RunDirectory) -> None:
     assert run.read_history() == []
 
 
+def event(attempt: int, step: int) -> dict[str, Any]:
+    return {"at_seconds": 1.5, "attempt": attempt, "kind": "checkpoint", "step": step}
+
+
 def test_events_are_in_order_of_attempts(run: RunDirectory) -> None:
     assert run.last_attempt() == 0
     for attempt in (10, 2, 1):
-        run.write_events(attempt, [{"attempt": attempt, "number": number} for number in range(2)])
-    run.write_events(2, [{"attempt": 2, "number": number} for number in range(3)])
+        run.write_events(attempt, [event(attempt, number) for number in range(2)])
+    run.write_events(2, [event(2, number) for number in range(3)])
 
-    events = [(event["attempt"], event["number"]) for event in run.read_events()]
+    events = [(event["attempt"], event["step"]) for event in run.read_events()]
 
     assert events == [(1, 0), (1, 1), (2, 0), (2, 1), (2, 2), (10, 0), (10, 1)]
     assert run.last_attempt() == 10

@@ -17,7 +17,7 @@ from pipeline.storage import Storage
 def run(tmp_path: Path) -> RunDirectory:
     directory = RunDirectory.of(Storage(), str(tmp_path), "first")
     directory.claim(named_recipe("tiny"))
-    directory.write_events(1, [{"at_seconds": 0.0, "attempt": 1, "kind": "start", "reason": "new run"}])
+    directory.write_events(1, [{"at_seconds": 0.0, "attempt": 1, "kind": "start", "step": 0, "reason": "new run"}])
     speak(directory, "running", 1)
     return directory
 
