@@ -53,6 +53,19 @@ def test_every_missing_unexpected_and_misshapen_name_is_listed_and_nothing_is_lo
         assert torch.equal(value, before[name]), name
 
 
+def test_of_very_many_names_the_message_lists_the_first_and_a_count(official_weights: dict[str, Tensor]) -> None:
+    surplus = {f"surplus{number}{'x' * 1000}": torch.zeros(1) for number in range(5000)}
+
+    with pytest.raises(
+        WeightsError, match=r"unexpected surplus29x+…; and 4970 more unexpected; use the configuration"
+    ) as caught:
+        ConvMAE(ConvMAEConfig()).load_official({**official_weights, **surplus})
+
+    assert "surplus30" not in str(caught.value)
+    assert len(str(caught.value)) < 10_000
+    assert len(caught.value.value) == 5000  # type: ignore[arg-type]
+
+
 def test_a_whole_training_checkpoint_is_refused_with_what_to_give(official_weights: dict[str, Tensor]) -> None:
     with pytest.raises(WeightsError, match=r'unexpected model.*give its "model"'):
         ConvMAE(ConvMAEConfig()).load_official({"model": official_weights, "epoch": 1600})  # type: ignore[dict-item]
