@@ -51,5 +51,6 @@ def listed(faults: Sequence[str]) -> str:
 
 
 def shortened(text: str) -> str:
-    """The beginning of a text that may come from a file of others."""
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+    """The beginning of a text that may come from a file of others, without characters that move a terminal's cursor."""
+    begin = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
+    return begin if begin.isprintable() else begin.encode("unicode_escape").decode()

@@ -234,6 +234,12 @@ def test_of_many_surplus_tensors_the_first_are_listed(tmp_path: Path) -> None:
     assert "unexpected k0; " in line and "unexpected k29; and 4970 more unexpected)" in line
 
 
+def test_a_name_does_not_write_lines_of_its_own(tmp_path: Path) -> None:
+    name = "\x1b[31m\nerror: fake"
+
+    assert r"unexpected \x1b[31m\nerror: fake)" in refused(saved(tmp_path / "a.pth", {**OFFICIAL, name: WEIGHT}))
+
+
 # Safetensors
 
 
