@@ -223,6 +223,9 @@ def with_chunks(run: RunDirectory, step: int, files: Sequence[CheckpointFile]) -
     def measure(file: CheckpointFile) -> None:
         url = checkpoint.file_url(run, step, file.name)
         try:
+            # First of all: a size that is made up would be read to its end, long after the file's.
+            if (size := run.storage.size(url)) != file.bytes:
+                raise damaged(url, f"it has {size} bytes, not {file.bytes}")
             found = checksummed(file.name, _chunks_of(run, url, file.bytes), CHUNK_BYTES)
         except FileNotFoundError:
             raise damaged(url, "it is missing") from None
@@ -236,7 +239,10 @@ def with_chunks(run: RunDirectory, step: int, files: Sequence[CheckpointFile]) -
 
 def _chunks_of(run: RunDirectory, url: str, size: int) -> Iterator[bytes]:
     for offset in range(0, size, READ_BYTES):
-        data = run.storage.read_range(url, offset, min(READ_BYTES, size - offset))
+        wanted = min(READ_BYTES, size - offset)
+        data = run.storage.read_range(url, offset, wanted)
+        if len(data) != wanted:
+            raise damaged(url, f"it ends before byte {offset + wanted}")
         for start in range(0, len(data), CHUNK_BYTES):
             yield data[start : start + CHUNK_BYTES]
 

@@ -8,11 +8,13 @@ checkpoint goes on from there.
 from __future__ import annotations
 
 import argparse
-import pickle
+import io
+import warnings
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,11 +23,29 @@ from torch import Tensor
 from jobs.errors import WeightsFileError
 from jobs.recipe import Recipe
 from jobs.run_directory import RunDirectory
-from jobs.weights_file import SUFFIX, check_against, check_header, local_copy, model_json, read_weights, sha256_of
+from jobs.torch_archive import LARGEST_PICKLE_BYTES, check_directory
+from jobs.weights_file import (
+    SUFFIX,
+    check_against,
+    check_dtypes,
+    check_finite,
+    check_header,
+    check_values,
+    local_copy,
+    model_json,
+    read_weights,
+    sha256_of,
+)
 from model import ConvMAE, ConvMAEConfig
+from model.errors import shortened
 from model.weights import to_official
 from pipeline.scratch import scratch_folder
 from pipeline.storage import Storage
+
+_END_BYTES = 22
+"""Of a zip archive's end, without a comment."""
+_END_64_BYTES = 56 + 20
+"""Of what stands before it where places have 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +69,8 @@ def import_weights(storage: Storage, source: str, out: str, config: ConvMAEConfi
         force: Replace what is there.
 
     Raises:
-        WeightsFileError: The file cannot be read, or is of another model (names every missing, unexpected and
-            misshapen tensor), or the target exists.
+        WeightsFileError: The file cannot be read, is of another model (names the missing, unexpected and misshapen
+            tensors) or holds what are no weights, or the target exists.
     """
     if not out.endswith(SUFFIX):
         raise WeightsFileError("OUT", f"must end in {SUFFIX}", out, f"write it as {out.rstrip('/')}/weights{SUFFIX}")
@@ -64,6 +84,8 @@ def import_weights(storage: Storage, source: str, out: str, config: ConvMAEConfi
             tensors: Mapping[str, Tensor] = read_weights(path, source).tensors
         else:
             tensors = _from_official(_loaded(path, source), config, source)
+        check_dtypes({name: tensor.dtype for name, tensor in tensors.items()}, source)
+        check_finite(tensors.items(), source)
         target = Path(scratch, "weights")
         metadata = {
             "format": "pt",
@@ -84,7 +106,8 @@ def pinned(storage: Storage, recipe: Recipe, run: RunDirectory) -> Recipe:
     A run that exists keeps what it began with; its file may be gone by now.
 
     Raises:
-        WeightsFileError: The file is missing, of another model, or not the one whose `init_sha256` was given.
+        WeightsFileError: The file is missing, of another model, not finite, or not the one whose `init_sha256` was
+            given.
     """
     if not recipe.init_from:
         return recipe
@@ -94,6 +117,7 @@ def pinned(storage: Storage, recipe: Recipe, run: RunDirectory) -> Recipe:
             return recipe.amended({"init_sha256": began.init_sha256})
     with local_copy(storage, recipe.init_from) as path:
         check_header(path, recipe.init_from, recipe.model)
+        check_values(path, recipe.init_from)
         return recipe.amended({"init_sha256": _checked_sha256(path, recipe)})
 
 
@@ -116,19 +140,110 @@ def _checked_sha256(path: Path, recipe: Recipe) -> str:
     return found
 
 
-def _loaded(path: Path, url: str) -> Mapping[str, Any]:
+def _loaded(path: Path, url: str) -> dict[str, Tensor]:
     remedy = "give the .pth that the official main_pretrain.py or `convmae export --format official` wrote"
     try:
-        # The official code keeps its argparse.Namespace beside the weights: a plain record, which runs nothing.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            found = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise WeightsFileError("weights", f"must be a PyTorch file of tensors ({reason})", url, remedy) from None
-    state = found.get("model", found) if isinstance(found, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        state = _state_dict(path)
+    # The file is not trusted, and torch.load raises whatever a pickle made it do. What it says is not passed on: it
+    # advises to load the file without checks.
+    except Exception as error:
+        rule = f"must be a PyTorch file of tensors alone, and whole ({_reason(error)})"
+        raise WeightsFileError("weights", rule, url, remedy) from None
+    if state is None:
         raise WeightsFileError("weights", 'must hold a state dict, or one under "model"', url, remedy)
+    for name, tensor in state.items():
+        is_dense = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_nested
+        if not is_dense or tensor.is_meta:
+            rule = f"must be dense tensors with values ({shortened(name)} is {_kind(tensor)})"
+            raise WeightsFileError(
+                "weights", rule, url, "save the model's state dict from the CPU, as it is in training"
+            )
     return state
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.is_meta:
+        return "meta"
+    return str(tensor.layout).removeprefix("torch.") if tensor.layout is not torch.strided else type(tensor).__name__
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, zipfile.BadZipFile) else type(error).__name__
+
+
+def _state_dict(path: Path) -> dict[str, Tensor] | None:
+    """The tensors by name, as plain ones, whatever attributes the file gave them; None where there is something else.
+
+    Raises:
+        Exception: Of any kind.
+    """
+    with path.open("rb") as opened:
+        is_archive = opened.read(4) == b"PK\x03\x04"
+    if is_archive:
+        _check_archive(path)
+    # The official code keeps its argparse.Namespace beside the weights: a plain record, which runs nothing.
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd pickles and tensors, most of which are refused in one line
+        if is_archive:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            with _BoundedPickles(io.FileIO(path)) as older:
+                found = torch.load(older, map_location="cpu", weights_only=True)
+    if not isinstance(found, dict):
+        return None
+    state = dict.get(found, "model", found)
+    if not isinstance(state, dict) or not state:
+        return None
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in dict.items(state)):
+        return None
+    return {name: Tensor.detach(value) for name, value in dict.items(state)}
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse an archive that takes more memory than its file, or of which torch would read another directory.
+
+    Raises:
+        zipfile.BadZipFile: It is such.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        check_directory(archive, size)
+        if not _is_read_alike(file, size, archive.start_dir):
+            raise zipfile.BadZipFile("its directory is not where its end says")
+
+
+def _is_read_alike(file: BinaryIO, size: int, found: int) -> bool:
+    """Whether torch reads the directory that Python found.
+
+    Python takes the one that lies right before the archive's end, torch the one at the place that the end tells.
+    """
+    file.seek(max(0, size - _END_BYTES - _END_64_BYTES))
+    end = file.read()
+    places = {int.from_bytes(end[-6:-2], "little")}
+    if end[-42:-38] == b"PK\x06\x07":  # the place of the record with places of 64 bits, of which torch writes both
+        record = int.from_bytes(end[-34:-26], "little")
+        if end[:4] != b"PK\x06\x06" or record != size - len(end):
+            return False
+        places = {*(places - {0xFFFFFFFF}), int.from_bytes(end[48:56], "little")}
+    return end[-22:-18] == b"PK\x05\x06" and places == {found}
+
+
+class _BoundedPickles(io.BufferedReader):
+    """A file of PyTorch before 1.6: pickles, which Python reads through this, and values, which torch reads past it."""
+
+    _left = LARGEST_PICKLE_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return self._counted(super().read(size))
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        return self._counted(super().readline(size))
+
+    def _counted(self, data: bytes) -> bytes:
+        self._left -= len(data)
+        if self._left < 0:
+            raise ValueError(f"more than {LARGEST_PICKLE_BYTES} bytes of objects")
+        return data
 
 
 def _from_official(state: Mapping[str, Any], config: ConvMAEConfig, url: str) -> dict[str, Tensor]:

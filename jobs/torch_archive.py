@@ -4,6 +4,9 @@ Such a file is a zip archive of stored (not compressed) records: `data.pkl` has 
 each storage. Nothing is executed: the pickle's tensors become `LazyTensor`s, plain containers themselves, and whatever
 else it names, DeepSpeed's classes for example, an inert `Opaque`. That is stricter than `weights_only`, which refuses
 such files. Neither torch nor DeepSpeed is imported: a process that only copies bytes needs a fifth of their memory.
+
+Nor is the file trusted: what its directory or its pickle asks for is compared with its size before it is done, and
+whatever goes wrong in a pickle is damage.
 """
 
 from __future__ import annotations
@@ -12,15 +15,23 @@ import collections
 import io
 import math
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from jobs.errors import DamagedCheckpointError
+from pipeline.errors import UserError
 
 _BUFFER_BYTES = 1 << 16
 _LOCAL_HEADER_BYTES = 30
+LARGEST_PICKLE_BYTES = 8 << 20
+"""Of the objects beside the tensors' bytes. ConvMAE-Base has 48 KB; one byte can become an object of a hundred."""
+_PUTS = ("PUT", "BINPUT", "LONG_BINPUT")
+"""Opcodes that name a place in the unpickler's table."""
+_LONGEST = 200
+"""Characters of a file's own words in a message."""
 
 STORAGE_DTYPES = {
     "DoubleStorage": "F64",
@@ -113,21 +124,40 @@ def read_archive(files: Files, url: str, size: int) -> Any:
     file: io.BufferedReader[Any] = io.BufferedReader(_RangedFile(files, url, size), _BUFFER_BYTES)
     try:
         with zipfile.ZipFile(file) as archive:
-            return _Reader(url, archive, file).contents()
+            check_directory(archive, size)
+            reader = _Reader(url, archive, file)
+            pickled = reader.pickled()
     except FileNotFoundError:
         raise damaged(url, "it is missing") from None
-    except (
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-        ValueError,
-        LookupError,
-        EOFError,
-        TypeError,
-        AttributeError,
-    ) as e:
-        if isinstance(e, DamagedCheckpointError):
-            raise
-        raise damaged(url, f"its directory cannot be read: {e}") from e
+    except UserError:
+        raise
+    except (zipfile.BadZipFile, ValueError, LookupError, EOFError, NotImplementedError) as e:
+        raise damaged(url, f"its directory cannot be read: {str(e)[:_LONGEST]}") from e
+    try:
+        return reader.contents(pickled)
+    except Exception as e:  # a pickle can be made to raise anything, and here nothing but its bytes is looked at
+        raise damaged(url, f"its pickle cannot be read: {type(e).__name__}: {str(e)[:_LONGEST]}") from e
+
+
+def check_directory(archive: zipfile.ZipFile, size: int) -> None:
+    """Refuse what torch.save never writes, before anything is unpacked: it could be a thousand times the file.
+
+    Args:
+        archive: Of which the directory alone was read.
+        size: Bytes of the file.
+
+    Raises:
+        zipfile.BadZipFile: A record is compressed, encrypted or too long, or together they are longer than the file.
+    """
+    for info in archive.infolist():
+        is_plain = info.compress_type == zipfile.ZIP_STORED and info.file_size == info.compress_size
+        if not is_plain or info.flag_bits & 1:
+            raise zipfile.BadZipFile(f"{info.filename[:_LONGEST]} is compressed or encrypted")
+        if info.filename.casefold().endswith("data.pkl") and info.file_size > LARGEST_PICKLE_BYTES:
+            what = f"has {info.file_size} bytes, more than {LARGEST_PICKLE_BYTES}"
+            raise zipfile.BadZipFile(f"{info.filename[:_LONGEST]} {what}")
+    if sum(info.file_size for info in archive.infolist()) > size:
+        raise zipfile.BadZipFile("its records lie over each other")
 
 
 def damaged(url: str, what: str) -> DamagedCheckpointError:
@@ -145,17 +175,24 @@ class _Reader:
         self._root = names[0].partition("/")[0] if names else ""
         self._records: dict[str, Record] = {}
 
-    def contents(self) -> Any:
+    def pickled(self) -> bytes:
         if self._archive.read(f"{self._root}/byteorder") != b"little":
             raise damaged(self._url, "it is not of a little-endian machine")
-        pickled = self._archive.read(f"{self._root}/data.pkl")  # checked against its CRC-32
+        return self._archive.read(f"{self._root}/data.pkl")  # checked against its CRC-32
+
+    def contents(self, pickled: bytes) -> Any:
+        # The unpickler makes room for the highest place that a pickle names, which may be 32 GB for an object.
+        for opcode, argument, _ in pickletools.genops(pickled):
+            if opcode.name in _PUTS and int(argument or 0) >= len(pickled):
+                raise pickle.UnpicklingError(f"place {argument} of at most {len(pickled)} objects")
         return _Unpickler(io.BytesIO(pickled), self._record).load()
 
     def _record(self, key: str) -> Record:
         if key not in self._records:
-            info = self._archive.getinfo(f"{self._root}/data/{key}")
-            if info.compress_type != zipfile.ZIP_STORED:
-                raise damaged(self._url, f"{info.filename} is compressed")
+            try:
+                info = self._archive.getinfo(f"{self._root}/data/{key}")
+            except KeyError:
+                raise damaged(self._url, f"it has no record data/{key[:_LONGEST]}") from None
             offset = self._data_offset(info) if info.file_size else info.header_offset
             self._records[key] = Record(self._url, info.filename, offset, info.file_size)
         return self._records[key]
@@ -170,15 +207,23 @@ class _Reader:
         return info.header_offset + _LOCAL_HEADER_BYTES + name_bytes + extra_bytes
 
 
-class _StorageOnDemand:
-    """A storage that the pickle names; its place is looked up when a tensor that somebody wants lies in it."""
+class _Sealed:
+    """Takes no state of a pickle, which would replace fields that were checked."""
 
-    def __init__(self, dtype: str, key: str) -> None:
-        self.dtype, self.key = dtype, key
+    def __setstate__(self, state: object) -> None:
+        raise pickle.UnpicklingError("a state for a tensor, which has none")
 
 
 @dataclass(frozen=True)
-class LazyTensor:
+class _StorageOnDemand(_Sealed):
+    """A storage that the pickle names; its place is looked up when a tensor that somebody wants lies in it."""
+
+    dtype: str
+    key: str
+
+
+@dataclass(frozen=True)
+class LazyTensor(_Sealed):
     """A tensor of the pickle. `place()` finds where it lies, which may take a read."""
 
     shape: tuple[int, ...]
@@ -239,7 +284,12 @@ class _Unpickler(pickle.Unpickler):
     def _tensor(
         self, stored: Any, first: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: object
     ) -> LazyTensor:
-        return LazyTensor(tuple(shape), stored.dtype, lambda: self._record(stored.key), int(first), tuple(stride))
+        numbers = (first, *shape, *stride)
+        if not all(type(number) is int and number >= 0 for number in numbers) or len(shape) != len(stride):
+            raise pickle.UnpicklingError("a tensor whose place, shape and stride are no numbers")
+        if not isinstance(stored, _StorageOnDemand):
+            raise pickle.UnpicklingError("a tensor without a storage")
+        return LazyTensor(tuple(shape), stored.dtype, lambda: self._record(stored.key), first, tuple(stride))
 
 
 _PLAIN: Mapping[tuple[str, str], Any] = {

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from jobs.weight_files import FILE_NAME, INDEX_NAME
 from jobs.weight_results import SEVERAL_FILES, recorded_sha256
 from jobs.zero_state import read_zero_state
 from model import ConvMAE, ConvMAEConfig
-from model.errors import ModelConfigError
+from model.errors import ModelConfigError, listed, shortened
 from model.weights import check_names
 from pipeline.scratch import scratch_folder
 from pipeline.storage import Storage
@@ -35,6 +36,8 @@ _SHARD_NAME = re.compile(r"[^/\\]+\.safetensors")
 _RESULT = re.compile(r"step-(\d+)(\.safetensors)?")
 _NOT_IN_SHAPES = ("num_heads", "decoder_num_heads")
 """Fields of a model that its tensors do not tell."""
+_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+"""What weights may be of, by safetensors' names; what training computes with can be made of them."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,10 @@ class Weights:
         """Compare the tensors with the configuration.
 
         Raises:
-            WeightsFileError: Some are missing, surplus or misshapen; names all of them.
+            WeightsFileError: As `check_against` and `check_dtypes`.
         """
         check_against(self.tensors, self.config, value)
+        check_dtypes({name: tensor.dtype for name, tensor in self.tensors.items()}, value)
 
 
 def check_against(tensors: Mapping[str, Any], config: ConvMAEConfig, value: str) -> None:
@@ -64,7 +68,7 @@ def check_against(tensors: Mapping[str, Any], config: ConvMAEConfig, value: str)
         value: What the tensors come from, for the message.
 
     Raises:
-        WeightsFileError: A name is missing or unexpected, or a shape is another; names all of them.
+        WeightsFileError: A name is missing or unexpected, or a shape is another; names them.
     """
     with torch.device("meta"):
         expected = ConvMAE(config).state_dict()
@@ -72,8 +76,33 @@ def check_against(tensors: Mapping[str, Any], config: ConvMAEConfig, value: str)
         check_names(tensors, expected)
     except ModelConfigError as error:
         assert isinstance(error.value, list)
-        rule = f"must be those of the model ({'; '.join(error.value)})"
+        rule = f"must be those of the model ({listed(error.value)})"
         raise WeightsFileError("weights", rule, value, error.remedy) from None
+
+
+def check_dtypes(dtypes: Mapping[str, object], value: str) -> None:
+    """Compare types, by name, torch's or as safetensors calls them, with those that weights may be of.
+
+    Raises:
+        WeightsFileError: One is no floating-point type of 16 bits or more, so that its values are no weights.
+    """
+    for name, dtype in dtypes.items():
+        if dtype not in _FLOATS and dtype not in _FLOATS.values():
+            rule = f"must be of float16, bfloat16, float32 or float64 ({shortened(name)} is of {dtype})"
+            remedy = "give weights as they were trained, neither quantized nor converted"
+            raise WeightsFileError("weights", rule, value, remedy)
+
+
+def check_finite(tensors: Iterable[tuple[str, Tensor]], value: str) -> None:
+    """Look for values with which no training can begin.
+
+    Raises:
+        WeightsFileError: One is infinite or not a number, perhaps only in fp32; names the first tensor.
+    """
+    for name, tensor in tensors:
+        if not tensor.float().isfinite().all():
+            rule = f"must be finite in fp32 ({shortened(name)} is not)"
+            raise WeightsFileError("weights", rule, value, "take an earlier checkpoint, from before the loss diverged")
 
 
 def of_file(storage: Storage, url: str) -> Weights:
@@ -120,7 +149,7 @@ def _of_shards(storage: Storage, index_url: str) -> Weights:
             theirs = dict(file.metadata() or {})
             _check_shard(url, index_url, {key for key, place in places.items() if place == name}, set(file.keys()))
             _check_same(url, metadata or theirs, theirs)
-            tensors.update({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118  it is no mapping
+            tensors.update(_tensors(file, url))
         metadata = theirs
     return _weights(tensors, metadata, index_url)
 
@@ -132,8 +161,8 @@ def _weight_map(storage: Storage, index_url: str) -> dict[str, str]:
         places = json.loads(storage.read(index_url))["weight_map"]
     except FileNotFoundError:
         raise WeightsFileError("weights", "must exist", index_url, remedy) from None
-    except (ValueError, LookupError, TypeError) as error:
-        rule = f"must be the index of several files ({type(error).__name__}: {error})"
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        rule = f"must be the index of several files ({type(error).__name__}: {shortened(str(error))})"
         raise WeightsFileError("weights", rule, index_url, remedy) from None
     is_map = isinstance(places, dict) and bool(places)
     if not is_map or not all(isinstance(name, str) and _SHARD_NAME.fullmatch(name) for name in places.values()):
@@ -146,15 +175,16 @@ def _check_shard(url: str, index_url: str, expected: set[str], found: set[str]) 
     faults = [f"missing {name}" for name in sorted(expected - found)]
     faults += [f"unexpected {name}" for name in sorted(found - expected)]
     if faults:
-        rule = f"must hold the tensors that {index_url.rpartition('/')[2]} says ({'; '.join(faults)})"
+        rule = f"must hold the tensors that {index_url.rpartition('/')[2]} says ({listed(faults)})"
         raise WeightsFileError("weights", rule, url, "consolidate the checkpoint again with --force")
 
 
 def _check_same(url: str, before: Mapping[str, str], theirs: Mapping[str, str]) -> None:
     for key in sorted({*before, *theirs}):
         if before.get(key) != theirs.get(key):
-            rule = f"must be of the same consolidation as the files before it ({key} was {before.get(key)!r})"
-            raise WeightsFileError("weights", rule, f"{url}, {key} {theirs.get(key)!r}", "get the folder again")
+            was, found = (shortened(repr(metadata.get(key))) for metadata in (before, theirs))
+            rule = f"must be of the same consolidation as the files before it ({shortened(key)} was {was})"
+            raise WeightsFileError("weights", rule, f"{url}, {shortened(key)} {found}", "get the folder again")
 
 
 def of_run(run: RunDirectory, step: int | None = None) -> Weights:
@@ -213,8 +243,7 @@ def read_weights(path: Path, url: str) -> Weights:
         WeightsFileError: As `of_file`.
     """
     with _opened(path, url) as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
-        return _weights(tensors, dict(file.metadata() or {}), url)
+        return _weights(_tensors(file, url), dict(file.metadata() or {}), url)
 
 
 def _weights(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], url: str) -> Weights:
@@ -225,19 +254,42 @@ def _weights(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], url: st
 
 
 def check_header(path: Path, url: str, config: ConvMAEConfig) -> None:
-    """Compare names, shapes and numbers of heads in a local file with a model; reads no tensor.
+    """Compare names, shapes, types and numbers of heads in a local file with a model; reads no tensor.
 
     Raises:
-        WeightsFileError: They are those of another model; names all of them.
+        WeightsFileError: They are those of another model; names them.
     """
     with _opened(path, url) as file:
         theirs = model_config(dict(file.metadata() or {}), url)
-        shapes = {name: torch.empty(file.get_slice(name).get_shape(), device="meta") for name in file.keys()}  # noqa: SIM118
-    check_against(shapes, config, url)
+        check_against(_shapes(file), config, url)
+        check_dtypes({name: file.get_slice(name).get_dtype() for name in file.keys()}, url)  # noqa: SIM118
     for name in _NOT_IN_SHAPES:
         if getattr(theirs, name) != getattr(config, name):
             rule = f"must be of a model with {name} = {getattr(config, name)}, not {getattr(theirs, name)}"
             raise WeightsFileError("weights", rule, url, f"set model.{name}={getattr(theirs, name)}")
+
+
+def check_values(path: Path, url: str) -> None:
+    """Read a local file, one tensor at a time, for values with which no training can begin; call after `check_header`.
+
+    Raises:
+        WeightsFileError: As `check_finite`.
+    """
+    with _opened(path, url) as file:
+        check_finite(((name, file.get_tensor(name)) for name in file.keys()), url)  # noqa: SIM118
+
+
+def _tensors(file: Any, url: str) -> dict[str, Tensor]:
+    try:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+    except (TypeError, RuntimeError):  # a hostile header names shapes that torch cannot make
+        rule, remedy = "must hold tensors that can be made", "get the file again from where it was written"
+        raise WeightsFileError("weights", rule, url, remedy) from None
+
+
+def _shapes(file: Any) -> dict[str, SimpleNamespace]:
+    """Shapes by name, without tensors, which torch cannot make of all."""
+    return {name: SimpleNamespace(shape=tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
 
 
 @contextmanager
@@ -261,8 +313,9 @@ def model_config(metadata: Mapping[str, str], url: str) -> ConvMAEConfig:
         raise WeightsFileError("weights", "must say in its metadata of which model it is", url, remedy)
     try:
         return ConvMAEConfig(**json.loads(metadata["model"]))
-    except (ValueError, TypeError) as error:
-        raise WeightsFileError("weights", f"must be of a model that is known ({error})", url, remedy) from None
+    except (ValueError, TypeError, RecursionError) as error:
+        rule = f"must be of a model that is known ({shortened(str(error))})"
+        raise WeightsFileError("weights", rule, url, remedy) from None
 
 
 def model_json(config: ConvMAEConfig) -> str:

@@ -9,6 +9,7 @@ moments lie as the fp32 masters do.
 from __future__ import annotations
 
 import bisect
+import contextlib
 import itertools
 import math
 import re
@@ -21,6 +22,7 @@ from jobs.checkpoint import Commit, folder_name
 from jobs.errors import CheckpointError
 from jobs.run_directory import RunDirectory
 from jobs.torch_archive import ITEM_BYTES, Files, LazyTensor, Record, damaged, read_archive
+from pipeline.errors import UserError
 
 _THREADS = 8
 """Files that are looked into at once."""
@@ -136,7 +138,9 @@ class ZeroFiles:
                 written.
             CheckpointError: The files are of a kind that is not handled.
         """
-        return cls(run, *_read_files(run, commit, files))
+        models, optimizers = _read_files(run, commit, files)
+        with _of_deepspeed(run):
+            return cls(run, models, optimizers)
 
     def weights(self) -> list[SourceTensor]:
         """Every tensor of the model's state dict: trained, frozen, and buffers.
@@ -147,12 +151,13 @@ class ZeroFiles:
             DamagedCheckpointError: A tensor does not lie as it should.
             CheckpointError: There are more values than the parameters have, or fewer.
         """
-        known = {tensor.name: tensor for tensor in self._cut([_masters(state) for state in self._states])}
-        known.update({tensor.name: tensor for tensor in _fixed(self._models, set(known))})
-        for alias, name in self._models[0].get("shared_params", {}).items():
-            if name in known:
-                known[alias] = replace(known[name], name=alias)
-        return list(known.values())
+        with _of_deepspeed(self._run):
+            known = {tensor.name: tensor for tensor in self._cut([_masters(state) for state in self._states])}
+            known.update({tensor.name: tensor for tensor in _fixed(self._models, set(known))})
+            for alias, name in self._models[0].get("shared_params", {}).items():
+                if name in known:
+                    known[alias] = replace(known[name], name=alias)
+            return list(known.values())
 
     def moments(self) -> dict[str, dict[str, SourceTensor]]:
         """AdamW's moments of every trained parameter: `exp_avg` and `exp_avg_sq`, each by the parameter's name.
@@ -161,13 +166,14 @@ class ZeroFiles:
             DamagedCheckpointError: As `weights`.
             CheckpointError: As `weights`, or the optimizer is another.
         """
-        for state in self._states:
-            _check_adamw(self._run, state)
-        found = {}
-        for moment in MOMENTS:
-            groups = [_moments(state, moment) for state in self._states]
-            found[moment] = {tensor.name: tensor for tensor in self._cut(groups)}
-        return found
+        with _of_deepspeed(self._run):
+            for state in self._states:
+                _check_adamw(self._run, state)
+            found = {}
+            for moment in MOMENTS:
+                groups = [_moments(state, moment) for state in self._states]
+                found[moment] = {tensor.name: tensor for tensor in self._cut(groups)}
+            return found
 
     def optimizer_step(self) -> LazyTensor | float:
         """AdamW's step count, for its bias correction; call after `moments`."""
@@ -181,6 +187,18 @@ class ZeroFiles:
         if self._stage_3:
             return _cut_parameters(self._run, self._shapes, groups)
         return _cut_groups(self._run, self._shapes, groups, self._states[0].get("param_alignment_paddings"))
+
+
+@contextlib.contextmanager
+def _of_deepspeed(run: RunDirectory) -> Iterator[None]:
+    """Files that are whole need not hold what DeepSpeed writes: whatever cannot be looked up in them is damage."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        what = f"its files hold something else than DeepSpeed writes: {type(error).__name__}"
+        raise damaged(run.url, what) from error
 
 
 def _masters(state: Mapping[str, Any]) -> list[LazyTensor]:

@@ -20,6 +20,13 @@ LOSSES = ("l1", "mse")
 PARTS = ("stage1", "stage2", "stage3", "decoder")
 """Of a model, in the order of the forward pass; MAE has the last two."""
 
+# Far beyond every published model. They are there for configurations that come with a file of others, or with a typing
+# error: building such a model, even without memory for its parameters, would not come to an end.
+_MOST = {
+    "image_size": 16384, "embed_dim": 65536, "depth": 1000, "num_heads": 1024, "mlp_ratio": 256, "decoder_dim": 65536,
+    "decoder_depth": 1000, "decoder_num_heads": 1024, "kernel_size": 255,
+}  # fmt: skip
+
 _DECODER = {"decoder_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
 # `base` and the decoder: convmae_convvit_base_patch16_dec512d8b in models_convmae.py of github.com/Alpha-VL/ConvMAE;
 # `small`, `large`, `huge`: the other variants of Gao et al. 2022, arXiv:2205.03892. `tiny` is ours. `mae_base`, the
@@ -45,14 +52,14 @@ class ConvMAEConfig:
     """Everything that decides the parameters, the mask and the loss of a ConvMAE.
 
     With no convolution stages, ``embed_dim=(0, 0, C)`` and ``depth=(0, 0, n)``, it is the MAE that the paper compares
-    with: a plain ViT with a class token.
+    with: a plain ViT with a class token. Sizes have an upper bound (``_MOST``), far beyond every published model.
 
     Raises:
         ModelConfigError: If a value is of the wrong type, or no such model can exist.
     """
 
     image_size: int | tuple[int, int] = 224
-    """Pixels, one number or (height, width); multiples of 16. A number is stored as the pair."""
+    """Pixels, one number or (height, width); multiples of 16, at most 16384. A number is stored as the pair."""
     embed_dim: tuple[int, int, int] = (16, 24, 32)
     """Channels of the three encoder stages; the last a multiple of 4 and of ``num_heads``, the first two 0 for MAE."""
     depth: tuple[int, int, int] = (1, 1, 2)
@@ -88,6 +95,7 @@ class ConvMAEConfig:
         if type(self.image_size) is int:
             object.__setattr__(self, "image_size", (self.image_size, self.image_size))
         _check_types(self)
+        _check_most(self)
         _check_stages(self)
         _check_widths(self)
         check_choice("masking", self.masking, MASKINGS)
@@ -184,6 +192,14 @@ def _check_types(config: ConvMAEConfig) -> None:
             raise ModelConfigError(name, "must be a boolean", getattr(config, name), "give true or false")
     if type(config.mask_ratio) not in (int, float):
         raise ModelConfigError("mask_ratio", "must be a number", config.mask_ratio, "the paper uses 0.75")
+
+
+def _check_most(config: ConvMAEConfig) -> None:
+    for name, most in _MOST.items():
+        value = getattr(config, name)
+        if max(value if isinstance(value, tuple) else [value]) > most:
+            rule = f"must be at most {most}" if name in _WHOLE else f"each must be at most {most}"
+            raise ModelConfigError(name, rule, value, f"use {most} or less")
 
 
 def _are_positive(values: Sequence[object], zeros: int) -> bool:

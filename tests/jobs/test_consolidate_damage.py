@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from made_up_run import CHUNK_BYTES, Damage, archives, flip, left_behind, made, make_run, within
+from made_up_run import CHUNK_BYTES, MATERIAL, Damage, archives, flip, left_behind, made, make_run, within
+from zero_material import commit_zero_files, write_zero_files
 
 from jobs.errors import DamagedCheckpointError
+from jobs.recipes import named_recipe
 from jobs.run_directory import RunDirectory
 from jobs.torch_archive import read_archive
 from jobs.weight_results import Wanted
@@ -66,6 +68,24 @@ def test_moments_are_not_read(run: RunDirectory) -> None:
         flip(within("data/1", 9000))(path)  # exp_avg of the first group
 
     made(run)
+
+
+@pytest.mark.parametrize("suffix", ["_model_states.pt", "_optim_states.pt"])
+@pytest.mark.parametrize(
+    "contents",
+    [None, [], {}, {"optimizer_state_dict": 3}, {"module": 3, "param_shapes": [3]}, {"param_shapes": {"a": "b"}}],
+    ids=str,
+)
+def test_whole_files_that_hold_something_else_are_damage(tmp_path: Path, suffix: str, contents: object) -> None:
+    files = tmp_path / "files"
+    write_zero_files(files, MATERIAL, 2, 1)
+    (path,) = files.glob(f"*{suffix}")
+    torch.save(contents, path)
+    run = RunDirectory.of(Storage(), str(tmp_path / "runs"), "first")
+    commit_zero_files(run, named_recipe("tiny"), files, step=7, stage=2, world_size=1, chunk_bytes=CHUNK_BYTES)
+
+    with pytest.raises(DamagedCheckpointError, match="hold something else than DeepSpeed writes"):
+        made(run)
 
 
 class Marker:

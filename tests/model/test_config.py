@@ -27,6 +27,16 @@ from model.config import PRESETS
         ({"embed_dim": (0, False, 32), "depth": (0, 0, 2), "fusion": False}, "embed_dim"),
         ({"embed_dim": (0, 0, 32), "depth": (0, 0, 2)}, "fusion"),
         ({"embed_dim": (0, 0, 32), "depth": (0, 0, 2), "fusion": False, "masking": "random"}, "masking"),
+        ({"image_size": (224, 16400)}, "image_size"),
+        ({"embed_dim": (16, 24, 4 * 10**12)}, "embed_dim"),
+        ({"embed_dim": (65540, 24, 32)}, "embed_dim"),
+        ({"depth": (1, 1001, 2)}, "depth"),
+        ({"decoder_dim": 65540}, "decoder_dim"),
+        ({"decoder_depth": 10**8}, "decoder_depth"),
+        ({"num_heads": 2048, "embed_dim": (16, 24, 8192)}, "num_heads"),
+        ({"decoder_num_heads": 2048, "decoder_dim": 8192}, "decoder_num_heads"),
+        ({"mlp_ratio": (4, 257, 4)}, "mlp_ratio"),
+        ({"kernel_size": 257}, "kernel_size"),
         ({"num_heads": 5}, "num_heads"),
         ({"num_heads": True}, "num_heads"),
         ({"mlp_ratio": 4}, "mlp_ratio"),
@@ -68,6 +78,7 @@ def test_an_impossible_value_names_its_field_value_and_remedy(changes: dict[str,
         ({"loss": "huber"}, "choose one of l1, mse"),
         ({"image_size": (230, 224)}, "use 224 in place of 230"),
         ({"num_heads": 5}, "use 4 heads or another embed_dim"),
+        ({"decoder_depth": 10**8}, "use 1000 or less"),
         ({"kernel_size": 6}, "use 7"),
     ],
     ids=str,
@@ -123,6 +134,12 @@ def test_the_grid_follows_the_image_size(masking: str) -> None:
 def test_a_configuration_cannot_be_changed() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         ConvMAEConfig().loss = "l1"  # type: ignore[misc]
+
+
+def test_a_model_far_beyond_the_published_ones_can_be_described() -> None:
+    config = ConvMAEConfig.preset("huge", image_size=16384, embed_dim=(8192, 16384, 65536), depth=(8, 8, 1000))
+
+    assert config.patches == 1024 * 1024
 
 
 def test_the_demonstration_preset_builds() -> None:

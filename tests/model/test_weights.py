@@ -53,6 +53,22 @@ def test_every_missing_unexpected_and_misshapen_name_is_listed_and_nothing_is_lo
         assert torch.equal(value, before[name]), name
 
 
+def test_of_very_many_names_the_message_lists_the_first_and_a_count(official_weights: dict[str, Tensor]) -> None:
+    official_weights = dict(official_weights)
+    surplus = {f"surplus{number}{'x' * 1000}": torch.zeros(1) for number in range(5000)}
+
+    del official_weights["mask_token"]
+
+    with pytest.raises(WeightsError) as caught:
+        ConvMAE(ConvMAEConfig()).load_official({**official_weights, **surplus})
+
+    assert "got missing mask_token; unexpected surplus0x" in str(caught.value)
+    assert "…; and 4970 more unexpected; use the configuration" in str(caught.value)
+    assert "surplus29x" in str(caught.value) and "surplus30x" not in str(caught.value)
+    assert len(str(caught.value)) < 10_000
+    assert len(caught.value.value) == 5001  # type: ignore[arg-type]
+
+
 def test_a_whole_training_checkpoint_is_refused_with_what_to_give(official_weights: dict[str, Tensor]) -> None:
     with pytest.raises(WeightsError, match=r'unexpected model.*give its "model"'):
         ConvMAE(ConvMAEConfig()).load_official({"model": official_weights, "epoch": 1600})  # type: ignore[dict-item]
