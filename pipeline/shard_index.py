@@ -19,6 +19,8 @@ from pipeline.errors import DatasetError
 from pipeline.index_pages import HEAD, INDEX_VERSION, Pages, Rows, row_type
 
 NO_LABEL = -1
+LARGEST_IMAGE_BYTES = 256 << 20
+"""Of an image as a file; larger ones are left out of data sets."""
 
 _TRAILER = struct.Struct("<II")
 
