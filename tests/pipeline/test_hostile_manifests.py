@@ -16,9 +16,10 @@ import pytest
 
 from pipeline.bad_sample import BadSample
 from pipeline.dataset import Dataset
-from pipeline.errors import DamagedManifestError, DatasetError
+from pipeline.errors import DamagedManifestError, DatasetError, OrderError
 from pipeline.index_pages import HEAD
 from pipeline.manifest import Manifest
+from pipeline.order import Order
 from pipeline.shard_index import IndexRow, ShardIndex, Skipped
 from pipeline.shard_reader import Sample
 from pipeline.shard_table import MOST_NAME_BYTES, ShardEntry, ShardTable
@@ -138,18 +139,27 @@ def test_a_tar_may_lie_in_another_store_than_its_index(tmp_path: Path, place: st
     assert loaded(tmp_path, fields).shards[0].tar == place
 
 
-@pytest.mark.parametrize("samples", [9, 10**4, 2**33, 2**50, 2**59])
+@pytest.mark.parametrize("samples", [14, 30, 10**4, 2**33, 2**50])
 def test_more_samples_than_the_index_has_are_refused_by_its_name(own_dataset: Dataset, samples: int) -> None:
     folder = Path(own_dataset.url)
     fields = json.loads((folder / "manifest.json").read_bytes())
     del fields["crc32c"]
-    fields["shards"]["samples"][0] = 13 + samples
+    fields["shards"] = {name: column[:1] for name, column in fields["shards"].items()} | {"samples": [samples]}
     loaded(folder, fields)
     dataset = Dataset.open(Storage(), str(folder))
 
-    for sample in (0, 12 + samples) if samples < 100 else (12 + samples,):
+    for use in (dataset.rows, dataset.read):
         with pytest.raises(DatasetError, match=r"shard-000000\.index.*index the data set again"):
-            dataset.rows([sample])
+            use([samples - 1])
+
+
+def test_numbers_of_samples_that_would_overflow_are_refused() -> None:
+    """Blocks are found by multiplying the two."""
+    order = Order(2**33, 4, 2, 0, block_samples=32)
+    assert order.batch(order.steps_per_epoch - 1).min() >= 0
+
+    with pytest.raises(OrderError, match="must stay below"):
+        Order(2**35, 4, 2, 0, block_samples=2)
 
 
 # Indexes
