@@ -9,6 +9,7 @@ import numpy.typing as npt
 import simplejpeg
 
 from pipeline import odd_images
+from pipeline.jpeg_scans import refuse_scan_bomb
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -37,8 +38,10 @@ def decode_jpeg(data: bytes) -> Pixels:
     """(H, W, 3) RGB pixels of a gray, YCbCr or RGB JPEG of 8 bits.
 
     Raises:
-        ValueError: The bytes are no such JPEG, a damaged one, or one of more pixels than PIL's guard allows.
+        ValueError: The bytes are no such JPEG, a damaged one, or one of more pixels than PIL's guard or more scans than
+            `jpeg_scans` allows.
     """
+    refuse_scan_bomb(data)
     height = width = 0
     with contextlib.suppress(ValueError, KeyError):  # decoding says better what is wrong
         height, width, *_ = simplejpeg.decode_jpeg_header(data, strict=False)

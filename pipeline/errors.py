@@ -38,7 +38,7 @@ class ReplacedError(StorageError):
 
 
 class RefusedError(StorageError):
-    """A web server that does not give what lies at one address; it may give others."""
+    """What lies at one address is not given, or is no image file; others may be. The remedy says why."""
 
 
 class SourceError(UserError):

@@ -138,7 +138,7 @@ def is_busy(error: BaseException) -> bool:
     return code in ("SlowDown", "Throttling", "RequestLimitExceeded", "ServiceUnavailable") or status in (429, 503)
 
 
-def translated(error: Exception, url: str) -> Exception:  # noqa: PLR0911 (one line per kind of fault)
+def translated(error: Exception, url: str) -> Exception:  # noqa: PLR0911, PLR0912 (one line per kind of fault)
     """The exception that callers see in place of `error`."""
     code, status = _answer(error)
     number = error.errno if isinstance(error, OSError) else None
@@ -148,7 +148,7 @@ def translated(error: Exception, url: str) -> Exception:  # noqa: PLR0911 (one l
         return ReplacedError("object", "must be the one that was meant (ETag)", url, "restore the object")
     if code == "NoSuchBucket":
         return StorageError("bucket", "must exist", url, "create it, or correct its name in the URL")
-    if isinstance(error, FileNotFoundError) or status in (404, 410):
+    if isinstance(error, FileNotFoundError) or status in (404, 410) or number == errno.ELOOP:  # links to each other
         return FileNotFoundError(errno.ENOENT, "nothing lies here", url)
     if status in (401, 403, 451) and url.startswith(_WEB):
         return RefusedError("address", "must be open to everybody", url, f"the server answered {status}")
@@ -162,6 +162,8 @@ def translated(error: Exception, url: str) -> Exception:  # noqa: PLR0911 (one l
         return StorageError(
             "folder", "must be accessible", url, f"change its permissions or take another ({_told(error)})"
         )
+    if number == errno.ENAMETOOLONG and not status:
+        return StorageError("path", "must be short enough for its file system", url[:100] + "...", "shorten it")
     if number in _NOT_A_FOLDER and not status:
         return StorageError("path", "must fit what lies there", url, f"take another ({_told(error)})")
     if isinstance(error, boto.ParamValidationError):

@@ -75,15 +75,23 @@ class IndexReader:
             places: (n,) places in the shard, in any order.
 
         Raises:
-            DatasetError: The index is missing, damaged, or not the one that the manifest names.
+            DatasetError: The index is missing, damaged, or not the one that the manifest names, or says of one of these
+                samples what cannot be.
         """
         numbers = places // PAGE_ROWS
         with self._turn(shard):
             pages = self._pages(shard, np.unique(numbers))
-        return [
+        rows = [
             row_of(pages[page][place % PAGE_ROWS])
             for page, place in zip(numbers.tolist(), places.tolist(), strict=True)
         ]
+        tar_bytes = int(self._shards.tar_bytes[shard])
+        for row in rows:
+            if not (flaw := row.flaw(tar_bytes)):
+                continue
+            remedy = f"of {row.member!r} {flaw}; restore it, or index the data set again"
+            raise DatasetError("shard index", "must say what can be", self._shards[shard].index_url(self._url), remedy)
+        return rows
 
     def _pages(self, shard: int, numbers: Int64s) -> dict[int, Rows]:
         found = {page: held for page in numbers.tolist() if (held := self._cache.get((shard, page))) is not None}

@@ -1,4 +1,4 @@
-"""Every file below a local folder, as a person counts them: behind links too, pipes and devices left out."""
+"""Local files, as a person sees them: behind links too, pipes and devices left out."""
 
 from __future__ import annotations
 
@@ -6,6 +6,11 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+
+from pipeline.errors import RefusedError, StorageError
+
+MOST_LEVELS = 100
+"""Of folders in each other; a path of this many is far longer than what people make."""
 
 
 def local_files(root: str) -> Iterator[tuple[str, int]]:
@@ -16,6 +21,7 @@ def local_files(root: str) -> Iterator[tuple[str, int]]:
 
     Raises:
         PermissionError: A folder cannot be read.
+        StorageError: Folders lie in each other without end.
     """
     root = str(Path(root))  # as os.walk will write it
     above = {root: {os.path.realpath(root)}}
@@ -25,9 +31,34 @@ def local_files(root: str) -> Iterator[tuple[str, int]]:
         folders[:] = [name for name in folders if real[name] not in ancestors]
         above |= {str(Path(folder, name)): ancestors | {real[name]} for name in folders}
         relative = os.path.relpath(folder, root)
+        if folders and relative.count(os.sep) + 2 > MOST_LEVELS:
+            rule, remedy = (
+                f"must be at most {MOST_LEVELS} levels deep",
+                f"it goes on below {relative[:40]}...; move it away",
+            )
+            raise StorageError("folder", rule, root, remedy)
         for name in names:
             if (size := _file_bytes(Path(folder, name))) is not None:
                 yield name if relative == os.curdir else f"{relative}/{name}", size
+
+
+def read_part(path: str, offset: int, length: int | None) -> bytes:
+    """`length` bytes of a file from `offset`, or all that follow; fewer where it ends before that.
+
+    Asks for no more memory than the file has bytes, whatever `length` is.
+
+    Raises:
+        RefusedError: It is a pipe, a socket or a device, whose reading may hang or never end.
+    """
+    kind = Path(path).stat().st_mode
+    if not stat.S_ISREG(kind) and not stat.S_ISDIR(kind):  # of a folder, opening it says what it is
+        raise RefusedError("file", "must be a regular file", path, "it is a pipe, a socket or a device")
+    with Path(path).open("rb") as file:
+        here = max(0, os.fstat(file.fileno()).st_size - offset)
+        wanted = here if length is None else min(length, here)
+        if wanted > 0:
+            file.seek(offset)
+        return file.read(max(0, wanted))
 
 
 def _refuse(error: OSError) -> None:

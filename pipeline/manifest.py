@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import google_crc32c
 
-from pipeline.errors import DamagedManifestError, DatasetError
+from pipeline.errors import DamagedManifestError, DatasetError, StorageError
 from pipeline.shard_index import Skipped
 from pipeline.shard_table import CONTENT_COLUMNS, ShardTable
 from pipeline.storage import Storage, is_local
@@ -110,9 +110,10 @@ class Manifest:
             fields = json.loads(text)
             del text
             version = fields["format_version"]
-            if version == FORMAT_VERSION:
+            if type(version) is int and version == FORMAT_VERSION:
                 shards = ShardTable.from_json(fields.pop("shards"))
-                _refuse_local_tars(shards, url)
+                _check_fields(fields)
+                _refuse_odd_tars(shards, url)
                 return cls(**fields | {"classes": tuple(fields["classes"])}, shards=shards)
         except DatasetError:
             raise
@@ -132,14 +133,38 @@ class Manifest:
         }
 
 
-def _refuse_local_tars(shards: ShardTable, url: str) -> None:
-    """A data set in a store, which others may have written, must not make this machine read its own files."""
-    if is_local(url):
-        return
-    for place in shards.column("tar"):
-        if place and (place.startswith("/") or ("://" in place and is_local(place))):
-            remedy = "index the tars again from where they lie in a store"
-            raise DatasetError("manifest", f"must not lead from {url} to files of this machine", place, remedy)
+def _check_fields(fields: dict[str, Any]) -> None:
+    """Raise ValueError for a field beside the shards that is not of its type."""
+    classes, skipped, digest = fields["classes"], fields["skipped"], fields["sources_digest"]
+    if not isinstance(classes, list) or not set(map(type, classes)) <= {str}:
+        raise ValueError("classes must be a list of strings")
+    if type(skipped) is not int or skipped < 0:
+        raise ValueError(f"skipped must be an integer of at least 0, is {str(skipped)[:60]!r}")
+    if not isinstance(digest, str):
+        raise ValueError(f"sources_digest must be a string, is {str(digest)[:60]!r}")
+
+
+def _refuse_odd_tars(shards: ShardTable, url: str) -> None:
+    """Tars must lie in stores; and a data set in a store must not make this machine read its own files.
+
+    Another store than the manifest's is fine, since indexes may lie elsewhere than their tars.
+    """
+    places = [place for place in shards.column("tar") if place]
+    local = is_local(url)
+    for start in {place.partition("://")[0] + "://" for place in places if "://" in place}:
+        try:
+            leads_here = is_local(start + "x")
+        except StorageError as error:
+            raise DatasetError("manifest", f"tars {error.rule}", start[:100], "index the tars again") from None
+        if leads_here and not local:
+            raise _leads_here(url, next(place for place in places if place.startswith(start)))
+    if not local and (paths := [place for place in places if place.startswith("/")]):
+        raise _leads_here(url, paths[0])
+
+
+def _leads_here(url: str, place: str) -> DatasetError:
+    remedy = "index the tars again from where they lie in a store"
+    return DatasetError("manifest", f"must not lead from {url} to files of this machine", place, remedy)
 
 
 def _checked(data: bytes) -> bytes:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
+import re
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,9 +14,14 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, ImageFile, UnidentifiedImageError
 
+from pipeline.jpeg_scans import refuse_scan_bomb
+
 JPEG_START = b"\xff\xd8"
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
+"""What PIL may take an image for, whatever its name. It knows more: for an EPS it starts Ghostscript."""
 
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_PIL_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
 @contextlib.contextmanager
@@ -23,6 +31,7 @@ def opened(data: bytes) -> Iterator[Image.Image]:
     Raises:
         Exception: Whatever a decoder raises on bytes that it does not understand.
     """
+    refuse_scan_bomb(data)
     with _whole_images_only(), _opened(data) as image:
         refuse_bomb(image.height, image.width)
         image.load()
@@ -46,17 +55,30 @@ def pixels_of(data: bytes) -> npt.NDArray[np.uint8]:
 
 def size_of(data: bytes) -> tuple[int, int]:
     """Height and width by the header alone, of any image that `pixels_of` takes; raises ValueError as it does."""
+    refuse_scan_bomb(data)
     if data.startswith(JPEG_START):
         with contextlib.suppress(KeyError):  # a chroma subsampling that libjpeg-turbo has no name for
             height, width, *_ = simplejpeg.decode_jpeg_header(data, strict=False)
             return height, width
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with header_of(data) as image:
             return image.height, image.width
     except UnidentifiedImageError as error:
         raise ValueError("not an image file") from error
     except Exception as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
+
+
+def header_of(data: bytes) -> Image.Image:
+    """The image with nothing decoded yet; what PIL warns of is not told, neither now nor when it is decoded.
+
+    Raises:
+        Exception: Whatever PIL raises on bytes that it does not understand.
+    """
+    # Not by warnings.catch_warnings: threads that decode at the same time would undo each other's.
+    if _PIL_WARNINGS not in warnings.filters:
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+    return Image.open(io.BytesIO(data), formats=_formats())
 
 
 def plain(image: Image.Image) -> Image.Image:
@@ -75,9 +97,16 @@ def refuse_bomb(height: int, width: int) -> None:
         raise ValueError(f"{width} x {height} pixels are more than PIL's limit of {limit}")
 
 
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """FORMATS that this build of PIL has; without AVIF some do."""
+    Image.init()
+    return tuple(name for name in FORMATS if name in Image.OPEN)
+
+
 def _opened(data: bytes) -> Image.Image:
     try:
-        return Image.open(io.BytesIO(data))
+        return header_of(data)
     except UnidentifiedImageError:
         if not data.startswith(JPEG_START):
             raise

@@ -62,6 +62,10 @@ class Order:
         if self.samples < self.global_batch_size:
             rule = f"must be at least global_batch_size {self.global_batch_size}"
             raise OrderError("samples", rule, self.samples, "lower global_batch_size or add images to the data set")
+        if (self.samples + 1) * self.blocks >= 1 << 63:  # block_of multiplies them
+            rule = f"must stay below 2**63 when multiplied by the number of blocks, {self.blocks}"
+            remedy = "raise block_samples, or restore the manifest that has so many"
+            raise OrderError("samples", rule, self.samples, remedy)
 
     @property
     def lane_batch_size(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from dataclasses import dataclass
 
 import simplejpeg
@@ -60,7 +59,8 @@ def photo_from(data: bytes, encoding: Encoding = ORIGINAL) -> Photo:
     frame counts.
 
     Raises:
-        CorruptImage: It does not decode whole, or is larger than PIL's guard against decompression bombs.
+        CorruptImage: It does not decode whole, has more pixels than PIL's guard against decompression bombs allows, or
+            more scans than any encoder makes.
     """
     try:
         kept = _kept(data, encoding.max_side) if encoding.quality is None else None
@@ -99,14 +99,14 @@ def _kept(data: bytes, max_side: int | None) -> Photo | None:
 
 def _orientation(data: bytes) -> int:
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with odd_images.header_of(data) as image:
             return int(image.getexif().get(_ORIENTATION_TAG, _UPRIGHT))
     except Exception:  # malformed EXIF says nothing about the pixels
         return _UPRIGHT
 
 
 def _converted(data: bytes, encoding: Encoding) -> Photo:
-    with warnings.catch_warnings(action="ignore"), odd_images.opened(data) as image:
+    with odd_images.opened(data) as image:
         result = _shrunk(odd_images.plain(ImageOps.exif_transpose(image)), encoding.max_side)
         if max(result.size) > LONGEST_JPEG_SIDE:
             raise ValueError(f"{result.width} x {result.height} pixels do not fit a JPEG ({LONGEST_JPEG_SIDE} a side)")

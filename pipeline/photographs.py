@@ -84,7 +84,7 @@ def cut_tiles(folder: Path, count: int, seed: int) -> list[Path]:
     for number, photograph in enumerate(PHOTOGRAPHS):
         target = folder / photograph.name
         target.mkdir(parents=True, exist_ok=True)
-        with Image.open(photograph_path(photograph)) as file:
+        with Image.open(photograph_path(photograph), formats=("JPEG", "PNG")) as file:
             image = file.convert("RGB")
         tiles = np.arange(number, count, len(PHOTOGRAPHS))
         for tile, draws in zip(tiles.tolist(), hashing.uniforms(hashing.key(_STREAM, seed), tiles, 4), strict=True):

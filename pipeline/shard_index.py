@@ -19,8 +19,21 @@ from pipeline.errors import DatasetError
 from pipeline.index_pages import HEAD, INDEX_VERSION, Pages, Rows, row_type
 
 NO_LABEL = -1
+LARGEST_IMAGE_BYTES = 256 << 20
+"""Of an image as a file; larger ones are left out of data sets."""
 
 _TRAILER = struct.Struct("<II")
+_TAR_HEADER_BYTES = 512
+_FOOTER_TYPES = {
+    "shard": str,
+    "tar_bytes": int,
+    "sources_digest": str,
+    "skipped": list,
+    "samples": int,
+    "key_bytes": int,
+    "extension_bytes": int,
+    "digest": str,
+}
 
 
 class IndexRow(NamedTuple):
@@ -45,6 +58,19 @@ class IndexRow(NamedTuple):
     def member(self) -> str:
         """Name of the image in the tar."""
         return f"{self.key}.{self.extension}"
+
+    def flaw(self, tar_bytes: int) -> str:
+        """What cannot be true of an image in a tar of that size; empty where all can.
+
+        Readers ask before they read: a page's CRC32C says that a row is as it was written, not that it was honest.
+        """
+        if self.offset < _TAR_HEADER_BYTES or not 0 < self.length <= tar_bytes - self.offset:
+            return f"its place, {self.length} bytes from byte {self.offset}, is not in the tar of {tar_bytes} bytes"
+        if self.length > LARGEST_IMAGE_BYTES:
+            return f"its {self.length} bytes are more than {LARGEST_IMAGE_BYTES}"
+        if self.height < 1 or self.width < 1:
+            return f"its size is {self.width} x {self.height} pixels"
+        return f"its label is {self.label}" if self.label < NO_LABEL else ""
 
 
 @dataclass(frozen=True)
@@ -161,7 +187,9 @@ class ShardIndex:
         try:
             index = cls._parsed(data, url)
             whole = index.to_bytes() == data
-        except (ValueError, KeyError, TypeError, struct.error):  # ValueError: also a page that is refused
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError):
+            whole = False  # ValueError: also a page that is refused
+        except struct.error:
             whole = False
         if not whole:
             raise DatasetError("shard index", "must be whole", url, "restore it, or make the data set again")
@@ -171,6 +199,7 @@ class ShardIndex:
     def _parsed(cls, data: bytes, url: str) -> ShardIndex:
         footer_bytes, _ = _TRAILER.unpack(data[-_TRAILER.size :])
         footer = json.loads(data[-_TRAILER.size - footer_bytes : -_TRAILER.size])
+        _check_footer(footer)
         dtype = row_type(footer["key_bytes"], footer["extension_bytes"])
         pages = Pages(footer["samples"], dtype, footer["digest"])
         start, length = pages.range(0, pages.count)
@@ -192,6 +221,17 @@ class ShardIndex:
 
     def _column(self, name: str) -> npt.NDArray[Any]:
         return self.table[name]
+
+
+def _check_footer(footer: Any) -> None:
+    """Raise TypeError for a field that is not of its type."""
+    if any(type(footer[name]) is not kind for name, kind in _FOOTER_TYPES.items()):
+        raise TypeError("a field of the footer is of another type")
+    if not isinstance(footer["tar_etag"], str | None):
+        raise TypeError("tar_etag is no string")
+    for item in footer["skipped"]:
+        if not set(map(type, item.values())) <= {str}:
+            raise TypeError("skipped is no list of objects of strings")
 
 
 def row_of(row: np.void) -> IndexRow:

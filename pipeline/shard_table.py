@@ -16,6 +16,10 @@ from pipeline.storage import Storage
 INDEX_SUFFIX = ".index"
 MOST_KEY_BYTES = 1 << 16
 """Of a key or extension; longer ones are a damaged or hostile manifest, and rows of them would fill the memory."""
+MOST_NAME_BYTES = 1 << 10
+"""Of a shard's name and of an ETag: the column is as wide as its longest entry."""
+MOST_TAR_BYTES = 1 << 12
+"""Of a tar's path or URL; Linux has no longer paths."""
 MOST_COUNT = 1 << 60
 """Of samples or bytes over all shards: sums stay exact."""
 CONTENT_COLUMNS = ("extension_bytes", "index_sha256", "key_bytes", "name", "samples", "tar_bytes")
@@ -85,22 +89,22 @@ class ShardTable(Sequence[ShardEntry]):
         etags: Sequence[str | None],
         tars: Sequence[str],
     ) -> None:
+        self._names = _strings("name", names, MOST_NAME_BYTES)
         if len(set(names)) != len(names):
             raise ValueError("a shard's name is there twice")
         if any(_leads_away(name) for name in names):
             raise ValueError("a shard's name leads out of the data set")
         if any(len(digest) != 64 for digest in index_sha256):
             raise ValueError("a digest of an index is no SHA-256")
-        self._names = _strings(names)
-        self.samples: npt.NDArray[np.int64] = _counts(samples)
-        self.tar_bytes: npt.NDArray[np.int64] = _counts(tar_bytes)
-        self.key_bytes: npt.NDArray[np.int64] = _counts(key_bytes)
-        self.extension_bytes: npt.NDArray[np.int64] = _counts(extension_bytes)
+        self.samples: npt.NDArray[np.int64] = _counts("samples", samples)
+        self.tar_bytes: npt.NDArray[np.int64] = _counts("tar_bytes", tar_bytes)
+        self.key_bytes: npt.NDArray[np.int64] = _counts("key_bytes", key_bytes)
+        self.extension_bytes: npt.NDArray[np.int64] = _counts("extension_bytes", extension_bytes)
         if (self.key_bytes > MOST_KEY_BYTES).any() or (self.extension_bytes > MOST_KEY_BYTES).any():
             raise ValueError(f"keys or extensions of more than {MOST_KEY_BYTES} bytes")
         self._index_sha256 = np.frombuffer(bytes.fromhex("".join(index_sha256)), np.uint8).reshape(-1, 32)
-        self._etags = _strings([etag or "" for etag in etags])
-        self._tars = _strings(tars)
+        self._etags = _strings("etag", ["" if etag is None else etag for etag in etags], MOST_NAME_BYTES)
+        self._tars = _strings("tar", tars, MOST_TAR_BYTES)
         columns = (self._names, self.samples, self.tar_bytes, self.key_bytes, self.extension_bytes, self._index_sha256)
         if len({len(column) for column in (*columns, self._etags, self._tars)}) != 1:
             raise ValueError("columns of shards differ in length")
@@ -193,19 +197,25 @@ class ShardTable(Sequence[ShardEntry]):
         )
 
 
-def _strings(values: Sequence[str]) -> npt.NDArray[np.bytes_]:
-    return np.array([value.encode() for value in values], np.bytes_)
+def _strings(field: str, values: Sequence[str], most_bytes: int) -> npt.NDArray[np.bytes_]:
+    if not set(map(type, values)) <= {str}:
+        raise ValueError(f"shards.{field} must be a list of strings")
+    encoded = [value.encode() for value in values]
+    for place, value in enumerate(encoded):
+        if len(value) > most_bytes or b"\0" in value:
+            shown = f"shards.{field} of shard {place}, {values[place][:60]!r}"
+            raise ValueError(f"{shown}: must have at most {most_bytes} bytes and no NUL, has {len(value)} bytes")
+    return np.array(encoded, np.bytes_)
 
 
-def _counts(values: Sequence[int]) -> npt.NDArray[np.int64]:
-    kinds = np.asarray(values)
-    if kinds.ndim != 1 or (kinds.size and kinds.dtype.kind not in "iu"):
-        raise ValueError("counts of shards are no list of integers")
+def _counts(field: str, values: Sequence[int]) -> npt.NDArray[np.int64]:
+    if not set(map(type, values)) <= {int}:  # a bool is none
+        raise ValueError(f"shards.{field} must be a list of integers")
     counts = np.array(values, np.int64)
     if (counts < 0).any():
-        raise ValueError("a count of shards is negative")
+        raise ValueError(f"shards.{field} must not be negative, is {counts.min()}")
     if counts.sum(dtype=np.float64) > MOST_COUNT:
-        raise ValueError(f"counts of shards add up to more than {MOST_COUNT}")
+        raise ValueError(f"shards.{field} must add up to at most {MOST_COUNT}")
     return counts
 
 

@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from pipeline.storage import Storage, is_web
+from pipeline.errors import RefusedError
+from pipeline.shard_index import LARGEST_IMAGE_BYTES
+from pipeline.storage import Storage, is_local, is_web
 
 IMAGE_SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
@@ -35,12 +37,21 @@ class Source:
 
         Raises:
             FileNotFoundError: It is gone.
+            RefusedError: It is larger than any image, or no file.
         """
         url = within(root, self.path)
         if self.offset is None:
-            return storage.read(url)
+            return self._read_file(storage, url)
         assert self.size_bytes is not None
         return storage.read_range(url, self.offset, self.size_bytes)
+
+    def _read_file(self, storage: Storage, url: str) -> bytes:
+        size = storage.size(url) if is_local(url) else self.size_bytes
+        data = storage.read_start(url, LARGEST_IMAGE_BYTES + 1) if (size or 0) <= LARGEST_IMAGE_BYTES else None
+        if data is None or len(data) > LARGEST_IMAGE_BYTES:
+            why = f"it has more than {LARGEST_IMAGE_BYTES} bytes"
+            raise RefusedError("image", f"must have at most {LARGEST_IMAGE_BYTES} bytes", url, why)
+        return data
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class SourceReader:
 
         Raises:
             FileNotFoundError: It is gone.
-            RefusedError: Its web server does not give it, or cannot be reached while others can.
+            RefusedError: Its web server does not give it, or is away while others answer; or it is no image file.
             UnreachableError: Its server answered before, and is away.
         """
         url = within(self._root, source.path)

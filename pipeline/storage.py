@@ -25,7 +25,7 @@ from fsspec.registry import known_implementations
 
 from pipeline import faults
 from pipeline.errors import StorageError
-from pipeline.local_files import local_files
+from pipeline.local_files import local_files, read_part
 from pipeline.ranged_read import HttpRangedRead, RangedRead
 from pipeline.throttle import Throttle
 
@@ -36,6 +36,22 @@ CONNECT_TIMEOUT_SECONDS = 5.0
 READ_TIMEOUT_SECONDS = 30.0
 MAX_CONNECTIONS = 64
 PROBE_BYTES = 65536
+STORES = {
+    **dict.fromkeys(("file", "local", "memory"), "fsspec"),
+    **dict.fromkeys(("s3", "s3a"), "s3fs"),
+    **dict.fromkeys(("http", "https"), "aiohttp"),
+    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
+    **dict.fromkeys(("az", "abfs", "abfss", "adl"), "adlfs"),
+    **dict.fromkeys(("sftp", "ssh"), "paramiko"),
+    "ftp": "fsspec",
+    "hdfs": "pyarrow",
+    "webhdfs": "requests",
+    "hf": "huggingface_hub",
+    "oss": "ossfs",
+    "oci": "ocifs",
+}
+"""Protocols that are taken, with the package that each needs. fsspec has more: views of other file systems, archives,
+and services that hold no data sets, which a list or manifest of a stranger must not make this process open."""
 _S3 = ("s3", "s3a")
 _HTTP = ("http", "https")
 _RANGED = dict.fromkeys(_S3, RangedRead) | dict.fromkeys(_HTTP, HttpRangedRead)
@@ -88,6 +104,8 @@ class Storage:
 
     def read(self, url: str) -> bytes:
         """All bytes of a file or object."""
+        if is_local(url):
+            return self._call(url, lambda _, path: read_part(path, 0, None))
         # A start spares s3fs the HEAD that it sends before every whole read.
         return self._call(url, lambda fs, path: _ranged(fs, path, 0, None))
 
@@ -104,9 +122,17 @@ class Storage:
         Raises:
             ReplacedError: The object has another ETag by now.
         """
+        if is_local(url):
+            return self._call(url, lambda _, path: read_part(path, offset, length))
         if length > 0 and (kind := _RANGED.get(_protocol(url))):
             return self._call(url, kind(offset, length, etag).attempt)
         return self._call(url, lambda fs, path: _ranged(fs, path, offset, offset + length))
+
+    def read_start(self, url: str, length: int) -> bytes:
+        """The first `length` bytes; fewer where there are no more. Also of web servers that know no ranges."""
+        if is_web(url):  # each attempt begins anew
+            return self._call(url, lambda fs, path: HttpRangedRead(0, length, None).attempt(fs, path))
+        return self.read_range(url, 0, length)
 
     def write(self, url: str, data: bytes) -> None:
         """Put `data` there whole or not at all, replacing what was there."""
@@ -262,7 +288,8 @@ class Storage:
             self.delete(probe)
 
     def _filesystem(self, url: str) -> Any:
-        return _filesystem(self, _protocol(url), os.getpid())
+        protocol = _protocol(url)
+        return _filesystem(self, protocol, _server(protocol, url), os.getpid())
 
     def _call(self, url: str, call: Callable[[Any, str], T]) -> T:
         throttle = None if is_local(url) else _throttle(self.endpoint_url, _protocol(url), os.getpid())
@@ -299,20 +326,19 @@ def is_web(url: str) -> bool:
 
 
 @functools.lru_cache(maxsize=16)
-def _filesystem(storage: Storage, protocol: str, process_id: int) -> Any:  # noqa: ARG001
+def _filesystem(
+    storage: Storage,
+    protocol: str,
+    server: tuple[tuple[str, Any], ...],
+    process_id: int,  # noqa: ARG001
+) -> Any:
     """One connection pool per process and Storage; fsspec's own cache would make one per thread."""
-    try:
-        kind = fsspec.get_filesystem_class(protocol)
-    except ImportError as error:
-        package = known_implementations[protocol]["class"].partition(".")[0]
-        raise StorageError(
-            "URL", "needs a package that is not installed", f"{protocol}://", f"`pip install {package}`"
-        ) from error
+    kind = _kind(protocol)
     if protocol in _HTTP:
         limits = aiohttp.ClientTimeout(None, sock_connect=CONNECT_TIMEOUT_SECONDS, sock_read=READ_TIMEOUT_SECONDS)
         return kind(use_listings_cache=False, client_kwargs={"timeout": limits}, skip_instance_cache=True)
     if protocol not in _S3:
-        return kind(use_listings_cache=False) if protocol != "memory" else kind()
+        return kind(use_listings_cache=False, **dict(server)) if protocol != "memory" else kind()
     filesystem = kind(
         endpoint_url=storage.endpoint_url,
         key=storage.key,
@@ -338,26 +364,43 @@ def _throttle(endpoint_url: str | None, protocol: str, process_id: int) -> Throt
     return Throttle(MAX_CONNECTIONS)
 
 
+def _server(protocol: str, url: str) -> tuple[tuple[str, Any], ...]:
+    """What the file system must be told of the server that a URL names: host, port, user, account."""
+    if protocol in ("file", "local", "memory", *_S3, *_HTTP):
+        return ()
+    return tuple(sorted(_kind(protocol)._get_kwargs_from_urls(url).items()))
+
+
+def _kind(protocol: str) -> Any:
+    try:
+        return fsspec.get_filesystem_class(protocol)
+    except (ImportError, ValueError) as error:  # ValueError: fsspec learns of the protocol from the package
+        raise StorageError(
+            "URL", "needs a package that is not installed", f"{protocol}://", f"`pip install {STORES[protocol]}`"
+        ) from error
+
+
 def _protocol(url: str) -> str:
     if not url:
         raise StorageError("URL", "must not be empty", url, "write s3://bucket/folder or a path")
+    if "\0" in url:
+        raise StorageError("URL", "must hold no NUL", url[:100], "correct what it comes from")
     protocol, separator, _ = url.partition("://")
     if not separator:
         # "s3:/bucket" would otherwise become a folder named "s3:".
         scheme = url.partition(":/")[0]
-        if scheme not in known_implementations or ":/" not in url:
+        if scheme not in STORES or ":/" not in url:
             return "file"
         raise StorageError(
             "URL", "must have two slashes", url, f"write {scheme}://{url.partition(':/')[2].lstrip('/')}"
         )
-    if protocol in ("file", "local", "memory") or protocol in known_implementations:
+    if protocol in STORES:
         _refuse_password(protocol, url)
         return protocol
-    nearest = difflib.get_close_matches(
-        protocol, ["s3", "gs", "file", "memory", *known_implementations], n=1, cutoff=0.4
-    )
+    foreign = protocol in known_implementations or "::" in protocol
+    nearest = [] if foreign else difflib.get_close_matches(protocol, STORES, n=1, cutoff=0.4)
     remedy = f"did you mean {nearest[0]}://?" if nearest else "use s3://, gs://, file:// or a path"
-    raise StorageError("URL", "must have a known protocol", url, remedy)
+    raise StorageError("URL", "must have a known protocol", url[:200], remedy)
 
 
 def _refuse_password(protocol: str, url: str) -> None:
@@ -370,7 +413,7 @@ def _refuse_password(protocol: str, url: str) -> None:
 
 
 def _path(url: str) -> str:
-    return str(fsspec.get_filesystem_class(_protocol(url))._strip_protocol(url))
+    return str(_kind(_protocol(url))._strip_protocol(url))
 
 
 def _ranged(filesystem: Any, path: str, start: int, end: int | None) -> bytes:

@@ -90,7 +90,15 @@ def tar_faults(storage: Storage, url: str, index: ShardIndex, *, deep: bool) -> 
 
 def _content_faults(file: RangedFile, index: ShardIndex, deep: bool) -> Iterator[Fault]:
     """Go through the tar once, checking the images of the index where they come by; then those that did not."""
-    rows = {row.offset: row for row in map(index.row, range(len(index)))}
+    rows: dict[int, IndexRow] = {}
+    for listed in map(index.row, range(len(index))):
+        flaw = listed.flaw(index.tar_bytes)
+        if not flaw and listed.offset in rows:
+            flaw = f"its place is that of {rows[listed.offset].member}"
+        if flaw:
+            yield Fault(index.shard, listed.key, listed.offset, f"the index cannot be right of {listed.member}: {flaw}")
+        else:
+            rows[listed.offset] = listed
     labels = {row.key: row for row in rows.values() if row.label != NO_LABEL}
     known = {(item.path.rpartition(" at byte ")[2], item.reason) for item in index.skipped}
     for item in scan_tar(file):
