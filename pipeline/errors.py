@@ -10,6 +10,14 @@ from collections.abc import Sequence
 
 from pipeline.printable import printable
 
+LONGEST_QUOTED = 200
+"""Characters."""
+
+
+def clipped(text: str) -> str:
+    """What a message quotes of a text that somebody else made as long as they liked."""
+    return text if len(text) <= LONGEST_QUOTED else f"{text[:LONGEST_QUOTED]}..."
+
 
 class UserError(ValueError):
     """Bad input from a user: a recipe, a URL, credentials or data."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
-from pipeline.errors import SourceError, StorageError
+from pipeline.errors import SourceError, StorageError, clipped
 from pipeline.source import IMAGE_SUFFIXES, Source, Sources, parted, suffix, within
 from pipeline.source_reader import HASTY_SECONDS
 from pipeline.storage import Storage, is_web
@@ -15,7 +15,7 @@ from pipeline.storage import Storage, is_web
 ASKING_THREADS = 32
 LARGEST_LABEL = 2**63 - 1
 
-_SPACED_LABEL = re.compile(r"(.*\S)\s+(\d+)")
+_SPACED_LABEL = re.compile(r"(.*\S)\s+([0-9]+)")
 
 
 def listed_sources(storage: Storage, url: str) -> Sources:
@@ -88,10 +88,16 @@ def _row(line: str) -> tuple[str, str | None]:
 
 def _numbered(labels: Sequence[str | None]) -> tuple[tuple[str, ...], list[int | None]]:
     given = {label for label in labels if label is not None}
-    if all(label.isdecimal() for label in given):
-        if huge := [label for label in given if int(label) > LARGEST_LABEL]:
-            raise SourceError("label", f"must be at most {LARGEST_LABEL}", min(huge), "number the classes from 0")
+    if all(label.isascii() and label.isdigit() for label in given):
+        if huge := [label for label in given if _is_huge(label)]:
+            value = clipped(min(huge))
+            raise SourceError("label", f"must be at most {LARGEST_LABEL}", value, "number the classes from 0")
         return (), [None if label is None else int(label) for label in labels]
     classes = tuple(sorted(given))
     places = {name: place for place, name in enumerate(classes)}
     return classes, [None if label is None else places[label] for label in labels]
+
+
+def _is_huge(digits: str) -> bool:
+    """Whether no index holds that label; Python itself refuses to read more than 4,300 digits."""
+    return len(digits) > len(str(LARGEST_LABEL)) or int(digits) > LARGEST_LABEL

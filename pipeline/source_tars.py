@@ -19,10 +19,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import overload
 
-import braceexpand
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.braces import expanded
 from pipeline.errors import SourceError
 from pipeline.shard_index import NO_LABEL, Skipped
 from pipeline.source import Source, Tar, Tars, address, within
@@ -52,15 +52,19 @@ def matching_tars(storage: Storage, pattern: str) -> Tars:
     """The tars that a pattern with braces, as webdataset takes them, or wildcards names.
 
     Raises:
-        SourceError: A tar that braces name is missing, or nothing matches.
+        SourceError: A tar that braces name is missing, nothing matches, or the braces stand for too many names.
     """
+    names = expanded(pattern)
     root = _fixed_part(pattern)
     sizes = _sizes(storage, root, pattern)
     chosen: dict[str, None] = {}
-    for wanted in braceexpand.braceexpand(pattern):
+    for wanted in names:
         relative = wanted.removeprefix(root).lstrip("/")
-        found = [path for path in sizes if path == relative or _matches(path, relative)]
-        if not found and not _is_wild(wanted):
+        if _is_wild(wanted):
+            found = [path for path in sizes if path == relative or _matches(path, relative)]
+        elif relative in sizes:
+            found = [relative]
+        else:
             raise SourceError("source", "must exist", wanted, "check the numbers in the braces")
         chosen |= dict.fromkeys(sorted(found))
     if not chosen:
@@ -79,7 +83,7 @@ def _sizes(storage: Storage, root: str, pattern: str) -> dict[str, int]:
         except FileNotFoundError:
             return None
 
-    urls = [url for url in braceexpand.braceexpand(pattern) if not _is_wild(url)]  # web servers have no listings
+    urls = [url for url in expanded(pattern) if not _is_wild(url)]  # web servers have no listings
     with ThreadPoolExecutor(_LISTINGS_AT_ONCE, thread_name_prefix="sizes") as threads:
         found = zip(urls, threads.map(asked, urls), strict=True)
         return {url.removeprefix(root).lstrip("/"): size for url, size in found if size is not None}

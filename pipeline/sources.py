@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from pipeline import source_lists, source_tars
 from pipeline.errors import SourceError
-from pipeline.source import IMAGE_SUFFIXES, Source, Sources, Tar, Tars, address, parted, suffix
+from pipeline.source import IMAGE_SUFFIXES, Source, Sources, Tar, Tars, address, parted, suffix, within
 from pipeline.storage import Storage
 
 PACKED_SUFFIXES = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".zip")
@@ -21,10 +21,25 @@ def find_sources(storage: Storage, source: str) -> Sources | Tars:
             tars (`00{000..123}.tar`, `*.tar`), or of a text file that lists images.
 
     Raises:
-        SourceError: It is missing, empty, or holds nothing of these.
+        SourceError: It is missing, empty, or holds nothing of these; or a tar's name is no UTF-8.
         StorageError: It cannot be reached.
     """
-    source = Storage.absolute(source)
+    found = _found(storage, Storage.absolute(source))
+    if isinstance(found, Tars):
+        for tar in found.tars:
+            _refuse_odd_bytes(within(found.root, tar.path))
+    return found
+
+
+def _refuse_odd_bytes(url: str) -> None:
+    """Names of tars become those of shards, which a manifest keeps as UTF-8."""
+    try:
+        url.encode()
+    except UnicodeEncodeError:
+        raise SourceError("source", "must have a name in UTF-8", url, "rename the tar, or its folder") from None
+
+
+def _found(storage: Storage, source: str) -> Sources | Tars:
     if address(source).lower().endswith(PACKED_SUFFIXES):
         remedy = "unpack it first: single images cannot be read from a packed archive"
         raise SourceError("source", "must not be compressed", source, remedy)

@@ -9,19 +9,20 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from pipeline.errors import clipped
 from pipeline.photo import CorruptImage
-from pipeline.shard_index import Skipped
+from pipeline.shard_index import LARGEST_IMAGE_BYTES, Skipped
 from pipeline.tar_scan import RangedFile, TarFault, TarMember, scan_tar
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jfif")
 """Where a sample has several images, the first of these is the one."""
 LABEL_FIELDS = ("cls", "label", "class_id")
 """Of a sample's .json; the first that is an integer counts."""
-LARGEST_IMAGE_BYTES = 256 << 20
 LARGEST_LABEL_BYTES = 1 << 20
 MOST_SKIPPED = 100_000
 """Of one tar's images; a tar with more is given up, before their list fills the memory."""
 
+_LABEL_DIGITS = 19  # of 2**63 - 1
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset skips these too
 
 
@@ -137,7 +138,8 @@ class _Collector:
                 raise CorruptImage(f"{member.size} bytes are more than {LARGEST_IMAGE_BYTES}")
             measured = self._measure(self._content(member)) if self._measure else None
         except CorruptImage as error:
-            self.contents.skipped.append(Skipped(f"{member.name} at byte {member.data_offset}", str(error)))
+            path = f"{clipped(member.name)} at byte {member.data_offset}"
+            self.contents.skipped.append(Skipped(path, str(error)))
             return
         key = sample_key(member.name)
         extension = member.name[len(key) + 1 :]
@@ -145,14 +147,26 @@ class _Collector:
 
     def _take_label(self, stem: str, kind: str, data: bytes) -> None:
         try:
-            value = int(data) if kind == "cls" else _json_label(data)
-        except ValueError:
+            value = cls_label(data) if kind == "cls" else _json_label(data)
+        except (ValueError, RecursionError):  # the latter from JSON of very many brackets
             value = -1
         if value is not None and not 0 <= value < 2**63:
             self.contents.bad_labels += 1
             value = None
         if kind == "cls" or value is not None:
             self.labels[stem] = value
+
+
+def cls_label(data: bytes) -> int:
+    """The label in a .cls: decimal digits, with blanks around them or without.
+
+    Raises:
+        ValueError: It is anything else; also what Python alone takes for a number, like 1_0 or +5.
+    """
+    digits = data.strip()
+    if not digits.isdigit() or len(digits) > _LABEL_DIGITS:
+        raise ValueError("no label")
+    return int(digits)
 
 
 def _json_label(data: bytes) -> int | None:

@@ -2,6 +2,8 @@
 
 Members are parsed by `tarfile` (ustar with prefix, pax, GNU long names, base-256 sizes). What `tarfile` and webdataset
 pass over in silence is told here: they take a damaged header in the middle for the end of the archive.
+
+Tars need not be trusted: whatever a header says, time and memory stay in proportion to the bytes that are read.
 """
 
 from __future__ import annotations
@@ -11,11 +13,14 @@ import tarfile
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import IO, NamedTuple, Self, cast
+from typing import IO, NamedTuple, cast
+
+from pipeline.errors import clipped
+from pipeline.tar_headers import LARGEST_NAME_BYTES, BoundedInfo, BoundedTar
 
 CHUNK_BYTES = 8 << 20
-LARGEST_HEADER_BYTES = 1 << 20
-"""Of what pax and GNU put before a member (names, times, comments); `tarfile` reads it into memory whole."""
+MOST_FAULTS = 100_000
+"""Of one tar; one with more is given up, before their list fills the memory."""
 _HELD_CHUNKS = 3
 _BLOCK = tarfile.BLOCKSIZE
 _MAGIC = slice(257, 262)
@@ -27,13 +32,6 @@ _PACKERS = {
     b"PK\x03\x04": "zip",
 }
 """By the first bytes of what they make."""
-_EXTENDED = (
-    tarfile.XHDTYPE,
-    tarfile.XGLTYPE,
-    tarfile.SOLARIS_XHDTYPE,
-    tarfile.GNUTYPE_LONGNAME,
-    tarfile.GNUTYPE_LONGLINK,
-)
 _NO_END = "the tar is cut off: it has no end mark"
 
 
@@ -119,17 +117,6 @@ class RangedFile(io.RawIOBase):
         return self._chunks[number].result()
 
 
-class _BoundedInfo(tarfile.TarInfo):
-    """Headers of a bounded size."""
-
-    @classmethod
-    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
-        info = super().frombuf(buf, encoding, errors)
-        if info.type in _EXTENDED and info.size > LARGEST_HEADER_BYTES:
-            raise tarfile.HeaderError(f"an extended header of {info.size} bytes, more than {LARGEST_HEADER_BYTES}")
-        return info
-
-
 def scan_tar(file: RangedFile, *, salvage: bool = True) -> Iterator[TarMember | TarFault]:
     """Go through a tar from its first byte to its last.
 
@@ -140,9 +127,14 @@ def scan_tar(file: RangedFile, *, salvage: bool = True) -> Iterator[TarMember | 
         salvage: Look for the next good header behind a damaged place; else end there.
     """
     offset: int | None = 0
+    faults = 0
     while offset is not None:
         fault, offset = yield from _archive(file, offset)
         if fault is None:
+            return
+        faults += 1
+        if faults > MOST_FAULTS:
+            yield TarFault(fault.offset, f"more than {MOST_FAULTS} damaged places; the rest was not looked at")
             return
         yield fault
         if not salvage:
@@ -156,37 +148,47 @@ def _archive(file: RangedFile, start: int) -> Generator[TarMember, None, tuple[T
     tar: tarfile.TarFile | None = None
     here = start
     try:
-        tar = tarfile.TarFile(fileobj=cast(IO[bytes], file), errorlevel=2, tarinfo=_BoundedInfo)
+        # Names become the same text under every locale; pax headers have UTF-8 anyway, or bytes that are no text.
+        tar = BoundedTar(fileobj=cast(IO[bytes], file), errorlevel=2, tarinfo=BoundedInfo, encoding="utf-8")
         while (member := tar.next()) is not None:
             tar.members.clear()  # type: ignore[attr-defined]
+            if tar.offset <= here:
+                raise tarfile.HeaderError("it leads back to what was read before")
             here = tar.offset
             missing = (tar.offset if member.issparse() else member.offset_data + member.size) - file.size
             if missing > 0 and not member.isdir():
-                return TarFault(member.offset, f"{member.name} is cut off, {missing} bytes are missing"), file.size
+                what = f"{clipped(member.name)} is cut off, {missing} bytes are missing"
+                return TarFault(member.offset, what), file.size
             if member.isreg() or member.issym() or member.islnk():
                 yield TarMember(member.name, member.offset, member.offset_data, member.size, _obstacle(member))
     except (tarfile.TarError, ValueError, UnicodeError, OverflowError, EOFError) as error:
         if here >= file.size > 0:
             return TarFault(file.size, _NO_END), file.size
-        return TarFault(here, _header_fault(file, here, error)), here + _BLOCK
+        # A good header's extent was read: nothing of it is looked at again, which could go on for each of its blocks.
+        behind = max(file.tell(), here + _BLOCK)
+        return TarFault(here, _header_fault(file, here, error)), behind
     return _end_fault(file, tar.offset)
 
 
 def _obstacle(member: tarfile.TarInfo) -> str:
     if not member.isreg():
-        return f"it is a link to {member.linkname}"
+        return f"it is a link to {clipped(member.linkname)}"
+    if (size := len(member.name.encode("utf-8", "surrogateescape"))) > LARGEST_NAME_BYTES:
+        return f"its name has {size} bytes, more than {LARGEST_NAME_BYTES}"
+    if "\0" in member.name:
+        return "its name has a NUL in it"
     if member.name.startswith("/") or ".." in member.name.split("/"):
         return "its name leads out of the folder that a tar is unpacked in"
     return "it is stored as a sparse file" if member.issparse() else ""
 
 
 def _header_fault(file: RangedFile, offset: int, error: Exception) -> str:
-    file.seek(0)
-    start = file.read(max(map(len, _PACKERS)))
-    packer = next((name for magic, name in _PACKERS.items() if start.startswith(magic)), None)
-    if packer and not offset:
-        return f"it is compressed by {packer}; unpack it first"
-    return f"damaged header ({error})"
+    if not offset:
+        file.seek(0)
+        start = file.read(max(map(len, _PACKERS)))
+        if packer := next((name for magic, name in _PACKERS.items() if start.startswith(magic)), None):
+            return f"it is compressed by {packer}; unpack it first"
+    return f"damaged header ({clipped(str(error))})"
 
 
 def _end_fault(file: RangedFile, offset: int) -> tuple[TarFault | None, int]:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import google_crc32c
 
 from pipeline.decode import decode
-from pipeline.errors import DatasetError
+from pipeline.errors import DatasetError, clipped
 from pipeline.shard_index import NO_LABEL, IndexRow, ShardIndex
 from pipeline.shard_table import ShardEntry
 from pipeline.storage import Storage
+from pipeline.tar_samples import cls_label
 from pipeline.tar_scan import RangedFile, TarFault, TarMember, scan_tar
 
 LARGEST_LABEL_BYTES = 64
@@ -109,7 +110,8 @@ def _content_faults(file: RangedFile, index: ShardIndex, deep: bool) -> Iterator
         row = rows.pop(item.data_offset, None)
         if row is not None:
             if (item.name, item.size) != (row.member, row.length):
-                what = f"the index has {row.member} of {row.length} bytes, the tar {item.name} of {item.size}"
+                found = f"{clipped(item.name)} of {item.size}"
+                what = f"the index has {row.member} of {row.length} bytes, the tar {found}"
                 yield Fault(index.shard, row.key, row.offset, what)
             yield from _image_faults(file, index.shard, row, deep)
         elif item.name.endswith(".cls") and not item.obstacle and item.size <= LARGEST_LABEL_BYTES:
@@ -147,9 +149,13 @@ def _label_faults(file: RangedFile, shard: str, labels: dict[str, IndexRow], mem
     if row is None:
         return
     file.seek(member.data_offset)
-    text = file.read(member.size).decode(errors="replace")
-    if not text.strip().isdecimal() or int(text) != row.label:
-        what = f"{member.name} has the label {text!r}, the index {row.label}"
+    data = file.read(member.size)
+    try:
+        label = cls_label(data)
+    except ValueError:
+        label = None
+    if label != row.label:
+        what = f"{clipped(member.name)} has the label {data.decode(errors='replace')!r}, the index {row.label}"
         yield Fault(shard, row.key, member.data_offset, what)
 
 

@@ -23,8 +23,9 @@ from pipeline.errors import DatasetError
 from pipeline.manifest import Manifest
 from pipeline.photo import CorruptImage, photo_from
 from pipeline.storage import Storage
+from pipeline.tar_headers import LARGEST_HEADER_BYTES
 from pipeline.tar_samples import MOST_SKIPPED, TarContents, read_samples
-from pipeline.tar_scan import LARGEST_HEADER_BYTES, RangedFile
+from pipeline.tar_scan import RangedFile
 
 MakeJpeg = Callable[..., bytes]
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,6 @@ from pipeline.shards import write_shard
 from pipeline.source import Source, Sources
 from pipeline.sources import find_sources
 from pipeline.storage import STORES, Storage
-from pipeline.tar_samples import LARGEST_IMAGE_BYTES as LARGEST_IN_TARS
 
 MakeJpeg = Callable[..., bytes]
 
@@ -61,10 +60,6 @@ def test_no_more_is_read_than_an_image_may_have(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(RefusedError, match="it has more than 1000 bytes"):
         Source("memory://x/known.jpg", 1001, None).read(storage, "")
     assert asked == [1001]
-
-
-def test_images_of_folders_and_of_tars_have_the_same_limit() -> None:
-    assert LARGEST_IMAGE_BYTES == LARGEST_IN_TARS
 
 
 def test_the_start_of_an_object_is_read_from_any_store(tmp_path: Path) -> None:
