@@ -18,10 +18,10 @@ from safetensors.torch import load
 from testbed import Command
 from zero_material import commit_zero_files, random_material, write_zero_files
 
-from jobs import weights_file
 from jobs.recipes import named_recipe
 from jobs.run_directory import RunDirectory
 from jobs.stack import Stack
+from jobs.weight_results import consolidated_url
 from pipeline.storage import Storage
 
 ON_A_CLUSTER = """
@@ -66,7 +66,7 @@ def test_tasks_of_a_cluster_make_the_same_files_also_where_training_has_every_cp
 
     out, _ = convmae("consolidate", run.name)
     assert "step 5: s3://" in out
-    here = weights_file.of_run(run, 5).tensors
+    here = load(run.storage.read(consolidated_url(run, 5)))
     assert len(urls) > 2
     assert by_tasks.keys() == here.keys()
     assert all(torch.equal(by_tasks[name], tensor) for name, tensor in here.items())
