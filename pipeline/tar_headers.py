@@ -87,7 +87,7 @@ class BoundedInfo(tarfile.TarInfo):
         is_global = info.type == tarfile.XGLTYPE
         data = tar.fileobj.read(info._block(info.size))[: info.size]
         if len(data) < info.size:
-            raise tarfile.HeaderError("a pax header is cut off")
+            raise tarfile.HeaderError("empty header")  # what `tarfile` says of the member that is not there either
         records = _pax_records(data)
         if is_global and any(len(value) > LARGEST_NAME_BYTES for value in records.values()):
             # It would be looked at again with every member.
