@@ -1,7 +1,7 @@
 """The run's /metrics endpoint: run-level series that outlive workers, and each rank's while it trains.
 
-Counters take up where the checkpoint left them, so that a restart does not look like a reset. Series of ranks are made
-when they are scraped, from the newest step's figures: those of a group that has ended cannot stay behind.
+Counters are those of the last heartbeat that was written, so that a restart does not look like a reset. Series of ranks
+are made when they are scraped, from the newest step's figures: those of a group that has ended cannot stay behind.
 """
 
 from __future__ import annotations

@@ -506,6 +506,7 @@ class RunMonitor:
                 raise
             with self._lock:
                 self._record.written(tail)
+                self._figures.saved(heartbeat)
 
     def _add_event(self, kind: str, **fields: Any) -> None:
         self._clock.see(self._record.add_event(kind, fields))

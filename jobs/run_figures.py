@@ -50,8 +50,8 @@ class RunFigures:
         self._workers_seen_at = time.monotonic()
         self._stop_asked = False
         self._totals = saved_counters(before)
-        for key, total in self._totals.items():
-            exporter.count(*name_and_label(key, total))
+        self._served: dict[str, float] = {}
+        self.saved(before)
         self._status: dict[str, Any] = {
             "step": 0,
             "world_size": None,
@@ -96,7 +96,18 @@ class RunFigures:
         """Add to one of `exporter.COUNTERS`, or of `LABELLED_COUNTERS` with the value of its label."""
         key = f"{name}_total:{label}" if label else f"{name}_total"
         self._totals[key] = self._totals.get(key, 0.0) + amount
-        self._exporter.count(name, amount, label)
+
+    def saved(self, heartbeat: Mapping[str, Any]) -> None:
+        """Serve the counters of a heartbeat that was written.
+
+        Never more than that: a driver that is killed would have served what the next one does not know, and for
+        Prometheus a counter that goes back by one has begun anew, so that `rate` adds all of it.
+        """
+        for key, total in saved_counters(heartbeat).items():
+            name, amount, label = name_and_label(key, total - self._served.get(key, 0.0))
+            if amount > 0:
+                self._exporter.count(name, amount, label)
+                self._served[key] = total
 
     def catch_up(self, saved: Mapping[str, Any]) -> None:
         """Go on from the counters of a commit where they are ahead: the last heartbeat was lost."""

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from committed import save
 
 from jobs import checked_files, checkpoint
 from jobs.checked_files import CheckedFiles, Copy
-from jobs.checkpoint import Commit
 from jobs.errors import DamagedCheckpointError
 from jobs.run_directory import RunDirectory
 from pipeline.storage import Storage
@@ -40,10 +41,9 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CheckedFiles:
     (tmp_path / "local").mkdir()
     for name, data in CONTENTS.items():
         (tmp_path / "local" / name).write_bytes(data)
-    commit: Any = dict.fromkeys(Commit.__dataclass_fields__, 0) | {
-        "step": 5, "files": tuple(checkpoint.upload_files(run, 5, tmp_path / "local", chunk_bytes=CHUNK_BYTES)),
-    }  # fmt: skip
-    return CheckedFiles(run, Commit(**commit))
+    commit = save(run, tmp_path / "local", 5)
+    files = checkpoint.upload_files(run, 5, tmp_path / "local", chunk_bytes=CHUNK_BYTES)
+    return CheckedFiles(run, replace(commit, files=tuple(files)))
 
 
 def url(files: CheckedFiles, name: str) -> str:

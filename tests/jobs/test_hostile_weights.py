@@ -407,8 +407,8 @@ def lying(size: int) -> Callable[[Storage, str], int]:
     return lambda storage, url: size
 
 
-@pytest.mark.parametrize("told", [None, 2**62], ids=["its size", "the size of the commit"])
-@pytest.mark.parametrize("size", [2**62, 6, -5])
+@pytest.mark.parametrize("told", [None, 2**52], ids=["its size", "the size of the commit"])
+@pytest.mark.parametrize("size", [2**52, 6])
 def test_a_size_that_is_made_up_is_damage_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: int | None, size: int
 ) -> None:

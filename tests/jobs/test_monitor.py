@@ -110,6 +110,12 @@ def last_event(run: RunDirectory) -> dict[str, Any]:
 
 
 def scraped(monitor: RunMonitor) -> dict[str, float]:
+    """What is served once all is written."""
+    monitor.flush()
+    return served(monitor)
+
+
+def served(monitor: RunMonitor) -> dict[str, float]:
     """Value of every series by name, with the labels other than the run."""
     with urllib.request.urlopen(monitor.status()["metrics_url"], timeout=5) as answer:
         families = list(text_string_to_metric_families(answer.read().decode()))
@@ -196,6 +202,22 @@ def test_counters_go_on_in_a_new_driver_and_redone_images_count(start: Start) ->
     assert scraped(second)["convmae_images_total"] == 45 * IMAGES
     assert scraped(second)["convmae_storage_requests_total"] == 45 * READING["storage_requests"]
     assert scraped(second)["convmae_block_cache_bytes"] == READING["block_cache_bytes"]
+
+
+def test_a_driver_that_is_killed_has_served_no_more_than_the_next_one_knows(start: Start) -> None:
+    """A counter that goes back has begun anew, for Prometheus."""
+    first = start()
+    begin(first)
+    record(first, range(1, 6))
+    first.flush()
+    record(first, range(6, 9))
+    before = served(first)
+
+    after = served(start())
+
+    assert before["convmae_step"] == 8
+    assert before["convmae_images_total"] == 5 * IMAGES
+    assert {name for name in before if name.endswith("_total") and after.get(name, 0) < before[name]} == set()
 
 
 def test_counters_come_from_the_commit_where_the_heartbeat_is_lost(start: Start, run: RunDirectory) -> None:
