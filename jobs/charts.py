@@ -99,7 +99,7 @@ def trend(steps: Floats, values: Floats, points: int) -> tuple[Floats, Floats]:
 
 def speeds(history: History, global_batch_size: int) -> tuple[Floats, Floats]:
     """Images per second over stretches of the steps that were timed: the batch over the mean time of a step."""
-    timed = np.isfinite(history.step_seconds) & (history.step_seconds > 0)
+    timed = history.step_seconds > 0  # which NaN is not
     steps, seconds = trend(history.steps[timed], history.step_seconds[timed], TREND_POINTS)
     return steps, global_batch_size / seconds
 

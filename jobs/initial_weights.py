@@ -37,8 +37,8 @@ from jobs.weights_file import (
     sha256_of,
 )
 from model import ConvMAE, ConvMAEConfig
-from model.errors import shortened
 from model.weights import to_official
+from pipeline.errors import clipped
 from pipeline.scratch import scratch_folder
 from pipeline.storage import Storage
 
@@ -154,7 +154,7 @@ def _loaded(path: Path, url: str) -> dict[str, Tensor]:
     for name, tensor in state.items():
         is_dense = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_nested
         if not is_dense or tensor.is_meta:
-            rule = f"must be dense tensors with values ({shortened(name)} is {_kind(tensor)})"
+            rule = f"must be dense tensors with values ({clipped(name)} is {_kind(tensor)})"
             raise WeightsFileError(
                 "weights", rule, url, "save the model's state dict from the CPU, as it is in training"
             )

@@ -196,7 +196,8 @@ def _picture(record: RunRecord) -> str:
     if record.picture is None:
         return ""
     source = f"data:image/png;base64,{base64.b64encode(record.picture).decode()}"
-    note = "Patches that the model saw are left as they are. Rows are of the milestones and the newest checkpoint."
+    note = "Patches that the model saw are left as they are. "
+    note += "The last row is of the newest weights, those above it of some that were written before, as of milestones."
     if record.recipe.model.norm_pix:
         note += " It predicts normalised patches: each is shown with the mean and variance of the original patch."
     image = f'<img src="{source}" alt="Originals, masked images and reconstructions">'

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from jobs.errors import DamagedCheckpointError
-from pipeline.errors import UserError
+from pipeline.errors import UserError, clipped
 
 _BUFFER_BYTES = 1 << 16
 _LOCAL_HEADER_BYTES = 30
@@ -30,8 +30,6 @@ LARGEST_PICKLE_BYTES = 8 << 20
 """Of the objects beside the tensors' bytes. ConvMAE-Base has 48 KB; one byte can become an object of a hundred."""
 _PUTS = ("PUT", "BINPUT", "LONG_BINPUT")
 """Opcodes that name a place in the unpickler's table."""
-_LONGEST = 200
-"""Characters of a file's own words in a message."""
 
 STORAGE_DTYPES = {
     "DoubleStorage": "F64",
@@ -132,11 +130,11 @@ def read_archive(files: Files, url: str, size: int) -> Any:
     except UserError:
         raise
     except (zipfile.BadZipFile, ValueError, LookupError, EOFError, NotImplementedError) as e:
-        raise damaged(url, f"its directory cannot be read: {str(e)[:_LONGEST]}") from e
+        raise damaged(url, f"its directory cannot be read: {clipped(str(e))}") from e
     try:
         return reader.contents(pickled)
     except Exception as e:  # a pickle can be made to raise anything, and here nothing but its bytes is looked at
-        raise damaged(url, f"its pickle cannot be read: {type(e).__name__}: {str(e)[:_LONGEST]}") from e
+        raise damaged(url, f"its pickle cannot be read: {type(e).__name__}: {clipped(str(e))}") from e
 
 
 def check_directory(archive: zipfile.ZipFile, size: int) -> None:
@@ -152,10 +150,10 @@ def check_directory(archive: zipfile.ZipFile, size: int) -> None:
     for info in archive.infolist():
         is_plain = info.compress_type == zipfile.ZIP_STORED and info.file_size == info.compress_size
         if not is_plain or info.flag_bits & 1:
-            raise zipfile.BadZipFile(f"{info.filename[:_LONGEST]} is compressed or encrypted")
+            raise zipfile.BadZipFile(f"{clipped(info.filename)} is compressed or encrypted")
         if info.filename.casefold().endswith("data.pkl") and info.file_size > LARGEST_PICKLE_BYTES:
             what = f"has {info.file_size} bytes, more than {LARGEST_PICKLE_BYTES}"
-            raise zipfile.BadZipFile(f"{info.filename[:_LONGEST]} {what}")
+            raise zipfile.BadZipFile(f"{clipped(info.filename)} {what}")
     if sum(info.file_size for info in archive.infolist()) > size:
         raise zipfile.BadZipFile("its records lie over each other")
 
@@ -192,7 +190,7 @@ class _Reader:
             try:
                 info = self._archive.getinfo(f"{self._root}/data/{key}")
             except KeyError:
-                raise damaged(self._url, f"it has no record data/{key[:_LONGEST]}") from None
+                raise damaged(self._url, f"it has no record data/{clipped(key)}") from None
             offset = self._data_offset(info) if info.file_size else info.header_offset
             self._records[key] = Record(self._url, info.filename, offset, info.file_size)
         return self._records[key]

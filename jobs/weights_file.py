@@ -25,8 +25,9 @@ from jobs.weight_files import FILE_NAME, INDEX_NAME
 from jobs.weight_results import SEVERAL_FILES, recorded_sha256
 from jobs.zero_state import read_zero_state
 from model import ConvMAE, ConvMAEConfig
-from model.errors import ModelConfigError, listed, shortened
+from model.errors import ModelConfigError, listed
 from model.weights import check_names
+from pipeline.errors import clipped
 from pipeline.scratch import scratch_folder
 from pipeline.storage import Storage
 
@@ -88,7 +89,7 @@ def check_dtypes(dtypes: Mapping[str, object], value: str) -> None:
     """
     for name, dtype in dtypes.items():
         if dtype not in _FLOATS and dtype not in _FLOATS.values():
-            rule = f"must be of float16, bfloat16, float32 or float64 ({shortened(name)} is of {dtype})"
+            rule = f"must be of float16, bfloat16, float32 or float64 ({clipped(name)} is of {dtype})"
             remedy = "give weights as they were trained, neither quantized nor converted"
             raise WeightsFileError("weights", rule, value, remedy)
 
@@ -101,7 +102,7 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], value: str) -> None:
     """
     for name, tensor in tensors:
         if not tensor.float().isfinite().all():
-            rule = f"must be finite in fp32 ({shortened(name)} is not)"
+            rule = f"must be finite in fp32 ({clipped(name)} is not)"
             raise WeightsFileError("weights", rule, value, "take an earlier checkpoint, from before the loss diverged")
 
 
@@ -162,7 +163,7 @@ def _weight_map(storage: Storage, index_url: str) -> dict[str, str]:
     except FileNotFoundError:
         raise WeightsFileError("weights", "must exist", index_url, remedy) from None
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        rule = f"must be the index of several files ({type(error).__name__}: {shortened(str(error))})"
+        rule = f"must be the index of several files ({type(error).__name__}: {clipped(str(error))})"
         raise WeightsFileError("weights", rule, index_url, remedy) from None
     is_map = isinstance(places, dict) and bool(places)
     if not is_map or not all(isinstance(name, str) and _SHARD_NAME.fullmatch(name) for name in places.values()):
@@ -182,9 +183,9 @@ def _check_shard(url: str, index_url: str, expected: set[str], found: set[str]) 
 def _check_same(url: str, before: Mapping[str, str], theirs: Mapping[str, str]) -> None:
     for key in sorted({*before, *theirs}):
         if before.get(key) != theirs.get(key):
-            was, found = (shortened(repr(metadata.get(key))) for metadata in (before, theirs))
-            rule = f"must be of the same consolidation as the files before it ({shortened(key)} was {was})"
-            raise WeightsFileError("weights", rule, f"{url}, {shortened(key)} {found}", "get the folder again")
+            was, found = (clipped(repr(metadata.get(key))) for metadata in (before, theirs))
+            rule = f"must be of the same consolidation as the files before it ({clipped(key)} was {was})"
+            raise WeightsFileError("weights", rule, f"{url}, {clipped(key)} {found}", "get the folder again")
 
 
 def of_run(run: RunDirectory, step: int | None = None) -> Weights:
@@ -314,7 +315,7 @@ def model_config(metadata: Mapping[str, str], url: str) -> ConvMAEConfig:
     try:
         return ConvMAEConfig(**json.loads(metadata["model"]))
     except (ValueError, TypeError, RecursionError) as error:
-        rule = f"must be of a model that is known ({shortened(str(error))})"
+        rule = f"must be of a model that is known ({clipped(str(error))})"
         raise WeightsFileError("weights", rule, url, remedy) from None
 
 

@@ -45,12 +45,12 @@ def listed(faults: Sequence[str]) -> str:
         kinds.get(fault.partition(" ")[0], kinds["misshapen"]).append(fault)
     told = []
     for kind, those in kinds.items():
-        told += [shortened(fault) for fault in those[:MOST_LISTED]]
+        told += [_shortened(fault) for fault in those[:MOST_LISTED]]
         told += [f"and {len(those) - MOST_LISTED} more {kind}"] if len(those) > MOST_LISTED else []
     return "; ".join(told)
 
 
-def shortened(text: str) -> str:
+def _shortened(text: str) -> str:
     """The beginning of a text that may come from a file of others, without characters that move a terminal's cursor."""
     begin = text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
     return begin if begin.isprintable() else begin.encode("unicode_escape").decode()

@@ -19,7 +19,7 @@ import aiohttp
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
 
-from pipeline.errors import RefusedError, ReplacedError, StorageError, UnreachableError
+from pipeline.errors import RefusedError, ReplacedError, StorageError, UnreachableError, clipped
 from pipeline.throttle import Throttle
 
 logger = logging.getLogger(__name__)
@@ -163,7 +163,7 @@ def translated(error: Exception, url: str) -> Exception:  # noqa: PLR0911, PLR09
             "folder", "must be accessible", url, f"change its permissions or take another ({_told(error)})"
         )
     if number == errno.ENAMETOOLONG and not status:
-        return StorageError("path", "must be short enough for its file system", url[:100] + "...", "shorten it")
+        return StorageError("path", "must be short enough for its file system", clipped(url), "shorten it")
     if number in _NOT_A_FOLDER and not status:
         return StorageError("path", "must fit what lies there", url, f"take another ({_told(error)})")
     if isinstance(error, boto.ParamValidationError):

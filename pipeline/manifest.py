@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import google_crc32c
 
-from pipeline.errors import DamagedManifestError, DatasetError, StorageError
+from pipeline.errors import DamagedManifestError, DatasetError, StorageError, clipped
 from pipeline.shard_index import Skipped
 from pipeline.shard_table import CONTENT_COLUMNS, ShardTable
 from pipeline.storage import Storage, is_local
@@ -139,9 +139,9 @@ def _check_fields(fields: dict[str, Any]) -> None:
     if not isinstance(classes, list) or not set(map(type, classes)) <= {str}:
         raise ValueError("classes must be a list of strings")
     if type(skipped) is not int or skipped < 0:
-        raise ValueError(f"skipped must be an integer of at least 0, is {str(skipped)[:60]!r}")
+        raise ValueError(f"skipped must be an integer of at least 0, is {clipped(str(skipped))!r}")
     if not isinstance(digest, str):
-        raise ValueError(f"sources_digest must be a string, is {str(digest)[:60]!r}")
+        raise ValueError(f"sources_digest must be a string, is {clipped(str(digest))!r}")
 
 
 def _refuse_odd_tars(shards: ShardTable, url: str) -> None:
@@ -155,7 +155,7 @@ def _refuse_odd_tars(shards: ShardTable, url: str) -> None:
         try:
             leads_here = is_local(start + "x")
         except StorageError as error:
-            raise DatasetError("manifest", f"tars {error.rule}", start[:100], "index the tars again") from None
+            raise DatasetError("manifest", f"tars {error.rule}", clipped(start), "index the tars again") from None
         if leads_here and not local:
             raise _leads_here(url, next(place for place in places if place.startswith(start)))
     if not local and (paths := [place for place in places if place.startswith("/")]):

@@ -9,6 +9,7 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.errors import clipped
 from pipeline.index_pages import Pages, row_type
 from pipeline.shard_index import ShardIndex
 from pipeline.storage import Storage
@@ -203,7 +204,7 @@ def _strings(field: str, values: Sequence[str], most_bytes: int) -> npt.NDArray[
     encoded = [value.encode() for value in values]
     for place, value in enumerate(encoded):
         if len(value) > most_bytes or b"\0" in value:
-            shown = f"shards.{field} of shard {place}, {values[place][:60]!r}"
+            shown = f"shards.{field} of shard {place}, {clipped(values[place])!r}"
             raise ValueError(f"{shown}: must have at most {most_bytes} bytes and no NUL, has {len(value)} bytes")
     return np.array(encoded, np.bytes_)
 

@@ -24,7 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.registry import known_implementations
 
 from pipeline import faults
-from pipeline.errors import StorageError
+from pipeline.errors import StorageError, clipped
 from pipeline.local_files import local_files, read_part
 from pipeline.ranged_read import HttpRangedRead, RangedRead
 from pipeline.throttle import Throttle
@@ -384,7 +384,7 @@ def _protocol(url: str) -> str:
     if not url:
         raise StorageError("URL", "must not be empty", url, "write s3://bucket/folder or a path")
     if "\0" in url:
-        raise StorageError("URL", "must hold no NUL", url[:100], "correct what it comes from")
+        raise StorageError("URL", "must hold no NUL", clipped(url), "correct what it comes from")
     protocol, separator, _ = url.partition("://")
     if not separator:
         # "s3:/bucket" would otherwise become a folder named "s3:".
@@ -400,7 +400,7 @@ def _protocol(url: str) -> str:
     foreign = protocol in known_implementations or "::" in protocol
     nearest = [] if foreign else difflib.get_close_matches(protocol, STORES, n=1, cutoff=0.4)
     remedy = f"did you mean {nearest[0]}://?" if nearest else "use s3://, gs://, file:// or a path"
-    raise StorageError("URL", "must have a known protocol", url[:200], remedy)
+    raise StorageError("URL", "must have a known protocol", clipped(url), remedy)
 
 
 def _refuse_password(protocol: str, url: str) -> None:
