@@ -199,7 +199,7 @@ def _picture(record: RunRecord) -> str:
     note = "Patches that the model saw are left as they are. "
     note += "The last row is of the newest weights, those above it of some that were written before, as of milestones."
     if record.recipe.model.norm_pix:
-        note += " It predicts normalised patches: each is shown with the mean and variance of the original patch."
+        note += " The model predicts normalised patches: each is shown with mean and variance of the original patch."
     image = f'<img src="{source}" alt="Originals, masked images and reconstructions">'
     return f'<div class="picture">{image}</div>{_paragraph(note)}'
 
