@@ -6,12 +6,13 @@ import contextlib
 import json
 import os
 import secrets
+import shlex
 import socket
 import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -117,10 +118,17 @@ class Cluster:
         )
         wait_until("the head", self._head_answers, 120)
 
-    def add(self, cpus: int = 1) -> Node:
-        """Start one node more, and wait until it has joined."""
+    def add(self, cpus: int = 1, *, own_disk: Path | None = None) -> Node:
+        """Start one node more, and wait until it has joined.
+
+        Args:
+            cpus: It has for ranks and tasks.
+            own_disk: A folder at which this node has a disk of its own; takes root.
+        """
         before = self.alive()
-        node = self._start(f"node{len(self.nodes)}", f"--address={self.address}", f"--num-cpus={cpus}")
+        mounting = f'mount -t tmpfs none {shlex.quote(str(own_disk))} && exec "$@"'
+        prefix = ("unshare", "--mount", "sh", "-c", mounting, "sh") if own_disk else ()
+        node = self._start(f"node{len(self.nodes)}", f"--address={self.address}", f"--num-cpus={cpus}", prefix=prefix)
         self.nodes.append(node)
         wait_until("the node", lambda: len(self.alive() - before) == 1, 120)
         (node.node_id,) = self.alive() - before
@@ -164,9 +172,10 @@ class Cluster:
         for node in [*self.nodes, self.head]:
             node.end()
 
-    def _start(self, name: str, *options: str) -> Node:
+    def _start(self, name: str, *options: str, prefix: Sequence[str] = ()) -> Node:
         log = self.folder / f"{name}.log"
         command = [
+            *prefix,
             *RAY,
             "start",
             "--block",

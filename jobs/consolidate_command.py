@@ -8,9 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
+from jobs.checkpoint import commit_url
 from jobs.consolidate import commit_of, consolidate, in_threads
 from jobs.run_directory import RunDirectory
 from jobs.session import Session
+from jobs.shared_folder import Landmarks, file_landmarks, planted
 from jobs.terminal import bytes_text, duration_text, progress_bar, say
 from jobs.weight_files import PART_BYTES
 from jobs.weight_results import Consolidated, Wanted
@@ -27,8 +29,11 @@ def consolidate_and_say(session: Session, run: RunDirectory, step: int | None, w
         UserError: There is no such checkpoint, the result exists, a file of it is damaged, a value does not fit.
     """
     commit = commit_of(run, step)
-    fan_out = _fan_out(session, commit.bytes, wanted.dtype)
-    with _shown() as show:
+    on_cluster = commit.bytes >= CLUSTER_BYTES and "RAY_ADDRESS" in session.environ
+    target = wanted.url(run, commit.step).rpartition("/")[0]
+    with planted(run.storage, "target", target if on_cluster else "") as there, _shown() as show:
+        source = file_landmarks(run.storage, "run", run.url, commit_url(run, commit.step))
+        fan_out = _on_cluster(session, (*source, *there)) if on_cluster else _in_threads(wanted.dtype)
         result = consolidate(
             run,
             commit.step,
@@ -60,13 +65,15 @@ def progress_text(now: Progress, seconds: float) -> str:
     return f"{bytes_text(now.bytes)} · {bytes_text(rate)}/s · ETA {duration_text(remaining)}"
 
 
-def _fan_out(session: Session, checkpoint_bytes: int, dtype: str) -> FanOut:
-    if checkpoint_bytes < CLUSTER_BYTES or "RAY_ADDRESS" not in session.environ:
-        return in_threads(PART_BYTES, most=2 * (os.cpu_count() or 1), dtype=dtype)
+def _in_threads(dtype: str) -> FanOut:
+    return in_threads(PART_BYTES, most=2 * (os.cpu_count() or 1), dtype=dtype)
+
+
+def _on_cluster(session: Session, landmarks: Landmarks) -> FanOut:
     session.connect()
     from jobs.fan_out import fan_out
 
-    return functools.partial(fan_out, copying=True)
+    return functools.partial(fan_out, copying=True, landmarks=landmarks)
 
 
 @contextmanager

@@ -23,16 +23,18 @@ import torch
 from jobs import checkpoint
 from jobs.checkpoint import CLAIMS
 from jobs.checkpoint_interval import IntervalRule
-from jobs.errors import OvertakenError, RecipeError, RunError, RunFailedError
+from jobs.errors import MonitorLivesError, OvertakenError, PortTakenError, RecipeError, RunError, RunFailedError
 from jobs.failure_cause import root_cause
 from jobs.initial_weights import pinned
 from jobs.milestones import MilestoneConsolidator
 from jobs.monitor import FLUSH_INTERVAL_SECONDS, MonitorConfig, RunMonitor
+from jobs.patience import persevere
 from jobs.recipe import URL_FIELDS, Recipe
 from jobs.report import REPORT_NAME
 from jobs.run_directory import RunDirectory
 from jobs.schedule import Schedule
 from jobs.session import Session
+from jobs.shared_folder import check_seen_by_all, planted, run_landmarks
 from jobs.trace import check_trace
 from jobs.trainer import TrainJob, order_of
 from jobs.weight_results import Consolidated
@@ -55,10 +57,23 @@ class RunPlan:
     schedule: Schedule
     trace_url: str = ""
     """Where to write what each rank consumes (jobs.trace); empty: nowhere."""
+    patience_seconds: float = 0.0
+    """How long its driver waits for a cluster that does not answer."""
 
 
-def plan_run(session: Session, recipe: Recipe, name: str, trace_url: str = "") -> RunPlan:
+def plan_run(
+    session: Session, recipe: Recipe, name: str, trace_url: str = "", *, drives: bool = True, is_patient: bool = False
+) -> RunPlan:
     """Check everything that can be checked before anything starts.
+
+    Args:
+        session: Says which store and cluster.
+        recipe: What to train.
+        name: Of the run.
+        trace_url: Where to write what each rank consumes; empty: nowhere.
+        drives: Whether this process will be the driver; only on its machine does it matter whether a port is free.
+        is_patient: Wait for store, port and cluster as long as the run itself would, instead of a few seconds. For
+            drivers that nobody has typed.
 
     Raises:
         UserError: The first thing that is wrong: URL, credentials, data set, batch arithmetic, port.
@@ -69,18 +84,20 @@ def plan_run(session: Session, recipe: Recipe, name: str, trace_url: str = "") -
         {name: url and Storage.absolute(url) for name in URL_FIELDS for url in [getattr(recipe, name)]}
     )
     run = session.run(name, recipe.run_root)
-    session.storage.check(recipe.data, write=False)
+    patience_seconds = run.storage.retry_seconds if is_patient else 0.0
+    session.storage.check(recipe.data, write=False, is_patient=is_patient)
     manifest = Manifest.load(session.storage, recipe.data)
     order = order_of(recipe, manifest.samples)
     _check_capacity(session, recipe)
-    _check_port(recipe.metrics_port)
-    session.storage.check(run.url, write=True)
+    if drives or session.is_local:
+        persevere(lambda: _check_port(recipe.metrics_port), PortTakenError, patience_seconds)
+    session.storage.check(run.url, write=True, is_patient=is_patient)
     recipe = pinned(session.storage, recipe, run)
     run.check_recipe(recipe)
     if trace_url:
         trace_url = Storage.absolute(trace_url)
         check_trace(session.storage, trace_url, run.url)
-    return RunPlan(recipe, run, Schedule.of(recipe, order.steps_per_epoch), trace_url)
+    return RunPlan(recipe, run, Schedule.of(recipe, order.steps_per_epoch), trace_url, patience_seconds)
 
 
 def is_live(run: RunDirectory) -> bool:
@@ -119,6 +136,19 @@ def sole_driver(run: RunDirectory, on_wait: Callable[[str], None]) -> Iterator[C
 
 def _ask_the_other(run: RunDirectory) -> str:
     return f"watch it with `convmae status {run.name}`, end it with `convmae stop {run.name}`"
+
+
+def check_folders(plan: RunPlan, claim: Claim) -> None:
+    """Refuse folders on local disks that some node of the connected cluster which may have ranks does not see.
+
+    Raises:
+        NotSharedError: Names the nodes.
+    """
+    recipe, storage = plan.recipe, plan.run.storage
+    kind, least = ("GPU", 1.0) if recipe.device == "cuda" else ("CPU", recipe.cpus_per_worker)
+    with planted(storage, "trace", plan.trace_url) as trace:
+        landmarks = (*run_landmarks(recipe, plan.run, claim), *trace)
+        check_seen_by_all(storage, landmarks, lambda resources: resources.get(kind, 0.0) >= least)
 
 
 def claim_run(plan: RunPlan, *, is_sole_driver: bool = False) -> Literal["new", "resumes", "finished"]:
@@ -166,7 +196,7 @@ def train(session: Session, plan: RunPlan, claim: Claim, on_status: Callable[[Ma
     import ray
     from ray.exceptions import RayError
 
-    monitor = _start_monitor(session, plan)
+    monitor = _start_monitor(session, plan, claim)
     weights = _consolidator(plan, monitor)
     failure: list[BaseException] = []
     fit = threading.Thread(target=_fit, args=(plan, claim, monitor, failure), name="ray-train", daemon=True)
@@ -185,8 +215,7 @@ def train(session: Session, plan: RunPlan, claim: Claim, on_status: Callable[[Ma
                 logger.warning("the run's monitor is being restarted")
             except ClaimedError as error:  # the run directory is the other's: nothing more may be written to it
                 ray.kill(monitor)
-                remedy = f"this driver was silent for too long; {_ask_the_other(plan.run)}"
-                raise OvertakenError("run", error.rule, plan.run.name, remedy) from None
+                raise _overtaken(plan.run, error) from None
     if failure:
         reason = root_cause(failure[0])
         ray.get(monitor.end.remote("failed", reason))
@@ -199,10 +228,15 @@ def train(session: Session, plan: RunPlan, claim: Claim, on_status: Callable[[Ma
     return outcome
 
 
-def _start_monitor(session: Session, plan: RunPlan) -> Any:
+def _overtaken(run: RunDirectory, error: ClaimedError) -> OvertakenError:
+    remedy = f"this driver was silent for too long; {_ask_the_other(run)}"
+    return OvertakenError("run", error.rule, run.name, remedy)
+
+
+def _start_monitor(session: Session, plan: RunPlan, claim: Claim) -> Any:
     import ray
+    from ray.exceptions import ActorUnavailableError, RayActorError
     from ray.util import get_node_ip_address
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     config = MonitorConfig(
         run=plan.run,
@@ -217,19 +251,43 @@ def _start_monitor(session: Session, plan: RunPlan) -> Any:
         metrics_port=plan.recipe.metrics_port,
         targets_folder=str(session.stack.targets_dir) if session.is_local and session.stack else "",
     )
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor: Any = ray.remote(RunMonitor)
-    try:
-        monitor = actor.options(
-            name=f"monitor:{plan.run.url}", num_cpus=0, max_restarts=-1, max_concurrency=4, scheduling_strategy=here
-        ).remote(config)
-    except ValueError as error:
-        remedy = f"watch it with `convmae status {plan.run.name}`"
-        raise RunError("run", "must not be running already on this cluster", plan.run.name, remedy) from error
+    patience_seconds = plan.run.storage.retry_seconds
+    monitor = persevere(lambda: _new_monitor(plan.run, config, claim), MonitorLivesError, patience_seconds)
     import jobs.worker_group  # noqa: F401  as long as the monitor's process imports, too
 
-    ray.get(monitor.status.remote())
+    try:
+        persevere(lambda: ray.get(monitor.status.remote()), ActorUnavailableError, patience_seconds)
+    except RayActorError as error:  # what its constructor met: a port or a store that did not come back
+        raise RunFailedError(f"the run's monitor could not start: {root_cause(error)}") from error
     return monitor
+
+
+def _new_monitor(run: RunDirectory, config: MonitorConfig, claim: Claim) -> Any:
+    """The actor, on this node; ends that of a driver before this one, which Ray may not have noticed to be dead.
+
+    Raises:
+        MonitorLivesError: It is not gone yet.
+        OvertakenError: It is that of a driver that has taken the run over.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    name = f"monitor:{run.url}"
+    actor: Any = ray.remote(RunMonitor)
+    options = actor.options(name=name, num_cpus=0, max_restarts=-1, max_concurrency=4, scheduling_strategy=here)
+    try:
+        return options.remote(config)
+    except ValueError as error:
+        try:
+            claim.beat()
+            claim.check()
+        except ClaimedError as lost:
+            raise _overtaken(run, lost) from None
+        with contextlib.suppress(ValueError):  # it is gone meanwhile
+            ray.kill(ray.get_actor(name))
+        rule = "must be rid of the monitor of the driver before this one, which Ray is ending"
+        raise MonitorLivesError("run", rule, run.name, "look at the cluster with `convmae doctor`") from error
 
 
 def _consolidator(plan: RunPlan, monitor: Any) -> MilestoneConsolidator:
@@ -255,7 +313,8 @@ def _fit(plan: RunPlan, claim: Claim, monitor: Any, failure: list[BaseException]
     from jobs.worker_group import fit
 
     try:
-        fit(TrainJob(plan.recipe, plan.run, monitor, claim.number, claim.holder.text, plan.trace_url))
+        marks = run_landmarks(plan.recipe, plan.run, claim)
+        fit(TrainJob(plan.recipe, plan.run, monitor, claim.number, claim.holder.text, plan.trace_url, marks))
     except BaseException as error:  # handed to the main thread, which raises it
         failure.append(error)
 
@@ -303,4 +362,4 @@ def _check_port(port: int) -> None:
             probe.bind(("", port))
         except OSError as error:
             rule = f"must be a port that can be listened on ({os.strerror(error.errno or 0)})"
-            raise RecipeError("metrics_port", rule, port, "choose another, or 0 for any free one") from error
+            raise PortTakenError("metrics_port", rule, port, "choose another, or 0 for any free one") from error

@@ -13,12 +13,20 @@ class RecipeError(UserError):
     """A recipe that cannot be trained: unknown key, wrong type, impossible combination."""
 
 
+class PortTakenError(RecipeError):
+    """A port that another process listens on, which may be about to end."""
+
+
 class RunError(UserError):
     """A run that cannot be addressed as asked: unknown name, other recipe under the same name, already running."""
 
 
 class ClusterError(UserError):
     """No Ray cluster to work on, or not the one that was asked for."""
+
+
+class NotSharedError(UserError):
+    """A folder on a local disk that not every node which works on it sees."""
 
 
 class CheckpointError(UserError):
@@ -43,6 +51,10 @@ class ExportError(UserError):
 
 class OvertakenError(RunError):
     """A driver that was silent for too long and finds that another one has taken over its run."""
+
+
+class MonitorLivesError(RunError):
+    """The monitor of a driver before this one, which Ray has yet to end."""
 
 
 class RunFailedError(Exception):

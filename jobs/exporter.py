@@ -6,7 +6,9 @@ are made when they are scraped, from the newest step's figures: those of a group
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +18,8 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from jobs.errors import PortTakenError
+from jobs.patience import persevere
 from jobs.rank_figures import RankFigures
 
 RANKS_SILENT_SECONDS = 20.0
@@ -158,13 +162,18 @@ class RunExporter:
     Owns: the server thread and the registry. Blocking: `update` is O(1) and does no I/O.
     """
 
-    def __init__(self, run: str, host: str, port: int) -> None:
+    def __init__(self, run: str, host: str, port: int, patience_seconds: float = 0.0) -> None:
         """Start serving.
 
         Args:
             run: The run's name, the only label.
             host: Address to listen on.
             port: Port to listen on; 0: any free one.
+            patience_seconds: How long to wait for a port that another process has, which may be about to end.
+
+        Raises:
+            PortTakenError: It still has it.
+            OSError: The port cannot be listened on.
         """
         # They would tell when this process started, not when the run began to count.
         disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -187,7 +196,7 @@ class RunExporter:
                 self._counters[name].labels(run, value)
         self._ranks = RankSeries(run)
         registry.register(self._ranks)
-        server, _ = start_http_server(port, addr=host, registry=registry)
+        server = persevere(lambda: _served(registry, host, port), PortTakenError, patience_seconds)
         self.address = f"{host}:{server.server_port}"
 
     @property
@@ -231,3 +240,14 @@ class RunExporter:
     def withdraw(self, folder: Path) -> None:
         """Take back what `announce` told; a run that is over is not a target that is down."""
         (folder / f"{self._run}.json").unlink(missing_ok=True)
+
+
+def _served(registry: CollectorRegistry, host: str, port: int) -> Any:
+    try:
+        server, _ = start_http_server(port, addr=host, registry=registry)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        rule = f"must be a port that can be listened on ({os.strerror(errno.EADDRINUSE)})"
+        raise PortTakenError("metrics_port", rule, port, "choose another, or 0 for any free one") from error
+    return server

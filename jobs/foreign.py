@@ -8,7 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from jobs.fan_out import Progress, fan_out
-from jobs.ingest import WORK_FOLDER, Show, sweep
+from jobs.ingest import WORK_FOLDER, Show, source_landmarks, sweep
+from jobs.shared_folder import Landmarks, claim_landmarks
 from pipeline.claim import Claim, claimed
 from pipeline.errors import DamagedTarsError, SourceError
 from pipeline.foreign import IndexTask, TarReport, index_tar
@@ -72,7 +73,8 @@ def index_dataset(
             # Whoever held the claim before may have finished the data set, or made another one.
             manifest = existing_manifest(storage, destination, tasks)
             if manifest is None:
-                done = _indexed(storage, destination, tasks, claim, on_progress)
+                landmarks = (*claim_landmarks("URL", destination, claim), *source_landmarks(storage, tars))
+                done = _indexed(storage, destination, tasks, claim, on_progress, landmarks=landmarks)
                 manifest, skipped = _manifest(tars, tasks, done)
                 claim.check()
                 manifest.save(storage, destination, skipped)
@@ -84,7 +86,7 @@ def index_dataset(
 
 
 def _indexed(
-    storage: Storage, destination: str, tasks: list[IndexTask], claim: Claim, on_progress: Show
+    storage: Storage, destination: str, tasks: list[IndexTask], claim: Claim, on_progress: Show, *, landmarks: Landmarks
 ) -> list[TarReport]:
     """What came of every tar, by name."""
     progress = Progress(total=len(tasks))
@@ -94,7 +96,7 @@ def _indexed(
         on_progress("tars", progress)
 
     done: list[TarReport] = []
-    for report in fan_out(index_tar, storage, destination, tasks, on_tick=tick):
+    for report in fan_out(index_tar, storage, destination, tasks, on_tick=tick, landmarks=landmarks):
         done.append(report)
         progress = progress.after(kept=report.kept, samples=report.samples, bad=report.skipped)
     return sorted(done, key=lambda report: report.name)

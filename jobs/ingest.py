@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jobs.fan_out import Progress, fan_out
+from jobs.shared_folder import Landmarks, claim_landmarks, file_landmarks
 from pipeline.claim import Claim, claimed
 from pipeline.errors import DamagedTarsError, DatasetError, SourceError
 from pipeline.manifest import Manifest, existing_manifest
@@ -116,8 +117,9 @@ def _made(
         claim.check()
         on_progress(stage, progress)
 
-    resolved = _resolved(storage, Storage.join(destination, WORK_FOLDER), job, show, salvage=salvage)
-    reports = _written(storage, destination, plan_shards(resolved.sources, job.sharding), show)
+    landmarks = (*claim_landmarks("destination", destination, claim), *source_landmarks(storage, job.found))
+    resolved = _resolved(storage, Storage.join(destination, WORK_FOLDER), job, show, landmarks, salvage=salvage)
+    reports = _written(storage, destination, plan_shards(resolved.sources, job.sharding), show, landmarks)
     skipped = [*resolved.skipped, *(item for report in reports for item in report.skipped)]
     manifest = replace(Manifest.of([job], reports, resolved.sources.classes), skipped=len(skipped))
     if not manifest.samples:
@@ -148,13 +150,24 @@ class _Resolved:
     listings: tuple[str, ...] = ()
 
 
-def _resolved(storage: Storage, work: str, job: Ingest, show: Show, *, salvage: bool) -> _Resolved:
+def source_landmarks(storage: Storage, found: Sources | Tars) -> Landmarks:
+    """The first image or tar, where it lies on a local disk."""
+    paths = (item.path for item in found.tars) if isinstance(found, Tars) else (item.path for item in found.images)
+    first = next(paths, None)
+    return () if first is None else file_landmarks(storage, "source", found.root, within(found.root, first))
+
+
+def _resolved(
+    storage: Storage, work: str, job: Ingest, show: Show, landmarks: Landmarks, *, salvage: bool
+) -> _Resolved:
     if isinstance(job.found, Tars):
-        return _gone_through(storage, work, job.found, show, salvage=salvage)
+        return _gone_through(storage, work, job.found, show, landmarks, salvage=salvage)
     return _Resolved(job.found if job.sharding.samples_per_shard is not None else sized(storage, job.found))
 
 
-def _gone_through(storage: Storage, work: str, tars: Tars, show: Show, *, salvage: bool) -> _Resolved:
+def _gone_through(
+    storage: Storage, work: str, tars: Tars, show: Show, landmarks: Landmarks, *, salvage: bool
+) -> _Resolved:
     """Find the images in the source tars; one that an earlier run went through is not read again."""
     progress = Progress(total=len(tars.tars))
 
@@ -163,7 +176,8 @@ def _gone_through(storage: Storage, work: str, tars: Tars, show: Show, *, salvag
 
     tasks = (TarTask(tars.root, tar) for tar in tars.tars)
     found: list[TarSummary] = []
-    for summary in fan_out(list_tar, storage, Storage.join(work, LISTINGS), tasks, on_tick=tick):
+    listings = Storage.join(work, LISTINGS)
+    for summary in fan_out(list_tar, storage, listings, tasks, on_tick=tick, landmarks=landmarks):
         found.append(summary)
         progress = progress.after(kept=summary.kept, samples=summary.samples, bad=len(summary.skipped))
     found.sort(key=lambda summary: summary.tar.path)
@@ -187,7 +201,9 @@ def _classes(storage: Storage, root: str) -> tuple[str, ...]:
         return ()
 
 
-def _written(storage: Storage, destination: str, plan: ShardPlan, show: Show) -> list[ShardReport]:
+def _written(
+    storage: Storage, destination: str, plan: ShardPlan, show: Show, landmarks: Landmarks
+) -> list[ShardReport]:
     """Every shard's report, in order."""
     progress = Progress(total=len(plan))
 
@@ -195,7 +211,7 @@ def _written(storage: Storage, destination: str, plan: ShardPlan, show: Show) ->
         show("shards", progress)
 
     reports: list[ShardReport] = []
-    for report in fan_out(write_shard, storage, destination, plan, on_tick=tick):
+    for report in fan_out(write_shard, storage, destination, plan, on_tick=tick, landmarks=landmarks):
         reports.append(report)
         progress = progress.after(kept=report.kept, samples=report.samples, bad=len(report.skipped))
     return sorted(reports, key=lambda report: report.name)

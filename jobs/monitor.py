@@ -104,7 +104,8 @@ class RunMonitor:
             "steps_per_epoch": config.schedule.steps_per_epoch,
             "quarantined": self._record.quarantined,
         }
-        exporter = RunExporter(config.run.name, config.host, config.metrics_port)
+        patience_seconds = config.run.storage.retry_seconds
+        exporter = RunExporter(config.run.name, config.host, config.metrics_port, patience_seconds)
         self._figures = RunFigures(fixed, before, exporter, global_batch_size=config.global_batch_size)
         if config.targets_folder:
             self._figures.announce(Path(config.targets_folder))

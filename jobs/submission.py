@@ -35,10 +35,9 @@ def submit(session: Session, run: RunDirectory, trace_url: str = "") -> str:
     """
     client = job_client(session)
     number = max((_number(job, run.name) for job in _jobs(client, run.name)), default=0) + 1
-    trace = ["--trace", trace_url] if trace_url else []
     python = sys.executable if session.is_local else "python"
     job = {
-        "entrypoint": shlex.join([python, "-m", "jobs.supervisor", run.url, *trace]),
+        "entrypoint": shlex.join(supervisor_command(python, run, trace_url)),
         "submission_id": f"{run.name}-a{number}",
         "metadata": {"run": run.name, "run_url": run.url},
         "runtime_env": {
@@ -47,6 +46,11 @@ def submit(session: Session, run: RunDirectory, trace_url: str = "") -> str:
         },
     }
     return hand_over(client, job, session.environ["RAY_ADDRESS"])
+
+
+def supervisor_command(python: str, run: RunDirectory, trace_url: str) -> list[str]:
+    """What drives a claimed run, and starts a driver that was killed again."""
+    return [python, "-m", "jobs.supervisor", run.url, *(["--trace", trace_url] if trace_url else [])]
 
 
 def hand_over(client: Any, job: dict[str, Any], address: str, patience_seconds: float = AGENT_SECONDS) -> str:

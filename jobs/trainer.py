@@ -52,6 +52,7 @@ from jobs.recipe import Recipe
 from jobs.restore import restore_newest
 from jobs.run_directory import RunDirectory
 from jobs.schedule import Schedule, micro_batches
+from jobs.shared_folder import Landmarks, check_seen_here
 from jobs.standby import ask_for_successor
 from jobs.step_reading import RankReading, StepReading, from_words, word_count
 from jobs.trace import TraceWriter, begin_trace
@@ -89,6 +90,8 @@ class TrainJob:
     """Who that is, for people."""
     trace_url: str = ""
     """Where to write what each rank consumes; empty: nowhere."""
+    landmarks: Landmarks = ()
+    """Of what lies on local disks: also nodes that come later must see it."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +166,7 @@ class Trainer:
         """Restore the newest committed checkpoint; every rank must come here together."""
         self._started_at_seconds = time.time()
         self.job, self.recipe, self.run_directory, self.place = job, job.recipe, job.run, place
+        check_seen_here(job.run.storage, job.landmarks)
         self.dataset = open_dataset(job.run.storage, job.recipe)
         self.order = order_of(self.recipe, self.dataset.manifest.samples)
         self.schedule = Schedule.of(self.recipe, self.order.steps_per_epoch)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from jobs.fan_out import Progress, fan_out
 from jobs.ingest import Show
+from jobs.shared_folder import dataset_landmarks
 from pipeline.manifest import Manifest
 from pipeline.shard_table import ShardEntry
 from pipeline.storage import Storage
@@ -46,8 +47,9 @@ def verify_dataset(storage: Storage, url: str, *, deep: bool, on_progress: Show)
         on_progress("shards", progress)
 
     tasks = ((entry, deep) for entry in manifest.shards)
+    landmarks = dataset_landmarks(storage, url)
     verdicts: list[Verdict] = []
-    for verdict in fan_out(_verified, storage, url, tasks, on_tick=tick):
+    for verdict in fan_out(_verified, storage, url, tasks, on_tick=tick, landmarks=landmarks):
         verdicts.append(verdict)
         progress = progress.after(kept=False, samples=verdict.samples, bad=len(verdict.faults))
     verdicts.sort(key=lambda verdict: verdict.shard)

@@ -19,6 +19,9 @@ from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import PreemptingState
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
+from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
+    TrainAutoscalingCoordinatorClient,
+)
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
@@ -66,15 +69,15 @@ def fit(job: TrainJob) -> None:
             elastic_resize_monitor_interval_s=recipe.resize_seconds,
         )
         trainer = RunTrainer(lambda: train_worker(job), scaling_config=scaling_config, run_config=run_config)
-        trainer.follow_nodes(job.monitor, standby=recipe.standby).fit()
+        trainer.follow_nodes(job, standby=recipe.standby).fit()
 
 
 class RunTrainer(TorchTrainer):
     """Ray Train's trainer, with a scaling policy of our own."""
 
-    def follow_nodes(self, monitor: Any, *, standby: bool) -> RunTrainer:
-        """Use `FollowNodes`, which tells `monitor` when it waits, and has processes wait where the group would grow."""
-        self._policy = FollowNodes(self.scaling_config, monitor, standby=standby)
+    def follow_nodes(self, job: TrainJob, *, standby: bool) -> RunTrainer:
+        """Use `FollowNodes`, which tells the monitor when it waits and has processes wait where it would grow."""
+        self._policy = FollowNodes(self.scaling_config, job.monitor, job.run.url, standby=standby)
         return self
 
     def _create_default_callbacks(self) -> Any:
@@ -92,11 +95,21 @@ class FollowNodes(ElasticScalingPolicy):
     asks for a group that cannot be placed, and waits a minute for it. It counts nodes that are being drained, too.
     """
 
-    def __init__(self, scaling_config: Any, monitor: Any, *, standby: bool) -> None:
+    def __init__(self, scaling_config: Any, monitor: Any, run_url: str, *, standby: bool) -> None:
         super().__init__(scaling_config)
-        self._monitor, self._standby = monitor, standby
+        self._monitor, self._run_url, self._standby = monitor, run_url, standby
         self._waiting = False
         self._newcomers = Newcomers()
+
+    def after_controller_start(self, train_run_context: Any) -> None:  # noqa: ARG002
+        """Ask for nodes in the run's name, whichever driver it has.
+
+        Ray Train's own asks in the name of its controller. One that was killed takes nothing back, and its nodes would
+        be kept for it for three minutes more: nothing would be left for the controller after it.
+        """
+        self._requester_id = self._run_url
+        self._coordinator_client = TrainAutoscalingCoordinatorClient(self._run_url)
+        self._send_resource_request()  # type: ignore[no-untyped-call]
 
     def make_decision_for_non_running_worker_group(self) -> Any:
         """Start a group of all that can be placed; wait where they are fewer than min_workers, and say so."""

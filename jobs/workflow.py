@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -9,8 +10,9 @@ from typing import Any, TextIO
 
 from jobs import driver, submission
 from jobs.driver import FINAL_STATES, RunPlan
-from jobs.errors import RunFailedError
+from jobs.errors import ClusterError, RunFailedError
 from jobs.finish import finish
+from jobs.patience import persevere
 from jobs.run_directory import RunDirectory
 from jobs.session import Session
 from jobs.terminal import print_json, progress_bar, say, status_text
@@ -24,8 +26,9 @@ def train_here(session: Session, plan: RunPlan) -> None:
     Raises:
         RunFailedError: If the run had to be given up.
     """
-    session.connect()
+    persevere(session.connect, ClusterError, plan.patience_seconds)
     with driver.sole_driver(plan.run, lambda other: say(f"is {other} alive? watching its lease")) as claim:
+        driver.check_folders(plan, claim)
         claimed = driver.claim_run(plan, is_sole_driver=True)
         if claimed == "finished":
             say_finished(plan.run)
@@ -40,6 +43,21 @@ def train_here(session: Session, plan: RunPlan) -> None:
             return
         for line in finish(plan.run):
             say(line)
+
+
+def train_supervised(plan: RunPlan) -> None:
+    """Become the supervisor of the run, which is what a submitted job runs: it starts a killed driver again.
+
+    Returns only where the run is finished.
+    """
+    claimed = driver.claim_run(plan)
+    if claimed == "finished":
+        say_finished(plan.run)
+        return
+    say(f"supervised ({'a new run' if claimed == 'new' else 'resumes'}): {plan.run.url}")
+    sys.stdout.flush()
+    # In place of this process, which has imported what only a driver needs: the supervisor must outlive all others.
+    os.execv(sys.executable, submission.supervisor_command(sys.executable, plan.run, plan.trace_url))
 
 
 def train_as_job(session: Session, plan: RunPlan, *, follow: bool, as_json: bool = False) -> None:

@@ -133,6 +133,17 @@ class Claim:
         """This process."""
         return self._holder
 
+    @property
+    def url(self) -> str:
+        """Of the claim's object."""
+        return _url(self._folder, self._number)
+
+    @property
+    def first_bytes(self) -> bytes:
+        """What the object begins with for as long as this process holds it, and no other one does."""
+        content = self._content()
+        return content[: content.index(self._holder.token.encode()) + len(self._holder.token)]
+
     def check(self) -> None:
         """Call before what nobody else may do at the same time.
 

@@ -252,13 +252,14 @@ class Storage:
         with contextlib.suppress(FileNotFoundError):
             self._call(url, lambda fs, path: fs.rm_file(path))
 
-    def check(self, url: str, *, write: bool, shared: bool = False) -> None:
+    def check(self, url: str, *, write: bool, shared: bool = False, is_patient: bool = False) -> None:
         """Fail within seconds if work on `url` cannot succeed.
 
         Args:
             url: A folder or prefix that will be read, and need not exist yet if it will be written.
             write: Also put a small object under `url` and remove it again.
             shared: Other processes will work on it too.
+            is_patient: Wait for a store that is away as every other method does.
 
         Raises:
             StorageError: Unknown protocol, missing package, unreachable, refused credentials, missing bucket,
@@ -270,7 +271,7 @@ class Storage:
             raise StorageError("URL", "must be one that can be written", url, "take s3:// or a folder")
         hasty = replace(self, retry_seconds=min(CHECK_SECONDS, self.retry_seconds))
         try:
-            hasty._probe(url, write=write)
+            (self if is_patient else hasty)._probe(url, write=write)
         except FileNotFoundError as error:
             remedy = "take a folder that can be made" if is_local(url) else "check the bucket and AWS_ENDPOINT_URL"
             raise StorageError("storage", "must accept this URL", url, remedy) from error

@@ -128,8 +128,15 @@ def simulate(
 def pretrain(
     recipe: RecipeName,
     overrides: Overrides = None,
+    *,
     run: RunOption = "",
     trace: TraceOption = "",
+    supervised: Annotated[
+        bool,
+        typer.Option(
+            "--supervised", help="Start the driver again when it is killed, as a submitted job does; for a RayJob."
+        ),
+    ] = False,
     strict: Strict = False,
 ) -> None:
     """Train in the foreground, on the cluster that RAY_ADDRESS names or on the local stack.
@@ -137,10 +144,14 @@ def pretrain(
     Ctrl-C, or SIGTERM, saves a checkpoint and stops. The same command resumes.
     """
     from jobs.driver import plan_run
-    from jobs.workflow import train_here
+    from jobs.workflow import train_here, train_supervised
 
     session, resolved = open_session(), amended_recipe(recipe, overrides, strict=strict)
-    train_here(session, plan_run(session, resolved, run or resolved.name, trace))
+    name = run or resolved.name
+    if supervised:
+        train_supervised(plan_run(session, resolved, name, trace, drives=False, is_patient=True))
+    else:
+        train_here(session, plan_run(session, resolved, name, trace))
 
 
 @app.command(hidden=True)
@@ -152,7 +163,7 @@ def drive(run_url: str, trace: TraceOption = "") -> None:
     session = open_session()
     root, _, name = run_url.rpartition("/")
     recipe = session.run(run_url).read_recipe().amended({"run_root": root})
-    train_here(session, plan_run(session, recipe, name, trace))
+    train_here(session, plan_run(session, recipe, name, trace, is_patient=True))
 
 
 @app.command()
@@ -171,7 +182,8 @@ def submit(
     from jobs.workflow import train_as_job
 
     session, resolved = open_session(), amended_recipe(recipe, overrides, strict=strict)
-    train_as_job(session, plan_run(session, resolved, run or resolved.name, trace), follow=follow, as_json=as_json)
+    plan = plan_run(session, resolved, run or resolved.name, trace, drives=False)
+    train_as_job(session, plan, follow=follow, as_json=as_json)
 
 
 @app.command()
@@ -195,7 +207,8 @@ def resume(
     directory = existing_run(session, run, run_root)
     recipe = amended(directory.read_recipe(), overrides, strict=strict)
     recipe = recipe.amended({"run_root": directory.url.rpartition("/")[0]})
-    train_as_job(session, plan_run(session, recipe, directory.name), follow=follow, as_json=as_json)
+    plan = plan_run(session, recipe, directory.name, drives=False)
+    train_as_job(session, plan, follow=follow, as_json=as_json)
 
 
 @app.command(name="list")

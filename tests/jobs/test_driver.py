@@ -138,7 +138,7 @@ def test_a_driver_that_lost_its_lease_ends_and_writes_nothing_more(
 
     released = threading.Event()
     monitor = Monitor()
-    monkeypatch.setattr(driver, "_start_monitor", lambda session, plan: monitor)
+    monkeypatch.setattr(driver, "_start_monitor", lambda session, plan, claim: monitor)
     monkeypatch.setattr(driver, "_fit", lambda *_: released.wait(30))
     monkeypatch.setattr("ray.kill", lambda actor: calls.append("kill" if actor is monitor else "?"))
 

@@ -1,0 +1,56 @@
+"""How long the start of a driver waits for what is away for a moment: a port, the cluster, the last driver's monitor.
+
+A person who has typed a command is told at once. A driver that was started again has the patience of the run, since
+what it waits for often went away with the driver before it.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+POLL_SECONDS = 1.0
+
+
+def persevere(
+    attempt: Callable[[], T],
+    passes: type[Exception] | tuple[type[Exception], ...],
+    seconds: float,
+    *,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> T:
+    """Call until it returns; says in the log what is waited for, and when that was over.
+
+    Args:
+        attempt: What to do; must be safe to repeat.
+        passes: What it raises while it is worth trying again.
+        seconds: No further attempt starts later than this; 0 for a single one.
+        clock: Monotonic seconds.
+        sleep: Waits that many seconds.
+
+    Raises:
+        Exception: What the last attempt raised.
+    """
+    began = clock()
+    is_told = False
+    while True:
+        try:
+            result = attempt()
+        except passes as error:
+            if clock() - began + POLL_SECONDS > seconds:
+                raise
+            if not is_told:
+                logger.warning("waits up to %.0f s: %s", seconds, error)
+                is_told = True
+            sleep(POLL_SECONDS)
+        else:
+            if is_told:
+                logger.warning("waited %.0f s; goes on", clock() - began)
+            return result
