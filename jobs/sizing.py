@@ -25,8 +25,8 @@ class NodeType:
     """Share of that which training reaches."""
     bytes_per_second_inside: float = 225e9
     """Half of what a GPU's links to the others of its node give."""
-    bytes_per_second_between: float = 25e9
-    """The same to other nodes."""
+    bytes_per_second_between: float = 200e9
+    """Half of what a node's links to other nodes give together: NCCL lays a ring over each. Default: EFA of a p5."""
 
 
 H100_FLOPS_PER_SECOND = 989e12
