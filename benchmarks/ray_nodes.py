@@ -118,17 +118,19 @@ class Cluster:
         )
         wait_until("the head", self._head_answers, 120)
 
-    def add(self, cpus: int = 1, *, own_disk: Path | None = None) -> Node:
+    def add(self, cpus: int = 1, *options: str, own_disk: Path | None = None) -> Node:
         """Start one node more, and wait until it has joined.
 
         Args:
             cpus: It has for ranks and tasks.
+            options: Of `ray start`, further ones.
             own_disk: A folder at which this node has a disk of its own; takes root.
         """
         before = self.alive()
         mounting = f'mount -t tmpfs none {shlex.quote(str(own_disk))} && exec "$@"'
         prefix = ("unshare", "--mount", "sh", "-c", mounting, "sh") if own_disk else ()
-        node = self._start(f"node{len(self.nodes)}", f"--address={self.address}", f"--num-cpus={cpus}", prefix=prefix)
+        started = (f"--address={self.address}", f"--num-cpus={cpus}", *options)
+        node = self._start(f"node{len(self.nodes)}", *started, prefix=prefix)
         self.nodes.append(node)
         wait_until("the node", lambda: len(self.alive() - before) == 1, 120)
         (node.node_id,) = self.alive() - before

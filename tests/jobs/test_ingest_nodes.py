@@ -1,0 +1,118 @@
+"""Nodes that are there for ingests alone: an ingest takes them and no other, and nothing else takes them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from manifests import INFRA
+from ray_nodes import RAY, Cluster, ray_cluster
+from testbed import TILES
+
+from jobs import fan_out
+from jobs.fan_out import COPIES_PER_NODE, INGEST_RESOURCE, TASKS_PER_CPU
+from pipeline.manifest import Manifest
+from pipeline.photographs import cut_tiles
+
+HEAD_ID, GPU_ID = "a" * 56, "b" * 56
+HEAD = {"NodeID": HEAD_ID, "Alive": True, "Resources": {}}
+GPU = {"NodeID": GPU_ID, "Alive": True, "Resources": {"CPU": 88.0, "GPU": 8.0}}
+INGEST = {"NodeID": "ingest", "Alive": True, "Resources": {INGEST_RESOURCE: 15.0}}
+GONE = {"NodeID": "gone", "Alive": False, "Resources": {INGEST_RESOURCE: 15.0}}
+
+
+def given(monkeypatch: pytest.MonkeyPatch, *nodes: dict[str, Any]) -> None:
+    """Such a cluster."""
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    names = {name for resources in alive for name in resources}
+    totals = {name: sum(resources.get(name, 0.0) for resources in alive) for name in names}
+    monkeypatch.setattr("ray.nodes", lambda: list(nodes))
+    monkeypatch.setattr("ray.cluster_resources", lambda: totals)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "needs", "width"),
+    [
+        ((HEAD, GPU), {"num_cpus": 1}, 88 * TASKS_PER_CPU),
+        ((HEAD, GPU, GONE), {"num_cpus": 1}, 88 * TASKS_PER_CPU),
+        ((HEAD, GPU, INGEST), {"num_cpus": 0, "resources": {INGEST_RESOURCE: 1}}, 15 * TASKS_PER_CPU),
+        ((HEAD,), {"num_cpus": 1}, TASKS_PER_CPU),
+    ],
+    ids=["none", "gone", "one", "no CPU"],
+)
+def test_tasks_take_what_nodes_for_ingests_offer_where_there_are_some(
+    monkeypatch: pytest.MonkeyPatch, nodes: tuple[dict[str, Any], ...], needs: dict[str, Any], width: int
+) -> None:
+    given(monkeypatch, *nodes)
+
+    assert fan_out._needs() == needs
+    assert fan_out._width(copying=False) == width
+
+
+def test_what_copies_goes_to_all_nodes_but_those(monkeypatch: pytest.MonkeyPatch) -> None:
+    given(monkeypatch, HEAD, GPU)
+    assert next(fan_out._copying_places())["scheduling_strategy"] == "SPREAD"
+
+    given(monkeypatch, HEAD, GPU, INGEST, GONE)
+    places = fan_out._copying_places()
+    chosen = [next(places)["scheduling_strategy"].node_id for _ in range(4)]
+    assert chosen == [HEAD_ID, GPU_ID, HEAD_ID, GPU_ID]
+    assert fan_out._width(copying=True) == 2 * COPIES_PER_NODE
+
+
+def tasks_by_node(cluster: Cluster, name: str) -> set[str]:
+    """Ids of the nodes on which tasks of a name ran."""
+    headers = {"Authorization": f"Bearer {(cluster.folder / 'token').read_text()}"}
+    query = "limit=1000&detail=1&filter_keys=name&filter_predicates=%3D&filter_values=" + name
+    url = f"http://127.0.0.1:{cluster.ports['dashboard']}/api/v0/tasks?{query}"
+    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as answer:
+        tasks = json.load(answer)["data"]["result"]["result"]
+    assert tasks, name
+    return {task["node_id"] for task in tasks}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_ingest_job_of_the_manifest_runs_on_a_node_of_its_group(tmp_path: Path) -> None:
+    (manifest,) = yaml.safe_load_all((INFRA / "kuberay" / "ingestjob.yaml").read_text())
+    (raycluster,) = yaml.safe_load_all((INFRA / "kuberay" / "raycluster.yaml").read_text())
+    job = manifest["spec"]
+    offered = next(group["resources"] for group in raycluster["spec"]["workerGroupSpecs"] if "resources" in group)
+    photographs = tmp_path / "photographs"
+    photographs.mkdir()
+    cut_tiles(photographs, TILES, seed=0)
+    (tmp_path / "cluster").mkdir()
+
+    with ray_cluster(tmp_path / "cluster") as cluster:
+        cluster.add(cpus=2)  # which a run would train on
+        mine = json.dumps({name: float(amount) for name, amount in offered.items() if name != "CPU"})
+        ingests = cluster.add(int(offered["CPU"]), f"--resources={mine}")
+        url = f"{cluster.s3.url}/datasets/imagenet"
+        words = [*shlex.split(job["entrypoint"])[:2], str(photographs), url, "--samples-per-shard", "8"]
+        submitted = [
+            *RAY,
+            "job",
+            "submit",
+            f"--address=http://127.0.0.1:{cluster.ports['dashboard']}",
+            f"--entrypoint-num-cpus={job['entrypointNumCpus']}",
+            f"--entrypoint-resources={job['entrypointResources']}",
+            "--",
+            *words,
+        ]
+        ended = subprocess.run(
+            submitted, env=cluster.environment(), capture_output=True, text=True, check=False, timeout=400
+        )
+
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+        assert Manifest.load(cluster.s3.storage, url).samples == TILES
+        assert tasks_by_node(cluster, "write_shard") == {ingests.node_id}
+        verified = cluster.convmae("verify", url)
+        out, err = verified.communicate(timeout=240)
+        assert verified.returncode == 0, out + err
+        assert tasks_by_node(cluster, "_verified") == {ingests.node_id}
