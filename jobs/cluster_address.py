@@ -105,7 +105,7 @@ def refusal(address: str, error: BaseException) -> ClusterError:
     from ray.exceptions import AuthenticationError
 
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    told = lines[0]
+    told = lines[0].partition(". ")[0]  # Ray goes on with how to make tokens
     if isinstance(error, AuthenticationError) or "Unauthenticated" in str(error):
         remedy = "set RAY_AUTH_MODE=token, and the cluster's token as RAY_AUTH_TOKEN or in the file RAY_AUTH_TOKEN_PATH"
         return ClusterError(VARIABLE, f"must let this shell in ({told})", address, remedy)

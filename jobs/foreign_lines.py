@@ -13,7 +13,7 @@ _FOREIGN = re.compile(
     r"|\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} [CEWID] \d+ \d+\] "  # Ray in C++
     r"|(?:\[rank\d+\]:)?\[[WIEF]\d{3,4} \d\d:\d\d:\d\d.*?\] "  # torch in C++: c10d, gloo
     r"|\[Gloo\] "
-    r"|(?:WARNING: All log messages before absl|[IWEF]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ \S+:\d+\] )"  # gRPC
+    r"|(?:WARNING: All log messages before absl|[IWEF]\d{4} (?:00:00:\d+|\d\d:\d\d:\d\d)\.\d+ +\d+ \S+:\d+\] )"  # gRPC
 )
 
 
