@@ -34,14 +34,15 @@ def run_command(arguments: list[str], caller: Mapping[str, object], writer: Fram
     sys.stdout = FrameStream(writer, "out", is_terminal="out" in terminals)
     sys.stderr = FrameStream(writer, "err", is_terminal="err" in terminals)
     sys.argv = ["convmae", *arguments]
-    # A job is stopped by SIGTERM, and who typed the command pressed Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    from jobs import cli
-
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever Ray was started with
     try:
+        from jobs import cli
+
         cli.main()
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except KeyboardInterrupt:
+        return 1
     except BaseException:
         traceback.print_exc()
         return 1

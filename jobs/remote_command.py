@@ -71,6 +71,7 @@ def _job(session: Session, arguments: Sequence[str], files: Mapping[str, str], r
     variables = {
         command_job.VARIABLE: json.dumps({"terminals": terminals, "files": dict(files)}),
         "COLUMNS": str(shutil.get_terminal_size().columns),
+        "RAY_JOB_STOP_SIGNAL": "SIGINT",  # as Ctrl-C; for SIGTERM Ray has a handler of its own, which exits
         "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_SECONDS),
         provenance.VARIABLE: provenance.git_commit(session.environ),
         **({run_roots.VARIABLE: run_root} if run_root else {}),
