@@ -8,8 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from jobs.checkpoint import commit_url
-from jobs.consolidate import commit_of, consolidate, in_threads
+from jobs.checkpoint import Commit, commit_url
+from jobs.consolidate import consolidate, in_threads
 from jobs.run_directory import RunDirectory
 from jobs.session import Session
 from jobs.shared_folder import Landmarks, file_landmarks, planted
@@ -22,14 +22,18 @@ CLUSTER_BYTES = 2 << 30
 """Checkpoints from this size on are worth starting tasks on a cluster for; smaller ones take seconds here."""
 
 
-def consolidate_and_say(session: Session, run: RunDirectory, step: int | None, wanted: Wanted, *, force: bool) -> None:
-    """Consolidate a step, show progress, and say what was made.
+def needs_cluster(session: Session, commit: Commit) -> bool:
+    """Whether a checkpoint is copied by tasks of a cluster."""
+    return commit.bytes >= CLUSTER_BYTES and "RAY_ADDRESS" in session.environ
+
+
+def consolidate_and_say(session: Session, run: RunDirectory, commit: Commit, wanted: Wanted, *, force: bool) -> None:
+    """Consolidate a checkpoint, show progress, and say what was made.
 
     Raises:
-        UserError: There is no such checkpoint, the result exists, a file of it is damaged, a value does not fit.
+        UserError: The result exists, a file of the checkpoint is damaged, a value does not fit.
     """
-    commit = commit_of(run, step)
-    on_cluster = commit.bytes >= CLUSTER_BYTES and "RAY_ADDRESS" in session.environ
+    on_cluster = needs_cluster(session, commit)
     target = wanted.url(run, commit.step).rpartition("/")[0]
     with planted(run.storage, "target", target if on_cluster else "") as there, _shown() as show:
         source = file_landmarks(run.storage, "run", run.url, commit_url(run, commit.step))
