@@ -24,6 +24,8 @@ from jobs.run_directory import RunDirectory
 
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 OBJECT_STORE_BYTES = 100 << 20
+NODE_SECONDS = 240
+"""For a node to start and join, on a machine that does much else."""
 
 
 @dataclass
@@ -100,6 +102,7 @@ class Cluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"),
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+            "RAY_raylet_start_wait_time_s": str(NODE_SECONDS),
             "RAY_USAGE_STATS_ENABLED": "0",
         }
 
@@ -116,7 +119,7 @@ class Cluster:
             f"--temp-dir={self.sockets}",
             "--num-cpus=0",
         )
-        wait_until("the head", self._head_answers, 120)
+        wait_until("the head", self._head_answers, NODE_SECONDS)
 
     def add(self, cpus: int = 1, *options: str, own_disk: Path | None = None) -> Node:
         """Start one node more, and wait until it has joined.
@@ -132,7 +135,7 @@ class Cluster:
         started = (f"--address={self.address}", f"--num-cpus={cpus}", *options)
         node = self._start(f"node{len(self.nodes)}", *started, prefix=prefix)
         self.nodes.append(node)
-        wait_until("the node", lambda: len(self.alive() - before) == 1, 120)
+        wait_until("the node", lambda: len(self.alive() - before) == 1, NODE_SECONDS)
         (node.node_id,) = self.alive() - before
         return node
 

@@ -22,10 +22,13 @@ from jobs.errors import RunFailedError
 from jobs.session import VERBOSE_VARIABLE, Session
 from jobs.submission import ENDED_JOB_STATES, STOP_WAIT_SECONDS, hand_over, job_client, job_state
 from jobs.terminal import whole_lines, write_line
+from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
+RESOURCES_VARIABLE = "CONVMAE_COMMAND_RESOURCES"
+"""What such a job asks Ray for, as a JSON object; unset: nothing, and it runs on the head."""
 RETRY_SECONDS = 2.0
 """Before a log that broke off is asked for again."""
 UNREACHABLE_SECONDS = 20.0
@@ -81,8 +84,26 @@ def _job(session: Session, arguments: Sequence[str], files: Mapping[str, str], r
         "entrypoint": shlex.join(["python", "-m", "jobs.command_job", *arguments]),
         "submission_id": f"command-{arguments[0]}-{secrets.token_hex(4)}",
         "metadata": {"command": arguments[0]},
+        "entrypoint_resources": entrypoint_resources(session.environ.get(RESOURCES_VARIABLE, "")),
         "runtime_env": {**session.code(), "env_vars": variables},
     }
+
+
+def entrypoint_resources(text: str) -> dict[str, float]:
+    """Which of a cluster's own resources the job of a command asks for.
+
+    Args:
+        text: A JSON object; empty for none.
+
+    Raises:
+        UserError: It is none.
+    """
+    try:
+        wanted = json.loads(text) if text else {}
+        return {str(name): float(amount) for name, amount in wanted.items()}
+    except (ValueError, AttributeError, TypeError):
+        remedy = """write for example {"ingest": 0.01}"""
+        raise UserError(RESOURCES_VARIABLE, "must be a JSON object of names and amounts", text, remedy) from None
 
 
 def _follow(client: JobSubmissionClient, job_id: str, replay: Replay, *, show_foreign: bool) -> deque[str]:

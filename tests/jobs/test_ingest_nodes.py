@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from testbed import TILES
 
 from jobs import fan_out
 from jobs.fan_out import COPIES_PER_NODE, INGEST_RESOURCE, TASKS_PER_CPU
+from jobs.remote_command import RESOURCES_VARIABLE, entrypoint_resources
+from pipeline.errors import UserError
 from pipeline.manifest import Manifest
 from pipeline.photographs import cut_tiles
 
@@ -66,19 +69,41 @@ def test_what_copies_goes_to_all_nodes_but_those(monkeypatch: pytest.MonkeyPatch
     assert fan_out._width(copying=True) == 2 * COPIES_PER_NODE
 
 
+@pytest.mark.parametrize(("text", "wanted"), [("", {}), ('{"ingest": 0.01}', {"ingest": 0.01}), ('{"a": 2}', {"a": 2})])
+def test_the_job_of_a_command_asks_for_what_its_user_says(text: str, wanted: dict[str, float]) -> None:
+    assert entrypoint_resources(text) == wanted
+
+
+@pytest.mark.parametrize("text", ["ingest", "[1]", '{"ingest": "much"}', '{"ingest": null}', "3"])
+def test_what_is_no_object_of_amounts_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match="CONVMAE_COMMAND_RESOURCES: must be a JSON object"):
+        entrypoint_resources(text)
+
+
+def told(cluster: Cluster, path: str) -> Any:
+    """What the dashboard answers."""
+    headers = {"Authorization": f"Bearer {(cluster.folder / 'token').read_text()}"}
+    request = urllib.request.Request(f"http://127.0.0.1:{cluster.ports['dashboard']}{path}", headers=headers)
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return json.load(answer)
+
+
 def tasks_by_node(cluster: Cluster, name: str) -> set[str]:
     """Ids of the nodes on which tasks of a name ran."""
-    headers = {"Authorization": f"Bearer {(cluster.folder / 'token').read_text()}"}
     query = "limit=1000&detail=1&filter_keys=name&filter_predicates=%3D&filter_values=" + name
-    url = f"http://127.0.0.1:{cluster.ports['dashboard']}/api/v0/tasks?{query}"
-    with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=30) as answer:
-        tasks = json.load(answer)["data"]["result"]["result"]
+    tasks = told(cluster, f"/api/v0/tasks?{query}")["data"]["result"]["result"]
     assert tasks, name
     return {task["node_id"] for task in tasks}
 
 
+def jobs_by_node(cluster: Cluster) -> dict[str, str]:
+    """Id of the node on which each job's own process ran, by what was submitted."""
+    jobs = [job for job in told(cluster, "/api/jobs/") if job["type"] == "SUBMISSION"]
+    return {job["entrypoint"]: job["driver_node_id"] for job in jobs}
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 def test_the_ingest_job_of_the_manifest_runs_on_a_node_of_its_group(tmp_path: Path) -> None:
     (manifest,) = yaml.safe_load_all((INFRA / "kuberay" / "ingestjob.yaml").read_text())
     (raycluster,) = yaml.safe_load_all((INFRA / "kuberay" / "raycluster.yaml").read_text())
@@ -106,13 +131,27 @@ def test_the_ingest_job_of_the_manifest_runs_on_a_node_of_its_group(tmp_path: Pa
             *words,
         ]
         ended = subprocess.run(
-            submitted, env=cluster.environment(), capture_output=True, text=True, check=False, timeout=400
+            submitted, env=cluster.environment(), capture_output=True, text=True, check=False, timeout=600
         )
 
         assert ended.returncode == 0, ended.stdout + ended.stderr
         assert Manifest.load(cluster.s3.storage, url).samples == TILES
         assert tasks_by_node(cluster, "write_shard") == {ingests.node_id}
-        verified = cluster.convmae("verify", url)
-        out, err = verified.communicate(timeout=240)
-        assert verified.returncode == 0, out + err
+        # The same from elsewhere: by the HTTP address alone.
+        elsewhere = {
+            **cluster.environment(),
+            "RAY_ADDRESS": f"http://127.0.0.1:{cluster.ports['dashboard']}",
+            RESOURCES_VARIABLE: job["entrypointResources"],
+        }
+        verified = subprocess.run(
+            [sys.executable, "-m", "jobs.cli", "verify", url],
+            env=elsewhere,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+        )
+        assert verified.returncode == 0, verified.stdout + verified.stderr
         assert tasks_by_node(cluster, "_verified") == {ingests.node_id}
+        jobs = jobs_by_node(cluster)
+        assert len(jobs) == 2 and set(jobs.values()) == {ingests.node_id}

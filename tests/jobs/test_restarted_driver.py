@@ -23,9 +23,9 @@ from testbed import TILES, losses, small_recipe
 from jobs.run_directory import RunDirectory
 from pipeline.photographs import cut_tiles
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
-PATIENCE_SECONDS = 300
+PATIENCE_SECONDS = 480
 STORE_AWAY_SECONDS = 20
 PORT_HELD_SECONDS = 8
 WAITS_FOR_STORE = "failed (EndpointConnectionError"
