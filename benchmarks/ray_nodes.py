@@ -102,7 +102,6 @@ class Cluster:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"),
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-            "RAY_raylet_start_wait_time_s": str(NODE_SECONDS),
             "RAY_USAGE_STATS_ENABLED": "0",
         }
 

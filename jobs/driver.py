@@ -34,7 +34,7 @@ from jobs.report import REPORT_NAME
 from jobs.run_directory import RunDirectory
 from jobs.schedule import Schedule
 from jobs.session import Session
-from jobs.shared_folder import check_seen_by_all, planted, run_landmarks
+from jobs.shared_folder import check_seen_by_all, input_landmarks, planted, run_landmarks
 from jobs.trace import check_trace
 from jobs.trainer import TrainJob, order_of
 from jobs.weight_results import Consolidated
@@ -59,6 +59,8 @@ class RunPlan:
     """Where to write what each rank consumes (jobs.trace); empty: nowhere."""
     patience_seconds: float = 0.0
     """How long its driver waits for a cluster that does not answer."""
+    first_tar: str = ""
+    """URL of a tar of the data set, which may lie elsewhere than the manifest."""
 
 
 def plan_run(
@@ -98,7 +100,8 @@ def plan_run(
     if trace_url:
         trace_url = Storage.absolute(trace_url)
         check_trace(session.storage, trace_url, run.url)
-    return RunPlan(recipe, run, Schedule.of(recipe, order.steps_per_epoch), trace_url, patience_seconds)
+    first_tar = next((entry.tar_url(recipe.data) for entry in manifest.shards), "")
+    return RunPlan(recipe, run, Schedule.of(recipe, order.steps_per_epoch), trace_url, patience_seconds, first_tar)
 
 
 def is_live(run: RunDirectory) -> bool:
@@ -148,7 +151,7 @@ def check_folders(plan: RunPlan, claim: Claim) -> None:
     recipe, storage = plan.recipe, plan.run.storage
     kind, least = ("GPU", 1.0) if recipe.device == "cuda" else ("CPU", recipe.cpus_per_worker)
     with planted(storage, "trace", plan.trace_url) as trace:
-        landmarks = (*run_landmarks(recipe, plan.run, claim), *trace)
+        landmarks = (*run_landmarks(recipe, plan.run, claim), *input_landmarks(storage, recipe, plan.first_tar), *trace)
         check_seen_by_all(storage, landmarks, lambda resources: resources.get(kind, 0.0) >= least)
 
 

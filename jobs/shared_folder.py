@@ -19,7 +19,7 @@ from jobs.errors import NotSharedError
 from jobs.run_directory import RunDirectory
 from pipeline.claim import Claim
 from pipeline.errors import UserError
-from pipeline.manifest import MANIFEST_NAME, Manifest
+from pipeline.manifest import MANIFEST_NAME
 from pipeline.storage import Storage, is_local
 
 if TYPE_CHECKING:  # it imports torch, which tasks that only copy should not wait for
@@ -61,33 +61,26 @@ Landmarks = tuple[Landmark, ...]
 
 
 def run_landmarks(recipe: Recipe, run: RunDirectory, claim: Claim) -> Landmarks:
-    """Of the places that every rank reads or writes, those that lie on a local disk."""
-    storage, start = run.storage, recipe.init_from
-    return (
-        *claim_landmarks("run_root", run.url, claim),
-        *dataset_landmarks(storage, recipe.data),
-        *(file_landmarks(storage, "init_from", start, start) if start else ()),
-    )
+    """Of what every rank needs for as long as the run trains, where it lies on a local disk."""
+    return (*claim_landmarks("run_root", run.url, claim), *manifest_landmarks(run.storage, recipe.data))
 
 
-def dataset_landmarks(storage: Storage, url: str) -> Landmarks:
-    """Of a data set: its manifest, and the first of its tars, which may lie elsewhere.
+def input_landmarks(storage: Storage, recipe: Recipe, first_tar: str) -> Landmarks:
+    """Of what ranks read besides, and may do without later: tars of the data set, and weights to start from."""
+    places = (("data", recipe.data, first_tar), ("init_from", recipe.init_from, recipe.init_from))
+    return tuple(mark for field, folder, url in places if url for mark in file_landmarks(storage, field, folder, url))
 
-    Raises:
-        DatasetError: There is none.
-    """
-    if not is_local(url):
-        return ()
-    entry = next(iter(Manifest.load(storage, url).shards), None)
-    tars = file_landmarks(storage, "data", url, entry.tar_url(url)) if entry else ()
-    return (*file_landmarks(storage, "data", url, Storage.join(url, MANIFEST_NAME)), *tars)
+
+def manifest_landmarks(storage: Storage, url: str) -> Landmarks:
+    """Of a data set."""
+    return file_landmarks(storage, "data", url, Storage.join(url, MANIFEST_NAME))
 
 
 def file_landmarks(storage: Storage, field: str, folder: str, url: str) -> Landmarks:
-    """A file on a local disk, if it is one and lies there."""
+    """A file on a local disk, if it is one that can be read."""
     if not is_local(url):
         return ()
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError, UserError):  # whoever needs it says what is wrong with it
         return (Landmark.of(storage, field, folder, url),)
     return ()
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from jobs.fan_out import Progress, fan_out
 from jobs.ingest import Show
-from jobs.shared_folder import dataset_landmarks
+from jobs.shared_folder import manifest_landmarks
 from pipeline.manifest import Manifest
 from pipeline.shard_table import ShardEntry
 from pipeline.storage import Storage
@@ -47,7 +47,7 @@ def verify_dataset(storage: Storage, url: str, *, deep: bool, on_progress: Show)
         on_progress("shards", progress)
 
     tasks = ((entry, deep) for entry in manifest.shards)
-    landmarks = dataset_landmarks(storage, url)
+    landmarks = manifest_landmarks(storage, url)
     verdicts: list[Verdict] = []
     for verdict in fan_out(_verified, storage, url, tasks, on_tick=tick, landmarks=landmarks):
         verdicts.append(verdict)

@@ -34,6 +34,11 @@ def test_a_landmark_is_seen_where_its_file_begins_alike(tmp_path: Path) -> None:
     assert not landmark.is_seen(Storage())
 
 
+def test_what_cannot_be_read_here_is_no_landmark(tmp_path: Path) -> None:
+    """Whoever needs it says what is wrong, as a skipped image or a fault."""
+    assert file_landmarks(Storage(), "source", str(tmp_path), str(tmp_path)) == ()
+
+
 def test_what_lies_in_a_store_needs_no_landmark(tmp_path: Path) -> None:
     assert file_landmarks(Storage(), "data", "s3://bucket/data", "s3://bucket/data/manifest.json") == ()
     assert file_landmarks(Storage(), "init_from", "", str(tmp_path / "is-not-there")) == ()
