@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import threading
 from collections.abc import Iterator
@@ -19,11 +20,10 @@ from urllib.parse import quote
 from pipeline import faults
 from pipeline.errors import StorageError
 from pipeline.ranged_read import fsspec_read
-from pipeline.store_urls import LOCAL, S3, protocol_of
+from pipeline.store_urls import AZURE, GOOGLE, LOCAL, S3, protocol_of
 
-_GOOGLE = ("gs", "gcs")
-_AZURE = ("az", "abfs", "abfss")
-_CONDITIONAL = (*LOCAL, "memory", *S3, *_GOOGLE, *_AZURE)
+_CONDITIONAL = (*LOCAL, "memory", *S3, *GOOGLE, *AZURE)
+_BOUNDARY = "b1dfb4d5c6f04f9aa5a0e6c1"
 _memory = threading.Lock()  # its objects are this process's own
 
 
@@ -100,23 +100,30 @@ def locked(folder: Path) -> Iterator[None]:
 def _put_over(filesystem: Any, protocol: str, path: str, data: bytes, info: dict[str, Any]) -> None:
     if protocol in S3:
         filesystem.pipe_file(path, data, IfMatch=info["ETag"])
-    elif protocol in _GOOGLE:  # gcsfs has no such argument
+    elif protocol in GOOGLE:  # gcsfs has no such argument
         bucket, key, _ = filesystem.split_path(path)
         filesystem.call(
             "POST",
             f"{filesystem._location}/upload/storage/v1/b/{quote(bucket, safe='')}/o",
-            uploadType="media",
-            name=key,
+            uploadType="multipart",
             ifGenerationMatch=str(info["generation"]),
-            headers={"Content-Type": "application/octet-stream"},
-            data=data,
+            headers={"Content-Type": f"multipart/related; boundary={_BOUNDARY}"},
+            data=_related(json.dumps({"name": key}).encode(), data),
         )
-    elif protocol in _AZURE:
+    elif protocol in AZURE:
         from azure.core import MatchConditions
 
         filesystem.pipe_file(path, data, etag=info["etag"], match_condition=MatchConditions.IfNotModified)
     else:
         filesystem.pipe_file(path, data)
+
+
+def _related(metadata: bytes, data: bytes) -> bytes:
+    """An object's metadata and content as the two parts of one body."""
+    line = b"--" + _BOUNDARY.encode()
+    parts = ((b"application/json; charset=UTF-8", metadata), (b"application/octet-stream", data))
+    body = b"".join(b"%s\r\nContent-Type: %s\r\n\r\n%s\r\n" % (line, kind, part) for kind, part in parts)
+    return body + line + b"--"
 
 
 def _is_unmet(error: Exception) -> bool:

@@ -212,8 +212,14 @@ def translated(error: Exception, url: str) -> Exception:  # noqa: PLR0911, PLR09
     return OSError(number or errno.EIO, _told(error), url)
 
 
+def is_behind_the_end(error: BaseException) -> bool:
+    """Whether the store answered that an object ends before the range that was asked for."""
+    code, status = _answer(error)
+    return code == "InvalidRange" or status == 416
+
+
 def http_code(error: BaseException) -> str:
-    """S3's error code, for example ``InvalidRange``; empty for what is no answer of a server."""
+    """S3's error code, for example ``NoSuchUpload``; empty for what is no answer of a server."""
     return _answer(error)[0]
 
 

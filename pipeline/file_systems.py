@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 
 from pipeline.s3_filesystem import CONNECT_TIMEOUT_SECONDS, READ_TIMEOUT_SECONDS, open_s3, sources
-from pipeline.store_urls import HTTP, S3, kind_of, protocol_of, server_of
+from pipeline.store_urls import GOOGLE, HTTP, S3, kind_of, protocol_of, server_of
 
 if TYPE_CHECKING:
     from pipeline.storage import Storage
@@ -78,4 +78,8 @@ def _made(storage: Storage, url: str, renewals: int) -> Any:
         return kind(use_listings_cache=False, client_kwargs={"timeout": limits}, skip_instance_cache=True)
     if protocol == "memory":
         return kind()
+    if protocol in GOOGLE:  # gcsfs's own choice asks a second service for each bucket's type, for a minute if need be
+        from gcsfs.core import GCSFileSystem
+
+        kind = GCSFileSystem
     return kind(use_listings_cache=False, skip_instance_cache=True, **dict(server_of(url)))

@@ -29,6 +29,8 @@ and services that hold no data sets, which a list or manifest of a stranger must
 LOCAL = ("file", "local")
 S3 = ("s3", "s3a")
 HTTP = ("http", "https")
+GOOGLE = ("gs", "gcs")
+AZURE = ("az", "abfs", "abfss")
 
 
 def is_local(url: str) -> bool:

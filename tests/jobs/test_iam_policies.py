@@ -11,8 +11,9 @@ import pytest
 from guarded_s3 import GuardedS3, Principal
 from iam_policy import WRITES, Call, Policy
 from patience import wait_until
-from testbed import Command, losses, small_recipe
+from testbed import TILES, Command, losses, small_recipe
 
+from jobs.run_directory import RunDirectory
 from jobs.stack import Stack
 from pipeline.storage import Storage
 
@@ -27,6 +28,7 @@ OPTIONS = {
 INGEST, RUN = "AKIAINGEST", "AKIARUN"
 SOURCES, DATASETS, RUNS = (f"s3://convmae/{prefix}/policies" for prefix in ("sources", "datasets", "runs"))
 RUN_NAME = "guarded"
+EPOCHS = 20
 LARGE_BYTES = 105 << 20
 """More than s3fs sends in one piece, as real shards and checkpoints are."""
 
@@ -123,7 +125,7 @@ def train(flow: Flow) -> None:
     recipe = small_recipe(
         f"{DATASETS}/sharded",
         run_root=RUNS,
-        epochs=12,
+        epochs=EPOCHS,
         checkpoint_every_steps=8,
         milestone_epochs=[2],
         keep_checkpoints=1,
@@ -132,11 +134,13 @@ def train(flow: Flow) -> None:
     first = flow.convmae.start("pretrain", *recipe, "--run", RUN_NAME, **flow.environment(RUN))
     run = flow.convmae.run(f"policies/{RUN_NAME}")
     wait_until("a step", lambda: bool(run.read_heartbeat().get("loss")) or first.poll() is not None, 300)
-    flow.run("stop", RUN_NAME, *root)
+    RunDirectory.of(
+        flow.storage(RUN), RUNS, RUN_NAME
+    ).write_stop_request()  # as `convmae stop` does, which starts slowly
     out, err = first.communicate(timeout=300)
     assert first.returncode == 0, out + err
     flow.run("pretrain", *recipe, "--run", RUN_NAME)
-    assert len(losses(run)) == 12 * 96 // 12
+    assert len(losses(run)) == EPOCHS * TILES // 12
     for command in (("status", RUN_NAME), ("history", RUN_NAME), ("checkpoints", RUN_NAME, "--verify"), ("list",)):
         flow.run(*command, *root)
     flow.run("doctor", "--store", RUNS)
