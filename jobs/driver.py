@@ -74,7 +74,7 @@ def plan_run(session: Session, recipe: Recipe, name: str, trace_url: str = "") -
     order = order_of(recipe, manifest.samples)
     _check_capacity(session, recipe)
     _check_port(recipe.metrics_port)
-    session.storage.check(run.url, write=True)
+    session.storage.check(run.url, write=True, exclusive=True)
     recipe = pinned(session.storage, recipe, run)
     run.check_recipe(recipe)
     if trace_url:
