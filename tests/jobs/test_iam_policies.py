@@ -28,7 +28,7 @@ OPTIONS = {
 INGEST, RUN = "AKIAINGEST", "AKIARUN"
 SOURCES, DATASETS, RUNS = (f"s3://convmae/{prefix}/policies" for prefix in ("sources", "datasets", "runs"))
 RUN_NAME = "guarded"
-EPOCHS = 20
+EPOCHS = 12
 LARGE_BYTES = 105 << 20
 """More than s3fs sends in one piece, as real shards and checkpoints are."""
 
@@ -82,7 +82,7 @@ class Flow:
         self.guard.meddle = hold
         process = self.convmae.start(*arguments, **self.environment(RUN))
         try:
-            wait_until(operation, lambda: bool(came), 120)
+            wait_until(operation, lambda: bool(came), 300)
         finally:
             process.kill()
             process.communicate()
@@ -129,15 +129,18 @@ def train(flow: Flow) -> None:
         checkpoint_every_steps=8,
         milestone_epochs=[2],
         keep_checkpoints=1,
+        max_workers=1,
     )
     root = ("--run-root", RUNS)
-    first = flow.convmae.start("pretrain", *recipe, "--run", RUN_NAME, **flow.environment(RUN))
     run = flow.convmae.run(f"policies/{RUN_NAME}")
-    wait_until("a step", lambda: bool(run.read_heartbeat().get("loss")) or first.poll() is not None, 300)
-    RunDirectory.of(
-        flow.storage(RUN), RUNS, RUN_NAME
-    ).write_stop_request()  # as `convmae stop` does, which starts slowly
-    out, err = first.communicate(timeout=300)
+    first = flow.convmae.start("pretrain", *recipe, "--run", RUN_NAME, **flow.environment(RUN))
+    try:
+        wait_until("a step", lambda: bool(run.read_heartbeat().get("loss")) or first.poll() is not None, 600)
+        # What `convmae stop` does, which takes seconds to start.
+        RunDirectory.of(flow.storage(RUN), RUNS, RUN_NAME).write_stop_request()
+        out, err = first.communicate(timeout=600)
+    finally:
+        first.kill()
     assert first.returncode == 0, out + err
     flow.run("pretrain", *recipe, "--run", RUN_NAME)
     assert len(losses(run)) == EPOCHS * TILES // 12
