@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,6 +78,8 @@ class Cluster:
     """Short: paths of Unix sockets may have 107 bytes."""
     s3: LocalS3
     ports: dict[str, int]
+    variables: Mapping[str, str]
+    """Of the nodes' environment beside what every node has; an empty one is left out."""
     head: Node = field(init=False)
     nodes: list[Node] = field(default_factory=list)
 
@@ -91,7 +93,7 @@ class Cluster:
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "RAY_", "CONVMAE_"))}
         storage = self.s3.storage
         assert storage.endpoint_url and storage.key and storage.secret and storage.region
-        return {
+        found = {
             **clean,
             "AWS_ENDPOINT_URL": storage.endpoint_url,
             "AWS_ACCESS_KEY_ID": storage.key,
@@ -103,7 +105,9 @@ class Cluster:
             "RAY_AUTH_TOKEN_PATH": str(self.folder / "token"),
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
+            **self.variables,
         }
+        return {name: value for name, value in found.items() if value}
 
     def start_head(self) -> None:
         """Start the head, which has no CPU for ranks."""
@@ -207,17 +211,18 @@ class Cluster:
 
 
 @contextlib.contextmanager
-def ray_cluster(folder: Path) -> Iterator[Cluster]:
+def ray_cluster(folder: Path, variables: Callable[[LocalS3], Mapping[str, str]] = lambda _: {}) -> Iterator[Cluster]:
     """A head, an S3 server beside it, and no other node yet; all end with the context.
 
     Args:
         folder: Empty; for logs, data and the token that every node and client must show.
+        variables: Of the nodes' environment, given the server; an empty one is left out.
     """
     (folder / "s3").mkdir()
     with local_s3(folder / "s3") as s3, tempfile.TemporaryDirectory(prefix="ray-") as sockets:
         (folder / "token").write_text(secrets.token_hex(32))
         ports = {name: free_port() for name in ("gcs", "dashboard", "client")}
-        cluster = Cluster(folder, Path(sockets), s3, ports)
+        cluster = Cluster(folder, Path(sockets), s3, ports, variables(s3))
         try:
             cluster.start_head()
             yield cluster

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from jobs import checkpoint, retention
 from jobs.checkpoint import CheckpointFile, Commit
-from jobs.errors import CheckpointError
+from jobs.errors import NotCommittedError
 from jobs.run_directory import RunDirectory
 from pipeline.daemon_threads import DaemonThreads
 from pipeline.scratch import scratch_folder
@@ -126,7 +126,7 @@ class CheckpointSaver:
         """Settle for good. Collective.
 
         Raises:
-            CheckpointError: The last checkpoint was not committed; on every rank.
+            NotCommittedError: The last checkpoint was not committed; on every rank.
         """
         self.settle()
         failure = [self._failure]
@@ -134,7 +134,7 @@ class CheckpointSaver:
         self._thread.shutdown()
         if failure[0]:
             remedy = "mend the storage and resume; the checkpoint before this one is whole"
-            raise CheckpointError("checkpoint", "must be committed before the run ends", failure[0], remedy)
+            raise NotCommittedError("checkpoint", "must be committed before the run ends", failure[0], remedy)
 
     def _make_visible(self, commit: Commit, began: float, stall_seconds: float) -> None:
         """Rank 0's thread: history first, then the commit object, then old checkpoints."""

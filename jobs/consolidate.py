@@ -99,7 +99,7 @@ def consolidate(
     url = wanted.url(run, commit.step)
     storage = run.storage
     if wanted.out:
-        storage.check(url.rpartition("/")[0], write=True)
+        storage.check(url.rpartition("/")[0], write=True, exclusive=True)
     if (found := _existing(storage, wanted, url, commit.step, if_exists)) is not None:
         return found
     claim_folder = f"{url.rpartition('/')[0]}/.{url.rpartition('/')[2]}.claims"

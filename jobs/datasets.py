@@ -36,7 +36,7 @@ def make_dataset(
     """
     _refuse_within(source, destination)
     job = Ingest(find_sources(session.storage, source), sharding)
-    session.storage.check(destination, write=True, shared=True)
+    session.storage.check(destination, write=True, shared=True, exclusive=True)
     session.connect()
     from jobs.ingest import ingest
 
@@ -60,7 +60,7 @@ def index_foreign(session: Session, url: str, out: str, *, deep: bool, salvage: 
             "URL", "must be a tar, a folder of tars or a pattern of them", url, "`convmae shard` takes it"
         )
     destination = out or found.root
-    session.storage.check(destination, write=True, shared=True)
+    session.storage.check(destination, write=True, shared=True, exclusive=True)
     session.connect()
     from jobs.foreign import index_dataset
 

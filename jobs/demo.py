@@ -42,7 +42,9 @@ def run_demo(environ: Mapping[str, str], images: str) -> None:
     run_name, source = _names(images, home)
     say("$ convmae up")
     stack.up(home, on_event=say)
-    session = Session.open({key: value for key, value in environ.items() if not key.startswith(("AWS_", "RAY_"))})
+    session = Session.open(
+        {key: value for key, value in environ.items() if not key.startswith(("AWS_", "RAY_", "CONVMAE_S3_"))}
+    )
     session.export()
 
     data = f"s3://convmae/datasets/{run_name}"

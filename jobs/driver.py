@@ -93,7 +93,7 @@ def plan_run(
     _check_capacity(session, recipe)
     if drives or session.is_local:
         persevere(lambda: _check_port(recipe.metrics_port), PortTakenError, patience_seconds)
-    session.storage.check(run.url, write=True, is_patient=is_patient)
+    session.storage.check(run.url, write=True, exclusive=True, is_patient=is_patient)
     session.remember_run_root(run.url.rpartition("/")[0])
     recipe = pinned(session.storage, recipe, run)
     run.check_recipe(recipe)

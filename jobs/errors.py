@@ -37,6 +37,10 @@ class TraceError(UserError):
     """A trace that is another run's, or that is not there."""
 
 
+class NotCommittedError(CheckpointError):
+    """A last checkpoint that the store did not take; the steps since the one before can be done again."""
+
+
 class DamagedCheckpointError(CheckpointError):
     """A committed checkpoint that is not as it was written: a file is missing, truncated or altered."""
 

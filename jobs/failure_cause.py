@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Literal, NamedTuple, get_args
 
-from jobs.errors import RunFailedError
-from pipeline.errors import UnreachableError, UserError
+from jobs.errors import NotCommittedError, RunFailedError
+from pipeline.errors import ReplacedError, StorageError, UnreachableError, UserError
 
 # Deaths that follow from another rank's: its peers see the connection break.
 _COLLATERAL = ("connection closed by peer", "connection reset by peer", "gloo", "nccl", "broken pipe")
 
 
-def describe_failure(worker_exceptions: Mapping[int, Exception]) -> tuple[str, bool]:
-    """The root cause among the errors of a worker group, in one line, and whether no restart can mend it.
+Remedy = Literal["restart", "restart after progress", "none"]
+"""What may mend a failure: a restart; one only where the run has trained before, so that what it needs was there once;
+or nothing, since the same would be met again."""
+
+
+class Failure(NamedTuple):
+    """Why a worker group ended."""
+
+    cause: str
+    """In one line."""
+    remedy: Remedy
+
+
+def describe_failure(worker_exceptions: Mapping[int, Exception]) -> Failure:
+    """The root cause among the errors of a worker group.
 
     When one rank dies its peers fail too, in their collectives; those are named only if there is nothing else.
     """
     causes = {rank: _cause(error) for rank, error in worker_exceptions.items()}
-    fatal = any(_is_fatal(cause) for cause in causes.values())
+    remedy = max((_remedy(cause) for cause in causes.values()), key=get_args(Remedy).index)
 
     def suspicion(rank: int) -> int:
         cause, text = causes[rank], str(causes[rank]).lower()
@@ -28,12 +42,15 @@ def describe_failure(worker_exceptions: Mapping[int, Exception]) -> tuple[str, b
 
     rank = min(sorted(causes), key=suspicion)
     lines = str(causes[rank]).strip().splitlines() or [""]
-    return f"rank {rank}: {type(causes[rank]).__name__}: {lines[0]}", fatal
+    return Failure(f"rank {rank}: {type(causes[rank]).__name__}: {lines[0]}", remedy)
 
 
-def _is_fatal(cause: BaseException) -> bool:
-    """Whether a restart meets the same again; an object store that is away may come back."""
-    return isinstance(cause, UserError) and not isinstance(cause, UnreachableError)
+def _remedy(cause: BaseException) -> Remedy:
+    """An object store that is away may come back. One that refuses us, or is full, did not when the run began."""
+    if not isinstance(cause, UserError) or isinstance(cause, UnreachableError | NotCommittedError):
+        return "restart"
+    is_about_the_store = isinstance(cause, StorageError) and not isinstance(cause, ReplacedError)
+    return "restart after progress" if is_about_the_store else "none"
 
 
 def _cause(error: BaseException) -> BaseException:

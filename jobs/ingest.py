@@ -80,7 +80,7 @@ def ingest(
     began = time.monotonic()
     destination = Storage.absolute(destination)
     storage.check(job.found.root, write=False, shared=True)
-    storage.check(destination, write=True, shared=True)
+    storage.check(destination, write=True, shared=True, exclusive=True)
     _keep_apart(job, destination)
     work = Storage.join(destination, WORK_FOLDER)
     reports: list[ShardReport] = []

@@ -17,7 +17,7 @@ from typing import Any
 from jobs.checkpoint_clock import CheckpointClock
 from jobs.checkpoint_interval import IntervalRule
 from jobs.exporter import RunExporter
-from jobs.failure_cause import failure_cause
+from jobs.failure_cause import Remedy, failure_cause
 from jobs.rank_figures import RankFigures
 from jobs.recovery import Recovery
 from jobs.run_directory import RunDirectory
@@ -396,12 +396,12 @@ class RunMonitor:
             self._clock.save_began(step, time.monotonic())
             return {**self._figures.totals, "restarts": self._figures["restarts"]}
 
-    def worker_failed(self, error: str, fatal: bool) -> str:
+    def worker_failed(self, error: str, remedy: Remedy) -> str:
         """Note why the worker group is about to end; the next attempt's event quotes it.
 
         Args:
             error: The root cause in one line.
-            fatal: No restart can mend it (bad input).
+            remedy: What may mend it.
 
         Returns:
             Why the run should be given up; empty to restart it.
@@ -415,7 +415,8 @@ class RunMonitor:
             self._figures.count("failures", label="Hang" if self._hang else failure_cause(error))
             self._figures.group_failed()
             self._record.touch()
-            if fatal:
+            has_trained = self._figures["last_step_at_seconds"] is not None
+            if remedy == "none" or (remedy == "restart after progress" and not has_trained):
                 return error
             if self._failures_without_progress > self._config.max_restarts_without_progress:
                 return f"{self._failures_without_progress} failures without a new checkpoint; the last: {error}"

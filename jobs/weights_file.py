@@ -159,9 +159,11 @@ def _weight_map(storage: Storage, index_url: str) -> dict[str, str]:
     """The file of each tensor."""
     remedy = "consolidate the checkpoint again, or get the folder again"
     try:
-        places = json.loads(storage.read(index_url))["weight_map"]
+        data = storage.read(index_url)
     except FileNotFoundError:
         raise WeightsFileError("weights", "must exist", index_url, remedy) from None
+    try:
+        places = json.loads(data)["weight_map"]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         rule = f"must be the index of several files ({type(error).__name__}: {clipped(str(error))})"
         raise WeightsFileError("weights", rule, index_url, remedy) from None

@@ -175,8 +175,8 @@ class FailureReporter(UserCallback):
         """Raise to end the run."""
         for rank, exception in sorted(worker_exceptions.items()):
             logger.error("rank %d failed: %s", rank, exception)
-        error, fatal = describe_failure(worker_exceptions)
-        if given_up := ray.get(self._monitor.worker_failed.remote(error, fatal)):
+        failure = describe_failure(worker_exceptions)
+        if given_up := ray.get(self._monitor.worker_failed.remote(*failure)):
             raise RunFailedError(given_up)
 
 

@@ -297,10 +297,12 @@ def _holder(content: Mapping[str, Any]) -> Holder:
 def _read(storage: Storage, url: str) -> dict[str, Any] | None:
     """The content of a claim; None where there is none, empty while it is being written."""
     try:
-        content = json.loads(storage.read(url))
+        data = storage.read(url)
     except FileNotFoundError:
         return None
-    except ValueError:
+    try:
+        content = json.loads(data)
+    except ValueError:  # not around the reading: what a store refuses is a ValueError, too
         return {}
     return content if isinstance(content, dict) else {}
 

@@ -41,6 +41,10 @@ class UnreachableError(StorageError):
     """A store that does not answer: the user's to mend before a run starts, and worth waiting for during one."""
 
 
+class CredentialsError(StorageError):
+    """Credentials that are missing, expired or refused: as `UnreachableError`, since they may be late or rotate."""
+
+
 class ReplacedError(StorageError):
     """An object that is no longer the one that was meant: its ETag is another."""
 

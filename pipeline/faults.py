@@ -19,7 +19,7 @@ import aiohttp
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
 
-from pipeline.errors import RefusedError, ReplacedError, StorageError, UnreachableError, clipped
+from pipeline.errors import CredentialsError, RefusedError, ReplacedError, StorageError, UnreachableError, clipped
 from pipeline.throttle import Throttle
 
 logger = logging.getLogger(__name__)
@@ -47,20 +47,35 @@ _UNREACHABLE = (
     TimeoutError,
 )
 _NO_CREDENTIALS = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.CredentialRetrievalError)
-_BUSY_CODES = {
+# Of packages that need not be installed.
+_UNREACHABLE_NAMES = {
+    "azure.core.exceptions.ServiceRequestError",
+    "azure.core.exceptions.ServiceResponseError",
+    "google.auth.exceptions.TransportError",
+    "requests.exceptions.ConnectionError",
+}
+_NO_CREDENTIALS_NAMES = {
+    "azure.core.exceptions.ClientAuthenticationError",
+    "google.auth.exceptions.GoogleAuthError",
+}
+_AGAIN_CODES = {
     "SlowDown",
     "RequestTimeout",
     "InternalError",
     "ServiceUnavailable",
     "Throttling",
     "RequestLimitExceeded",
+    "ConditionalRequestConflict",  # a conditional write met another one: it says nothing of what lies there
+    "OperationAborted",
 }
 _CREDENTIAL_CODES = {
     "InvalidAccessKeyId": "the access key id is unknown there",
     "SignatureDoesNotMatch": "the secret does not belong to the access key id",
     "ExpiredToken": "the session token has expired",
+    "TokenRefreshRequired": "the session token has expired",
     "InvalidToken": "the session token is malformed",
     "RequestTimeTooSkewed": "this machine's clock is wrong",
+    "400": "the answer has no reason; mostly the session token has expired",  # a HEAD's
 }
 
 
@@ -70,6 +85,7 @@ def retry(
     deadline_seconds: float,
     *,
     throttle: Throttle | None = None,
+    renew: Callable[[], None] = lambda: None,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
     jitter: Callable[[], float] = random.random,
@@ -81,6 +97,7 @@ def retry(
         url: What it is done to, for the messages.
         deadline_seconds: No further attempt starts later than this; an attempt in progress is not cut short.
         throttle: Turns that threads share; None where everybody may go at once.
+        renew: Called before the next attempt where credentials were missing or refused.
         clock: Monotonic seconds.
         sleep: Waits that many seconds.
         jitter: Draws from [0, 1).
@@ -100,13 +117,16 @@ def retry(
         except Exception as caught:
             error = _underlying(caught)
             wait_seconds = jitter() * min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2.0**attempt)
-            if not is_transient(error) or clock() + wait_seconds > deadline:
+            refused = is_refused(error, url)
+            if not (refused or is_transient(error)) or clock() + wait_seconds > deadline:
                 raise translated(error, url) from error
             level = logging.WARNING if clock() - began > QUIET_SECONDS else logging.DEBUG
             logger.log(
                 level, "%s: attempt %d failed (%s), next in %.1f s", url, attempt + 1, _told(error), wait_seconds
             )
             sleep(wait_seconds)
+            if refused:
+                renew()
     raise AssertionError("itertools.count() does not end")
 
 
@@ -127,9 +147,24 @@ def is_transient(error: BaseException) -> bool:
     if isinstance(error, boto.SSLError | aiohttp.ClientSSLError):
         return False
     code, status = _answer(error)
-    if code in _BUSY_CODES or status == 429 or (status >= 500 and status not in (501, 507)):
+    if code in _AGAIN_CODES or status == 429 or (status >= 500 and status not in (501, 507)):
         return True
-    return not status and isinstance(error, _UNREACHABLE)
+    return not status and _is_unreachable(error)
+
+
+def is_refused(error: BaseException, url: str) -> bool:
+    """Whether credentials are missing or were refused, so that others may do; a web server asks for none of ours."""
+    code, status = _answer(error)
+    if url.startswith(_WEB):
+        return False
+    named = isinstance(error, _NO_CREDENTIALS) or _is_named(error, _NO_CREDENTIALS_NAMES)
+    return named or code in _CREDENTIAL_CODES or status in (401, 403)
+
+
+def is_precondition(error: BaseException) -> bool:
+    """Whether the store answered that the condition of a write does not hold."""
+    code, status = _answer(error)
+    return code == "PreconditionFailed" or status == 412
 
 
 def is_busy(error: BaseException) -> bool:
@@ -144,7 +179,7 @@ def translated(error: Exception, url: str) -> Exception:  # noqa: PLR0911, PLR09
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, StorageError):
         return error
-    if code == "PreconditionFailed" or status == 412:
+    if is_precondition(error):
         return ReplacedError("object", "must be the one that was meant (ETag)", url, "restore the object")
     if code == "NoSuchBucket":
         return StorageError("bucket", "must exist", url, "create it, or correct its name in the URL")
@@ -152,10 +187,10 @@ def translated(error: Exception, url: str) -> Exception:  # noqa: PLR0911, PLR09
         return FileNotFoundError(errno.ENOENT, "nothing lies here", url)
     if status in (401, 403, 451) and url.startswith(_WEB):
         return RefusedError("address", "must be open to everybody", url, f"the server answered {status}")
-    if isinstance(error, _NO_CREDENTIALS) or code in _CREDENTIAL_CODES or status in (401, 403):
-        why = _CREDENTIAL_CODES.get(code, _told(error))
-        remedy = f"{why}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ask for the permission"
-        return StorageError("credentials", "must be accepted by the storage", url, remedy)
+    if is_refused(error, url):
+        why = _CREDENTIAL_CODES.get(code, _told(_clients(error) or error))
+        remedy = f"{why}: {_credentials_remedy(url)}, or ask for the permission"
+        return CredentialsError("credentials", "must be accepted by the storage", url, remedy)
     if number in _FULL or status == 507:
         return StorageError("disk", "must have space left (ENOSPC)", url, "free some, then run the same command again")
     if number in _REFUSED and not status:
@@ -170,15 +205,21 @@ def translated(error: Exception, url: str) -> Exception:  # noqa: PLR0911, PLR09
         return StorageError("URL", "must name a valid bucket and key", url, "correct the URL")
     if isinstance(error, ValueError) and "endpoint" in str(error).lower():
         return StorageError("AWS_ENDPOINT_URL", "must be like http://host:port", str(error), "correct it or unset it")
-    if not status and isinstance(error, _UNREACHABLE):
+    if not status and _is_unreachable(error):
         endpoint = "" if url.startswith(_WEB) else " and that AWS_ENDPOINT_URL is right"
         remedy = f"check that the server runs{endpoint} ({_told(error)})"
         return UnreachableError("storage", "must be reachable", url, remedy)
     return OSError(number or errno.EIO, _told(error), url)
 
 
+def is_behind_the_end(error: BaseException) -> bool:
+    """Whether the store answered that an object ends before the range that was asked for."""
+    code, status = _answer(error)
+    return code == "InvalidRange" or status == 416
+
+
 def http_code(error: BaseException) -> str:
-    """S3's error code, for example ``InvalidRange``; empty for what is no answer of a server."""
+    """S3's error code, for example ``NoSuchUpload``; empty for what is no answer of a server."""
     return _answer(error)[0]
 
 
@@ -190,14 +231,35 @@ def _underlying(error: Exception) -> Exception:
 
 def _answer(error: BaseException) -> tuple[str, int]:
     """Error code and HTTP status of a server's answer; ("", 0) where there was none."""
-    # s3fs turns botocore's ClientError into an OSError and keeps the original as its cause.
-    for candidate in (error, error.__cause__):
-        if isinstance(candidate, boto.ClientError):
-            status = candidate.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-            return candidate.response.get("Error", {}).get("Code", ""), int(status)
+    if told := _clients(error):
+        status = told.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return told.response.get("Error", {}).get("Code", ""), int(status)
+    if isinstance(error, OSError) and str(error).startswith("Forbidden: "):  # gcsfs's
+        return "", 403
     names = ("status", "code", "status_code")  # aiohttp's, gcsfs's and adlfs's
     status = next((getattr(error, name) for name in names if hasattr(error, name)), 0)
     return "", int(status) if isinstance(status, int | str) and str(status).isdigit() else 0
+
+
+def _clients(error: BaseException) -> boto.ClientError | None:
+    """botocore's error: s3fs turns it into an OSError and keeps the original as its cause."""
+    return next((found for found in (error, error.__cause__) if isinstance(found, boto.ClientError)), None)
+
+
+def _is_unreachable(error: BaseException) -> bool:
+    return isinstance(error, _UNREACHABLE) or _is_named(error, _UNREACHABLE_NAMES)
+
+
+def _is_named(error: BaseException, names: set[str]) -> bool:
+    return any(f"{kind.__module__}.{kind.__qualname__}" in names for kind in type(error).__mro__)
+
+
+def _credentials_remedy(url: str) -> str:
+    if url.startswith(("gs://", "gcs://")):
+        return "log in with gcloud, or set GOOGLE_APPLICATION_CREDENTIALS"
+    if url.startswith(("az://", "abfs")):
+        return "set AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME and what goes with it"
+    return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role"
 
 
 def _told(error: BaseException) -> str:

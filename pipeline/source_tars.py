@@ -181,10 +181,8 @@ def list_tar(storage: Storage, folder: str, task: TarTask) -> TarSummary:
     """
     tar, url = task.tar, within(task.root, task.tar.path)
     place = Storage.join(folder, f"{_name(task, storage.etag(url))}.npz")
-    try:
-        return _summary(TarListing.from_bytes(storage.read(place)), place, kept=True)
-    except (FileNotFoundError, ValueError):
-        pass
+    if (kept := _kept_listing(storage, place)) is not None:
+        return _summary(kept, place, kept=True)
     with RangedFile(lambda offset, length: storage.read_range(url, offset, length), tar.size_bytes) as file:
         contents = read_samples(file, salvage=True)
     images = contents.images
@@ -199,6 +197,18 @@ def list_tar(storage: Storage, folder: str, task: TarTask) -> TarSummary:
     )
     storage.write(place, listing.to_bytes())
     return _summary(listing, place, kept=False)
+
+
+def _kept_listing(storage: Storage, place: str) -> TarListing | None:
+    """What an earlier ingest found in a tar; None where nothing of it can be read."""
+    try:
+        data = storage.read(place)
+    except FileNotFoundError:
+        return None
+    try:
+        return TarListing.from_bytes(data)
+    except ValueError:
+        return None
 
 
 def read_listings(storage: Storage, summaries: Iterable[TarSummary]) -> Iterator[TarListing]:

@@ -20,6 +20,7 @@ STACK_FILES = frozenset(
         "jobs/test_failures",
         "jobs/test_goodput_run",
         "jobs/test_hangs",
+        "jobs/test_iam_policies",
         "jobs/test_kills_in_saving",
         "jobs/test_live_metrics",
         "jobs/test_main_job",

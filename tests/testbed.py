@@ -41,7 +41,7 @@ class Command:
 
     def environment(self, **changes: str) -> dict[str, str]:
         """Of a shell in which `convmae up` was run."""
-        foreign = ("AWS_", "RAY_")
+        foreign = ("AWS_", "RAY_", "CONVMAE_S3_")
         clean = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
         return {**clean, "CONVMAE_HOME": str(self.home), **changes}
 

@@ -2,8 +2,9 @@ from __future__ import annotations
 
 import pytest
 
+from jobs.errors import CheckpointError, NotCommittedError, RecipeError
 from jobs.failure_cause import describe_failure
-from pipeline.errors import DatasetError
+from pipeline.errors import CredentialsError, DatasetError, ReplacedError, StorageError, UnreachableError
 
 COLLATERAL = RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:4242")
 
@@ -20,18 +21,18 @@ class WrappedError(Exception):
 def test_the_rank_that_died_first_is_named_not_its_peers(order: tuple[int, int]) -> None:
     errors: list[Exception] = [COLLATERAL, ValueError("boom\nmore")]
 
-    text, fatal = describe_failure({rank: errors[order[rank]] for rank in (0, 1)})
+    text, remedy = describe_failure({rank: errors[order[rank]] for rank in (0, 1)})
 
     assert text == f"rank {order.index(1)}: ValueError: boom"
-    assert not fatal
+    assert remedy == "restart"
 
 
 def test_peers_are_named_where_there_is_nothing_else() -> None:
-    text, fatal = describe_failure({3: COLLATERAL})
+    text, remedy = describe_failure({3: COLLATERAL})
 
     assert text.startswith("rank 3: RuntimeError: ")
     assert "Connection closed by peer" in text
-    assert not fatal
+    assert remedy == "restart"
 
 
 def test_a_users_error_is_the_cause_and_fatal_however_deep_it_is_wrapped() -> None:
@@ -39,11 +40,35 @@ def test_a_users_error_is_the_cause_and_fatal_however_deep_it_is_wrapped() -> No
     from_error = RuntimeError("outer")
     from_error.__cause__ = WrappedError(error)
 
-    text, fatal = describe_failure({0: ValueError("boom"), 1: COLLATERAL, 2: from_error})
+    text, remedy = describe_failure({0: ValueError("boom"), 1: COLLATERAL, 2: from_error})
 
     assert text == f"rank 2: DatasetError: {error}"
-    assert fatal
+    assert remedy == "none"
 
 
 def test_a_failure_without_words_is_still_one_line() -> None:
-    assert describe_failure({0: ValueError()}) == ("rank 0: ValueError: ", False)
+    assert describe_failure({0: ValueError()}) == ("rank 0: ValueError: ", "restart")
+
+
+@pytest.mark.parametrize(
+    ("errors", "expected"),
+    [
+        ([UnreachableError("storage", "must be reachable", "s3://b/k", "wait")], "restart"),
+        ([NotCommittedError("checkpoint", "must be committed", "step 8: refused", "resume")], "restart"),
+        ([CredentialsError("credentials", "must be accepted", "s3://b/k", "renew")], "restart after progress"),
+        ([StorageError("disk", "must have space left", "/x", "free some")], "restart after progress"),
+        ([ReplacedError("object", "must be the one that was meant", "s3://b/k", "restore it")], "none"),
+        ([RecipeError("epochs", "must be positive", 0, "correct it")], "none"),
+        ([CheckpointError("data", "must be the one of the run", "x", "restore it")], "none"),
+        (
+            [CredentialsError("credentials", "must be accepted", "s3://b/k", "renew"), COLLATERAL],
+            "restart after progress",
+        ),
+        ([COLLATERAL, CredentialsError("c", "r", "v", "m"), DatasetError("d", "r", "v", "m")], "none"),
+    ],
+    ids=lambda value: str(value)[:60],
+)
+def test_a_store_that_took_us_once_may_do_so_again_and_bad_input_stays_bad(
+    errors: list[Exception], expected: str
+) -> None:
+    assert describe_failure(dict(enumerate(errors))).remedy == expected

@@ -143,7 +143,7 @@ def test_a_failure_is_a_restart_that_quotes_it_and_counts_redone_steps(start: St
     monitor = start()
     begin(monitor)
     record(monitor, range(1, 31))
-    assert monitor.worker_failed("rank 1: lost", fatal=False) == ""
+    assert monitor.worker_failed("rank 1: lost", remedy="restart") == ""
     assert monitor.status()["state"] == "restarting"
 
     assert begin(monitor, world_size=1, resume_step=20) == 2
@@ -160,7 +160,7 @@ def test_a_new_group_without_a_failure_is_a_resize_also_after_an_earlier_failure
 ) -> None:
     monitor = start()
     begin(monitor)
-    monitor.worker_failed("rank 1: lost", fatal=False)
+    monitor.worker_failed("rank 1: lost", remedy="restart")
     begin(monitor, world_size=1)
 
     begin(monitor, world_size=2)
@@ -186,7 +186,7 @@ def test_counters_go_on_in_a_new_driver_and_redone_images_count(start: Start) ->
     first = start()
     begin(first)
     record(first, range(1, 31))
-    first.worker_failed("rank 1: lost", fatal=False)
+    first.worker_failed("rank 1: lost", remedy="restart")
     begin(first, resume_step=20)
     record(first, range(21, 31), attempt=2)
     first.flush()
@@ -234,9 +234,9 @@ def test_restarts_and_failures_are_counted_by_kind_over_drivers(start: Start) ->
     first = start()
     begin(first)
     record(first, range(1, 31))
-    first.worker_failed("rank 1: StalledError: no batch", fatal=False)
+    first.worker_failed("rank 1: StalledError: no batch", remedy="restart")
     begin(first, resume_step=20)
-    first.worker_failed("the cluster is gone", fatal=False)
+    first.worker_failed("the cluster is gone", remedy="restart")
     begin(first, world_size=1, resume_step=20)
     begin(first, world_size=2, resume_step=20)
     commit(first, 20)
@@ -279,7 +279,7 @@ def test_nothing_is_left_of_a_group_that_ended(start: Start) -> None:
     assert before["convmae_rank_data_wait_seconds 1"] == 0.2
     assert before["convmae_world_size_ranks"] == 2
 
-    monitor.worker_failed("rank 1: lost", fatal=False)
+    monitor.worker_failed("rank 1: lost", remedy="restart")
     after = scraped(monitor)
 
     assert not [name for name in after if name.startswith("convmae_rank_")]
@@ -308,8 +308,8 @@ def test_a_monitor_that_is_started_again_amid_an_attempt_goes_on(start: Start, r
 def test_failures_without_progress_are_given_up(start: Start) -> None:
     monitor = start(max_restarts=2)
 
-    assert [monitor.worker_failed("rank 0: boom", fatal=False) for _ in range(2)] == ["", ""]
-    assert monitor.worker_failed("rank 0: boom", fatal=False) == (
+    assert [monitor.worker_failed("rank 0: boom", remedy="restart") for _ in range(2)] == ["", ""]
+    assert monitor.worker_failed("rank 0: boom", remedy="restart") == (
         "3 failures without a new checkpoint; the last: rank 0: boom"
     )
 
@@ -319,17 +319,32 @@ def test_a_checkpoint_is_progress(start: Start) -> None:
     begin(monitor)
 
     for step in range(1, 10):
-        assert monitor.worker_failed("rank 0: boom", fatal=False) == ""
-        assert monitor.worker_failed("rank 0: boom", fatal=False) == ""
+        assert monitor.worker_failed("rank 0: boom", remedy="restart") == ""
+        assert monitor.worker_failed("rank 0: boom", remedy="restart") == ""
         commit(monitor, step)
 
 
 def test_no_restart_is_made_where_none_is_allowed(start: Start) -> None:
-    assert start(max_restarts=0).worker_failed("rank 0: boom", fatal=False).endswith("rank 0: boom")
+    assert start(max_restarts=0).worker_failed("rank 0: boom", remedy="restart").endswith("rank 0: boom")
 
 
 def test_what_no_restart_can_mend_is_given_up_at_once(start: Start) -> None:
-    assert start(max_restarts=100).worker_failed("rank 0: bad data", fatal=True) == "rank 0: bad data"
+    assert start(max_restarts=100).worker_failed("rank 0: bad data", remedy="none") == "rank 0: bad data"
+
+
+def test_what_the_store_took_once_is_asked_for_again(start: Start) -> None:
+    refused, remedy = "rank 0: CredentialsError: expired", "restart after progress"
+    assert start().worker_failed(refused, remedy) == refused, "nothing was trained yet"
+
+    monitor = start(max_restarts=2)
+    begin(monitor)
+    record(monitor, range(1, 3))
+    assert monitor.worker_failed(refused, remedy) == ""
+    begin(monitor)  # from step 0: there is no checkpoint
+    assert monitor.worker_failed(refused, remedy) == ""
+    assert monitor.worker_failed(refused, remedy).startswith("3 failures without a new checkpoint")
+    monitor.flush()
+    assert start().worker_failed(refused, remedy) == "", "an earlier driver trained"
 
 
 def test_rare_flushes_lose_no_row(start: Start, run: RunDirectory) -> None:
@@ -389,7 +404,7 @@ def test_unwritten_rows_of_an_attempt_are_written_when_the_next_begins(start: St
     monitor = start()
     begin(monitor)
     record(monitor, range(1, 31))
-    monitor.worker_failed("rank 1: lost", fatal=False)
+    monitor.worker_failed("rank 1: lost", remedy="restart")
 
     begin(monitor, resume_step=20)
     record(monitor, range(21, 26), attempt=2)
@@ -587,7 +602,7 @@ def test_metrics_are_served_over_http(start: Start) -> None:
     begin(monitor)
     record(monitor, range(1, 31))
     commit(monitor, 30)
-    monitor.worker_failed("rank 1: lost", fatal=False)
+    monitor.worker_failed("rank 1: lost", remedy="restart")
     begin(monitor, resume_step=30)
     record(monitor, range(31, 41), attempt=2)
 
@@ -734,7 +749,7 @@ def test_a_rank_that_hangs_is_told_and_is_why_the_attempt_ended(start: Start, ru
     def examine(pulse: Pulse) -> Examined:
         examined.append(pulse.rank)
         # What the controller says when it sees the death before the examination has ended.
-        assert monitor.worker_failed("rank 0: ActorDiedError: killed", fatal=False) == ""
+        assert monitor.worker_failed("rank 0: ActorDiedError: killed", remedy="restart") == ""
         return Examined("stopped (T)", "stacks")
 
     monitor.look_for_hangs(now + 29.0, examine)
@@ -761,7 +776,7 @@ def test_how_long_a_restart_took_and_what_for_is_told_once(
     begin(monitor)
     record(monitor, range(1, 31))
     now = 1000.5
-    monitor.worker_failed("rank 1: lost", fatal=False)
+    monitor.worker_failed("rank 1: lost", remedy="restart")
     now = 1007.0
     monitor.begin_attempt(world_size=2, resume_step=20, counters={}, host="here", started_at_seconds=1006.0)
     now = 1007.5

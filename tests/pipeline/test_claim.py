@@ -14,7 +14,7 @@ import pytest
 
 from pipeline import claim as claims
 from pipeline.claim import Claim, Holder, claimed
-from pipeline.errors import ClaimedError
+from pipeline.errors import ClaimedError, CredentialsError
 from pipeline.storage import Storage
 
 ELSEWHERE = "another-machine"
@@ -166,10 +166,31 @@ def test_one_that_slept_too_long_finds_that_it_lost_its_claim(tmp_path: Path) ->
     assert theirs.exists()
 
 
+class Refusing(Storage):
+    """A store that lists, and refuses to be read."""
+
+    def read(self, url: str) -> bytes:
+        raise CredentialsError("credentials", "must be accepted by the storage", url, "renew them")
+
+
+def test_a_store_that_refuses_a_beat_takes_no_claim_away(tmp_path: Path) -> None:
+    with claimed(Storage(), str(tmp_path), "x", on_wait=no_wait) as claim:
+        claim._storage = Refusing()
+        with pytest.raises(CredentialsError):
+            claim.beat()
+        claim.check()
+        with pytest.raises(CredentialsError), claimed(Refusing(), str(tmp_path), "y", on_wait=no_wait):
+            pytest.fail("held by two")
+        claim._storage = Storage()
+        claim.beat()
+        claim.check()
+
+
 def test_a_claim_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "BEAT_SECONDS", 0.01)
-    claim = Claim(Storage(), str(tmp_path), 1, holder := Holder.here("x"))
+    holder = Holder.here("x")
     Storage().write(str(tmp_path / "claim-000001.json"), json.dumps({"token": holder.token}).encode())
+    claim = Claim(Storage(), str(tmp_path), 1, holder)
 
     deadline = time.monotonic() + 10
     beats: set[int] = set()

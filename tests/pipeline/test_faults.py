@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 
 import aiohttp
 import pytest
 from botocore import exceptions as boto
 
 from pipeline import faults
-from pipeline.errors import StorageError
+from pipeline.errors import CredentialsError, RefusedError, StorageError
 
 
 class Clock:
@@ -38,13 +39,21 @@ TRANSIENT = [
     client_error("SlowDown", 503),
     client_error("InternalError", 500),
     client_error("502", 502),
+    client_error("ConditionalRequestConflict", 409),
+    client_error("OperationAborted", 409),
+]
+REFUSALS = [
+    client_error("InvalidAccessKeyId", 403),
+    client_error("SignatureDoesNotMatch", 403),
+    client_error("AccessDenied", 403),
+    client_error("ExpiredToken", 400),
+    client_error("403", 403),
+    client_error("400", 400),  # what a HEAD with an expired token gets
+    boto.NoCredentialsError(),
+    boto.CredentialRetrievalError(provider="iam-role", error_msg="late"),
 ]
 USERS = [
-    (client_error("InvalidAccessKeyId", 403), "credentials"),
-    (client_error("SignatureDoesNotMatch", 403), "credentials"),
-    (client_error("AccessDenied", 403), "credentials"),
     (client_error("NoSuchBucket", 404), "bucket"),
-    (boto.NoCredentialsError(), "credentials"),
     (OSError(errno.ENOSPC, "full"), "disk"),
     (PermissionError(errno.EACCES, "refused"), "folder"),
     (NotADirectoryError(errno.ENOTDIR, "a file"), "path"),
@@ -78,6 +87,59 @@ def test_faults_of_the_user_are_told_at_once(error: Exception, field: str) -> No
     assert caught.value.field == field
     assert "s3://b/k" in str(caught.value)
     assert len(calls) == 1
+
+
+@pytest.mark.parametrize("error", REFUSALS, ids=repr)
+def test_refused_credentials_are_renewed_before_each_further_attempt_until_the_deadline(error: Exception) -> None:
+    clock, told = Clock(), []
+
+    def call() -> str:
+        told.append("call")
+        if clock.now < 60:
+            raise error
+        return "done"
+
+    def renew() -> None:
+        told.append("renew")
+
+    assert faults.retry(call, "s3://b/k", 120, renew=renew, clock=clock, sleep=clock.sleep) == "done"
+    assert told == ["call", "renew"] * (len(told) // 2) + ["call"]
+    with pytest.raises(CredentialsError, match="s3://b/k"):
+        faults.retry(raising(error), "s3://b/k", 20, clock=clock, sleep=clock.sleep)
+
+
+def test_a_web_servers_refusal_is_told_at_once() -> None:
+    error = aiohttp.ClientResponseError(request_info=None, history=(), status=403)  # type: ignore[arg-type]
+
+    with pytest.raises(RefusedError, match="403"):
+        faults.retry(raising(error), "https://host/x", 120, sleep=lambda seconds: pytest.fail("it waited"))
+
+
+def test_transient_faults_renew_nothing() -> None:
+    outcomes = iter([TimeoutError("slow")])
+
+    def call() -> str:
+        for outcome in outcomes:
+            raise outcome
+        return "done"
+
+    assert faults.retry(call, "s3://b/k", 9, renew=lambda: pytest.fail("renewed"), sleep=lambda _: None) == "done"
+
+
+def test_the_operation_that_was_refused_is_named() -> None:
+    error = boto.ClientError(
+        {"Error": {"Code": "AccessDenied"}, "ResponseMetadata": {"HTTPStatusCode": 403}}, "DeleteObject"
+    )
+
+    with pytest.raises(CredentialsError, match="DeleteObject"):
+        faults.retry(raising(error), "s3://b/k", 0)
+
+
+def raising(error: Exception) -> Callable[[], None]:
+    def call() -> None:
+        raise error
+
+    return call
 
 
 def test_the_deadline_ends_the_attempts() -> None:

@@ -18,7 +18,8 @@ from pipeline.shard_plan import Sharding, plan_shards
 from pipeline.shards import write_shard
 from pipeline.source import Source, Sources
 from pipeline.sources import find_sources
-from pipeline.storage import STORES, Storage
+from pipeline.storage import Storage
+from pipeline.store_urls import STORES
 
 MakeJpeg = Callable[..., bytes]
 

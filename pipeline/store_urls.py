@@ -1,0 +1,112 @@
+"""URLs of files and objects: which protocols are taken, what they need installed, and what each of them means."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any
+
+import fsspec
+from fsspec.registry import known_implementations
+
+from pipeline.errors import StorageError, clipped
+
+STORES = {
+    **dict.fromkeys(("file", "local", "memory"), "fsspec"),
+    **dict.fromkeys(("s3", "s3a"), "s3fs"),
+    **dict.fromkeys(("http", "https"), "aiohttp"),
+    **dict.fromkeys(("gs", "gcs"), "gcsfs"),
+    **dict.fromkeys(("az", "abfs", "abfss"), "adlfs"),
+    **dict.fromkeys(("sftp", "ssh"), "paramiko"),
+    "ftp": "fsspec",
+    "hdfs": "pyarrow",
+    "webhdfs": "requests",
+    "hf": "huggingface_hub",
+    "oss": "ossfs",
+    "oci": "ocifs",
+}
+"""Protocols that are taken, with the package that each needs. fsspec has more: views of other file systems, archives,
+and services that hold no data sets, which a list or manifest of a stranger must not make this process open."""
+LOCAL = ("file", "local")
+S3 = ("s3", "s3a")
+HTTP = ("http", "https")
+GOOGLE = ("gs", "gcs")
+AZURE = ("az", "abfs", "abfss")
+
+
+def is_local(url: str) -> bool:
+    """Whether `url` is a path on this machine: ``file://`` or no protocol at all."""
+    return protocol_of(url) in LOCAL
+
+
+def is_s3(url: str) -> bool:
+    """Whether `url` is on S3 or a store that speaks its language."""
+    return protocol_of(url) in S3
+
+
+def is_web(url: str) -> bool:
+    """Whether `url` is an http address."""
+    return protocol_of(url) in HTTP
+
+
+def protocol_of(url: str) -> str:
+    """A key of STORES.
+
+    Raises:
+        StorageError: The URL is empty, malformed, of an unknown protocol, or holds a password.
+    """
+    if not url:
+        raise StorageError("URL", "must not be empty", url, "write s3://bucket/folder or a path")
+    if "\0" in url:
+        raise StorageError("URL", "must hold no NUL", clipped(url), "correct what it comes from")
+    protocol, separator, _ = url.partition("://")
+    if not separator:
+        # "s3:/bucket" would otherwise become a folder named "s3:".
+        scheme = url.partition(":/")[0]
+        if scheme not in STORES or ":/" not in url:
+            return "file"
+        raise StorageError(
+            "URL", "must have two slashes", url, f"write {scheme}://{url.partition(':/')[2].lstrip('/')}"
+        )
+    if protocol in STORES:
+        _refuse_password(protocol, url)
+        return protocol
+    foreign = protocol in known_implementations or "::" in protocol
+    nearest = [] if foreign else difflib.get_close_matches(protocol, STORES, n=1, cutoff=0.4)
+    remedy = f"did you mean {nearest[0]}://?" if nearest else "use s3://, gs://, file:// or a path"
+    raise StorageError("URL", "must have a known protocol", clipped(url), remedy)
+
+
+def path_of(url: str) -> str:
+    """What fsspec's file system of the protocol calls it: a local path, or bucket and key."""
+    return str(kind_of(protocol_of(url))._strip_protocol(url))
+
+
+def kind_of(protocol: str) -> Any:
+    """fsspec's class for a protocol.
+
+    Raises:
+        StorageError: The package that it needs is not installed.
+    """
+    try:
+        return fsspec.get_filesystem_class(protocol)
+    except (ImportError, ValueError) as error:  # ValueError: fsspec learns of the protocol from the package
+        raise StorageError(
+            "URL", "needs a package that is not installed", f"{protocol}://", f"`pip install {STORES[protocol]}`"
+        ) from error
+
+
+def server_of(url: str) -> tuple[tuple[str, Any], ...]:
+    """What the file system must be told of the server that a URL names: host, port, user, account."""
+    protocol = protocol_of(url)
+    if protocol in (*LOCAL, "memory", *S3, *HTTP):
+        return ()
+    return tuple(sorted(kind_of(protocol)._get_kwargs_from_urls(url).items()))
+
+
+def _refuse_password(protocol: str, url: str) -> None:
+    """URLs are written into recipes, reports and logs. Elsewhere than here a bare name before the @ is no secret."""
+    host, _, rest = url.partition("://")[2].partition("/")
+    known, at, place = host.rpartition("@")
+    if at and (":" in known or protocol in (*S3, *HTTP)):
+        remedy = "give them by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or by the machine's role"
+        raise StorageError("URL", "must hold no credentials", f"{protocol}://...@{place}/{rest}", remedy)
