@@ -19,6 +19,7 @@ import contextlib
 import json
 import secrets
 import sys
+import tempfile
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,10 +31,12 @@ from patience import wait_until
 
 from jobs.run_directory import RunDirectory
 from jobs.stack_services import BUCKET, REGION, s3_binary
+from pipeline.photographs import cut_tiles
 from pipeline.storage import Storage
 
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
-START_SECONDS = 180
+START_SECONDS = 300
+START_ATTEMPTS = 6
 INTERFACES = ("enp3s0", "eno1", "ens192", "enp0s31f6", "eth2", "ens4")
 """Of the workers, by the order in which they come."""
 S3_PORT, GCS_PORT, DASHBOARD_PORT, PROMETHEUS_PORT = 8333, 6379, 8265, 9090
@@ -57,13 +60,15 @@ class RayHosts:
     laptop: Host
     workers: list[Host] = field(default_factory=list)
     tuning: Mapping[str, str] = field(default_factory=dict)
-    """Variables for `ray start` on each node, as a cluster file would set them; none on one that is started plainly."""
+    """Variables for `ray start` on the head, as a cluster file sets them; none on one that is started plainly."""
     names: Names = Names.DNS
     nodes: dict[Host, Any] = field(default_factory=dict)
     """`ray start --block` of each node."""
+    _options: dict[Host, Sequence[str]] = field(default_factory=dict)
     _token: str = field(default_factory=lambda: secrets.token_hex(32))
     _keys: tuple[str, str] = field(default_factory=lambda: (secrets.token_hex(10).upper(), secrets.token_urlsafe(30)))
     _doors: dict[str, str] = field(default_factory=dict)
+    _added: int = 0
 
     @property
     def http_address(self) -> str:
@@ -98,6 +103,15 @@ class RayHosts:
         """The directory of a run."""
         return RunDirectory.of(self.storage, f"{self.url}/runs", name)
 
+    def photographs(self, count: int) -> str:
+        """Put class folders of photographs into the store; returns their URL."""
+        url = f"{self.url}/photographs"
+        with tempfile.TemporaryDirectory() as folder:
+            cut_tiles(Path(folder), count, seed=0)
+            for file in Path(folder).rglob("*.jpg"):
+                self.storage.write(f"{url}/{file.relative_to(folder)}", file.read_bytes())
+        return url
+
     def alive(self) -> set[str]:
         """Addresses of the nodes that Ray believes to be there."""
         nodes = self.ask_ray("/api/v0/nodes?detail=1")["data"]["result"]["result"]
@@ -112,14 +126,17 @@ class RayHosts:
             return json.load(answer)
 
     def start_store(self) -> None:
-        """Start the S3 server, and wait until it answers."""
+        """Start the S3 server; `wait_for_store` waits until it answers."""
         self.nodes[self.store] = self.store.serve("weed", *_weed(self.store))
+
+    def wait_for_store(self) -> None:
+        """Wait until the bucket can be asked."""
         wait_until("the store", lambda: self.store.listens(S3_PORT) and self._answers(), START_SECONDS)
 
     def start_head(self, *options: str) -> None:
-        """Start Ray's head."""
+        """Start Ray's head, and wait until it is a node itself: no other may come before."""
         self._start_ray(self.head, "--head", "--dashboard-host=0.0.0.0", "--num-cpus=0", *options)
-        wait_until("the head", lambda: self.head.listens(GCS_PORT), START_SECONDS)
+        self.wait_for_nodes(self.head)
 
     def start_node(self, host: Host, cpus: int = 1) -> None:
         """Start a node of the cluster on a host; `wait_for_nodes` waits until it has joined."""
@@ -132,13 +149,19 @@ class RayHosts:
 
     def add_worker(self, cpus: int = 1, *, wait: bool = True) -> Host:
         """Boot one host more, and start a node on it."""
-        count = len(self.workers) + 1
-        host = self.add_host(f"worker{count}", INTERFACES[(count - 1) % len(INTERFACES)], has_code=False)
+        self._added += 1
+        interface = INTERFACES[(self._added - 1) % len(INTERFACES)]
+        host = self.add_host(f"worker{self._added}", interface, has_code=False)
         self.workers.append(host)
         self.start_node(host, cpus)
         if wait:
             self.wait_for_nodes(host)
         return host
+
+    def remove_worker(self, host: Host) -> None:
+        """Take a worker's power, for ever."""
+        self.workers.remove(host)
+        self.network.power_off(host)
 
     def add_host(self, name: str, interface: str, *, has_code: bool = True) -> Host:
         """Boot a host on which a user's shell has the store's keys and Ray's token."""
@@ -166,8 +189,9 @@ class RayHosts:
         wanted = {host.address for host in hosts or [self.head, *self.workers]}
 
         def joined() -> bool:
-            ended = [host for host, process in self.nodes.items() if process.poll() is not None]
-            assert not ended, f"{ended[0].name}: {(ended[0].folder / 'ray.log').read_text()}"
+            for host in hosts or [self.head, *self.workers]:
+                if self.nodes[host].poll() is not None:  # Ray gives a node 30 s to start, which a busy machine overruns
+                    self._start_again(host)
             try:
                 return wanted <= self.alive()
             except (OSError, ValueError, KeyError, TypeError):
@@ -213,7 +237,16 @@ class RayHosts:
 
     def _start_ray(self, host: Host, *options: str) -> None:
         command = [*RAY, "start", "--block", f"--object-store-memory={_OBJECT_STORE_BYTES}", "--log-color=false"]
-        self.nodes[host] = host.serve("ray", *command, *options, **self.tuning)
+        tuning = self.tuning if host is self.head else {}
+        self.nodes[host] = host.serve("ray", *command, *options, **tuning)
+        self._options[host] = options
+
+    def _start_again(self, host: Host) -> None:
+        log = (host.folder / "ray.log").read_text()
+        failures = log.count("timed out during startup")
+        assert 0 < failures < START_ATTEMPTS, log
+        self.stop_node(host)
+        self._start_ray(host, *self._options[host])
 
     def _answers(self) -> bool:
         try:
@@ -232,7 +265,7 @@ def ray_hosts(
         folder: Empty; for files of the hosts, their logs among them.
         workers: How many at first.
         names: What hosts make of names.
-        tuning: Variables for `ray start`.
+        tuning: Variables for the head's `ray start`.
     """
     with host_network(folder) as network:
         store = network.add("store", interface="eth0", names=names, has_code=False)
@@ -243,11 +276,12 @@ def ray_hosts(
             cluster.equip(host)
         cluster.write_identities()
         cluster.open_doors()
+        cluster.start_store()
         cluster.start_head()
         for _ in range(workers):
             cluster.add_worker(wait=False)
-        cluster.start_store()
         cluster.wait_for_nodes()
+        cluster.wait_for_store()
         yield cluster
 
 
