@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain down fix check test test-slow test-hosts soak bench-recovery bench-plan bench-model bench-loader bench-checkpoint bench-consolidate
+.PHONY: help install pretrain down fix check test test-slow test-hosts soak bench-recovery bench-hosts bench-plan bench-model bench-loader bench-checkpoint bench-consolidate
 
 help:  ## Show these lines
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -54,6 +54,9 @@ soak: $(INSTALLED)  ## A run that is killed at random for half an hour; CONVMAE_
 
 bench-recovery: $(INSTALLED)  ## From a failure to the next step: ranks and nodes killed, added and drained
 	$(BIN)/python benchmarks/bench_recovery.py
+
+bench-hosts: $(INSTALLED)  ## From a host that falls silent to the next step; needs root and iproute2
+	$(BIN)/python benchmarks/bench_hosts.py
 
 bench-model: $(INSTALLED)  ## Forward and backward of the model, against its dense reference and MAE; operations and bytes
 	$(BIN)/python benchmarks/model_traffic.py
