@@ -147,15 +147,14 @@ class RayHosts:
         end(self.nodes.pop(host))
         host.kill("")
 
-    def add_worker(self, cpus: int = 1, *, wait: bool = True) -> Host:
-        """Boot one host more, and start a node on it."""
+    def add_worker(self, cpus: int = 1) -> Host:
+        """Boot one host more, start a node on it, and wait until it has joined."""
         self._added += 1
         interface = INTERFACES[(self._added - 1) % len(INTERFACES)]
         host = self.add_host(f"worker{self._added}", interface, has_code=False)
         self.workers.append(host)
         self.start_node(host, cpus)
-        if wait:
-            self.wait_for_nodes(host)
+        self.wait_for_nodes(host)
         return host
 
     def remove_worker(self, host: Host) -> None:
@@ -278,9 +277,8 @@ def ray_hosts(
         cluster.open_doors()
         cluster.start_store()
         cluster.start_head()
-        for _ in range(workers):
-            cluster.add_worker(wait=False)
-        cluster.wait_for_nodes()
+        for _ in range(workers):  # one after the other: at once they take turns on few cores, and overrun Ray's limit
+            cluster.add_worker()
         cluster.wait_for_store()
         yield cluster
 
