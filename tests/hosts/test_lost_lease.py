@@ -22,7 +22,7 @@ def desk(cluster: RayHosts) -> Iterator[Host]:
     cluster.start_node(host, cpus=0)
     cluster.wait_for_nodes(host)
     yield host
-    cluster.network.power_off(host)
+    cluster.remove(host)
 
 
 def test_of_a_driver_cut_off_for_longer_than_its_lease_and_another_one_wins(
