@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain down fix check test test-slow soak bench-recovery bench-plan bench-model bench-loader bench-checkpoint bench-consolidate
+.PHONY: help install pretrain down fix check test test-slow test-hosts soak bench-recovery bench-hosts bench-plan bench-model bench-loader bench-checkpoint bench-consolidate
 
 help:  ## Show these lines
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,11 +46,17 @@ test: check  ## Checks, then all tests but the slow ones
 test-slow: $(INSTALLED)  ## The tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
+test-hosts: $(INSTALLED)  ## A cluster of several hosts whose links are cut; needs root and iproute2
+	$(BIN)/python -m pytest -m 'not soak' tests/hosts
+
 soak: $(INSTALLED)  ## A run that is killed at random for half an hour; CONVMAE_SOAK_MINUTES and CONVMAE_SOAK_SEED set it
 	$(BIN)/python -m pytest -m soak --log-cli-level=WARNING
 
 bench-recovery: $(INSTALLED)  ## From a failure to the next step: ranks and nodes killed, added and drained
 	$(BIN)/python benchmarks/bench_recovery.py
+
+bench-hosts: $(INSTALLED)  ## From a host that falls silent to the next step; needs root and iproute2
+	$(BIN)/python benchmarks/bench_hosts.py
 
 bench-model: $(INSTALLED)  ## Forward and backward of the model, against its dense reference and MAE; operations and bytes
 	$(BIN)/python benchmarks/model_traffic.py

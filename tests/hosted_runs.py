@@ -1,0 +1,123 @@
+"""Runs on a cluster of hosts: begun, watched, disturbed, and compared with one that nobody disturbed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import pytest
+from host_network import Host, done
+from patience import wait_until
+from ray_hosts import RayHosts
+from testbed import losses, small_recipe
+
+from jobs.checkpoint import committed_steps, read_commit
+from jobs.run_directory import RunDirectory
+from jobs.trace import TracedStep, read_trace, traced_steps
+
+PATIENCE_SECONDS = 300
+FIELDS: dict[str, object] = {
+    "device": "cpu",
+    "precision": "fp32",
+    "cpus_per_worker": 1.0,
+    "loader_threads": 1,
+    "checkpoint_every_steps": 20,
+    "resize_seconds": 2.0,
+    "min_workers": 1,
+    "max_workers": 3,
+    "epochs": 1000,
+    "base_learning_rate": 0.004,
+    "max_restarts_without_progress": 5,
+    "standby": True,
+}
+
+
+class Runs:
+    """Runs of one recipe and data set on a cluster, each with a trace.
+
+    The one that nobody disturbs is trained as far as it is asked for, on one rank.
+    """
+
+    def __init__(self, cluster: RayHosts, data: str) -> None:
+        self.cluster, self.data = cluster, data
+        self._undisturbed = 0
+
+    def recipe(self, **fields: object) -> Sequence[str]:
+        """Arguments for a run that lasts longer than a test."""
+        return small_recipe(self.data, **{**FIELDS, "run_root": f"{self.cluster.url}/runs", **fields})
+
+    def begin(self, name: str, host: Host | None = None, **fields: object) -> RunDirectory:
+        """Submit a run, as a job of the head unless another host is given."""
+        trace = f"{self.cluster.url}/traces/{name}"
+        submit = ("submit", *self.recipe(**fields), "--run", name, "--trace", trace)
+        done(self.cluster.convmae(host or self.cluster.laptop, *submit))
+        return self.cluster.run(name)
+
+    def stop(self, run: RunDirectory) -> None:
+        """End a run with a checkpoint, and see that nothing of it is left."""
+        done(self.cluster.convmae(self.cluster.laptop, "stop", run.url))
+        self.cluster.wait_for_nothing_left()
+
+    def assert_undisturbed(self, run: RunDirectory) -> None:
+        """Its history and its samples, crops, flips and masks are those of the run that nobody disturbed."""
+        found = losses(run)
+        if len(found) > self._undisturbed:
+            self._undisturbed = len(found)
+            trace = f"{self.cluster.url}/traces/undisturbed"
+            recipe = self.recipe(max_steps=self._undisturbed, max_workers=1, checkpoint_every_steps=500)
+            pretrain = ("pretrain", *recipe, "--run", "undisturbed", "--trace", trace)
+            done(self.cluster.convmae(self.cluster.head, *pretrain), within_seconds=900)
+        expected = losses(self.cluster.run("undisturbed"))[: len(found)]
+        assert found == pytest.approx(expected, rel=1e-5)
+        traces = [list(self._traced(name, len(found))) for name in (run.name, "undisturbed")]
+        assert [step.step for step in traces[0]] == list(range(1, len(found) + 1))
+        assert traces[0] == traces[1]
+
+    def _traced(self, name: str, steps: int) -> Iterator[TracedStep]:
+        rows = read_trace(self.cluster.storage, f"{self.cluster.url}/traces/{name}")
+        return islice(traced_steps(rows), steps)
+
+
+def until(run: RunDirectory, what: str, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    """Wait for what the heartbeat tells; returns it."""
+    seen: dict[str, Any] = {}
+
+    def look() -> bool:
+        seen.clear()
+        seen.update(run.read_heartbeat())
+        return bool(seen) and holds(seen)
+
+    try:
+        wait_until(what, look, PATIENCE_SECONDS)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{seen}\n" + "\n".join(map(str, run.read_events()[-10:]))) from None
+    return seen
+
+
+def trains(workers: int, after: int = 0) -> Callable[[dict[str, Any]], bool]:
+    """Whether so many ranks are past a step."""
+    return lambda now: (
+        now["state"] == "running" and now.get("world_size") == workers and bool(now.get("loss")) and now["step"] > after
+    )
+
+
+def is_under_way(run: RunDirectory, workers: int) -> dict[str, Any]:
+    """Wait until so many ranks train behind the first checkpoint; returns the heartbeat."""
+    after_the_first = trains(workers, after=int(str(FIELDS["checkpoint_every_steps"])))
+    return until(run, "a checkpoint", lambda now: after_the_first(now) and (now.get("checkpoint_step") or 0) > 0)
+
+
+def goes_on(run: RunDirectory, workers: int, steps: int = 20) -> dict[str, Any]:
+    """Wait for so many steps more, by so many ranks; returns the heartbeat."""
+    return until(run, f"{steps} steps of {workers} ranks", trains(workers, after=run.read_heartbeat()["step"] + steps))
+
+
+def events(run: RunDirectory, kind: str) -> list[dict[str, Any]]:
+    """The events of a kind."""
+    return [event for event in run.read_events() if event["kind"] == kind]
+
+
+def newest_claims(run: RunDirectory) -> list[int]:
+    """Which driver's commit each checkpoint is, by step."""
+    return [read_commit(run, step).claim for step in committed_steps(run)]
