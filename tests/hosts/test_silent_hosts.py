@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
-from hosted_runs import PATIENCE_SECONDS, Runs, events, trains, until
+from hosted_runs import PATIENCE_SECONDS, Runs, events, goes_on, trains, until
 from patience import wait_until
 from ray_hosts import RayHosts
 
@@ -36,6 +36,8 @@ def test_a_host_that_falls_silent_is_noticed_in_seconds_and_taken_back(cluster: 
     until(run, "both ranks", trains(2, after=told["step"]))
     assert not rank.is_running(), "what was left of the old group is gone"
     assert len(silent.matching(RANK)) == 1
+    attempt = run.read_heartbeat()["attempt"]
+    assert goes_on(run, 2)["attempt"] == attempt, "and all is well"
     runs.stop(run)
     runs.assert_undisturbed(run)
 
