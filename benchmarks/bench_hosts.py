@@ -45,7 +45,7 @@ def measure(cluster: RayHosts, what: str, rounds: int, calm_seconds: float, foun
         assert event
         found[what].append({**event, "steps_redone": start["steps_redone"]})
         print(f"{what}: {event['down_seconds']:.1f} s; {start['reason']}", file=sys.stderr, flush=True)
-        cluster.remove_worker(lost)
+        cluster.remove(lost)
         cluster.add_worker()
         wait_until("two ranks", lambda: run.read_heartbeat().get("world_size") == 2, PATIENCE_SECONDS)
         settle(run)

@@ -21,6 +21,7 @@ import secrets
 import sys
 import tempfile
 import urllib.request
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +66,7 @@ class RayHosts:
     nodes: dict[Host, Any] = field(default_factory=dict)
     """`ray start --block` of each node."""
     _options: dict[Host, Sequence[str]] = field(default_factory=dict)
+    _ends: Counter[Host] = field(default_factory=Counter)
     _token: str = field(default_factory=lambda: secrets.token_hex(32))
     _keys: tuple[str, str] = field(default_factory=lambda: (secrets.token_hex(10).upper(), secrets.token_urlsafe(30)))
     _doors: dict[str, str] = field(default_factory=dict)
@@ -157,9 +159,11 @@ class RayHosts:
         self.wait_for_nodes(host)
         return host
 
-    def remove_worker(self, host: Host) -> None:
-        """Take a worker's power, for ever."""
-        self.workers.remove(host)
+    def remove(self, host: Host) -> None:
+        """Take a host's power, for ever."""
+        if host in self.workers:
+            self.workers.remove(host)
+        self.nodes.pop(host, None)
         self.network.power_off(host)
 
     def add_host(self, name: str, interface: str, *, has_code: bool = True) -> Host:
@@ -188,15 +192,26 @@ class RayHosts:
         wanted = {host.address for host in hosts or [self.head, *self.workers]}
 
         def joined() -> bool:
-            for host in hosts or [self.head, *self.workers]:
-                if self.nodes[host].poll() is not None:  # Ray gives a node 30 s to start, which a busy machine overruns
-                    self._start_again(host)
+            self.keep_up()
             try:
                 return wanted <= self.alive()
             except (OSError, ValueError, KeyError, TypeError):
                 return False
 
         wait_until("the nodes", joined, START_SECONDS)
+
+    def keep_up(self) -> None:
+        """Start `ray start` again where it has ended, as a service manager does.
+
+        Ray gives a node 30 s to start, which a busy machine overruns; and a node that was taken for dead while its link
+        was cut ends itself when it hears of it.
+        """
+        for host, options in list(self._options.items()):
+            if host in self.nodes and self.nodes[host].poll() is not None:
+                self._ends[host] += 1
+                assert self._ends[host] < START_ATTEMPTS, (host.folder / "ray.log").read_text()
+                self.stop_node(host)
+                self._start_ray(host, *options)
 
     def leftovers(self) -> list[str]:
         """Host and command line of everything at work that is no service: ranks, drivers, commands, and zombies."""
@@ -239,13 +254,6 @@ class RayHosts:
         tuning = self.tuning if host is self.head else {}
         self.nodes[host] = host.serve("ray", *command, *options, **tuning)
         self._options[host] = options
-
-    def _start_again(self, host: Host) -> None:
-        log = (host.folder / "ray.log").read_text()
-        failures = log.count("timed out during startup")
-        assert 0 < failures < START_ATTEMPTS, log
-        self.stop_node(host)
-        self._start_ray(host, *self._options[host])
 
     def _answers(self) -> bool:
         try:

@@ -102,6 +102,12 @@ def trains(workers: int, after: int = 0) -> Callable[[dict[str, Any]], bool]:
     )
 
 
+def is_under_way(run: RunDirectory, workers: int) -> dict[str, Any]:
+    """Wait until so many ranks train behind the first checkpoint; returns the heartbeat."""
+    after_the_first = trains(workers, after=int(str(FIELDS["checkpoint_every_steps"])))
+    return until(run, "a checkpoint", lambda now: after_the_first(now) and (now.get("checkpoint_step") or 0) > 0)
+
+
 def goes_on(run: RunDirectory, workers: int, steps: int = 20) -> dict[str, Any]:
     """Wait for so many steps more, by so many ranks; returns the heartbeat."""
     return until(run, f"{steps} steps of {workers} ranks", trains(workers, after=run.read_heartbeat()["step"] + steps))

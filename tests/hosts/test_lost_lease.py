@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from host_network import Host, done, inner
-from hosted_runs import Runs, events, goes_on, newest_claims, trains, until
+from hosted_runs import Runs, events, goes_on, is_under_way, newest_claims, until
 from ray_hosts import RayHosts
 
 from pipeline.claim import DEAD_SECONDS
@@ -22,7 +22,7 @@ def desk(cluster: RayHosts) -> Iterator[Host]:
     cluster.start_node(host, cpus=0)
     cluster.wait_for_nodes(host)
     yield host
-    cluster.network.power_off(host)
+    cluster.remove(host)
 
 
 def test_of_a_driver_cut_off_for_longer_than_its_lease_and_another_one_wins(
@@ -32,7 +32,7 @@ def test_of_a_driver_cut_off_for_longer_than_its_lease_and_another_one_wins(
     recipe = runs.recipe(max_workers=2)
     first = cluster.convmae(desk, "pretrain", *recipe, "--run", "leased", "--trace", trace)
     run = cluster.run("leased")
-    until(run, "two ranks and a checkpoint", lambda now: trains(2, after=25)(now) and now.get("checkpoint_step", 0) > 0)
+    is_under_way(run, 2)
     process = inner(first).pid
 
     refusal = done(cluster.convmae(cluster.laptop, "submit", *recipe, "--run", "leased", "--trace", trace), code=2)[1]

@@ -45,4 +45,4 @@ def test_prometheus_of_another_host_follows_a_run_through_a_cut(cluster: RayHost
     runs.stop(run)
     time.sleep(5)
     assert asked(url, f'up{{instance="{target}"}} == 0'), "the exporter is gone with its run"
-    cluster.network.power_off(watcher)
+    cluster.remove(watcher)
