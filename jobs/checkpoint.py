@@ -205,39 +205,44 @@ def write_commit(run: RunDirectory, commit: Commit) -> None:
     """Make the checkpoint visible. Call once every rank has uploaded its files.
 
     A commit of this step that is there already was left by a predecessor whose checkpoint was passed over or not seen;
-    it is replaced, unless it was made under a newer claim.
+    it is replaced, unless it was made under a newer claim, or in a later attempt of this one: a rank whose node was cut
+    off may come to its commit when the others have long gone on without it.
 
     Raises:
-        OvertakenError: Another driver has taken over the run. Nothing was written.
+        OvertakenError: Another driver, or a later attempt, has taken over the run. Nothing was written.
     """
     ruler = standing(run.storage, run.path(CLAIMS))
     if ruler and ruler.number > commit.claim:
         raise _overtaken(commit, f"is driven by {ruler.text}")
+    attempt = run.read_heartbeat().get("attempt", 0)
+    if attempt > commit.attempt:
+        raise _overtaken(commit, f"is at attempt {attempt}")
     url, data = commit_url(run, commit.step), json.dumps(asdict(commit), indent=1).encode()
     while not run.storage.create(url, data):
         try:
             found = run.storage.read(url)
         except FileNotFoundError:  # pruned meanwhile
             continue
-        claim, driver = _made_by(found)
-        if claim > commit.claim:
+        made, driver = _made_by(found)
+        if made > (commit.claim, commit.attempt):
             raise _overtaken(commit, f"was committed at this step by {driver}")
         if run.storage.replace(url, data, found):
             return
 
 
-def _made_by(data: bytes) -> tuple[int, str]:
-    """Claim and driver of a commit object; of one that cannot be read 0, so that it can be replaced."""
+def _made_by(data: bytes) -> tuple[tuple[int, int], str]:
+    """Claim and attempt, and driver of a commit object; of one that cannot be read 0, so that it can be replaced."""
     try:
         commit = Commit.from_json(json.loads(data))
     except (ValueError, RecursionError, AttributeError):
-        return 0, ""
-    return commit.claim, commit.driver
+        return (0, 0), ""
+    return (commit.claim, commit.attempt), commit.driver
 
 
 def _overtaken(commit: Commit, what: str) -> OvertakenError:
-    remedy = "this driver was thought dead and must end; the other one's checkpoints count"
-    return OvertakenError("run", f"must not be committed to by two drivers, and {what}", f"step {commit.step}", remedy)
+    remedy = "this one was thought dead and must end; the other's checkpoints count"
+    rule = f"must not be committed to by two drivers or attempts, and {what}"
+    return OvertakenError("run", rule, f"step {commit.step}", remedy)
 
 
 def committed_steps(run: RunDirectory) -> list[int]:

@@ -6,7 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from jobs.node_probe import Disk, NodeFacts
+from jobs.interfaces import UNREACHED_REMEDY
+from jobs.node_probe import RAY_SETTINGS, Disk, NodeFacts
 from jobs.terminal import bytes_text
 
 Level = Literal["ok", "warning", "failed", "skipped"]
@@ -69,6 +70,24 @@ def clock_skew(host: str, skew_seconds: float, uncertainty_seconds: float) -> Fi
     return Finding("clock", level, detail, "let NTP (chrony) set the clocks of all nodes", host)
 
 
+def ray_settings(found: Mapping[str, int]) -> Iterator[Finding]:
+    """How soon Ray's head counts a host that fell silent as dead: one finding for each setting that is slow.
+
+    Args:
+        found: As the head's processes have them (jobs.node_probe.RAY_SETTINGS).
+    """
+    seconds = (found["health_check_period_ms"] + found["health_check_timeout_ms"]) / 1000
+    after = f"a host that falls silent is dead to Ray after {found['health_check_failure_threshold'] * seconds:.0f} s"
+    slow = {name: value for name, value in found.items() if value > RAY_SETTINGS[name]}
+    for name, value in slow.items():
+        remedy = (
+            f"set RAY_{name}={RAY_SETTINGS[name]} where the head starts, as infra/ does; runs notice it by themselves"
+        )
+        yield Finding("silent hosts", "warning", f"{name} is {value}: {after}", remedy)
+    if not slow:
+        yield Finding("silent hosts", "ok", after)
+
+
 def node_findings(node: NodeFacts, *, wants_gpu: bool) -> Iterator[Finding]:
     """Shared memory, disks and GPUs of one node.
 
@@ -128,10 +147,7 @@ def reduce_speed(backend: str, ranks: int, bytes_per_second: float) -> Finding:
 def reduce_failure(backend: str, ranks: int, error: BaseException) -> Finding:
     """Ranks that did not find each other."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    remedy = (
-        "open all TCP ports between the nodes (one security group), and set GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
-    )
-    return Finding("all-reduce", "failed", f"{backend} over {ranks} ranks: {lines[-1]}", remedy)
+    return Finding("all-reduce", "failed", f"{backend} over {ranks} ranks: {lines[-1]}", UNREACHED_REMEDY)
 
 
 def exit_code(findings: Sequence[Finding]) -> int:

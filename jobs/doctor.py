@@ -14,6 +14,7 @@ from jobs.diagnosis import (
     Finding,
     clock_skew,
     node_findings,
+    ray_settings,
     read_speed,
     reduce_failure,
     reduce_speed,
@@ -30,6 +31,8 @@ CLOCK_READINGS = 5
 NODE_SECONDS = 120.0
 """How long a node may take to start a probe: a new runtime environment has to be copied to it first."""
 REDUCE_SECONDS = 60.0
+HEAD_RESOURCE = "node:__internal_head__"
+"""By which Ray marks the head."""
 CALLER_NAME = "caller.json"
 
 
@@ -97,6 +100,8 @@ def examine(
         return
     try:
         yield from _examine_cluster(session.storage, store_url if stored else "", here, folders, wants_gpu)
+        if not session.is_local:
+            yield from _head_settings()
     finally:
         if stored:
             session.storage.delete(_speed_url(store_url))
@@ -173,6 +178,19 @@ def _examine_cluster(
             ray.kill(probe)
     if all(facts.gpus for _, facts in present):
         yield _nccl(nodes)
+
+
+def _head_settings() -> Iterator[Finding]:
+    """Asked there: what was set as a variable where the head was started is known to its own processes alone."""
+    import ray
+
+    for node in ray.nodes():  # type: ignore[no-untyped-call]
+        if node["Alive"] and HEAD_RESOURCE in node["Resources"]:
+            probe = _probe_on(node)
+            try:
+                yield from ray_settings(ray.get(probe.ray_settings.remote(), timeout=NODE_SECONDS))
+            finally:
+                ray.kill(probe)
 
 
 def measured_skew(

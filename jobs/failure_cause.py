@@ -7,10 +7,22 @@ from collections.abc import Mapping
 from typing import Literal, NamedTuple, get_args
 
 from jobs.errors import NotCommittedError, RunFailedError
+from jobs.interfaces import UNREACHED_REMEDY
 from pipeline.errors import ReplacedError, StorageError, UnreachableError, UserError
 
 # Deaths that follow from another rank's: its peers see the connection break.
 _COLLATERAL = ("connection closed by peer", "connection reset by peer", "gloo", "nccl", "broken pipe")
+
+# Of gloo, NCCL and the store at which ranks meet: what connecting ends with where it was never possible.
+_UNREACHED = (
+    "connectfullmesh failed",
+    "connection refused",
+    "network is unreachable",
+    "no route to host",
+    "timed out connecting",
+    "client socket has timed out",
+    "ncclsystemerror",
+)
 
 
 Remedy = Literal["restart", "restart after progress", "none"]
@@ -41,8 +53,22 @@ def describe_failure(worker_exceptions: Mapping[int, Exception]) -> Failure:
         return 2 if any(word in text for word in _COLLATERAL) else 1
 
     rank = min(sorted(causes), key=suspicion)
-    lines = str(causes[rank]).strip().splitlines() or [""]
-    return Failure(f"rank {rank}: {type(causes[rank]).__name__}: {lines[0]}", remedy)
+    return Failure(f"rank {rank}: {_line(causes[rank])}", remedy)
+
+
+def describe_start_failure(error: Exception) -> Failure:
+    """The same of a worker group that could not be started."""
+    cause = _cause(error)
+    return Failure(f"start of the ranks: {_line(cause)}", _remedy(cause))
+
+
+def _line(cause: BaseException) -> str:
+    """The class and first line of an error; with what to do about it where ranks did not reach each other."""
+    text = str(cause).strip()
+    line = f"{type(cause).__name__}: {text.splitlines()[0] if text else ''}"
+    if isinstance(cause, UserError) or not any(word in text.lower() for word in _UNREACHED):
+        return line
+    return f"{line}; {UNREACHED_REMEDY}"
 
 
 def _remedy(cause: BaseException) -> Remedy:
@@ -75,5 +101,5 @@ def root_cause(error: BaseException) -> str:
 
 def failure_cause(error: str) -> str:
     """The class of the error that `describe_failure` names, or `other`: a label with few values."""
-    found = re.match(r"rank \d+: (\w+)", error)
+    found = re.match(r"(?:rank \d+|start of the ranks): (\w+)", error)
     return found[1] if found else "other"

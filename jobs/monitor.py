@@ -80,8 +80,8 @@ class RunMonitor:
         self._stop_reason = ""
         self._wish: Wish = ""
         self._pause_at: float | None = None
-        self._paused = threading.Event()
-        self._failure = self._hang = ""
+        self._stand_still = False
+        self._failure = self._cause = self._cause_label = ""
         self._watch = HangWatch(config.hang_seconds)
         self._failed_at: float | None = None
         self._recovery: Recovery | None = None
@@ -136,9 +136,10 @@ class RunMonitor:
             if self._driver_died and not self._failure:
                 self._figures.count("failures", label="DriverDied")
             self._driver_died = False
-            self._failure = self._hang = ""
+            self._failure = self._cause = self._cause_label = ""
             self._wish = ""
             self._pause_at = None
+            self._stand_still = False
             self._watch.begin(number)
             last_step_at = self._figures["last_step_at_seconds"]
             self._recovery = Recovery(last_step_at, self._failed_at, started_at_seconds, time.time())
@@ -199,6 +200,7 @@ class RunMonitor:
             ranks: How each rank fared.
         """
         with self._lock:
+            self._stand_still = False
             self._add_row(row)
             self._tell_recovery(int(row["step"]))
             if "skipped" in row:
@@ -211,30 +213,27 @@ class RunMonitor:
                 self._wish, self._pause_at = "pause", None
             return self._wish or ("save" if self._clock.is_due(now) else "")
 
-    def pause(self, timeout_seconds: float) -> bool:
-        """Have the ranks save and stand still, because Ray Train is about to end their group.
-
-        Args:
-            timeout_seconds: How long they may take.
+    def pause(self) -> bool:
+        """Have the ranks save and stand still, because their group is about to end; asked again until they do.
 
         Returns:
-            Whether they did; False at once where none train.
+            Whether they do by now.
         """
         with self._lock:
-            if self._figures["state"] != "running" or self._stop_reason:
-                return False
-            self._wish = "pause"
-            self._paused.clear()
-        paused = self._paused.wait(timeout_seconds)
+            if not self._stand_still and self._figures["state"] == "running":
+                self._wish = "pause"
+            return self._stand_still
+
+    def end_pause(self) -> None:
+        """Let the ranks train on, since they took too long."""
         with self._lock:
             self._wish = ""
-        return paused
 
     def paused(self) -> None:
         """Note that the ranks have saved, and stand still; if nobody ends them, they go on."""
         with self._lock:
             self._wish = ""
-        self._paused.set()
+            self._stand_still = True
 
     def drain(self, ranks: Sequence[int], seconds: float | None) -> None:
         """Note that nodes are being drained; have the ranks save now, and once more before those go.
@@ -244,9 +243,8 @@ class RunMonitor:
             seconds: Until they are gone; None where nobody knows.
         """
         with self._lock:
-            named = f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
             when = "soon" if seconds is None else f"in {max(0.0, seconds):.0f} s"
-            self._add_event("drain", step=self._figures["step"], reason=f"the node of {named} goes away {when}")
+            self._add_event("drain", step=self._figures["step"], reason=f"the node of {_named(ranks)} goes away {when}")
             if not self._wish:
                 self._wish = "save"
             left = UNKNOWN_DEADLINE_SECONDS if seconds is None else seconds
@@ -409,10 +407,11 @@ class RunMonitor:
         with self._lock:
             self._watch.end()
             self._failed_at = time.time()
-            error = self._hang or error  # what the others died of
+            error = self._cause or error  # what the others died of
             self._failure = error
             self._failures_without_progress += 1
-            self._figures.count("failures", label="Hang" if self._hang else failure_cause(error))
+            self._stand_still = False
+            self._figures.count("failures", label=self._cause_label or failure_cause(error))
             self._figures.group_failed()
             self._record.touch()
             has_trained = self._figures["last_step_at_seconds"] is not None
@@ -444,14 +443,13 @@ class RunMonitor:
     def _tell_hang(self, hang: Hang, examine: Callable[[Pulse], Examined]) -> None:
         with self._lock:
             # Before it is killed: the controller asks why as soon as it has seen the death.
-            self._hang = self._hang or hang_text(hang, Examined("being looked at", ""))
+            if not self._cause:
+                self._know_cause("Hang", hang_text(hang, Examined("being looked at", "")))
         found = examine(hang.pulse)
         text = hang_text(hang, found)
         logger.error("%s\n%s", text, found.stacks)
         with self._lock:
-            self._hang = text
-            if self._failure:
-                self._failure = text
+            self._know_cause("Hang", text)
             self._figures.count("hangs")
             self._add_event(
                 "hang",
@@ -465,6 +463,28 @@ class RunMonitor:
                 stack=training_stack(found.stacks),
                 reason=text,
             )
+
+    def unreachable(self, node_id: str, host: str, seconds: float) -> None:
+        """Note that a node with ranks has fallen silent, and that their group is being ended for it.
+
+        Args:
+            node_id: Ray's.
+            host: Its name and address.
+            seconds: For how long.
+        """
+        with self._lock:
+            ranks = self._watch.ranks_on(node_id)
+            self._watch.end()  # all the others stand still now
+            whose = f"the node of {_named(ranks)}" if ranks else "a node on which ranks were being started"
+            text = f"{whose} ({host}) has been unreachable for {seconds:.0f} s"
+            self._know_cause("NodeUnreachable", text)
+            self._add_event("unreachable", step=self._figures["step"], reason=text)
+
+    def _know_cause(self, label: str, text: str) -> None:
+        """Note what ends the group, where that is known better than from the errors of its ranks."""
+        self._cause_label, self._cause = label, text
+        if self._failure:
+            self._failure = text
 
     def _watch_forever(self) -> None:
         while not self._outcome:
@@ -522,3 +542,7 @@ class RunMonitor:
                     self.request_stop("asked by `convmae stop`")
             except Exception:
                 logger.warning("history, events and heartbeat could not be written; trying again", exc_info=True)
+
+
+def _named(ranks: Sequence[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"

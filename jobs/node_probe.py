@@ -18,10 +18,18 @@ from pathlib import Path
 
 import psutil
 
+from jobs.interfaces import choose_interface
 from pipeline.storage import Storage
 
 PACKAGES = ("torch", "deepspeed", "ray", "numpy", "simplejpeg", "s3fs", "webdataset")
 """Those whose versions decide what is computed or read."""
+RAY_SETTINGS: Mapping[str, int] = {
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 5000,
+    "health_check_failure_threshold": 6,
+}
+"""How the head looks after nodes, as infra/ sets it: one is dead after 36 s. A link that is mended after 15 s carries
+nothing for up to 15 s more, until TCP tries again."""
 SHARED_MEMORY = Path("/dev/shm")
 REDUCE_BYTES = 16 * 1024**2
 READ_THREADS = 8
@@ -81,6 +89,12 @@ class NodeProbe:
             gpus=_gpus(),
         )
 
+    def ray_settings(self) -> Mapping[str, int]:
+        """How this node's Ray processes were set to look after others, by the setting's name; matters on the head."""
+        from ray import _config
+
+        return {name: int(getattr(_config, name)()) for name in RAY_SETTINGS}
+
     def read_bytes_per_second(self, storage: Storage, url: str, size_bytes: int) -> float:
         """Read an object by ranges, as a loader does, on several threads.
 
@@ -120,7 +134,9 @@ class NodeProbe:
         """
         import torch
         import torch.distributed as dist
+        from ray.util import get_node_ip_address
 
+        choose_interface(get_node_ip_address(), os.environ)  # type: ignore[no-untyped-call]
         device = "cuda" if backend == "nccl" else "cpu"
         dist.init_process_group(
             backend, init_method=meeting, rank=rank, world_size=world_size, timeout=timedelta(seconds=seconds)

@@ -34,10 +34,21 @@ def silent_nodes(nodes: Iterable[Mapping[str, Any]]) -> set[str]:
     Args:
         nodes: As `ray.nodes()` tells of them.
     """
+    return {node for node, answers in answering_nodes(nodes).items() if not answers}
+
+
+def answering_nodes(nodes: Iterable[Mapping[str, Any]]) -> dict[str, bool]:
+    """Whether the raylet of each living node takes a connection, by the node's id. Blocks for PROBE_SECONDS at most.
+
+    A raylet that has no time answers all the same, since its host does so for it.
+
+    Args:
+        nodes: As `ray.nodes()` tells of them.
+    """
     alive = [node for node in nodes if node["Alive"]]
     with ThreadPoolExecutor(PROBES_AT_ONCE) as probes:
         answers = list(probes.map(_answers, alive))
-    return {node["NodeID"] for node, answered in zip(alive, answers, strict=True) if not answered}
+    return {node["NodeID"]: answered for node, answered in zip(alive, answers, strict=True)}
 
 
 def _address(node: Mapping[str, Any]) -> tuple[str, int]:

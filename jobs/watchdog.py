@@ -169,6 +169,10 @@ class HangWatch:
         moved = known is None or known.pulse.moves != pulse.moves
         self._ranks[pulse.rank] = _Rank(pulse, now, now if known is None or moved else known.moved_at)
 
+    def ranks_on(self, node_id: str) -> list[int]:
+        """Ranks of the attempt that have spoken from a node."""
+        return sorted(number for number, rank in self._ranks.items() if rank.pulse.node_id == node_id)
+
     def hangs(self, now: float) -> list[Hang]:
         """The ranks that hold up the others, by rank; empty while there is hope."""
         ranks = [self._ranks[number] for number in sorted(self._ranks)]

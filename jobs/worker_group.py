@@ -13,11 +13,13 @@ from collections import Counter
 from typing import Any
 
 import ray
+from ray._raylet import RAY_NODE_ID_KEY  # type: ignore[attr-defined]
 from ray.exceptions import RayError
 from ray.train import UserCallback
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback
-from ray.train.v2._internal.execution.controller.state import PreemptingState
+from ray.train.v2._internal.execution.controller.state import PreemptingState, ReschedulingState
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
 from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
     TrainAutoscalingCoordinatorClient,
@@ -26,8 +28,10 @@ from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, Sca
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from jobs.errors import RunFailedError
-from jobs.failure_cause import describe_failure
+from jobs.failure_cause import Failure, describe_failure, describe_start_failure
 from jobs.node_view import raylet_addresses, unusable_nodes
+from jobs.node_watch import NodeWatch
+from jobs.process_group import RanksOverNodes
 from jobs.standby import Newcomers, own_environment, rank_environment, start_standbys
 from jobs.trainer import TrainJob, train_worker
 from jobs.wish import PAUSE_SECONDS
@@ -37,6 +41,8 @@ logger = logging.getLogger(__name__)
 
 HEALTH_CHECK_SECONDS = 0.5
 """How often Ray Train looks after its workers; it restarts them no sooner than it has noticed."""
+START_TIMEOUT_SECONDS = 20.0
+"""For placing a group on nodes that have just answered; one that fell silent since never will."""
 COORDINATOR_SECONDS = 5.0
 
 
@@ -49,16 +55,17 @@ def fit(job: TrainJob) -> None:
         Exception: What Ray Train raises when it gives up; jobs.failure_cause finds the reason in it.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(HEALTH_CHECK_SECONDS))
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_SECONDS))
     recipe = job.recipe
     resources = {"CPU": recipe.cpus_per_worker} | ({"GPU": 1.0} if recipe.device == "cuda" else {})
-    with scratch_folder() as folder:
-        saving: Any = SaveBeforeResizes(job.monitor)
+    with scratch_folder() as folder, NodeWatch(job.monitor):
+        telling: Any = ControllerReporter(job.monitor)
         variables = rank_environment(os.environ, recipe.device, recipe.cpus_per_worker)
         run_config = RunConfig(
             name=job.run.name,
             storage_path=folder,  # Ray's own bookkeeping; checkpoints are ours
             failure_config=FailureConfig(max_failures=-1),
-            callbacks=[FailureReporter(job.monitor), saving],
+            callbacks=[FailureReporter(job.monitor), telling],
             worker_runtime_env={"env_vars": variables} if recipe.standby else {},
             logging_config=LoggingConfig(log_level="ERROR"),
         )
@@ -68,7 +75,12 @@ def fit(job: TrainJob) -> None:
             resources_per_worker=resources,
             elastic_resize_monitor_interval_s=recipe.resize_seconds,
         )
-        trainer = RunTrainer(lambda: train_worker(job), scaling_config=scaling_config, run_config=run_config)
+        trainer = RunTrainer(
+            lambda: train_worker(job),
+            torch_config=RanksOverNodes(),
+            scaling_config=scaling_config,
+            run_config=run_config,
+        )
         trainer.follow_nodes(job, standby=recipe.standby).fit()
 
 
@@ -100,6 +112,8 @@ class FollowNodes(ElasticScalingPolicy):
         self._monitor, self._run_url, self._standby = monitor, run_url, standby
         self._waiting = False
         self._newcomers = Newcomers()
+        self._unusable: set[str] = set()
+        self._pause_until: float | None = None
 
     def after_controller_start(self, train_run_context: Any) -> None:  # noqa: ARG002
         """Ask for nodes in the run's name, whichever driver it has.
@@ -113,6 +127,7 @@ class FollowNodes(ElasticScalingPolicy):
 
     def make_decision_for_non_running_worker_group(self) -> Any:
         """Start a group of all that can be placed; wait where they are fewer than min_workers, and say so."""
+        self._pause_until = None
         decision = super().make_decision_for_non_running_worker_group()
         waits = isinstance(decision, NoopDecision)
         if waits and self._latest_reserved_resources is not None and not self._waiting:
@@ -124,12 +139,40 @@ class FollowNodes(ElasticScalingPolicy):
         return decision
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
-        """Grow where there is room; a group shrinks when a node is gone, and trains on one that leaves until then."""
+        """Grow where there is room; a group shrinks when a node is gone, and trains on one that leaves until then.
+
+        The ranks save first. Meanwhile the controller goes on looking after them, so that one that dies is noticed.
+        """
+        if self._pause_until is not None:
+            return self._grow_when_saved(worker_group_state.num_workers)
         decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
-        if not isinstance(decision, ResizeDecision):
-            return decision
-        grows = decision.num_workers > worker_group_state.num_workers
-        return decision if grows and self._is_prepared(decision.num_workers, worker_group_state) else NoopDecision()
+        if not isinstance(decision, ResizeDecision) or decision.num_workers <= worker_group_state.num_workers:
+            return NoopDecision()
+        if self._is_prepared(decision.num_workers, worker_group_state):
+            self._pause_until = time.monotonic() + PAUSE_SECONDS
+            return self._grow_when_saved(worker_group_state.num_workers)
+        return NoopDecision()
+
+    def _grow_when_saved(self, num_workers: int) -> Any:
+        """Grow as far as there is room by now, once the ranks stand still; give it up where they take too long."""
+        assert self._pause_until is not None
+        try:
+            if ray.get(self._monitor.pause.remote()):
+                possible = self._count_possible_workers(self._get_reserved_resources() or {})
+                if possible >= self.scaling_config.min_workers:  # fewer than before do no harm: all is saved
+                    self._pause_until = None
+                    return self._get_resize_decision(possible)
+            if time.monotonic() > self._pause_until:
+                logger.warning("the %d ranks did not save for a larger group; they train on", num_workers)
+                self._pause_until = None
+                ray.get(self._monitor.end_pause.remote())
+        except RayError:
+            logger.warning("the run's monitor is being restarted")
+        return NoopDecision()
+
+    def on_controller_start_worker_group(self, **_: Any) -> dict[str, str] | None:
+        """Keep the group off nodes that Ray believes to be alive; it would wait for what is placed there."""
+        return {RAY_NODE_ID_KEY: f"!in({','.join(sorted(self._unusable))})"} if self._unusable else None
 
     def _is_prepared(self, num_workers: int, group: Any) -> bool:
         """Whether processes wait where the group would grow, if they are to."""
@@ -156,8 +199,9 @@ class FollowNodes(ElasticScalingPolicy):
         try:
             counted = self._autoscaling_coordinator.get_reserved_resources.remote(self._requester_id, recompute=True)
             reserved: dict[str, Any] = ray.get(counted, timeout=COORDINATOR_SECONDS)
-            gone = unusable_nodes()
-            self._latest_reserved_resources = {node: what for node, what in reserved.items() if node not in gone}
+            self._unusable = unusable_nodes()
+            usable = {node: what for node, what in reserved.items() if node not in self._unusable}
+            self._latest_reserved_resources = usable
         except RayError:
             logger.warning("the cluster's resources could not be counted; trying again", exc_info=True)
             self._latest_reserved_resources = None
@@ -175,13 +219,11 @@ class FailureReporter(UserCallback):
         """Raise to end the run."""
         for rank, exception in sorted(worker_exceptions.items()):
             logger.error("rank %d failed: %s", rank, exception)
-        failure = describe_failure(worker_exceptions)
-        if given_up := ray.get(self._monitor.worker_failed.remote(*failure)):
-            raise RunFailedError(given_up)
+        report_failure(self._monitor, describe_failure(worker_exceptions))
 
 
-class SaveBeforeResizes(ControllerCallback):
-    """Has the ranks save before their group is resized, and before a node of it goes away."""
+class ControllerReporter(ControllerCallback):
+    """Tells the monitor what becomes of the group besides: that it ended, could not be started, or loses a node."""
 
     def __init__(self, monitor: Any) -> None:
         self._monitor = monitor
@@ -190,14 +232,24 @@ class SaveBeforeResizes(ControllerCallback):
         """Note that no rank trains now."""
         ray.get(self._monitor.group_ended.remote())
 
-    def before_controller_execute_resize_decision(self, resize_decision: Any) -> None:
-        """Wait until the ranks, if there are any, have saved and stand still."""
-        if not ray.get(self._monitor.pause.remote(PAUSE_SECONDS)):
-            logger.info("a group of %d workers starts from the newest commit", resize_decision.num_workers)
-
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        """Tell of a node that is being drained, and until when."""
+        """Tell of a node that is being drained, and until when; raise to end a run whose ranks cannot be started."""
         if isinstance(current_state, PreemptingState) and not isinstance(previous_state, PreemptingState):
             info = current_state.preemption_info
             seconds = None if info.deadline_ms is None else info.deadline_ms / 1e3 - time.time()
             self._monitor.drain.remote(info.preempted_ranks, seconds)
+        if isinstance(current_state, ReschedulingState) and not isinstance(previous_state, ReschedulingState):
+            failure = getattr(current_state.training_failed_error, "controller_failure", None)
+            if isinstance(failure, WorkerGroupStartupFailedError):
+                logger.error("the ranks could not be started: %s", failure, exc_info=failure)
+                report_failure(self._monitor, describe_start_failure(failure))
+
+
+def report_failure(monitor: Any, failure: Failure) -> None:
+    """Tell the monitor why a group ended.
+
+    Raises:
+        RunFailedError: The run is to be given up.
+    """
+    if given_up := ray.get(monitor.worker_failed.remote(*failure)):
+        raise RunFailedError(given_up)

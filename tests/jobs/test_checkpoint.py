@@ -204,6 +204,25 @@ def test_a_commit_of_a_driver_that_was_taken_over_from_is_refused_by_name(run: R
     assert checkpoint.committed_steps(run) == [5]
 
 
+def test_a_commit_of_an_attempt_that_others_went_on_without_is_refused(run: RunDirectory, local: Path) -> None:
+    """As by a rank whose node was cut off while it committed."""
+    first = by(save(run, local, 5), 1)
+    later = dataclasses.replace(first, attempt=first.attempt + 1)
+    checkpoint.write_commit(run, later)
+
+    with pytest.raises(OvertakenError, match="committed at this step by driver-1"):
+        checkpoint.write_commit(run, first)
+    assert checkpoint.read_commit(run, 5) == later
+
+    run.write_heartbeat(
+        {"state": "running", "step": 5, "total_steps": 20, "updated_at_seconds": 0.0, "attempt": later.attempt}
+    )
+    with pytest.raises(OvertakenError, match=f"is at attempt {later.attempt}"):
+        checkpoint.write_commit(run, dataclasses.replace(first, step=6))
+    checkpoint.write_commit(run, dataclasses.replace(later, step=7))
+    assert checkpoint.committed_steps(run) == [5, 7]
+
+
 def test_a_commit_that_was_passed_over_is_replaced(run: RunDirectory, local: Path) -> None:
     commit = save(run, local, 5)
     Path(run.path("commits", "step-00000005.json")).write_text('{"step": 5')

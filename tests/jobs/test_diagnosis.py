@@ -10,6 +10,7 @@ from jobs.diagnosis import (
     exit_code,
     finding_lines,
     node_findings,
+    ray_settings,
     read_speed,
     reduce_failure,
     reduce_speed,
@@ -52,6 +53,22 @@ def test_what_is_wrong_with_a_node_is_found_with_a_remedy(change: dict[str, obje
     assert found[check].level == level
     assert found[check].remedy
     assert found[check].node == "one"
+
+
+def test_each_setting_that_is_slow_is_named_with_the_value_to_set() -> None:
+    plain = {"health_check_period_ms": 3000, "health_check_timeout_ms": 10_000, "health_check_failure_threshold": 5}
+
+    found = list(ray_settings(plain))
+
+    assert [finding.level for finding in found] == ["warning", "warning"]
+    after = "a host that falls silent is dead to Ray after 65 s"
+    assert [finding.detail for finding in found] == [
+        f"health_check_period_ms is 3000: {after}", f"health_check_timeout_ms is 10000: {after}",
+    ]  # fmt: skip
+    assert "RAY_health_check_period_ms=1000" in found[0].remedy
+    assert "RAY_health_check_timeout_ms=5000" in found[1].remedy
+    (good,) = ray_settings({**plain, "health_check_period_ms": 500, "health_check_timeout_ms": 1000})
+    assert (good.level, good.remedy) == ("ok", "")
 
 
 def test_a_node_without_a_gpu_is_fine_for_a_run_without_one() -> None:

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from jobs.errors import CheckpointError, NotCommittedError, RecipeError
-from jobs.failure_cause import describe_failure
+from jobs.failure_cause import describe_failure, describe_start_failure, failure_cause
+from jobs.interfaces import UNREACHED_REMEDY
 from pipeline.errors import CredentialsError, DatasetError, ReplacedError, StorageError, UnreachableError
 
 COLLATERAL = RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:4242")
@@ -72,3 +73,31 @@ def test_a_store_that_took_us_once_may_do_so_again_and_bad_input_stays_bad(
     errors: list[Exception], expected: str
 ) -> None:
     assert describe_failure(dict(enumerate(errors))).remedy == expected
+
+
+UNREACHED = (
+    "Gloo connectFullMesh failed with [gloo/transport/tcp/pair.cc:152] timed out connecting: SO_ERROR: Connection"
+    " refused, remote=[127.0.1.1]:26515$2",
+    "NCCL error in: ProcessGroupNCCL.cpp:3, unhandled system error, NCCL version 2.27.3\nncclSystemError: System call"
+    " (e.g. socket, malloc) or external library call failed or device error.",
+    "The client socket has timed out after 600000ms while trying to connect to (10.0.0.4, 41233).",
+)
+
+
+@pytest.mark.parametrize("text", UNREACHED)
+def test_ranks_that_do_not_reach_each_other_are_told_what_to_do(text: str) -> None:
+    started = WrappedError(RuntimeError(text))
+
+    line, remedy = describe_start_failure(started)
+
+    assert line == f"start of the ranks: RuntimeError: {text.splitlines()[0]}; {UNREACHED_REMEDY}"
+    assert remedy == "restart"
+    assert failure_cause(line) == "RuntimeError"
+    assert describe_failure({0: started})[0] == f"rank 0: RuntimeError: {text.splitlines()[0]}; {UNREACHED_REMEDY}"
+
+
+def test_what_has_nothing_to_do_with_the_network_has_no_such_remedy() -> None:
+    assert UNREACHED_REMEDY not in describe_failure({0: ValueError("boom"), 1: COLLATERAL})[0]
+    assert UNREACHED_REMEDY not in describe_failure({1: COLLATERAL})[0], "a rank that died is another matter"
+    store = UnreachableError("s3://bucket", "must answer (Connection refused)", None, "is it up?")
+    assert UNREACHED_REMEDY not in describe_failure({0: store})[0]

@@ -5,7 +5,6 @@ import math
 import time
 import urllib.request
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -442,23 +441,72 @@ def test_a_stop_request_is_heard(start: Start, run: RunDirectory, monkeypatch: p
 
 def test_ranks_are_asked_to_pause_until_they_have_saved(start: Start) -> None:
     monitor = start()
-    assert not monitor.pause(60.0)  # nobody trains yet
+    assert not monitor.pause()
     begin(monitor)
     record(monitor, range(1, 2))
-    with ThreadPoolExecutor(1) as threads:
-        paused = threads.submit(monitor.pause, 60.0)
+    assert not monitor.pause()
 
-        assert eventually(lambda: record(monitor, range(2, 3)) == "pause")
-        assert not paused.done()
-        monitor.paused()
+    # A reply that comes too late for a step is not read: the next one must say the same.
+    assert [record(monitor, range(step, step + 1)) for step in (2, 3)] == ["pause", "pause"]
+    assert not monitor.pause()
+    monitor.paused()
 
-        assert paused.result(10)
-    assert not record(monitor, range(3, 4))
-    assert not monitor.pause(0.05)  # they did not save in time
-    assert not record(monitor, range(4, 5))
+    assert monitor.pause()
+    assert monitor.pause(), "they still do"
+    assert not record(monitor, range(4, 5)), "nobody ended them, and they train on"
+    assert not monitor.pause()
+    monitor.end_pause()  # they did not save in time
+    assert not record(monitor, range(5, 6))
+
+
+def test_who_stood_still_in_one_attempt_does_not_in_the_next(start: Start) -> None:
+    monitor = start()
+    begin(monitor)
+    record(monitor, range(1, 2))
+    monitor.pause()
+    monitor.paused()
+    begin(monitor, resume_step=1)
+    assert not monitor.pause()
+    monitor.paused()
+
+    monitor.worker_failed("rank 0: ActorDiedError: killed", remedy="restart")
     monitor.group_ended()
+
     assert monitor.status()["state"] == "restarting"
-    assert not monitor.pause(60.0)
+    assert not monitor.pause()
+
+
+def test_a_node_that_is_unreachable_is_why_the_group_ended(start: Start, run: RunDirectory) -> None:
+    monitor = start()
+    begin(monitor)
+    record(monitor, range(1, 4))
+    for rank, node in enumerate("abba"):
+        monitor.pulse(Pulse(1, rank, f"host-{node}", node, 100 + rank, 0.0, "", "step", 7, 0.0))
+
+    monitor.unreachable("b", "host-b, 10.0.0.2", 6.4)
+    # What Ray says of the ranks that are ended for it, and of those that waited for them.
+    assert monitor.worker_failed("rank 0: ActorDiedError: killed", remedy="restart") == ""
+    begin(monitor, resume_step=3)
+    monitor.flush()
+
+    text = "the node of ranks 1, 2 (host-b, 10.0.0.2) has been unreachable for 6 s"
+    told = next(event for event in run.read_events() if event["kind"] == "unreachable")
+    assert (told["reason"], told["step"], told["attempt"]) == (text, 3, 1)
+    assert last_event(run)["reason"] == text
+    assert scraped(monitor)["convmae_failures_total NodeUnreachable"] == 1
+    monitor.worker_failed("rank 1: ValueError: boom", remedy="restart")
+    begin(monitor, resume_step=3)
+    assert last_event(run)["reason"] == "rank 1: ValueError: boom", "of its own attempt alone"
+
+
+def test_a_node_that_is_unreachable_while_ranks_start_is_told_by_its_name(start: Start, run: RunDirectory) -> None:
+    monitor = start()
+
+    monitor.unreachable("b", "host-b, 10.0.0.2", 6.0)
+    monitor.flush()
+
+    text = "a node on which ranks were being started (host-b, 10.0.0.2) has been unreachable for 6 s"
+    assert last_event(run)["reason"] == text
 
 
 def test_a_drained_node_is_told_and_has_the_ranks_save_now_and_before_it_goes(
