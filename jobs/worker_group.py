@@ -33,7 +33,9 @@ from pipeline.scratch import scratch_folder
 logger = logging.getLogger(__name__)
 
 HEALTH_CHECK_SECONDS = 0.5
-"""How often Ray Train looks after its workers; it restarts them no sooner than it has noticed."""
+"""How often Ray Train asks its workers how they are; it restarts them no sooner than it has noticed."""
+HEALTH_CHECKS_PER_SECOND = 1024.0
+"""How many answers its controller takes, at most: of more workers it asks each less often."""
 COORDINATOR_SECONDS = 5.0
 
 
@@ -45,8 +47,8 @@ def fit(job: TrainJob) -> None:
     Raises:
         Exception: What Ray Train raises when it gives up; jobs.failure_cause finds the reason in it.
     """
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(HEALTH_CHECK_SECONDS))
     recipe = job.recipe
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(health_check_seconds(recipe.max_workers)))
     resources = {"CPU": recipe.cpus_per_worker} | ({"GPU": 1.0} if recipe.device == "cuda" else {})
     with scratch_folder() as folder:
         saving: Any = SaveBeforeResizes(job.monitor)
@@ -67,6 +69,11 @@ def fit(job: TrainJob) -> None:
         )
         trainer = RunTrainer(lambda: train_worker(job), scaling_config=scaling_config, run_config=run_config)
         trainer.follow_nodes(job.monitor, standby=recipe.standby).fit()
+
+
+def health_check_seconds(workers: int) -> float:
+    """Between two questions to each of so many workers."""
+    return max(HEALTH_CHECK_SECONDS, workers / HEALTH_CHECKS_PER_SECOND)
 
 
 class RunTrainer(TorchTrainer):

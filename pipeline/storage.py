@@ -13,7 +13,8 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +36,7 @@ CHECK_SECONDS = 3.0
 CONNECT_TIMEOUT_SECONDS = 5.0
 READ_TIMEOUT_SECONDS = 30.0
 MAX_CONNECTIONS = 64
+DELETES_AT_ONCE = 32
 PROBE_BYTES = 65536
 STORES = {
     **dict.fromkeys(("file", "local", "memory"), "fsspec"),
@@ -251,6 +253,12 @@ class Storage:
         """Remove a file or object; that it is already gone is no error."""
         with contextlib.suppress(FileNotFoundError):
             self._call(url, lambda fs, path: fs.rm_file(path))
+
+    def delete_all(self, urls: Iterable[str]) -> None:
+        """Remove files or objects as `delete`, several at once: a request each, which every store knows."""
+        with ThreadPoolExecutor(DELETES_AT_ONCE) as threads:
+            for _ in threads.map(self.delete, urls):
+                pass
 
     def check(self, url: str, *, write: bool, shared: bool = False) -> None:
         """Fail within seconds if work on `url` cannot succeed.
