@@ -4,12 +4,9 @@ test_zero_state."""
 from __future__ import annotations
 
 import dataclasses
-import functools
 import json
 import os
-import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from counting_storage import CountingStorage
+from rank_threads import Ranks
 from zero_material import Material, commit_zero_files, random_material, write_zero_files
 
-from jobs import checkpoint, rank_group
+from jobs import checkpoint, rank_group, zero_state
 from jobs.errors import CheckpointError
 from jobs.rank_group import RankGroup
 from jobs.recipes import named_recipe
@@ -32,51 +30,6 @@ STEPS = (10, 20, 30)
 CHUNK_BYTES = 1 << 10
 MATERIAL = random_material(9000, tensor_elements=2500)
 MODEL_STATES, OPTIMIZER_STATES = "_model_states.pt", "_optim_states.pt"
-
-
-class Ranks:
-    """As many threads as there are ranks, and what restoring needs of torch.distributed between them."""
-
-    ReduceOp = SimpleNamespace(SUM=torch.add, MIN=torch.minimum, MAX=torch.maximum)
-
-    def __init__(self, world_size: int) -> None:
-        self._barrier = threading.Barrier(world_size, timeout=60)
-        self._told: list[Any] = [None] * world_size
-        self._mine = threading.local()
-
-    def all_gather_object(self, by_rank: list[Any], value: Any) -> None:
-        self._told[self._mine.rank] = value
-        self._barrier.wait()
-        by_rank[:] = self._told
-        self._barrier.wait()
-
-    def broadcast_object_list(self, values: list[Any], src: int) -> None:
-        by_rank: list[Any] = []
-        self.all_gather_object(by_rank, values[0])
-        values[0] = by_rank[src]
-
-    def all_reduce(self, values: torch.Tensor, op: Callable[..., torch.Tensor] = torch.add) -> None:
-        by_rank: list[torch.Tensor] = []
-        self.all_gather_object(by_rank, values.clone())
-        values.copy_(functools.reduce(op, by_rank))
-
-    def run(self, work: Callable[[int], Any]) -> list[Any]:
-        """What `work` returns on each rank; raises what it raised on one."""
-
-        def rank_work(rank: int) -> Any:
-            self._mine.rank = rank
-            try:
-                return work(rank)
-            except Exception as error:
-                self._barrier.abort()  # the others would wait for it
-                return error
-
-        with ThreadPoolExecutor(len(self._told)) as threads:
-            results = list(threads.map(rank_work, range(len(self._told))))
-        errors = [result for result in results if isinstance(result, Exception)]
-        for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
-            raise error
-        return results
 
 
 @pytest.fixture
@@ -172,6 +125,41 @@ def test_every_rank_gets_the_weights_and_its_share_bit_for_bit(
     assert passed_over == []
     for rank in range(now):
         assert_restored(found[rank], MATERIAL, owned(MATERIAL, stage, rank, now))
+
+
+@pytest.fixture
+def _moments_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the ranks would read too much, if each read the moments that it owns; in buckets of a tensor or two."""
+    monkeypatch.setattr(zero_state, "_READ_AGAIN", 0)
+    for module in (zero_state, rank_group):
+        monkeypatch.setattr(module, "BUCKET_BYTES", 1 << 14)
+
+
+@pytest.mark.usefixtures("_moments_of_all")
+@pytest.mark.parametrize(("before", "now", "stage"), [(1, 4, 3), (2, 3, 1), (7, 5, 3), (4, 2, 2)])
+def test_moments_that_all_read_together_are_the_same_bit_for_bit(
+    tmp_path: Path, together: Any, before: int, now: int, stage: int
+) -> None:
+    run = make_run(tmp_path, stage, before)
+
+    found, _ = together(run, now, stage)
+
+    for rank in range(now):
+        assert_restored(found[rank], MATERIAL, owned(MATERIAL, stage, rank, now))
+
+
+@pytest.mark.usefixtures("_moments_of_all")
+def test_damage_to_moments_that_all_read_together_is_found_by_all(tmp_path: Path, together: Any) -> None:
+    run = make_run(tmp_path, stage=3, world_size=1, steps=(20, 30))
+    (path,) = (path for path in files_of(run, 30) if "optim_states" in path.name)
+
+    for offset in range(5000, path.stat().st_size, 20 * CHUNK_BYTES):
+        flip(path, offset)
+        found, passed_over = together(run, 4, 3)
+        flip(path, offset)
+
+        assert [restored.commit.step for restored in found] == [20] * 4
+        assert [(step, str(path) in why) for step, why in passed_over] == [(30, True)]
 
 
 @pytest.mark.parametrize(("before", "now"), [(1, 8), (2, 8), (8, 2), (16, 16)])

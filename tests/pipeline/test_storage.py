@@ -103,7 +103,7 @@ def test_what_cannot_be_deleted_is_told_and_the_others_are_gone(tmp_path: Path) 
     (tmp_path / "folder").mkdir()
     (tmp_path / "last").write_bytes(b"x")
 
-    with pytest.raises(OSError, match="folder"):
+    with pytest.raises(StorageError, match="must fit what lies there"):
         Storage().delete_all([str(tmp_path / "folder"), str(tmp_path / "last")])
 
     assert not (tmp_path / "last").exists()
