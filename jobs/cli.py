@@ -5,8 +5,10 @@ Exit codes: 0 done, 1 failed, 2 bad input (one line on standard error, nothing s
 
 from __future__ import annotations
 
+import os
 import sys
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import typer
 from typer.exceptions import TyperException
@@ -32,12 +34,28 @@ for part in (stack, data, runs, checkpoints):
     app.add_typer(part.app)
 
 
+VERBOSE = "--verbose"
+
+
+@app.callback()
+def options(
+    verbose: Annotated[
+        bool, typer.Option(VERBOSE, help="Also show lines of Ray and of workers; may stand anywhere.")
+    ] = False,
+) -> None:
+    """What all commands take."""
+    if verbose:
+        from jobs.session import VERBOSE_VARIABLE
+
+        os.environ[VERBOSE_VARIABLE] = "1"
+
+
 def main() -> None:
     """Entry point: bad input ends in one line and exit code 2, a failed run in one line and exit code 1."""
     from jobs.stack import StackError
 
     try:
-        sys.exit(app(standalone_mode=False) or 0)
+        sys.exit(app(_verbose_first(sys.argv[1:]), standalone_mode=False) or 0)
     except TyperException as error:  # what Typer itself refuses: an unknown option, text where a number should be
         sys.stderr.write(_usage_text(error))
         sys.exit(2)
@@ -53,6 +71,15 @@ def main() -> None:
     except (RunFailedError, OSError) as error:
         write_line(sys.stderr, f"failed: {error}")
         sys.exit(1)
+
+
+def _verbose_first(arguments: Sequence[str]) -> list[str]:
+    """The arguments with --verbose before the command, wherever it was typed; not behind `--`, where names are."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    options, names = list(arguments[:end]), list(arguments[end:])
+    if VERBOSE not in options:
+        return [*options, *names]
+    return [VERBOSE, *(option for option in options if option != VERBOSE), *names]
 
 
 def _usage_text(error: Any) -> str:

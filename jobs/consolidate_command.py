@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from jobs.consolidate import commit_of, consolidate, in_threads
+from jobs.checkpoint import Commit
+from jobs.consolidate import consolidate, in_threads
 from jobs.run_directory import RunDirectory
 from jobs.session import Session
 from jobs.terminal import bytes_text, duration_text, progress_bar, say
@@ -20,14 +21,18 @@ CLUSTER_BYTES = 2 << 30
 """Checkpoints from this size on are worth starting tasks on a cluster for; smaller ones take seconds here."""
 
 
-def consolidate_and_say(session: Session, run: RunDirectory, step: int | None, wanted: Wanted, *, force: bool) -> None:
-    """Consolidate a step, show progress, and say what was made.
+def needs_cluster(session: Session, commit: Commit) -> bool:
+    """Whether a checkpoint is copied by tasks of a cluster."""
+    return commit.bytes >= CLUSTER_BYTES and "RAY_ADDRESS" in session.environ
+
+
+def consolidate_and_say(session: Session, run: RunDirectory, commit: Commit, wanted: Wanted, *, force: bool) -> None:
+    """Consolidate a checkpoint, show progress, and say what was made.
 
     Raises:
-        UserError: There is no such checkpoint, the result exists, a file of it is damaged, a value does not fit.
+        UserError: The result exists, a file of the checkpoint is damaged, a value does not fit.
     """
-    commit = commit_of(run, step)
-    fan_out = _fan_out(session, commit.bytes, wanted.dtype)
+    fan_out = _fan_out(session, commit, wanted.dtype)
     with _shown() as show:
         result = consolidate(
             run,
@@ -60,8 +65,8 @@ def progress_text(now: Progress, seconds: float) -> str:
     return f"{bytes_text(now.bytes)} · {bytes_text(rate)}/s · ETA {duration_text(remaining)}"
 
 
-def _fan_out(session: Session, checkpoint_bytes: int, dtype: str) -> FanOut:
-    if checkpoint_bytes < CLUSTER_BYTES or "RAY_ADDRESS" not in session.environ:
+def _fan_out(session: Session, commit: Commit, dtype: str) -> FanOut:
+    if not needs_cluster(session, commit):
         return in_threads(PART_BYTES, most=2 * (os.cpu_count() or 1), dtype=dtype)
     session.connect()
     from jobs.fan_out import fan_out

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from jobs.diagnosis import (
@@ -21,26 +23,63 @@ from jobs.errors import ClusterError
 from jobs.node_probe import NodeFacts, NodeProbe
 from jobs.session import Session
 from pipeline.errors import UserError
-from pipeline.storage import Storage, is_local
+from pipeline.storage import Storage, is_local, is_s3
 
 PROBE_BYTES = 32 * 1024**2
 CLOCK_READINGS = 5
 NODE_SECONDS = 120.0
 """How long a node may take to start a probe: a new runtime environment has to be copied to it first."""
 REDUCE_SECONDS = 60.0
+CALLER_NAME = "caller.json"
 
 
-def examine(session: Session, store_url: str, folders: Sequence[str], *, wants_gpu: bool) -> Iterator[Finding]:
+@dataclass(frozen=True)
+class Caller:
+    """What the machine says of itself on which `convmae doctor` was typed, where that is no node of the cluster."""
+
+    host: str
+    versions: Mapping[str, str]
+    findings: tuple[Finding, ...]
+    """Of its own way to the store."""
+
+    @classmethod
+    def here(cls, session: Session, store_url: str) -> Caller:
+        """This machine; looks at the store where it has credentials for it."""
+        facts = NodeProbe().facts([])
+        if not store_url or (is_s3(store_url) and not session.has_credentials):
+            remedy = "none is needed: commands that need the store run on the cluster"
+            found = [Finding("store", "skipped", "no credentials here", remedy)]
+        else:
+            found = list(store_findings(session.storage, store_url))
+        return cls(facts.host, facts.versions, tuple(replace(finding, node=facts.host) for finding in found))
+
+    def to_text(self) -> str:
+        """As it travels."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def of_text(cls, text: str) -> Caller:
+        """Read `to_text`."""
+        told = json.loads(text)
+        return cls(told["host"], told["versions"], tuple(Finding(**finding) for finding in told["findings"]))
+
+
+def examine(
+    session: Session, store_url: str, folders: Sequence[str], caller: Caller | None = None, *, wants_gpu: bool
+) -> Iterator[Finding]:
     """Check everything; findings come as they are known.
 
     Args:
         session: Connected to nothing yet.
-        store_url: Where to write, read and delete some objects; empty: the local stack's bucket, if it is up.
+        store_url: Where to write, read and delete some objects; empty: nowhere.
         folders: Folders that nodes will write to, like a `cache_dir`.
+        caller: The machine on which the command was typed, if it is another one.
         wants_gpu: Whether nodes without a GPU are a failure.
     """
     here = NodeProbe().facts(folders)
-    store_url = store_url or (f"s3://{session.stack.bucket}/doctor" if session.stack else "")
+    if caller:
+        here = replace(here, versions=caller.versions)
+        yield from caller.findings
     stored = False
     if store_url:
         found = list(store_findings(session.storage, store_url))
@@ -51,7 +90,8 @@ def examine(session: Session, store_url: str, folders: Sequence[str], *, wants_g
     try:
         session.connect()
     except ClusterError as error:
-        yield Finding("cluster", "skipped", error.rule, error.remedy)
+        named = "RAY_ADDRESS" in session.environ
+        yield Finding("cluster", "failed" if named else "skipped", error.rule, error.remedy)
         yield from same_versions(here, [here])
         yield from node_findings(here, wants_gpu=wants_gpu)
         return

@@ -75,6 +75,7 @@ def plan_run(session: Session, recipe: Recipe, name: str, trace_url: str = "") -
     _check_capacity(session, recipe)
     _check_port(recipe.metrics_port)
     session.storage.check(run.url, write=True)
+    session.remember_run_root(run.url.rpartition("/")[0])
     recipe = pinned(session.storage, recipe, run)
     run.check_recipe(recipe)
     if trace_url:

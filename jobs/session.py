@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+from jobs import cluster_address, run_roots
+from jobs.cluster_address import ClusterAddress
 from jobs.errors import ClusterError
 from jobs.run_directory import RunDirectory
 from jobs.stack import Stack
@@ -24,9 +24,9 @@ from pipeline.storage import Storage
 
 NAMESPACE = "convmae"
 HOME_VARIABLE = "CONVMAE_HOME"
+VERBOSE_VARIABLE = "CONVMAE_VERBOSE"
 JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Set by Ray for the driver of a submitted job."""
-CONNECT_SECONDS = 5.0
 PROJECT = Path(__file__).resolve().parent.parent
 
 
@@ -50,9 +50,12 @@ class Session:
         home = home_folder(environ)
         stack = Stack.load(home)
         local = stack.environment() if stack else {}
-        if "RAY_ADDRESS" in environ and environ["RAY_ADDRESS"] != local.get("RAY_ADDRESS"):
+        given = {name: value for name, value in environ.items() if value or name != cluster_address.VARIABLE}
+        if stack and given.get("RAY_ADDRESS") == stack.dashboard_url:
+            given["RAY_ADDRESS"] = stack.ray_address  # one cluster, whichever of its addresses was exported
+        if "RAY_ADDRESS" in given and given["RAY_ADDRESS"] != local.get("RAY_ADDRESS"):
             local = {key: value for key, value in local.items() if not key.startswith("RAY_")}
-        merged = {**local, **environ}
+        merged = {**local, **given}
         return cls(merged, home, stack, Storage.from_environment(merged))
 
     @property
@@ -60,18 +63,78 @@ class Session:
         """Whether work goes to the local stack's own cluster."""
         return self.stack is not None and self.environ["RAY_ADDRESS"] == self.stack.environment()["RAY_ADDRESS"]
 
-    def run_root(self, recipe_run_root: str = "") -> str:
-        """The URL under which runs are kept.
+    @property
+    def is_in_job(self) -> bool:
+        """Whether this process is the driver of a submitted job."""
+        return JOB_VARIABLE in self.environ
+
+    @property
+    def is_verbose(self) -> bool:
+        """Whether lines of Ray and of workers are shown between the command's own."""
+        return bool(self.environ.get(VERBOSE_VARIABLE))
+
+    @cached_property
+    def cluster(self) -> ClusterAddress:
+        """The cluster that work goes to.
 
         Raises:
-            UserError: If the recipe names none and the local stack is not up.
+            ClusterError: None is named, or the name is none.
         """
-        if recipe_run_root:
-            return recipe_run_root
-        if self.stack is None:
-            remedy = "give run_root=URL, or start the local stack with `convmae up`"
+        if "RAY_ADDRESS" not in self.environ:
+            remedy = f"start the local stack with `convmae up`, or set RAY_ADDRESS: {cluster_address.FORMS}"
+            raise ClusterError("RAY_ADDRESS", "must name a cluster when the local stack is not up", "", remedy)
+        return ClusterAddress.parse(self.environ["RAY_ADDRESS"])
+
+    @cached_property
+    def is_away(self) -> bool:
+        """Whether the cluster takes jobs alone from here, since this machine is none of its nodes or names it by HTTP.
+
+        Raises:
+            ClusterError: HOST:PORT was named, and does not answer.
+        """
+        if self.is_local or self.is_in_job or "RAY_ADDRESS" not in self.environ:
+            return False
+        return not self.cluster.is_of_this_machine()
+
+    @cached_property
+    def has_credentials(self) -> bool:
+        """Whether botocore finds credentials for S3 here; asks a machine's metadata service for a second at most."""
+        if self.environ.get("AWS_ACCESS_KEY_ID"):
+            return True
+        from botocore.exceptions import BotoCoreError
+        from botocore.session import Session as BotoSession
+
+        try:
+            return BotoSession().get_credentials() is not None
+        except BotoCoreError:  # a profile that does not exist: who works with it says so
+            return True
+
+    def run_root(self, given: str = "") -> str:
+        """The URL under which runs are kept: the given one, CONVMAE_RUN_ROOT, the local stack's, or the last used.
+
+        Args:
+            given: By recipe or option.
+
+        Raises:
+            UserError: None is known.
+        """
+        return given or self.environ.get(run_roots.VARIABLE, "") or self._usual_root()
+
+    def remember_run_root(self, root: str) -> None:
+        """Note a run root that works, for the next command on the same cluster."""
+        if not self.is_local and not self.is_in_job and "RAY_ADDRESS" in self.environ:
+            run_roots.remember(run_roots.state_folder(self.environ), self.cluster.text, Storage.absolute(root))
+
+    def _usual_root(self) -> str:
+        if self.stack is not None and (self.is_local or "RAY_ADDRESS" not in self.environ):
+            return f"s3://{self.stack.bucket}/runs"
+        if self.stack is None and "RAY_ADDRESS" not in self.environ:
+            remedy = f"give run_root=URL, set {run_roots.VARIABLE}, or start the local stack with `convmae up`"
             raise UserError("run_root", "must be a URL when the local stack is not up", "", remedy)
-        return f"s3://{self.stack.bucket}/runs"
+        if root := run_roots.remembered(run_roots.state_folder(self.environ), self.cluster.text):
+            return root
+        remedy = f"give it once, as run_root=URL or --run-root URL, or set {run_roots.VARIABLE}"
+        raise UserError("run_root", f"must be a URL; none was used with {self.cluster.text} yet", "", remedy)
 
     def run(self, name: str, run_root: str = "") -> RunDirectory:
         """The directory of a run by name, or by its whole URL."""
@@ -85,55 +148,40 @@ class Session:
         os.environ.update({key: value for key, value in self.environ.items() if key.startswith("RAY_")})
 
     def connect(self) -> None:
-        """Connect this process to the Ray cluster.
+        """Connect this process to the Ray cluster, as a driver.
 
         Raises:
-            ClusterError: If there is none, or it does not answer.
+            ClusterError: If there is none, it does not answer, or takes jobs alone from here.
         """
-        if "RAY_ADDRESS" not in self.environ:
-            remedy = "start the local stack with `convmae up`, or set RAY_ADDRESS=HOST:PORT"
-            raise ClusterError("RAY_ADDRESS", "must name a cluster when the local stack is not up", "", remedy)
-        address = self.environ["RAY_ADDRESS"]
-        check_answers(address)
+        self.cluster.check_answers()
+        if self.is_away:
+            raise ClusterError("RAY_ADDRESS", "must be of this machine's cluster", self.cluster.text, "submit a job")
         import ray
 
+        self.quiet_ray()
         try:
             ray.init(
-                address,
+                self.cluster.text,
                 namespace=NAMESPACE,
                 logging_level=logging.ERROR,
-                log_to_driver=not sys.stdout.isatty(),  # a terminal shows the progress bar, a log what workers say
-                runtime_env=self.runtime_env(),
+                # Progress and results come as values; the log of a run's job alone holds what its ranks say.
+                log_to_driver=self.is_verbose,
+                runtime_env={} if self.is_in_job else self.code(),
             )
         except (ConnectionError, RuntimeError, ValueError) as error:
-            remedy = "is it up? `convmae up` starts a local one"
-            raise ClusterError("RAY_ADDRESS", f"must answer ({_first_line(error)})", address, remedy) from error
+            raise cluster_address.refusal(self.cluster.text, error) from error
 
-    def runtime_env(self) -> dict[str, Any]:
-        """Ray's runtime environment: on a cluster of other machines, the project's code travels along.
+    def quiet_ray(self) -> None:
+        """Keep Ray's own lines from between the command's, unless they are asked for; Ray is imported by now."""
+        if not self.is_verbose:
+            for handler in logging.getLogger("ray").handlers:
+                handler.setLevel(logging.ERROR)
+
+    def code(self) -> dict[str, Any]:
+        """The part of Ray's runtime environment that has the project's code travel to a cluster of other machines.
 
         The driver of a submitted job has it from the job already, and Ray refuses to be given it twice.
         """
-        if self.is_local or JOB_VARIABLE in self.environ or not (PROJECT / "pyproject.toml").exists():
+        if self.is_local or not (PROJECT / "pyproject.toml").exists():
             return {}
         return {"working_dir": str(PROJECT)}
-
-
-def check_answers(address: str) -> None:
-    """Find out in seconds that nobody listens; `ray.init` would try for minutes.
-
-    Raises:
-        ClusterError: If nobody does.
-    """
-    parts = urlsplit(address if "://" in address else f"//{address}")
-    if not parts.hostname or not parts.port:  # "auto": Ray looks for a cluster on this machine
-        return
-    try:
-        socket.create_connection((parts.hostname, parts.port), timeout=CONNECT_SECONDS).close()
-    except OSError as error:
-        remedy = "is it up? `convmae up` starts a local one"
-        raise ClusterError("RAY_ADDRESS", f"must answer ({error})", address, remedy) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -10,16 +10,18 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from jobs.cluster_address import refusal
 from jobs.errors import ClusterError, RunError
 from jobs.provenance import VARIABLE, git_commit
 from jobs.run_directory import RunDirectory
-from jobs.session import Session, check_answers
+from jobs.session import Session
 
 if TYPE_CHECKING:
     from ray.job_submission import JobDetails, JobSubmissionClient
 
 # Ray kills a stopped job's driver after this long; a checkpoint is saved meanwhile.
 STOP_WAIT_SECONDS = 600
+ENDED_JOB_STATES = frozenset({"SUCCEEDED", "FAILED", "STOPPED", "LOST"})
 NO_AGENT = "No available agent"
 """What Ray's head says of jobs until the first node's agent has reported, and when none does any more."""
 AGENT_SECONDS = 60.0
@@ -42,11 +44,11 @@ def submit(session: Session, run: RunDirectory, trace_url: str = "") -> str:
         "submission_id": f"{run.name}-a{number}",
         "metadata": {"run": run.name, "run_url": run.url},
         "runtime_env": {
-            **session.runtime_env(),
+            **session.code(),
             "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_SECONDS), VARIABLE: git_commit(session.environ)},
         },
     }
-    return hand_over(client, job, session.environ["RAY_ADDRESS"])
+    return hand_over(client, job, session.cluster.text)
 
 
 def hand_over(client: Any, job: dict[str, Any], address: str, patience_seconds: float = AGENT_SECONDS) -> str:
@@ -124,20 +126,16 @@ def job_client(session: Session) -> JobSubmissionClient:
     Raises:
         ClusterError: If there is no cluster, or it does not answer.
     """
-    if "RAY_ADDRESS" not in session.environ:
-        remedy = "start the local stack with `convmae up`, or set RAY_ADDRESS"
-        raise ClusterError("RAY_ADDRESS", "must name a cluster when the local stack is not up", "", remedy)
-    address = session.stack.dashboard_url if session.is_local and session.stack else session.environ["RAY_ADDRESS"]
-    check_answers(address)
+    address = session.stack.dashboard_url if session.is_local and session.stack else session.cluster.text
+    session.cluster.check_answers()
     from ray.exceptions import RayError
     from ray.job_submission import JobSubmissionClient
 
+    session.quiet_ray()
     try:
         return JobSubmissionClient(address)
     except (ConnectionError, RuntimeError, ValueError, RayError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        remedy = "is it up? `convmae up` starts a local one"
-        raise ClusterError("RAY_ADDRESS", f"must answer ({lines[0]})", address, remedy) from error
+        raise refusal(session.cluster.text, error) from error
 
 
 def _jobs(client: Any, run: str) -> list[JobDetails]:

@@ -7,8 +7,8 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any, TextIO
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, TextIO, runtime_checkable
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -20,7 +20,21 @@ from pipeline.errors import UserError
 from pipeline.printable import printable
 
 LOG_INTERVAL_SECONDS = 10.0
+ShowProgress = Callable[[int, int, str], None]
+"""`show(done, total, text)`."""
+ShowStatus = Callable[[Mapping[str, Any]], None]
 _BYTE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
+
+
+@runtime_checkable
+class DrawnElsewhere(Protocol):
+    """A stream whose reader draws what moves: that of a command that runs as a job (jobs.command_frames)."""
+
+    def progress_bar(self, title: str) -> AbstractContextManager[ShowProgress]:
+        """Show progress there."""
+
+    def live_status(self) -> AbstractContextManager[ShowStatus]:
+        """Draw a run's status there, over the last one."""
 
 
 def say(line: str) -> None:
@@ -126,11 +140,20 @@ def status_text(status: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def progress_bar(title: str, stream: TextIO = sys.stdout) -> Iterator[Callable[[int, int, str], None]]:
+def progress_bar(title: str, stream: TextIO | None = None) -> Iterator[ShowProgress]:
     """Show progress while open; gives `show(done, total, text)`.
 
     On a terminal a bar is redrawn in place; elsewhere a line is written every ten seconds and when all is done.
+
+    Args:
+        title: What progresses.
+        stream: Where to show it; default: standard output.
     """
+    stream = stream or sys.stdout
+    if isinstance(stream, DrawnElsewhere):
+        with stream.progress_bar(title) as there:
+            yield there
+        return
     if not stream.isatty():
         yield _line_writer(title, stream)
         return
@@ -146,7 +169,7 @@ def progress_bar(title: str, stream: TextIO = sys.stdout) -> Iterator[Callable[[
         yield show
 
 
-def _line_writer(title: str, stream: TextIO) -> Callable[[int, int, str], None]:
+def _line_writer(title: str, stream: TextIO) -> ShowProgress:
     last_at, last_line = -LOG_INTERVAL_SECONDS, ""
 
     def show(done: int, total: int, text: str) -> None:

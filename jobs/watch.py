@@ -18,7 +18,7 @@ from rich.text import Text
 from jobs.driver import FINAL_STATES
 from jobs.run_directory import RunDirectory
 from jobs.status import event_line, run_status, status_lines
-from jobs.terminal import status_text, write_line
+from jobs.terminal import DrawnElsewhere, ShowStatus, status_text, write_line
 from pipeline.printable import printable
 
 WATCH_SECONDS = 2.0
@@ -26,10 +26,8 @@ WATCH_SECONDS = 2.0
 EVENTS_SHOWN = 6
 _STYLES = {"running": "green", "finished": "green", "failed": "bold red", "interrupted": "bold red"}
 
-Show = Callable[[Mapping[str, Any]], None]
 
-
-def watch_run(run: RunDirectory, show: Show, pause: Callable[[float], None] = time.sleep) -> None:
+def watch_run(run: RunDirectory, show: ShowStatus, pause: Callable[[float], None] = time.sleep) -> None:
     """Show the run's status, with its newest events, until it is in a final state.
 
     Args:
@@ -46,10 +44,14 @@ def watch_run(run: RunDirectory, show: Show, pause: Callable[[float], None] = ti
 
 
 @contextmanager
-def status_display(*, as_json: bool, stream: TextIO = sys.stdout) -> Iterator[Show]:
+def status_display(*, as_json: bool, stream: TextIO | None = None) -> Iterator[ShowStatus]:
     """Gives what `watch_run` shows with: JSON lines, a screen that is redrawn on a terminal, or lines in a log."""
+    stream = stream or sys.stdout
     if as_json:
         yield lambda status: write_line(stream, json.dumps(status))
+    elif stream.isatty() and isinstance(stream, DrawnElsewhere):
+        with stream.live_status() as there:
+            yield there
     elif stream.isatty():
         with Live(console=Console(file=stream), auto_refresh=False) as live:
             yield lambda status: live.update(_screen(status), refresh=True)

@@ -15,8 +15,6 @@ from jobs.run_directory import RunDirectory
 from jobs.session import Session
 from jobs.terminal import print_json, progress_bar, say, status_text
 
-ENDED_JOB_STATES = frozenset({"SUCCEEDED", "FAILED", "STOPPED", "LOST"})
-
 
 def train_here(session: Session, plan: RunPlan) -> None:
     """Train in this process's foreground, then write the results.
@@ -87,7 +85,7 @@ def follow_job(session: Session, run: RunDirectory, job: str, stream: TextIO | N
     """
     client = submission.job_client(session)
     with progress_bar(run.name, stream or sys.stdout) as show:
-        while (state := submission.job_state(client, job)) not in ENDED_JOB_STATES:
+        while (state := submission.job_state(client, job)) not in submission.ENDED_JOB_STATES:
             now = run.read_heartbeat()
             if now and now["state"] not in FINAL_STATES:
                 show(now["step"], now["total_steps"], status_text(now))

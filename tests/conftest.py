@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,6 +25,7 @@ STACK_FILES = frozenset(
         "jobs/test_main_job",
         "jobs/test_poisoned_runs",
         "jobs/test_racing_drivers",
+        "jobs/test_remote_command",
         "jobs/test_soak",
         "jobs/test_stack",
         "jobs/test_trajectory",
@@ -53,6 +55,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return "stack" if nodeid.partition("::")[0] in STACK_FILES else nodeid
 
     return Scheduling(config, log)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def state_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What commands remember of clusters is not the user's who runs the tests."""
+    os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from jobs.commands.elsewhere import at_run, at_store, go_there
 from jobs.commands.shared import AsJson, Overrides, RunName, RunRoot, amended_recipe, existing_run, open_session
 from jobs.terminal import bytes_text, print_json, print_table, progress_bar, say
 from pipeline.errors import UserError
@@ -14,7 +15,7 @@ from pipeline.errors import UserError
 app = typer.Typer()
 
 
-@app.command()
+@app.command(cls=at_run())
 def checkpoints(
     run: RunName,
     verify: Annotated[bool, typer.Option("--verify", help="Compare size and CRC32C of every file.")] = False,
@@ -45,7 +46,7 @@ def checkpoints(
         sys.exit(1)
 
 
-@app.command()
+@app.command(cls=at_run())
 def prune(
     run: RunName,
     keep: Annotated[
@@ -71,8 +72,9 @@ def prune(
         say(f"nothing was deleted; --yes deletes {bytes_text(plan.bytes)}")
 
 
-@app.command()
+@app.command(cls=at_run("out"))
 def consolidate(
+    ctx: typer.Context,
     run: RunName,
     *,
     step: Annotated[int, typer.Option(help="A committed step; default: the newest.", show_default=False)] = 0,
@@ -91,16 +93,21 @@ def consolidate(
     Large checkpoints are copied by Ray tasks, small ones here. A result is checked while it is made and read back for
     its SHA-256. The same command again goes on where it was cut off.
     """
-    from jobs.consolidate_command import consolidate_and_say
+    from jobs.consolidate import commit_of
+    from jobs.consolidate_command import consolidate_and_say, needs_cluster
     from jobs.terminal import parsed_bytes
     from jobs.weight_results import Wanted
 
     wanted = Wanted(dtype, parsed_bytes("--shard-bytes", shard_bytes) if shard_bytes else None, out)
     session = open_session()
-    consolidate_and_say(session, existing_run(session, run, run_root), step or None, wanted, force=force)
+    directory = existing_run(session, run, run_root)
+    commit = commit_of(directory, step or None)
+    if needs_cluster(session, commit) and session.is_away:
+        sys.exit(go_there(session, ctx, ("out",), step=commit.step))
+    consolidate_and_say(session, directory, commit, wanted, force=force)
 
 
-@app.command()
+@app.command(cls=at_run("out"))
 def export(
     checkpoint: Annotated[
         str,
@@ -151,7 +158,7 @@ def export(
         say(f"{name}: {written.url} ({bytes_text(written.bytes)}, sha256 {written.sha256[:16]}…)")
 
 
-@app.command(name="import")
+@app.command(name="import", cls=at_store("source", "out"))
 def import_command(
     source: Annotated[
         str, typer.Argument(metavar="FILE", help="A .pth of the official pretraining, or a consolidated file.")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from jobs.commands.elsewhere import at_cluster, at_store, go_there, refuse_own_path
 from jobs.commands.shared import AsJson, Overrides, amended_recipe, open_session
 from jobs.terminal import print_json, print_pairs, say
 from pipeline.errors import UserError
@@ -23,6 +25,7 @@ Salvage = Annotated[bool, typer.Option("--salvage", help="Take what is left of d
 
 @app.command()
 def shard(
+    ctx: typer.Context,
     source: Annotated[
         str,
         typer.Argument(
@@ -46,22 +49,38 @@ def shard(
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the shuffle before images are dealt to shards.")] = 0,
     salvage: Salvage = False,
+    upload: Annotated[
+        str,
+        typer.Option(
+            help="URL to copy SOURCE, a folder or a tar of this machine, to first; the data set is made of that."
+        ),
+    ] = "",
 ) -> None:
     """Make a data set: WebDataset tars, their indexes, and a manifest, in parallel Ray tasks.
 
     JPEGs keep their bytes, other formats become JPEG. An image that does not decode is skipped, counted and listed.
     The same command again goes on where it was cut off, or says that there is nothing to do.
     """
-    from jobs.datasets import make_dataset
     from jobs.terminal import parsed_bytes
     from pipeline.photo import Encoding
     from pipeline.shard_plan import Sharding
+
+    session = open_session()
+    if upload:
+        from jobs.uploads import upload_and_say
+
+        source = upload_and_say(session.storage, source, upload)
+    if session.is_away:
+        refuse_own_path("source", source, "`--upload s3://bucket/folder` copies it there first")
+        refuse_own_path("dest", dest)
+        sys.exit(go_there(session, ctx, source=source, upload=""))
+    from jobs.datasets import make_dataset
 
     if samples_per_shard is None and not shard_bytes:
         samples_per_shard = 1000
     size = parsed_bytes("--shard-bytes", shard_bytes) if shard_bytes else None
     make_dataset(
-        open_session(),
+        session,
         source,
         dest,
         Sharding(samples_per_shard, size, seed, Encoding(max_side, quality)),
@@ -69,7 +88,7 @@ def shard(
     )
 
 
-@app.command()
+@app.command(cls=at_cluster("url", "out"))
 def index(
     url: Annotated[
         str, typer.Argument(help="A folder of WebDataset tars, a tar, or a pattern like `s3://b/x/00{000..123}.tar`.")
@@ -90,7 +109,7 @@ def index(
     index_foreign(open_session(), url, out, deep=deep, salvage=salvage)
 
 
-@app.command()
+@app.command(cls=at_cluster("url"))
 def verify(
     url: Annotated[str, typer.Argument(help="URL of a data set.")],
     deep: Annotated[bool, typer.Option("--deep", help="Also decode every image.")] = False,
@@ -105,7 +124,7 @@ def verify(
     verify_and_say(open_session(), url, deep=deep, as_json=as_json)
 
 
-@app.command()
+@app.command(cls=at_store("target"))
 def inspect(
     target: Annotated[str, typer.Argument(metavar="RECIPE_OR_DATASET", help="A recipe, or the URL of a data set.")],
     overrides: Overrides = None,
@@ -147,7 +166,7 @@ def inspect(
     print_json(recipe_json(recipe, size)) if as_json else print_pairs(recipe_lines(recipe, size))
 
 
-@app.command()
+@app.command(cls=at_store("dataset"))
 def order(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="URL of a data set.")],
     *,

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from jobs.commands.elsewhere import at_cluster, at_run, at_store
 from jobs.commands.shared import (
     AsJson,
     Overrides,
@@ -39,7 +40,7 @@ Strict = Annotated[
 ]
 
 
-@app.command()
+@app.command(cls=at_store())
 def simulate(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -124,7 +125,7 @@ def simulate(
     print_table(columns, [(market, *prediction_row(one)) for market, ones in found.items() for one in ones])
 
 
-@app.command()
+@app.command(cls=at_cluster("trace"))
 def pretrain(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -149,13 +150,13 @@ def drive(run_url: str, trace: TraceOption = "") -> None:
     from jobs.driver import plan_run
     from jobs.workflow import train_here
 
-    session = open_session()
+    session = open_session(verbose=True)  # the job's log is the only one of the ranks that a user has
     root, _, name = run_url.rpartition("/")
     recipe = session.run(run_url).read_recipe().amended({"run_root": root})
     train_here(session, plan_run(session, recipe, name, trace))
 
 
-@app.command()
+@app.command(cls=at_run("trace"))
 def submit(
     recipe: RecipeName,
     overrides: Overrides = None,
@@ -174,7 +175,7 @@ def submit(
     train_as_job(session, plan_run(session, resolved, run or resolved.name, trace), follow=follow, as_json=as_json)
 
 
-@app.command()
+@app.command(cls=at_run())
 def resume(
     run: RunName,
     overrides: Overrides = None,
@@ -198,7 +199,7 @@ def resume(
     train_as_job(session, plan_run(session, recipe, directory.name), follow=follow, as_json=as_json)
 
 
-@app.command(name="list")
+@app.command(name="list", cls=at_run())
 def list_command(run_root: RunRoot = "", as_json: AsJson = False) -> None:
     """List the runs, with what each is doing."""
     from jobs.run_directory import list_runs
@@ -207,6 +208,7 @@ def list_command(run_root: RunRoot = "", as_json: AsJson = False) -> None:
     session = open_session()
     root = session.run_root(run_root)
     session.storage.check(root, write=False)
+    session.remember_run_root(root)
     rows = [status_or_error(run) for run in list_runs(session.storage, root)]
     if as_json:
         print_json(rows)
@@ -218,7 +220,7 @@ def list_command(run_root: RunRoot = "", as_json: AsJson = False) -> None:
             say(f"{row['run']}: {row['error']}")
 
 
-@app.command()
+@app.command(cls=at_run())
 def status(
     run: RunName,
     run_root: RunRoot = "",
@@ -246,34 +248,30 @@ def status(
         say(event_line(event))
 
 
-@app.command()
+@app.command(cls=at_run())
 def logs(
     run: RunName,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
     run_root: RunRoot = "",
     as_json: AsJson = False,
 ) -> None:
-    """Print what a submitted run's newest job printed.
+    """Print what a submitted run's newest job printed; with --verbose, also lines of Ray's own.
 
     With --json, one object a line: the job, and a line of what it printed.
     """
     from jobs import submission
+    from jobs.foreign_lines import own_lines
 
     session = open_session()
     directory = existing_run(session, run, run_root)
     job = submission.newest_job(session, directory)
-    pieces = submission.log_pieces(session, directory, job, follow=follow)
-    if as_json:
-        for line in whole_lines(pieces):
-            sys.stdout.write(json.dumps({"job": job, "line": line}) + "\n")
-            sys.stdout.flush()
-        return
-    for piece in pieces:
-        sys.stdout.write(piece)
+    lines = whole_lines(submission.log_pieces(session, directory, job, follow=follow))
+    for line in lines if session.is_verbose else own_lines(lines):
+        sys.stdout.write((json.dumps({"job": job, "line": line}) if as_json else line) + "\n")
         sys.stdout.flush()
 
 
-@app.command()
+@app.command(cls=at_run())
 def stop(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
     """Ask a run to save a checkpoint and end; returns when it has."""
     from jobs.driver import FINAL_STATES, is_live
@@ -296,7 +294,7 @@ def stop(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
     say(f"{directory.name}: {heartbeat['state']} at step {heartbeat['step']}; `convmae resume {run}` goes on")
 
 
-@app.command()
+@app.command(cls=at_run())
 def history(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
     """Print one line a step: step, epoch, loss, learning rate, world size, attempt."""
     for row in existing_run(open_session(), run, run_root).read_history():
@@ -310,7 +308,7 @@ def history(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> No
             say(line)
 
 
-@app.command()
+@app.command(cls=at_store("url", "other"))
 def trace(
     url: Annotated[str, typer.Argument(help="URL that `--trace` was given.")],
     other: Annotated[str, typer.Argument(help="Another, to compare with.", show_default=False)] = "",
@@ -335,7 +333,7 @@ def trace(
     say("the traces agree")
 
 
-@app.command()
+@app.command(cls=at_run())
 def quarantine(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
     """Print one line for each sample that the run found unusable: where it lies, what is wrong, what stood in."""
     for row in existing_run(open_session(), run, run_root).read_quarantine():
@@ -346,7 +344,7 @@ def quarantine(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) ->
             say(f"{line}; sample {row['substitute']} stood in")
 
 
-@app.command()
+@app.command(cls=at_run())
 def report(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
     """Write the run's report.html, with a picture of reconstructions from its newest checkpoint."""
     from jobs.finish import write_run_report

@@ -16,15 +16,26 @@ Overrides = Annotated[
     typer.Argument(metavar="[FIELD=VALUE]...", help="Fields to change: epochs=400 model.mask_ratio=0.6"),
 ]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, or the URL of its directory.")]
-RunRoot = Annotated[str, typer.Option("--run-root", help="URL under which runs are kept; default: the local stack's.")]
+RunRoot = Annotated[
+    str,
+    typer.Option(
+        "--run-root",
+        help="URL under which runs are kept; default: $CONVMAE_RUN_ROOT, else the local stack's, or the last used.",
+        show_default=False,
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-def open_session() -> Any:
-    """The session that the environment describes, told to all that reads it from there."""
-    from jobs.session import Session
+def open_session(*, verbose: bool = False) -> Any:
+    """The session that the environment describes, told to all that reads it from there.
 
-    session = Session.open(os.environ)
+    Args:
+        verbose: Show what workers print, whatever the environment says.
+    """
+    from jobs.session import VERBOSE_VARIABLE, Session
+
+    session = Session.open({**os.environ, VERBOSE_VARIABLE: "1"} if verbose else os.environ)
     session.export()
     return session
 
@@ -55,6 +66,7 @@ def existing_run(session: Any, name: str, run_root: str) -> Any:
     directory = session.run(name, run_root)
     root = directory.url.rpartition("/")[0]
     session.storage.check(root, write=False)
+    session.remember_run_root(root)
     if not directory.exists():
         raise unknown_run(directory, [known.name for known in list_runs(session.storage, root)])
     return directory

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jobs.commands.elsewhere import go_there, known_run_root, refuse_own_path
 from jobs.commands.shared import AsJson, open_session
 from jobs.terminal import print_json, say
+
+if TYPE_CHECKING:
+    from jobs.session import Session
 
 app = typer.Typer()
 
@@ -54,12 +60,21 @@ def down() -> None:
 
 @app.command()
 def doctor(
+    ctx: typer.Context,
+    *,
     store: Annotated[
-        str, typer.Option(help="URL under which runs will be kept; default: the local stack's.", show_default=False)
+        str,
+        typer.Option(
+            help="URL under which runs will be kept; default: $CONVMAE_RUN_ROOT, the local stack's, or the last used.",
+            show_default=False,
+        ),
     ] = "",
     cache_dir: Annotated[str, typer.Option(help="The recipe's cache_dir, if it has one.", show_default=False)] = "",
     gpu: Annotated[bool, typer.Option("--gpu", help="A node without a GPU is a failure.")] = False,
     as_json: AsJson = False,
+    asked_from: Annotated[
+        str, typer.Option(hidden=True, help="File with what the machine said of itself on which this was typed.")
+    ] = "",
 ) -> None:
     """Check the machine, the cluster and the store, and say what to do about each finding.
 
@@ -67,10 +82,17 @@ def doctor(
     memory, GPUs, and an all-reduce over all nodes. Exit code 1 if something failed.
     """
     from jobs.diagnosis import exit_code, finding_lines
-    from jobs.doctor import examine
+    from jobs.doctor import CALLER_NAME, Caller, examine
 
+    session = open_session()
+    store = store or known_run_root(session)
+    if _answers(session) and session.is_away:
+        refuse_own_path("--store", store)
+        told = {CALLER_NAME: Caller.here(session, store).to_text()}
+        sys.exit(go_there(session, ctx, files=told, store=store, asked_from=CALLER_NAME))
+    caller = Caller.of_text(Path(asked_from).read_text()) if asked_from else None
     findings = []
-    for finding in examine(open_session(), store, [cache_dir] if cache_dir else [], wants_gpu=gpu):
+    for finding in examine(session, store, [cache_dir] if cache_dir else [], caller, wants_gpu=gpu):
         findings.append(finding)
         if not as_json:
             for line in finding_lines([finding]):
@@ -79,6 +101,17 @@ def doctor(
         print_json([finding.to_json() for finding in findings])
     if code := exit_code(findings):
         raise typer.Exit(code)
+
+
+def _answers(session: Session) -> bool:
+    """Whether there is a cluster to ask; one that does not answer is a finding."""
+    from jobs.errors import ClusterError
+
+    try:
+        session.cluster.check_answers()
+    except ClusterError:
+        return False
+    return True
 
 
 @app.command()

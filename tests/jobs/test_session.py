@@ -2,12 +2,65 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
+from jobs.errors import ClusterError
+from jobs.run_roots import state_folder
 from jobs.session import JOB_VARIABLE, PROJECT, Session
-from pipeline.storage import Storage
+from pipeline.errors import UserError
+
+HTTP = "http://10.0.0.1:8265"
 
 
-def test_code_travels_to_a_cluster_once_and_the_driver_of_a_job_does_not_send_it_again(tmp_path: Path) -> None:
-    shell = {"RAY_ADDRESS": "10.0.0.1:6379"}
+def session(tmp_path: Path, **variables: str) -> Session:
+    return Session.open(
+        {"CONVMAE_HOME": str(tmp_path / "home"), "XDG_STATE_HOME": str(tmp_path / "state"), **variables}
+    )
 
-    assert Session(shell, tmp_path, None, Storage()).runtime_env() == {"working_dir": str(PROJECT)}
-    assert Session({**shell, JOB_VARIABLE: "{}"}, tmp_path, None, Storage()).runtime_env() == {}
+
+def test_the_code_travels_to_a_cluster_of_other_machines(tmp_path: Path) -> None:
+    assert session(tmp_path, RAY_ADDRESS=HTTP).code() == {"working_dir": str(PROJECT)}
+
+
+def test_a_cluster_named_by_http_takes_jobs_alone_except_from_a_job_of_its_own(tmp_path: Path) -> None:
+    assert session(tmp_path, RAY_ADDRESS=HTTP).is_away
+    assert not session(tmp_path, RAY_ADDRESS=HTTP, **{JOB_VARIABLE: "{}"}).is_away
+    assert not session(tmp_path, RAY_ADDRESS="auto").is_away
+    assert not session(tmp_path).is_away
+
+
+def test_an_empty_address_is_none(tmp_path: Path) -> None:
+    with pytest.raises(ClusterError, match="must name a cluster"):
+        _ = session(tmp_path, RAY_ADDRESS="").cluster
+
+
+def test_the_run_root_is_the_given_one_the_variable_or_the_last_used_with_the_cluster(tmp_path: Path) -> None:
+    here = session(tmp_path, RAY_ADDRESS=HTTP)
+    with pytest.raises(UserError, match=r"none was used with http://10.0.0.1:8265 yet.*CONVMAE_RUN_ROOT"):
+        here.run_root()
+    here.remember_run_root("s3://bucket/runs")
+
+    assert here.run_root() == "s3://bucket/runs"
+    assert session(tmp_path, RAY_ADDRESS=f"{HTTP}/").run_root() == "s3://bucket/runs"
+    assert here.run_root("s3://other/runs") == "s3://other/runs"
+    assert session(tmp_path, RAY_ADDRESS=HTTP, CONVMAE_RUN_ROOT="s3://mine").run_root() == "s3://mine"
+    with pytest.raises(UserError, match="none was used"):
+        session(tmp_path, RAY_ADDRESS="http://10.0.0.2:8265").run_root()
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"http://10.0.0.1:8265": 7}', "\0"])
+def test_a_damaged_memory_is_none(tmp_path: Path, content: str) -> None:
+    here = session(tmp_path, RAY_ADDRESS=HTTP)
+    here.remember_run_root("s3://bucket/runs")
+    next(state_folder(here.environ).iterdir()).write_text(content)
+
+    with pytest.raises(UserError, match="none was used"):
+        here.run_root()
+    here.remember_run_root("s3://bucket/runs")
+    assert here.run_root() == "s3://bucket/runs"
+
+
+def test_a_memory_that_cannot_be_written_costs_no_more_than_the_memory(tmp_path: Path) -> None:
+    (tmp_path / "state").write_text("a file where the folder would be")
+
+    session(tmp_path, RAY_ADDRESS=HTTP).remember_run_root("s3://bucket/runs")

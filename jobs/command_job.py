@@ -1,0 +1,66 @@
+"""What a cluster runs for a command that was typed elsewhere: the same command, its output as frames in the job's log.
+
+The job's environment says what the command would have seen where it was typed: whether it prints to a terminal and of
+which width, the caller's run root, and small files that it names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+
+from jobs.command_frames import FrameStream, FrameWriter
+from pipeline.scratch import scratch_folder
+
+VARIABLE = "CONVMAE_CALLER"
+"""Of the job's environment: what of the caller's place it has to know, as JSON."""
+
+
+def run_command(arguments: list[str], caller: Mapping[str, object], writer: FrameWriter) -> int:
+    """Run `convmae ARGUMENTS` in this process; returns its exit code.
+
+    Args:
+        arguments: Of the command.
+        caller: `terminals`, the streams that are terminals; `files`, name and content of each small file.
+        writer: Where its output goes.
+    """
+    terminals = caller["terminals"]
+    assert isinstance(terminals, list)
+    sys.stdout = FrameStream(writer, "out", is_terminal="out" in terminals)
+    sys.stderr = FrameStream(writer, "err", is_terminal="err" in terminals)
+    sys.argv = ["convmae", *arguments]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever Ray was started with
+    try:
+        from jobs import cli
+
+        cli.main()
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except KeyboardInterrupt:
+        return 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def main() -> None:
+    """Entry point of the job."""
+    writer = FrameWriter(sys.stdout)
+    caller = json.loads(os.environ[VARIABLE])
+    with scratch_folder() as folder:
+        for name, content in caller["files"].items():
+            Path(folder, name).write_text(content)
+        os.chdir(folder)
+        code = run_command(sys.argv[1:], caller, writer)
+    writer.exit(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""Where runs are kept when nobody says it: CONVMAE_RUN_ROOT, else what was last used with the same cluster.
+
+Remembered in the user's state folder, since the cluster that a shell works on does not depend on the current folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+VARIABLE = "CONVMAE_RUN_ROOT"
+_FILE = "run-roots.json"
+_MOST = 100
+"""Clusters that are remembered; the oldest go first."""
+
+
+def state_folder(environ: Mapping[str, str]) -> Path:
+    """Where this user's programs keep what they remember, by the XDG base directory specification."""
+    given = environ.get("XDG_STATE_HOME", "")
+    return Path(given if given.startswith("/") else Path.home() / ".local" / "state") / "convmae"
+
+
+def remembered(folder: Path, address: str) -> str:
+    """The run root last used with a cluster; empty where there is none."""
+    return _read(folder).get(address, "")
+
+
+def remember(folder: Path, address: str, run_root: str) -> None:
+    """Note the run root of a cluster. A folder that cannot be written costs no more than the memory."""
+    known = _read(folder)
+    if known.get(address) == run_root:
+        return
+    known.pop(address, None)
+    known[address] = run_root
+    recent = dict(list(known.items())[-_MOST:])
+    part = folder / f"{_FILE}.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(recent, indent=1) + "\n")
+        part.replace(folder / _FILE)
+    except OSError as error:
+        logger.debug("the run root is not remembered: %s", error)
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def _read(folder: Path) -> dict[str, str]:
+    try:
+        known = json.loads((folder / _FILE).read_text())
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(known, dict):
+        return {}
+    return {address: root for address, root in known.items() if isinstance(root, str) and root}
