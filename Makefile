@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain down fix check test test-slow test-hosts soak bench-recovery bench-hosts bench-plan bench-model bench-loader bench-checkpoint bench-consolidate
+.PHONY: help install pretrain down fix check test test-slow test-hosts soak bench-recovery bench-hosts bench-plan bench-model bench-loader bench-checkpoint bench-consolidate bench-scale
 
 help:  ## Show these lines
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -73,3 +73,6 @@ bench-consolidate: $(INSTALLED)  ## A checkpoint to one file, from S3 to S3, aga
 
 bench-plan: $(INSTALLED)  ## What a plan over 2,000,000,000 samples costs
 	$(BIN)/python benchmarks/bench_plan.py
+
+bench-scale: $(INSTALLED)  ## What grows with the ranks: restoring, figures, deletes, polls; up to 1,024 on paper
+	$(BIN)/python benchmarks/bench_scale.py

@@ -63,6 +63,8 @@ class CheckedRange:
     """Of each chunk but the file's last."""
     checksums: tuple[int, ...]
     """The CRC32C of each chunk."""
+    file_bytes: int
+    """Of the whole file."""
 
     def read(self, storage: Storage) -> bytes:
         """The bytes, as they were written.
@@ -71,11 +73,13 @@ class CheckedRange:
             DamagedCheckpointError: The file is missing, truncated or altered; names it and the chunk.
         """
         try:
-            data = storage.read_range(self.url, self.offset, self.length)
+            # One byte more at the file's end, so that a file that is longer is seen without asking for its size.
+            over = self.offset + self.length == self.file_bytes
+            data = storage.read_range(self.url, self.offset, self.length + over)
+            if len(data) != self.length:
+                raise damaged(self.url, self._length_fault(storage))
         except FileNotFoundError:
             raise damaged(self.url, "it is missing") from None
-        if len(data) != self.length:
-            raise damaged(self.url, f"it ends before byte {self.offset + self.length}")
         for number, checksum in enumerate(self.checksums):
             start = number * self.chunk_bytes
             if google_crc32c.value(data[start : start + self.chunk_bytes]) != checksum:
@@ -83,9 +87,15 @@ class CheckedRange:
                 raise damaged(self.url, f"it was altered {place}")
         return data
 
+    def _length_fault(self, storage: Storage) -> str:
+        size = storage.size(self.url)
+        if size != self.file_bytes:
+            return f"it has {size} bytes, not {self.file_bytes}"
+        return f"it ends before byte {self.offset + self.length}"
+
 
 @dataclass(frozen=True)
-class _Run:
+class ChunkRun:
     """Chunks of one file that one request reads."""
 
     file: int
@@ -120,7 +130,7 @@ class CheckedFiles:
         self._checksums = [np.array(file.chunk_checksums(), np.uint32) for file in self._files]
         self._firsts = [0, *itertools.accumulate(len(checksums) for checksums in self._checksums)]
         self._checked = np.zeros(self._firsts[-1], np.bool_)
-        self._chunk = functools.lru_cache(_KEPT_CHUNKS)(lambda file, chunk: self._read(_Run(file, chunk, 1)))
+        self._chunk = functools.lru_cache(_KEPT_CHUNKS)(lambda file, chunk: self._read(ChunkRun(file, chunk, 1)))
 
     @property
     def checked(self) -> NDArray[np.bool_]:
@@ -144,17 +154,37 @@ class CheckedFiles:
         first, after = offset // size, -(-(offset + length) // size)
         return self._range(file, first, after - first)
 
+    def holding(self, ranges: Iterable[tuple[str, int, int]]) -> NDArray[np.intp]:
+        """Numbers of the chunks that hold some of the ranges (URL, offset, length), ascending."""
+        needed = np.zeros_like(self._checked)
+        for url, offset, length in ranges:
+            if length:
+                needed[slice(*self._chunks(url, offset, length))] = True
+        return np.flatnonzero(needed)
+
+    def urls(self, chunks: NDArray[np.intp]) -> set[str]:
+        """The files that chunks lie in."""
+        return {self._urls[file] for file in np.unique(np.searchsorted(self._firsts, chunks, "right") - 1).tolist()}
+
+    def clipped(self, copies: Iterable[Copy], first: int, last: int) -> Iterator[Copy]:
+        """What of copies lies in chunks [first, last]."""
+        for copy in copies:
+            file = self._numbers[copy.url]
+            begin, size = self._firsts[file], self._files[file].chunk_bytes
+            low = max(copy.offset, (first - begin) * size)
+            high = min(copy.offset + len(copy.target), (last + 1 - begin) * size)
+            if low < high:
+                yield Copy(copy.url, low, copy.target[low - copy.offset : high - copy.offset])
+
     def read_into(self, copies: Iterable[Copy]) -> None:
         """Copy many ranges, in as few requests as the chunks allow."""
         wanted = [copy for copy in copies if len(copy.target)]
-        needed = np.zeros_like(self._checked)
-        for copy in wanted:
-            needed[slice(*self._chunks(copy))] = True
-        runs = list(self._runs(np.flatnonzero(needed)))
+        needed = self.holding((copy.url, copy.offset, len(copy.target)) for copy in wanted)
+        runs = list(self.runs(needed))
         firsts = [run.first for run in runs]
         by_run: list[list[Copy]] = [[] for _ in runs]
         for copy in wanted:
-            first, after = self._chunks(copy)
+            first, after = self._chunks(copy.url, copy.offset, len(copy.target))
             for index in range(bisect.bisect_right(firsts, first) - 1, len(runs)):
                 if runs[index].first >= after:
                     break
@@ -170,35 +200,35 @@ class CheckedFiles:
 
     def check(self, chunks: NDArray[np.intp]) -> None:
         """Read chunks, by number, for their checksums alone."""
-        in_threads(self._read, list(self._runs(chunks)))
+        in_threads(self._read, list(self.runs(chunks)))
 
-    def _chunks(self, copy: Copy) -> tuple[int, int]:
-        """Numbers of the first chunk of a copy, and of the one behind its last."""
-        file = self._numbers[copy.url]
+    def _chunks(self, url: str, offset: int, length: int) -> tuple[int, int]:
+        """Numbers of the first chunk of a range, and of the one behind its last."""
+        file = self._numbers[url]
         first, size = self._firsts[file], self._files[file].chunk_bytes
-        return first + copy.offset // size, first - (-(copy.offset + len(copy.target)) // size)
+        return first + offset // size, first - (-(offset + length) // size)
 
-    def _runs(self, chunks: NDArray[np.intp]) -> Iterator[_Run]:
+    def runs(self, chunks: NDArray[np.intp]) -> Iterator[ChunkRun]:
         """Ascending chunks as requests."""
-        run: _Run | None = None
+        run: ChunkRun | None = None
         for chunk in map(int, chunks):
             if run and chunk == run.first + run.count and self._takes_one_more(run):
                 run = dataclasses.replace(run, count=run.count + 1)
                 continue
             if run:
                 yield run
-            run = _Run(bisect.bisect_right(self._firsts, chunk) - 1, chunk, 1)
+            run = ChunkRun(bisect.bisect_right(self._firsts, chunk) - 1, chunk, 1)
         if run:
             yield run
 
-    def _takes_one_more(self, run: _Run) -> bool:
+    def _takes_one_more(self, run: ChunkRun) -> bool:
         in_file = run.first + run.count < self._firsts[run.file + 1]
         return in_file and (run.count + 1) * self._files[run.file].chunk_bytes <= READ_BYTES
 
-    def _offset(self, run: _Run) -> int:
+    def _offset(self, run: ChunkRun) -> int:
         return (run.first - self._firsts[run.file]) * self._files[run.file].chunk_bytes
 
-    def _read(self, run: _Run) -> bytes:
+    def _read(self, run: ChunkRun) -> bytes:
         """The bytes of a run, compared with the commit."""
         data = self._range(run.file, run.first - self._firsts[run.file], run.count).read(self._storage)
         self._checked[run.first : run.first + run.count] = True
@@ -209,7 +239,7 @@ class CheckedFiles:
         file, offset = self._files[number], first * self._files[number].chunk_bytes
         wanted = min(count * file.chunk_bytes, file.bytes - offset)
         checksums = self._checksums[number][first : first + count].tolist()
-        return CheckedRange(self._urls[number], offset, wanted, file.chunk_bytes, tuple(checksums))
+        return CheckedRange(self._urls[number], offset, wanted, file.chunk_bytes, tuple(checksums), file.bytes)
 
 
 def with_chunks(run: RunDirectory, step: int, files: Sequence[CheckpointFile]) -> list[CheckpointFile]:

@@ -307,8 +307,7 @@ def prune(run: RunDirectory, keep: int, newest: int | None = None) -> list[int]:
 def delete(run: RunDirectory, commit: Commit) -> None:
     """Delete a checkpoint; its commit object first, so that a kill half-way leaves nothing that looks complete."""
     run.storage.delete(commit_url(run, commit.step))
-    for file in commit.files:
-        run.storage.delete(file_url(run, commit.step, file.name))
+    run.storage.delete_all(file_url(run, commit.step, file.name) for file in commit.files)
 
 
 def checksummed(name: str, chunks: Iterable[bytes], chunk_bytes: int) -> CheckpointFile:

@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, start_http_server
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from jobs.errors import PortTakenError
 from jobs.patience import persevere
-from jobs.rank_figures import RankFigures
+from jobs.rank_figures import FigureTable, RankFigures
 
 RANKS_SILENT_SECONDS = 20.0
 """Series of ranks go when no step was told for this long, or for RANKS_SILENT_STEPS of the slowest rank's steps."""
@@ -138,22 +139,27 @@ class RankSeries(Collector):
     def __init__(self, run: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._run = run
         self._clock = clock
-        self._told: tuple[float, Sequence[RankFigures]] = (0.0, ())
+        self._told: tuple[float, FigureTable] = (0.0, _table(()))
 
-    def tell(self, ranks: Sequence[RankFigures]) -> None:
-        """Take the newest step's figures, by rank; an empty sequence forgets all ranks."""
-        self._told = (self._clock(), ranks)
+    def tell(self, ranks: FigureTable | Sequence[RankFigures]) -> None:
+        """Take the newest step's figures, by rank; none forget all ranks."""
+        self._told = (self._clock(), _table(ranks))
 
     def collect(self) -> Iterator[Metric]:
         """What a scrape sees: nothing, if the ranks fell silent."""
         at, ranks = self._told
-        patience = max([RANKS_SILENT_SECONDS, *(RANKS_SILENT_STEPS * figures.step_seconds for figures in ranks)])
-        alive = ranks if self._clock() - at <= patience else ()
-        for number, (name, text) in enumerate(_RANK_GAUGES.items()):
+        slowest = float(ranks[:, RankFigures._fields.index("step_seconds")].max(initial=0.0))
+        patience = max(RANKS_SILENT_SECONDS, RANKS_SILENT_STEPS * slowest)
+        alive = ranks if self._clock() - at <= patience else _table(())
+        for (name, text), column in zip(_RANK_GAUGES.items(), alive.T.tolist(), strict=True):
             family = GaugeMetricFamily(f"convmae_rank_{name}", text, labels=["run", "rank"])
-            for rank, figures in enumerate(alive):
-                family.add_metric([self._run, str(rank)], figures[number])
+            for rank, figure in enumerate(column):
+                family.add_metric([self._run, str(rank)], figure)
             yield family
+
+
+def _table(ranks: FigureTable | Sequence[RankFigures]) -> FigureTable:
+    return np.asarray(ranks, np.float64).reshape(-1, len(RankFigures._fields))
 
 
 class RunExporter:
@@ -212,7 +218,7 @@ class RunExporter:
             elif key in status:
                 gauge.clear()
 
-    def update_ranks(self, ranks: Sequence[RankFigures]) -> None:
+    def update_ranks(self, ranks: FigureTable | Sequence[RankFigures]) -> None:
         """Take the newest step's figures of each rank; none when the group has ended."""
         self._ranks.tell(ranks)
 

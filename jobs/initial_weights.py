@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from jobs.errors import WeightsFileError
+from jobs.rank_group import RankGroup, Room
 from jobs.recipe import Recipe
 from jobs.run_directory import RunDirectory
 from jobs.torch_archive import LARGEST_PICKLE_BYTES, check_directory
@@ -121,15 +122,25 @@ def pinned(storage: Storage, recipe: Recipe, run: RunDirectory) -> Recipe:
         return recipe.amended({"init_sha256": _checked_sha256(path, recipe)})
 
 
-def load_initial_weights(storage: Storage, recipe: Recipe) -> dict[str, Tensor]:
-    """The state dict that a new run starts from.
+def load_initial_weights(storage: Storage, recipe: Recipe, group: RankGroup) -> dict[str, Tensor]:
+    """The state dict that a new run starts from. Collective: rank 0 reads the file, and tells the others.
 
     Raises:
-        WeightsFileError: The file is not the one that the run was submitted with.
+        WeightsFileError: The file is not the one that the run was submitted with; the same on all ranks.
     """
-    with local_copy(storage, recipe.init_from) as path:
-        _checked_sha256(path, recipe)
-        return dict(load_file(path))
+
+    def read() -> dict[str, Tensor]:
+        with local_copy(storage, recipe.init_from) as path:
+            _checked_sha256(path, recipe)
+            return dict(load_file(path))
+
+    state = group.together(lambda: read() if group.rank == 0 else {})
+    kinds = group.told({name: (value.shape, value.dtype) for name, value in state.items()})
+    shared = Room(kinds)
+    for name, value in state.items():
+        shared.tensors[name].copy_(value)
+    group.add_up(shared.bytes)
+    return dict(shared.tensors)
 
 
 def _checked_sha256(path: Path, recipe: Recipe) -> str:

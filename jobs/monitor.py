@@ -18,7 +18,7 @@ from jobs.checkpoint_clock import CheckpointClock
 from jobs.checkpoint_interval import IntervalRule
 from jobs.exporter import RunExporter
 from jobs.failure_cause import Remedy, failure_cause
-from jobs.rank_figures import RankFigures
+from jobs.rank_figures import FigureTable, RankFigures
 from jobs.recovery import Recovery
 from jobs.run_directory import RunDirectory
 from jobs.run_figures import RunFigures
@@ -189,7 +189,7 @@ class RunMonitor:
         row: dict[str, Any],
         gradient_norm: float,
         reading: Mapping[str, float],
-        ranks: Sequence[RankFigures],
+        ranks: FigureTable | Sequence[RankFigures],
     ) -> Wish:
         """Note one finished step; returns what the ranks should do.
 

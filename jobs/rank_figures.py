@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 class RankFigures(NamedTuple):
     """How one rank fared; field names are those of the exporter's series, after `convmae_rank_`."""
@@ -23,3 +26,7 @@ class RankFigures(NamedTuple):
     """Most that PyTorch held on the GPU; 0 on a CPU."""
     disk_free_ratio: float = 0.0
     """Free share of the fullest disk that the worker writes to, now; 0 where it cannot be read."""
+
+
+FigureTable = NDArray[np.float64]
+"""(ranks, fields of RankFigures), by rank: one object to send, however many ranks there are."""

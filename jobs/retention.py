@@ -125,5 +125,4 @@ def _unnamed(run: RunDirectory) -> list[tuple[str, tuple[int, int], int]]:
 
 
 def _delete_files(run: RunDirectory, paths: Iterable[str]) -> None:
-    for path in paths:
-        run.storage.delete(run.path("checkpoints", path))
+    run.storage.delete_all(run.path("checkpoints", path) for path in paths)

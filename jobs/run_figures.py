@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jobs.exporter import COUNTERS, RunExporter, name_and_label, saved_counters
-from jobs.rank_figures import RankFigures
+from jobs.rank_figures import FigureTable, RankFigures
 
 RATE_WINDOW_STEPS = 20
 _KEPT = (
@@ -149,7 +149,7 @@ class RunFigures:
         row: Mapping[str, Any],
         gradient_norm: float,
         reading: Mapping[str, float],
-        ranks: Sequence[RankFigures],
+        ranks: FigureTable | Sequence[RankFigures],
         now: float,
     ) -> None:
         """Take the figures of a finished step.

@@ -1,7 +1,8 @@
 """What all ranks read for one step, and how each fared: added up with the step's loss, in no collective of its own.
 
 Each rank writes its own figures into its own places of the words and leaves the others' zero, so that their sum is a
-table of all ranks, of the same step, at rank 0.
+table of all ranks, of the same step. Rank 0 alone looks at it, and passes it on as it is: what a step costs the others
+does not grow with their number.
 """
 
 from __future__ import annotations
@@ -12,10 +13,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import psutil
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-from jobs.rank_figures import RankFigures
+from jobs.rank_figures import FigureTable, RankFigures
 from pipeline.batch import Batch
 from pipeline.dataset import Dataset
 from pipeline.read_counters import ReadCounts
@@ -45,7 +49,6 @@ class RankReading:
         self,
         dataset: Dataset,
         rank: int,
-        world_size: int,
         *,
         device: torch.device,
         folders: Sequence[Path] = (),
@@ -56,14 +59,12 @@ class RankReading:
         Args:
             dataset: Whose counters are told.
             rank: Of this process.
-            world_size: Of its group.
             device: Where it trains.
             folders: What it writes to on the node's own disks; they exist, or a folder above them does.
             clock: Seconds.
         """
         self._dataset = dataset
         self._rank = rank
-        self._world_size = world_size
         self._device = device
         self._folders = folders
         self._clock = clock
@@ -72,8 +73,13 @@ class RankReading:
         self._counts = ReadCounts()
         self._evictions = 0
 
-    def words(self, batch: Batch) -> list[float]:
-        """Numbers that the ranks add up element by element; call once a step."""
+    def write(self, words: Tensor, batch: Batch) -> None:
+        """Put numbers that the ranks add up into their places; call once a step.
+
+        Args:
+            words: (word_count,) zeros.
+            batch: Of the step.
+        """
         now, cache = self._dataset.counters.read(), self._dataset.cache
         more, self._counts = now.minus(self._counts), now
         evictions = cache.evictions if cache else 0
@@ -89,10 +95,9 @@ class RankReading:
             block_cache_off_ranks=float(cache is not None and not cache.storing),
             block_cache_bytes=float(cache.used_bytes if cache and self._rank == 0 else 0),
         )
-        ranks = [0.0] * (self._world_size * len(RankFigures._fields))
-        first = self._rank * len(RankFigures._fields)
-        ranks[first : first + len(RankFigures._fields)] = self._figures(batch)
-        return [*reading, *ranks]
+        first = len(StepReading._fields) + self._rank * len(RankFigures._fields)
+        words[: len(reading)] = torch.tensor(reading, dtype=words.dtype)
+        words[first : first + len(RankFigures._fields)] = torch.tensor(self._figures(batch), dtype=words.dtype)
 
     def _figures(self, batch: Batch) -> RankFigures:
         now = self._clock()
@@ -123,12 +128,16 @@ def free_ratio(folder: Path) -> float:
 
 
 def word_count(world_size: int) -> int:
-    """How many numbers words() gives."""
+    """How many numbers the ranks add up."""
     return len(StepReading._fields) + world_size * len(RankFigures._fields)
 
 
-def from_words(words: Sequence[float]) -> tuple[StepReading, tuple[RankFigures, ...]]:
+def from_words(words: NDArray[np.float64]) -> tuple[StepReading, FigureTable]:
     """Put together what was added up: the sums over ranks, and each rank's own figures, by rank."""
-    fields, width = len(StepReading._fields), len(RankFigures._fields)
-    ranks = (RankFigures(*words[first : first + width]) for first in range(fields, len(words), width))
-    return StepReading(*words[:fields]), tuple(ranks)
+    fields = len(StepReading._fields)
+    return StepReading(*words[:fields].tolist()), words[fields:].reshape(-1, len(RankFigures._fields))
+
+
+def slowest(ranks: FigureTable, field: str) -> float:
+    """The highest of one of the ranks' figures."""
+    return float(ranks[:, RankFigures._fields.index(field)].max())

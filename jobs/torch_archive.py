@@ -123,7 +123,7 @@ def read_archive(files: Files, url: str, size: int) -> Any:
     try:
         with zipfile.ZipFile(file) as archive:
             check_directory(archive, size)
-            reader = _Reader(url, archive, file)
+            reader = _Reader(url, archive, file, size)
             pickled = reader.pickled()
     except FileNotFoundError:
         raise damaged(url, "it is missing") from None
@@ -167,8 +167,8 @@ def damaged(url: str, what: str) -> DamagedCheckpointError:
 class _Reader:
     """One archive, while it is open."""
 
-    def __init__(self, url: str, archive: zipfile.ZipFile, file: io.BufferedReader[Any]) -> None:
-        self._url, self._archive, self._file = url, archive, file
+    def __init__(self, url: str, archive: zipfile.ZipFile, file: io.BufferedReader[Any], size: int) -> None:
+        self._url, self._archive, self._file, self._size = url, archive, file, size
         names = archive.namelist()
         self._root = names[0].partition("/")[0] if names else ""
         self._records: dict[str, Record] = {}
@@ -192,6 +192,8 @@ class _Reader:
             except KeyError:
                 raise damaged(self._url, f"it has no record data/{clipped(key)}") from None
             offset = self._data_offset(info) if info.file_size else info.header_offset
+            if offset + info.file_size > self._size:
+                raise damaged(self._url, f"{clipped(info.filename)} goes on behind its end")
             self._records[key] = Record(self._url, info.filename, offset, info.file_size)
         return self._records[key]
 

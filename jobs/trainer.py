@@ -47,14 +47,15 @@ from jobs.non_finite import (
     stretches,
 )
 from jobs.provenance import git_commit
-from jobs.rank_figures import RankFigures
+from jobs.rank_figures import FigureTable
+from jobs.rank_group import RankGroup
 from jobs.recipe import Recipe
 from jobs.restore import restore_newest
 from jobs.run_directory import RunDirectory
 from jobs.schedule import Schedule, micro_batches
 from jobs.shared_folder import Landmarks, check_seen_here
 from jobs.standby import ask_for_successor
-from jobs.step_reading import RankReading, StepReading, from_words, word_count
+from jobs.step_reading import RankReading, StepReading, from_words, slowest, word_count
 from jobs.trace import TraceWriter, begin_trace
 from jobs.watchdog import COMPILE_ALLOWED_SECONDS, SAVE_ALLOWED_SECONDS, RankPulse
 from jobs.wish import PAUSE_SECONDS, WISHES, Wish
@@ -116,19 +117,8 @@ class SharedStep(NamedTuple):
     """Whether some rank is uploading a checkpoint."""
     samples: str
     """Digest of the samples that were used."""
-    reading: StepReading
-    ranks: tuple[RankFigures, ...]
-    """By rank."""
-
-    @property
-    def wait_seconds(self) -> float:
-        """The longest that a rank waited for its batch."""
-        return max(figures.data_wait_seconds for figures in self.ranks)
-
-    @property
-    def step_seconds(self) -> float:
-        """Since the last step, or since the attempt could read, of the slowest rank."""
-        return max(figures.step_seconds for figures in self.ranks)
+    figures: tuple[StepReading, FigureTable] | None
+    """Of all ranks, and by rank; rank 0 alone has them."""
 
 
 def train_worker(job: TrainJob) -> None:
@@ -170,15 +160,15 @@ class Trainer:
         self.dataset = open_dataset(job.run.storage, job.recipe)
         self.order = order_of(self.recipe, self.dataset.manifest.samples)
         self.schedule = Schedule.of(self.recipe, self.order.steps_per_epoch)
-        self.rank_sizes = [len(self.order.rank_batch(0, rank, place.world_size)) for rank in range(place.world_size)]
-        self.sizes = micro_batches(self.rank_sizes[place.rank], max(self.rank_sizes), self.recipe.micro_batch_size)
+        sizes = [self.order.rank_batch_size(rank, place.world_size) for rank in range(place.world_size)]
+        self.sizes = micro_batches(sizes[place.rank], max(sizes), self.recipe.micro_batch_size)
         initialize_deepspeed(self.recipe.device)
+        self._group = RankGroup(place.rank, place.world_size, place.device)
         model = build_model(self.recipe)
         found = restore_newest(
             job.run,
             self._owned_ranges(model),
-            rank=place.rank,
-            world_size=place.world_size,
+            self._group,
             check=self._check_commit,
             on_damage=self._pass_over,
         )
@@ -196,7 +186,7 @@ class Trainer:
         self._skipped_in_a_row = 0
         self._has_successor = False
         folders = [Path(tempfile.gettempdir()), *([Path(self.recipe.cache_dir)] if self.recipe.cache_dir else [])]
-        self._reading = RankReading(self.dataset, place.rank, place.world_size, device=place.device, folders=folders)
+        self._reading = RankReading(self.dataset, place.rank, device=place.device, folders=folders)
         self._quarantined: set[int] = set()
         self._quarantine_replies: list[Any] = []
 
@@ -296,7 +286,8 @@ class Trainer:
         if self.saver.is_under_way and not shared.uploading:
             self.pulse.at("commit", SAVE_ALLOWED_SECONDS)
             self.saver.finish()
-        if self.place.rank == 0:
+        if shared.figures:
+            reading, ranks = shared.figures
             row = {
                 "step": self.step,
                 "epoch": batch.epoch,
@@ -305,12 +296,13 @@ class Trainer:
                 "world_size": self.place.world_size,
                 "attempt": self.attempt,
                 "samples": shared.samples,
-                "substitutions": int(shared.reading.substitutions),
-                "step_seconds": round(shared.step_seconds, 6),
-                "data_wait_seconds": round(shared.wait_seconds, 6),
+                "substitutions": int(reading.substitutions),
+                # Of the slowest rank: since the last step, or since the attempt could read.
+                "step_seconds": round(slowest(ranks, "step_seconds"), 6),
+                "data_wait_seconds": round(slowest(ranks, "data_wait_seconds"), 6),
             } | ({"skipped": shared.fault} if shared.fault else {})
             norm = float(self.engine.get_global_grad_norm() or 0.0)
-            self._reply = self.job.monitor.record.remote(row, norm, shared.reading._asdict(), shared.ranks)
+            self._reply = self.job.monitor.record.remote(row, norm, reading._asdict(), ranks)
         return shared.wish
 
     def _update(self, step: int, fault: str) -> None:
@@ -384,14 +376,15 @@ class Trainer:
             loss_is_finite=bool(total[0].isfinite()),
             gradients_are_finite=has_finite_gradients(self.engine),
         )
-        total[3:] = torch.tensor([*faults, *self._reading.words(batch)], dtype=torch.float64)
+        total[3:words_from] = torch.tensor(faults, dtype=torch.float64)
+        self._reading.write(total[words_from:], batch)
         consumed = torch.tensor(ConsumedDigest.of(batch.sample_ids.numpy()).words(), device=place.device)
         dist.all_reduce(total)
         dist.all_reduce(consumed)
-        loss_sum, wish, uploads, *words = total.tolist()
-        fault, words = fault_of(words[:FAULT_WORDS]), words[FAULT_WORDS:]
+        loss_sum, wish, uploads, *faults = total[:words_from].tolist()
         digest = str(ConsumedDigest.from_words(consumed.tolist()))
-        return SharedStep(loss_sum, fault, WISHES[int(wish)], uploads > 0, digest, *from_words(words))
+        figures = from_words(total[words_from:].cpu().numpy()) if place.rank == 0 else None
+        return SharedStep(loss_sum, fault_of(faults), WISHES[int(wish)], uploads > 0, digest, figures)
 
     def _forward(self, batch: Batch, chosen: slice) -> Output:
         device = self.place.device
@@ -523,7 +516,8 @@ class Trainer:
         if state:
             model.load_state_dict(state.weights, strict=True)
         elif self.recipe.init_from:
-            model.load_state_dict(load_initial_weights(self.run_directory.storage, self.recipe), strict=True)
+            weights = load_initial_weights(self.run_directory.storage, self.recipe, self._group)
+            model.load_state_dict(weights, strict=True)
         model.to(self.place.device)
         count, world_size = len(self.sizes), self.place.world_size
         engine = build_engine(model, self.recipe, micro_batches_per_step=count, world_size=world_size)

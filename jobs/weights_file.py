@@ -20,9 +20,11 @@ from jobs import checkpoint
 from jobs.checked_files import CheckedFiles, with_chunks
 from jobs.checkpoint import Commit
 from jobs.errors import CheckpointError, WeightsFileError
+from jobs.rank_group import RankGroup
 from jobs.run_directory import RunDirectory
 from jobs.weight_files import FILE_NAME, INDEX_NAME
 from jobs.weight_results import SEVERAL_FILES, recorded_sha256
+from jobs.zero_layout import ZeroFiles
 from jobs.zero_state import read_zero_state
 from model import ConvMAE, ConvMAEConfig
 from model.errors import ModelConfigError, listed
@@ -214,7 +216,8 @@ def of_run(run: RunDirectory, step: int | None = None) -> Weights:
 def _of_checkpoint(run: RunDirectory, commit: Commit) -> Weights:
     config = run.read_recipe().model
     commit = replace(commit, files=tuple(with_chunks(run, commit.step, commit.files)))
-    tensors = read_zero_state(CheckedFiles(run, commit), owned={}).weights
+    files = CheckedFiles(run, commit)
+    tensors = read_zero_state(files, ZeroFiles.read(run, commit, files), {}, RankGroup()).weights
     metadata = {
         "run": run.name,
         "step": str(commit.step),

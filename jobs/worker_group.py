@@ -40,7 +40,9 @@ from pipeline.scratch import scratch_folder
 logger = logging.getLogger(__name__)
 
 HEALTH_CHECK_SECONDS = 0.5
-"""How often Ray Train looks after its workers; it restarts them no sooner than it has noticed."""
+"""How often Ray Train asks its workers how they are; it restarts them no sooner than it has noticed."""
+HEALTH_CHECKS_PER_SECOND = 1024.0
+"""How many answers its controller takes, at most: of more workers it asks each less often."""
 START_TIMEOUT_SECONDS = 20.0
 """For placing a group on nodes that have just answered; one that fell silent since never will."""
 COORDINATOR_SECONDS = 5.0
@@ -54,9 +56,9 @@ def fit(job: TrainJob) -> None:
     Raises:
         Exception: What Ray Train raises when it gives up; jobs.failure_cause finds the reason in it.
     """
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(HEALTH_CHECK_SECONDS))
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_SECONDS))
     recipe = job.recipe
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(health_check_seconds(recipe.max_workers)))
     resources = {"CPU": recipe.cpus_per_worker} | ({"GPU": 1.0} if recipe.device == "cuda" else {})
     with scratch_folder() as folder, NodeWatch(job.monitor):
         telling: Any = ControllerReporter(job.monitor)
@@ -82,6 +84,11 @@ def fit(job: TrainJob) -> None:
             run_config=run_config,
         )
         trainer.follow_nodes(job, standby=recipe.standby).fit()
+
+
+def health_check_seconds(workers: int) -> float:
+    """Between two questions to each of so many workers."""
+    return max(HEALTH_CHECK_SECONDS, workers / HEALTH_CHECKS_PER_SECOND)
 
 
 class RunTrainer(TorchTrainer):

@@ -9,27 +9,28 @@ moments lie as the fp32 masters do.
 from __future__ import annotations
 
 import bisect
-import contextlib
 import itertools
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import NamedTuple
 
-from jobs.checkpoint import Commit, folder_name
+from jobs.checkpoint import Commit
 from jobs.errors import CheckpointError
 from jobs.run_directory import RunDirectory
-from jobs.torch_archive import ITEM_BYTES, Files, LazyTensor, Record, damaged, read_archive
-from pipeline.errors import UserError
+from jobs.torch_archive import ITEM_BYTES, Files, Record, TensorPlace
+from jobs.zero_files import (
+    MOMENTS,
+    FilesFound,
+    ModelFile,
+    OptimizerFile,
+    Shape,
+    check_sizes,
+    file_names,
+    look_into,
+    of_deepspeed,
+)
 
-_THREADS = 8
-"""Files that are looked into at once."""
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state of a parameter."""
-_MASTERS = {True: "fp32_flat_groups", False: "single_partition_of_fp32_groups"}
-"""Where the fp32 masters are: in ZeRO 3, and else."""
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -43,29 +44,45 @@ class Extent:
     bytes: int
 
 
+class Held(NamedTuple):
+    """Elements [start, stop) of one of a tensor's vectors."""
+
+    vector: int
+    start: int
+    stop: int
+
+
 class Vector:
     """Tensors of one type, one behind the other, in any number of files."""
 
-    def __init__(self, tensors: Sequence[LazyTensor]) -> None:
-        self._places = [tensor.place() for tensor in tensors]
-        self._ends = list(itertools.accumulate(place.elements for place in self._places))
-        self.dtype = self._places[0].dtype if self._places else "F32"
-        self.elements = self._ends[-1] if self._ends else 0
-
-    @property
-    def records(self) -> list[Record]:
-        """Where its tensors lie."""
-        return [place.record for place in self._places]
+    def __init__(self, places: Sequence[TensorPlace]) -> None:
+        self.places = tuple(places)
+        self._ends = list(itertools.accumulate(place.elements for place in places))
+        self.dtype = places[0].dtype if places else "F32"
+        self.elements = self._ends[-1] if places else 0
 
     def extents(self, start: int, stop: int) -> Iterator[Extent]:
         """The bytes of elements [start, stop), in order."""
         item = ITEM_BYTES[self.dtype]
         index = bisect.bisect_right(self._ends, start)
         while start < stop:
-            place, begin = self._places[index], self._ends[index] - self._places[index].elements
+            place, begin = self.places[index], self._ends[index] - self.places[index].elements
             end = min(stop, self._ends[index])
             yield Extent(place.record, (place.first + start - begin) * item, (end - start) * item)
             start, index = end, index + 1
+
+    def held(self, urls: Set[str]) -> Iterator[tuple[int, int]]:
+        """Its longest ranges of elements that lie in some of the files."""
+        begin = None
+        for place, end in zip(self.places, self._ends, strict=True):
+            is_there = place.record.url in urls
+            if is_there and begin is None:
+                begin = end - place.elements
+            elif not is_there and begin is not None:
+                yield begin, end - place.elements
+                begin = None
+        if begin is not None:
+            yield begin, self.elements
 
 
 @dataclass(frozen=True)
@@ -103,30 +120,45 @@ class SourceTensor:
             yield from self.vectors[index].extents(self.offset + within, self.offset + within + end - start)
             start = end
 
+    def ranges(self, held: Sequence[Held]) -> Iterator[range]:
+        """Its elements in parts of its vectors."""
+        for index, start, stop in held:
+            first = index * self.share
+            count = min(self.share, self.elements - first)
+            low, high = max(0, start - self.offset), min(count, stop - self.offset)
+            if low < high:
+                yield range(first + low, first + high)
+
 
 class ZeroFiles:
     """What the files of one checkpoint say of themselves. Holds places, no values."""
 
-    def __init__(
-        self, run: RunDirectory, models: Sequence[Mapping[str, Any]], optimizers: Sequence[Mapping[str, Any]]
-    ) -> None:
-        """Take the contents of model states and of optimizer states, both by rank; `read` gets them.
+    def __init__(self, run: RunDirectory, commit: Commit, found: FilesFound) -> None:
+        """Put together what was found in the files.
+
+        Args:
+            run: Whose checkpoint it is.
+            commit: Of the checkpoint.
+            found: From `look_into`, of all files.
 
         Raises:
             CheckpointError: The files are of a kind that is not handled.
         """
-        self._run, self._models = run, models
-        self._states: list[Mapping[str, Any]] = [optimizer["optimizer_state_dict"] for optimizer in optimizers]
-        self._stage_3 = _MASTERS[True] in self._states[0]
-        if any(_MASTERS[self._stage_3] not in state for state in self._states):
+        models, optimizers = file_names(commit)
+        self._run = run
+        self._models = [file for name in models if isinstance(file := found[name], ModelFile)]
+        self._optimizers = [file for name in optimizers if isinstance(file := found[name], OptimizerFile)]
+        self._is_stage_3 = self._optimizers[0].is_stage_3
+        if any(file.is_stage_3 != self._is_stage_3 for file in self._optimizers):
             raise CheckpointError("checkpoint", "must be of ZeRO 1, 2 or 3", run.name, "choose another --step")
-        _check_ranks(run, self._states)
-        _check_kind(run, models)
-        self._shapes: list[Mapping[str, tuple[int, ...]]] = models[0]["param_shapes"]
+        ranks = self._optimizers[0].ranks or len(optimizers)
+        if ranks != len(optimizers):
+            rule = f"must hold the optimizer states of all its {ranks} ranks"
+            raise CheckpointError("checkpoint", rule, f"{len(optimizers)} of {run.name}", "choose another --step")
 
     @classmethod
     def read(cls, run: RunDirectory, commit: Commit, files: Files) -> ZeroFiles:
-        """Look into every file.
+        """Look into every file for the weights, and at its size.
 
         Args:
             run: Whose checkpoint it is.
@@ -138,9 +170,9 @@ class ZeroFiles:
                 written.
             CheckpointError: The files are of a kind that is not handled.
         """
-        models, optimizers = _read_files(run, commit, files)
-        with _of_deepspeed(run):
-            return cls(run, models, optimizers)
+        file_names(commit)
+        check_sizes(run, commit)
+        return cls(run, commit, look_into(run, commit, files, moments=False))
 
     def weights(self) -> list[SourceTensor]:
         """Every tensor of the model's state dict: trained, frozen, and buffers.
@@ -151,10 +183,10 @@ class ZeroFiles:
             DamagedCheckpointError: A tensor does not lie as it should.
             CheckpointError: There are more values than the parameters have, or fewer.
         """
-        with _of_deepspeed(self._run):
-            known = {tensor.name: tensor for tensor in self._cut([_masters(state) for state in self._states])}
-            known.update({tensor.name: tensor for tensor in _fixed(self._models, set(known))})
-            for alias, name in self._models[0].get("shared_params", {}).items():
+        with of_deepspeed(self._run):
+            known = {tensor.name: tensor for tensor in self._cut([file.masters for file in self._optimizers])}
+            known.update({tensor.name: tensor for tensor in self._fixed() if tensor.name not in known})
+            for alias, name in self._models[0].aliases.items():
                 if name in known:
                     known[alias] = replace(known[name], name=alias)
             return list(known.values())
@@ -164,137 +196,39 @@ class ZeroFiles:
 
         Raises:
             DamagedCheckpointError: As `weights`.
-            CheckpointError: As `weights`, or the optimizer is another.
+            CheckpointError: As `weights`.
         """
-        with _of_deepspeed(self._run):
-            for state in self._states:
-                _check_adamw(self._run, state)
-            found = {}
-            for moment in MOMENTS:
-                groups = [_moments(state, moment) for state in self._states]
-                found[moment] = {tensor.name: tensor for tensor in self._cut(groups)}
-            return found
+        with of_deepspeed(self._run):
+            groups = {moment: [file.moments[moment] for file in self._optimizers] for moment in MOMENTS}
+            return {moment: {tensor.name: tensor for tensor in self._cut(groups[moment])} for moment in MOMENTS}
 
-    def optimizer_step(self) -> LazyTensor | float:
-        """AdamW's step count, for its bias correction; call after `moments`."""
-        inner = _inner_states(self._states[0])
-        step: LazyTensor | float = inner[min(inner)]["step"]
-        return step
+    @property
+    def optimizer_step(self) -> float:
+        """AdamW's step count, for its bias correction."""
+        return self._optimizers[0].step
 
-    def _cut(self, groups: Sequence[Sequence[LazyTensor]]) -> Iterator[SourceTensor]:
+    def _cut(self, groups: Sequence[Sequence[TensorPlace]]) -> Iterator[SourceTensor]:
         """The parameters in flat vectors of all ranks."""
-        _find_places(groups)
-        if self._stage_3:
-            return _cut_parameters(self._run, self._shapes, groups)
-        return _cut_groups(self._run, self._shapes, groups, self._states[0].get("param_alignment_paddings"))
+        shapes = self._models[0].shapes
+        if self._is_stage_3:
+            return _cut_parameters(self._run, shapes, groups)
+        return _cut_groups(self._run, shapes, groups, self._optimizers[0].paddings)
 
-
-@contextlib.contextmanager
-def _of_deepspeed(run: RunDirectory) -> Iterator[None]:
-    """Files that are whole need not hold what DeepSpeed writes: whatever cannot be looked up in them is damage."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-        what = f"its files hold something else than DeepSpeed writes: {type(error).__name__}"
-        raise damaged(run.url, what) from error
-
-
-def _masters(state: Mapping[str, Any]) -> list[LazyTensor]:
-    masters: list[LazyTensor] = state[_MASTERS[_MASTERS[True] in state]]
-    return masters
-
-
-def _moments(state: Mapping[str, Any], moment: str) -> list[LazyTensor]:
-    inner = _inner_states(state)
-    return [inner[group][moment] for group in sorted(inner)]
-
-
-def _inner_states(state: Mapping[str, Any]) -> Mapping[int, Mapping[str, Any]]:
-    """AdamW's own state: flat vectors by number of their group."""
-    inner = state.get("optimizer_state_dict" if _MASTERS[True] in state else "base_optimizer_state")
-    found = inner.get("state") if isinstance(inner, Mapping) else None
-    return found if isinstance(found, Mapping) else {}
-
-
-def _find_places(by_file: Iterable[Iterable[LazyTensor]]) -> None:
-    """Find tensors of many files, which takes a read for most, in many files at once."""
-
-    def find(tensors: Iterable[LazyTensor]) -> None:
-        for tensor in tensors:
-            tensor.find()
-
-    with ThreadPoolExecutor(_THREADS) as threads:
-        list(threads.map(find, by_file))
-
-
-def _read_files(run: RunDirectory, commit: Commit, files: Files) -> tuple[list[Any], list[Any]]:
-    """Contents of the files with model states and of those with optimizer states, both by rank."""
-    sizes = {file.name: file.bytes for file in commit.files}
-    folder = run.path("checkpoints", folder_name(commit.step))
-
-    def check_size(name: str) -> None:
-        try:
-            found = run.storage.size(run.storage.join(folder, name))
-        except FileNotFoundError:
-            raise damaged(run.storage.join(folder, name), "it is missing") from None
-        if found != sizes[name]:
-            raise damaged(run.storage.join(folder, name), f"it has {found} bytes, not {sizes[name]}")
-
-    def read(name: str) -> Any:
-        return read_archive(files, run.storage.join(folder, name), sizes[name])
-
-    models, optimizers = (_by_rank(sizes, suffix) for suffix in ("_model_states.pt", "_optim_states.pt"))
-    if not models or not optimizers:
-        raise CheckpointError("checkpoint", "must hold ZeRO files", folder, "choose another --step")
-    with ThreadPoolExecutor(_THREADS) as threads:
-        list(threads.map(check_size, sizes))
-        return list(threads.map(read, models)), list(threads.map(read, optimizers))
-
-
-def _by_rank(names: Mapping[str, int], suffix: str) -> list[str]:
-    found = [name for name in names if name.endswith(suffix)]
-    return sorted(found, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
-
-
-def _check_kind(run: RunDirectory, models: Sequence[Mapping[str, Any]]) -> None:
-    """Refuse what DeepSpeed can save and nothing here was made for."""
-    first = models[0]
-    config = first.get("ds_config")
-    zero = config.get("zero_optimization") if isinstance(config, Mapping) else None
-    offloads = [zero.get(what) for what in ("offload_optimizer", "offload_param")] if isinstance(zero, Mapping) else []
-    kinds = {
-        "without offload": any(isinstance(to, Mapping) and to.get("device", "none") != "none" for to in offloads),
-        "without tensor parallelism": first.get("mp_world_size", 1) != 1,
-        "without mixture of experts": bool(first.get("num_experts")),
-    }
-    for rule, is_broken in kinds.items():
-        if is_broken:
-            raise CheckpointError("checkpoint", f"must be {rule}", run.name, "choose another run; no recipe makes such")
-
-
-def _check_adamw(run: RunDirectory, state: Mapping[str, Any]) -> None:
-    inner = _inner_states(state)
-    found = sorted({field for group in inner.values() for field in group})
-    if len(inner) != len(_masters(state)) or found != [*MOMENTS, "step"]:
-        rule = f"must be of AdamW, with a state of {', '.join(MOMENTS)} and step for each vector"
-        value = f"{', '.join(found) or 'nothing'} for {len(inner)} of {len(_masters(state))} in {run.name}"
-        raise CheckpointError("checkpoint", rule, value, "choose another run; no recipe makes such")
-
-
-def _check_ranks(run: RunDirectory, states: Sequence[Mapping[str, Any]]) -> None:
-    counts = states[0].get("partition_count", len(states))
-    ranks = max(counts) if isinstance(counts, list) else counts
-    if ranks != len(states):
-        rule = f"must hold the optimizer states of all its {ranks} ranks"
-        raise CheckpointError("checkpoint", rule, f"{len(states)} of {run.name}", "choose another --step")
+    def _fixed(self) -> Iterator[SourceTensor]:
+        """Frozen parameters and buffers: in the module's state below ZeRO 3, else frozen parameters lie in ranges."""
+        first = self._models[0]
+        for name, place in first.fixed.items():
+            yield SourceTensor(name, place.shape, (Vector([place]),), 0, max(1, place.elements))
+        for name, shape in first.frozen.items():
+            fragments = tuple(Vector([model.fragments[name]]) for model in self._models)
+            share = math.ceil(math.prod(shape) / len(fragments))
+            yield SourceTensor(name, shape, fragments, 0, max(1, share))
 
 
 def _cut_groups(
     run: RunDirectory,
-    shapes: Sequence[Mapping[str, tuple[int, ...]]],
-    groups: Sequence[Sequence[LazyTensor]],
+    shapes: Sequence[Mapping[str, Shape]],
+    groups: Sequence[Sequence[TensorPlace]],
     paddings: Sequence[Sequence[int]] | None,
 ) -> Iterator[SourceTensor]:
     """ZeRO 1 and 2. DeepSpeed aligns groups to twice the ranks, and may pad behind each parameter."""
@@ -302,20 +236,20 @@ def _cut_groups(
     for index, group in enumerate(shapes):
         vector, offset = Vector([rank[index] for rank in groups]), 0
         for number, (name, shape) in enumerate(group.items()):
-            yield SourceTensor(name, tuple(shape), (vector,), offset, max(1, math.prod(shape)))
+            yield SourceTensor(name, shape, (vector,), offset, max(1, math.prod(shape)))
             offset += math.prod(shape) + (paddings[index][number] if paddings else 0)
         _check_length(run, math.ceil(offset / align) * align, math.ceil(vector.elements / align) * align)
 
 
 def _cut_parameters(
-    run: RunDirectory, shapes: Sequence[Mapping[str, tuple[int, ...]]], groups: Sequence[Sequence[LazyTensor]]
+    run: RunDirectory, shapes: Sequence[Mapping[str, Shape]], groups: Sequence[Sequence[TensorPlace]]
 ) -> Iterator[SourceTensor]:
     """ZeRO 3."""
     vectors, offset = tuple(Vector(rank) for rank in groups), 0
     for group in shapes:
         for name, shape in group.items():
             share = math.ceil(math.prod(shape) / len(vectors))
-            yield SourceTensor(name, tuple(shape), vectors, offset, max(1, share))
+            yield SourceTensor(name, shape, vectors, offset, max(1, share))
             offset += share
     for vector in vectors:
         _check_length(run, offset, vector.elements)
@@ -325,16 +259,3 @@ def _check_length(run: RunDirectory, needed: int, there: int) -> None:
     if needed != there:
         rule = f"must hold as many values as its parameters have ({needed})"
         raise CheckpointError("checkpoint", rule, f"{there} in {run.name}", "choose another --step")
-
-
-def _fixed(models: Sequence[Mapping[str, Any]], trained: set[str]) -> Iterator[SourceTensor]:
-    """Frozen parameters and buffers: in the module's state below ZeRO 3, else frozen parameters lie in ranges."""
-    frozen = models[0].get("frozen_param_shapes") or {}
-    for name, tensor in models[0]["module"].items():
-        if name not in trained and name not in frozen and isinstance(tensor, LazyTensor):
-            yield SourceTensor(name, tensor.shape, (Vector([tensor]),), 0, max(1, tensor.elements))
-    _find_places([model["frozen_param_fragments"][name] for name in frozen] for model in models)
-    for name, shape in frozen.items():
-        fragments = tuple(Vector([model["frozen_param_fragments"][name]]) for model in models)
-        share = math.ceil(math.prod(shape) / len(fragments))
-        yield SourceTensor(name, tuple(shape), fragments, 0, max(1, share))

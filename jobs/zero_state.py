@@ -1,32 +1,40 @@
 """A run's state out of a checkpoint of any world size and ZeRO stage, and into the engine that goes on.
 
 DeepSpeed 0.19.8 loads a checkpoint only at the world size that wrote it. Here its files are read by ranges, through the
-layout of whoever wrote them (jobs.zero_layout): the weights whole, since each rank's module needs them, and of AdamW's
-moments what this rank will own. What a rank owns follows from parameter groups, stage, rank and world size alone, so
-that a checkpoint is read and found whole before an engine is built; the engine must then agree. This leans on private
-fields of DeepSpeed: its version is pinned, and the exactness test must stay green.
+layout of whoever wrote them (jobs.zero_layout): of the weights, which each rank's module needs whole, each rank reads a
+part and the ranks add the parts up; of AdamW's moments each reads what it will own. What a rank owns follows from
+parameter groups, stage, rank and world size alone, so that a checkpoint is read and found whole before an engine is
+built; the engine must then agree. This leans on private fields of DeepSpeed: its version is pinned, and the exactness
+test must stay green.
 """
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from jobs.checked_files import CheckedFiles, Copy
 from jobs.errors import CheckpointError
-from jobs.torch_archive import LazyTensor
-from jobs.zero_layout import MOMENTS, SourceTensor, Vector, ZeroFiles
+from jobs.rank_group import BUCKET_BYTES, RankGroup, Room
+from jobs.torch_archive import ITEM_BYTES, TensorPlace
+from jobs.zero_files import MOMENTS
+from jobs.zero_layout import Held, SourceTensor, ZeroFiles
 
 if TYPE_CHECKING:
     import deepspeed
 
 _ALIGNED = 2
 """ZeRO 1 and 2 make each rank's range of a group a multiple of so many values."""
+_READ_AGAIN, _REQUESTS = 4, 16
+"""Moments are read by their owners if all of these together read at most so many times what there is, in at most so
+many requests a rank beside those that would read each byte once."""
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -74,38 +82,30 @@ def owned_ranges(
     return owned
 
 
-def read_zero_state(files: CheckedFiles, owned: Mapping[str, range]) -> ZeroState:
-    """Read weights, and the moments that this rank owns.
+def read_zero_state(files: CheckedFiles, layout: ZeroFiles, owned: Mapping[str, range], group: RankGroup) -> ZeroState:
+    """Read weights, and the moments that this rank owns. Collective.
 
     Args:
         files: Of the checkpoint.
+        layout: Of the same files.
         owned: From `owned_ranges`; empty where weights are all that is wanted.
+        group: The ranks that read together.
 
     Raises:
-        DamagedCheckpointError: A file is missing, truncated or, where it was read, altered.
-        CheckpointError: The files are of a kind that is not handled, or of another model.
+        DamagedCheckpointError: A file is missing, truncated or, where it was read, altered. The same on all ranks.
+        CheckpointError: The files are of another model. The same on all ranks.
     """
-    layout = ZeroFiles.read(files.run, files.commit, files)
-    copies: list[Copy] = []
-    weights = {
-        source.name: _room(source, range(source.elements), copies).view(source.shape) for source in layout.weights()
-    }
-    moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
-    for moment, sources in (layout.moments() if owned else {}).items():
-        for name, wanted in owned.items():
-            if name not in sources or wanted.stop > sources[name].elements:
-                rule, remedy = f"must hold {moment} of {name}", "resume with the model that the run began with"
-                raise CheckpointError("checkpoint", rule, files.run.name, remedy)
-            moments[moment][name] = _room(sources[name], wanted, copies)
-    told = layout.optimizer_step() if owned else 0.0
-    step: Tensor | float = _room(_scalar(told), range(1), copies) if isinstance(told, LazyTensor) else told
-    files.read_into(copies)
-    return ZeroState(
-        {name: value.float() if value.is_floating_point() else value for name, value in weights.items()},
-        owned,
-        moments,
-        float(step),
-    )
+    weights = WholeTensors(layout.weights(), files, group)
+    sources = layout.moments() if owned else {}
+    moments, copies = group.together(lambda: rooms_of_moments(sources, owned, files.run.name))
+    by_own_reads = _is_read_by_owners(sources, copies, files, group)
+    group.together(lambda: files.read_into([*weights.mine(), *(copies if by_own_reads else [])]))
+    weights.add_up()
+    if not by_own_reads:
+        for moment, tensors in sources.items():
+            _fill_together(moments[moment], owned, list(tensors.values()), files, group)
+    whole = {name: value.float() if value.is_floating_point() else value for name, value in weights.tensors.items()}
+    return ZeroState(whole, owned, moments, layout.optimizer_step)
 
 
 def restore_optimizer(engine: deepspeed.DeepSpeedEngine, state: ZeroState) -> None:
@@ -138,19 +138,134 @@ def restore_optimizer(engine: deepspeed.DeepSpeedEngine, state: ZeroState) -> No
                 slots[moment][place].copy_(state.moments[moment][piece.name])
 
 
-def _scalar(tensor: LazyTensor) -> SourceTensor:
-    return SourceTensor("step", (1,), (Vector([tensor]),), 0, 1)
+class WholeTensors:
+    """Tensors that every rank gets whole, and each reads a part of.
+
+    The chunks that hold them are dealt, neighbours to one rank; so all ranks together read each byte once.
+
+    Owns: one room for all, of zeros where nothing was read.
+    """
+
+    def __init__(
+        self, sources: Sequence[SourceTensor], files: CheckedFiles, group: RankGroup, among: Sequence[SourceTensor] = ()
+    ) -> None:
+        """Make room; does no I/O.
+
+        Args:
+            sources: Which tensors.
+            files: Which hold them.
+            group: The ranks that get them.
+            among: Deal the chunks as if these were read; `sources` if empty.
+        """
+        self._sources, self._files, self._group = sources, files, group
+        self._vectors = {id(source.vectors): source.vectors for source in among or sources}
+        self._room = Room({source.name: (source.shape, _DTYPES[source.dtype]) for source in sources})
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """By name, as they are stored."""
+        return self._room.tensors
+
+    def mine(self) -> list[Copy]:
+        """What this rank reads."""
+        places = [place for vectors in self._vectors.values() for vector in vectors for place in vector.places]
+        chunks = np.array_split(self._files.holding(map(_span, places)), self._group.world_size)[self._group.rank]
+        if not len(chunks):
+            return []
+        urls = self._files.urls(chunks)
+        held = {
+            key: [Held(index, *found) for index, vector in enumerate(vectors) for found in vector.held(urls)]
+            for key, vectors in self._vectors.items()
+        }
+        copies: list[Copy] = []
+        for source in self._sources:
+            room, item = self.tensors[source.name].reshape(-1).view(torch.uint8), ITEM_BYTES[source.dtype]
+            for part in source.ranges(held[id(source.vectors)]):
+                copies += _copies(source, part, room[part.start * item : part.stop * item])
+        return list(self._files.clipped(copies, int(chunks[0]), int(chunks[-1])))
+
+    def add_up(self) -> None:
+        """Put the ranks' parts together. Collective."""
+        self._group.add_up(self._room.bytes)
 
 
-def _room(source: SourceTensor, wanted: range, copies: list[Copy]) -> Tensor:
-    """Room for values of a tensor, flattened; adds what is to be copied there."""
-    tensor = torch.empty(len(wanted), dtype=_DTYPES[source.dtype])
-    room, position = tensor.view(torch.uint8).numpy().data, 0
+def rooms_of_moments(
+    sources: Mapping[str, Mapping[str, SourceTensor]], owned: Mapping[str, range], run_name: str
+) -> tuple[dict[str, dict[str, Tensor]], list[Copy]]:
+    """Room for the moments that a rank owns, and what is to be copied there."""
+    moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
+    copies: list[Copy] = []
+    for moment, tensors in sources.items():
+        for name, wanted in owned.items():
+            if name not in tensors or wanted.stop > tensors[name].elements:
+                rule, remedy = f"must hold {moment} of {name}", "resume with the model that the run began with"
+                raise CheckpointError("checkpoint", rule, run_name, remedy)
+            tensor = torch.empty(len(wanted), dtype=_DTYPES[tensors[name].dtype])
+            moments[moment][name] = tensor
+            copies += _copies(tensors[name], wanted, tensor.view(torch.uint8))
+    return moments, copies
+
+
+def _is_read_by_owners(
+    sources: Mapping[str, Mapping[str, SourceTensor]], copies: Sequence[Copy], files: CheckedFiles, group: RankGroup
+) -> bool:
+    """Whether each rank reads the moments that it owns: whole chunks, of which others own parts. The same on all.
+
+    They would read too much, in too many requests, where ZeRO 3 deals each parameter of a few large files to many
+    ranks.
+    """
+    by_vectors = {id(source.vectors): source.vectors for moment in sources.values() for source in moment.values()}
+    places = (place for vectors in by_vectors.values() for vector in vectors for place in vector.places)
+    there = files.holding(map(_span, places))
+    mine = files.holding((copy.url, copy.offset, len(copy.target)) for copy in copies)
+    allowed = _REQUESTS * group.world_size + sum(1 for _ in files.runs(there))
+    return (
+        group.total(len(mine)) <= _READ_AGAIN * len(there)
+        and group.total(sum(1 for _ in files.runs(mine))) <= allowed
+    )  # fmt: skip
+
+
+def _fill_together(
+    targets: Mapping[str, Tensor],
+    owned: Mapping[str, range],
+    sources: Sequence[SourceTensor],
+    files: CheckedFiles,
+    group: RankGroup,
+) -> None:
+    """Have all of a moment pass by every rank, a bounded part at a time; each takes what it owns. Collective."""
+    for some in _buckets(sources):
+        whole = WholeTensors(some, files, group, among=sources)
+        copies = whole.mine()
+        group.together(functools.partial(files.read_into, copies))
+        whole.add_up()
+        for name, tensor in whole.tensors.items():
+            if name in owned:
+                targets[name].copy_(tensor.reshape(-1)[owned[name].start : owned[name].stop])
+
+
+def _buckets(sources: Iterable[SourceTensor]) -> Iterator[list[SourceTensor]]:
+    bucket: list[SourceTensor] = []
+    for source in sources:
+        bucket.append(source)
+        if sum(each.elements * ITEM_BYTES[each.dtype] for each in bucket) >= BUCKET_BYTES:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket
+
+
+def _span(place: TensorPlace) -> tuple[str, int, int]:
+    """URL, offset and bytes of a tensor in a file."""
+    item = ITEM_BYTES[place.dtype]
+    return place.record.url, place.record.offset + place.first * item, place.elements * item
+
+
+def _copies(source: SourceTensor, wanted: range, room: Tensor) -> Iterator[Copy]:
+    """What is to be copied so that `room`, of bytes, holds some elements of a tensor."""
+    target, position = room.numpy().data, 0
     for extent in source.extents(wanted.start, wanted.stop):
-        target = room[position : position + extent.bytes]
-        copies.append(Copy(extent.record.url, extent.record.offset + extent.start, target))
+        yield Copy(extent.record.url, extent.record.offset + extent.start, target[position : position + extent.bytes])
         position += extent.bytes
-    return tensor
 
 
 def _version() -> str:

@@ -121,6 +121,10 @@ class Order:
         """(n_r,) ids of the samples that `rank` reads for a step; the ranks' batches in turn are batch(step)."""
         return np.concatenate([self.lane_batch(step, lane) for lane in self.rank_lanes(rank, world_size)])
 
+    def rank_batch_size(self, rank: int, world_size: int) -> int:
+        """n_r, samples that `rank` reads for each step."""
+        return len(self.rank_lanes(rank, world_size)) * self.lane_batch_size
+
     def lane_batch(self, step: int, lane: int) -> Int64s:
         """(b,) ids of the samples that one lane gives to a step."""
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)

@@ -11,7 +11,8 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,6 +33,7 @@ __all__ = ["Storage", "is_local", "is_s3", "is_web"]
 T = TypeVar("T")
 
 CHECK_SECONDS = 3.0
+DELETES_AT_ONCE = 32
 PROBE_BYTES = 65536
 _RANGED = dict.fromkeys(S3, RangedRead) | dict.fromkeys(HTTP, HttpRangedRead)
 
@@ -213,6 +215,12 @@ class Storage:
         """Remove a file or object; that it is already gone is no error."""
         with contextlib.suppress(FileNotFoundError):
             self._call(url, lambda fs, path: fs.rm_file(path))
+
+    def delete_all(self, urls: Iterable[str]) -> None:
+        """Remove files or objects as `delete`, several at once: a request each, which every store knows."""
+        with ThreadPoolExecutor(DELETES_AT_ONCE) as threads:
+            for _ in threads.map(self.delete, urls):
+                pass
 
     def check(
         self, url: str, *, write: bool, shared: bool = False, exclusive: bool = False, is_patient: bool = False

@@ -15,6 +15,7 @@ from jobs import onnx_export, weights_file
 from jobs.errors import CheckpointError, ExportError, WeightsFileError
 from jobs.export import Source, export
 from jobs.initial_weights import import_weights, load_initial_weights, pinned
+from jobs.rank_group import RankGroup
 from jobs.recipes import named_recipe
 from jobs.run_directory import RunDirectory
 from jobs.weights_file import Weights, model_json
@@ -297,12 +298,12 @@ def test_a_run_keeps_the_digest_of_what_it_started_from(run: RunDirectory, tmp_p
     began = pinned(Storage(), recipe, other)
 
     assert began.init_sha256 == weights_file.sha256_of(Path(start))
-    ConvMAE(SMALL).load_state_dict(load_initial_weights(Storage(), began), strict=True)
+    ConvMAE(SMALL).load_state_dict(load_initial_weights(Storage(), began, RankGroup()), strict=True)
     other.claim(began)
     Path(start).write_bytes(Path(start).read_bytes()[:-1] + b"x")
     assert pinned(Storage(), recipe, other) == began, "it is the run's by now; its checkpoints count"
     with pytest.raises(WeightsFileError, match="init_from: must be the file with SHA-256"):
-        load_initial_weights(Storage(), began)
+        load_initial_weights(Storage(), began, RankGroup())
     Path(start).unlink()
     assert pinned(Storage(), recipe, other) == began
     with pytest.raises(WeightsFileError, match="weights: must exist"):

@@ -6,9 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import threading
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +14,12 @@ from typing import Any
 import pytest
 import torch
 from counting_storage import CountingStorage
+from rank_threads import Ranks
 from zero_material import Material, commit_zero_files, random_material, write_zero_files
 
-from jobs import checkpoint, restore
+from jobs import checkpoint, rank_group, zero_state
 from jobs.errors import CheckpointError
+from jobs.rank_group import RankGroup
 from jobs.recipes import named_recipe
 from jobs.restore import Restored, restore_newest
 from jobs.run_directory import RunDirectory
@@ -32,44 +32,6 @@ MATERIAL = random_material(9000, tensor_elements=2500)
 MODEL_STATES, OPTIMIZER_STATES = "_model_states.pt", "_optim_states.pt"
 
 
-class Ranks:
-    """As many threads as there are ranks, and what restoring needs of torch.distributed between them."""
-
-    def __init__(self, world_size: int) -> None:
-        self._barrier = threading.Barrier(world_size, timeout=60)
-        self._told: list[Any] = [None] * world_size
-        self._mine = threading.local()
-
-    def all_gather_object(self, by_rank: list[Any], value: Any) -> None:
-        self._told[self._mine.rank] = value
-        self._barrier.wait()
-        by_rank[:] = self._told
-        self._barrier.wait()
-
-    def broadcast_object_list(self, values: list[Any], src: int) -> None:
-        by_rank: list[Any] = []
-        self.all_gather_object(by_rank, values[0])
-        values[0] = by_rank[src]
-
-    def run(self, work: Callable[[int], Any]) -> list[Any]:
-        """What `work` returns on each rank; raises what it raised on one."""
-
-        def rank_work(rank: int) -> Any:
-            self._mine.rank = rank
-            try:
-                return work(rank)
-            except Exception as error:
-                self._barrier.abort()  # the others would wait for it
-                return error
-
-        with ThreadPoolExecutor(len(self._told)) as threads:
-            results = list(threads.map(rank_work, range(len(self._told))))
-        errors = [result for result in results if isinstance(result, Exception)]
-        for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
-            raise error
-        return results
-
-
 @pytest.fixture
 def together(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[Restored | None], list[tuple[int, str]]]]:
     """Restores on all ranks: what each got, and what rank 0 was told."""
@@ -78,10 +40,10 @@ def together(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[Restor
         run: RunDirectory, world_size: int = 2, stage: int = 2, material: Material = MATERIAL
     ) -> tuple[list[Restored | None], list[tuple[int, str]]]:
         ranks, passed_over = Ranks(world_size), []
-        monkeypatch.setattr(restore, "dist", ranks)
+        monkeypatch.setattr(rank_group, "dist", ranks)
         found = ranks.run(
             lambda rank: restore_newest(
-                run, owned(material, stage, rank, world_size), rank=rank, world_size=world_size,
+                run, owned(material, stage, rank, world_size), RankGroup(rank, world_size),
                 check=lambda commit: None, on_damage=lambda step, why: passed_over.append((step, why)),
             )
         )  # fmt: skip
@@ -165,21 +127,55 @@ def test_every_rank_gets_the_weights_and_its_share_bit_for_bit(
         assert_restored(found[rank], MATERIAL, owned(MATERIAL, stage, rank, now))
 
 
-@pytest.mark.parametrize(("before", "now"), [(2, 8), (8, 2)])
+@pytest.fixture
+def _moments_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if the ranks would read too much, if each read the moments that it owns; in buckets of a tensor or two."""
+    monkeypatch.setattr(zero_state, "_READ_AGAIN", 0)
+    for module in (zero_state, rank_group):
+        monkeypatch.setattr(module, "BUCKET_BYTES", 1 << 14)
+
+
+@pytest.mark.usefixtures("_moments_of_all")
+@pytest.mark.parametrize(("before", "now", "stage"), [(1, 4, 3), (2, 3, 1), (7, 5, 3), (4, 2, 2)])
+def test_moments_that_all_read_together_are_the_same_bit_for_bit(
+    tmp_path: Path, together: Any, before: int, now: int, stage: int
+) -> None:
+    run = make_run(tmp_path, stage, before)
+
+    found, _ = together(run, now, stage)
+
+    for rank in range(now):
+        assert_restored(found[rank], MATERIAL, owned(MATERIAL, stage, rank, now))
+
+
+@pytest.mark.usefixtures("_moments_of_all")
+def test_damage_to_moments_that_all_read_together_is_found_by_all(tmp_path: Path, together: Any) -> None:
+    run = make_run(tmp_path, stage=3, world_size=1, steps=(20, 30))
+    (path,) = (path for path in files_of(run, 30) if "optim_states" in path.name)
+
+    for offset in range(5000, path.stat().st_size, 20 * CHUNK_BYTES):
+        flip(path, offset)
+        found, passed_over = together(run, 4, 3)
+        flip(path, offset)
+
+        assert [restored.commit.step for restored in found] == [20] * 4
+        assert [(step, str(path) in why) for step, why in passed_over] == [(30, True)]
+
+
+@pytest.mark.parametrize(("before", "now"), [(1, 8), (2, 8), (8, 2), (16, 16)])
 @pytest.mark.parametrize("stage", [1, 3])
-def test_many_ranks_read_little_more_than_the_weights_each(
+def test_all_ranks_together_read_little_more_than_the_checkpoint(
     tmp_path: Path, together: Any, stage: int, before: int, now: int
 ) -> None:
     material = random_material(200_000, tensor_elements=40_000)
     run = make_run(tmp_path, stage, before, material)
     run, total = RunDirectory(CountingStorage(), run.url), checkpoint.read_commit(run, 30).bytes
-    CountingStorage.read_bytes = 0
+    CountingStorage.forget()
 
     together(run, now, stage, material)
 
-    weights = 4 * sum(value.numel() for group in material.groups for value in group.values())
-    surplus = now * len(files_of(run, 30)) * 16 * CHUNK_BYTES  # pickles, directories, chunks at the ends of ranges
-    assert total <= CountingStorage.read_bytes < now * weights + (total - weights) + surplus
+    surplus = (now + len(files_of(run, 30))) * 16 * CHUNK_BYTES  # pickles, directories, chunks at the ends of ranges
+    assert total <= CountingStorage.read_bytes < total + surplus
 
 
 @pytest.mark.parametrize(("stage", "before"), [(2, 2), (3, 3)])

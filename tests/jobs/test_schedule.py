@@ -12,7 +12,6 @@ from torch import Tensor
 
 from jobs.recipes import named_recipe
 from jobs.schedule import Schedule, micro_batches
-from jobs.step_reading import word_count
 from jobs.trainer import Place, Trainer, order_of
 from model.convmae import Output
 
@@ -146,7 +145,7 @@ def backward_of_rank(recipe: Any, place: Place, parts: list[int], images: Tensor
     stand_ins.trace = None
     stand_ins._monitors_wish = lambda: ""
     stand_ins.saver = SimpleNamespace(is_uploading=False)
-    stand_ins._reading = SimpleNamespace(words=lambda batch: [0.0] * word_count(place.world_size))
+    stand_ins._reading = SimpleNamespace(write=lambda words, batch: None)
     batch: Any = SimpleNamespace(images=images, sample_ids=torch.arange(len(images)))
     loss: float = rank._backward(batch)[0]
     return loss

@@ -9,7 +9,8 @@ import psutil
 import pytest
 import torch
 
-from jobs.step_reading import RankReading, free_ratio, from_words, word_count
+from jobs.rank_figures import RankFigures
+from jobs.step_reading import RankReading, free_ratio, from_words, slowest, word_count
 from pipeline.read_counters import ReadCounters
 
 
@@ -25,20 +26,24 @@ def test_the_ranks_words_add_up_to_sums_and_a_table_of_ranks(tmp_path: Path) -> 
     now = 10.0
     datasets = [stand_in_dataset() for _ in range(3)]
     readings = [
-        RankReading(dataset, rank, 3, device=torch.device("cpu"), folders=[tmp_path], clock=lambda: now)
+        RankReading(dataset, rank, device=torch.device("cpu"), folders=[tmp_path], clock=lambda: now)
         for rank, dataset in enumerate(datasets)
     ]
     for step in range(2):
         for rank, dataset in enumerate(datasets):
             dataset.counters.add(requests=rank + 1, bytes=1000, cache_hits=rank)
         now += 0.5 + step
-        words = [reading.words(batch(0.1 * rank, rank)) for rank, reading in enumerate(readings)]
+        words = torch.zeros(3, word_count(3), dtype=torch.float64)
+        for rank, reading in enumerate(readings):
+            reading.write(words[rank], batch(0.1 * rank, rank))
 
-    assert all(len(row) == word_count(3) for row in words)
-    sums, ranks = from_words([sum(column) for column in zip(*words, strict=True)])
+    sums, table = from_words(words.sum(0).numpy())
+    ranks = [RankFigures(*row) for row in table.tolist()]
 
     assert (sums.substitutions, sums.storage_requests, sums.storage_read_bytes) == (3, 6, 3000)  # of the second step
     assert [figures.step_seconds for figures in ranks] == [1.5] * 3
+    assert slowest(table, "step_seconds") == 1.5
+    assert slowest(table, "data_wait_seconds") == pytest.approx(0.2)
     assert [figures.data_wait_seconds for figures in ranks] == pytest.approx([0, 0.1, 0.2])
     assert [figures.storage_requests for figures in ranks] == [2, 4, 6]  # since the start
     assert [figures.block_cache_hits for figures in ranks] == [0, 2, 4]

@@ -28,6 +28,7 @@ from jobs.engine import (
     parameter_groups,
     set_learning_rate,
 )
+from jobs.rank_group import RankGroup
 from jobs.recipe import Recipe
 from jobs.restore import restore_newest
 from jobs.run_directory import RunDirectory
@@ -88,10 +89,11 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     model = build_model(recipe)
     groups = parameter_groups(model, recipe.weight_decay)
     owned = owned_ranges(model, groups, stage=recipe.zero_stage, rank=RANK, world_size=WORLD_SIZE)
-    CountingStorage.read_bytes, state = 0, None
+    CountingStorage.forget()
+    state = None
     if case["resume"]:
         restored = restore_newest(
-            RunDirectory(CountingStorage(), case["resume"]), owned, rank=RANK, world_size=WORLD_SIZE,
+            RunDirectory(CountingStorage(), case["resume"]), owned, RankGroup(RANK, WORLD_SIZE),
             check=lambda commit: None, on_damage=lambda step, why: None,
         )  # fmt: skip
         assert restored

@@ -87,6 +87,28 @@ def test_what_is_written_can_be_read_listed_and_deleted(place: tuple[Storage, st
     assert storage.list_names(storage.join(folder, "d")) == ["e", "empty"]
 
 
+def test_many_are_deleted_at_once_and_those_that_are_gone_are_no_error(place: tuple[Storage, str]) -> None:
+    storage, folder = place
+    urls = [storage.join(folder, "d", str(number)) for number in range(100)]
+    for url in urls[::2]:
+        storage.write(url, b"x")
+    storage.write(storage.join(folder, "d", "other"), b"x")
+
+    storage.delete_all(urls)
+
+    assert storage.list_names(storage.join(folder, "d")) == ["other"]
+
+
+def test_what_cannot_be_deleted_is_told_and_the_others_are_gone(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "last").write_bytes(b"x")
+
+    with pytest.raises(StorageError, match="must fit what lies there"):
+        Storage().delete_all([str(tmp_path / "folder"), str(tmp_path / "last")])
+
+    assert not (tmp_path / "last").exists()
+
+
 def test_what_is_missing_says_so(place: tuple[Storage, str]) -> None:
     storage, folder = place
     url = storage.join(folder, "missing")

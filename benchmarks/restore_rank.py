@@ -1,0 +1,104 @@
+"""One rank that restores checkpoints on gloo, and says what it took: together with the others, or each for itself.
+
+Reads one JSON case a line from standard input: {run, storage, groups, stage, together}. `groups` has the shapes of the
+parameters of each group. Answers each with a line `done: {...}`: seconds, CPU seconds, requests and bytes of this rank,
+and CRC-32s of the weights and of the moments that it got.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import zlib
+from collections.abc import Iterable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from counting_storage import CountingStorage
+from torch import Tensor
+
+from jobs import checkpoint
+from jobs.checked_files import CheckedFiles
+from jobs.rank_group import RankGroup
+from jobs.restore import restore_newest
+from jobs.run_directory import RunDirectory
+from jobs.zero_files import check_sizes, look_into
+from jobs.zero_layout import ZeroFiles
+from jobs.zero_state import ZeroState, owned_ranges, read_zero_state
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def owned_of(groups: Iterable[Shapes], stage: int, rank: int, world_size: int) -> dict[str, range]:
+    """What a rank owns of a model of these parameters."""
+    tensors = [{name: torch.empty(shape, device="meta") for name, shape in group.items()} for group in groups]
+    model: Any = SimpleNamespace(named_parameters=lambda: [pair for group in tensors for pair in group.items()])
+    params = [{"params": list(group.values())} for group in tensors]
+    return owned_ranges(model, params, stage=stage, rank=rank, world_size=world_size)
+
+
+def crc_of(tensors: Iterable[tuple[str, Tensor]]) -> int:
+    """Of the bytes of named tensors."""
+    found = 0
+    for _, tensor in sorted(tensors, key=lambda pair: pair[0]):
+        found = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), found)
+    return found
+
+
+def restored_alone(run: RunDirectory, owned: Mapping[str, range], group: RankGroup) -> ZeroState:
+    """As it was before: every rank looks at every file and reads all weights; only the rest is dealt."""
+    (step,) = checkpoint.committed_steps(run) if group.rank == 0 else (0,)
+    commit = group.told(checkpoint.read_commit(run, step) if group.rank == 0 else None)
+    assert commit
+    files = CheckedFiles(run, commit)
+    check_sizes(run, commit)
+    layout = ZeroFiles(run, commit, look_into(run, commit, files, moments=True))
+    state = read_zero_state(files, layout, owned, RankGroup())
+    files.check(np.array_split(np.flatnonzero(~group.union(files.checked)), group.world_size)[group.rank])
+    return state
+
+
+def answer(case: dict[str, Any], group: RankGroup) -> dict[str, Any]:
+    """Restore once."""
+    run = RunDirectory(CountingStorage(**case["storage"]), case["run"])
+    owned = owned_of(case["groups"], case["stage"], group.rank, group.world_size)
+    CountingStorage.forget()
+    group.total(0)  # all begin together
+    began, cpu = time.perf_counter(), time.process_time()
+    if case["together"]:
+        found = restore_newest(run, owned, group, check=lambda _: None, on_damage=lambda *_: None)
+        assert found
+        state = found.state
+    else:
+        state = restored_alone(run, owned, group)
+    group.total(0)
+    seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
+    moments = [(f"{moment} {name}", value) for moment, all_ in state.moments.items() for name, value in all_.items()]
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
+        "requests": CountingStorage.requests,
+        "read_bytes": CountingStorage.read_bytes,
+        "weights": crc_of(state.weights.items()),
+        "moments": crc_of(moments),
+    }
+
+
+def main() -> None:
+    """Answer cases until there are no more."""
+    torch.set_num_threads(1)
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=os.environ["MEETING_POINT"], rank=rank, world_size=world_size)
+    for line in sys.stdin:
+        sys.stdout.write(f"done: {json.dumps(answer(json.loads(line), RankGroup(rank, world_size)))}\n")
+        sys.stdout.flush()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""The ranks that restore together, and what they tell each other: values, errors, bits, and sums in place.
+
+Every method is collective: all ranks call the same ones in the same order, also when one of them found damage. That is
+what `together` is for. What a rank is told does not grow with the number of ranks, but for `gathered`.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from pipeline.errors import UserError
+
+BUCKET_BYTES = 64 << 20
+"""Added up at once: what NCCL has on the device, and gloo in buffers."""
+WORD_BYTES = 8
+"""What is added up in place is a multiple of this."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class RankGroup:
+    """One rank's place in torch's default process group; alone, nothing is communicated."""
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device | str = "cpu"
+    """Where NCCL finds tensors; gloo takes those of the CPU."""
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do this rank's part of something.
+
+        Raises:
+            UserError: What `work` raised on a rank, of the lowest if on several; the same on all.
+        """
+        result: T | None = None
+        error: UserError | None = None
+        try:
+            result = work()
+        except UserError as raised:
+            error = raised
+        first = self._lowest(self.rank if error else self.world_size)
+        if first < self.world_size and (found := self.told(error, by=first)):
+            raise found
+        return cast(T, result)
+
+    def told(self, value: T, by: int = 0) -> T:
+        """The value of rank `by`."""
+        values = [value]
+        if self.world_size > 1:
+            dist.broadcast_object_list(values, src=by)
+        return values[0]
+
+    def gathered(self, value: T) -> list[T]:
+        """The values of all ranks, by rank; as many bytes each as the longest has."""
+        by_rank: list[Any] = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(by_rank, value)
+        return by_rank
+
+    def add_up(self, values: Tensor) -> None:
+        """Fill in place what each rank has a part of, and zeros elsewhere.
+
+        Args:
+            values: (n,) bytes on the CPU, n a multiple of WORD_BYTES.
+        """
+        if self.world_size == 1:
+            return
+        # Sums of whole words: of each byte all ranks but one have zero, so that nothing is carried over.
+        for bucket in torch.split(values.view(torch.int64), BUCKET_BYTES // WORD_BYTES):
+            moved = bucket.to(self.device)
+            dist.all_reduce(moved)
+            if moved is not bucket:
+                bucket.copy_(moved)
+
+    def total(self, count: int) -> int:
+        """Sum over ranks."""
+        return int(self._reduced(torch.tensor([count]), dist.ReduceOp.SUM).item())
+
+    def union(self, bits: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Which of n bits are set on some rank."""
+        words = torch.from_numpy(bits.astype(np.uint8))
+        return self._reduced(words, dist.ReduceOp.MAX).numpy().astype(np.bool_)
+
+    def _lowest(self, number: int) -> int:
+        return int(self._reduced(torch.tensor([number]), dist.ReduceOp.MIN).item())
+
+    def _reduced(self, values: Tensor, operation: Any) -> Tensor:
+        if self.world_size == 1 or not values.numel():
+            return values
+        moved = values.to(self.device)
+        dist.all_reduce(moved, op=operation)
+        return moved.cpu()
+
+
+class Room:
+    """Room for tensors, in one piece that ranks can add up; of zeros at first."""
+
+    def __init__(self, kinds: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> None:
+        """Make it.
+
+        Args:
+            kinds: Shape and type of each tensor, by name.
+        """
+        sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in kinds.items()}
+        starts = [0, *itertools.accumulate(-(-size // WORD_BYTES) * WORD_BYTES for size in sizes.values())]
+        self.bytes = torch.zeros(starts[-1], dtype=torch.uint8)
+        self.tensors: Mapping[str, Tensor] = {
+            name: self.bytes[start : start + sizes[name]].view(dtype).view(tuple(shape))
+            for start, (name, (shape, dtype)) in zip(starts, kinds.items(), strict=False)
+        }

@@ -1,0 +1,57 @@
+"""Ranks in threads, and what jobs.rank_group needs of torch.distributed between them."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+
+class Ranks:
+    """As many threads as there are ranks; stands for the module torch.distributed."""
+
+    ReduceOp = SimpleNamespace(SUM=torch.add, MIN=torch.minimum, MAX=torch.maximum)
+
+    def __init__(self, world_size: int) -> None:
+        self._barrier = threading.Barrier(world_size, timeout=60)
+        self._told: list[Any] = [None] * world_size
+        self._mine = threading.local()
+
+    def all_gather_object(self, by_rank: list[Any], value: Any) -> None:
+        self._told[self._mine.rank] = value
+        self._barrier.wait()
+        by_rank[:] = self._told
+        self._barrier.wait()
+
+    def broadcast_object_list(self, values: list[Any], src: int) -> None:
+        by_rank: list[Any] = []
+        self.all_gather_object(by_rank, values[0])
+        values[0] = by_rank[src]
+
+    def all_reduce(self, values: torch.Tensor, op: Callable[..., torch.Tensor] = torch.add) -> None:
+        by_rank: list[torch.Tensor] = []
+        self.all_gather_object(by_rank, values.clone())
+        values.copy_(functools.reduce(op, by_rank))
+
+    def run(self, work: Callable[[int], Any]) -> list[Any]:
+        """What `work` returns on each rank; raises what it raised on one."""
+
+        def rank_work(rank: int) -> Any:
+            self._mine.rank = rank
+            try:
+                return work(rank)
+            except Exception as error:
+                self._barrier.abort()  # the others would wait for it
+                return error
+
+        with ThreadPoolExecutor(len(self._told)) as threads:
+            results = list(threads.map(rank_work, range(len(self._told))))
+        errors = [result for result in results if isinstance(result, Exception)]
+        for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+            raise error
+        return results
