@@ -4,9 +4,13 @@ PYTHON ?= $(or $(shell command -v python3.11),python3)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+VERSIONS := 3.11 3.12 3.13
+# Of the supported versions, those that this machine has besides the one in use.
+PYTHONS ?= $(foreach version,3.12 3.13,$(firstword $(wildcard \
+	/usr/bin/python$(version) /usr/local/bin/python$(version) $(HOME)/.pyenv/versions/$(version).*/bin/python$(version))))
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain down fix check test test-slow test-hosts soak bench-recovery bench-hosts bench-plan bench-model bench-loader bench-checkpoint bench-consolidate bench-scale
+.PHONY: help install pretrain down fix check test test-pythons test-slow test-hosts soak bench-recovery bench-hosts bench-plan bench-model bench-loader bench-checkpoint bench-consolidate bench-scale
 
 help:  ## Show these lines
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -14,10 +18,11 @@ help:  ## Show these lines
 install: $(INSTALLED)  ## Set up .venv with pinned versions; quick when there is nothing to do
 
 $(INSTALLED): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "Python 3.11 is needed; set PYTHON=/path/to/python3.11")'
+	@$(PYTHON) -c 'import sys; "%d.%d" % sys.version_info[:2] in "$(VERSIONS)".split() or sys.exit("Python 3.11 to 3.13 is needed; set PYTHON=/path/to/python3.11")'
 	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { rm -rf $(VENV); \
-		echo "installing python3.11-venv, which Debian ships apart from Python"; \
-		apt-get -qq update && apt-get -qq install -y python3.11-venv >/dev/null && $(PYTHON) -m venv $(VENV); }
+		package=$$($(PYTHON) -c 'import sys; print("python%d.%d-venv" % sys.version_info[:2])'); \
+		echo "installing $$package, which Debian ships apart from Python"; \
+		apt-get -qq update && apt-get -qq install -y $$package >/dev/null && $(PYTHON) -m venv $(VENV); }
 	@echo "installing into $(VENV) (a few minutes the first time)"
 	@$(BIN)/pip install -qq --no-compile --disable-pip-version-check -c constraints.txt -e '.[local,export,dev]'
 	@# By all cores at once, which pip does not; else every worker of the first run compiles the same files again.
@@ -42,6 +47,14 @@ check: $(INSTALLED)  ## Lint, format, types, layers
 
 test: check  ## Checks, then all tests but the slow ones
 	$(BIN)/python -m pytest -n 2
+
+test-pythons:  ## The fast tests on each other Python that is found, or in PYTHONS="/path/to/python3.13 ..."
+	@test -n "$(strip $(PYTHONS))" || echo "no other Python is found: skipped; name them with PYTHONS"
+	@for python in $(PYTHONS); do \
+		venv=.venv-$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])') && \
+		$(MAKE) --no-print-directory install PYTHON=$$python VENV=$$venv && \
+		$$venv/bin/python -m pytest -n 2 -m 'not slow and not soak and not stack' || exit 1; \
+	done
 
 test-slow: $(INSTALLED)  ## The tests that take minutes
 	$(BIN)/python -m pytest -m slow

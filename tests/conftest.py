@@ -36,12 +36,16 @@ STACK_FILES = frozenset(
 """Files with tests of the local stack: they share one, and take turns, while others run beside them (`pytest -n 2`)."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Hold STACK_FILES to what it says."""
+    """Mark the tests of the local stack, and hold STACK_FILES to what it says."""
     for item in items:
         file = item.nodeid.partition("::")[0]
-        if "local_stack" in getattr(item, "fixturenames", ()) and file not in STACK_FILES:
-            raise pytest.UsageError(f"{file} has tests of the local stack: add it to STACK_FILES in tests/conftest.py")
+        if "local_stack" in getattr(item, "fixturenames", ()):
+            item.add_marker("stack")
+            if file not in STACK_FILES:
+                told = f"{file} has tests of the local stack: add it to STACK_FILES in tests/conftest.py"
+                raise pytest.UsageError(told)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
