@@ -24,6 +24,7 @@ from jobs.run_directory import RunDirectory
 
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 OBJECT_STORE_BYTES = 100 << 20
+NODE_ATTEMPTS = 4
 NODE_SECONDS = 240
 """For a node to start and join, on a machine that does much else."""
 
@@ -35,6 +36,11 @@ class Node:
     process: subprocess.Popen[bytes]
     log: Path
     node_id: str = ""
+
+    @property
+    def lives(self) -> bool:
+        """Whether it has not ended by itself, or been ended."""
+        return self.process.poll() is None
 
     @property
     def is_up(self) -> bool:
@@ -136,9 +142,13 @@ class Cluster:
         mounting = f'mount -t tmpfs none {shlex.quote(str(own_disk))} && exec "$@"'
         prefix = ("unshare", "--mount", "sh", "-c", mounting, "sh") if own_disk else ()
         started = (f"--address={self.address}", f"--num-cpus={cpus}", *options)
-        node = self._start(f"node{len(self.nodes)}", *started, prefix=prefix)
-        self.nodes.append(node)
-        wait_until("the node", lambda: len(self.alive() - before) == 1, NODE_SECONDS)
+        for _ in range(NODE_ATTEMPTS):  # a raylet gives up when its agents need more than 15 s to start
+            node = self._start(f"node{len(self.nodes)}", *started, prefix=prefix)
+            self.nodes.append(node)
+            wait_until("the node", lambda node=node: bool(self.alive() - before) or not node.lives, NODE_SECONDS)  # type: ignore[misc]
+            if node.lives:
+                break
+            self.nodes.remove(node)
         (node.node_id,) = self.alive() - before
         return node
 

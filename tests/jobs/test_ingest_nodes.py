@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import subprocess
-import sys
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -18,10 +17,12 @@ from testbed import TILES
 
 from jobs import fan_out
 from jobs.fan_out import COPIES_PER_NODE, INGEST_RESOURCE, TASKS_PER_CPU
-from jobs.remote_command import RESOURCES_VARIABLE, entrypoint_resources
+from jobs.remote_command import RESOURCES_VARIABLE, _job, entrypoint_resources
+from jobs.session import Session
 from pipeline.errors import UserError
 from pipeline.manifest import Manifest
 from pipeline.photographs import cut_tiles
+from pipeline.storage import Storage
 
 HEAD_ID, GPU_ID = "a" * 56, "b" * 56
 HEAD = {"NodeID": HEAD_ID, "Alive": True, "Resources": {}}
@@ -74,6 +75,13 @@ def test_the_job_of_a_command_asks_for_what_its_user_says(text: str, wanted: dic
     assert entrypoint_resources(text) == wanted
 
 
+def test_a_command_from_elsewhere_is_a_job_that_asks_for_it(tmp_path: Path) -> None:
+    variables = {"RAY_ADDRESS": "http://10.0.0.1:8265", RESOURCES_VARIABLE: '{"ingest": 0.01}'}
+    session = Session(variables, tmp_path, None, Storage())
+
+    assert _job(session, ["verify", "s3://b/data"], {}, "")["entrypoint_resources"] == {"ingest": 0.01}
+
+
 @pytest.mark.parametrize("text", ["ingest", "[1]", '{"ingest": "much"}', '{"ingest": null}', "3"])
 def test_what_is_no_object_of_amounts_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="CONVMAE_COMMAND_RESOURCES: must be a JSON object"):
@@ -120,7 +128,7 @@ def test_the_ingest_job_of_the_manifest_runs_on_a_node_of_its_group(tmp_path: Pa
         ingests = cluster.add(int(offered["CPU"]), f"--resources={mine}")
         url = f"{cluster.s3.url}/datasets/imagenet"
         words = [*shlex.split(job["entrypoint"])[:2], str(photographs), url, "--samples-per-shard", "8"]
-        submitted = [
+        submit = [
             *RAY,
             "job",
             "submit",
@@ -128,30 +136,15 @@ def test_the_ingest_job_of_the_manifest_runs_on_a_node_of_its_group(tmp_path: Pa
             f"--entrypoint-num-cpus={job['entrypointNumCpus']}",
             f"--entrypoint-resources={job['entrypointResources']}",
             "--",
-            *words,
         ]
-        ended = subprocess.run(
-            submitted, env=cluster.environment(), capture_output=True, text=True, check=False, timeout=600
-        )
+        for command in (words, ["convmae", "verify", url]):
+            ended: Any = subprocess.run(
+                [*submit, *command], env=cluster.environment(), capture_output=True, text=True, check=False, timeout=600
+            )
+            assert ended.returncode == 0, ended.stdout + ended.stderr
 
-        assert ended.returncode == 0, ended.stdout + ended.stderr
         assert Manifest.load(cluster.s3.storage, url).samples == TILES
-        assert tasks_by_node(cluster, "write_shard") == {ingests.node_id}
-        # The same from elsewhere: by the HTTP address alone.
-        elsewhere = {
-            **cluster.environment(),
-            "RAY_ADDRESS": f"http://127.0.0.1:{cluster.ports['dashboard']}",
-            RESOURCES_VARIABLE: job["entrypointResources"],
-        }
-        verified = subprocess.run(
-            [sys.executable, "-m", "jobs.cli", "verify", url],
-            env=elsewhere,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=600,
-        )
-        assert verified.returncode == 0, verified.stdout + verified.stderr
-        assert tasks_by_node(cluster, "_verified") == {ingests.node_id}
+        for name in ("write_shard", "_verified"):
+            assert tasks_by_node(cluster, name) == {ingests.node_id}
         jobs = jobs_by_node(cluster)
         assert len(jobs) == 2 and set(jobs.values()) == {ingests.node_id}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pickle
 import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from testbed import TILES, losses, small_recipe
 
 from jobs.errors import NotSharedError
 from jobs.run_directory import RunDirectory
-from jobs.shared_folder import Landmark, check_seen_here, file_landmarks, planted, refuse_unseen
+from jobs.shared_folder import Landmark, check_seen_here, claim_landmarks, file_landmarks, planted, refuse_unseen
 from pipeline.claim import claimed
 from pipeline.photographs import cut_tiles
 from pipeline.storage import Storage
@@ -82,6 +84,28 @@ def test_the_error_names_the_field_and_each_node_that_does_not_see_it(
 
 def test_nothing_is_refused_where_all_see_it() -> None:
     refuse_unseen([RUN_ROOT, DATA], {"a": [], "b": []})
+
+
+ELSEWHERE = """
+import pickle, sys
+from jobs.shared_folder import check_seen_here
+from pipeline.storage import Storage
+check_seen_here(Storage(), pickle.loads(bytes.fromhex(sys.argv[1])))
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another disk at the same path takes a mount namespace, and that root")
+@pytest.mark.parametrize("own_disk", [False, True])
+def test_a_process_with_a_disk_of_its_own_at_the_same_path_is_refused(tmp_path: Path, own_disk: bool) -> None:
+    mount = f"mount -t tmpfs none {tmp_path} && " if own_disk else ""
+    with claimed(Storage(), str(tmp_path / "claims"), "drives", on_wait=lambda who: None) as claim:
+        landmarks = claim_landmarks("run_root", str(tmp_path), claim)
+        words = [sys.executable, "-c", ELSEWHERE, pickle.dumps(landmarks).hex()]
+        command = ["unshare", "--mount", "sh", "-c", f'{mount}exec "$@"', "sh", *words]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    assert ended.returncode == int(own_disk), ended.stderr
+    assert ("NotSharedError: run_root: must be seen by every node" in ended.stderr) == own_disk
 
 
 FIELDS = {
