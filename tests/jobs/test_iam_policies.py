@@ -17,6 +17,8 @@ from jobs.run_directory import RunDirectory
 from jobs.stack import Stack
 from pipeline.storage import Storage
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
 IAM = Path(__file__).parents[2] / "infra" / "iam"
 KMS_KEY = "arn:aws:kms:us-east-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab"
 OPTIONS = {
