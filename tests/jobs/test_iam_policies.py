@@ -17,6 +17,8 @@ from jobs.run_directory import RunDirectory
 from jobs.stack import Stack
 from pipeline.storage import Storage
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
 IAM = Path(__file__).parents[2] / "infra" / "iam"
 KMS_KEY = "arn:aws:kms:us-east-1:111122223333:key/1234abcd-12ab-34cd-56ef-1234567890ab"
 OPTIONS = {
@@ -26,7 +28,7 @@ OPTIONS = {
     "CONVMAE_S3_ADDRESSING": "path",
 }
 INGEST, RUN = "AKIAINGEST", "AKIARUN"
-SOURCES, DATASETS, RUNS = (f"s3://convmae/{prefix}/policies" for prefix in ("sources", "datasets", "runs"))
+SOURCES, DATASETS, RUNS = "s3://convmae/sources/policies", "s3://convmae/datasets/policies", "s3://convmae/runs"
 RUN_NAME = "guarded"
 EPOCHS = 12
 LARGE_BYTES = 105 << 20
@@ -132,7 +134,7 @@ def train(flow: Flow) -> None:
         max_workers=1,
     )
     root = ("--run-root", RUNS)
-    run = flow.convmae.run(f"policies/{RUN_NAME}")
+    run = flow.convmae.run(RUN_NAME)
     first = flow.convmae.start("pretrain", *recipe, "--run", RUN_NAME, **flow.environment(RUN))
     try:
         wait_until("a step", lambda: bool(run.read_heartbeat().get("loss")) or first.poll() is not None, 600)
