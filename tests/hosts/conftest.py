@@ -26,8 +26,16 @@ def cluster(namespaces: None, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 @pytest.fixture(scope="session")
-def runs(cluster: RayHosts) -> Runs:
-    """Runs on the cluster, on a data set that was made on its head."""
-    data = f"{cluster.url}/data"
-    done(cluster.convmae(cluster.head, "shard", cluster.photographs(TILES), data, "--samples-per-shard", "40"))
-    return Runs(cluster, data)
+def data(cluster: RayHosts) -> str:
+    """URL of a data set that was made on the head."""
+    url = f"{cluster.url}/data"
+    done(cluster.convmae(cluster.head, "shard", cluster.photographs(TILES), url, "--samples-per-shard", "40"))
+    return url
+
+
+@pytest.fixture
+def runs(cluster: RayHosts, data: str) -> Iterator[Runs]:
+    """Runs on the cluster; those that a test leaves behind, because it failed, end with it."""
+    runs = Runs(cluster, data)
+    yield runs
+    runs.end()
