@@ -36,6 +36,8 @@ UNKNOWN_DEADLINE_SECONDS = 120.0
 LEAST_SAVE_SECONDS = 5.0
 """Left for the last save before a node goes."""
 WATCH_INTERVAL_SECONDS = 1.0
+HOSTS_NAMED = 4
+"""In a line; a rack may have many."""
 
 
 @dataclass(frozen=True)
@@ -464,19 +466,22 @@ class RunMonitor:
                 reason=text,
             )
 
-    def unreachable(self, node_id: str, host: str, seconds: float) -> None:
-        """Note that a node with ranks has fallen silent, and that their group is being ended for it.
+    def unreachable(self, hosts: Mapping[str, str], seconds: float) -> None:
+        """Note that nodes with ranks have fallen silent, and that their group is being ended for it.
 
         Args:
-            node_id: Ray's.
-            host: Its name and address.
+            hosts: Name and address of each, by Ray's node id.
             seconds: For how long.
         """
         with self._lock:
-            ranks = self._watch.ranks_on(node_id)
+            ranks = sorted(rank for node_id in hosts for rank in self._watch.ranks_on(node_id))
             self._watch.end()  # all the others stand still now
-            whose = f"the node of {_named(ranks)}" if ranks else "a node on which ranks were being started"
-            text = f"{whose} ({host}) has been unreachable for {seconds:.0f} s"
+            one = len(hosts) == 1
+            node, has = ("node", "has") if one else ("nodes", "have")
+            whose = (
+                f"the {node} of {_named(ranks)}" if ranks else f"{'a ' if one else ''}{node} where ranks were to start"
+            )
+            text = f"{whose} ({_listed(list(hosts.values()))}) {has} been unreachable for {seconds:.0f} s"
             self._know_cause("NodeUnreachable", text)
             self._add_event("unreachable", step=self._figures["step"], reason=text)
 
@@ -546,3 +551,8 @@ class RunMonitor:
 
 def _named(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def _listed(hosts: Sequence[str]) -> str:
+    more = f" and {len(hosts) - HOSTS_NAMED} more" if len(hosts) > HOSTS_NAMED else ""
+    return "; ".join(hosts[:HOSTS_NAMED]) + more

@@ -111,14 +111,15 @@ class NodeWatch:
             return
         if alone and self._silence.own_node in ranks.values():  # these could train on by themselves
             lost = {node: self._silence.alone_seconds for node in answered if node != self._silence.own_node}
-        known = {node["NodeID"]: f"{node['NodeManagerHostname']}, {node['NodeManagerAddress']}" for node in nodes}
         gone = {node: seconds for node, seconds in lost.items() if node in ranks.values()}
-        for node, seconds in sorted(gone.items()):
-            logger.error("node %s has been silent for %.1f s; the group of ranks ends", known[node], seconds)
-            ray.get(self._monitor.unreachable.remote(node, known[node], seconds), timeout=CALL_SECONDS)
-        if gone:
-            # All of them: those on other nodes hang in a collective, and would be waited for.
-            end_ranks(self._gcs_address, sorted(ranks, key=lambda rank: ranks[rank] not in gone))
+        if not gone:
+            return
+        known = {node["NodeID"]: f"{node['NodeManagerHostname']}, {node['NodeManagerAddress']}" for node in nodes}
+        hosts = {node: known[node] for node in gone}
+        logger.error("nodes have been silent for %.1f s, and their group ends: %s", min(gone.values()), hosts)
+        ray.get(self._monitor.unreachable.remote(hosts, min(gone.values())), timeout=CALL_SECONDS)
+        # All of them: those on other nodes hang in a collective, and would be waited for.
+        end_ranks(self._gcs_address, sorted(ranks, key=lambda rank: ranks[rank] not in gone))
 
 
 def living_ranks(job_id: str) -> dict[str, str]:

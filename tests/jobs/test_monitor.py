@@ -483,7 +483,7 @@ def test_a_node_that_is_unreachable_is_why_the_group_ended(start: Start, run: Ru
     for rank, node in enumerate("abba"):
         monitor.pulse(Pulse(1, rank, f"host-{node}", node, 100 + rank, 0.0, "", "step", 7, 0.0))
 
-    monitor.unreachable("b", "host-b, 10.0.0.2", 6.4)
+    monitor.unreachable({"b": "host-b, 10.0.0.2"}, 6.4)
     # What Ray says of the ranks that are ended for it, and of those that waited for them.
     assert monitor.worker_failed("rank 0: ActorDiedError: killed", remedy="restart") == ""
     begin(monitor, resume_step=3)
@@ -502,11 +502,26 @@ def test_a_node_that_is_unreachable_is_why_the_group_ended(start: Start, run: Ru
 def test_a_node_that_is_unreachable_while_ranks_start_is_told_by_its_name(start: Start, run: RunDirectory) -> None:
     monitor = start()
 
-    monitor.unreachable("b", "host-b, 10.0.0.2", 6.0)
+    monitor.unreachable({"b": "host-b, 10.0.0.2"}, 6.0)
     monitor.flush()
 
-    text = "a node on which ranks were being started (host-b, 10.0.0.2) has been unreachable for 6 s"
+    text = "a node where ranks were to start (host-b, 10.0.0.2) has been unreachable for 6 s"
     assert last_event(run)["reason"] == text
+
+
+def test_nodes_that_are_lost_together_are_told_in_one_line(start: Start, run: RunDirectory) -> None:
+    monitor = start()
+    begin(monitor)
+    for rank in range(12):
+        monitor.pulse(Pulse(1, rank, "host", f"node-{rank // 2}", 100 + rank, 0.0, "", "step", 7, 0.0))
+
+    monitor.unreachable({f"node-{number}": f"host-{number}, 10.0.0.{number}" for number in range(1, 6)}, 6.0)
+    monitor.flush()
+
+    assert last_event(run)["reason"] == (
+        "the nodes of ranks 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 (host-1, 10.0.0.1; host-2, 10.0.0.2; host-3, 10.0.0.3;"
+        " host-4, 10.0.0.4 and 1 more) have been unreachable for 6 s"
+    )
 
 
 def test_a_drained_node_is_told_and_has_the_ranks_save_now_and_before_it_goes(

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
+from host_network import done
+from hosted_runs import FIELDS, PATIENCE_SECONDS, events, trains, until
 from ray_nodes import ray_cluster
-from test_nodes import FIELDS, PATIENCE_SECONDS, done, event, trains, until
 from testbed import TILES, small_recipe
 
 from pipeline.photographs import cut_tiles
@@ -52,7 +53,7 @@ def test_a_rank_that_dies_while_a_larger_group_waits_for_a_save_is_noticed_at_on
         finally:
             store.resume()
         until(run, "both nodes", trains(2))
-        restart = event(run, "restart")
+        restart = events(run, "restart")[-1]
         assert restart["reason"].startswith("rank 0: ActorDiedError")
         assert (restart["world_size_before"], restart["world_size"]) == (1, 2)
         driver.send_signal(signal.SIGTERM)
