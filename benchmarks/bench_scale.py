@@ -11,6 +11,7 @@ checkpoint of 1,024 ranks. `polls`: what Ray Train's controller spends on asking
 from __future__ import annotations
 
 import argparse
+import contextlib
 import pickle
 import statistics
 import tempfile
@@ -30,6 +31,7 @@ from zero_material import commit_zero_files, model_material, write_zero_files
 from jobs.recipes import named_recipe
 from jobs.run_directory import RunDirectory
 from model import ConvMAE
+from pipeline.storage import Storage
 
 RESTORES = [(4, 2), (2, 4)]
 LAYOUTS = [(64, 64), (256, 256), (1024, 1024), (1000, 1024)]
@@ -50,20 +52,21 @@ def cpu_of(work: Callable[[], Any], times: int = 20) -> float:
     return min(found) * 1e6
 
 
-def bench_restore(rounds: int) -> None:
+def bench_restore(recipe: str, rounds: int, *, local: bool) -> None:
     """Both ways, in turn."""
-    material = model_material(ConvMAE(named_recipe("convmae_base").model))
+    material = model_material(ConvMAE(named_recipe(recipe).model))
     with tempfile.TemporaryDirectory(prefix="convmae-bench-scale-") as name:
         folder = Path(name)
         (folder / "s3").mkdir()
-        with local_s3(folder / "s3") as server:
+        with contextlib.nullcontext() if local else local_s3(folder / "s3") as server:
+            storage, root = (server.storage, server.url) if server else (Storage(), str(folder / "store"))
             for stage in (1, 3):
                 for before, now in RESTORES:
-                    run = RunDirectory.of(server.storage, f"{server.url}/runs", f"zero-{stage}-of-{before}-at-{now}")
-                    local = folder / run.name
-                    write_zero_files(local, material, stage, before)
+                    run = RunDirectory.of(storage, f"{root}/runs", f"zero-{stage}-of-{before}-at-{now}")
+                    files = folder / run.name
+                    write_zero_files(files, material, stage, before)
                     commit = commit_zero_files(
-                        run, named_recipe("tiny"), local, step=10, stage=stage, world_size=before
+                        run, named_recipe("tiny"), files, step=10, stage=stage, world_size=before
                     )
                     found: dict[bool, list[list[dict[str, Any]]]] = {True: [], False: []}
                     with restore_group(now, folder) as group:
@@ -186,7 +189,14 @@ def bench_polls() -> None:
             return {"running": True, "error": None, "training_report": None}
 
     with tempfile.TemporaryDirectory(prefix="convmae-bench-scale-") as folder:
-        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level="ERROR", _temp_dir=folder)
+        ray.init(
+            num_cpus=1,
+            object_store_memory=100 << 20,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _temp_dir=folder,
+        )
         try:
             workers: list[Any] = []
             for count in ACTORS:
@@ -211,6 +221,8 @@ def main() -> None:
     """Measure and print what is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help="of those above; all if none")
+    parser.add_argument("--recipe", default="convmae_base", help="whose model is restored")
+    parser.add_argument("--local", action="store_true", help="restore from a local folder, not from S3")
     parser.add_argument("--rounds", type=int, default=3, help="of restoring")
     options = parser.parse_args()
     parts: dict[str, Callable[[], None]] = {
@@ -218,7 +230,7 @@ def main() -> None:
         "layout": bench_layout,
         "deletes": bench_deletes,
         "polls": bench_polls,
-        "restore": lambda: bench_restore(options.rounds),
+        "restore": lambda: bench_restore(options.recipe, options.rounds, local=options.local),
     }
     for name in options.parts or parts:
         print(f"-- {name}", flush=True)

@@ -217,10 +217,14 @@ class Storage:
             self._call(url, lambda fs, path: fs.rm_file(path))
 
     def delete_all(self, urls: Iterable[str]) -> None:
-        """Remove files or objects as `delete`, several at once: a request each, which every store knows."""
+        """Remove files or objects as `delete`, several at once: a request each, which every store knows.
+
+        Raises what the first raised that failed, when all others are gone.
+        """
         with ThreadPoolExecutor(DELETES_AT_ONCE) as threads:
-            for _ in threads.map(self.delete, urls):
-                pass
+            deletes = [threads.submit(self.delete, url) for url in urls]
+        for delete in deletes:
+            delete.result()
 
     def check(
         self, url: str, *, write: bool, shared: bool = False, exclusive: bool = False, is_patient: bool = False
