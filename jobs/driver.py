@@ -39,7 +39,7 @@ from jobs.trace import check_trace
 from jobs.trainer import TrainJob, order_of
 from jobs.weight_results import Consolidated
 from pipeline.claim import Claim, claimed, standing
-from pipeline.errors import ClaimedError
+from pipeline.errors import ClaimedError, UserError
 from pipeline.manifest import Manifest
 from pipeline.storage import Storage
 
@@ -221,9 +221,7 @@ def train(session: Session, plan: RunPlan, claim: Claim, on_status: Callable[[Ma
                 ray.kill(monitor)
                 raise _overtaken(plan.run, error) from None
     if failure:
-        reason = root_cause(failure[0])
-        ray.get(monitor.end.remote("failed", reason))
-        raise RunFailedError(reason) from failure[0]
+        raise _failed(plan.run, claim, monitor, root_cause(failure[0])) from failure[0]
     outcome = "finished" if _is_committed_to_the_end(plan) else "stopped"
     weights.finish(plan.schedule.total_steps if outcome == "finished" else None)
     ray.get(monitor.end.remote(outcome))
@@ -321,6 +319,24 @@ def _fit(plan: RunPlan, claim: Claim, monitor: Any, failure: list[BaseException]
         fit(TrainJob(plan.recipe, plan.run, monitor, claim.number, claim.holder.text, plan.trace_url, marks))
     except BaseException as error:  # handed to the main thread, which raises it
         failure.append(error)
+
+
+def _failed(run: RunDirectory, claim: Claim, monitor: Any, reason: str) -> OvertakenError | RunFailedError:
+    """The end of a run that was given up, told to its monitor; or of this driver alone, if the run has another."""
+    import ray
+    from ray.exceptions import RayActorError
+
+    try:
+        ray.get(monitor.end.remote("failed", reason))
+    except RayActorError:  # who takes over ends the monitor, also of a driver that cannot read yet that it has lost
+        with contextlib.suppress(OSError, UserError):
+            claim.beat()  # waits for a store that is away
+        try:
+            claim.check()
+        except ClaimedError as error:
+            remedy = f"this driver was silent for too long; {_ask_the_other(run)}"
+            return OvertakenError("run", error.rule, run.name, remedy)
+    return RunFailedError(reason)
 
 
 class _StopOnSignal:

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray.exceptions import RayActorError
 
 from jobs import checkpoint, driver
 from jobs.driver import FINAL_STATES, RunPlan, claim_run, is_live, sole_driver
-from jobs.errors import OvertakenError, RunError
+from jobs.errors import OvertakenError, RunError, RunFailedError
 from jobs.recipes import named_recipe
 from jobs.run_directory import RunDirectory
 from jobs.schedule import Schedule
@@ -147,6 +148,33 @@ def test_a_driver_that_lost_its_lease_ends_and_writes_nothing_more(
     released.set()
 
     assert calls == ["kill"]
+
+
+@pytest.mark.parametrize("is_overtaken", [True, False])
+def test_a_driver_whose_monitor_another_one_has_ended_asks_the_store_why(
+    plan: RunPlan, monkeypatch: pytest.MonkeyPatch, is_overtaken: bool
+) -> None:
+    """The other has ended the monitor, and with it the ranks, before this one reaches the store again."""
+
+    class Method:
+        @staticmethod
+        def remote(*_: object) -> None:
+            raise RayActorError
+
+    class Monitor:
+        status = end = Method
+
+    monkeypatch.setattr(driver, "_start_monitor", lambda *_: Monitor())
+    monkeypatch.setattr(driver, "_fit", lambda plan, claim, monitor, failure: failure.append(ValueError("no monitor")))
+    with sole_driver(plan.run, lambda _: None) as claim:
+        if is_overtaken:
+            other = plan.run.path(f"{checkpoint.CLAIMS}/claim-000002.json")
+            plan.run.storage.write(
+                other, plan.run.storage.read(other.replace("2.json", "1.json")).replace(b"drives", b"rules")
+            )
+        error = OvertakenError if is_overtaken else RunFailedError
+        with pytest.raises(error, match="was taken over by .*, rules the run" if is_overtaken else "no monitor"):
+            driver.train(None, plan, claim, lambda status: None)  # type: ignore[arg-type]
 
 
 def test_a_newest_commit_that_cannot_be_read_does_not_keep_a_run_from_resuming(plan: RunPlan) -> None:
