@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from cloud_emulators import BUCKET, emulator, why_none
+from made_up_run import MATERIAL
 from patience import wait_until
 from ray_nodes import Cluster, ray_cluster
 from testbed import TILES, losses, small_recipe
+from zero_material import commit_zero_files, write_zero_files
 
-from jobs.checkpoint import committed_steps, read_commit
+from jobs.checkpoint import CLAIMS, committed_steps, latest_commit, read_commit, write_commit
+from jobs.consolidate import consolidate
+from jobs.errors import OvertakenError
+from jobs.recipes import named_recipe
 from jobs.run_directory import RunDirectory
 from jobs.weight_results import is_consolidated
+from pipeline.claim import claimed
 from pipeline.photographs import cut_tiles
 from pipeline.storage import Storage
-
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 EPOCHS = 20
 STEPS = EPOCHS * TILES // 12
@@ -42,6 +47,34 @@ def cluster(store: tuple[str, Mapping[str, str]], tmp_path_factory: pytest.TempP
         yield cluster
 
 
+def test_commits_are_fenced_and_what_was_committed_is_found_and_consolidated(
+    store: tuple[str, Mapping[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, environment = store
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    run, recipe = RunDirectory.of(Storage(retry_seconds=20), f"{url}/runs", "fenced"), named_recipe("tiny")
+    assert run.claim(recipe) and not run.claim(recipe)
+    write_zero_files(tmp_path / "files", MATERIAL, 2, 2)
+    commit_zero_files(run, recipe, tmp_path / "files", step=5, stage=2, world_size=2)
+    first = read_commit(run, 5)
+
+    second = replace(first, claim=2, driver="another")
+    write_commit(run, second)  # replaces what a predecessor left
+    with pytest.raises(OvertakenError, match="another"):
+        write_commit(run, replace(first, claim=1))
+
+    assert committed_steps(run) == [5] and latest_commit(run) == second
+    with claimed(run.storage, run.path(CLAIMS), "drives", on_wait=pytest.fail) as ruler:
+        write_commit(run, replace(second, claim=ruler.number + 1, driver="a third"))
+        with pytest.raises(OvertakenError, match="is driven by"):
+            write_commit(run, replace(second, claim=ruler.number - 1))
+    consolidate(run)
+    assert is_consolidated(run, 5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_a_run_whose_driver_is_killed_resumes(
     cluster: Cluster, store: tuple[str, Mapping[str, str]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -174,7 +174,7 @@ def test_check_tells_within_seconds_what_is_wrong_with_s3(
     began = time.monotonic()
     with pytest.raises(StorageError, match=says):
         replace(s3, **changes).check(url, write=write)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 20  # three, and an attempt that is under way on a busy machine
 
 
 @pytest.mark.parametrize(
