@@ -41,13 +41,12 @@ def test_a_rank_that_dies_while_a_larger_group_waits_for_a_save_is_noticed_at_on
 
         store = psutil.Process(cluster.s3.pid)
         store.suspend()  # no save comes to its end
-        cluster.add()
-        time.sleep(10)  # it is looked for every two seconds, and the group is to pause for it
-        (rank,) = node.workers()
-        rank.kill()
-
-        deadline = time.monotonic() + NOTICED_SECONDS
         try:
+            cluster.add()
+            time.sleep(10)  # it is looked for every two seconds, and the group is to pause for it
+            (rank,) = node.workers()
+            rank.kill()
+            deadline = time.monotonic() + NOTICED_SECONDS
             while "rank 0 failed" not in said.get(timeout=max(0.1, deadline - time.monotonic())):
                 pass
         finally:
