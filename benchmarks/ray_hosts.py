@@ -46,9 +46,9 @@ _SERVICES = (
     "/weed ", "/gcs_server ", "/raylet ", "/log_monitor.py ", "/dashboard.py ", "/autoscaler/_private/monitor.py ",
     "ray.scripts.scripts start", "ray.util.client.server", "ray-dashboard-", "ray::DashboardAgent", "multiprocessing.",
     "ray::RuntimeEnvAgent", "/agent/main.py ", "/dashboard/agent.py ", "ray::IDLE ", "default_worker.py ",
-    "/prometheus ",
+    "/prometheus ", "ray::_AutoscalingCoordinatorActor",
 )  # fmt: skip
-"""Parts of command lines of what a cluster runs without any run."""
+"""Parts of command lines of what a cluster runs without any run; the last one stays since the first run."""
 
 
 @dataclass(eq=False)
