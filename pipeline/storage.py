@@ -242,12 +242,12 @@ class Storage:
             StorageError: Unknown protocol, missing package, unreachable, refused credentials, missing bucket,
                 unwritable folder, full disk, no conditional writes.
         """
-        if exclusive:
-            conditional_write.refuse_unconditional(url)
         if shared and protocol_of(url) == "memory":
             raise StorageError("URL", "must be one that every process sees", url, "take s3:// or a folder")
         if write and protocol_of(url) in HTTP:
             raise StorageError("URL", "must be one that can be written", url, "take s3:// or a folder")
+        if exclusive:
+            conditional_write.refuse_unconditional(url)
         hasty = replace(self, retry_seconds=min(CHECK_SECONDS, self.retry_seconds))
         try:
             (self if is_patient else hasty)._probe(url, write=write)

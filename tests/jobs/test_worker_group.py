@@ -58,7 +58,7 @@ def policy(monitor: Monitor) -> Policy:
     scaling = ScalingConfig(
         num_workers=(1, 3), resources_per_worker={"CPU": 1.0}, elastic_resize_monitor_interval_s=0.0
     )
-    policy = Policy(scaling, monitor, standby=False)
+    policy = Policy(scaling, monitor, "s3://b/runs/first", standby=False)
     policy.room = rooms(1, 1)
     return policy
 
