@@ -17,7 +17,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ def measure(recipe: Recipe, storage: Storage, run_url: str, rounds: int, folder:
     """What rank 0 measured."""
     told = {
         "recipe": recipe.to_json(),
-        "storage": asdict(storage),
+        "storage": storage.to_json(),
         "run": run_url,
         "rounds": rounds,
         "meeting_point": (folder / f"meet-{recipe.zero_stage}").as_uri(),

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -53,7 +53,7 @@ class Measured:
 def measured(side: str, server: LocalS3, run: RunDirectory, result_url: str) -> Measured:
     """Run one side in a process of its own and watch it."""
     store = psutil.Process(server.pid)
-    told = {"storage": asdict(server.storage), "run": run.url, "result": result_url}
+    told = {"storage": server.storage.to_json(), "run": run.url, "result": result_url}
     environment = {**os.environ, "BENCH_TOLD": json.dumps(told)}
     before, began = _cpu(store), time.perf_counter()
     process = psutil.Popen(

@@ -134,7 +134,7 @@ def main() -> None:
     """Measure steps alone, then both ways to save in turn."""
     told = json.loads(os.environ["BENCH_TOLD"])
     recipe = Recipe.from_json(told["recipe"])
-    run = RunDirectory(Storage(**told["storage"]), told["run"])
+    run = RunDirectory(Storage.from_json(told["storage"]), told["run"])
     ray.get = lambda reply: reply  # type: ignore[assignment,method-assign]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=told["meeting_point"], rank=RANK, world_size=WORLD_SIZE)

@@ -91,7 +91,7 @@ class _timed:  # noqa: N801 (reads as a verb)
 def main() -> None:
     """Run the side that the command line names, on what the environment tells, and print its stages."""
     told = json.loads(os.environ["BENCH_TOLD"])  # not in the command line: it has a secret
-    storage = Storage(**told["storage"])
+    storage = Storage.from_json(told["storage"])
     stages = ours(storage, told["run"]) if sys.argv[1] == "ours" else stock(storage, told["run"], told["result"])
     print(json.dumps(stages))
 

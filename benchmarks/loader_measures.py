@@ -139,7 +139,7 @@ def main() -> None:
     """Measure what standard input asks for."""
     arguments = json.load(sys.stdin)
     fields = arguments.pop("place")
-    storage = Storage(**fields.pop("storage"))
+    storage = Storage.from_json(fields.pop("storage"))
     place = Place(storage=storage, **{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
     print(json.dumps(MEASURES[arguments.pop("measure")](place, **arguments)), flush=True)
 

@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +36,7 @@ class RestoreGroup:
 
     def restore(self, run: RunDirectory, groups: Sequence[Shapes], stage: int, *, together: bool) -> list[Answer]:
         """What each rank says of restoring the run's one checkpoint."""
-        storage = asdict(run.storage)
+        storage = run.storage.to_json()
         case = {"run": run.url, "storage": storage, "groups": groups, "stage": stage, "together": together}
         for rank in self._ranks:
             assert rank.stdin

@@ -65,7 +65,7 @@ def restored_alone(run: RunDirectory, owned: Mapping[str, range], group: RankGro
 
 def answer(case: dict[str, Any], group: RankGroup) -> dict[str, Any]:
     """Restore once."""
-    run = RunDirectory(CountingStorage(**case["storage"]), case["run"])
+    run = RunDirectory(CountingStorage.from_json(case["storage"]), case["run"])
     owned = owned_of(case["groups"], case["stage"], group.rank, group.world_size)
     CountingStorage.forget()
     group.total(0)  # all begin together

@@ -13,9 +13,9 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from fsspec.implementations.local import LocalFileSystem
 
@@ -77,6 +77,15 @@ class Storage:
             region=environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or None,
             s3=S3Options.from_environment(environ),
         )
+
+    def to_json(self) -> dict[str, Any]:
+        """Its fields, for a process that reads them as JSON; secrets among them."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Self:
+        """Read `to_json`."""
+        return cls(**{**fields, "s3": S3Options(**fields["s3"])})
 
     @staticmethod
     def join(url: str, *parts: str) -> str:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +107,7 @@ from jobs.run_directory import RunDirectory
 from pipeline import parted_journal
 from pipeline.storage import Storage
 parted_journal.SAVE_SECONDS = 0.0
-run = RunDirectory(Storage(**json.loads(os.environ["STORAGE"])), sys.argv[1])
+run = RunDirectory(Storage.from_json(json.loads(os.environ["STORAGE"])), sys.argv[1])
 
 def stop(stage, now):
     if now.done >= int(sys.argv[3]):
@@ -120,7 +119,7 @@ consolidate(run, part_bytes=int(sys.argv[2]), on_progress=stop)
 
 def cut_off(run: RunDirectory, part_bytes: int, written_parts: int) -> list[dict[str, Any]]:
     """Consolidate in another process, kill that when so many parts are noted, and give what is noted."""
-    environment = {**os.environ, "STORAGE": json.dumps(asdict(run.storage))}
+    environment = {**os.environ, "STORAGE": json.dumps(run.storage.to_json())}
     command = [sys.executable, "-c", HALF_WAY, run.url, str(part_bytes), str(written_parts)]
     process = subprocess.Popen(command, env=environment)
     noted: list[dict[str, Any]] = []
@@ -156,7 +155,7 @@ class Traffic:
         """A consolidation, the numbers of the parts that it sent, and the bytes that it read."""
         self.sent.clear()
         CountingStorage.read_bytes = 0
-        counted = RunDirectory(CountingStorage(**asdict(run.storage)), run.url)
+        counted = RunDirectory(CountingStorage.from_json(run.storage.to_json()), run.url)
         return made(counted, **options), sorted(self.sent), CountingStorage.read_bytes
 
 
