@@ -106,7 +106,7 @@ class NodeWatch:
         alone = self._silence.alone_seconds >= ALONE_SECONDS
         if not lost and not alone:
             return
-        ranks = living_ranks(self._job_id)
+        ranks = living_actors(RANK_CLASS, self._job_id)
         if time.monotonic() - looked_at > CALL_SECONDS:  # the head itself was silent: what was seen is no longer so
             return
         if alone and self._silence.own_node in ranks.values():  # these could train on by themselves
@@ -119,14 +119,15 @@ class NodeWatch:
         logger.error("nodes have been silent for %.1f s, and their group ends: %s", min(gone.values()), hosts)
         ray.get(self._monitor.unreachable.remote(hosts, min(gone.values())), timeout=CALL_SECONDS)
         # All of them: those on other nodes hang in a collective, and would be waited for.
-        end_ranks(self._gcs_address, sorted(ranks, key=lambda rank: ranks[rank] not in gone))
+        end_actors(self._gcs_address, sorted(ranks, key=lambda rank: ranks[rank] not in gone))
 
 
-def living_ranks(job_id: str) -> dict[str, str]:
-    """Actors that are ranks of a driver's group, or are to be, and on which node.
+def living_actors(class_name: str, job_id: str = "") -> dict[str, str]:
+    """Actors of a class, also those that are yet to start, and on which node.
 
     Args:
-        job_id: Ray's, of the driver.
+        class_name: As Ray knows it; the ranks of a group are of RANK_CLASS.
+        job_id: Ray's, of their driver; empty for any.
 
     Returns:
         Node id by actor id.
@@ -134,15 +135,15 @@ def living_ranks(job_id: str) -> dict[str, str]:
     import ray
     from ray._private.state import actors
 
-    table: Any = actors(job_id=ray.JobID.from_hex(job_id))
+    table: Any = actors(job_id=ray.JobID.from_hex(job_id) if job_id else None)
     return {
         actor: facts["Address"]["NodeID"]
         for actor, facts in table.items()
-        if facts["ActorClassName"] == RANK_CLASS and facts["State"] != "DEAD"
+        if facts["ActorClassName"] == class_name and facts["State"] != "DEAD"
     }
 
 
-def end_ranks(gcs_address: str, actors: Iterable[str]) -> None:
+def end_actors(gcs_address: str, actors: Iterable[str]) -> None:
     """Have Ray's head count actors as dead at once; their processes are killed as soon as their nodes can be told.
 
     `ray.kill` would do, but asks for handles, which the controller alone has.

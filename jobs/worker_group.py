@@ -30,7 +30,7 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from jobs.errors import RunFailedError
 from jobs.failure_cause import Failure, describe_failure, describe_start_failure
 from jobs.node_view import raylet_addresses, unusable_nodes
-from jobs.node_watch import NodeWatch
+from jobs.node_watch import NodeWatch, end_actors, living_actors
 from jobs.process_group import RanksOverNodes
 from jobs.standby import Newcomers, own_environment, rank_environment, start_standbys
 from jobs.trainer import TrainJob, train_worker
@@ -46,6 +46,9 @@ HEALTH_CHECKS_PER_SECOND = 1024.0
 START_TIMEOUT_SECONDS = 20.0
 """For placing a group on nodes that have just answered; one that fell silent since never will."""
 COORDINATOR_SECONDS = 5.0
+COORDINATOR_CLASS = "_AutoscalingCoordinatorActor"
+UNCOUNTED_LOOKS = 5
+"""Without an answer to what there is room for, until the run says that it waits, and can be stopped."""
 
 
 def fit(job: TrainJob) -> None:
@@ -118,6 +121,8 @@ class FollowNodes(ElasticScalingPolicy):
         super().__init__(scaling_config)
         self._monitor, self._run_url, self._standby = monitor, run_url, standby
         self._waiting = False
+        self._uncounted = 0
+        """Looks in a row at which nobody could say what there is room for."""
         self._newcomers = Newcomers()
         self._unusable: set[str] = set()
         self._pause_until: float | None = None
@@ -137,8 +142,8 @@ class FollowNodes(ElasticScalingPolicy):
         self._pause_until = None
         decision = super().make_decision_for_non_running_worker_group()
         waits = isinstance(decision, NoopDecision)
-        if waits and self._latest_reserved_resources is not None and not self._waiting:
-            possible = self._count_possible_workers(self._latest_reserved_resources)
+        if waits and not self._waiting and (self._uncounted == 0 or self._uncounted >= UNCOUNTED_LOOKS):
+            possible = self._count_possible_workers(self._latest_reserved_resources or {})
             self._monitor.waiting.remote(possible, self.scaling_config.min_workers)
             self._waiting = True
         elif not waits:
@@ -208,12 +213,27 @@ class FollowNodes(ElasticScalingPolicy):
             reserved: dict[str, Any] = ray.get(counted, timeout=COORDINATOR_SECONDS)
             self._unusable = unusable_nodes()
             usable = {node: what for node, what in reserved.items() if node not in self._unusable}
-            self._latest_reserved_resources = usable
+            self._latest_reserved_resources, self._uncounted = usable, 0
         except RayError:
             logger.warning("the cluster's resources could not be counted; trying again", exc_info=True)
-            self._latest_reserved_resources = None
+            self._latest_reserved_resources, self._uncounted = None, self._uncounted + 1
+            self._renew_coordinator()
         self._latest_reserved_resources_query_time = time.monotonic()
         return self._latest_reserved_resources
+
+    def _renew_coordinator(self) -> None:
+        """Let go of the actor that deals out the cluster's resources, and end it where its node does not answer.
+
+        Ray makes it on the node of whichever driver was the first to ask, and on no other: with that node it would be
+        lost to all drivers after it. Who asks for it anew has it on a node of its own.
+        """
+        self._unusable = unusable_nodes()
+        lost = [actor for actor, node in living_actors(COORDINATOR_CLASS).items() if node in self._unusable]
+        if lost:
+            logger.warning("the node of Ray's %s does not answer; it is made anew", COORDINATOR_CLASS)
+            end_actors(ray.get_runtime_context().gcs_address, lost)
+        self._coordinator_client = TrainAutoscalingCoordinatorClient(self._run_url)
+        self._send_resource_request()  # type: ignore[no-untyped-call]
 
 
 class FailureReporter(UserCallback):

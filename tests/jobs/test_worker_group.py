@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ResizeDecision
 from ray.train.v2.api.config import ScalingConfig
 
@@ -143,3 +144,54 @@ def test_a_group_is_kept_off_nodes_that_do_not_answer(policy: Policy) -> None:
     policy._unusable = {"b", "a"}
 
     assert policy.on_controller_start_worker_group() == {"ray.io/node-id": "!in(a,b)"}
+
+
+class _Coordinator:
+    """Of Ray, as a handle: counts for the run, or is on a node that is gone."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self._error = error
+        self.get_reserved_resources = self
+
+    def remote(self, requester: str, *, recompute: bool) -> Any:
+        assert recompute and requester == "s3://b/runs/first"
+        return ray.put(rooms(1, 1)) if self._error is None else self._error
+
+
+def test_a_coordinator_that_was_lost_with_its_node_is_ended_and_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    handles = [_Coordinator(ray.exceptions.ActorUnschedulableError("its node is dead")), _Coordinator()]
+    ended: list[list[str]] = []
+    requests: list[str] = []
+
+    class Client:
+        def __init__(self, requester: str) -> None:
+            self._autoscaling_coordinator = handles.pop(0)
+            requests.append(requester)
+
+        def send_resource_request(self, *_: Any) -> None:
+            pass
+
+    def got(reference: Any, timeout: float | None = None) -> Any:
+        if isinstance(reference, Exception):
+            raise reference
+        return rooms(1, 1)
+
+    monkeypatch.setattr(worker_group, "TrainAutoscalingCoordinatorClient", Client)
+    monkeypatch.setattr(worker_group, "unusable_nodes", lambda: {"gone"})
+    monkeypatch.setattr(worker_group, "living_actors", lambda name: {"a1": "gone", "a2": "here"})
+    monkeypatch.setattr(worker_group, "end_actors", lambda address, actors: ended.append(actors))
+    monkeypatch.setattr(worker_group.ray, "get", got)
+    monkeypatch.setattr(worker_group.ray, "put", lambda value: value)
+    monkeypatch.setattr(worker_group.ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="head:6379"))
+    scaling = ScalingConfig(
+        num_workers=(1, 3), resources_per_worker={"CPU": 1.0}, elastic_resize_monitor_interval_s=0.0
+    )
+    policy = FollowNodes(scaling, Monitor(), "s3://b/runs/first", standby=False)
+    policy.after_controller_start(None)
+
+    assert policy._get_reserved_resources() is None
+    policy._latest_reserved_resources_query_time = float("-inf")
+
+    assert policy._get_reserved_resources() == rooms(1, 1)
+    assert ended == [["a1"]]
+    assert requests == ["s3://b/runs/first"] * 2
