@@ -26,7 +26,7 @@ _UNREACHED = (
 
 
 Remedy = Literal["restart", "restart after progress", "none"]
-"""What may mend a failure: a restart; one only where the run has trained before, so that what it needs was there once;
+"""What may fix a failure: a restart; one only where the run has trained before, so that what it needs was there once;
 or nothing, since the same would be met again."""
 
 

@@ -401,7 +401,7 @@ class RunMonitor:
 
         Args:
             error: The root cause in one line.
-            remedy: What may mend it.
+            remedy: What may fix it.
 
         Returns:
             Why the run should be given up; empty to restart it.

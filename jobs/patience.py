@@ -52,5 +52,5 @@ def persevere(
             sleep(POLL_SECONDS)
         else:
             if is_told:
-                logger.warning("waited %.0f s; goes on", clock() - began)
+                logger.warning("waited %.0f s; continuing", clock() - began)
             return result

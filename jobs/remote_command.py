@@ -65,7 +65,7 @@ def run_there(
     state = job_state(client, job_id)
     for line in foreign:
         write_line(sys.stderr, line)
-    raise RunFailedError(f"job {job_id} ended without the command's end ({state.lower()}); the same command goes on")
+    raise RunFailedError(f"job {job_id} ended without the command's end ({state.lower()}); the same command resumes it")
 
 
 def _job(session: Session, arguments: Sequence[str], files: Mapping[str, str], run_root: str) -> dict[str, Any]:
@@ -145,7 +145,7 @@ class _Interrupts:
                 return get()
             except KeyboardInterrupt:
                 if self._asked:
-                    write_line(self._stream, f"job {self._job_id} goes on ending by itself")
+                    write_line(self._stream, f"job {self._job_id} is still stopping by itself")
                     raise
                 self._asked = True
                 threading.Thread(target=self._stop, daemon=True).start()
@@ -189,7 +189,7 @@ class _LogLines:
             try:
                 asyncio.run(self._tail())
                 silent_since = time.monotonic()
-            except Exception:  # whatever the connection broke with: the job's state says how it goes on
+            except Exception:  # whatever the connection broke with: the state of the job decides
                 pass
             state = job_state(self._client, self._job_id)
             if state in ENDED_JOB_STATES:
@@ -197,7 +197,7 @@ class _LogLines:
             if state != "UNREACHABLE":
                 silent_since, told = time.monotonic(), False
             elif time.monotonic() - silent_since > UNREACHABLE_SECONDS and not told:
-                write_line(sys.stderr, "the cluster is unreachable; waiting for it, the job goes on there")
+                write_line(sys.stderr, "the cluster is unreachable; waiting for it; the job continues there")
                 told = True
             self._pieces.put("\n")  # ends a line that broke off
             time.sleep(RETRY_SECONDS)

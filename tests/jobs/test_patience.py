@@ -38,7 +38,7 @@ def test_what_is_away_for_a_moment_is_waited_for_and_told_once(caplog: pytest.Lo
 
     assert [record.getMessage() for record in caplog.records] == [
         "waits up to 120 s: metrics_port: must be free, got 9400; choose another",
-        "waited 20 s; goes on",
+        "waited 20 s; continuing",
     ]
 
 

@@ -134,7 +134,7 @@ def test_a_job_that_is_killed_is_told_and_nothing_hangs(laptop: Laptop, data: st
 
     out, err = ended(process)
     assert process.returncode == 1, out
-    assert "ended without the command's end (failed); the same command goes on" in err
+    assert "ended without the command's end (failed); the same command resumes it" in err
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[str, str]:
