@@ -10,10 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jobs import driver, stack, submission
+from jobs import stack, submission
 from jobs.datasets import make_dataset
 from jobs.recipes import named_recipe
 from jobs.run_directory import RunDirectory
+from jobs.run_lease import is_live
+from jobs.run_plan import plan_run
 from jobs.session import Session, home_folder
 from jobs.terminal import say
 from jobs.workflow import follow_job, say_outcome, train_as_job
@@ -59,8 +61,8 @@ def run_demo(environ: Mapping[str, str], images: str) -> None:
     arguments = " ".join(shlex.quote(f"{field}={value}") for field, value in overrides.items())
     say("")
     say(f"$ convmae submit tiny {arguments} --run {run_name} --follow")
-    plan = driver.plan_run(session, named_recipe("tiny").amended(overrides), run_name)
-    if plan.run.exists() and driver.is_live(plan.run) and (job := submission.newest_job(session, plan.run)):
+    plan = plan_run(session, named_recipe("tiny").amended(overrides), run_name)
+    if plan.run.exists() and is_live(plan.run) and (job := submission.newest_job(session, plan.run)):
         say(f"{run_name} is running already: {job}")
         say_outcome(plan.run, follow_job(session, plan.run, job))
     else:

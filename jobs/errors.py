@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+import os
+
 from pipeline.errors import UserError
 
 
@@ -15,6 +17,12 @@ class RecipeError(UserError):
 
 class PortTakenError(RecipeError):
     """A port that another process listens on, which may be about to end."""
+
+    @classmethod
+    def of(cls, port: int, error: OSError) -> PortTakenError:
+        """What to tell of a metrics port that cannot be listened on."""
+        rule = f"must be a port that can be listened on ({os.strerror(error.errno or 0)})"
+        return cls("metrics_port", rule, port, "choose another, or 0 for any free one")
 
 
 class RunError(UserError):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -254,6 +253,5 @@ def _served(registry: CollectorRegistry, host: str, port: int) -> Any:
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
-        rule = f"must be a port that can be listened on ({os.strerror(errno.EADDRINUSE)})"
-        raise PortTakenError("metrics_port", rule, port, "choose another, or 0 for any free one") from error
+        raise PortTakenError.of(port, error) from error
     return server

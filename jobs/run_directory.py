@@ -37,6 +37,9 @@ if TYPE_CHECKING:  # it imports torch, which commands that only look should not 
 HISTORY_PART_STEPS = 1000
 """Steps in one part of the history: what one flush rewrites at most."""
 
+FINAL_STATES = frozenset({"finished", "stopped", "failed"})
+"""Of a heartbeat: no driver works on the run any more."""
+
 RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 

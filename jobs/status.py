@@ -9,8 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from jobs import checkpoint
-from jobs.driver import FINAL_STATES
-from jobs.run_directory import RunDirectory
+from jobs.run_directory import FINAL_STATES, RunDirectory
 from jobs.terminal import duration_text, figure
 from pipeline.errors import UserError
 

@@ -15,8 +15,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from jobs.driver import FINAL_STATES
-from jobs.run_directory import RunDirectory
+from jobs.run_directory import FINAL_STATES, RunDirectory
 from jobs.status import event_line, run_status, status_lines
 from jobs.terminal import DrawnElsewhere, ShowStatus, status_text, write_line
 from pipeline.printable import printable

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from jobs import driver, submission
-from jobs.driver import FINAL_STATES, RunPlan
 from jobs.errors import ClusterError, RunFailedError
 from jobs.finish import finish
 from jobs.patience import persevere
-from jobs.run_directory import RunDirectory
+from jobs.run_directory import FINAL_STATES, RunDirectory
+from jobs.run_lease import claim_run, sole_driver
+from jobs.run_plan import RunPlan, check_folders
 from jobs.session import Session
 from jobs.terminal import print_json, progress_bar, say, status_text
 
@@ -25,9 +26,9 @@ def train_here(session: Session, plan: RunPlan) -> None:
         RunFailedError: If the run had to be given up.
     """
     persevere(session.connect, ClusterError, plan.patience_seconds)
-    with driver.sole_driver(plan.run, lambda other: say(f"is {other} alive? watching its lease")) as claim:
-        driver.check_folders(plan, claim)
-        claimed = driver.claim_run(plan, is_sole_driver=True)
+    with sole_driver(plan.run, lambda other: say(f"is {other} alive? watching its lease")) as claim:
+        check_folders(plan, claim)
+        claimed = claim_run(plan, is_sole_driver=True)
         if claimed == "finished":
             say_finished(plan.run)
             return
@@ -48,7 +49,7 @@ def train_supervised(plan: RunPlan) -> None:
 
     Returns only where the run is finished.
     """
-    claimed = driver.claim_run(plan)
+    claimed = claim_run(plan)
     if claimed == "finished":
         say_finished(plan.run)
         return
@@ -72,7 +73,7 @@ def train_as_job(session: Session, plan: RunPlan, *, follow: bool, as_json: bool
         RunFailedError: If it was followed and ended badly.
     """
     submission.job_client(session)  # a cluster that does not answer is found before the run is claimed
-    claimed = driver.claim_run(plan)
+    claimed = claim_run(plan)
     job = "" if claimed == "finished" else submission.submit(session, plan.run, plan.trace_url)
     told = {"run": plan.run.name, "url": plan.run.url, "job": job, "begins": claimed}
     if as_json:

@@ -13,8 +13,8 @@ from ray_hosts import RayHosts
 from testbed import losses, small_recipe
 
 from jobs.checkpoint import committed_steps, read_commit
-from jobs.driver import FINAL_STATES, is_live
-from jobs.run_directory import RunDirectory, list_runs
+from jobs.run_directory import FINAL_STATES, RunDirectory, list_runs
+from jobs.run_lease import is_live
 from jobs.trace import TracedStep, read_trace, traced_steps
 
 PATIENCE_SECONDS = 300

@@ -145,7 +145,7 @@ def pretrain(
     Ctrl-C, or SIGTERM, saves a checkpoint and stops. The same command resumes.
     """
     from jobs import command_job
-    from jobs.driver import plan_run
+    from jobs.run_plan import plan_run
     from jobs.workflow import train_here, train_supervised
 
     session, resolved = open_session(), amended_recipe(recipe, overrides, strict=strict)
@@ -162,7 +162,7 @@ def pretrain(
 @app.command(hidden=True)
 def drive(run_url: str, trace: TraceOption = "") -> None:
     """What a submitted job runs: the run whose directory is `run_url`."""
-    from jobs.driver import plan_run
+    from jobs.run_plan import plan_run
     from jobs.workflow import train_here
 
     session = open_session(verbose=True)  # the job's log is the only one of the ranks that a user has
@@ -183,7 +183,7 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Train as a Ray job, which goes on when this terminal is closed. The same command resumes."""
-    from jobs.driver import plan_run
+    from jobs.run_plan import plan_run
     from jobs.workflow import train_as_job
 
     session, resolved = open_session(), amended_recipe(recipe, overrides, strict=strict)
@@ -205,7 +205,7 @@ def resume(
 
     FIELD=VALUE may change where and how it executes (max_workers=8), not what it computes.
     """
-    from jobs.driver import plan_run
+    from jobs.run_plan import plan_run
     from jobs.workflow import train_as_job
 
     session = open_session()
@@ -291,7 +291,8 @@ def logs(
 @app.command(cls=at_run())
 def stop(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
     """Ask a run to save a checkpoint and end; returns when it has."""
-    from jobs.driver import FINAL_STATES, is_live
+    from jobs.run_directory import FINAL_STATES
+    from jobs.run_lease import is_live
     from jobs.workflow import outcome
 
     directory = existing_run(open_session(), run, run_root)

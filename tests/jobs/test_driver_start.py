@@ -18,7 +18,6 @@ import ray
 
 from jobs import command_job, driver, workflow
 from jobs.checkpoint_interval import IntervalRule
-from jobs.driver import RunPlan, plan_run
 from jobs.errors import ClusterError, MonitorLivesError, OvertakenError, PortTakenError
 from jobs.exporter import RunExporter
 from jobs.monitor import MonitorConfig, RunMonitor
@@ -26,6 +25,7 @@ from jobs.patience import persevere
 from jobs.recipe import Recipe
 from jobs.recipes import named_recipe
 from jobs.run_directory import RunDirectory
+from jobs.run_plan import RunPlan, plan_run
 from jobs.schedule import Schedule
 from jobs.session import Session
 from pipeline.claim import claimed

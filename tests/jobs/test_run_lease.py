@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 from ray.exceptions import RayActorError
 
-from jobs import checkpoint, driver
-from jobs.driver import FINAL_STATES, RunPlan, claim_run, is_live, sole_driver
+from jobs import checkpoint, driver, run_lease
 from jobs.errors import OvertakenError, RunError, RunFailedError
 from jobs.recipes import named_recipe
-from jobs.run_directory import RunDirectory
+from jobs.run_directory import FINAL_STATES, RunDirectory
+from jobs.run_lease import claim_run, is_live, sole_driver
+from jobs.run_plan import RunPlan
 from jobs.schedule import Schedule
 from pipeline.errors import ClaimedError
 from pipeline.storage import Storage
@@ -22,7 +23,7 @@ from pipeline.storage import Storage
 
 @pytest.fixture
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunPlan:
-    monkeypatch.setattr(driver, "FLUSH_INTERVAL_SECONDS", 0.4)
+    monkeypatch.setattr(run_lease, "FLUSH_INTERVAL_SECONDS", 0.4)
     recipe = named_recipe("tiny")
     schedule = Schedule.of(recipe, steps_per_epoch=1)
     return RunPlan(recipe, RunDirectory.of(Storage(), str(tmp_path), "first"), schedule)
@@ -69,7 +70,7 @@ def test_a_run_that_never_spoke_or_was_cut_off_is_not_live(plan: RunPlan) -> Non
 def test_a_run_that_ended_is_known_at_once_not_to_be_live(
     plan: RunPlan, state: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jobs.driver.time.sleep", None)
+    monkeypatch.setattr("jobs.run_lease.time.sleep", None)
     plan.run.write_heartbeat({"state": state, "updated_at_seconds": 1.0})
 
     assert not is_live(plan.run)
