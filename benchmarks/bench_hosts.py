@@ -19,8 +19,8 @@ from pathlib import Path
 
 import yaml
 from bench_recovery import IMAGES, PATIENCE_SECONDS, Found, recovered, report, settle
-from host_network import PROJECT, done, missing
-from patience import wait_until
+from host_network import PROJECT, missing
+from patience import done, wait_until
 from ray_hosts import RayHosts, ray_hosts
 
 from jobs.run_directory import RunDirectory

@@ -27,8 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from host_network import HOME, Host, Names, Network, end, host_network
-from patience import wait_until
+from host import HOME, Host, Names
+from host_network import Network, host_network
+from patience import end, wait_until
 
 from jobs.run_directory import RunDirectory
 from jobs.stack_services import BUCKET, REGION, s3_binary

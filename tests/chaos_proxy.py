@@ -6,10 +6,12 @@ import contextlib
 import http.client
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import urlsplit
+
+from loopback_server import LoopbackServer
 
 SLOW_DOWN = (
     b'<?xml version="1.0" encoding="UTF-8"?><Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message>'
@@ -52,55 +54,22 @@ class Behaviour:
     """Called when a PUT or POST has come in whole; whether the store hears of it. If not, its connection breaks off."""
 
 
-class ChaosProxy:
+class ChaosProxy(LoopbackServer):
     """Listens on the loopback address while the `with` block runs."""
 
     def __init__(self, upstream: str) -> None:
+        super().__init__()
         self.behaviour = Behaviour()
         self.requests: list[Request] = []
         self.refused = 0
         self._upstream = urlsplit(upstream)
-        self._closed = threading.Event()
         self._lock = threading.Lock()
-        proxy = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                proxy._serve(self)
-
-            def handle(self) -> None:
-                with contextlib.suppress(ConnectionResetError):  # who asked was killed
-                    super().handle()
-
-            do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
-
-            def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-                pass
-
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[ChaosProxy]:
-        """Serve until the end of the block."""
-        thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
-        thread.start()
-        try:
-            yield self
-        finally:
-            self._closed.set()
-            self._server.shutdown()
-            self._server.server_close()
-            thread.join()
 
     def tar_requests(self) -> list[Request]:
         """GETs of tars so far."""
         return [request for request in self.requests if request.number >= 0]
 
-    def _serve(self, handler: BaseHTTPRequestHandler) -> None:
+    def serve(self, handler: BaseHTTPRequestHandler) -> None:
         request = self._note(handler)
         behaviour = self.behaviour
         if time.monotonic() < behaviour.busy_until:
@@ -109,7 +78,7 @@ class ChaosProxy:
             return
         is_tar = request.number >= 0
         if is_tar and behaviour.hangs(request):
-            self._closed.wait()
+            self.closed.wait()
             return
         sent = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
         if request.method in ("PUT", "POST") and not behaviour.before_write(request):

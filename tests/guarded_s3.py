@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import http.client
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from urllib.parse import unquote, urlsplit
 
 from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 from iam_policy import Call, Grant, Need, Policy
+from loopback_server import LoopbackServer
 
 from pipeline.storage import Storage
 
@@ -60,7 +60,7 @@ class Seen:
 
 
 @dataclass
-class GuardedS3:
+class GuardedS3(LoopbackServer):
     """Listens on the loopback address while the `with` block runs. Its fields may be changed meanwhile."""
 
     server: Storage
@@ -79,43 +79,12 @@ class GuardedS3:
     denied: list[Need] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        guard = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                guard._serve(self)
-
-            do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
-
-            def handle(self) -> None:
-                with contextlib.suppress(ConnectionError):  # who asked was killed
-                    super().handle()
-
-            def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-                pass
-
-        self._listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._listener.daemon_threads = True
-        self.endpoint = f"http://127.0.0.1:{self._listener.server_port}"
+        super().__init__()
         self._upstream = urlsplit(str(self.server.endpoint_url))
         keys = Credentials(self.server.key, self.server.secret)
         self._signer = S3SigV4Auth(keys, "s3", self.server.region)
 
-    @contextlib.contextmanager
-    def running(self) -> Iterator[GuardedS3]:
-        """Serve until the end of the block."""
-        thread = threading.Thread(target=self._listener.serve_forever, args=(0.05,), daemon=True)
-        thread.start()
-        try:
-            yield self
-        finally:
-            self._listener.shutdown()
-            self._listener.server_close()
-            thread.join()
-
-    def _serve(self, handler: BaseHTTPRequestHandler) -> None:
+    def serve(self, handler: BaseHTTPRequestHandler) -> None:
         body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
         headers = {name.lower(): value for name, value in handler.headers.items()}
         asked = urlsplit(handler.path)  # an absolute one where this is used as a web proxy

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import pytest
-from host_network import Host, done
-from patience import wait_until
+from followed_runs import SPREAD, has_checkpoint, trains, until
+from host import Host
+from patience import done
 from ray_hosts import RayHosts
 from testbed import losses, small_recipe
 
@@ -17,21 +18,7 @@ from jobs.run_directory import FINAL_STATES, RunDirectory, list_runs
 from jobs.run_lease import is_live
 from jobs.trace import TracedStep, read_trace, traced_steps
 
-PATIENCE_SECONDS = 300
-FIELDS: dict[str, object] = {
-    "device": "cpu",
-    "precision": "fp32",
-    "cpus_per_worker": 1.0,
-    "loader_threads": 1,
-    "checkpoint_every_steps": 20,
-    "resize_seconds": 2.0,
-    "min_workers": 1,
-    "max_workers": 3,
-    "epochs": 1000,
-    "base_learning_rate": 0.004,
-    "max_restarts_without_progress": 5,
-    "standby": True,
-}
+FIELDS = {**SPREAD, "checkpoint_every_steps": 20, "standby": True}
 
 
 class Runs:
@@ -87,43 +74,10 @@ class Runs:
         return islice(traced_steps(rows), steps)
 
 
-def until(run: RunDirectory, what: str, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """Wait for what the heartbeat tells; returns it."""
-    seen: dict[str, Any] = {}
-
-    def look() -> bool:
-        seen.clear()
-        seen.update(run.read_heartbeat())
-        return bool(seen) and holds(seen)
-
-    try:
-        wait_until(what, look, PATIENCE_SECONDS)
-    except AssertionError as error:
-        raise AssertionError(f"{error}\n{seen}\n" + "\n".join(map(str, run.read_events()[-10:]))) from None
-    return seen
-
-
-def trains(workers: int, after: int = 0) -> Callable[[dict[str, Any]], bool]:
-    """Whether so many ranks are past a step."""
-    return lambda now: (
-        now["state"] == "running" and now.get("world_size") == workers and bool(now.get("loss")) and now["step"] > after
-    )
-
-
 def is_under_way(run: RunDirectory, workers: int) -> dict[str, Any]:
     """Wait until so many ranks train behind the first checkpoint; returns the heartbeat."""
     after_the_first = trains(workers, after=int(str(FIELDS["checkpoint_every_steps"])))
-    return until(run, "a checkpoint", lambda now: after_the_first(now) and (now.get("checkpoint_step") or 0) > 0)
-
-
-def goes_on(run: RunDirectory, workers: int, steps: int = 20) -> dict[str, Any]:
-    """Wait for so many steps more, by so many ranks; returns the heartbeat."""
-    return until(run, f"{steps} steps of {workers} ranks", trains(workers, after=run.read_heartbeat()["step"] + steps))
-
-
-def events(run: RunDirectory, kind: str) -> list[dict[str, Any]]:
-    """The events of a kind."""
-    return [event for event in run.read_events() if event["kind"] == kind]
+    return until(run, "a checkpoint", lambda now: after_the_first(now) and has_checkpoint(now))
 
 
 def newest_claims(run: RunDirectory) -> list[int]:

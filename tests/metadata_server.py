@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from itertools import count
 
 from guarded_s3 import GuardedS3, Principal
+from loopback_server import LoopbackServer
 
 ROLE = "/latest/meta-data/iam/security-credentials/"
 SESSION = "session-of-the-service"
@@ -29,7 +28,7 @@ class Issued:
 
 
 @dataclass
-class MetadataServer:
+class MetadataServer(LoopbackServer):
     """Listens while the `with` block runs. Issues one pair of keys at a time, or none."""
 
     now: Issued | None = None
@@ -40,35 +39,8 @@ class MetadataServer:
     """Paths, in order."""
 
     def __post_init__(self) -> None:
-        service = self
+        super().__init__()
         self._numbers = count(1)
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_GET(self) -> None:
-                service._serve(self)
-
-            do_PUT = do_GET  # noqa: N815
-
-            def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-                pass
-
-        self._listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._listener.daemon_threads = True
-        self.endpoint = f"http://127.0.0.1:{self._listener.server_port}"
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[MetadataServer]:
-        """Serve until the end of the block."""
-        thread = threading.Thread(target=self._listener.serve_forever, args=(0.05,), daemon=True)
-        thread.start()
-        try:
-            yield self
-        finally:
-            self._listener.shutdown()
-            self._listener.server_close()
-            thread.join()
 
     def environment(self) -> dict[str, str]:
         """Of a process on an instance of this cloud, with nothing else to find."""
@@ -96,7 +68,7 @@ class MetadataServer:
         self.now = issued
         return issued
 
-    def _serve(self, handler: BaseHTTPRequestHandler) -> None:
+    def serve(self, handler: BaseHTTPRequestHandler) -> None:
         self.asked.append(handler.path)
         time.sleep(self.late_seconds)
         body = self._body(handler)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from host_network import done, missing
+from host_network import missing
 from hosted_runs import Runs
+from patience import done
 from ray_hosts import RayHosts, ray_hosts
 from testbed import TILES
 

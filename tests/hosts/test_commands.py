@@ -8,8 +8,10 @@ import signal
 from pathlib import Path
 
 import pytest
-from host_network import Host, done, inner
-from hosted_runs import Runs, trains, until
+from followed_runs import trains, until
+from host import Host, inner
+from hosted_runs import Runs
+from patience import done
 from ray_hosts import DASHBOARD_PORT, RayHosts
 from testbed import TILES, losses, small_recipe
 

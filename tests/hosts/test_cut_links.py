@@ -6,7 +6,8 @@ import time
 from typing import Any
 
 import pytest
-from hosted_runs import Runs, events, goes_on, is_under_way, newest_claims, trains, until
+from followed_runs import continues, events, trains, until
+from hosted_runs import Runs, is_under_way, newest_claims
 from ray_hosts import RayHosts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
@@ -19,10 +20,10 @@ def test_a_store_that_falls_silent_for_one_host_or_all_costs_no_step(cluster: Ra
     cluster.network.separate(cluster.workers[1], cluster.store)
     time.sleep(20)
     cluster.network.reunite(cluster.workers[1], cluster.store)
-    goes_on(run, 2)
+    continues(run, 2)
     with cluster.network.without(cluster.store, seconds=30):
         pass
-    now = goes_on(run, 2, steps=60)
+    now = continues(run, 2, steps=60)
 
     assert now["attempt"] == 1, run.read_events()
     runs.stop(run)

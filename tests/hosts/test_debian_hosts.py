@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from host_network import Names, done
+from host import Names
+from patience import done
 from ray_hosts import ray_hosts
 from testbed import TILES, losses, small_recipe
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from host_network import Host, Names, Network, done, end, host_network, inner
-from patience import wait_until
+from host import Host, Names, inner
+from host_network import Network, host_network
+from patience import done, end, wait_until
 
 SERVER = (sys.executable, "-m", "http.server", "8000")
 ASK = """

@@ -6,8 +6,10 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from host_network import Host, done, inner
-from hosted_runs import Runs, events, goes_on, is_under_way, newest_claims, until
+from followed_runs import continues, events, until
+from host import Host, inner
+from hosted_runs import Runs, is_under_way, newest_claims
+from patience import done
 from ray_hosts import RayHosts
 
 from pipeline.claim import DEAD_SECONDS
@@ -48,7 +50,7 @@ def test_of_a_driver_cut_off_for_longer_than_its_lease_and_another_one_wins(
     _, err = done(first, code=2)
     (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
     assert "was taken over by" in line and "@head" in line, f"of process {process}: {err}"
-    goes_on(run, 2, steps=40)
+    continues(run, 2, steps=40)
     takeovers = [event for event in events(run, "restart") if event["reason"] == "resumed by a new driver"]
     assert len(takeovers) == 1, run.read_events()
     claims = newest_claims(run)

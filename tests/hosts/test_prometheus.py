@@ -6,7 +6,8 @@ import json
 import time
 
 import pytest
-from hosted_runs import Runs, goes_on, trains, until
+from followed_runs import continues, trains, until
+from hosted_runs import Runs
 from prometheus_server import PROMETHEUS, asked, wait_for_series
 from ray_hosts import PROMETHEUS_PORT, RayHosts
 
@@ -35,7 +36,7 @@ def test_prometheus_of_another_host_follows_a_run_through_a_cut(cluster: RayHost
 
     with cluster.network.without(watcher, seconds=CUT_SECONDS):
         pass
-    now = goes_on(run, 2)
+    now = continues(run, 2)
     wait_for_series(url, f'convmae_step{{run="scraped"}} >= {now["step"]}')
 
     (world,) = asked(url, 'convmae_world_size_ranks{run="scraped"}')

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 import pytest
-from hosted_runs import PATIENCE_SECONDS, Runs, events, goes_on, trains, until
+from followed_runs import PATIENCE_SECONDS, continues, events, trains, until
+from hosted_runs import Runs
 from patience import wait_until
 from ray_hosts import RayHosts
 
@@ -37,7 +38,7 @@ def test_a_host_that_falls_silent_is_noticed_in_seconds_and_taken_back(cluster: 
     assert not rank.is_running(), "what was left of the old group is gone"
     assert len(silent.matching(RANK)) == 1
     attempt = run.read_heartbeat()["attempt"]
-    assert goes_on(run, 2)["attempt"] == attempt, "and all is well"
+    assert continues(run, 2)["attempt"] == attempt, "and all is well"
     runs.stop(run)
     runs.assert_undisturbed(run)
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from followed_runs import SPREAD
 from manifests import INFRA
-from patience import wait_until
+from patience import done, wait_until
 from prometheus_server import PROMETHEUS, asked, prometheus, wait_for_series
 from ray_nodes import Cluster, ray_cluster
 from testbed import TILES, small_recipe
@@ -24,18 +25,7 @@ pytestmark = [
 
 RUN = 'run="watched"'
 STALE_SECONDS = 30
-FIELDS = {
-    "device": "cpu",
-    "precision": "fp32",
-    "cpus_per_worker": 1.0,
-    "loader_threads": 1,
-    "checkpoint_every_steps": 10,
-    "resize_seconds": 2.0,
-    "min_workers": 1,
-    "max_workers": 2,
-    "epochs": 2000,
-    "base_learning_rate": 0.004,
-}
+FIELDS = {**SPREAD, "max_workers": 2, "epochs": 2000}
 
 
 @pytest.fixture
@@ -48,21 +38,14 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         yield cluster
 
 
-def done(cluster: Cluster, *arguments: str) -> None:
-    """Run `convmae` to its end."""
-    process = cluster.convmae(*arguments)
-    out, err = process.communicate(timeout=240)
-    assert process.returncode == 0, f"{arguments} ended with {process.returncode}\n{out}\n{err}"
-
-
 def test_world_size_follows_the_nodes_and_the_dead_leave_no_series(cluster: Cluster, tmp_path: Path) -> None:
     photographs = tmp_path / "photographs"
     photographs.mkdir()
     cut_tiles(photographs, TILES, seed=0)
     data = f"{cluster.s3.url}/data"
-    done(cluster, "shard", str(photographs), data, "--samples-per-shard", "40")
+    done(cluster.convmae("shard", str(photographs), data, "--samples-per-shard", "40"))
     fields = {**FIELDS, "run_root": f"{cluster.s3.url}/runs"}
-    done(cluster, "submit", *small_recipe(data, **fields), "--run", "watched")
+    done(cluster.convmae("submit", *small_recipe(data, **fields), "--run", "watched"))
     run = cluster.run("watched")
     wait_until("its series", lambda: "metrics_url" in run.read_heartbeat(), 240)
     target = urlsplit(str(run.read_heartbeat()["metrics_url"])).netloc

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from patience import wait_until
+from followed_runs import PATIENCE_SECONDS, SPREAD, events, trains, until
+from patience import done, wait_until
 from ray_nodes import Cluster, ray_cluster
 from testbed import TILES, losses, small_recipe
 
@@ -20,21 +20,7 @@ from pipeline.photographs import cut_tiles
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
-PATIENCE_SECONDS = 240
-FIELDS = {
-    "device": "cpu",
-    "precision": "fp32",
-    "cpus_per_worker": 1.0,
-    "loader_threads": 1,
-    "checkpoint_every_steps": 10,
-    "resize_seconds": 2.0,
-    "min_workers": 1,
-    "max_workers": 3,
-    "epochs": 1000,
-    "base_learning_rate": 0.004,
-    "max_restarts_without_progress": 5,
-    "standby": True,
-}
+FIELDS = {**SPREAD, "standby": True}
 
 
 @pytest.fixture(scope="module")
@@ -56,13 +42,6 @@ def data(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> str:
     return url
 
 
-def done(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
-    """Wait for a command's end."""
-    out, err = process.communicate(timeout=PATIENCE_SECONDS)
-    assert process.returncode == code, f"{process.args} ended with {process.returncode}\n{out}\n{err}"
-    return out, err
-
-
 def recipe_of(cluster: Cluster, data: str, **fields: object) -> Sequence[str]:
     """Arguments for a recipe that lasts longer than a test."""
     return small_recipe(data, **{**FIELDS, "run_root": f"{cluster.s3.url}/runs", **fields})
@@ -74,29 +53,9 @@ def begin(cluster: Cluster, data: str, name: str, **fields: object) -> RunDirect
     return cluster.run(name)
 
 
-def until(run: RunDirectory, what: str, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
-    """Wait for what the heartbeat tells; returns it."""
-    seen: dict[str, Any] = {}
-
-    def look() -> bool:
-        seen.clear()
-        seen.update(run.read_heartbeat())
-        return bool(seen) and holds(seen)
-
-    wait_until(what, look, PATIENCE_SECONDS)
-    return seen
-
-
-def trains(workers: int, after: int = 0) -> Callable[[dict[str, Any]], bool]:
-    """Whether so many ranks are past a step."""
-    return lambda now: (
-        now["state"] == "running" and now.get("world_size") == workers and bool(now.get("loss")) and now["step"] > after
-    )
-
-
 def event(run: RunDirectory, kind: str) -> dict[str, Any]:
     """The newest event of a kind."""
-    return next(event for event in reversed(run.read_events()) if event["kind"] == kind)
+    return events(run, kind)[-1]
 
 
 def latest_commit(run: RunDirectory) -> Commit:

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from host_network import done
-from hosted_runs import FIELDS, PATIENCE_SECONDS, events, trains, until
+from followed_runs import PATIENCE_SECONDS, events, trains, until
+from hosted_runs import FIELDS
+from patience import done
 from ray_nodes import ray_cluster
 from testbed import TILES, small_recipe
 

@@ -15,8 +15,9 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from followed_runs import SPREAD, until
 from manifests import INFRA
-from patience import wait_until
+from patience import done, wait_until
 from ray_nodes import RAY, Cluster, free_port, ray_cluster
 from testbed import TILES, losses, small_recipe
 
@@ -31,18 +32,7 @@ PORT_HELD_SECONDS = 8
 WAITS_FOR_STORE = "failed (EndpointConnectionError"
 MOST_DOWN_SECONDS = 170
 """Less than the three minutes for which Ray Train keeps nodes for a controller that has died."""
-FIELDS = {
-    "device": "cpu",
-    "precision": "fp32",
-    "cpus_per_worker": 1.0,
-    "loader_threads": 1,
-    "checkpoint_every_steps": 10,
-    "min_workers": 1,
-    "max_workers": 1,
-    "epochs": 1000,
-    "base_learning_rate": 0.004,
-    "max_restarts_without_progress": 5,
-}
+FIELDS = {**SPREAD, "max_workers": 1}
 
 
 @pytest.fixture(scope="module")
@@ -59,16 +49,8 @@ def data(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> str:
     folder: Path = tmp_path_factory.mktemp("photographs")
     cut_tiles(folder, TILES, seed=0)
     url = f"{cluster.s3.url}/data"
-    done(cluster, "shard", str(folder), url, "--samples-per-shard", "40")
+    done(cluster.convmae("shard", str(folder), url, "--samples-per-shard", "40"))
     return url
-
-
-def done(cluster: Cluster, *arguments: str) -> str:
-    """Run `convmae` to its end; returns what it printed."""
-    process = cluster.convmae(*arguments)
-    out, err = process.communicate(timeout=PATIENCE_SECONDS)
-    assert process.returncode == 0, f"{arguments} ended with {process.returncode}\n{out}\n{err}"
-    return out
 
 
 def fields_of(cluster: Cluster, data: str, **fields: object) -> Sequence[str]:
@@ -93,11 +75,10 @@ def driver_of(run: RunDirectory) -> psutil.Process | None:
 def reached(run: RunDirectory, step: int, attempt: int) -> None:
     """Wait for a step of an attempt."""
 
-    def holds() -> bool:
-        now = run.read_heartbeat()
+    def holds(now: dict[str, Any]) -> bool:
         return now.get("attempt", 0) >= attempt and bool(now.get("loss")) and now["step"] >= step
 
-    wait_until(f"step {step} of attempt {attempt}", holds, PATIENCE_SECONDS)
+    until(run, f"step {step} of attempt {attempt}", holds, PATIENCE_SECONDS)
 
 
 def kill_driver(run: RunDirectory) -> None:
@@ -152,7 +133,7 @@ def test_a_port_that_is_taken_is_waited_for_where_the_driver_runs_and_not_where_
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(("127.0.0.1", port))
         taken.listen()
-        done(cluster, "submit", *fields_of(cluster, data, metrics_port=port), "--run", run.name)
+        done(cluster.convmae("submit", *fields_of(cluster, data, metrics_port=port), "--run", run.name))
         words = "waits up to 120 s: metrics_port: must be a port that can be listened on (Address already in use)"
         wait_until("a driver that waits", lambda: words in ray_job(cluster, "logs", "port-a1"), PATIENCE_SECONDS)
         time.sleep(PORT_HELD_SECONDS)
@@ -160,4 +141,4 @@ def test_a_port_that_is_taken_is_waited_for_where_the_driver_runs_and_not_where_
 
     reached(run, 1, attempt=1)
     assert run.read_heartbeat()["metrics_url"].endswith(f":{port}/metrics")
-    done(cluster, "stop", run.url)
+    done(cluster.convmae("stop", run.url))

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
-from patience import wait_until
+from followed_runs import SPREAD
+from patience import done, wait_until
 from ray_nodes import Cluster, ray_cluster
 from testbed import TILES, losses, small_recipe
 
@@ -108,18 +109,7 @@ def test_a_process_with_a_disk_of_its_own_at_the_same_path_is_refused(tmp_path: 
     assert ("NotSharedError: run_root: must be seen by every node" in ended.stderr) == own_disk
 
 
-FIELDS = {
-    "device": "cpu",
-    "precision": "fp32",
-    "cpus_per_worker": 1.0,
-    "loader_threads": 1,
-    "checkpoint_every_steps": 10,
-    "resize_seconds": 2.0,
-    "min_workers": 1,
-    "max_workers": 2,
-    "epochs": 1000,
-    "base_learning_rate": 0.004,
-}
+FIELDS = {**SPREAD, "max_workers": 2}
 PATIENCE_SECONDS = 480
 
 
@@ -134,10 +124,8 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 
 
 def ended(process: subprocess.Popen[str], code: int = 0) -> str:
-    """What a command printed, after it has ended with `code`."""
-    out, err = process.communicate(timeout=PATIENCE_SECONDS)
-    assert process.returncode == code, f"{process.args} ended with {process.returncode}\n{out}\n{err}"
-    return out + err
+    """All that a command printed, after it has ended with `code`."""
+    return "".join(done(process, code, PATIENCE_SECONDS))
 
 
 @pytest.mark.slow

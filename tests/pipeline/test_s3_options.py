@@ -6,10 +6,8 @@ import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
-import boto3
 import pytest
 from guarded_s3 import GuardedS3, Principal
-from moto.server import ThreadedMotoServer
 
 from pipeline.errors import StorageError
 from pipeline.s3_options import S3Options
@@ -19,22 +17,10 @@ URL = "s3://bucket/folder/x"
 KEY = "1234abcd-12ab-34cd-56ef-1234567890ab"
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Storage]:
-    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    moto.start()
-    host, port = moto.get_host_and_port()
-    storage = Storage(f"http://{host}:{port}", "any", "any", region="us-east-1")
-    keys = {"aws_access_key_id": "any", "aws_secret_access_key": "any", "region_name": "us-east-1"}
-    boto3.client("s3", endpoint_url=storage.endpoint_url, **keys).create_bucket(Bucket="bucket")
-    yield storage
-    moto.stop()
-
-
 @pytest.fixture
-def guard(server: Storage, monkeypatch: pytest.MonkeyPatch) -> Iterator[GuardedS3]:
+def guard(open_s3: Storage, monkeypatch: pytest.MonkeyPatch) -> Iterator[GuardedS3]:
     """Stands for every host of its domain, as a web proxy does, so that no name needs to be resolved."""
-    with GuardedS3(server, {"AKIA": Principal()}, domain="s3.test").running() as guard:
+    with GuardedS3(open_s3, {"AKIA": Principal()}, domain="s3.test").running() as guard:
         monkeypatch.setenv("http_proxy", guard.endpoint)
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         yield guard

@@ -1,0 +1,70 @@
+"""Runs on a cluster of several nodes, as tests follow them: a recipe for them, what they do, and what they said."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from patience import wait_until
+
+from jobs.run_directory import RunDirectory
+
+PATIENCE_SECONDS = 300
+SPREAD: dict[str, object] = {
+    "device": "cpu",
+    "precision": "fp32",
+    "cpus_per_worker": 1.0,
+    "loader_threads": 1,
+    "checkpoint_every_steps": 10,
+    "resize_seconds": 2.0,
+    "min_workers": 1,
+    "max_workers": 3,
+    "epochs": 1000,
+    "base_learning_rate": 0.004,
+    "max_restarts_without_progress": 5,
+}
+"""Fields of a small recipe that lasts longer than a test, with a rank on each node of one CPU."""
+
+
+def until(
+    run: RunDirectory, what: str, holds: Callable[[dict[str, Any]], bool], seconds: float = PATIENCE_SECONDS
+) -> dict[str, Any]:
+    """Wait for what the heartbeat tells; returns it.
+
+    Raises:
+        AssertionError: It does not in time; quotes the heartbeat and the newest events.
+    """
+    seen: dict[str, Any] = {}
+
+    def look() -> bool:
+        seen.clear()
+        seen.update(run.read_heartbeat())
+        return bool(seen) and holds(seen)
+
+    try:
+        wait_until(what, look, seconds)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n{seen}\n" + "\n".join(map(str, run.read_events()[-10:]))) from None
+    return seen
+
+
+def trains(workers: int, after: int = 0) -> Callable[[dict[str, Any]], bool]:
+    """Whether so many ranks are past a step."""
+    return lambda now: (
+        now["state"] == "running" and now.get("world_size") == workers and bool(now.get("loss")) and now["step"] > after
+    )
+
+
+def has_checkpoint(now: dict[str, Any]) -> bool:
+    """Whether one was committed."""
+    return (now.get("checkpoint_step") or 0) > 0
+
+
+def continues(run: RunDirectory, workers: int, steps: int = 20) -> dict[str, Any]:
+    """Wait for so many steps more, by so many ranks; returns the heartbeat."""
+    return until(run, f"{steps} steps of {workers} ranks", trains(workers, after=run.read_heartbeat()["step"] + steps))
+
+
+def events(run: RunDirectory, kind: str) -> list[dict[str, Any]]:
+    """The events of a kind."""
+    return [event for event in run.read_events() if event["kind"] == kind]
