@@ -43,21 +43,22 @@ def upload_and_say(storage: Storage, source: str, url: str) -> str:
 
 
 def upload(storage: Storage, source: str, url: str, on_progress: Callable[[int, int, int], None]) -> Upload:
-    """Copy a folder or a file under a URL. The same call again sends what is missing, changed or newer.
+    """Copy a folder or a tar under a URL. The same call again sends what is missing, changed or newer.
 
     Args:
         storage: Reaches the URL.
-        source: A folder of this machine, with all below it, or one file.
+        source: A folder of this machine, with all below it, or one tar.
         url: Folder or prefix.
         on_progress: Told the files done, all of them, and the bytes sent.
 
     Raises:
-        SourceError: There is no such source, or it is no path of this machine.
+        SourceError: There is no such source on this machine.
         StorageError: Nothing can be written there.
     """
     path = Path(Storage.local_path(source)) if is_local(source) else None
-    if path is None or not (path.is_dir() or path.is_file()):
-        raise SourceError("source", "must be a folder or file of this machine", source, "leave out --upload")
+    if path is None or not (path.is_dir() or (path.is_file() and path.suffix == ".tar")):
+        rule, remedy = "must be a folder or a tar of this machine", "leave out --upload, or copy what it lists yourself"
+        raise SourceError("source", rule, source, remedy)
     if is_local(url):
         raise SourceError("--upload", "must be the URL of a store", url, "take s3://bucket/folder")
     storage.check(url, write=True)

@@ -7,7 +7,7 @@ the store goes there from a machine without credentials for it.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,9 @@ from pipeline.storage import Storage, is_local, is_s3
 
 if TYPE_CHECKING:
     from jobs.session import Session
+
+RECIPES = ("recipe", "target")
+"""Parameters that name a recipe; the second one may be a data set instead."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +124,12 @@ def go_there(
     from jobs.remote_command import run_there
 
     parameters, attached = {**ctx.params, **changed}, dict(files or {})
-    for name, place in [*((name, str(parameters[name] or "")) for name in places), *_url_fields(parameters)]:
-        refuse_own_path(name, place)
-    if "recipe" in parameters:
-        parameters["recipe"] = _attached_recipe(parameters, attached)
+    for name in RECIPES:
+        if _is_recipe(parameters.get(name)):
+            parameters[name] = _attached_recipe(str(parameters[name]), parameters.get("overrides"), attached)
+    own = [(name, str(parameters[name] or "")) for name in places if not _is_recipe(ctx.params[name])]
+    for field, place in [*own, *_url_fields(parameters)]:
+        refuse_own_path(field, place)
     given = str(parameters.get("run_root") or dict(_url_fields(parameters)).get("run_root", ""))
     code = run_there(session, arguments(ctx, parameters), files=attached, run_root=known_run_root(session, given))
     if given and code == 0:
@@ -168,7 +173,14 @@ def _url_fields(parameters: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             yield field, value
 
 
-def _attached_recipe(parameters: Mapping[str, Any], attached: dict[str, str]) -> str:
+def _is_recipe(value: object) -> bool:
+    """Whether a parameter's value names a recipe, and no place."""
+    from jobs.recipes import recipe_names
+
+    return str(value).endswith(".toml") or value in recipe_names()
+
+
+def _attached_recipe(name: str, overrides: Iterable[str] | None, attached: dict[str, str]) -> str:
     """The recipe's name there; a file travels along. One that cannot be read or trained is refused here.
 
     Raises:
@@ -176,8 +188,7 @@ def _attached_recipe(parameters: Mapping[str, Any], attached: dict[str, str]) ->
     """
     from jobs.commands.shared import amended_recipe
 
-    name = str(parameters["recipe"])
-    amended_recipe(name, parameters.get("overrides"))
+    amended_recipe(name, overrides)
     if not name.endswith(".toml"):
         return name
     attached[Path(name).name] = Path(name).read_text()

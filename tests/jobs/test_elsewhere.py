@@ -124,6 +124,15 @@ def test_a_recipe_file_travels_along_and_a_bad_one_is_refused_here(sent: Any, tm
         sent("pretrain", "tiny", f"data={tmp_path}")
 
 
+def test_a_recipe_is_inspected_there_by_its_name_or_its_file(sent: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('base = "tiny"\n')
+
+    assert sent("inspect", "tiny", "data=s3://b/d")[0] == ["inspect", "--", "tiny", "data=s3://b/d"]
+    words, files, _ = sent("inspect", "mine.toml", "data=s3://b/d")
+    assert words == ["inspect", "--", "mine.toml", "data=s3://b/d"] and set(files) == {"mine.toml"}
+    assert sent("inspect", "s3://b/d")[0] == ["inspect", "--", "s3://b/d"]
+
+
 def test_verbose_may_stand_anywhere() -> None:
     assert cli._verbose_first(["list", "--verbose", "--json"]) == ["--verbose", "list", "--json"]
     assert cli._verbose_first(["shard", "--", "--verbose"]) == ["shard", "--", "--verbose"]
