@@ -55,6 +55,17 @@ def trains(workers: int, after: int = 0) -> Callable[[dict[str, Any]], bool]:
     )
 
 
+def has_trained(run: RunDirectory, attempt: int, after: int = 0) -> dict[str, Any]:
+    """Wait until an attempt itself has trained, past a step: its heartbeat begins with the loss of the one before."""
+
+    def holds(now: dict[str, Any]) -> bool:
+        if now.get("attempt", 0) < attempt or not now.get("loss") or now["step"] <= after:
+            return False
+        return attempt == 1 or any(event["attempt"] >= attempt for event in events(run, "recovered"))
+
+    return until(run, f"a step past {after} of attempt {attempt}", holds)
+
+
 def has_checkpoint(now: dict[str, Any]) -> bool:
     """Whether one was committed."""
     return (now.get("checkpoint_step") or 0) > 0

@@ -6,6 +6,7 @@ import os
 import signal
 
 import pytest
+from followed_runs import has_trained
 from patience import wait_until
 from prometheus_server import asked
 from testbed import Command, family, losses, processes, ranks, small_recipe
@@ -45,24 +46,17 @@ def test_worker_driver_and_s3_server_are_killed_and_the_run_goes_on_by_itself(
     convmae("submit", *small_recipe(data, **FIELDS), "--run", "killed", "--trace", TRACES + "killed")
     run = convmae.run("killed")
 
-    def after(step: int, attempt: int) -> None:
-        def reached() -> bool:
-            now = run.read_heartbeat()
-            return bool(now.get("loss")) and now.get("attempt", 0) >= attempt and now["step"] >= step
-
-        wait_until(f"step {step} of attempt {attempt}", reached, 300)
-
-    after(15, attempt=1)
+    has_trained(run, 1, after=15)
     wait_until("a process that waits", lambda: len(waiting(local_stack)) >= 2, 60)
     standbys = waiting(local_stack)
     worker = next(process for process in ranks(local_stack) if process.pid not in ranks_before)
     os.kill(worker.pid, signal.SIGKILL)
-    after(35, attempt=2)
+    has_trained(run, 2, after=35)
     workers = {process.pid for process in ranks(local_stack)} - ranks_before
     assert workers <= standbys, "those that waited took over"
     (driver,) = (process for process in processes(run.url, family(local_stack)) if "jobs.cli" in process.cmdline())
     os.kill(driver.pid, signal.SIGKILL)
-    after(55, attempt=3)
+    has_trained(run, 3, after=55)
     stack = Stack.load(local_stack.settings.home)
     assert stack is not None
     s3 = stack.status()["s3"].pid

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from followed_runs import PATIENCE_SECONDS, SPREAD, events, trains, until
+from followed_runs import PATIENCE_SECONDS, SPREAD, events, has_trained, trains, until
 from patience import done, wait_until
 from ray_nodes import Cluster, ray_cluster
 from testbed import TILES, losses, small_recipe
@@ -157,7 +157,7 @@ def test_the_ray_head_dies_and_the_same_command_goes_on(cluster: Cluster, data: 
     cluster.add()
     begin(cluster, data, "headless")
 
-    until(run, "the next steps", lambda now: trains(1, after=before)(now) and now["attempt"] == 2)
+    has_trained(run, 2, after=before)
     assert event(run, "restart")["reason"] == "resumed by a new driver"
     assert event(run, "restart")["step"] >= before
     done(cluster.convmae("stop", run.url))

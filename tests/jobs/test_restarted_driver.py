@@ -15,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from followed_runs import SPREAD, until
+from followed_runs import SPREAD, has_trained
 from manifests import INFRA
 from patience import done, wait_until
 from ray_nodes import RAY, Cluster, free_port, ray_cluster
@@ -72,15 +72,6 @@ def driver_of(run: RunDirectory) -> psutil.Process | None:
     return next((process for process in found if "drive" in process.info["cmdline"]), None)
 
 
-def reached(run: RunDirectory, step: int, attempt: int) -> None:
-    """Wait for a step of an attempt."""
-
-    def holds(now: dict[str, Any]) -> bool:
-        return now.get("attempt", 0) >= attempt and bool(now.get("loss")) and now["step"] >= step
-
-    until(run, f"step {step} of attempt {attempt}", holds, PATIENCE_SECONDS)
-
-
 def kill_driver(run: RunDirectory) -> None:
     """SIGKILL, as the out-of-memory killer does."""
     process = driver_of(run)
@@ -99,14 +90,14 @@ def test_the_rayjob_goes_on_when_its_driver_is_killed_while_the_store_is_away(cl
     run = cluster.run(words[words.index("--run") + 1])
 
     ray_job(cluster, "submit", "--no-wait", "--submission-id=first", "--", *entrypoint)
-    reached(run, 15, attempt=1)
+    has_trained(run, 1, after=15)
     cluster.s3.kill()
     kill_driver(run)
     away_until = time.monotonic() + STORE_AWAY_SECONDS
     wait_until("a driver that waits", lambda: WAITS_FOR_STORE in ray_job(cluster, "logs", "first"), 100)
     time.sleep(max(0.0, away_until - time.monotonic()))
     cluster.s3.start()
-    reached(run, 30, attempt=2)
+    has_trained(run, 2, after=30)
     kill_driver(run)  # and its monitor has the port, until it ends
     wait_until("the end", lambda: run.read_heartbeat().get("state") == "finished", PATIENCE_SECONDS)
     wait_until("the job's end", lambda: "SUCCEEDED" in ray_job(cluster, "status", "first"), 120)
@@ -139,6 +130,6 @@ def test_a_port_that_is_taken_is_waited_for_where_the_driver_runs_and_not_where_
         time.sleep(PORT_HELD_SECONDS)
         assert not run.read_heartbeat()
 
-    reached(run, 1, attempt=1)
+    has_trained(run, 1, after=1)
     assert run.read_heartbeat()["metrics_url"].endswith(f":{port}/metrics")
     done(cluster.convmae("stop", run.url))
