@@ -10,7 +10,7 @@ PYTHONS ?= $(foreach version,3.12 3.13,$(firstword $(wildcard \
 	/usr/bin/python$(version) /usr/local/bin/python$(version) $(HOME)/.pyenv/versions/$(version).*/bin/python$(version))))
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain down fix check test test-pythons test-slow test-hosts soak bench-recovery bench-hosts bench-plan bench-model bench-loader bench-checkpoint bench-consolidate bench-scale
+.PHONY: help install pretrain down fix check test test-pythons test-slow test-hosts soak fuzz bench-recovery bench-hosts bench-plan bench-model bench-loader bench-checkpoint bench-consolidate bench-scale
 
 help:  ## Show these lines
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -64,6 +64,9 @@ test-hosts: $(INSTALLED)  ## A cluster of several hosts whose links are cut; nee
 
 soak: $(INSTALLED)  ## A run that is killed at random for half an hour; CONVMAE_SOAK_MINUTES and CONVMAE_SOAK_SEED set it
 	$(BIN)/python -m pytest -m soak --log-cli-level=WARNING
+
+fuzz: $(INSTALLED)  ## Odd input for ten minutes, to all that reads any; CONVMAE_FUZZ_MINUTES and CONVMAE_FUZZ_SEED set it
+	CONVMAE_FUZZ_MINUTES=$${CONVMAE_FUZZ_MINUTES:-10} $(BIN)/python -m pytest -m fuzz tests/fuzz
 
 bench-recovery: $(INSTALLED)  ## From a failure to the next step: ranks and nodes killed, added and drained
 	$(BIN)/python benchmarks/bench_recovery.py

@@ -25,14 +25,16 @@ import google_crc32c
 
 from jobs.errors import CheckpointError, DamagedCheckpointError, OvertakenError
 from jobs.run_directory import RunDirectory
+from jobs.run_rows import is_time
 from pipeline.claim import standing
 from pipeline.crc_combine import CRC32C, combined
+from pipeline.json_text import parsed_object
 
 logger = logging.getLogger(__name__)
 
 CLAIMS = "claims"
 """Folder of the run's claims (pipeline.claim): who drives it."""
-COMMIT_NAME = re.compile(r"step-(\d{8,})\.json")
+COMMIT_NAME = re.compile(r"step-(\d{8,12})\.json")
 CHUNK_BYTES = 1 << 18
 """What has a checksum of its own, so that a range can be checked without the rest of its file: little is read beside
 what is needed, and a gigabyte of checkpoint takes 32 KB of its commit object."""
@@ -40,7 +42,7 @@ FORMAT_VERSION = 2
 
 
 _LARGEST = 2**53
-"""Beyond what is counted here, and within what dates and tables take."""
+"""Beyond what is counted here."""
 
 
 def _is_count(number: object) -> bool:
@@ -115,9 +117,10 @@ class Commit:
                 raise ValueError(f"{name} is no text: {getattr(self, name)!r}")
         if type(self.seed) is not int or type(self.milestone) is not bool:
             raise ValueError(f"seed or milestone is of another type: {self.seed!r}, {self.milestone!r}")
-        numbers = [self.created_at_seconds, *self.counters.values()]
-        if not all(type(number) in (int, float) and 0 <= number < _LARGEST for number in numbers):
-            raise ValueError("created_at_seconds or a counter is no number")
+        if not all(type(number) in (int, float) and 0 <= number < _LARGEST for number in self.counters.values()):
+            raise ValueError("a counter is no number")
+        if not is_time(self.created_at_seconds):
+            raise ValueError("created_at_seconds is no Unix time")
         if not all(isinstance(text, str) for text in self.versions.values()):
             raise ValueError("versions are no texts")
 
@@ -233,8 +236,8 @@ def write_commit(run: RunDirectory, commit: Commit) -> None:
 def _made_by(data: bytes) -> tuple[tuple[int, int], str]:
     """Claim and attempt, and driver of a commit object; of one that cannot be read 0, so that it can be replaced."""
     try:
-        commit = Commit.from_json(json.loads(data))
-    except (ValueError, RecursionError, AttributeError):
+        commit = Commit.from_json(parsed_object(data))
+    except ValueError:
         return (0, 0), ""
     return (commit.claim, commit.attempt), commit.driver
 
@@ -264,12 +267,10 @@ def read_commit(run: RunDirectory, step: int) -> Commit:
         known = ", ".join(str(known) for known in committed_steps(run)) or "none yet"
         raise CheckpointError("step", "must be a committed checkpoint", step, f"committed: {known}") from None
     try:
-        fields = json.loads(data)
-    except (ValueError, RecursionError) as error:
+        fields = parsed_object(data)
+    except ValueError as error:
         rule = f"must be a JSON object ({error})"
         raise DamagedCheckpointError("commit", rule, f"step {step}", _OTHERS) from None
-    if not isinstance(fields, dict):
-        raise DamagedCheckpointError("commit", "must be a JSON object", f"step {step}", _OTHERS)
     commit = Commit.from_json(fields)
     if commit.step != step:
         raise DamagedCheckpointError("commit", f"must be of the step of its name, {step}", commit.step, _OTHERS)

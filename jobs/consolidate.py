@@ -142,7 +142,7 @@ def _planned(source: CheckedFiles, wanted: Wanted, url: str, part_bytes: int) ->
 
 def _metadata(run: RunDirectory, commit: Commit, wanted: Wanted) -> dict[str, str]:
     # Read as it is written: `read_recipe` would import torch, which needs more memory than all else here.
-    model = json.loads(run.storage.read(run.path("recipe.json")))["model"]
+    model = run.read_recipe_fields()["model"]
     git = commit.versions.get("git")
     return {
         "format": "pt",

@@ -78,12 +78,13 @@ def measured_goodput(events: Sequence[Mapping[str, Any]]) -> Goodput | None:
         events: All of them, oldest first (RunDirectory.read_events).
 
     Returns:
-        None before an attempt has committed two checkpoints, between which a step's time is seen.
+        None before an attempt has committed two checkpoints, between which a step's time is seen; and where the events
+        tell of no time at all.
     """
     attempts = [event for event in events if "steps_redone" in event]
     saves = list(_saves(events))
     stretches = [(a, b) for a, b in pairwise(saves) if a.attempt == b.attempt and a.step < b.step]
-    if not stretches:
+    if not stretches or not attempts:
         return None
     most = max(a.world_size for a, _ in stretches)
     paces = [
@@ -97,9 +98,12 @@ def measured_goodput(events: Sequence[Mapping[str, Any]]) -> Goodput | None:
         if event["kind"] == "recovered" and event["attempt"] not in _resumed(events)
     ]
     ended_at = last.began_at + last.stall_seconds
+    wall_seconds = ended_at - attempts[0]["at_seconds"] - _stopped_seconds(events)
+    if wall_seconds <= 0:  # times of a clock that was set back, or of somebody else's making
+        return None
     return Goodput(
         steps=last.step - attempts[0]["step"],
-        wall_seconds=ended_at - attempts[0]["at_seconds"] - _stopped_seconds(events),
+        wall_seconds=wall_seconds,
         step_seconds=step_seconds,
         interval_steps=round(median(b.step - a.step for a, b in stretches)),
         stall_seconds=fmean(save.stall_seconds for save in saves),

@@ -23,6 +23,7 @@ from jobs.session import VERBOSE_VARIABLE, Session
 from jobs.submission import ENDED_JOB_STATES, STOP_WAIT_SECONDS, hand_over, job_client, job_state
 from jobs.terminal import whole_lines, write_line
 from pipeline.errors import UserError
+from pipeline.json_text import parsed_object
 
 if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
@@ -99,9 +100,9 @@ def entrypoint_resources(text: str) -> dict[str, float]:
         UserError: It is none.
     """
     try:
-        wanted = json.loads(text) if text else {}
+        wanted = parsed_object(text) if text else {}
         return {str(name): float(amount) for name, amount in wanted.items()}
-    except (ValueError, AttributeError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         remedy = """write for example {"ingest": 0.01}"""
         raise UserError(RESOURCES_VARIABLE, "must be a JSON object of names and amounts", text, remedy) from None
 

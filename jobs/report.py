@@ -7,10 +7,11 @@ reports what there is. The same directory gives the same bytes.
 from __future__ import annotations
 
 import base64
+import contextlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from html import escape
@@ -26,6 +27,7 @@ from jobs.reconstruction import RECONSTRUCTIONS_NAME
 from jobs.report_page import PAGE
 from jobs.run_directory import RunDirectory
 from jobs.terminal import duration_text
+from pipeline.json_text import parsed_object
 from pipeline.manifest import SKIPPED_NAME
 
 REPORT_NAME = "report.html"
@@ -83,7 +85,7 @@ class RunRecord:
             kept_steps=frozenset(checkpoint.committed_steps(run)),
             commit=checkpoint.latest_commit(run),
             faults=run.read_quarantine(),
-            skipped=None if skipped is None else [json.loads(line) for line in skipped.splitlines()],
+            skipped=None if skipped is None else list(_skipped_rows(skipped)),
             picture=_read_or_none(run, run.path(RECONSTRUCTIONS_NAME)),
         )
 
@@ -103,6 +105,12 @@ class RunRecord:
         if self.state not in ("stopped", "failed"):
             return ""
         return next((str(event["reason"]) for event in reversed(self.events) if event["kind"] == self.state), "")
+
+    @property
+    def heard_at(self) -> float:
+        """When the run last said something, as Unix time; 0 where it never did."""
+        said = self.events[-1]["at_seconds"] if self.events else 0.0
+        return float(self.heartbeat.get("updated_at_seconds", said))
 
     @property
     def attempts(self) -> list[Mapping[str, Any]]:
@@ -138,7 +146,7 @@ def report_html(record: RunRecord) -> str:
         name=escape(record.name),
         recipe=escape(record.recipe.name),
         state=escape(record.state),
-        heard=f"last heard of {_time_text(record.heartbeat['updated_at_seconds'])} UTC" if record.heartbeat else "",
+        heard=f"last heard of {_time_text(record.heard_at)} UTC" if record.heard_at else "",
         reason=_paragraph(record.ending) if record.ending else "",
         done_percent=f"{100 * record.step / total_steps:.1f}" if total_steps else "0",
         facts="".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in _facts(record)),
@@ -150,8 +158,8 @@ def _facts(record: RunRecord) -> Iterable[tuple[str, str]]:
     heartbeat, attempts, batch = record.heartbeat, record.attempts, record.recipe.global_batch_size
     finished = record.state == "finished"
     yield "Step", f"{record.step:,} / {heartbeat['total_steps']:,}" if heartbeat else "0"
-    if heartbeat:
-        yield "Epoch", f"{record.step / heartbeat['steps_per_epoch']:.4g} / {record.recipe.epochs:,}"
+    if epoch_steps := heartbeat.get("steps_per_epoch"):
+        yield "Epoch", f"{record.step / epoch_steps:.4g} / {record.recipe.epochs:,}"
     if len(record.history):
         yield "Final loss" if finished else "Latest loss", f"{record.history.losses[-1]:.4f}"
     yield "Images trained", f"{record.step * batch:,}"
@@ -165,7 +173,7 @@ def _facts(record: RunRecord) -> Iterable[tuple[str, str]]:
         yield "Workers", _world_sizes([event["world_size"] for event in attempts])
         if goodput := measured_goodput(record.events):
             yield "Goodput", f"{goodput.ratio:.1%}"
-        yield "Wall time", duration_text(heartbeat["updated_at_seconds"] - attempts[0]["at_seconds"])
+        yield "Wall time", duration_text(record.heard_at - attempts[0]["at_seconds"])
 
 
 def _world_sizes(sizes: Iterable[int]) -> str:
@@ -209,7 +217,7 @@ def _bars(record: RunRecord) -> str:
     attempts = record.attempts
     if not attempts:
         return ""
-    ends = [event["at_seconds"] for event in attempts[1:]] + [record.heartbeat["updated_at_seconds"]]
+    ends = [event["at_seconds"] for event in attempts[1:]] + [record.heard_at]
     bars = []
     for event, end in list(zip(attempts, ends, strict=True))[-MOST_BARS:]:
         lasted = max(1.0, end - event["at_seconds"])
@@ -350,6 +358,15 @@ def _bytes_text(size_bytes: float) -> str:
             break
         size_bytes /= 1000
     return f"{size_bytes:.3g} {unit}"
+
+
+def _skipped_rows(data: bytes) -> Iterator[Mapping[str, str]]:
+    """Rows of a data set's list of skipped images; what is none is passed over: the report is the run's."""
+    for line in data.splitlines():
+        with contextlib.suppress(ValueError):
+            row = parsed_object(line)
+            if isinstance(row.get("path"), str) and isinstance(row.get("reason"), str):
+                yield row
 
 
 def _read_or_none(run: RunDirectory, url: str) -> bytes | None:

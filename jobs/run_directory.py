@@ -40,6 +40,10 @@ HISTORY_PART_STEPS = 1000
 FINAL_STATES = frozenset({"finished", "stopped", "failed"})
 """Of a heartbeat: no driver works on the run any more."""
 
+_ATTEMPT_NAME = re.compile(r"attempt-\d{4,9}\.jsonl")
+"""Of files of one attempt: others of that folder are not this program's."""
+_PART_NAME = re.compile(r"\d{4,9}-\d{8,12}\.jsonl")
+_NAMES = {"events": _ATTEMPT_NAME, "quarantine": _ATTEMPT_NAME, "history": _PART_NAME}
 RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 
@@ -83,15 +87,23 @@ class RunDirectory:
         """
         from jobs.recipe import Recipe
 
+        return Recipe.from_json(self.read_recipe_fields())
+
+    def read_recipe_fields(self) -> dict[str, Any]:
+        """The resolved recipe as it was written, for those who must not import torch.
+
+        Raises:
+            RunError: If there is no such run, or it is no JSON object with a model.
+        """
         url = self.path("recipe.json")
         try:
             fields = parsed(self.storage.read(url), url)
         except FileNotFoundError:
             remedy = "`convmae list` shows the runs that exist"
             raise RunError("run", "must exist", self.url, remedy) from None
-        if not isinstance(fields, dict):
+        if not isinstance(fields, dict) or not isinstance(fields.get("model"), dict):
             raise RunError("run directory", "must hold a recipe as a JSON object", url, "restore the file")
-        return Recipe.from_json(fields)
+        return fields
 
     def check_recipe(self, recipe: Recipe) -> bool:
         """Whether the run exists, with this recipe. Reads only.
@@ -149,10 +161,10 @@ class RunDirectory:
         """Windows of steps that rollbacks left out, in the order in which they were made."""
         url = self.path("left-out.json")
         try:
-            rows: list[dict[str, Any]] = parsed(self.storage.read(url), url)
+            rows = parsed(self.storage.read(url), url)
         except FileNotFoundError:
             return []
-        return rows
+        return [checked("left-out", row, url) for row in (rows if isinstance(rows, list) else [rows])]
 
     def write_left_out(self, rows: Sequence[dict[str, Any]]) -> None:
         """Replace the windows of steps that rollbacks left out."""
@@ -187,7 +199,8 @@ class RunDirectory:
         return True
 
     def _parts(self, folder: str) -> list[str]:
-        return sorted(name for name in self.storage.list_names(self.path(folder)) if name.endswith(".jsonl"))
+        names = filter(_NAMES[folder].fullmatch, self.storage.list_names(self.path(folder)))
+        return sorted(names, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
 
     def _read_lines(self, folder: str, name: str) -> list[dict[str, Any]]:
         url = self.path(folder, name)

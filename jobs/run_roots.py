@@ -12,6 +12,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from pipeline.json_text import parsed_object
+
 logger = logging.getLogger(__name__)
 
 VARIABLE = "CONVMAE_RUN_ROOT"
@@ -52,9 +54,7 @@ def remember(folder: Path, address: str, run_root: str) -> None:
 
 def _read(folder: Path) -> dict[str, str]:
     try:
-        known = json.loads((folder / _FILE).read_text())
+        known = parsed_object((folder / _FILE).read_bytes())
     except (OSError, ValueError):
-        return {}
-    if not isinstance(known, dict):
         return {}
     return {address: root for address, root in known.items() if isinstance(root, str) and root}

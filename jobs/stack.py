@@ -28,6 +28,8 @@ from jobs import stack_ports, stack_processes, stack_services
 from jobs.stack_ports import LOOPBACK, Ports
 from jobs.stack_processes import STACK_ID_VARIABLE, ProcessRecord
 from jobs.stack_services import BUCKET, StackSettings
+from pipeline.errors import UserError, clipped
+from pipeline.json_text import parsed_object
 
 logger = logging.getLogger(__name__)
 
@@ -212,22 +214,44 @@ def down(home: Path, *, on_event: OnEvent = logger.info) -> bool:
 
 
 def read_stack(home: Path) -> Stack | None:
-    """Return what ``stack.json`` says, whether it is running or not."""
+    """Return what ``stack.json`` says, whether it is running or not.
+
+    Raises:
+        UserError: It is damaged: what runs of the stack cannot be known.
+    """
     try:
-        state = json.loads(_state_path(home).read_text())
+        return _stack_of(parsed_object(_state_path(home).read_bytes()))
     except FileNotFoundError:
         return None
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        rule = f"must be as `convmae up` wrote it ({type(error).__name__}: {clipped(str(error))})"
+        remedy = "end what runs of the stack by hand, and delete the file"
+        raise UserError("local stack", rule, str(_state_path(home)), remedy) from None
+
+
+def _stack_of(state: dict[str, Any]) -> Stack:
     settings = state["settings"]
     paths = {"home": Path(settings["home"]), "run_dir": Path(settings["run_dir"]), "ports": Ports(**settings["ports"])}
     services = {
-        name: ServiceRecord(**(service | {"process": _record(service["process"])}))
+        str(name): ServiceRecord(**(service | {"process": _record(service["process"])}))
         for name, service in state["services"].items()
     }
-    return Stack(StackSettings(**(settings | paths)), _record(state["keeper"]), services)
+    stack = Stack(StackSettings(**(settings | paths)), _record(state["keeper"]), services)
+    texts = (stack.settings.stack_id, stack.settings.access_key, stack.settings.secret_key)
+    if not all(isinstance(text, str) for text in texts) or set(services) != set(stack.settings.service_names):
+        raise ValueError("an identity or a service is missing")
+    if not all(type(port) is int and 0 < port < 2**16 for port in asdict(stack.settings.ports).values()):
+        raise ValueError("a port is none")
+    return stack
 
 
 def _record(fields: dict[str, Any] | None) -> ProcessRecord | None:
-    return None if fields is None else ProcessRecord(**fields)
+    if fields is None:
+        return None
+    record = ProcessRecord(**fields)
+    if type(record.pid) is not int or not 0 < record.pid < 2**31 or type(record.create_time) not in (int, float):
+        raise ValueError(f"no process: {fields}")
+    return record
 
 
 def _state_path(home: Path) -> Path:

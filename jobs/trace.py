@@ -26,6 +26,7 @@ from torch import Tensor
 from jobs.errors import TraceError
 from pipeline.batch import Batch
 from pipeline.daemon_threads import DaemonThreads
+from pipeline.json_text import parsed_object
 from pipeline.storage import Storage
 
 TRACE_VERSION = 1
@@ -251,14 +252,15 @@ _FIELDS = ("crops", "flips", "masks", "substitutes")
 
 def _owner(storage: Storage, url: str) -> str | None:
     """URL of the run whose trace lies at `url`; None where there is no trace."""
+    place = storage.join(url, _HEAD)
     try:
-        head = json.loads(storage.read(storage.join(url, _HEAD)))
+        head = _parsed(storage.read(place), place)
     except FileNotFoundError:
         return None
-    if head["format_version"] != TRACE_VERSION:
+    if head.get("format_version") != TRACE_VERSION:
         remedy = "read it with the version of convmae-pretrain that wrote it"
-        raise TraceError("format_version", f"must be {TRACE_VERSION}", head["format_version"], remedy)
-    return str(head["run"])
+        raise TraceError("format_version", f"must be {TRACE_VERSION}", head.get("format_version"), remedy)
+    return str(head.get("run"))
 
 
 def _parts(storage: Storage, url: str) -> list[_Part]:
@@ -267,11 +269,19 @@ def _parts(storage: Storage, url: str) -> list[_Part]:
 
 
 def _read_rows(storage: Storage, url: str, part: _Part) -> list[dict[str, Any]]:
+    place = storage.join(url, part.name)
     try:
-        data = storage.read(storage.join(url, part.name))
+        data = storage.read(place)
     except FileNotFoundError:  # object stores list deleted names for a while
         return []
-    return [json.loads(line) for line in data.splitlines()]
+    return [_parsed(line, place) for line in data.splitlines()]
+
+
+def _parsed(data: bytes, url: str) -> dict[str, Any]:
+    try:
+        return parsed_object(data)
+    except ValueError as error:
+        raise TraceError("trace", f"must hold JSON objects ({error})", url, "restore the file") from None
 
 
 def _write_rows(storage: Storage, url: str, part: _Part, rows: list[dict[str, Any]]) -> None:

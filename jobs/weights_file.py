@@ -30,6 +30,7 @@ from model import ConvMAE, ConvMAEConfig
 from model.errors import ModelConfigError, listed
 from model.weights import check_names
 from pipeline.errors import clipped
+from pipeline.json_text import parsed_object
 from pipeline.scratch import scratch_folder
 from pipeline.storage import Storage
 
@@ -165,8 +166,8 @@ def _weight_map(storage: Storage, index_url: str) -> dict[str, str]:
     except FileNotFoundError:
         raise WeightsFileError("weights", "must exist", index_url, remedy) from None
     try:
-        places = json.loads(data)["weight_map"]
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        places = parsed_object(data)["weight_map"]
+    except (ValueError, LookupError) as error:
         rule = f"must be the index of several files ({type(error).__name__}: {clipped(str(error))})"
         raise WeightsFileError("weights", rule, index_url, remedy) from None
     is_map = isinstance(places, dict) and bool(places)
@@ -318,8 +319,8 @@ def model_config(metadata: Mapping[str, str], url: str) -> ConvMAEConfig:
     if "model" not in metadata:
         raise WeightsFileError("weights", "must say in its metadata of which model it is", url, remedy)
     try:
-        return ConvMAEConfig(**json.loads(metadata["model"]))
-    except (ValueError, TypeError, RecursionError) as error:
+        return ConvMAEConfig(**parsed_object(metadata["model"]))
+    except (ValueError, TypeError) as error:
         rule = f"must be of a model that is known ({clipped(str(error))})"
         raise WeightsFileError("weights", rule, url, remedy) from None
 

@@ -26,13 +26,16 @@ from typing import Any
 import psutil
 
 from pipeline.errors import ClaimedError, UserError
+from pipeline.json_text import parsed_object
 from pipeline.storage import Storage
 
+_LARGEST = 2**53
+"""No pid, time or age is beyond it."""
 BEAT_SECONDS = 4.0
 DEAD_SECONDS = 30.0
 """Silence after which a holder counts as dead; several beats, since a store may be slow for a moment."""
 
-_NAME = re.compile(r"claim-(\d{6,})\.json")
+_NAME = re.compile(r"claim-(\d{6,12})\.json")
 
 
 @dataclass(frozen=True)
@@ -295,16 +298,27 @@ def _holder(content: Mapping[str, Any]) -> Holder:
 
 
 def _read(storage: Storage, url: str) -> dict[str, Any] | None:
-    """The content of a claim; None where there is none, empty while it is being written."""
+    """The content of a claim; None where there is none, empty while it is being written, or where it is damaged."""
     try:
         data = storage.read(url)
     except FileNotFoundError:
         return None
     try:
-        content = json.loads(data)
+        content = parsed_object(data)
     except ValueError:  # not around the reading: what a store refuses is a ValueError, too
         return {}
-    return content if isinstance(content, dict) else {}
+    return content if _is_claim(content) else {}
+
+
+def _is_claim(content: Mapping[str, Any]) -> bool:
+    """Whether a holder and its age can be read from it; what is damaged is as good as not written yet."""
+    texts = [content.get(field.name) for field in fields(Holder) if field.type == "str"]
+    numbers = [content.get(field.name) for field in fields(Holder) if field.type != "str"]
+    numbers.append(content.get("age_seconds", 0.0))
+    are_numbers = all(
+        type(number) in (int, float) and 0 <= number < _LARGEST for number in numbers if number is not None
+    )
+    return are_numbers and None not in numbers and all(isinstance(text, str) for text in texts)
 
 
 def _user() -> str:

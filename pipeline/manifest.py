@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import google_crc32c
 
 from pipeline.errors import DamagedManifestError, DatasetError, StorageError, clipped
+from pipeline.json_text import parsed_object
 from pipeline.shard_index import Skipped
 from pipeline.shard_table import CONTENT_COLUMNS, ShardTable
 from pipeline.storage import Storage, is_local
@@ -107,7 +108,7 @@ class Manifest:
         try:
             text = _checked(data).decode()
             del data  # tens of megabytes where there are many shards
-            fields = json.loads(text)
+            fields = parsed_object(text)
             del text
             version = fields["format_version"]
             if type(version) is int and version == FORMAT_VERSION:
@@ -117,7 +118,7 @@ class Manifest:
                 return cls(**fields | {"classes": tuple(fields["classes"])}, shards=shards)
         except DatasetError:
             raise
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             remedy = f"restore it, or make the data set again in another place ({type(error).__name__}: {error})"
             raise DamagedManifestError("manifest", "must be readable", place, remedy) from error
         rule = f"must have format_version {FORMAT_VERSION}"

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 from pipeline import parted_write
+from pipeline.json_text import parsed_object
 from pipeline.parted_write import PartedWrite, WrittenPart
 from pipeline.storage import Storage
 
@@ -108,22 +109,21 @@ class PartedJournal:
         except FileNotFoundError:
             return None
         self.is_saved = True
-        token, parts = self._parsed(data)
-        target = PartedWrite(self._url, token)
+        try:
+            target, parts = self._parsed(data)
+        except (ValueError, LookupError, TypeError):  # of another content, or not written by `save`
+            return None
         if parts and (kept := parted_write.still_there(self._storage, target, parts)):
             return target, kept
         self.is_visible = bool(parts) and self._has_size(sum(part.bytes for part in parts))
         return (target, parts) if self.is_visible else None
 
-    def _parsed(self, data: bytes) -> tuple[str, list[WrittenPart]]:
-        """What `save` wrote: upload and parts; none where it is of another content, or was not written by it."""
-        try:
-            fields = json.loads(data)
-            if (fields["format"], fields["content"]) != (_FORMAT, self._content):
-                return "", []
-            return str(fields["token"]), [WrittenPart(**part) for part in fields["parts"]]
-        except (ValueError, LookupError, TypeError):
-            return "", []
+    def _parsed(self, data: bytes) -> tuple[PartedWrite, list[WrittenPart]]:
+        """What `save` wrote: upload and parts."""
+        fields = parsed_object(data)
+        if (fields["format"], fields["content"]) != (_FORMAT, self._content):
+            raise ValueError("another content")
+        return PartedWrite(self._url, str(fields["token"])), [WrittenPart(**part) for part in fields["parts"]]
 
     def _has_size(self, size: int) -> bool:
         try:

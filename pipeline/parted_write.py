@@ -34,6 +34,10 @@ class PartedWrite:
     token: str
     """S3's upload id; in a folder what the hidden file is named after."""
 
+    def __post_init__(self) -> None:
+        if is_local(self.url) and not self.token.isalnum():
+            raise ValueError(f"no name of a hidden file: {self.token!r}")
+
 
 @dataclass(frozen=True)
 class WrittenPart:
@@ -45,6 +49,12 @@ class WrittenPart:
     bytes: int
     crc32c: int
     etag: str = ""
+
+    def __post_init__(self) -> None:
+        # They are read back from a journal, which may be damaged.
+        counts = (self.number, self.offset, self.bytes, self.crc32c)
+        if not all(type(count) is int and 0 <= count < 2**53 for count in counts) or not isinstance(self.etag, str):
+            raise ValueError(f"no part: {self}")
 
 
 def takes_parts(url: str) -> bool:
@@ -198,6 +208,8 @@ def _hidden(target: PartedWrite) -> Path:
 def _is_written(path: Path, part: WrittenPart) -> bool:
     try:
         with _opened(path, os.O_RDONLY) as file:
+            if part.offset + part.bytes > os.fstat(file).st_size:  # before memory is asked for
+                return False
             data = os.pread(file, part.bytes, part.offset)
     except FileNotFoundError:
         return False

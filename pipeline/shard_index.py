@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from pipeline.errors import DatasetError
 from pipeline.index_pages import HEAD, INDEX_VERSION, Pages, Rows, row_type
+from pipeline.json_text import parsed_object
 
 NO_LABEL = -1
 LARGEST_IMAGE_BYTES = 256 << 20
@@ -187,7 +188,7 @@ class ShardIndex:
         try:
             index = cls._parsed(data, url)
             whole = index.to_bytes() == data
-        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError):
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, MemoryError):
             whole = False  # ValueError: also a page that is refused
         except struct.error:
             whole = False
@@ -198,7 +199,7 @@ class ShardIndex:
     @classmethod
     def _parsed(cls, data: bytes, url: str) -> ShardIndex:
         footer_bytes, _ = _TRAILER.unpack(data[-_TRAILER.size :])
-        footer = json.loads(data[-_TRAILER.size - footer_bytes : -_TRAILER.size])
+        footer = parsed_object(data[-_TRAILER.size - footer_bytes : -_TRAILER.size])
         _check_footer(footer)
         dtype = row_type(footer["key_bytes"], footer["extension_bytes"])
         pages = Pages(footer["samples"], dtype, footer["digest"])

@@ -14,16 +14,18 @@ import json
 import re
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.braces import expanded
 from pipeline.errors import SourceError
+from pipeline.json_text import parsed_object
 from pipeline.shard_index import NO_LABEL, Skipped
 from pipeline.source import Source, Tar, Tars, address, within
 from pipeline.storage import Storage, is_web
@@ -34,6 +36,17 @@ LISTING_VERSION = 2
 
 _LISTINGS_AT_ONCE = 16
 
+_NO_LISTING = (
+    LookupError,
+    TypeError,
+    OSError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+    NotImplementedError,
+    MemoryError,
+)
+"""What numpy, zipfile and zlib raise for bytes that are no listing, beside ValueError."""
 _ROW = np.dtype([("tar", "<i4"), ("offset", "<i8"), ("length", "<i8"), ("label", "<i8")])
 _WILD = re.compile(r"[*?\[]")
 
@@ -135,15 +148,37 @@ class TarListing:
         """Read a listing; ValueError if it is none."""
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                header = json.loads(arrays["header"].tobytes())
-                columns = {name: arrays[name] for name in ("offsets", "lengths", "labels")}
-        except (KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
+                header = parsed_object(arrays["header"].tobytes())
+                columns = {name: _column(arrays[name]) for name in ("offsets", "lengths", "labels")}
+            if header["version"] != LISTING_VERSION:
+                raise ValueError(f"version {header['version']}")
+            if len({len(column) for column in columns.values()}) != 1:
+                raise ValueError("its columns differ in length")
+            tar, bad_labels = header["tar"], _count(header["bad_labels"])
+            skipped = tuple(Skipped(_text(path), _text(reason)) for path, reason in header["skipped"])
+            faults = tuple(TarFault(_count(offset), _text(what)) for offset, what in header["faults"])
+            tar = Tar(_text(tar[0]), _count(tar[1]))
+        except _NO_LISTING as error:
             raise ValueError(f"no listing: {error}") from error
-        if header["version"] != LISTING_VERSION:
-            raise ValueError(f"version {header['version']}")
-        skipped = tuple(Skipped(path, reason) for path, reason in header["skipped"])
-        faults = tuple(TarFault(offset, what) for offset, what in header["faults"])
-        return cls(Tar(*header["tar"]), **columns, skipped=skipped, faults=faults, bad_labels=header["bad_labels"])
+        return cls(tar, **columns, skipped=skipped, faults=faults, bad_labels=bad_labels)
+
+
+def _column(values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    if values.dtype != np.dtype("<i8") or values.ndim != 1:
+        raise ValueError("a column holds no integers")
+    return values
+
+
+def _count(value: Any) -> int:
+    if type(value) is not int or not 0 <= value < 2**63:
+        raise ValueError("a count is none")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError("a text is none")
+    return value
 
 
 @dataclass(frozen=True)

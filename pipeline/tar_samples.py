@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Callable
@@ -10,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from pipeline.errors import clipped
+from pipeline.json_text import parsed_json
 from pipeline.photo import CorruptImage
 from pipeline.shard_index import LARGEST_IMAGE_BYTES, Skipped
 from pipeline.tar_scan import RangedFile, TarFault, TarMember, scan_tar
@@ -148,7 +148,7 @@ class _Collector:
     def _take_label(self, stem: str, kind: str, data: bytes) -> None:
         try:
             value = cls_label(data) if kind == "cls" else _json_label(data)
-        except (ValueError, RecursionError):  # the latter from JSON of very many brackets
+        except ValueError:
             value = -1
         if value is not None and not 0 <= value < 2**63:
             self.contents.bad_labels += 1
@@ -170,7 +170,7 @@ def cls_label(data: bytes) -> int:
 
 
 def _json_label(data: bytes) -> int | None:
-    fields = json.loads(data)
+    fields = parsed_json(data)
     values = [fields.get(name) for name in LABEL_FIELDS] if isinstance(fields, dict) else []
     return next((value for value in values if isinstance(value, int) and not isinstance(value, bool)), None)
 

@@ -17,6 +17,7 @@ STACK_FILES = frozenset(
         "jobs/test_consolidate_cluster",
         "jobs/test_damaged_checkpoints",
         "jobs/test_datasets",
+        "jobs/test_environments",
         "jobs/test_failures",
         "jobs/test_goodput_run",
         "jobs/test_hangs",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pipeline.storage import Storage
 
 DEEP = b"[" * 100_000
 HISTORY_ROW = {"step": 1, "epoch": 0, "loss": 0.5, "learning_rate": 1e-3, "world_size": 2, "attempt": 1}
-EVENT = {"at_seconds": 1.5, "attempt": 1, "kind": "checkpoint", "step": 1}
+EVENT = {"at_seconds": 1.5, "attempt": 1, "kind": "milestone", "step": 1}
 
 
 @pytest.fixture
@@ -93,10 +94,11 @@ def test_a_history_row_of_other_types_is_refused(run: RunDirectory, changed: dic
 @pytest.mark.parametrize("line", [b"x", b"[]", b"5", DEEP, b"{}", b'{"at_seconds": -Infinity}'])
 @pytest.mark.parametrize("folder", ["events", "history", "quarantine"])
 def test_a_line_that_is_no_row_is_refused(run: RunDirectory, folder: str, line: bytes) -> None:
-    run.storage.write(run.path(folder, "attempt-0001.jsonl"), line + b"\n")
+    name = "0001-00000001.jsonl" if folder == "history" else "attempt-0001.jsonl"
+    run.storage.write(run.path(folder, name), line + b"\n")
     read = {"events": run.read_events, "history": run.read_history, "quarantine": run.read_quarantine}[folder]
 
-    with pytest.raises(RunError, match=rf"{folder}/attempt-0001\.jsonl"):
+    with pytest.raises(RunError, match=rf"{folder}/{re.escape(name)}"):
         read()
 
 

@@ -94,7 +94,7 @@ def test_history_is_empty_before_the_first_step(run: RunDirectory) -> None:
 
 
 def event(attempt: int, step: int) -> dict[str, Any]:
-    return {"at_seconds": 1.5, "attempt": attempt, "kind": "checkpoint", "step": step}
+    return {"at_seconds": 1.5, "attempt": attempt, "kind": "milestone", "step": step}
 
 
 def test_events_are_in_order_of_attempts(run: RunDirectory) -> None:
@@ -120,10 +120,12 @@ def test_a_part_that_is_listed_but_gone_is_left_out(run: RunDirectory, monkeypat
 def test_the_heartbeat_is_what_was_last_said(run: RunDirectory) -> None:
     assert run.read_heartbeat() == {}
 
-    run.write_heartbeat({"state": "running", "step": 3})
-    run.write_heartbeat({"state": "finished", "step": 4})
+    said = {"state": "running", "step": 3, "total_steps": 4, "updated_at_seconds": 1.5}
 
-    assert run.read_heartbeat() == {"state": "finished", "step": 4}
+    run.write_heartbeat(said)
+    run.write_heartbeat(said | {"state": "finished", "step": 4})
+
+    assert run.read_heartbeat() == said | {"state": "finished", "step": 4}
 
 
 def test_a_stop_request_is_taken_once(run: RunDirectory) -> None:

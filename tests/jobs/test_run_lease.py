@@ -20,6 +20,8 @@ from jobs.schedule import Schedule
 from pipeline.errors import ClaimedError
 from pipeline.storage import Storage
 
+PROGRESS = {"step": 0, "total_steps": 40}
+
 
 @pytest.fixture
 def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunPlan:
@@ -38,10 +40,10 @@ def live(plan: RunPlan) -> Iterator[None]:
         beats = 0
         while not ended.wait(0.05):
             beats += 1
-            plan.run.write_heartbeat({"state": "running", "updated_at_seconds": float(beats)})
+            plan.run.write_heartbeat({"state": "running", "updated_at_seconds": float(beats), **PROGRESS})
 
     thread = threading.Thread(target=beat)
-    plan.run.write_heartbeat({"state": "running", "updated_at_seconds": 0.0})
+    plan.run.write_heartbeat({"state": "running", "updated_at_seconds": 0.0, **PROGRESS})
     thread.start()
     yield
     ended.set()
@@ -62,7 +64,7 @@ def test_a_run_whose_heartbeat_moves_is_live(plan: RunPlan, live: None) -> None:
 
 def test_a_run_that_never_spoke_or_was_cut_off_is_not_live(plan: RunPlan) -> None:
     assert not is_live(plan.run)
-    plan.run.write_heartbeat({"state": "running", "updated_at_seconds": 1.0})
+    plan.run.write_heartbeat({"state": "running", "updated_at_seconds": 1.0, **PROGRESS})
     assert not is_live(plan.run)
 
 
@@ -71,7 +73,7 @@ def test_a_run_that_ended_is_known_at_once_not_to_be_live(
     plan: RunPlan, state: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("jobs.run_lease.time.sleep", None)
-    plan.run.write_heartbeat({"state": state, "updated_at_seconds": 1.0})
+    plan.run.write_heartbeat({"state": state, "updated_at_seconds": 1.0, **PROGRESS})
 
     assert not is_live(plan.run)
 
@@ -79,7 +81,7 @@ def test_a_run_that_ended_is_known_at_once_not_to_be_live(
 def test_a_name_is_new_then_resumes(plan: RunPlan) -> None:
     assert claim_run(plan) == "new"
     assert claim_run(plan) == "resumes"
-    plan.run.write_heartbeat({"state": "failed", "updated_at_seconds": 1.0})
+    plan.run.write_heartbeat({"state": "failed", "updated_at_seconds": 1.0, **PROGRESS})
     assert claim_run(plan) == "resumes"
 
 
@@ -196,7 +198,7 @@ def test_another_recipe_cannot_take_the_name(plan: RunPlan) -> None:
 
 def test_a_finished_run_is_finished_until_it_shall_train_longer(plan: RunPlan) -> None:
     plan.run.claim(plan.recipe)
-    plan.run.write_heartbeat({"state": "finished", "updated_at_seconds": 1.0})
+    plan.run.write_heartbeat({"state": "finished", "updated_at_seconds": 1.0, **PROGRESS})
     write_commit(plan.run, plan.schedule.total_steps)
     assert claim_run(plan) == "resumes"  # the driver died before the report
     plan.run.storage.write(plan.run.path("report.html"), b"report")
@@ -208,7 +210,7 @@ def test_a_finished_run_is_finished_until_it_shall_train_longer(plan: RunPlan) -
 
 def test_a_finished_run_whose_checkpoints_were_deleted_resumes(plan: RunPlan) -> None:
     plan.run.claim(plan.recipe)
-    plan.run.write_heartbeat({"state": "finished", "updated_at_seconds": 1.0})
+    plan.run.write_heartbeat({"state": "finished", "updated_at_seconds": 1.0, **PROGRESS})
 
     assert claim_run(plan) == "resumes"
 

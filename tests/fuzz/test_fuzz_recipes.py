@@ -1,0 +1,116 @@
+"""Recipes as people type them, on the command line and into files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import tomllib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fuzzing import Fuzz, reading_only
+from hypothesis import strategies as st
+from mutations import ODD_TEXTS, damaged, json_values, scalars, texts
+
+from jobs.plan import IMAGENET, recipe_json, recipe_lines
+from jobs.recipe import Recipe, parse_overrides
+from jobs.recipes import named_recipe, recipe_names
+from model import ConvMAEConfig
+
+Draw = Callable[[st.SearchStrategy[Any]], Any]
+
+FIELDS = sorted(
+    {*Recipe.model_fields, *(f"model.{field.name}" for field in dataclasses.fields(ConvMAEConfig)), "model.preset"}
+)
+TINY = {key: value for key, value in named_recipe("tiny").to_json().items() if key != "model"}
+MODEL = {f"model.{key}": value for key, value in named_recipe("tiny").to_json()["model"].items()}
+
+
+def toml(value: Any) -> str:
+    """A value as TOML; of what TOML has not, something near."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(str(key))} = {toml(held)}" for key, held in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(toml, value))}]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return json.dumps(value)
+
+
+near_numbers = st.one_of(st.integers(-2, 5000), st.sampled_from((1, 2, 4, 8, 16, 32, 64, 224, 448)), st.floats(0, 2))
+values = st.one_of(
+    near_numbers.map(toml),
+    json_values.map(toml),
+    scalars.map(str),
+    texts,
+    st.sampled_from(("0x10", "1_0", "1e9", "1979-05-27", "'a'")),
+)
+keys = st.one_of(
+    st.sampled_from(FIELDS), st.sampled_from(FIELDS), texts, st.sampled_from(("model", "model.", "model.model.loss"))
+)
+
+
+@st.composite
+def arguments(draw: Draw) -> list[str]:
+    """Some `field=value`, most of them of fields that there are."""
+    chosen = draw(st.lists(st.tuples(keys, values), max_size=4))
+    return [draw(st.sampled_from((f"{key}={value}", f"{key}={value}", f"{key}={value}", key))) for key, value in chosen]
+
+
+def check_recipe(recipe: Recipe) -> None:
+    """A recipe is what it says of itself, and can be looked at."""
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+    for _, text in recipe_lines(recipe, IMAGENET):
+        assert isinstance(text, str)
+    assert json.loads(json.dumps(recipe_json(recipe, IMAGENET)))["recipe"] == json.loads(json.dumps(recipe.to_json()))
+
+
+def test_arguments_make_a_recipe_or_are_refused(fuzz: Fuzz) -> None:
+    def recipe_arguments(given: tuple[str, Sequence[str]]) -> None:
+        name, arguments = given
+        overrides = parse_overrides(arguments)
+        for argument in arguments:
+            key, _, text = argument.partition("=")
+            try:
+                expected = tomllib.loads(f"value = {text}")["value"]
+            except (ValueError, RecursionError):
+                expected = text
+            assert repr(overrides[key]) == repr(expected)
+        check_recipe(named_recipe(name).amended(overrides))
+
+    fuzz(recipe_arguments, st.tuples(st.sampled_from(recipe_names()), arguments()), batch=40)
+
+
+@st.composite
+def files(draw: Draw) -> bytes:
+    """A recipe's file: lines of fields, tables, and what editors add."""
+    fields = {"base": draw(st.sampled_from(("tiny", "convmae_base", "nope", 5)))}
+    whole = draw(st.booleans())
+    given = {**TINY, **MODEL} if whole else {}
+    given |= draw(st.dictionaries(st.sampled_from(FIELDS), st.one_of(near_numbers, json_values), max_size=4))
+    top = {key: value for key, value in given.items() if not key.startswith("model.")}
+    lines = [f"{key} = {toml(value)}" for key, value in {**fields, **top}.items()]
+    lines += [
+        "[model]",
+        *(f"{key.removeprefix('model.')} = {toml(value)}" for key, value in given.items() if key.startswith("model.")),
+    ]
+    lines += draw(
+        st.lists(st.sampled_from(("", "# a comment", "[model]", "[[x]]", "a.b.c = 1", *ODD_TEXTS)), max_size=2)
+    )
+    end = draw(st.sampled_from(("\n", "\r\n")))
+    text = end.join([*lines, ""]).encode("utf-8", "surrogatepass")
+    start = draw(st.sampled_from((b"", b"", b"\xef\xbb\xbf")))
+    return start + (draw(damaged(text)) if draw(st.booleans()) else text)
+
+
+def test_a_file_makes_a_recipe_or_is_refused(fuzz: Fuzz, tmp_path: Path) -> None:
+    def recipe_files(data: bytes) -> None:
+        place = tmp_path / "mine.toml"
+        place.write_bytes(data)
+        with reading_only(tmp_path):
+            recipe = named_recipe(str(place))
+        check_recipe(recipe)
+
+    fuzz(recipe_files, files(), batch=30)
