@@ -22,7 +22,7 @@ from jobs.non_finite import OnNonFinite
 from jobs.watchdog import HANG_SECONDS
 from model import ConvMAEConfig
 from model.errors import ModelConfigError
-from pipeline.errors import StorageError
+from pipeline.errors import StorageError, clipped
 from pipeline.image_maker import MAX_CONSECUTIVE_BAD_SAMPLES, OnBadSample
 from pipeline.stall_watch import STALL_SECONDS
 from pipeline.storage import is_web
@@ -300,7 +300,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if not equals or not key:
-            raise RecipeError("argument", "must be field=value", argument, "write for example epochs=400")
+            raise RecipeError("argument", "must be field=value", clipped(argument), "write for example epochs=400")
         if len(argument) > LONGEST_ARGUMENT:
             rule = f"must be at most {LONGEST_ARGUMENT} characters"
             raise RecipeError(key[:40], rule, f"{text[:40]}...", "put it into a .toml file, or correct it")

@@ -16,10 +16,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.errors import UserError
+from pipeline.errors import UserError, clipped
 from pipeline.printable import printable
 
 LOG_INTERVAL_SECONDS = 10.0
+MOST_BYTES = 2**60
+"""Of an option: no store has more for one object."""
 ShowProgress = Callable[[int, int, str], None]
 """`show(done, total, text)`."""
 ShowStatus = Callable[[Mapping[str, Any]], None]
@@ -118,9 +120,12 @@ def parsed_bytes(field: str, text: str) -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kKMGT])(i?))?B?", text.strip())
     if not match:
-        raise UserError(field, "must be a number of bytes", text, "write it like 256MB, 1GiB or 100000")
+        raise UserError(field, "must be a number of bytes", clipped(text), "write it like 256MB, 1GiB or 100000")
     base = 1024 if match[3] else 1000
-    return int(float(match[1]) * base ** (" KMGT".index(match[2].upper()) if match[2] else 0))
+    count = float(match[1]) * base ** (" KMGT".index(match[2].upper()) if match[2] else 0)
+    if count > MOST_BYTES:
+        raise UserError(field, f"must be at most {MOST_BYTES} bytes", clipped(text), "write it like 256MB or 1GiB")
+    return int(count)
 
 
 def status_text(status: Mapping[str, Any]) -> str:

@@ -14,9 +14,13 @@ LONGEST_QUOTED = 200
 """Characters."""
 
 
-def clipped(text: str) -> str:
+LONGEST_PART = 2000
+"""Characters of a rule, a value or a remedy, which may quote what is longer than anybody reads."""
+
+
+def clipped(text: str, longest: int = LONGEST_QUOTED) -> str:
     """What a message quotes of a text that somebody else made as long as they liked."""
-    return text if len(text) <= LONGEST_QUOTED else f"{text[:LONGEST_QUOTED]}..."
+    return text if len(text) <= longest else f"{text[:longest]}..."
 
 
 class UserError(ValueError):
@@ -30,7 +34,8 @@ class UserError(ValueError):
         self.remedy = remedy
 
     def __str__(self) -> str:
-        return printable(f"{self.field}: {self.rule}, got {self.value!r}; {self.remedy}")
+        parts = (clipped(text, LONGEST_PART) for text in (self.rule, repr(self.value), self.remedy))
+        return printable("{}: {}, got {}; {}".format(clipped(self.field), *parts))
 
 
 class StorageError(UserError):

@@ -201,6 +201,8 @@ def translated(error: Exception, url: str) -> Exception:  # noqa: PLR0911, PLR09
         return StorageError("path", "must be short enough for its file system", clipped(url), "shorten it")
     if number in _NOT_A_FOLDER and not status:
         return StorageError("path", "must fit what lies there", url, f"take another ({_told(error)})")
+    if isinstance(error, UnicodeEncodeError):  # a surrogate, as JSON can spell it, that stands for no byte
+        return StorageError("URL", "must be made of characters", clipped(url), "correct what it comes from")
     if isinstance(error, boto.ParamValidationError):
         return StorageError("URL", "must name a valid bucket and key", url, "correct the URL")
     if isinstance(error, ValueError) and "endpoint" in str(error).lower():

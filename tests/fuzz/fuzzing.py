@@ -26,7 +26,7 @@ from hypothesis import HealthCheck, Phase
 from hypothesis.internal.conjecture import providers
 from hypothesis.strategies import SearchStrategy
 
-from pipeline.errors import UserError
+from pipeline.errors import LONGEST_PART, UserError
 from pipeline.printable import printable
 
 MINUTES_VARIABLE = "CONVMAE_FUZZ_MINUTES"
@@ -38,7 +38,7 @@ MOST_WAITS = 4
 MOST_RESIDENT_BYTES = 512 << 20
 MOST_MAPPED_BYTES = 4 << 30
 """Beyond what the process had mapped when the target began: what is more ends in a MemoryError."""
-LONGEST_TOLD = 4000
+LONGEST_TOLD = 3 * LONGEST_PART + 400
 """Characters of an error for a person."""
 LONGEST_SHOWN = 2000
 

@@ -17,6 +17,7 @@ from mutations import ODD_TEXTS, damaged, json_values, scalars, texts
 from jobs.plan import IMAGENET, recipe_json, recipe_lines
 from jobs.recipe import Recipe, parse_overrides
 from jobs.recipes import named_recipe, recipe_names
+from jobs.terminal import MOST_BYTES, parsed_bytes
 from model import ConvMAEConfig
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
@@ -114,3 +115,26 @@ def test_a_file_makes_a_recipe_or_is_refused(fuzz: Fuzz, tmp_path: Path) -> None
         check_recipe(recipe)
 
     fuzz(recipe_files, files(), batch=30)
+
+
+sizes = st.one_of(
+    texts,
+    st.tuples(
+        st.sampled_from(("", " ", "1", "1.5", "0", "-1", "1e9", "\u0663", "9" * 30, "9" * 400, "1_0")),
+        st.sampled_from(("", " ")),
+        st.sampled_from(("", "B", "k", "kB", "KiB", "MB", "GiB", "T", "TiB", "PB", "iB", "x")),
+    ).map("".join),
+)
+
+
+def test_a_number_of_bytes_is_one_or_is_refused(fuzz: Fuzz) -> None:
+    units = {"": 1, "k": 1000, "K": 1000, "M": 10**6, "G": 10**9, "T": 10**12}
+
+    def byte_counts(text: str) -> None:
+        count = parsed_bytes("--shard-bytes", text)
+        assert type(count) is int and 0 <= count <= MOST_BYTES
+        unit = text.strip().removesuffix("B").removesuffix("i")[-1:]
+        if "i" not in text and not unit.isdecimal() and "." not in text:
+            assert count == int(text.strip().removesuffix("B").removesuffix(unit)) * units[unit]
+
+    fuzz(byte_counts, sizes, batch=150)

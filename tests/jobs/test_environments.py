@@ -276,7 +276,7 @@ def _typed(command: str, shared: Shared, made: str) -> list[str]:
         "verify": ["verify", shared.data],
         "doctor": ["doctor"],
         "submit": ["submit", *shared.recipe, "--run", RUN],
-        "inspect": ["inspect", "tiny", f"data={shared.data}"],
+        "inspect": ["inspect", *shared.recipe],
         "list": ["list"],
     }.get(command, [command, RUN])
 

@@ -189,7 +189,7 @@ def test_a_store_that_refuses_a_beat_takes_no_claim_away(tmp_path: Path) -> None
 def test_a_claim_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "BEAT_SECONDS", 0.01)
     holder = Holder.here("x")
-    Storage().write(str(tmp_path / "claim-000001.json"), json.dumps({"token": holder.token}).encode())
+    Storage().write(str(tmp_path / "claim-000001.json"), claims._content(holder, 0))
     claim = Claim(Storage(), str(tmp_path), 1, holder)
 
     deadline = time.monotonic() + 10
