@@ -20,7 +20,7 @@ from pipeline.storage import Storage
 from pipeline.tar_samples import Measured, TarContents, read_samples
 from pipeline.tar_scan import RangedFile, TarFault
 
-INDEXING_VERSION = 1
+INDEXING_VERSION = 2
 """Part of every digest: indexes made under other rules are not kept."""
 
 

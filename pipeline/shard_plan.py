@@ -20,7 +20,7 @@ from pipeline.errors import SourceError
 from pipeline.photo import ORIGINAL, Encoding
 from pipeline.source import Source, Sources, Tars
 
-SHARD_VERSION = 2
+SHARD_VERSION = 3
 """Part of every sources digest: shards written under other rules are not kept."""
 
 _SHUFFLE = 0x53484152
