@@ -16,7 +16,7 @@ from jobs.terminal import bytes_text, duration_text, print_json, progress_bar, s
 from pipeline.errors import DamagedManifestError, DamagedTarsError, SourceError
 from pipeline.manifest import MANIFEST_NAME, SKIPPED_NAME, Manifest
 from pipeline.shard_plan import Ingest, Sharding
-from pipeline.source import Sources, Tars
+from pipeline.source import IMAGE_EXTENSIONS, Sources, Tars
 from pipeline.sources import find_sources
 from pipeline.storage import Storage, is_local
 from pipeline.verify import Fault
@@ -45,6 +45,7 @@ def make_dataset(
         result = ingest(session.storage, job, destination, salvage=salvage, on_progress=show, on_wait=_say_waiting)
     done = f"{result.shards_written} written, {result.shards_kept} kept"
     _say_made(destination, result.manifest, done, result.skipped, result.bad_labels)
+    _say_unread(result.unread)
     return result.manifest
 
 
@@ -71,6 +72,7 @@ def index_foreign(session: Session, url: str, out: str, *, deep: bool, salvage: 
         )
     done = f"{result.tars_read} read, {result.tars_kept} kept"
     _say_made(destination, result.manifest, done, result.skipped, result.bad_labels)
+    _say_unread(result.unread)
     return result.manifest
 
 
@@ -138,6 +140,11 @@ def _say_made(destination: str, manifest: Manifest, done: str, skipped: int, bad
         say(f"skipped, with reasons: {Storage.join(destination, SKIPPED_NAME)}")
     if bad_labels:
         say(f"{bad_labels} labels are no integers of at least 0; their images have none")
+
+
+def _say_unread(unread: str) -> None:
+    if unread:
+        say(f"{unread}; convert or rename them: read are {', '.join(IMAGE_EXTENSIONS)}")
 
 
 def _refuse_within(source: str, destination: str) -> None:

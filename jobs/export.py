@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from jobs import onnx_export
@@ -17,7 +16,7 @@ from jobs.checkpoint import folder_name
 from jobs.errors import ExportError
 from jobs.model_card import write_card
 from jobs.run_directory import RunDirectory
-from jobs.weights_file import Weights, model_json, sha256_of
+from jobs.weights_file import Weights, model_json, sha256_of, write_tensors
 from model import Backbone, ConvMAE, ConvMAEConfig
 from model.config import PATCH_PIXELS
 from model.errors import ModelConfigError
@@ -224,7 +223,7 @@ def _backbone(weights: Weights) -> Backbone:
 
 def _save(state: Mapping[str, Tensor], path: Path, weights: Weights) -> None:
     metadata = {**weights.metadata, "format": "pt", "model": model_json(weights.config)}
-    save_file({name: value.contiguous() for name, value in state.items()}, path, metadata=metadata)
+    write_tensors(state, path, metadata)
 
 
 def _write_json(path: Path, value: object) -> None:

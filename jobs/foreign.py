@@ -17,6 +17,7 @@ from pipeline.manifest import Manifest, existing_manifest
 from pipeline.shard_index import Skipped
 from pipeline.source import Tars
 from pipeline.storage import Storage
+from pipeline.tar_samples import unread_kinds
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,8 @@ class IndexingReport:
     skipped: int
     bad_labels: int
     seconds: float
+    unread: str = ""
+    """Which samples have no image that is read."""
 
 
 def index_dataset(
@@ -67,7 +70,7 @@ def index_dataset(
     destination = Storage.absolute(destination)
     tasks = [IndexTask(tars.root, tar, deep, salvage) for tar in tars.tars]
     work = Storage.join(destination, WORK_FOLDER)
-    manifest, done = existing_manifest(storage, destination, tasks), []
+    manifest, done, skipped = existing_manifest(storage, destination, tasks), [], list[Skipped]()
     if manifest is None:
         with claimed(storage, work, "convmae index", on_wait=on_wait) as claim:
             # Whoever held the claim before may have finished the data set, or made another one.
@@ -82,7 +85,8 @@ def index_dataset(
     read = sum(not report.kept for report in done)
     bad_labels = sum(report.bad_labels for report in done)
     seconds = time.monotonic() - began
-    return IndexingReport(manifest, read, len(tasks) - read, manifest.skipped, bad_labels, seconds)
+    kept = len(tasks) - read
+    return IndexingReport(manifest, read, kept, manifest.skipped, bad_labels, seconds, unread_kinds(skipped))
 
 
 def _indexed(
@@ -114,5 +118,5 @@ def _manifest(tars: Tars, tasks: list[IndexTask], done: list[TarReport]) -> tupl
         why = (
             f"the first of {len(skipped)} skipped is {skipped[0].path}: {skipped[0].reason}" if skipped else "none has"
         )
-        raise SourceError("tars", "must have an image with a known extension", tars.root, why)
+        raise SourceError("tars", "must have an image that is read", tars.root, why)
     return manifest, skipped

@@ -24,6 +24,7 @@ from pipeline.source import Sources, Tars, within
 from pipeline.source_lists import sized
 from pipeline.source_tars import TarImages, TarSummary, TarTask, list_tar, read_listings
 from pipeline.storage import Storage, is_local
+from pipeline.tar_samples import unread_kinds
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,8 @@ class IngestReport:
     skipped: int
     bad_labels: int
     seconds: float
+    unread: str = ""
+    """Which samples of source tars have no image that is read."""
 
 
 def ingest(
@@ -84,17 +87,18 @@ def ingest(
     _keep_apart(job, destination)
     work = Storage.join(destination, WORK_FOLDER)
     reports: list[ShardReport] = []
-    manifest, bad_labels = existing_manifest(storage, destination, [job]), 0
+    manifest, bad_labels, unread = existing_manifest(storage, destination, [job]), 0, ""
     if manifest is None:
         with claimed(storage, work, "convmae shard", on_wait=on_wait) as claim:
             # Whoever held the claim before may have finished the data set, or made another one.
             manifest = existing_manifest(storage, destination, [job])
             if manifest is None:
-                manifest, reports, bad_labels = _made(storage, job, destination, claim, on_progress, salvage=salvage)
+                manifest, reports, found = _made(storage, job, destination, claim, on_progress, salvage=salvage)
+                bad_labels, unread = found.bad_labels, unread_kinds(found.skipped)
         sweep(work)
     written = sum(not report.kept for report in reports)
     kept = len(manifest.shards) - written
-    return IngestReport(manifest, written, kept, manifest.skipped, bad_labels, time.monotonic() - began)
+    return IngestReport(manifest, written, kept, manifest.skipped, bad_labels, time.monotonic() - began, unread)
 
 
 def _keep_apart(job: Ingest, destination: str) -> None:
@@ -110,8 +114,8 @@ def _keep_apart(job: Ingest, destination: str) -> None:
 
 def _made(
     storage: Storage, job: Ingest, destination: str, claim: Claim, on_progress: Show, *, salvage: bool
-) -> tuple[Manifest, list[ShardReport], int]:
-    """Write everything; returns the manifest, what came of each shard, and the labels that were left out."""
+) -> tuple[Manifest, list[ShardReport], _Resolved]:
+    """Write everything; returns the manifest, what came of each shard, and of what."""
 
     def show(stage: str, progress: Progress) -> None:
         claim.check()
@@ -129,7 +133,7 @@ def _made(
     manifest.save(storage, destination, skipped)
     for listing in resolved.listings:
         storage.delete(listing)
-    return manifest, reports, resolved.bad_labels
+    return manifest, reports, resolved
 
 
 def sweep(work: str) -> None:

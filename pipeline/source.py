@@ -10,9 +10,12 @@ from pipeline.errors import RefusedError
 from pipeline.shard_index import LARGEST_IMAGE_BYTES
 from pipeline.storage import Storage, is_local, is_web
 
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+IMAGE_EXTENSIONS = (
+    *("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jfif"),
+    *("jpe", "jif", "pjpeg", "pjp", "apng"),
 )
+"""In small letters. Where a sample of a tar has several images, the first of these is the one."""
+IMAGE_SUFFIXES = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS)
 
 
 @dataclass(frozen=True, slots=True)

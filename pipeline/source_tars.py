@@ -30,7 +30,7 @@ from pipeline.storage import Storage, is_web
 from pipeline.tar_samples import read_samples
 from pipeline.tar_scan import RangedFile, TarFault
 
-LISTING_VERSION = 2
+LISTING_VERSION = 3
 
 _LISTINGS_AT_ONCE = 16
 

@@ -161,25 +161,32 @@ def export(
 @app.command(name="import", cls=at_store("source", "out"))
 def import_command(
     source: Annotated[
-        str, typer.Argument(metavar="FILE", help="A .pth of the official pretraining, or a consolidated file.")
+        str, typer.Argument(metavar="FILE", help="A .pth of the official code, or safetensors, as a path or URL.")
     ],
     out: Annotated[str, typer.Argument(help="The .safetensors file to write, as a path or URL.")],
     overrides: Overrides = None,
     *,
     recipe: Annotated[str, typer.Option(help="Whose model takes the weights.")] = "convmae_base_official",
+    fresh_decoder: Annotated[
+        bool,
+        typer.Option("--fresh-decoder", help="Take the encoder alone, with a decoder made from the recipe's seed."),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
 ) -> None:
     """Bring weights in that a new run can start from, with `init_from=OUT`.
 
     The file is read without running any code in it. Weights of another architecture are refused with every name that
-    is missing or unexpected.
+    is missing or unexpected. An encoder without decoder, as the released files are, needs --fresh-decoder.
     """
     from jobs.initial_weights import import_weights
     from pipeline.storage import Storage
 
     session, resolved = open_session(), amended_recipe(recipe, overrides)
     places = [Storage.absolute(url) for url in (source, out)]
-    done = import_weights(session.storage, places[0], places[1], resolved.model, force=force)
+    seed = resolved.seed if fresh_decoder else None
+    done = import_weights(session.storage, places[0], places[1], resolved.model, fresh_decoder_seed=seed, force=force)
+    for note in done.notes:
+        say(note)
     say(f"{done.url} ({bytes_text(done.bytes)}, sha256 {done.sha256})")
     say(f"from {places[0]} (sha256 {done.source_sha256})")
     changes = "".join(f" {change}" for change in overrides or ())

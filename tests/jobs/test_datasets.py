@@ -70,6 +70,38 @@ def test_foreign_tars_are_indexed_trained_from_and_verified(
     assert "CRC32C" in report["faults"][1]["what"]
 
 
+def test_samples_of_tars_without_an_image_that_is_read_are_told(
+    convmae: Command, s3: Storage, images: list[tuple[str, bytes]]
+) -> None:
+    data = images[0][1]
+    members = [
+        ("1.jpe", data),
+        ("2.jfif", data),
+        ("3.heic", b"x"),
+        ("3.json", b"{}"),
+        ("4.jxl", b"x"),
+        ("5.heic", b"x"),
+    ]
+    s3.write(f"{ROOT}/unread/a.tar", tar_bytes(members))
+    told = "3 samples have no image that is read (.heic 2, .jxl 1); convert or rename them: read are jpg, jpeg, "
+
+    out, _ = convmae("index", f"{ROOT}/unread", "--out", f"{ROOT}/unread-index")
+    assert "2 images in 1 shards (1 read, 0 kept), 3 sources skipped" in out
+    assert told in out
+    out, _ = convmae("shard", f"{ROOT}/unread", f"{ROOT}/unread-shards")
+    assert "2 images in 1 shards (1 written, 0 kept), 3 sources skipped" in out
+    assert told in out
+    lines = s3.read(f"{ROOT}/unread-shards/skipped.jsonl").decode().splitlines()
+    assert [json.loads(line)["path"].partition(" at ")[0] for line in lines] == [
+        f"a.tar: {name}" for name in ("3.heic", "4.jxl", "5.heic")
+    ]
+
+    s3.write(f"{ROOT}/page/a.tar", b"<!doctype html><html>404</html>")
+    out, err = convmae("index", f"{ROOT}/page", code=2)
+    assert "a.tar, offset 0: it is a page (HTML or XML)" in out
+    assert "tars: must be whole" in err and "a.tar" in err and "download it again" in err
+
+
 def test_a_whole_data_set_has_no_fault(convmae: Command, data: str) -> None:
     out, err = convmae("verify", data, "--deep")
 
