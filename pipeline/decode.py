@@ -16,7 +16,7 @@ Pixels = npt.NDArray[np.uint8]
 
 KEPT_COLOURSPACES = frozenset({"YCbCr", "Gray", "RGB"})
 """What libjpeg-turbo converts to RGB by itself; CMYK and YCCK need a colour conversion."""
-_MENDABLE = ("extraneous bytes", "Unsupported")
+_MENDABLE = ("extraneous bytes", "Unsupported", "Could not determine subsampling")
 
 
 def decode(data: bytes) -> Pixels:
@@ -69,7 +69,7 @@ def decode_jpeg(data: bytes) -> Pixels:
 def is_mendable(error: ValueError) -> bool:
     """Whether decode_jpeg refused a JPEG of which no pixel is lost.
 
-    Junk between segments, CMYK, 12 or 16 bits, lossless compression.
+    Junk between segments, 12 or 16 bits, lossless compression, sampling factors that TurboJPEG has no name for.
     """
     return any(word in str(error) for word in _MENDABLE)
 

@@ -20,6 +20,14 @@ from pipeline.jpeg_scans import refuse_scan_bomb
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 """What PIL may take an image for, whatever its name. It knows more: for an EPS it starts Ghostscript."""
 
+_UNREAD = {
+    "HEIC": (4, (b"ftyphei", b"ftyphev", b"ftypmif1heic")),
+    "JPEG XL": (0, (b"\xff\x0a", b"\0\0\0\x0cJXL ")),
+    "JPEG 2000": (0, (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")),
+    "compressed by gzip": (0, (b"\x1f\x8b",)),
+    "a page (HTML or XML)": (0, (b"<",)),
+}
+"""What is found under the names of images, by the bytes at a place."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -57,8 +65,8 @@ def pixels_of(data: bytes) -> npt.NDArray[np.uint8]:
     try:
         with opened(data) as image:
             return np.array(plain(image).convert("RGB"))
-    except UnidentifiedImageError as error:  # its message holds a memory address
-        raise ValueError("not an image file") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(unread(data)) from error
     except Exception as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
@@ -67,14 +75,14 @@ def size_of(data: bytes) -> tuple[int, int]:
     """Height and width by the header alone, of any image that `pixels_of` takes; raises ValueError as it does."""
     refuse_scan_bomb(data)
     if data.startswith(JPEG_START):
-        with contextlib.suppress(KeyError):  # a chroma subsampling that libjpeg-turbo has no name for
+        with contextlib.suppress(ValueError, KeyError):  # sampling factors that TurboJPEG has no name for
             height, width, *_ = simplejpeg.decode_jpeg_header(data, strict=False)
             return height, width
     try:
         with _header_of(bare_image(data)) as image:
             return image.height, image.width
     except UnidentifiedImageError as error:
-        raise ValueError("not an image file") from error
+        raise ValueError(unread(data)) from error
     except Exception as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
@@ -110,6 +118,14 @@ def refuse_bomb(height: int, width: int) -> None:
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and height * width > limit:
         raise ValueError(f"{width} x {height} pixels are more than PIL's limit of {limit}")
+
+
+def unread(data: bytes) -> str:
+    """What to say of a file that is no image of ours; PIL's message holds a memory address."""
+    if not data:
+        return "not an image file: it is empty"
+    kind = next((kind for kind, (place, starts) in _UNREAD.items() if data.startswith(starts, place)), "")
+    return f"not an image file that is read: it is {kind}" if kind else "not an image file"
 
 
 @functools.cache

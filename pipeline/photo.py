@@ -9,7 +9,7 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from pipeline import odd_images
-from pipeline.bare_image import JPEG_START
+from pipeline.bare_image import JPEG_START, bare_image
 from pipeline.decode import KEPT_COLOURSPACES, is_mendable, readable_jpeg
 from pipeline.errors import SourceError
 
@@ -65,13 +65,13 @@ def photo_from(data: bytes, encoding: Encoding = ORIGINAL) -> Photo:
         kept = _kept(data, encoding.max_side) if encoding.quality is None else None
         return kept or _converted(data, encoding)
     except Exception as error:  # decoders raise whatever a damaged file leads them into
-        raise CorruptImage(_reason(error)) from error
+        raise CorruptImage(_reason(error, data)) from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, data: bytes) -> str:
     """What a decoder said, the same each time: the reason is part of the shard's index, and so of the digest."""
-    if isinstance(error, UnidentifiedImageError):  # its message holds a memory address
-        return "UnidentifiedImageError: not an image file"
+    if isinstance(error, UnidentifiedImageError):
+        return odd_images.unread(data)
     return f"{type(error).__name__}: {error}"
 
 
@@ -81,7 +81,7 @@ def _kept(data: bytes, max_side: int | None) -> Photo | None:
         return None
     try:
         height, width, colourspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-    except (ValueError, KeyError):  # KeyError: a chroma subsampling that libjpeg-turbo has no name for
+    except (ValueError, KeyError):  # sampling factors that TurboJPEG has no name for
         return None
     odd_images.refuse_bomb(height, width)
     fits = max_side is None or max(height, width) <= max_side
@@ -97,13 +97,32 @@ def _kept(data: bytes, max_side: int | None) -> Photo | None:
 
 
 def _converted(data: bytes, encoding: Encoding) -> Photo:
+    result = _shrunk(_upright(data), encoding.max_side)
+    if max(result.size) > LONGEST_JPEG_SIDE:
+        raise ValueError(f"{result.width} x {result.height} pixels do not fit a JPEG ({LONGEST_JPEG_SIDE} a side)")
+    output = io.BytesIO()
+    result.save(output, "JPEG", quality=encoding.quality or CONVERTED_QUALITY)
+    return Photo(output.getvalue(), result.height, result.width)
+
+
+def _upright(data: bytes) -> Image.Image:
+    """The image as it is shown, gray or RGB; what `decode` refuses is refused here."""
+    if data.startswith(JPEG_START):
+        try:
+            kept, pixels = readable_jpeg(data)
+        except ValueError as error:
+            if not is_mendable(error):
+                raise
+        else:
+            image = Image.fromarray(pixels[..., 0] if _is_gray(kept) else pixels)
+            image.info["exif"] = bare_image(data).exif
+            return odd_images.upright(image)
     with odd_images.opened(data) as image:
-        result = _shrunk(odd_images.plain(odd_images.upright(image)), encoding.max_side)
-        if max(result.size) > LONGEST_JPEG_SIDE:
-            raise ValueError(f"{result.width} x {result.height} pixels do not fit a JPEG ({LONGEST_JPEG_SIDE} a side)")
-        output = io.BytesIO()
-        result.save(output, "JPEG", quality=encoding.quality or CONVERTED_QUALITY)
-        return Photo(output.getvalue(), result.height, result.width)
+        return odd_images.plain(odd_images.upright(image))
+
+
+def _is_gray(jpeg: bytes) -> bool:
+    return bool(simplejpeg.decode_jpeg_header(jpeg, strict=False)[2] == "Gray")
 
 
 def _shrunk(image: Image.Image, max_side: int | None) -> Image.Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import struct
 import zlib
 from collections.abc import Callable, Iterator
@@ -19,7 +20,7 @@ from PIL import Image
 from pipeline import odd_images
 from pipeline.bare_image import LARGEST_EXIF_BYTES, bare_image
 from pipeline.decode import decode
-from pipeline.photo import CorruptImage, photo_from
+from pipeline.photo import LONGEST_JPEG_SIDE, CorruptImage, Encoding, photo_from
 
 HEIGHT, WIDTH = 48, 64
 LARGE = 2 << 20
@@ -406,11 +407,12 @@ def test_damaged_pixels_stay_errors(kind: str, data: bytes) -> None:
         photo_from(data)
 
 
-@pytest.mark.parametrize("data", [PLAIN["jpeg"], PLAIN["png"], PLAIN["webp"], PLAIN["tiff"], PLAIN["avif"]])
+@pytest.mark.parametrize("name", ["jpeg", "cmyk", "png", "webp", "tiff", "avif"])
 @given(st.data())
 @settings(max_examples=150, deadline=None)
-def test_files_with_a_few_wrong_bytes_have_one_verdict(data: bytes, drawn: st.DataObject) -> None:
+def test_files_with_a_few_wrong_bytes_have_one_verdict(name: str, drawn: st.DataObject) -> None:
     """And no exception but the ones that are promised."""
+    data = PLAIN[name]
     odd = bytearray(data[: drawn.draw(st.integers(0, len(data)) | st.just(len(data)))])
     for _ in range(drawn.draw(st.integers(0, 4)) if odd else 0):
         odd[drawn.draw(st.integers(0, min(len(odd), 700) - 1))] = drawn.draw(st.integers(0, 255))
@@ -424,7 +426,53 @@ def test_files_with_a_few_wrong_bytes_have_one_verdict(data: bytes, drawn: st.Da
     except CorruptImage:
         shard = None
 
-    assert (pixels is None) == (shard is None)
+    no_jpeg_holds_it = pixels is not None and max(pixels.shape) > LONGEST_JPEG_SIDE
+    assert (shard is None) == (pixels is None or no_jpeg_holds_it)
+
+
+def sampled(factors: tuple[int, ...], side: int = 96) -> bytes:
+    """A gray JPEG of zeros, whose components have these sampling factors."""
+    count = len(factors)
+    units = math.prod(-(-side // (8 * max(f >> shift & 15 for f in factors))) for shift in (0, 4))
+    bits = 2 * units * sum((f >> 4) * (f & 15) for f in factors)  # a code each for DC and AC of a block
+    frame = b"".join(bytes([number, f, 0]) for number, f in enumerate(factors, 1))
+    scan = b"".join(bytes([number, 0]) for number in range(1, count + 1))
+    tables = segment(0xDB, b"\0" + b"\x01" * 64)
+    tables += segment(0xC4, b"\x00\x01" + bytes(15) + b"\x00" + b"\x10\x01" + bytes(15) + b"\x00")
+    header = segment(0xC0, struct.pack(">BHHB", 8, side, side, count) + frame)
+    pixels = bytes(bits // 8) + (bytes([0xFF >> bits % 8]) if bits % 8 else b"")
+    return b"\xff\xd8" + tables + header + segment(0xDA, bytes([count]) + scan + b"\0\x3f\0") + pixels + b"\xff\xd9"
+
+
+@pytest.mark.parametrize("first", [0x11, 0x22, 0x31, 0x13, 0x42, 0x24, 0x41])
+def test_every_sampling_of_colours_has_one_verdict(first: int) -> None:
+    """TurboJPEG has names for some."""
+    data = sampled((first, 0x11, 0x11))
+
+    assert odd_images.size_of(data) == (96, 96)
+    assert np.ptp(decode(data)) == 0 and decode(data).shape == (96, 96, 3)
+    assert photo_from(data).height == 96
+
+
+@pytest.mark.parametrize("options", [{}, {"max_side": 32}, {"quality": 50}])
+def test_damaged_jpegs_that_are_encoded_again_are_no_images_either(options: dict[str, int]) -> None:
+    """PIL makes gray of what is missing, and says nothing."""
+    turned = jpeg_with(PLAIN["jpeg"], segment(0xE1, b"Exif\0\0" + tiff_block(orientation(TURNED))))
+    for sound in (PLAIN["cmyk"], turned, encoded("JPEG", "L")):
+        photo_from(sound, Encoding(**options))
+        scan = sound.rindex(b"\xff\xda")
+        damaged = sound[: (scan + len(sound)) // 2] + b"\xff\xd9"
+
+        with pytest.raises(CorruptImage):
+            photo_from(damaged, Encoding(**options))
+        with pytest.raises(ValueError):
+            decode(damaged)
+
+
+def test_gray_jpegs_that_are_encoded_again_stay_gray() -> None:
+    turned = jpeg_with(encoded("JPEG", "L"), segment(0xE1, b"Exif\0\0" + tiff_block(orientation(TURNED))))
+
+    assert Image.open(io.BytesIO(photo_from(turned).data)).mode == "L"
 
 
 def test_a_bomb_stays_one_whatever_metadata_it_has(monkeypatch: pytest.MonkeyPatch) -> None:
