@@ -198,5 +198,6 @@ def existing_manifest(storage: Storage, url: str, tasks: Iterable[Made]) -> Mani
     manifest = Manifest.load(storage, url)
     if manifest.sources_digest != sources_digest(tasks):
         rule = "must be empty or hold the same data set"
-        raise DatasetError("destination", rule, url, "it was made from other images or options; take another place")
+        remedy = "it was made from other images or options, or by another release; take another place"
+        raise DatasetError("destination", rule, url, remedy)
     return manifest
