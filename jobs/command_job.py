@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
+from jobs import store_parcel
 from jobs.command_frames import FrameStream, FrameWriter
 from pipeline.scratch import scratch_folder
 
@@ -52,6 +53,7 @@ def run_command(arguments: list[str], caller: Mapping[str, object], writer: Fram
 def main() -> None:
     """Entry point of the job."""
     writer = FrameWriter(sys.stdout)
+    os.environ.update(store_parcel.received(os.environ))
     caller = json.loads(os.environ[VARIABLE])
     with scratch_folder() as folder:
         for name, content in caller["files"].items():

@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from jobs import command_job, provenance, run_roots
+from jobs import command_job, provenance, run_roots, store_parcel
 from jobs.command_frames import Frame, Replay
 from jobs.errors import RunFailedError
 from jobs.session import VERBOSE_VARIABLE, Session
@@ -57,6 +57,7 @@ def run_there(
     """
     client = job_client(session)
     job = _job(session, arguments, files or {}, run_root)
+    job["runtime_env"]["env_vars"] |= store_parcel.send(session, client)
     job_id = hand_over(client, job, session.cluster.text)
     with Replay(sys.stdout, sys.stderr) as replay:
         foreign = _follow(client, job_id, replay, show_foreign=session.is_verbose)

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from jobs import store_parcel
 from jobs.cluster_address import refusal
 from jobs.errors import ClusterError, RunError
 from jobs.provenance import VARIABLE, git_commit
@@ -34,6 +35,7 @@ def submit(session: Session, run: RunDirectory, trace_url: str = "") -> str:
 
     Raises:
         ClusterError: If the cluster does not take it.
+        StorageError: If there are no keys for the store.
     """
     client = job_client(session)
     number = max((_number(job, run.name) for job in _jobs(client, run.name)), default=0) + 1
@@ -44,7 +46,11 @@ def submit(session: Session, run: RunDirectory, trace_url: str = "") -> str:
         "metadata": {"run": run.name, "run_url": run.url},
         "runtime_env": {
             **session.code(),
-            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_SECONDS), VARIABLE: git_commit(session.environ)},
+            "env_vars": {
+                "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_SECONDS),
+                VARIABLE: git_commit(session.environ),
+                **store_parcel.send(session, client),
+            },
         },
     }
     return hand_over(client, job, session.cluster.text)

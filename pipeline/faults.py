@@ -20,6 +20,7 @@ from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
 
 from pipeline.errors import CredentialsError, RefusedError, ReplacedError, StorageError, UnreachableError, clipped
+from pipeline.profile_keys import ProfileKeysError
 from pipeline.throttle import Throttle
 
 logger = logging.getLogger(__name__)
@@ -189,7 +190,8 @@ def translated(error: Exception, url: str) -> Exception:  # noqa: PLR0911, PLR09
         return RefusedError("address", "must be open to everybody", url, f"the server answered {status}")
     if is_refused(error, url):
         why = _CREDENTIAL_CODES.get(code, _told(_clients(error) or error))
-        remedy = f"{why}: {_credentials_remedy(url)}, or ask for the permission"
+        advice = error.remedy if isinstance(error, ProfileKeysError) else _credentials_remedy(url)
+        remedy = f"{why}: {advice}, or ask for the permission"
         return CredentialsError("credentials", "must be accepted by the storage", url, remedy)
     if number in _FULL or status == 507:
         return StorageError("disk", "must have space left (ENOSPC)", url, "free some, then run the same command again")
@@ -203,6 +205,9 @@ def translated(error: Exception, url: str) -> Exception:  # noqa: PLR0911, PLR09
         return StorageError("path", "must fit what lies there", url, f"take another ({_told(error)})")
     if isinstance(error, boto.ParamValidationError):
         return StorageError("URL", "must name a valid bucket and key", url, "correct the URL")
+    if status == 407:
+        remedy = "write http://USER:PASSWORD@HOST:PORT, or list the host in NO_PROXY"
+        return StorageError("HTTP_PROXY", "must let this request pass", url, f"the proxy asks for a password: {remedy}")
     if isinstance(error, ValueError) and "endpoint" in str(error).lower():
         return StorageError("AWS_ENDPOINT_URL", "must be like http://host:port", str(error), "correct it or unset it")
     if not status and _is_unreachable(error):
@@ -225,7 +230,8 @@ def http_code(error: BaseException) -> str:
 
 def _underlying(error: Exception) -> Exception:
     """fsspec's http says of everything that goes wrong, also of a server that is away, that nothing lies there."""
-    hidden = isinstance(error, FileNotFoundError) and isinstance(error.__cause__, aiohttp.ClientError | TimeoutError)
+    told = aiohttp.ClientError | TimeoutError | StorageError
+    hidden = isinstance(error, FileNotFoundError) and isinstance(error.__cause__, told)
     return error.__cause__ if hidden and isinstance(error.__cause__, Exception) else error
 
 

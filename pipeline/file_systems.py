@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from pipeline.s3_filesystem import CONNECT_TIMEOUT_SECONDS, READ_TIMEOUT_SECONDS, open_s3, sources
+from pipeline.proxies import proxy_middleware
+from pipeline.s3_filesystem import CONNECT_TIMEOUT_SECONDS, READ_TIMEOUT_SECONDS, open_s3
 from pipeline.store_urls import GOOGLE, HTTP, S3, kind_of, protocol_of, server_of
 
 if TYPE_CHECKING:
@@ -61,25 +62,19 @@ def _key(storage: Storage, url: str) -> tuple[Any, ...]:
 def _made(storage: Storage, url: str, renewals: int) -> Any:
     protocol = protocol_of(url)
     if protocol in S3:
-        order = sources(storage.key, storage.token)
-        return open_s3(
-            endpoint_url=storage.endpoint_url,
-            key=storage.key,
-            secret=storage.secret,
-            token=storage.token,
-            region=storage.region,
-            options=storage.s3,
-            patience_seconds=storage.retry_seconds,
-            source=order[renewals % len(order)],
-        )
+        if storage.fault:
+            raise storage.fault
+        return open_s3(storage, renewals)
     kind = kind_of(protocol)
     if protocol in HTTP:
         limits = aiohttp.ClientTimeout(None, sock_connect=CONNECT_TIMEOUT_SECONDS, sock_read=READ_TIMEOUT_SECONDS)
-        return kind(use_listings_cache=False, client_kwargs={"timeout": limits}, skip_instance_cache=True)
+        client = {"timeout": limits, "middlewares": (proxy_middleware(storage.proxies_here),)}
+        return kind(use_listings_cache=False, client_kwargs=client, skip_instance_cache=True)
     if protocol == "memory":
         return kind()
     if protocol in GOOGLE:  # gcsfs's own choice asks a second service for each bucket's type, for a minute if need be
         from gcsfs.core import GCSFileSystem
 
-        kind = GCSFileSystem
+        session = {"middlewares": (proxy_middleware(storage.proxies_here),)}
+        return GCSFileSystem(use_listings_cache=False, skip_instance_cache=True, session_kwargs=session)
     return kind(use_listings_cache=False, skip_instance_cache=True, **dict(server_of(url)))
