@@ -68,13 +68,13 @@ def _made(storage: Storage, url: str, renewals: int) -> Any:
     kind = kind_of(protocol)
     if protocol in HTTP:
         limits = aiohttp.ClientTimeout(None, sock_connect=CONNECT_TIMEOUT_SECONDS, sock_read=READ_TIMEOUT_SECONDS)
-        client = {"timeout": limits, "middlewares": (proxy_middleware(storage.proxies_here),)}
+        client = {"timeout": limits, "middlewares": (proxy_middleware(lambda: storage.proxies_here),)}
         return kind(use_listings_cache=False, client_kwargs=client, skip_instance_cache=True)
     if protocol == "memory":
         return kind()
     if protocol in GOOGLE:  # gcsfs's own choice asks a second service for each bucket's type, for a minute if need be
         from gcsfs.core import GCSFileSystem
 
-        session = {"middlewares": (proxy_middleware(storage.proxies_here),)}
+        session = {"middlewares": (proxy_middleware(lambda: storage.proxies_here),)}
         return GCSFileSystem(use_listings_cache=False, skip_instance_cache=True, session_kwargs=session)
     return kind(use_listings_cache=False, skip_instance_cache=True, **dict(server_of(url)))

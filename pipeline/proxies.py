@@ -94,14 +94,18 @@ def without_loopback(environ: Mapping[str, str]) -> dict[str, str]:
     return {"NO_PROXY": value, "no_proxy": value}
 
 
-def proxy_middleware(proxies: Proxies) -> Callable[[aiohttp.ClientRequest, Any], Awaitable[aiohttp.ClientResponse]]:
-    """Sends each request of an aiohttp session, and each redirect, through the proxy of its own URL."""
+def proxy_middleware(
+    now: Callable[[], Proxies],
+) -> Callable[[aiohttp.ClientRequest, Any], Awaitable[aiohttp.ClientResponse]]:
+    """Sends each request of an aiohttp session, and each redirect, through the proxy of its own URL.
+
+    Args:
+        now: The proxies, asked for at each request: sessions are kept for as long as a process lives.
+    """
 
     async def through_proxy(request: aiohttp.ClientRequest, handler: Any) -> aiohttp.ClientResponse:
-        if proxy := proxies.for_url(str(request.url)):
-            address = URL(proxy)
-            auth = aiohttp.BasicAuth(address.user, address.password or "") if address.user else None
-            request.update_proxy(address.with_user(None), auth, None)
+        if proxy := now().for_url(str(request.url)):
+            request.update_proxy(URL(proxy), None, None)  # aiohttp takes a password out of the address itself
         answer: aiohttp.ClientResponse = await handler(request)
         return answer
 

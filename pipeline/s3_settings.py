@@ -136,7 +136,7 @@ class _Lookup:
     def _endpoint(self) -> tuple[str | None, str]:
         found = configured_endpoint(self.session)
         if found is None:
-            return None, "AWS, since nothing names another one"
+            return None, "AWS_ENDPOINT_URL (unset: AWS)"
         where = next((name for name in ENDPOINT_VARIABLES if name in self.environ), self._where("endpoint_url"))
         scheme, _, place = found.partition("://")
         if scheme not in ("http", "https") or not place.strip("/") or any(sign in found for sign in " @?#"):

@@ -315,7 +315,8 @@ class Storage:
         try:
             (self if is_patient else hasty)._probe(url, write=write)
         except FileNotFoundError as error:
-            remedy = "take a folder that can be made" if is_local(url) else "check the bucket and AWS_ENDPOINT_URL"
+            endpoint = dict(self.origins).get("endpoint", "AWS_ENDPOINT_URL")
+            remedy = "take a folder that can be made" if is_local(url) else f"check the bucket and {endpoint}"
             raise StorageError("storage", "must accept this URL", url, remedy) from error
 
     def _probe(self, url: str, *, write: bool) -> None:
@@ -344,6 +345,7 @@ class Storage:
             self.retry_seconds,
             throttle=None if is_local(url) else _throttle(self.endpoint_url, protocol_of(url), os.getpid()),
             renew=lambda: file_systems.renew(self, url, used),
+            origins=dict(self.origins) if is_s3(url) else {},
         )
 
     def _put_local(self, url: str, fill: Callable[[Path], object]) -> None:
