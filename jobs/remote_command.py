@@ -20,7 +20,7 @@ from jobs import command_job, provenance, run_roots, store_parcel
 from jobs.command_frames import Frame, Replay
 from jobs.errors import RunFailedError
 from jobs.session import VERBOSE_VARIABLE, Session
-from jobs.submission import ENDED_JOB_STATES, STOP_WAIT_SECONDS, hand_over, job_client, job_state
+from jobs.submission import ENDED_JOB_STATES, STOP_WAIT_SECONDS, hand_over, job_client, job_state, tail_log
 from jobs.terminal import whole_lines, write_line
 from pipeline.errors import UserError
 
@@ -204,5 +204,5 @@ class _LogLines:
             time.sleep(RETRY_SECONDS)
 
     async def _tail(self) -> None:
-        async for piece in self._client.tail_job_logs(self._job_id):
+        async for piece in tail_log(self._client, self._job_id):
             self._pieces.put(piece)

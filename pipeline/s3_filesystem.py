@@ -16,7 +16,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from aiobotocore.credentials import AioCredentials
 from botocore import exceptions as boto
+from botocore.credentials import ReadOnlyCredentials
 
 from pipeline.aws_session import PlainSession, ProcessSession, configured_endpoint
 from pipeline.profile_keys import Keys, ProfileKeys, ProfileKeysError
@@ -138,13 +140,11 @@ class _Session(PlainSession):
         return await self._finds.load() if self._finds else None
 
 
-class _ProfileCredentials:
+class _ProfileCredentials(AioCredentials):  # type: ignore[misc]
     """Keys of a profile of this machine, as aiobotocore asks for them."""
 
-    method = "profile"
-    account_id = None
-
     def __init__(self, profile: ProfileKeys) -> None:
+        super().__init__("", "", method="profile")
         self._profile = profile
 
     async def load(self) -> _ProfileCredentials:
@@ -154,8 +154,6 @@ class _ProfileCredentials:
 
     async def get_frozen_credentials(self) -> Any:
         """Keys for one request, renewed if they are about to expire."""
-        from botocore.credentials import ReadOnlyCredentials
-
         keys = await asyncio.to_thread(self._profile.now)
         return ReadOnlyCredentials(keys.key, keys.secret, keys.token)
 

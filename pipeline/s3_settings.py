@@ -7,6 +7,7 @@ stay with whoever can make them: a profile of this machine is a `ProfileKeys`, w
 
 from __future__ import annotations
 
+import configparser
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -83,7 +84,7 @@ def resolve(environ: Mapping[str, str]) -> S3Settings:
         raise lookup.unknown_profile() from error
     except boto.ConfigParseError as error:
         path = str(error.kwargs["path"])
-        rule = f"must be a file that botocore can read ({error.kwargs['error']})"
+        rule = f"must be a file that botocore can read ({_without_content(error.kwargs['error'])})"
         raise StorageError(lookup.file_name(path), rule, path, "correct it, or name another file") from error
     except StorageError:
         raise
@@ -252,6 +253,16 @@ class _Lookup:
         rule = f"must name a profile of {self.config_file} or {self.credentials_file}"
         remedy = f"correct or unset it; there are: {clipped(there)}"
         return StorageError(name, rule, clipped(self.profile), remedy)
+
+
+def _without_content(error: BaseException) -> str:
+    """What is wrong with a file, and in which line; never the line, which may be a key."""
+    lines = [error.lineno] if isinstance(error, configparser.MissingSectionHeaderError) else []
+    if isinstance(error, configparser.ParsingError):
+        lines = lines or [number for number, _ in error.errors]
+    if isinstance(error, configparser.DuplicateSectionError | configparser.DuplicateOptionError):
+        lines = [error.lineno or 0]
+    return ", ".join([type(error).__name__, *(f"line {number}" for number in lines[:3])])
 
 
 def _public(endpoint: str) -> str:

@@ -1,4 +1,4 @@
-"""A forwarding HTTP proxy on the loopback address, which knows names that nobody else does, and notes what it is asked."""
+"""A forwarding HTTP proxy on the loopback address. It knows names that nobody else does, and notes what it is asked."""
 
 from __future__ import annotations
 

@@ -215,7 +215,7 @@ def test_a_proxy_is_told_its_password_and_says_when_it_wants_one(proxy: ForwardP
 
     assert known.read_start("http://photos.test/a.jpg", 100) == b"an image"
     assert "word" not in repr(known)
-    with pytest.raises(StorageError, match="^HTTP_PROXY: must let this request pass"):
+    with pytest.raises(StorageError, match=r"^HTTP_PROXY: must let this request pass"):
         Storage.from_environment({"HTTP_PROXY": proxy.endpoint}).read_start("http://photos.test/a.jpg", 100)
 
 
@@ -232,7 +232,7 @@ def test_a_store_behind_a_proxy_with_a_password(proxy: ForwardProxy, open_s3: St
         == []
     )
     assert proxy.asked
-    with pytest.raises(StorageError, match="^HTTP_PROXY: must let this request pass"):
+    with pytest.raises(StorageError, match=r"^HTTP_PROXY: must let this request pass"):
         Storage.from_environment({**STORE, "HTTP_PROXY": proxy.endpoint}).list_names("s3://bucket/none")
 
 
