@@ -16,6 +16,8 @@ from pathlib import Path
 
 from jobs import store_parcel
 from jobs.command_frames import FrameStream, FrameWriter
+from jobs.errors import ClusterError
+from jobs.terminal import write_line
 from pipeline.scratch import scratch_folder
 
 VARIABLE = "CONVMAE_CALLER"
@@ -37,11 +39,15 @@ def run_command(arguments: list[str], caller: Mapping[str, object], writer: Fram
     sys.argv = ["convmae", *arguments]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever Ray was started with
     try:
+        os.environ.update(store_parcel.received(os.environ))
         from jobs import cli
 
         cli.main()
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except ClusterError as error:  # the store did not come; all others are the command's own to tell
+        write_line(sys.stderr, f"failed: {error}")
+        return 1
     except KeyboardInterrupt:
         return 1
     except BaseException:
@@ -53,7 +59,6 @@ def run_command(arguments: list[str], caller: Mapping[str, object], writer: Fram
 def main() -> None:
     """Entry point of the job."""
     writer = FrameWriter(sys.stdout)
-    os.environ.update(store_parcel.received(os.environ))
     caller = json.loads(os.environ[VARIABLE])
     with scratch_folder() as folder:
         for name, content in caller["files"].items():

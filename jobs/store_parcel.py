@@ -64,13 +64,12 @@ def received(environ: Mapping[str, str]) -> dict[str, str]:
     """
     if not environ.get(VARIABLE):
         return dict(environ)
-    taking = subprocess.run(
-        [sys.executable, "-m", "jobs.store_parcel"], env=dict(environ), stdout=subprocess.PIPE, check=False
-    )
+    command = [sys.executable, "-m", "jobs.store_parcel"]
+    taking = subprocess.run(command, env=dict(environ), capture_output=True, text=True, check=False)
     if taking.returncode or not taking.stdout:
-        remedy = "submit it again"
-        raise ClusterError(VARIABLE, "must be there for the job", environ[VARIABLE], remedy)
-    return {**environ, STORE_VARIABLE: taking.stdout.decode()}
+        why = (taking.stderr.strip().splitlines() or ["it is gone"])[-1]
+        raise ClusterError(VARIABLE, f"must be there for the job ({why})", environ[VARIABLE], "submit it again")
+    return {**environ, STORE_VARIABLE: taking.stdout}
 
 
 def _taken(name: str, address: str) -> bytes:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
+from jobs.errors import ClusterError
 from jobs.store_parcel import received
 
 QUICK_DEATH_SECONDS = 60.0
@@ -58,5 +59,15 @@ def supervise(command: Sequence[str], environ: Mapping[str, str] | None = None) 
     return 1
 
 
+def main() -> int:
+    """Entry point of the job; returns its exit code."""
+    try:
+        environ = received(os.environ)
+    except ClusterError as error:
+        sys.stderr.write(f"failed: {error}\n")
+        return 1
+    return supervise([sys.executable, "-m", "jobs.cli", "drive", *sys.argv[1:]], environ)
+
+
 if __name__ == "__main__":
-    sys.exit(supervise([sys.executable, "-m", "jobs.cli", "drive", *sys.argv[1:]], received(os.environ)))
+    sys.exit(main())
