@@ -17,7 +17,6 @@ from pathlib import Path
 from jobs import store_parcel
 from jobs.command_frames import FrameStream, FrameWriter
 from jobs.errors import ClusterError
-from jobs.terminal import write_line
 from pipeline.scratch import scratch_folder
 
 VARIABLE = "CONVMAE_CALLER"
@@ -46,7 +45,7 @@ def run_command(arguments: list[str], caller: Mapping[str, object], writer: Fram
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except ClusterError as error:  # the store did not come; all others are the command's own to tell
-        write_line(sys.stderr, f"failed: {error}")
+        sys.stderr.write(f"failed: {error}\n")
         return 1
     except KeyboardInterrupt:
         return 1

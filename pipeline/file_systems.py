@@ -5,16 +5,14 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import aiohttp
 
 from pipeline.proxies import proxy_middleware
 from pipeline.s3_filesystem import CONNECT_TIMEOUT_SECONDS, READ_TIMEOUT_SECONDS, open_s3
+from pipeline.store_access import StoreAccess
 from pipeline.store_urls import GOOGLE, HTTP, S3, kind_of, protocol_of, server_of
-
-if TYPE_CHECKING:
-    from pipeline.storage import Storage
 
 MOST = 16
 """Open at the same time."""
@@ -34,7 +32,7 @@ class _Opened:
 _opened: dict[tuple[Any, ...], _Opened] = {}
 
 
-def file_system(storage: Storage, url: str) -> Any:
+def file_system(storage: StoreAccess, url: str) -> Any:
     """The file system on which `url` lies."""
     key = _key(storage, url)
     found = _opened.get(key) or _opened.setdefault(key, _Opened(_made(storage, url, 0), 0, time.monotonic()))
@@ -43,7 +41,7 @@ def file_system(storage: Storage, url: str) -> Any:
     return found.filesystem
 
 
-def renew(storage: Storage, url: str, used: Any) -> None:
+def renew(storage: StoreAccess, url: str, used: Any) -> None:
     """Have the next call use a new file system in place of `used`, whose credentials were refused.
 
     Calls that are under way end on the old one, which is closed when nobody has it any more.
@@ -55,11 +53,11 @@ def renew(storage: Storage, url: str, used: Any) -> None:
         _opened[key] = _Opened(_made(storage, url, renewals), renewals, time.monotonic())
 
 
-def _key(storage: Storage, url: str) -> tuple[Any, ...]:
+def _key(storage: StoreAccess, url: str) -> tuple[Any, ...]:
     return storage, protocol_of(url), server_of(url), os.getpid()
 
 
-def _made(storage: Storage, url: str, renewals: int) -> Any:
+def _made(storage: StoreAccess, url: str, renewals: int) -> Any:
     protocol = protocol_of(url)
     if protocol in S3:
         if storage.fault:

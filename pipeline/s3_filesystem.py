@@ -1,10 +1,10 @@
 """s3fs as it is used here: our own retries, the options of every request, and credentials that may be late.
 
-A client is made of a Storage alone, whatever the process's own variables and files say. Credentials are those that the
-caller gave. Where it gave none, a process finds its own by botocore's chain: environment, profile files, web identity,
-the container's and the instance's endpoint. Temporary ones are renewed by botocore before they expire. What it does not
-do is look again where it found nothing, or where the store refused what it found: that takes a new file system
-(pipeline.file_systems).
+A client is made of a StoreAccess alone, whatever the process's own variables and files say. Credentials are those that
+the caller gave. Where it gave none, a process finds its own by botocore's chain: environment, profile files, web
+identity, the container's and the instance's endpoint. Temporary ones are renewed by botocore before they expire. What
+it does not do is look again where it found nothing, or where the store refused what it found: that takes a new file
+system (pipeline.file_systems).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from aiobotocore.credentials import AioCredentials
 from botocore import exceptions as boto
@@ -22,11 +22,8 @@ from botocore.credentials import ReadOnlyCredentials
 
 from pipeline.aws_session import PlainSession, ProcessSession, configured_endpoint
 from pipeline.profile_keys import Keys, ProfileKeys, ProfileKeysError
-from pipeline.s3_settings import DEFAULT_REGION
+from pipeline.store_access import StoreAccess
 from pipeline.store_urls import kind_of
-
-if TYPE_CHECKING:
-    from pipeline.storage import Storage
 
 CONNECT_TIMEOUT_SECONDS = 5.0
 READ_TIMEOUT_SECONDS = 30.0
@@ -38,7 +35,7 @@ Source = Literal["given", "profile", "renewed", "process", "machine"]
 chain without environment variables."""
 
 
-def sources(storage: Storage) -> tuple[Source, ...]:
+def sources(storage: StoreAccess) -> tuple[Source, ...]:
     """Where to look for credentials, again and again in this order while the store refuses them.
 
     Keys without a session token do not expire, and stay what they are. A token does. Whoever gave it may have a newer
@@ -55,7 +52,7 @@ def sources(storage: Storage) -> tuple[Source, ...]:
     return (*given, *renewed, *(step for source in own for step in (source, *renewed)))
 
 
-def open_s3(storage: Storage, renewals: int) -> Any:
+def open_s3(storage: StoreAccess, renewals: int) -> Any:
     """An `s3fs.S3FileSystem` of its own; connects to nothing yet.
 
     Args:
@@ -69,14 +66,14 @@ def open_s3(storage: Storage, renewals: int) -> Any:
     source = order[renewals % len(order)]
     keys, session = _keys_of(storage, source, is_renewed=renewals > 0)
     settings = {**dict(storage.client), **_dotted(storage.s3.client_settings)}
-    endpoint = storage.endpoint_url or f"https://s3.{storage.region or DEFAULT_REGION}.amazonaws.com"
+    endpoint = storage.endpoint_url or f"https://s3.{storage.region}.amazonaws.com"
     filesystem = kind_of("s3")(
         endpoint_url=storage.endpoint_url,
         **({"key": keys.key, "secret": keys.secret, "token": keys.token} if keys else {}),
         session=session,
         requester_pays=storage.s3.requester_pays,
         s3_additional_kwargs=storage.s3.call_arguments,
-        client_kwargs={"region_name": storage.region or DEFAULT_REGION, **_verify(storage.ca_bundle)},
+        client_kwargs={"region_name": storage.region, **_verify(storage.ca_bundle)},
         config_kwargs={
             "connect_timeout": CONNECT_TIMEOUT_SECONDS,
             "read_timeout": min(READ_TIMEOUT_SECONDS, max(CONNECT_TIMEOUT_SECONDS, storage.retry_seconds)),
@@ -92,7 +89,7 @@ def open_s3(storage: Storage, renewals: int) -> Any:
     return filesystem
 
 
-def _keys_of(storage: Storage, source: Source, *, is_renewed: bool) -> tuple[Keys | None, _Session]:
+def _keys_of(storage: StoreAccess, source: Source, *, is_renewed: bool) -> tuple[Keys | None, _Session]:
     """Keys to hand over, or the session that finds them."""
     given = Keys(str(storage.key), str(storage.secret), storage.token)
     if source == "given":

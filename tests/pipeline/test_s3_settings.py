@@ -251,7 +251,7 @@ def test_nobody_who_gets_it_looks_again(guard: GuardedS3, tmp_path: Path, monkey
     (tmp_path / "credentials").unlink()
 
     there = pickle.loads(given)
-    assert there.read(URL) == b"data" and there.list_names("s3://bucket") == ["x"]
+    assert there.read(URL) == b"data" and "x" in there.list_names("s3://bucket")
     assert {seen.key_id for seen in guard.seen} == {"MINE"}
     assert "us-east-1" in guard.seen[0].headers["authorization"]
 
