@@ -6,6 +6,7 @@ From there a cluster takes jobs alone.
 
 from __future__ import annotations
 
+import os
 import socket
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -13,6 +14,7 @@ from urllib.parse import urlsplit
 import psutil
 
 from jobs.errors import ClusterError
+from pipeline.proxies import Proxies
 
 VARIABLE = "RAY_ADDRESS"
 CONNECT_SECONDS = 5.0
@@ -62,9 +64,17 @@ class ClusterAddress:
         if not self.host:
             return
         try:
-            socket.create_connection((self.host, self.port), timeout=CONNECT_SECONDS).close()
+            socket.create_connection(self._first_hop(), timeout=CONNECT_SECONDS).close()
         except OSError as error:
             raise ClusterError(VARIABLE, f"must answer ({error})", self.text, IS_IT_UP) from error
+
+    def _first_hop(self) -> tuple[str, int]:
+        """What is connected to: the cluster, or the HTTP proxy before it."""
+        proxy = http_proxy(self.text) if self.is_http else None
+        if proxy is None:
+            return self.host, self.port
+        parts = urlsplit(proxy)
+        return str(parts.hostname), parts.port or HTTP_PORTS[parts.scheme]
 
     def is_of_this_machine(self) -> bool:
         """Whether this machine is a node of the cluster; asks its head, unless it speaks HTTP.
@@ -76,6 +86,15 @@ class ClusterAddress:
             return not self.is_http
         self.check_answers()
         return bool(_node_addresses(self) & own_addresses())
+
+
+def http_proxy(address: str) -> str | None:
+    """The proxy through which Ray's clients ask a cluster by HTTP: they read this process's environment.
+
+    Raises:
+        StorageError: It is no HTTP proxy.
+    """
+    return Proxies.from_environment(os.environ).for_url(address)
 
 
 def own_addresses() -> set[str]:

@@ -16,11 +16,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from jobs import command_job, provenance, run_roots
+from jobs import command_job, provenance, run_roots, store_parcel
 from jobs.command_frames import Frame, Replay
 from jobs.errors import RunFailedError
 from jobs.session import VERBOSE_VARIABLE, Session
-from jobs.submission import ENDED_JOB_STATES, STOP_WAIT_SECONDS, hand_over, job_client, job_state
+from jobs.submission import ENDED_JOB_STATES, STOP_WAIT_SECONDS, hand_over, job_client, job_state, tail_log
 from jobs.terminal import whole_lines, write_line
 from pipeline.errors import UserError
 
@@ -57,6 +57,7 @@ def run_there(
     """
     client = job_client(session)
     job = _job(session, arguments, files or {}, run_root)
+    job["runtime_env"]["env_vars"] |= store_parcel.send(session, client)
     job_id = hand_over(client, job, session.cluster.text)
     with Replay(sys.stdout, sys.stderr) as replay:
         foreign = _follow(client, job_id, replay, show_foreign=session.is_verbose)
@@ -203,5 +204,5 @@ class _LogLines:
             time.sleep(RETRY_SECONDS)
 
     async def _tail(self) -> None:
-        async for piece in self._client.tail_job_logs(self._job_id):
+        async for piece in tail_log(self._client, self._job_id):
             self._pieces.put(piece)

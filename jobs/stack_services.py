@@ -22,6 +22,7 @@ from botocore.credentials import Credentials
 from jobs.stack_ports import LOOPBACK, Ports
 from jobs.stack_processes import STACK_ID_VARIABLE
 from pipeline.errors import UserError
+from pipeline.proxies import without_loopback
 
 REGION = "us-east-1"
 BUCKET = "convmae"
@@ -83,8 +84,8 @@ def service_environment(name: str, settings: StackSettings, base: Mapping[str, s
     mark = {STACK_ID_VARIABLE: settings.stack_id, "CONVMAE_HOME": str(settings.home)}
     if name != "ray":
         return mark | {"PATH": base.get("PATH", os.defpath), "HOME": str(settings.run_dir)} | _s3_tuning(settings)
-    foreign = {"AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "RAY_TMPDIR"}
-    kept = {key: value for key, value in base.items() if key not in foreign}
+    # Of AWS all or nothing: one variable of the caller's beside ours would make a store of two.
+    kept = {key: value for key, value in base.items() if not key.startswith("AWS_") and key != "RAY_TMPDIR"}
     own = client_environment(settings, base) | mark | _ray_tuning(settings)
     own["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", os.defpath)])
     # `ray start --head` must not take the address of a cluster to join. Its workers do need the dashboard's address, or
@@ -95,7 +96,6 @@ def service_environment(name: str, settings: StackSettings, base: Mapping[str, s
 def client_environment(settings: StackSettings, base: Mapping[str, str]) -> dict[str, str]:
     """Return the variables with which a process finds the stack; ``base`` is its environment so far."""
     ports = settings.ports
-    no_proxy = ",".join(filter(None, [base.get("NO_PROXY", base.get("no_proxy", "")), LOOPBACK]))
     return {
         "AWS_ENDPOINT_URL": f"http://{LOOPBACK}:{ports.s3}",
         "AWS_ACCESS_KEY_ID": settings.access_key,
@@ -112,8 +112,7 @@ def client_environment(settings: StackSettings, base: Mapping[str, str]) -> dict
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         # One machine is not drained, and the watcher is one process more to start for every run.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-        "NO_PROXY": no_proxy,
-        "no_proxy": no_proxy,
+        **without_loopback(base),
     }
 
 

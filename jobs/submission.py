@@ -7,10 +7,11 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any
 
-from jobs.cluster_address import refusal
+from jobs import store_parcel
+from jobs.cluster_address import http_proxy, refusal
 from jobs.errors import ClusterError, RunError
 from jobs.provenance import VARIABLE, git_commit
 from jobs.run_directory import RunDirectory
@@ -25,6 +26,7 @@ ENDED_JOB_STATES = frozenset({"SUCCEEDED", "FAILED", "STOPPED", "LOST"})
 NO_AGENT = "No available agent"
 """What Ray's head says of jobs until the first node's agent has reported, and when none does any more."""
 AGENT_SECONDS = 60.0
+TAIL_SECONDS = 1.0
 
 
 def submit(session: Session, run: RunDirectory, trace_url: str = "") -> str:
@@ -34,6 +36,7 @@ def submit(session: Session, run: RunDirectory, trace_url: str = "") -> str:
 
     Raises:
         ClusterError: If the cluster does not take it.
+        StorageError: If there are no keys for the store.
     """
     client = job_client(session)
     number = max((_number(job, run.name) for job in _jobs(client, run.name)), default=0) + 1
@@ -44,7 +47,11 @@ def submit(session: Session, run: RunDirectory, trace_url: str = "") -> str:
         "metadata": {"run": run.name, "run_url": run.url},
         "runtime_env": {
             **session.code(),
-            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_SECONDS), VARIABLE: git_commit(session.environ)},
+            "env_vars": {
+                "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_SECONDS),
+                VARIABLE: git_commit(session.environ),
+                **store_parcel.send(session, client),
+            },
         },
     }
     return hand_over(client, job, session.cluster.text)
@@ -114,7 +121,7 @@ def log_pieces(session: Session, run: RunDirectory, submission_id: str, *, follo
     if not follow:
         yield str(client.get_job_logs(submission_id))
         return
-    pieces = client.tail_job_logs(submission_id)
+    pieces = tail_log(client, submission_id)
 
     async def next_piece() -> str | None:
         return await anext(pieces, None)
@@ -122,6 +129,26 @@ def log_pieces(session: Session, run: RunDirectory, submission_id: str, *, follo
     with asyncio.Runner() as runner:
         while (piece := runner.run(next_piece())) is not None:
             yield piece
+
+
+async def tail_log(client: Any, submission_id: str) -> AsyncIterator[str]:
+    """What a job prints, in pieces, until it ends.
+
+    Ray's own way is a WebSocket, which knows no proxy and which few of them let pass; through one the log is asked for
+    again and again.
+    """
+    if not http_proxy(client._address):
+        async for piece in client.tail_job_logs(submission_id):
+            yield piece
+        return
+    shown, state = 0, ""
+    while state not in ENDED_JOB_STATES:
+        state = job_state(client, submission_id)
+        text = str(client.get_job_logs(submission_id))
+        if text[shown:]:
+            yield text[shown:]
+        shown = len(text)
+        await asyncio.sleep(TAIL_SECONDS)
 
 
 def job_client(session: Session) -> JobSubmissionClient:

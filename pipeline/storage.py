@@ -11,11 +11,11 @@ import functools
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, TypeVar
 
 from fsspec.implementations.local import LocalFileSystem
 
@@ -24,7 +24,7 @@ from pipeline.errors import StorageError
 from pipeline.local_files import local_files, read_part
 from pipeline.ranged_read import HttpRangedRead, RangedRead, fsspec_read
 from pipeline.s3_filesystem import MAX_CONNECTIONS
-from pipeline.s3_options import S3Options
+from pipeline.store_access import StoreAccess
 from pipeline.store_urls import HTTP, S3, is_local, is_s3, is_web, path_of, protocol_of
 from pipeline.throttle import Throttle
 
@@ -39,53 +39,14 @@ _RANGED = dict.fromkeys(S3, RangedRead) | dict.fromkeys(HTTP, HttpRangedRead)
 
 
 @dataclass(frozen=True)
-class Storage:
+class Storage(StoreAccess):
     """How to reach URLs. Travels as an argument, so that secrets stay out of logs and of Ray's runtime environment.
 
     Every method raises FileNotFoundError where nothing lies at the URL, StorageError for what the user can mend
     (unreachable, credentials, missing bucket, full disk) and OSError naming the URL for the rest. Transient faults, and
     credentials that are missing or refused, are retried with backoff until `retry_seconds` have passed. Methods block
     and are safe to call from several threads.
-
-    Keys without a session token are used as they are. Without keys each process finds its own credentials by botocore's
-    chain, and renews them; with a token it does so when the token is refused (pipeline.s3_filesystem).
     """
-
-    endpoint_url: str | None = None
-    """S3 endpoint; None leaves it to botocore."""
-    key: str | None = field(default=None, repr=False)
-    secret: str | None = field(default=None, repr=False)
-    token: str | None = field(default=None, repr=False)
-    region: str | None = None
-    retry_seconds: float = 120.0
-    """Long enough for a storage server to be restarted, or for credentials to come."""
-    s3: S3Options = field(default_factory=S3Options)
-    """What requests to S3 carry beside what they are about."""
-
-    @classmethod
-    def from_environment(cls, environ: Mapping[str, str]) -> Storage:
-        """Read AWS_* variables, where absent ones are left to botocore's chain, and those of S3Options.
-
-        Raises:
-            StorageError: An option that S3 does not know.
-        """
-        return cls(
-            endpoint_url=environ.get("AWS_ENDPOINT_URL") or None,
-            key=environ.get("AWS_ACCESS_KEY_ID") or None,
-            secret=environ.get("AWS_SECRET_ACCESS_KEY") or None,
-            token=environ.get("AWS_SESSION_TOKEN") or None,
-            region=environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or None,
-            s3=S3Options.from_environment(environ),
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Its fields, for a process that reads them as JSON; secrets among them."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Self:
-        """Read `to_json`."""
-        return cls(**{**fields, "s3": S3Options(**fields["s3"])})
 
     @staticmethod
     def join(url: str, *parts: str) -> str:
@@ -261,7 +222,8 @@ class Storage:
         try:
             (self if is_patient else hasty)._probe(url, write=write)
         except FileNotFoundError as error:
-            remedy = "take a folder that can be made" if is_local(url) else "check the bucket and AWS_ENDPOINT_URL"
+            endpoint = dict(self.origins).get("endpoint", "AWS_ENDPOINT_URL")
+            remedy = "take a folder that can be made" if is_local(url) else f"check the bucket and {endpoint}"
             raise StorageError("storage", "must accept this URL", url, remedy) from error
 
     def _probe(self, url: str, *, write: bool) -> None:
@@ -290,6 +252,7 @@ class Storage:
             self.retry_seconds,
             throttle=None if is_local(url) else _throttle(self.endpoint_url, protocol_of(url), os.getpid()),
             renew=lambda: file_systems.renew(self, url, used),
+            origins=dict(self.origins) if is_s3(url) else {},
         )
 
     def _put_local(self, url: str, fill: Callable[[Path], object]) -> None:

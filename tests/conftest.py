@@ -7,9 +7,12 @@ import signal
 from collections.abc import Iterator
 from typing import Any
 
+import boto3
 import pytest
+from moto.server import ThreadedMotoServer
 
 from jobs.stack import Stack, down, up
+from pipeline.storage import Storage
 
 STACK_FILES = frozenset(
     f"tests/{name}.py"
@@ -28,6 +31,7 @@ STACK_FILES = frozenset(
         "jobs/test_poisoned_runs",
         "jobs/test_racing_drivers",
         "jobs/test_remote_command",
+        "jobs/test_settings_travel",
         "jobs/test_soak",
         "jobs/test_stack",
         "jobs/test_trajectory",
@@ -81,3 +85,16 @@ def local_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     home = tmp_path_factory.mktemp("stack")
     yield up(home, num_cpus=4)
     down(home)
+
+
+@pytest.fixture(scope="module")
+def open_s3() -> Iterator[Storage]:
+    """An S3 server that takes any keys, with the bucket `bucket`."""
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    moto.start()
+    host, port = moto.get_host_and_port()
+    storage = Storage(f"http://{host}:{port}", "any", "any", region="us-east-1")
+    keys = {"aws_access_key_id": "any", "aws_secret_access_key": "any", "region_name": "us-east-1"}
+    boto3.client("s3", endpoint_url=storage.endpoint_url, **keys).create_bucket(Bucket="bucket")
+    yield storage
+    moto.stop()
