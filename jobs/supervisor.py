@@ -6,6 +6,7 @@ out-of-memory killer, `kill -9`) is started again and resumes from the newest ch
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -50,5 +51,22 @@ def supervise(command: Sequence[str]) -> int:
     return 1
 
 
+def drive(arguments: Sequence[str]) -> int:
+    """Supervise the driver of a run, and note in the run's directory an end that no driver could note itself.
+
+    Args:
+        arguments: URL of the run's directory, and options of the driver.
+    """
+    began = time.time()
+    code = supervise([sys.executable, "-m", "jobs.cli", "drive", *arguments])
+    if code:  # imported only now: until then nothing here can fail or be large
+        from jobs.early_end import note_end
+        from jobs.session import Session
+
+        run = Session.open(os.environ).run(arguments[0])
+        note_end(run, began, f"its driver ended before the run began; `convmae logs {run.name}` has what it printed")
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(supervise([sys.executable, "-m", "jobs.cli", "drive", *sys.argv[1:]]))
+    sys.exit(drive(sys.argv[1:]))

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from jobs import driver, submission
+from jobs.early_end import end_noted, note_end
 from jobs.errors import ClusterError, RunFailedError
 from jobs.finish import finish
 from jobs.patience import persevere
@@ -33,7 +34,7 @@ def train_here(session: Session, plan: RunPlan) -> None:
             say_finished(plan.run)
             return
         say(f"{'begins' if claimed == 'new' else 'resumes'}: {plan.run.url}")
-        with progress_bar(plan.run.name) as show:
+        with end_noted(plan.run), progress_bar(plan.run.name) as show:
             outcome = driver.train(
                 session, plan, claim, lambda now: show(now["step"], now["total_steps"], status_text(now))
             )
@@ -115,15 +116,16 @@ def follow_job(session: Session, run: RunDirectory, job: str, stream: TextIO | N
     if state == "LOST":
         raise RunFailedError(f"the Ray head died, and job {job} with it; the same command resumes {run.name}")
     if state != "SUCCEEDED":
-        raise RunFailedError(f"job {job} {state.lower()}: {_last_word(session, run)}")
+        reason = _last_word(session, run, client.get_job_info(job).message)
+        note_end(run, 0.0, reason)  # a job that Ray could not start has told nothing
+        raise RunFailedError(f"job {job} {state.lower()}: {reason}")
     return now
 
 
-def _last_word(session: Session, run: RunDirectory) -> str:
-    """Why a job ended, in its own words: its last error, or else its last line."""
-    lines = "".join(
-        submission.log_pieces(session, run, submission.newest_job(session, run), follow=False)
-    ).strip().splitlines() or ["it printed nothing"]
+def _last_word(session: Session, run: RunDirectory, message: str | None) -> str:
+    """Why a job ended, in its own words: its last error, or else its last line; of one that never ran in Ray's."""
+    pieces = submission.log_pieces(session, run, submission.newest_job(session, run), follow=False)
+    lines = "".join(pieces).strip().splitlines() or (message or "it printed nothing").strip().splitlines()
     return next((line for line in reversed(lines) if line.startswith(("failed: ", "error: "))), lines[-1])
 
 

@@ -9,6 +9,7 @@ it found: that takes a new file system (pipeline.file_systems).
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -62,7 +63,7 @@ def open_s3(
         source: Of the credentials.
     """
     given = {"key": key, "secret": secret, "token": token} if source == "given" else {}
-    filesystem = kind_of("s3")(
+    filesystem = _exact_kind()(
         endpoint_url=endpoint_url,
         **given,
         session=_Session(with_environment=source != "machine"),
@@ -81,6 +82,22 @@ def open_s3(
     )
     filesystem.retries = 1  # one attempt inside s3fs too: our deadline rules
     return filesystem
+
+
+@functools.cache
+def _exact_kind() -> Any:
+    class ExactS3(kind_of("s3")):  # type: ignore[misc]
+        """s3fs for which a path is a bucket and a key, and nothing in the key means anything.
+
+        s3fs itself takes `?versionId=` and what follows from a key, so that another object is read, or deleted.
+        """
+
+        def split_path(self, path: str) -> tuple[str, str, None]:
+            """Bucket and key; no version."""
+            bucket, key = self._find_bucket_key(path.removeprefix("s3://").removeprefix("s3a://"))
+            return bucket, key, None
+
+    return ExactS3
 
 
 class _Session(AioSession):  # type: ignore[misc]

@@ -7,6 +7,7 @@ import pytest
 from pipeline_tars import tar_bytes
 
 from pipeline.errors import SourceError
+from pipeline.places import Listed
 from pipeline.source import Source, Tar, Tars
 from pipeline.source_tars import TarImages, TarTask, list_tar, read_listings
 from pipeline.sources import find_sources
@@ -16,8 +17,8 @@ from pipeline.storage import Storage
 def tars(source: Path | str) -> list[str]:
     found = find_sources(Storage(), str(source))
     assert isinstance(found, Tars)
-    assert all(Path(found.root, tar.path).stat().st_size == tar.size_bytes for tar in found.tars)
-    return [tar.path for tar in found.tars]
+    assert all(Path(found.root, tar.path.text).stat().st_size == tar.size_bytes for tar in found.tars)
+    return [tar.path.text for tar in found.tars]
 
 
 @pytest.fixture
@@ -84,12 +85,12 @@ def test_images_are_ranges_of_their_tars(folder: Path) -> None:
     assert [(image.read(Storage(), found.root), image.label) for image in images] == [
         (bytes([number, n]) * 600, label) for number, n, label in expected
     ]
-    assert images[3] == Source("part/01.tar", 1200, 11, images[3].offset)
+    assert images[3] == Source(Listed("part/01.tar"), 1200, 11, images[3].offset)
     assert images[3].name == f"part/01.tar at byte {images[3].offset}"
 
 
 def test_a_listing_is_kept_and_a_broken_one_is_made_again(folder: Path) -> None:
-    task = TarTask(str(folder), Tar("part/01.tar", (folder / "part" / "01.tar").stat().st_size))
+    task = TarTask(str(folder), Tar(Listed("part/01.tar"), (folder / "part" / "01.tar").stat().st_size))
     first = list_tar(Storage(), str(folder / "work"), task)
 
     again = list_tar(Storage(), str(folder / "work"), task)
@@ -107,7 +108,7 @@ def test_ten_million_images_take_no_memory_to_speak_of() -> None:
 
     count, tars_count = 100_000, 100
     column = np.arange(count)
-    listing = TarListing(Tar("a.tar", 1), column, column, column, (), (), 0)
+    listing = TarListing(Tar(Listed("a.tar"), 1), column, column, column, (), (), 0)
 
     tracemalloc.start()
     images = TarImages(listing for _ in range(tars_count))
