@@ -91,7 +91,7 @@ def _task(tars: Tars, tar: Tar, *, deep: bool, salvage: bool) -> IndexTask:
     """What to do with one tar, whose name becomes that of a shard and of its index."""
     task = IndexTask(tars.root, tar, deep, salvage)
     if leads_away(task.name):
-        remedy = "copy it to a key without empty parts, '.', '..' and '://'"
+        remedy = "copy it to a key that begins with no slash, and has no '.', '..' or '://' in it"
         raise SourceError("tar", f"must have a name that is a path below {tars.root}", str(tar.path), remedy)
     return task
 

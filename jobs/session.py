@@ -148,6 +148,14 @@ class Session:
             return RunDirectory.at(self.storage, name)
         return RunDirectory.of(self.storage, self.run_root(run_root), name)
 
+    def word_for(self, run: RunDirectory) -> str:
+        """What a command is given to find a run again: its name where runs are usually kept, else its directory."""
+        try:
+            is_usual = self.run_root() == run.root
+        except UserError:
+            is_usual = False
+        return run.name if is_usual else run.url
+
     def export(self) -> None:
         """Put the session's variables where Ray finds them: in the process environment, before Ray is imported."""
         os.environ.update({key: value for key, value in self.environ.items() if key.startswith("RAY_")})

@@ -222,4 +222,4 @@ def _counts(field: str, values: Sequence[int]) -> npt.NDArray[np.int64]:
 
 def leads_away(name: str) -> bool:
     """Whether a path is not, or not for every reader, below the folder that it is relative to."""
-    return "://" in name or bool({"", ".", ".."} & {*name.split("/")})
+    return name.startswith("/") or "://" in name or bool({".", ".."} & {*name.split("/")})

@@ -45,7 +45,8 @@ def listed_sources(storage: Storage, url: str) -> Sources:
     """
     rows = [_row(number, line) for number, line in _lines(storage, url) if line.strip(_BLANK) and line[0] != "#"]
     if not rows:
-        raise SourceError("source", "must list at least one image", url, "write one path or URL a line")
+        remedy = "write one path or URL a line; a name that begins with # is written ./#NAME"
+        raise SourceError("source", "must list at least one image", url, remedy)
     folder = parted(url)[0] or "/"
     _refuse_heading(rows[0])
     for row in rows:
@@ -76,11 +77,14 @@ def sized(storage: Storage, sources: Sources) -> Sources:
 
 def _lines(storage: Storage, url: str) -> Iterable[tuple[int, str]]:
     """The lines with their numbers; `str.splitlines` would also cut at what is part of names."""
+    data = storage.read(url)
     try:
-        text = storage.read(url).decode("utf-8-sig")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        remedy = "give a folder, a .tar, or a list in UTF-8 with one path or URL a line"
-        raise SourceError("source", "must be a folder, a tar, or a text file in UTF-8", url, remedy) from error
+        place = data.count(b"\n", 0, error.start) + 1
+        remedy = "give a folder, a .tar, or a list with one path or URL a line; `iconv` writes text of others as UTF-8"
+        rule = f"must be a folder, a tar, or a text file in UTF-8 (line {place} is none)"
+        raise SourceError("source", rule, url, remedy) from error
     if text.lstrip().startswith("<"):
         remedy = "web servers have no folders; name the tars with a pattern like 00{000..123}.tar, or give a list"
         raise SourceError("source", "must be a list, not a web page", url, remedy)

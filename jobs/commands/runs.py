@@ -155,7 +155,7 @@ def pretrain(
         remedy = "take `convmae submit`, whose job is supervised"
         raise UserError("--supervised", "must be given where the cluster is", "a command from elsewhere", remedy)
     if supervised:
-        train_supervised(plan_run(session, resolved, name, trace, drives=False, is_patient=True))
+        train_supervised(session, plan_run(session, resolved, name, trace, drives=False, is_patient=True))
     else:
         train_here(session, plan_run(session, resolved, name, trace))
 

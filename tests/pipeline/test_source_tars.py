@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from pipeline_tars import tar_bytes
 from pipeline.errors import SourceError
 from pipeline.places import Listed
 from pipeline.source import Source, Tar, Tars
-from pipeline.source_tars import TarImages, TarTask, list_tar, read_listings
+from pipeline.source_tars import TarImages, TarListing, TarTask, list_tar, read_listings
 from pipeline.sources import find_sources
 from pipeline.storage import Storage
 
@@ -101,10 +102,22 @@ def test_a_listing_is_kept_and_a_broken_one_is_made_again(folder: Path) -> None:
     assert first.samples == again.samples == third.samples == 3
 
 
+def test_a_listing_that_names_another_tar_is_made_again(folder: Path, tmp_path: Path) -> None:
+    """Whoever can write into the destination must not choose what tasks read."""
+    task = TarTask(str(folder), Tar(Listed("part/01.tar"), (folder / "part" / "01.tar").stat().st_size))
+    first = list_tar(Storage(), str(folder / "work"), task)
+    true = TarListing.from_bytes(Path(first.listing).read_bytes())
+    forged = replace(true, tar=Tar(Listed("/etc/passwd"), task.tar.size_bytes))
+    Path(first.listing).write_bytes(forged.to_bytes())
+
+    again = list_tar(Storage(), str(folder / "work"), task)
+
+    assert not again.kept
+    assert next(read_listings(Storage(), [again])).tar == task.tar
+
+
 def test_ten_million_images_take_no_memory_to_speak_of() -> None:
     import tracemalloc
-
-    from pipeline.source_tars import TarListing
 
     count, tars_count = 100_000, 100
     column = np.arange(count)
