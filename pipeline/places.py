@@ -47,7 +47,10 @@ class Listed:
             means = path_of(url)
         except StorageError as error:
             return f"its name {error.rule}"
-        return "" if means == f"{path_of(root).rstrip('/')}/{self.text}" else "its name ends in a slash"
+        if means == f"{path_of(root).rstrip('/')}/{self.text}":
+            return ""
+        ends = self.text.endswith("/")
+        return "its name ends in a slash" if ends else "the store's client would look for another name"
 
 
 @dataclass(frozen=True, slots=True, order=True)
