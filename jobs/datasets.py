@@ -15,6 +15,7 @@ from jobs.session import Session
 from jobs.terminal import bytes_text, duration_text, print_json, progress_bar, say
 from pipeline.errors import DamagedManifestError, DamagedTarsError, SourceError
 from pipeline.manifest import MANIFEST_NAME, SKIPPED_NAME, Manifest
+from pipeline.places import normal
 from pipeline.shard_plan import Ingest, Sharding
 from pipeline.source import IMAGE_EXTENSIONS, Sources, Tars
 from pipeline.sources import find_sources
@@ -60,7 +61,7 @@ def index_foreign(session: Session, url: str, out: str, *, deep: bool, salvage: 
         raise SourceError(
             "URL", "must be a tar, a folder of tars or a pattern of them", url, "`convmae shard` takes it"
         )
-    destination = out or found.root
+    destination = out or normal(found.root)
     session.storage.check(destination, write=True, shared=True, exclusive=True)
     session.connect()
     from jobs.foreign import index_dataset
@@ -85,7 +86,7 @@ def verify(session: Session, url: str, *, deep: bool, as_json: bool) -> None:
     """
     session.storage.check(url, write=False, shared=True)
     try:
-        Manifest.load(session.storage, Storage.absolute(url))
+        Manifest.load(session.storage, url)
     except DamagedManifestError as error:
         _say_damaged(url, error, deep=deep, as_json=as_json)
         raise RunFailedError(f"{url} has a damaged manifest") from None
@@ -155,7 +156,7 @@ def _refuse_within(source: str, destination: str) -> None:
 
 
 def _resolved(place: str) -> str:
-    url = Storage.absolute(place)
+    url = normal(place)
     return os.path.realpath(url) if is_local(url) else url
 
 

@@ -22,6 +22,7 @@ from model.config import PATCH_PIXELS
 from model.errors import ModelConfigError
 from model.pixels import IMAGENET_MEAN, IMAGENET_STD
 from model.weights import to_official
+from pipeline.places import normal
 from pipeline.scratch import scratch_folder
 from pipeline.storage import Storage
 
@@ -98,7 +99,7 @@ def export(source: Source, name: str, storage: Storage, out: str, *, force: bool
     """
     check_format(name)
     form = FORMATS[name]
-    folder, file_name = Storage.absolute(out), f"{source.stem}-{name}{form.suffix}"
+    folder, file_name = normal(out), f"{source.stem}-{name}{form.suffix}"
     if form.suffix and folder.endswith(form.suffix):
         folder, _, file_name = folder.rpartition("/")
     target = storage.join(folder, file_name) if form.suffix else folder

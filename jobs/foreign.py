@@ -14,8 +14,10 @@ from pipeline.claim import Claim, claimed
 from pipeline.errors import DamagedTarsError, SourceError
 from pipeline.foreign import IndexTask, TarReport, index_tar
 from pipeline.manifest import Manifest, existing_manifest
+from pipeline.places import normal
 from pipeline.shard_index import Skipped
-from pipeline.source import Tars
+from pipeline.shard_table import leads_away
+from pipeline.source import Tar, Tars
 from pipeline.storage import Storage
 from pipeline.tar_samples import unread_kinds
 
@@ -67,8 +69,8 @@ def index_dataset(
         ClaimedError: Another process works there.
     """
     began = time.monotonic()
-    destination = Storage.absolute(destination)
-    tasks = [IndexTask(tars.root, tar, deep, salvage) for tar in tars.tars]
+    destination = normal(destination)
+    tasks = [_task(tars, tar, deep=deep, salvage=salvage) for tar in tars.tars]
     work = Storage.join(destination, WORK_FOLDER)
     manifest, done, skipped = existing_manifest(storage, destination, tasks), [], list[Skipped]()
     if manifest is None:
@@ -87,6 +89,15 @@ def index_dataset(
     seconds = time.monotonic() - began
     kept = len(tasks) - read
     return IndexingReport(manifest, read, kept, manifest.skipped, bad_labels, seconds, unread_kinds(skipped))
+
+
+def _task(tars: Tars, tar: Tar, *, deep: bool, salvage: bool) -> IndexTask:
+    """What to do with one tar, whose name becomes that of a shard and of its index."""
+    task = IndexTask(tars.root, tar, deep, salvage)
+    if leads_away(task.name):
+        remedy = "copy it to a key that begins with no slash, and has no '.', '..' or '://' in it"
+        raise SourceError("tar", f"must have a name that is a path below {tars.root}", str(tar.path), remedy)
+    return task
 
 
 def _indexed(

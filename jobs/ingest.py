@@ -15,12 +15,13 @@ from pathlib import Path
 from jobs.fan_out import Progress, fan_out
 from jobs.shared_folder import Landmarks, claim_landmarks, file_landmarks
 from pipeline.claim import Claim, claimed
-from pipeline.errors import DamagedTarsError, DatasetError, SourceError
+from pipeline.errors import DamagedTarsError, DatasetError, RefusedError, SourceError
 from pipeline.manifest import Manifest, existing_manifest
+from pipeline.places import normal
 from pipeline.shard_index import Skipped
 from pipeline.shard_plan import Ingest, ShardPlan, plan_shards
 from pipeline.shards import ShardReport, write_shard
-from pipeline.source import Sources, Tars, within
+from pipeline.source import Sources, Tars
 from pipeline.source_lists import sized
 from pipeline.source_tars import TarImages, TarSummary, TarTask, list_tar, read_listings
 from pipeline.storage import Storage, is_local
@@ -81,7 +82,7 @@ def ingest(
         ClaimedError: Another ingest works there.
     """
     began = time.monotonic()
-    destination = Storage.absolute(destination)
+    destination = normal(destination)
     storage.check(job.found.root, write=False, shared=True)
     storage.check(destination, write=True, shared=True, exclusive=True)
     _keep_apart(job, destination)
@@ -108,7 +109,7 @@ def _keep_apart(job: Ingest, destination: str) -> None:
         SourceError: The destination is the folder of a source tar.
     """
     tars = job.found.tars if isinstance(job.found, Tars) else ()
-    if any(within(job.found.root, tar.path).rpartition("/")[0] == destination.rstrip("/") for tar in tars):
+    if any(tar.path.url(job.found.root).rpartition("/")[0] == destination.rstrip("/") for tar in tars):
         raise SourceError("destination", "must not be the source tars' own folder", destination, "take another place")
 
 
@@ -157,8 +158,9 @@ class _Resolved:
 def source_landmarks(storage: Storage, found: Sources | Tars) -> Landmarks:
     """The first image or tar, where it lies on a local disk."""
     paths = (item.path for item in found.tars) if isinstance(found, Tars) else (item.path for item in found.images)
-    first = next(paths, None)
-    return () if first is None else file_landmarks(storage, "source", found.root, within(found.root, first))
+    with contextlib.suppress(StopIteration, RefusedError):  # whoever reads it says what is wrong with its name
+        return file_landmarks(storage, "source", found.root, next(paths).url(found.root))
+    return ()
 
 
 def _resolved(

@@ -15,7 +15,17 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from jobs.errors import RecipeError
 from jobs.non_finite import OnNonFinite
@@ -24,8 +34,9 @@ from model import ConvMAEConfig
 from model.errors import ModelConfigError
 from pipeline.errors import StorageError
 from pipeline.image_maker import MAX_CONSECUTIVE_BAD_SAMPLES, OnBadSample
+from pipeline.places import normal
 from pipeline.stall_watch import STALL_SECONDS
-from pipeline.storage import is_web
+from pipeline.storage import is_local, is_web
 
 MOST = 10**9
 """Of anything that is counted: what is beyond it is a slip."""
@@ -100,7 +111,7 @@ class Recipe(BaseModel):
     name: str
     """The recipe's name, for people."""
     data: str = ""
-    """URL of the data set (the folder that holds manifest.json). Required before a run starts."""
+    """URL or path of the data set (the folder that holds manifest.json). Required before a run starts."""
     run_root: str = ""
     """URL under which the run directory `<run_root>/<run name>` is made. Empty: the local stack's bucket."""
     model: ModelField
@@ -208,10 +219,13 @@ class Recipe(BaseModel):
         """Images that one lane gives to every global batch."""
         return self.global_batch_size // self.lanes
 
+    @field_validator(*URL_FIELDS, "cache_dir")
+    @classmethod
+    def _place(cls, url: str, info: ValidationInfo) -> str:
+        return _normal_field(str(info.field_name), url) if url else ""
+
     @model_validator(mode="after")
     def _combinations(self) -> Self:
-        for name in URL_FIELDS:
-            _check_url(name, getattr(self, name))
         if self.global_batch_size % self.lanes:
             nearest = _nearest_divisor(self.global_batch_size, self.lanes)
             rule = f"must divide global_batch_size = {self.global_batch_size}"
@@ -335,15 +349,23 @@ def _first_fault(error: ValidationError) -> RecipeError:
     return RecipeError(field, rule, value, f"give {field}=<{_type_name(Recipe.model_fields[field].annotation)}>")
 
 
-def _check_url(name: str, url: str) -> None:
-    """Refuse what is no URL, and what may be a secret: a recipe is written into the run directory and the report."""
+def _normal_field(name: str, url: str) -> str:
+    """A place in its normal form, so that two ways to write it are one recipe.
+
+    What may be a secret is refused: a recipe is written into the run directory and the report.
+    """
     try:
-        signed = bool(url) and is_web(url) and "?" in url
+        place = normal(url)
     except StorageError as error:
         raise RecipeError(name, error.rule, error.value, error.remedy) from None
-    if signed:
+    if name == "cache_dir" and not is_local(place):
+        raise RecipeError(
+            name, "must be a folder on each node's own disk", url, "write a path, like /tmp/convmae-cache"
+        )
+    if is_web(place) and "?" in place:
         remedy = "give an address that can be read without one, or copy the object to s3:// or a folder"
         raise RecipeError(name, "must have no query, which may be a signature", f"{url.partition('?')[0]}?...", remedy)
+    return place
 
 
 def _type_name(annotation: Any) -> str:

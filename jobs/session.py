@@ -23,7 +23,8 @@ from jobs.session_store import is_of_stack, naming_variable, session_store
 from jobs.stack import Stack
 from jobs.store_parcel import STORE_VARIABLE
 from pipeline.aws_session import configured_session
-from pipeline.errors import UserError
+from pipeline.errors import StorageError, UserError
+from pipeline.places import is_place, normal
 from pipeline.proxies import without_loopback
 from pipeline.storage import Storage
 
@@ -37,7 +38,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 def home_folder(environ: Mapping[str, str]) -> Path:
     """The local stack's folder: $CONVMAE_HOME, or `.convmae` in the current folder."""
-    return Path(environ.get(HOME_VARIABLE) or ".convmae").absolute()
+    return Path(normal(environ.get(HOME_VARIABLE) or ".convmae"))
 
 
 @dataclass(frozen=True)
@@ -128,14 +129,19 @@ class Session:
             given: By recipe or option.
 
         Raises:
-            UserError: None is known.
+            UserError: None is known, or it is no URL.
         """
-        return given or self.environ.get(run_roots.VARIABLE, "") or self._usual_root()
+        variable = self.environ.get(run_roots.VARIABLE, "")
+        try:
+            return normal(given or variable or self._usual_root())
+        except StorageError as error:
+            field = "run_root" if given or not variable else run_roots.VARIABLE
+            raise UserError(field, error.rule, error.value, error.remedy) from None
 
     def remember_run_root(self, root: str) -> None:
         """Note a run root that works, for the next command on the same cluster."""
         if not self.is_local and not self.is_in_job and "RAY_ADDRESS" in self.environ:
-            run_roots.remember(run_roots.state_folder(self.environ), self.cluster.text, Storage.absolute(root))
+            run_roots.remember(run_roots.state_folder(self.environ), self.cluster.text, root)
 
     def _usual_root(self) -> str:
         if self.stack is not None and self.is_local:
@@ -158,11 +164,18 @@ class Session:
         raise UserError("run_root", rule, "", remedy)
 
     def run(self, name: str, run_root: str = "") -> RunDirectory:
-        """The directory of a run by name, or by its whole URL."""
-        if "://" in name:
-            root, _, name = name.rstrip("/").rpartition("/")
-            return RunDirectory.of(self.storage, root, name)
+        """The directory of a run by name, or by its whole path or URL."""
+        if is_place(name):
+            return RunDirectory.at(self.storage, name)
         return RunDirectory.of(self.storage, self.run_root(run_root), name)
+
+    def word_for(self, run: RunDirectory) -> str:
+        """What a command is given to find a run again: its name where runs are usually kept, else its directory."""
+        try:
+            is_usual = self.run_root() == run.root
+        except UserError:
+            is_usual = False
+        return run.name if is_usual else run.url
 
     def export(self) -> None:
         """Make the session's variables those of this process and its children, before Ray is imported."""

@@ -98,7 +98,7 @@ def job_state(client: JobSubmissionClient, submission_id: str) -> str:
 
 def newest_job(session: Session, run: RunDirectory) -> str:
     """Submission id of the run's newest job on this cluster; empty if there is none."""
-    jobs = _jobs(job_client(session), run.name)
+    jobs = [job for job in _jobs(job_client(session), run.name) if (job.metadata or {}).get("run_url") == run.url]
     return str(max(jobs, key=lambda job: _number(job, run.name)).submission_id) if jobs else ""
 
 

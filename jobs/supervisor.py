@@ -59,15 +59,28 @@ def supervise(command: Sequence[str], environ: Mapping[str, str] | None = None) 
     return 1
 
 
-def main() -> int:
-    """Entry point of the job; returns its exit code."""
+def drive(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Supervise the driver of a run, and note in the run's directory an end that no driver could note itself.
+
+    Args:
+        arguments: URL of the run's directory, and options of the driver.
+        environ: Of the job.
+    """
     try:
-        environ = received(os.environ)
+        environ = received(environ)
     except ClusterError as error:
         sys.stderr.write(f"failed: {error}\n")
         return 1
-    return supervise([sys.executable, "-m", "jobs.cli", "drive", *sys.argv[1:]], environ)
+    began = time.time()
+    code = supervise([sys.executable, "-m", "jobs.cli", "drive", *arguments], environ)
+    if code:  # imported only now: until then nothing here can fail or be large
+        from jobs.early_end import note_end
+        from jobs.session import Session
+
+        run = Session.open(environ).run(arguments[0])
+        note_end(run, began, f"its driver ended before the run began; `convmae logs {run.name}` has what it printed")
+    return code
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(drive(sys.argv[1:], os.environ))

@@ -14,7 +14,7 @@ import google_crc32c
 
 from pipeline.errors import DamagedManifestError, DatasetError, StorageError, clipped
 from pipeline.shard_index import Skipped
-from pipeline.shard_table import CONTENT_COLUMNS, ShardTable
+from pipeline.shard_table import CONTENT_COLUMNS, ShardTable, leads_away
 from pipeline.storage import Storage, is_local
 
 if TYPE_CHECKING:  # it imports webdataset, which imports torch: seconds, and 200 MB, that a reader of manifests spares
@@ -151,6 +151,10 @@ def _refuse_odd_tars(shards: ShardTable, url: str) -> None:
     """
     places = [place for place in shards.column("tar") if place]
     local = is_local(url)
+    for place in places:
+        if not place.startswith("/") and "://" not in place and leads_away(place):
+            remedy = "index the tars again; what lies elsewhere has its whole URL"
+            raise DatasetError("manifest", "must name tars below the data set", clipped(place), remedy)
     for start in {place.partition("://")[0] + "://" for place in places if "://" in place}:
         try:
             leads_here = is_local(start + "x")

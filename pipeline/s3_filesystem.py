@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -67,7 +68,7 @@ def open_s3(storage: StoreAccess, renewals: int) -> Any:
     keys, session = _keys_of(storage, source, is_renewed=renewals > 0)
     settings = {**dict(storage.client), **_dotted(storage.s3.client_settings)}
     endpoint = storage.endpoint_url or f"https://s3.{storage.region}.amazonaws.com"
-    filesystem = kind_of("s3")(
+    filesystem = _exact_kind()(
         endpoint_url=storage.endpoint_url,
         **({"key": keys.key, "secret": keys.secret, "token": keys.token} if keys else {}),
         session=session,
@@ -120,6 +121,22 @@ def _verify(ca_bundle: str | None) -> dict[str, Any]:
     """The caller's certificates; where that file is not, what this machine trusts."""
     found = ca_bundle if ca_bundle and Path(ca_bundle).is_file() else os.environ.get("AWS_CA_BUNDLE")
     return {"verify": found} if found else {}
+
+
+@functools.cache
+def _exact_kind() -> Any:
+    class ExactS3(kind_of("s3")):  # type: ignore[misc]
+        """s3fs for which a path is a bucket and a key, and nothing in the key means anything.
+
+        s3fs itself takes `?versionId=` and what follows from a key, so that another object is read, or deleted.
+        """
+
+        def split_path(self, path: str) -> tuple[str, str, None]:
+            """Bucket and key; no version."""
+            bucket, key = self._find_bucket_key(path.removeprefix("s3://").removeprefix("s3a://"))
+            return bucket, key, None
+
+    return ExactS3
 
 
 class _Session(PlainSession):

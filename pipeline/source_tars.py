@@ -24,8 +24,9 @@ import numpy.typing as npt
 
 from pipeline.braces import expanded
 from pipeline.errors import SourceError
+from pipeline.places import Listed
 from pipeline.shard_index import NO_LABEL, Skipped
-from pipeline.source import Source, Tar, Tars, address, within
+from pipeline.source import Source, Tar, Tars, address
 from pipeline.storage import Storage, is_web
 from pipeline.tar_samples import read_samples
 from pipeline.tar_scan import RangedFile, TarFault
@@ -69,7 +70,7 @@ def matching_tars(storage: Storage, pattern: str) -> Tars:
         chosen |= dict.fromkeys(sorted(found))
     if not chosen:
         raise SourceError("source", "must match at least one tar", pattern, f"{len(sizes)} files lie under {root}")
-    return Tars(root, tuple(Tar(path, sizes[path]) for path in sorted(chosen)))
+    return Tars(root, tuple(Tar(Listed(path), sizes[path]) for path in sorted(chosen)))
 
 
 def _sizes(storage: Storage, root: str, pattern: str) -> dict[str, int]:
@@ -120,7 +121,7 @@ class TarListing:
         """The listing as a file."""
         header = {
             "version": LISTING_VERSION,
-            "tar": [self.tar.path, self.tar.size_bytes],
+            "tar": [self.tar.path.text, self.tar.size_bytes],
             "skipped": [[item.path, item.reason] for item in self.skipped],
             "faults": [list(fault) for fault in self.faults],
             "bad_labels": self.bad_labels,
@@ -143,7 +144,9 @@ class TarListing:
             raise ValueError(f"version {header['version']}")
         skipped = tuple(Skipped(path, reason) for path, reason in header["skipped"])
         faults = tuple(TarFault(offset, what) for offset, what in header["faults"])
-        return cls(Tar(*header["tar"]), **columns, skipped=skipped, faults=faults, bad_labels=header["bad_labels"])
+        path, size_bytes = header["tar"]
+        tar, bad_labels = Tar(Listed(path), size_bytes), header["bad_labels"]
+        return cls(tar, **columns, skipped=skipped, faults=faults, bad_labels=bad_labels)
 
 
 @dataclass(frozen=True)
@@ -179,9 +182,9 @@ def list_tar(storage: Storage, folder: str, task: TarTask) -> TarSummary:
         folder: Where listings are kept.
         task: The tar to go through.
     """
-    tar, url = task.tar, within(task.root, task.tar.path)
+    tar, url = task.tar, task.tar.path.url(task.root)
     place = Storage.join(folder, f"{_name(task, storage.etag(url))}.npz")
-    if (kept := _kept_listing(storage, place)) is not None:
+    if (kept := _kept_listing(storage, place)) is not None and kept.tar == tar:
         return _summary(kept, place, kept=True)
     with RangedFile(lambda offset, length: storage.read_range(url, offset, length), tar.size_bytes) as file:
         contents = read_samples(file, salvage=True)
@@ -224,7 +227,7 @@ def _summary(listing: TarListing, url: str, *, kept: bool) -> TarSummary:
 
 
 def _name(task: TarTask, etag: str | None) -> str:
-    parts = [task.root, task.tar.path, task.tar.size_bytes, etag]
+    parts = [task.root, task.tar.path.text, task.tar.size_bytes, etag]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -232,7 +235,7 @@ class TarImages(Sequence[Source]):
     """The images of many tars, in the tars' order, as rows of a temporary file: 28 bytes of disk each, no memory."""
 
     def __init__(self, listings: Iterable[TarListing]) -> None:
-        self._paths: list[str] = []
+        self._paths: list[Listed] = []
         with tempfile.TemporaryFile(prefix="convmae-images-") as file:
             for number, listing in enumerate(listings):
                 self._paths.append(listing.tar.path)

@@ -17,15 +17,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fsspec.implementations.local import LocalFileSystem
-
 from pipeline import conditional_write, faults, file_systems
 from pipeline.errors import StorageError
 from pipeline.local_files import local_files, read_part
 from pipeline.ranged_read import HttpRangedRead, RangedRead, fsspec_read
 from pipeline.s3_filesystem import MAX_CONNECTIONS
 from pipeline.store_access import StoreAccess
-from pipeline.store_urls import HTTP, S3, is_local, is_s3, is_web, path_of, protocol_of
+from pipeline.store_urls import HTTP, S3, is_folder_mark, is_local, is_s3, is_web, path_of, protocol_of
 from pipeline.throttle import Throttle
 
 __all__ = ["Storage", "is_local", "is_s3", "is_web"]
@@ -52,11 +50,6 @@ class Storage(StoreAccess):
     def join(url: str, *parts: str) -> str:
         """``join("s3://bucket/data/", "a", "b")`` is ``s3://bucket/data/a/b``."""
         return "/".join([url.rstrip("/"), *parts])
-
-    @staticmethod
-    def absolute(url: str) -> str:
-        """The same place named so that a process with another working directory finds it."""
-        return str(LocalFileSystem._strip_protocol(url)) if is_local(url) else url
 
     @staticmethod
     def local_path(url: str) -> str:
@@ -161,25 +154,33 @@ class Storage(StoreAccess):
         return info.get("ETag") or info.get("etag") or None
 
     def list_names(self, url: str) -> list[str]:
-        """Sorted names of the files and folders directly under `url`; empty where there is no such folder."""
+        """Sorted names of the files and folders directly under `url`; empty where there is no such folder.
+
+        Objects that stand for folders do not count (pipeline.store_urls).
+        """
         try:
-            paths = self._call(url, lambda fs, path: fs.ls(path, detail=False))
-        except FileNotFoundError:
+            if is_local(url):
+                return sorted(self._call(url, lambda _, path: [item.name for item in Path(path).iterdir()]))
+            found = self._call(url, lambda fs, path: fs.ls(path, detail=True))
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        root = path_of(url)
-        return sorted({path.rstrip("/").rpartition("/")[2] for path in paths if path.rstrip("/") != root.rstrip("/")})
+        root = path_of(url).rstrip("/")
+        named = [(info["name"].rstrip("/"), info.get("size")) for info in found]
+        paths = {path for path, size in named if path != root and (size or not is_folder_mark(path))}
+        return sorted({path.rpartition("/")[2] for path in paths})
 
     def list_files(self, url: str) -> dict[str, int]:
         """Size in bytes of every file under `url` at any depth, by its path relative to `url`, sorted.
 
         Links to local folders are followed. A link to nowhere counts as a file of no bytes; pipes, sockets and devices
-        do not count.
+        do not count, nor do objects that stand for folders (pipeline.store_urls).
         """
         if is_local(url):
             return self._call(url, lambda _, path: dict(sorted(local_files(path))))
         found = self._call(url, lambda fs, path: fs.find(path, detail=True))
         root = path_of(url).rstrip("/") + "/"
-        return {path.removeprefix(root): int(info["size"] or 0) for path, info in sorted(found.items())}
+        sizes = ((path, int(info["size"] or 0)) for path, info in sorted(found.items()) if path.startswith(root))
+        return {path.removeprefix(root): size for path, size in sizes if size or not is_folder_mark(path)}
 
     def delete(self, url: str) -> None:
         """Remove a file or object; that it is already gone is no error."""

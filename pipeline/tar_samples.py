@@ -208,7 +208,10 @@ def cls_label(data: bytes) -> int:
 def _json_label(data: bytes) -> int | None:
     fields = json.loads(data)
     values = [fields.get(name) for name in LABEL_FIELDS] if isinstance(fields, dict) else []
-    return next((value for value in values if isinstance(value, int) and not isinstance(value, bool)), None)
+    integers = [value for value in values if type(value) is int]
+    if not integers and any(isinstance(value, float) for value in values):
+        raise ValueError("no label")  # as 1.0 in a .cls; text under these names is often none
+    return next(iter(integers), None)
 
 
 def _chosen(found: dict[str, TarImage]) -> list[TarImage]:

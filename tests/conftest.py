@@ -22,6 +22,7 @@ STACK_FILES = frozenset(
         "jobs/test_damaged_checkpoints",
         "jobs/test_datasets",
         "jobs/test_failures",
+        "jobs/test_folder_runs",
         "jobs/test_goodput_run",
         "jobs/test_hangs",
         "jobs/test_iam_policies",

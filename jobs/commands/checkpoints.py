@@ -97,8 +97,9 @@ def consolidate(
     from jobs.consolidate_command import consolidate_and_say, needs_cluster
     from jobs.terminal import parsed_bytes
     from jobs.weight_results import Wanted
+    from pipeline.places import normal
 
-    wanted = Wanted(dtype, parsed_bytes("--shard-bytes", shard_bytes) if shard_bytes else None, out)
+    wanted = Wanted(dtype, parsed_bytes("--shard-bytes", shard_bytes) if shard_bytes else None, out and normal(out))
     session = open_session()
     directory = existing_run(session, run, run_root)
     commit = commit_of(directory, step or None)
@@ -139,14 +140,17 @@ def export(
     from jobs import weights_file
     from jobs.export import FORMATS, Source, check_format
     from jobs.export import export as export_weights
-    from pipeline.storage import Storage
+    from pipeline.places import is_place, normal
 
     session = open_session()
     check_format(name)
+    out = out and normal(out)
+    if is_place(checkpoint):
+        checkpoint = normal(checkpoint)
     if weights_file.is_weights(session.storage, checkpoint):
         if step is not None:
             raise UserError("--step", "must not be given with a file", step, "give the run, or the step's own file")
-        url, directory = Storage.absolute(checkpoint), None
+        url, directory = normal(checkpoint), None
         weights = weights_file.of_file(session.storage, url)
         default = weights_file.folder_beside(url)
     else:
@@ -179,10 +183,10 @@ def import_command(
     is missing or unexpected. An encoder without decoder, as the released files are, needs --fresh-decoder.
     """
     from jobs.initial_weights import import_weights
-    from pipeline.storage import Storage
+    from pipeline.places import normal
 
     session, resolved = open_session(), amended_recipe(recipe, overrides)
-    places = [Storage.absolute(url) for url in (source, out)]
+    places = [normal(url) for url in (source, out)]
     seed = resolved.seed if fresh_decoder else None
     done = import_weights(session.storage, places[0], places[1], resolved.model, fresh_decoder_seed=seed, force=force)
     for note in done.notes:

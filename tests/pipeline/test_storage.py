@@ -16,6 +16,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from pipeline.errors import StorageError
+from pipeline.places import normal
 from pipeline.storage import Storage
 
 BUCKET = "bucket"
@@ -196,7 +197,7 @@ def test_check_tells_what_is_wrong_with_a_url(url: str, says: str) -> None:
 )
 def test_a_url_with_credentials_is_refused_without_repeating_them(url: str) -> None:
     """It would be in recipes, reports and logs."""
-    for use in (Storage().read, Storage.absolute):
+    for use in (Storage().read, normal):
         with pytest.raises(StorageError, match="must hold no credentials") as refused:
             use(url)
         assert "hush" not in str(refused.value)
@@ -210,7 +211,7 @@ def test_an_at_sign_elsewhere_is_no_secret() -> None:
         "/tmp/a@b:c/x",
         "file:///a:b@c/x",
     ):
-        Storage.absolute(url)
+        normal(url)
 
 
 def test_check_tells_that_a_file_is_no_folder(tmp_path: Path) -> None:
@@ -271,7 +272,7 @@ def test_secrets_stay_out_of_the_repr_and_survive_a_pickle() -> None:
     ("url", "expected"), [("a/b", str(Path.cwd() / "a/b")), ("/a/b", "/a/b"), ("s3://a/b", "s3://a/b")]
 )
 def test_absolute_means_the_same_in_every_working_directory(url: str, expected: str) -> None:
-    assert Storage.absolute(url) == expected
+    assert normal(url) == expected
 
 
 def test_join_puts_one_slash_between_parts() -> None:
@@ -279,7 +280,7 @@ def test_join_puts_one_slash_between_parts() -> None:
 
 
 def test_an_empty_url_is_no_folder() -> None:
-    for call in (Storage().read, Storage.absolute):
+    for call in (Storage().read, normal):
         with pytest.raises(StorageError, match="URL: must not be empty"):
             call("")
 
