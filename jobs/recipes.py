@@ -114,7 +114,7 @@ def _file_recipe(path: Path) -> Recipe:
         remedy = "a recipe has some dozens of short lines"
         raise RecipeError("recipe", f"must be at most {LARGEST_FILE_BYTES} bytes", str(path), remedy)
     try:
-        fields = tomllib.loads(data.decode())
+        fields = tomllib.loads(data.decode("utf-8-sig"))  # Windows editors begin it with a BOM
     except (ValueError, RecursionError) as error:  # what TOML refuses, and Python: bytes, depth, digits
         raise RecipeError("recipe", "must be a readable TOML file", str(path), str(error)) from error
     base = fields.pop("base", None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -39,10 +39,10 @@ def remember(folder: Path, address: str, run_root: str) -> None:
     known.pop(address, None)
     known[address] = run_root
     recent = dict(list(known.items())[-_MOST:])
-    part = folder / f"{_FILE}.{os.getpid()}"
+    part = folder / f"{_FILE}.{secrets.token_hex(8)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(recent, indent=1) + "\n")
+        part.write_text(json.dumps(recent, indent=1) + "\n", "utf-8")
         part.replace(folder / _FILE)
     except OSError as error:
         logger.debug("the run root is not remembered: %s", error)
@@ -52,7 +52,7 @@ def remember(folder: Path, address: str, run_root: str) -> None:
 
 def _read(folder: Path) -> dict[str, str]:
     try:
-        known = json.loads((folder / _FILE).read_text())
+        known = json.loads((folder / _FILE).read_text("utf-8"))
     except (OSError, ValueError):
         return {}
     if not isinstance(known, dict):

@@ -6,6 +6,7 @@ user's own store, `RAY_ADDRESS` to the user's own cluster.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Mapping
@@ -71,7 +72,7 @@ class Session:
     @property
     def is_verbose(self) -> bool:
         """Whether lines of Ray and of workers are shown between the command's own."""
-        return bool(self.environ.get(VERBOSE_VARIABLE))
+        return self.environ.get(VERBOSE_VARIABLE, "").strip().lower() not in ("", "0", "false", "no", "off")
 
     @cached_property
     def cluster(self) -> ClusterAddress:
@@ -160,14 +161,16 @@ class Session:
 
         self.quiet_ray()
         try:
-            ray.init(
-                self.cluster.text,
-                namespace=NAMESPACE,
-                logging_level=logging.ERROR,
-                # Progress and results come as values; the log of a run's job alone holds what its ranks say.
-                log_to_driver=self.is_verbose,
-                runtime_env={} if self.is_in_job else self.code(),
-            )
+            # Ray puts the driver's current folder first on its workers' path, and the user's may hold a pipeline.py.
+            with contextlib.chdir(PROJECT):
+                ray.init(
+                    self.cluster.text,
+                    namespace=NAMESPACE,
+                    logging_level=logging.ERROR,
+                    # Progress and results come as values; the log of a run's job alone holds what its ranks say.
+                    log_to_driver=self.is_verbose,
+                    runtime_env={} if self.is_in_job else self.code(),
+                )
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise cluster_address.refusal(self.cluster.text, error) from error
 

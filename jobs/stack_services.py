@@ -19,6 +19,7 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
+from jobs.launcher import module_command
 from jobs.stack_ports import LOOPBACK, Ports
 from jobs.stack_processes import STACK_ID_VARIABLE
 from pipeline.errors import UserError
@@ -66,7 +67,10 @@ class StackSettings:
 
 
 def command(name: str, settings: StackSettings) -> list[str]:
-    """Return the command line that runs a service in the foreground."""
+    """Return the command line that runs a service in the foreground, from the stack's home.
+
+    Paths in the home are relative, as far as a service splits them at signs that a home's name may hold.
+    """
     return {"s3": _s3_command, "ray": _ray_command, "prometheus": _prometheus_command}[name](settings)
 
 
@@ -151,7 +155,7 @@ def write_private(path: Path, text: str) -> None:
     """Replace a file atomically, readable and writable by its owner alone."""
     part = path.with_name(f"{path.name}.part")
     part.unlink(missing_ok=True)
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write(text)
     part.replace(path)
 
@@ -185,7 +189,7 @@ def _s3_command(settings: StackSettings) -> list[str]:
         s3_binary(),
         f"-logdir={scratch}",
         "mini",
-        f"-dir={settings.home / 's3'}",
+        "-dir=s3",  # it takes a comma for the end of a path
         f"-bucket={BUCKET}",
         f"-ip={LOOPBACK}",
         f"-ip.bind={LOOPBACK}",
@@ -194,7 +198,7 @@ def _s3_command(settings: StackSettings) -> list[str]:
         "-webdav=false",
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
-        f"-s3.config={settings.identities_path}",
+        f"-s3.config={settings.identities_path.name}",
         f"-s3.localSocket={scratch / 's3.sock'}",
         f"-filer.localSocket={scratch / 'filer.sock'}",
         f"-s3.port={ports.s3}",
@@ -216,7 +220,7 @@ def _ray_command(settings: StackSettings) -> list[str]:
     ports = settings.ports
     cpus = [] if settings.num_cpus is None else [f"--num-cpus={settings.num_cpus}"]
     return [
-        *[sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"],
+        *module_command(sys.executable, "ray.scripts.scripts", "start", "--head", "--block"),
         f"--node-ip-address={LOOPBACK}",
         f"--port={ports.ray}",
         f"--dashboard-host={LOOPBACK}",
@@ -269,7 +273,7 @@ def _s3_answers(settings: StackSettings) -> bool:
 
 
 def _ray_answers(settings: StackSettings) -> bool:
-    headers = {"Authorization": f"Bearer {settings.token_path.read_text()}"}
+    headers = {"Authorization": f"Bearer {settings.token_path.read_text('utf-8')}"}
     status, body = _http(settings.ports.dashboard, "GET", "/api/v0/nodes", headers)
     return status == 200 and any(node["state"] == "ALIVE" for node in json.loads(body)["data"]["result"]["result"])
 

@@ -13,6 +13,8 @@ import time
 from collections.abc import Sequence
 from types import FrameType
 
+from jobs.launcher import module_command
+
 QUICK_DEATH_SECONDS = 60.0
 MAX_QUICK_DEATHS = 3
 # Ray frees the name and the workers of a dead driver while the next one imports.
@@ -51,4 +53,4 @@ def supervise(command: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(supervise([sys.executable, "-m", "jobs.cli", "drive", *sys.argv[1:]]))
+    sys.exit(supervise(module_command(sys.executable, "jobs.cli", "drive", *sys.argv[1:])))

@@ -191,7 +191,7 @@ def _attached_recipe(name: str, overrides: Iterable[str] | None, attached: dict[
     amended_recipe(name, overrides)
     if not name.endswith(".toml"):
         return name
-    attached[Path(name).name] = Path(name).read_text()
+    attached[Path(name).name] = Path(name).read_text("utf-8-sig")
     return Path(name).name
 
 
