@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,9 +22,17 @@ _MOST = 100
 
 
 def state_folder(environ: Mapping[str, str]) -> Path:
-    """Where this user's programs keep what they remember, by the XDG base directory specification."""
+    """Where this user's programs keep what they remember, by the XDG base directory specification.
+
+    Nothing can be kept by a user who has neither HOME nor a name, as containers are started with.
+    """
     given = environ.get("XDG_STATE_HOME", "")
-    return Path(given if given.startswith("/") else Path.home() / ".local" / "state") / "convmae"
+    if given.startswith("/"):
+        return Path(given, "convmae")
+    try:
+        return Path.home() / ".local" / "state" / "convmae"
+    except RuntimeError:
+        return Path(os.devnull, "convmae")
 
 
 def remembered(folder: Path, address: str) -> str:

@@ -51,7 +51,9 @@ class Session:
         home = home_folder(environ)
         stack = Stack.load(home)
         local = stack.environment() if stack else {}
-        given = {name: value for name, value in environ.items() if value or name != cluster_address.VARIABLE}
+        given = dict(environ)
+        if address := given.pop("RAY_ADDRESS", "").strip():
+            given["RAY_ADDRESS"] = ClusterAddress.spelled(address)
         if stack and given.get("RAY_ADDRESS") == stack.dashboard_url:
             given["RAY_ADDRESS"] = stack.ray_address  # one cluster, whichever of its addresses was exported
         if "RAY_ADDRESS" in given and given["RAY_ADDRESS"] != local.get("RAY_ADDRESS"):

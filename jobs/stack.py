@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ from jobs.launcher import module_command
 from jobs.stack_ports import LOOPBACK, Ports
 from jobs.stack_processes import STACK_ID_VARIABLE
 from jobs.stack_services import BUCKET, StackSettings
-from pipeline.errors import UserError
+from pipeline.errors import UserError, clipped
 from pipeline.process_identity import ProcessIdentity
 
 logger = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class Stack:
     @classmethod
     def load(cls, home: Path) -> Stack | None:
         """Return the stack of ``home`` if any process of it is running, in another container perhaps."""
-        stack = read_stack(home.expanduser().resolve())
+        stack = read_stack(_resolved(home))
         return stack if stack is not None and (stack.is_seen() or stack_lock.is_held(stack.settings.home)) else None
 
     def is_seen(self) -> bool:
@@ -178,8 +178,8 @@ def up(
         on_event: Called with one line for each thing that a person wants to know.
 
     Raises:
-        UserError: If a requested port is not free, the S3 server is not installed, or the home is of a stack that runs
-            in another container. Nothing was started.
+        UserError: If a requested port is not free, the S3 server is not installed, or the home cannot be made, or is of
+            a stack that runs in another container. Nothing was started.
         StackError: If a service does not come up. A stack that was not running before is taken down again.
     """
     home = _private_folder(home)
@@ -213,7 +213,7 @@ def down(home: Path, *, on_event: OnEvent = logger.info) -> bool:
     Raises:
         UserError: If the stack runs in another container.
     """
-    home = home.expanduser().resolve()
+    home = _resolved(home)
     if read_stack(home) is None:
         on_event("nothing is running")
         return False
@@ -228,11 +228,25 @@ def down(home: Path, *, on_event: OnEvent = logger.info) -> bool:
 
 
 def read_stack(home: Path) -> Stack | None:
-    """Return what ``stack.json`` says, whether it is running or not."""
+    """Return what ``stack.json`` says, whether it is running or not.
+
+    Raises:
+        UserError: It cannot be read, or says nothing that can be understood.
+    """
     try:
-        state = json.loads(_state_path(home).read_text("utf-8"))
-    except FileNotFoundError:
+        return _stack_of(json.loads(_state_path(home).read_text("utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        rule = f"must be a folder that can be read ({os.strerror(error.errno or 0)})"
+        raise UserError("CONVMAE_HOME", rule, clipped(str(home)), "name another folder") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        remedy = "end what runs of it, and delete that file; data stay"
+        path = clipped(str(_state_path(home)))
+        raise UserError("CONVMAE_HOME", f"must hold a sound stack.json ({error!r})", path, remedy) from None
+
+
+def _stack_of(state: Mapping[str, Any]) -> Stack:
     settings = state["settings"]
     paths = {"home": Path(settings["home"]), "run_dir": Path(settings["run_dir"]), "ports": Ports(**settings["ports"])}
     services = {
@@ -260,10 +274,29 @@ def _state_path(home: Path) -> Path:
     return home / "stack.json"
 
 
+def _resolved(home: Path) -> Path:
+    return Path(os.path.realpath(home.expanduser()))  # Path.resolve() raises where links go round in a circle
+
+
 def _private_folder(home: Path) -> Path:
-    home = home.expanduser().resolve()
-    home.mkdir(parents=True, exist_ok=True)
-    home.chmod(0o700)
+    """Make a home, private to its owner; leaves no folder behind if it cannot be made.
+
+    Raises:
+        UserError: It cannot be made, or not be written.
+    """
+    home = _resolved(home)
+    made: list[Path] = []
+    try:
+        for folder in reversed([home, *home.parents]):
+            if not folder.is_dir():
+                folder.mkdir()
+                made.append(folder)
+        home.chmod(0o700)
+    except OSError as error:
+        for folder in reversed(made):
+            folder.rmdir()
+        rule = f"must be a folder that can be made and written ({os.strerror(error.errno or 0)})"
+        raise UserError("CONVMAE_HOME", rule, clipped(str(home)), "name another folder") from error
     return home
 
 

@@ -105,6 +105,7 @@ class Keeper:
             child = subprocess.Popen(
                 stack_services.command(name, settings),
                 env=stack_services.service_environment(name, settings, os.environ),
+                cwd=stack_services.working_folder(name, settings),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

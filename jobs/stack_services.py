@@ -67,11 +67,17 @@ class StackSettings:
 
 
 def command(name: str, settings: StackSettings) -> list[str]:
-    """Return the command line that runs a service in the foreground, from the stack's home.
-
-    Paths in the home are relative, as far as a service splits them at signs that a home's name may hold.
-    """
+    """Return the command line that runs a service in the foreground, from its `working_folder`."""
     return {"s3": _s3_command, "ray": _ray_command, "prometheus": _prometheus_command}[name](settings)
+
+
+def working_folder(name: str, settings: StackSettings) -> Path:
+    """Return the folder in which a service runs.
+
+    The home, to which paths are relative, since its name may hold what a service does not take. But for Ray: some of
+    its processes, and of what jobs start, import from their current folder first, and a home may hold its owner's code.
+    """
+    return settings.run_dir / "tmp" if name == "ray" else settings.home
 
 
 def service_environment(name: str, settings: StackSettings, base: Mapping[str, str]) -> dict[str, str]:
@@ -189,7 +195,7 @@ def _s3_command(settings: StackSettings) -> list[str]:
         s3_binary(),
         f"-logdir={scratch}",
         "mini",
-        "-dir=s3",  # it takes a comma for the end of a path
+        "-dir=s3",  # of a whole path, a comma would be the end
         f"-bucket={BUCKET}",
         f"-ip={LOOPBACK}",
         f"-ip.bind={LOOPBACK}",
@@ -252,11 +258,10 @@ def _ray_tuning(settings: StackSettings) -> dict[str, str]:
 
 def _prometheus_command(settings: StackSettings) -> list[str]:
     assert settings.prometheus_binary is not None
-    folder = settings.home / "prometheus"
     return [
         settings.prometheus_binary,
-        f"--config.file={folder / 'prometheus.yml'}",
-        f"--storage.tsdb.path={folder / 'data'}",
+        "--config.file=prometheus/prometheus.yml",  # its path becomes a label, which must be UTF-8
+        "--storage.tsdb.path=prometheus/data",
         "--storage.tsdb.retention.time=30d",
         "--storage.tsdb.retention.size=512MB",
         f"--web.listen-address={LOOPBACK}:{settings.ports.prometheus}",

@@ -61,8 +61,13 @@ def open_streams() -> None:
     sys.stdout = sys.stdout or nowhere.open("w", encoding="utf-8")
     sys.stderr = sys.stderr or nowhere.open("w", encoding="utf-8")
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors=_replacing())
+        fit_signs(stream)
+
+
+def fit_signs(stream: TextIO) -> None:
+    """Have a stream show all that is written to it by whomever, as `shown` does."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors=_replacing())
 
 
 def close_streams() -> bool:
@@ -228,6 +233,7 @@ def progress_bar(title: str, stream: TextIO | None = None) -> Iterator[ShowProgr
     if not stream.isatty():
         yield _line_writer(title, stream)
         return
+    fit_signs(stream)
     # Two lines, so that neither the bar nor the figures are cut on a narrow terminal.
     progress = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn())
     task = progress.add_task(title, total=None)
