@@ -13,11 +13,10 @@ from jobs.initial_weights import pinned
 from jobs.patience import persevere
 from jobs.recipe import URL_FIELDS, Recipe
 from jobs.run_directory import RunDirectory
-from jobs.schedule import Schedule
+from jobs.schedule import Schedule, order_of
 from jobs.session import Session
 from jobs.shared_folder import check_seen_by_all, input_landmarks, planted, run_landmarks
 from jobs.trace import check_trace
-from jobs.trainer import order_of
 from pipeline.claim import Claim
 from pipeline.manifest import Manifest
 from pipeline.storage import Storage

@@ -73,10 +73,9 @@ def simulate(
 
     from jobs.checkpoint_interval import IntervalRule
     from jobs.plan import DatasetSize
-    from jobs.schedule import Schedule
+    from jobs.schedule import Schedule, order_of
     from jobs.simulation import Scenario, prediction_row, predictions, scenario_lines
     from jobs.sizing import H100_FLOPS_PER_SECOND, NodeType, estimated_step_seconds
-    from jobs.trainer import order_of
 
     resolved = amended_recipe(recipe, overrides)
     size = DatasetSize.of(open_session().storage, resolved)

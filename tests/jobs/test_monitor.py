@@ -82,7 +82,7 @@ def begin(monitor: RunMonitor, world_size: int = 2, resume_step: int = 0, **coun
 
 
 def record(monitor: RunMonitor, steps: range, attempt: int = 1) -> str:
-    wish = ""
+    instruction = ""
     for step in steps:
         row = {
             "step": step,
@@ -93,8 +93,8 @@ def record(monitor: RunMonitor, steps: range, attempt: int = 1) -> str:
             "attempt": attempt,
             "data_wait_seconds": 0.0,
         }
-        wish = monitor.record(row, gradient_norm=0.5, reading=READING, ranks=RANKS)
-    return wish
+        instruction = monitor.record(row, gradient_norm=0.5, reading=READING, ranks=RANKS)
+    return instruction
 
 
 def commit(monitor: RunMonitor, step: int) -> None:
@@ -573,11 +573,11 @@ def test_with_seconds_the_ranks_save_when_it_is_time(start: Start, monkeypatch: 
     assert series["convmae_checkpoint_interval_seconds"] == 60
     assert "convmae_checkpoint_interval_steps" not in series
 
-    wishes = []
+    instructions = []
     for step in range(1, 10):
-        wishes.append(record(monitor, range(step, step + 1)))
+        instructions.append(record(monitor, range(step, step + 1)))
         now += 20
-    assert wishes == ["", "", "", *["save"] * 6]
+    assert instructions == ["", "", "", *["save"] * 6]
     monitor.save_began(9)
     now += 200
     assert record(monitor, range(10, 11)) == ""  # it is still being uploaded
