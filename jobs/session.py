@@ -179,6 +179,8 @@ class Session:
     def quiet_ray(self) -> None:
         """Keep Ray's own lines from between the command's, unless they are asked for; Ray is imported by now."""
         if not self.is_verbose:
+            # Of tasks that are cancelled nobody asks what they ended with, and Ray would print it.
+            os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
             for handler in logging.getLogger("ray").handlers:
                 handler.setLevel(logging.ERROR)
 
