@@ -33,7 +33,8 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 def home_folder(environ: Mapping[str, str]) -> Path:
     """The local stack's folder: $CONVMAE_HOME, or `.convmae` in the current folder."""
-    return Path(environ.get(HOME_VARIABLE) or ".convmae").absolute()
+    named = environ.get(HOME_VARIABLE) or ".convmae"
+    return Path(os.path.expanduser(named)).absolute()  # noqa: PTH111  Path's raises where there is no such user
 
 
 @dataclass(frozen=True)

@@ -275,7 +275,7 @@ def _state_path(home: Path) -> Path:
 
 
 def _resolved(home: Path) -> Path:
-    return Path(os.path.realpath(home.expanduser()))  # Path.resolve() raises where links go round in a circle
+    return Path(os.path.realpath(home))  # Path.resolve() raises where links go round in a circle
 
 
 def _private_folder(home: Path) -> Path:
