@@ -15,7 +15,9 @@ from pipeline.errors import UserError
 
 @pytest.mark.parametrize("name", ["a,b", "a:b", "100%20", "'q\"", "a;b", "\udcff\udce4", "größe 図", "-dir=x"])
 def test_no_service_is_told_a_path_that_it_could_misread(tmp_path: Path, name: str) -> None:
-    settings = StackSettings("id", tmp_path / name, Path("/tmp/run"), choose({}), "key", "secret", "internal", 1, "prom")
+    settings = StackSettings(
+        "id", tmp_path / name, Path("/tmp/run"), choose({}), "key", "secret", "internal", 1, "prom"
+    )
 
     for service in settings.service_names:
         assert not [word for word in stack_services.command(service, settings) if name in word]
