@@ -61,7 +61,7 @@ def main() -> None:
     caller = json.loads(os.environ[VARIABLE])
     with scratch_folder() as folder:
         for name, content in caller["files"].items():
-            Path(folder, name).write_text(content)
+            Path(folder, name).write_text(content, "utf-8")
         os.chdir(folder)
         code = run_command(sys.argv[1:], caller, writer)
     writer.exit(code)

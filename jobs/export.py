@@ -228,7 +228,7 @@ def _save(state: Mapping[str, Tensor], path: Path, weights: Weights) -> None:
 
 
 def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
 
 FORMATS: Mapping[str, Format] = {

@@ -436,7 +436,7 @@ class RunMonitor:
                 step=self._figures["step"],
                 rank=hang.pulse.rank,
                 host=hang.pulse.host,
-                pid=hang.pulse.pid,
+                pid=hang.pulse.process.pid,
                 phase=hang.pulse.phase,
                 seconds=round(hang.seconds, 1),
                 state=found.state,

@@ -7,6 +7,7 @@ like; a bare word is a string.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -21,6 +22,7 @@ from pydantic import (
     ConfigDict,
     Field,
     PlainSerializer,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -31,6 +33,7 @@ from jobs.errors import RecipeError
 from jobs.non_finite import OnNonFinite
 from jobs.watchdog import HANG_SECONDS
 from model import ConvMAEConfig
+from model.config import SWITCHES
 from model.errors import ModelConfigError
 from pipeline.errors import StorageError
 from pipeline.image_maker import MAX_CONSECUTIVE_BAD_SAMPLES, OnBadSample
@@ -80,6 +83,10 @@ PLACEMENT_FIELDS = frozenset(
 )
 
 
+Switch = Annotated[bool, Field(strict=False)]
+"""true or false, however people write them: False, no, off, 0."""
+
+
 def _model_config(value: object) -> ConvMAEConfig:
     """Build the model's configuration from a mapping; `preset` names the one that the other keys amend."""
     if isinstance(value, ConvMAEConfig):
@@ -90,6 +97,9 @@ def _model_config(value: object) -> ConvMAEConfig:
     for key in fields:
         if key not in known and key != "preset":
             raise unknown_key(f"model.{key}", [f"model.{name}" for name in [*known, "preset"]])
+    for name in fields.keys() & set(SWITCHES):
+        with contextlib.suppress(ValidationError):  # what is none of them is refused below, with its name
+            fields[name] = TypeAdapter(Switch).validate_python(fields[name])
     try:
         if "preset" in fields:
             return ConvMAEConfig.preset(fields.pop("preset"), **fields)
@@ -152,7 +162,7 @@ class Recipe(BaseModel):
     """What DeepSpeed shards over ranks: optimizer state | + gradients | + parameters."""
     recompute: tuple[Literal["stage1", "stage2", "stage3", "decoder"], ...] = ()
     """Parts whose activations are computed again in the backward pass: less memory, more time, the same values."""
-    compile: bool = False
+    compile: Switch = False
     """Compile the model with torch.compile: minutes at each start, then fewer passes over memory. Not with ZeRO 3."""
     device: Literal["cpu", "cuda"] = "cuda"
     """Where workers train: `cuda` takes one GPU each and NCCL, `cpu` takes gloo."""
@@ -168,7 +178,7 @@ class Recipe(BaseModel):
     """What to do with a sample that is not as it was ingested: `fail`, or `skip`: another of its block stands in."""
     max_consecutive_bad_samples: int = Field(default=MAX_CONSECUTIVE_BAD_SAMPLES, gt=0, le=MOST)
     """Samples of one lane in a row that may be replaced before the run is given up."""
-    check_etags: bool = True
+    check_etags: Switch = True
     """Refuse tars whose ETag is not that of the manifest; `false` for a copy of a data set that has other ones."""
     cache_dir: str = ""
     """Folder on each node's own disk that keeps blocks, shared by the node's workers. Empty: no cache."""
@@ -180,7 +190,7 @@ class Recipe(BaseModel):
     """How long a rank may stand still in a step, or be silent, before it is killed and the attempt restarts."""
     resize_seconds: float = Field(default=60.0, gt=0)
     """How often to look whether more, or fewer, workers could train now. A resize costs a save and a restart."""
-    standby: bool = True
+    standby: Switch = True
     """Keep a process beside each rank that has imported all that a rank needs, so that a restart takes seconds."""
     on_nonfinite_loss: OnNonFinite = "stop"
     """Where a loss or gradient is not finite: `stop` the attempt, `skip_batch`, or `rollback` and leave out steps."""

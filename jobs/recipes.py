@@ -119,7 +119,7 @@ def file_fields(path: Path) -> dict[str, Any]:
         remedy = "a recipe has some dozens of short lines"
         raise RecipeError("recipe", f"must be at most {LARGEST_FILE_BYTES} bytes", str(path), remedy)
     try:
-        return tomllib.loads(data.decode())
+        return tomllib.loads(data.decode("utf-8-sig"))  # Windows editors begin it with a BOM
     except (ValueError, RecursionError) as error:  # what TOML refuses, and Python: bytes, depth, digits
         raise RecipeError("recipe", "must be a readable TOML file", str(path), str(error)) from error
 

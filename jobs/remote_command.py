@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from jobs import command_job, provenance, run_roots, store_parcel
 from jobs.command_frames import Frame, Replay
 from jobs.errors import RunFailedError
+from jobs.launcher import module_command
 from jobs.session import VERBOSE_VARIABLE, Session
 from jobs.submission import ENDED_JOB_STATES, STOP_WAIT_SECONDS, hand_over, job_client, job_state, tail_log
 from jobs.terminal import whole_lines, write_line
@@ -82,7 +83,7 @@ def _job(session: Session, arguments: Sequence[str], files: Mapping[str, str], r
         **({VERBOSE_VARIABLE: "1"} if session.is_verbose else {}),
     }
     return {
-        "entrypoint": shlex.join(["python", "-m", "jobs.command_job", *arguments]),
+        "entrypoint": shlex.join(module_command("python", "jobs.command_job", *arguments)),
         "submission_id": f"command-{arguments[0]}-{secrets.token_hex(4)}",
         "metadata": {"command": arguments[0]},
         "entrypoint_resources": entrypoint_resources(session.environ.get(RESOURCES_VARIABLE, "")),

@@ -6,6 +6,7 @@ environment is put together once, for this process and for those that it starts.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Mapping
@@ -57,6 +58,8 @@ class Session:
         stack = Stack.load(home)
         local = stack.environment() if stack else {}
         given = {name: value for name, value in environ.items() if value or not name.startswith(("AWS_", "RAY_"))}
+        if address := given.pop("RAY_ADDRESS", "").strip():
+            given["RAY_ADDRESS"] = ClusterAddress.spelled(address)
         if stack and given.get("RAY_ADDRESS") == stack.dashboard_url:
             given["RAY_ADDRESS"] = stack.ray_address  # one cluster, whichever of its addresses was exported
         if "RAY_ADDRESS" in given and given["RAY_ADDRESS"] != local.get("RAY_ADDRESS"):
@@ -85,7 +88,7 @@ class Session:
     @property
     def is_verbose(self) -> bool:
         """Whether lines of Ray and of workers are shown between the command's own."""
-        return bool(self.environ.get(VERBOSE_VARIABLE))
+        return self.environ.get(VERBOSE_VARIABLE, "").strip().lower() not in ("", "0", "false", "no", "off")
 
     @cached_property
     def cluster(self) -> ClusterAddress:
@@ -198,14 +201,16 @@ class Session:
 
         self.quiet_ray()
         try:
-            ray.init(
-                self.cluster.text,
-                namespace=NAMESPACE,
-                logging_level=logging.ERROR,
-                # Progress and results come as values; the log of a run's job alone holds what its ranks say.
-                log_to_driver=self.is_verbose,
-                runtime_env={} if self.is_in_job else self.code(),
-            )
+            # Ray puts the driver's current folder first on its workers' path, and the user's may hold a pipeline.py.
+            with contextlib.chdir(PROJECT):
+                ray.init(
+                    self.cluster.text,
+                    namespace=NAMESPACE,
+                    logging_level=logging.ERROR,
+                    # Progress and results come as values; the log of a run's job alone holds what its ranks say.
+                    log_to_driver=self.is_verbose,
+                    runtime_env={} if self.is_in_job else self.code(),
+                )
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise cluster_address.refusal(self.cluster.text, error) from error
         open_desk(self.storage)
@@ -213,6 +218,8 @@ class Session:
     def quiet_ray(self) -> None:
         """Keep Ray's own lines from between the command's, unless they are asked for; Ray is imported by now."""
         if not self.is_verbose:
+            # Of tasks that are cancelled nobody asks what they ended with, and Ray would print it.
+            os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
             for handler in logging.getLogger("ray").handlers:
                 handler.setLevel(logging.ERROR)
 

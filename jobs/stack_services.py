@@ -19,6 +19,7 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
+from jobs.launcher import module_command
 from jobs.stack_ports import LOOPBACK, Ports
 from jobs.stack_processes import STACK_ID_VARIABLE
 from pipeline.errors import UserError
@@ -67,8 +68,17 @@ class StackSettings:
 
 
 def command(name: str, settings: StackSettings) -> list[str]:
-    """Return the command line that runs a service in the foreground."""
+    """Return the command line that runs a service in the foreground, from its `working_folder`."""
     return {"s3": _s3_command, "ray": _ray_command, "prometheus": _prometheus_command}[name](settings)
+
+
+def working_folder(name: str, settings: StackSettings) -> Path:
+    """Return the folder in which a service runs.
+
+    The home, to which paths are relative, since its name may hold what a service does not take. But for Ray: some of
+    its processes, and of what jobs start, import from their current folder first, and a home may hold its owner's code.
+    """
+    return settings.run_dir / "tmp" if name == "ray" else settings.home
 
 
 def service_environment(name: str, settings: StackSettings, base: Mapping[str, str]) -> dict[str, str]:
@@ -150,7 +160,7 @@ def write_private(path: Path, text: str) -> None:
     """Replace a file atomically, readable and writable by its owner alone."""
     part = path.with_name(f"{path.name}.part")
     part.unlink(missing_ok=True)
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write(text)
     part.replace(path)
 
@@ -184,7 +194,7 @@ def _s3_command(settings: StackSettings) -> list[str]:
         s3_binary(),
         f"-logdir={scratch}",
         "mini",
-        f"-dir={settings.home / 's3'}",
+        "-dir=s3",  # of a whole path, a comma would be the end
         f"-bucket={BUCKET}",
         f"-ip={LOOPBACK}",
         f"-ip.bind={LOOPBACK}",
@@ -193,7 +203,7 @@ def _s3_command(settings: StackSettings) -> list[str]:
         "-webdav=false",
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
-        f"-s3.config={settings.identities_path}",
+        f"-s3.config={settings.identities_path.name}",
         f"-s3.localSocket={scratch / 's3.sock'}",
         f"-filer.localSocket={scratch / 'filer.sock'}",
         f"-s3.port={ports.s3}",
@@ -215,7 +225,7 @@ def _ray_command(settings: StackSettings) -> list[str]:
     ports = settings.ports
     cpus = [] if settings.num_cpus is None else [f"--num-cpus={settings.num_cpus}"]
     return [
-        *[sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"],
+        *module_command(sys.executable, "ray.scripts.scripts", "start", "--head", "--block"),
         f"--node-ip-address={LOOPBACK}",
         f"--port={ports.ray}",
         f"--dashboard-host={LOOPBACK}",
@@ -247,11 +257,10 @@ def _ray_tuning(settings: StackSettings) -> dict[str, str]:
 
 def _prometheus_command(settings: StackSettings) -> list[str]:
     assert settings.prometheus_binary is not None
-    folder = settings.home / "prometheus"
     return [
         settings.prometheus_binary,
-        f"--config.file={folder / 'prometheus.yml'}",
-        f"--storage.tsdb.path={folder / 'data'}",
+        "--config.file=prometheus/prometheus.yml",  # its path becomes a label, which must be UTF-8
+        "--storage.tsdb.path=prometheus/data",
         "--storage.tsdb.retention.time=30d",
         "--storage.tsdb.retention.size=512MB",
         f"--web.listen-address={LOOPBACK}:{settings.ports.prometheus}",
@@ -268,7 +277,7 @@ def _s3_answers(settings: StackSettings) -> bool:
 
 
 def _ray_answers(settings: StackSettings) -> bool:
-    headers = {"Authorization": f"Bearer {settings.token_path.read_text()}"}
+    headers = {"Authorization": f"Bearer {settings.token_path.read_text('utf-8')}"}
     status, body = _http(settings.ports.dashboard, "GET", "/api/v0/nodes", headers)
     return status == 200 and any(node["state"] == "ALIVE" for node in json.loads(body)["data"]["result"]["result"])
 

@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from jobs.errors import ClusterError
+from jobs.launcher import module_command
 
 if TYPE_CHECKING:
     from jobs.session import Session
@@ -64,7 +65,7 @@ def received(environ: Mapping[str, str]) -> dict[str, str]:
     """
     if not environ.get(VARIABLE):
         return dict(environ)
-    command = [sys.executable, "-m", "jobs.store_parcel"]
+    command = module_command(sys.executable, "jobs.store_parcel")
     taking = subprocess.run(command, env=dict(environ), capture_output=True, text=True, check=False)
     if taking.returncode or not taking.stdout:
         why = (taking.stderr.strip().splitlines() or ["it is gone"])[-1]

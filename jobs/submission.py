@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jobs import store_parcel
 from jobs.cluster_address import http_proxy, refusal
 from jobs.errors import ClusterError, RunError
+from jobs.launcher import module_command
 from jobs.provenance import VARIABLE, git_commit
 from jobs.run_directory import RunDirectory
 from jobs.session import Session
@@ -59,7 +60,7 @@ def submit(session: Session, run: RunDirectory, trace_url: str = "") -> str:
 
 def supervisor_command(python: str, run: RunDirectory, trace_url: str) -> list[str]:
     """What drives a claimed run, and starts a driver that was killed again."""
-    return [python, "-m", "jobs.supervisor", run.url, *(["--trace", trace_url] if trace_url else [])]
+    return module_command(python, "jobs.supervisor", run.url, *(["--trace", trace_url] if trace_url else []))
 
 
 def hand_over(client: Any, job: dict[str, Any], address: str, patience_seconds: float = AGENT_SECONDS) -> str:

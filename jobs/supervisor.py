@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 
 from jobs.errors import ClusterError
+from jobs.launcher import module_command
 from jobs.store_parcel import received
 
 QUICK_DEATH_SECONDS = 60.0
@@ -72,7 +73,7 @@ def drive(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         sys.stderr.write(f"failed: {error}\n")
         return 1
     began = time.time()
-    code = supervise([sys.executable, "-m", "jobs.cli", "drive", *arguments], environ)
+    code = supervise(module_command(sys.executable, "jobs.cli", "drive", *arguments), environ)
     if code:  # imported only now: until then nothing here can fail or be large
         from jobs.early_end import note_end
         from jobs.session import Session

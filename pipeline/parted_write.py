@@ -215,7 +215,7 @@ def _write_at(path: Path, offset: int, data: bytes) -> None:
 
 @contextlib.contextmanager
 def _opened(path: Path, flags: int) -> Iterator[int]:
-    file = os.open(path, flags, 0o644)
+    file = os.open(path, flags, 0o666)
     try:
         yield file
     finally:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -293,11 +293,10 @@ def _list_one(filesystem: Any, path: str) -> None:
 
 @contextlib.contextmanager
 def _temporary_beside(target: Path) -> Iterator[Path]:
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
+    # Not mkstemp, whose files their owner alone may read: who may read ours is up to the umask and the folder.
+    temporary = target.with_name(f".convmae-{secrets.token_hex(8)}")
+    temporary.touch(exist_ok=False)
     try:
-        temporary.chmod(0o644)  # mkstemp's 0600 would hide shared data from others
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)

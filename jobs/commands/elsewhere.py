@@ -222,7 +222,7 @@ def _attached_recipe(name: str, overrides: Iterable[str] | None, attached: dict[
     for field, value in file_fields(Path(name)).items():
         if field in (*URL_FIELDS, "cache_dir"):
             _refuse_unless_absolute(field, value)
-    attached[Path(name).name] = Path(name).read_text()
+    attached[Path(name).name] = Path(name).read_text("utf-8-sig")
     return Path(name).name
 
 

@@ -23,7 +23,7 @@ from jobs.commands.shared import (
     open_session,
 )
 from jobs.errors import RunError, RunFailedError
-from jobs.terminal import figure, print_json, print_pairs, print_table, say, whole_lines
+from jobs.terminal import figure, print_json, print_pairs, print_table, say, shown, whole_lines
 from pipeline.errors import UserError
 from pipeline.places import normal
 
@@ -286,7 +286,7 @@ def logs(
     job = submission.newest_job(session, directory)
     lines = whole_lines(submission.log_pieces(session, directory, job, follow=follow))
     for line in lines if session.is_verbose else own_lines(lines):
-        sys.stdout.write((json.dumps({"job": job, "line": line}) if as_json else line) + "\n")
+        sys.stdout.write(shown(json.dumps({"job": job, "line": line}) if as_json else line, sys.stdout) + "\n")
         sys.stdout.flush()
 
 

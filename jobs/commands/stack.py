@@ -92,7 +92,7 @@ def doctor(
         told = {CALLER_NAME: Caller.here(session, store).to_text()}
         sys.exit(go_there(session, ctx, files=told, store=store, asked_from=CALLER_NAME))
     store, cache_dir = store and normal(store), cache_dir and normal(cache_dir)
-    caller = Caller.of_text(Path(asked_from).read_text()) if asked_from else None
+    caller = Caller.of_text(Path(asked_from).read_text("utf-8")) if asked_from else None
     findings = []
     for finding in examine(session, store, [cache_dir] if cache_dir else [], caller, wants_gpu=gpu):
         findings.append(finding)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from patience import wait_until
 from pipeline_tars import tar_bytes
 from testbed import TILES, Command
 
+from jobs.launcher import module_command
 from pipeline.claim import claimed
 from pipeline.dataset import Dataset
 from pipeline.shard_plan import Sharding, plan_shards
@@ -134,6 +137,37 @@ def test_an_ingest_that_is_killed_goes_on_and_ends_in_the_same_bytes(
         entry = write_shard(Storage(), str(tmp_path), task).entry
         assert s3.read(entry.tar_url(url)) == Path(entry.tar_url(str(tmp_path))).read_bytes()
     assert s3.list_names(f"{url}/.ingest") == []
+
+
+def test_an_ingest_that_is_interrupted_says_nothing_of_its_tasks_and_goes_on(
+    convmae: Command, s3: Storage, photographs: Path
+) -> None:
+    url = f"{ROOT}/interrupted"
+    arguments = ("shard", str(photographs), url, "--samples-per-shard", "1")
+    first = convmae.start(*arguments)
+    wait_until("a finished shard", lambda: any(name.endswith(".index") for name in s3.list_names(url)), 180)
+    first.send_signal(signal.SIGINT)
+    out, err = first.communicate(timeout=120)
+
+    assert first.returncode in (1, 130)
+    assert err.strip() == "" and all(line.startswith("shards ") for line in out.splitlines())
+    assert s3.list_names(f"{url}/.ingest") == [], "the claim was given back"
+
+
+def test_no_task_runs_files_of_the_folder_in_which_a_command_is_typed(
+    convmae: Command, s3: Storage, photographs: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "jobs").mkdir()
+    for name in ("pipeline.py", "model.py", "ray.py", "jobs/__init__.py"):
+        (tmp_path / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write(__name__)")
+    command = module_command(sys.executable, "jobs.cli", "shard", str(photographs), f"{ROOT}/folder")
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=convmae.environment(), capture_output=True, text=True, check=False
+    )
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert s3.exists(f"{ROOT}/folder/manifest.json")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_second_ingest_is_told_who_works_there(convmae: Command, s3: Storage, photographs: Path) -> None:

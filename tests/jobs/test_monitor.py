@@ -22,6 +22,7 @@ from jobs.run_record import Tail
 from jobs.schedule import Schedule
 from jobs.step_reading import StepReading
 from jobs.watchdog import Examined, Pulse
+from pipeline.process_identity import ProcessIdentity
 from pipeline.storage import Storage
 
 SCHEDULE = Schedule.of(named_recipe("tiny"), steps_per_epoch=100)
@@ -481,7 +482,7 @@ def test_a_node_that_is_unreachable_is_why_the_group_ended(start: Start, run: Ru
     begin(monitor)
     record(monitor, range(1, 4))
     for rank, node in enumerate("abba"):
-        monitor.pulse(Pulse(1, rank, f"host-{node}", node, 100 + rank, 0.0, "", "step", 7, 0.0))
+        monitor.pulse(Pulse(1, rank, f"host-{node}", node, ProcessIdentity(100 + rank), "", "step", 7, 0.0))
 
     monitor.unreachable({"b": "host-b, 10.0.0.2"}, 6.4)
     # What Ray says of the ranks that are ended for it, and of those that waited for them.
@@ -513,7 +514,7 @@ def test_nodes_that_are_lost_together_are_told_in_one_line(start: Start, run: Ru
     monitor = start()
     begin(monitor)
     for rank in range(12):
-        monitor.pulse(Pulse(1, rank, "host", f"node-{rank // 2}", 100 + rank, 0.0, "", "step", 7, 0.0))
+        monitor.pulse(Pulse(1, rank, "host", f"node-{rank // 2}", ProcessIdentity(100 + rank), "", "step", 7, 0.0))
 
     monitor.unreachable({f"node-{number}": f"host-{number}, 10.0.0.{number}" for number in range(1, 6)}, 6.0)
     monitor.flush()
@@ -806,7 +807,7 @@ def test_a_rank_that_hangs_is_told_and_is_why_the_attempt_ended(start: Start, ru
     record(monitor, range(1, 4))
     now = time.monotonic()
     for rank in range(2):
-        monitor.pulse(Pulse(1, rank, "node-1", "n", 100 + rank, 0.0, "", "step", 7 + rank, 0.0))
+        monitor.pulse(Pulse(1, rank, "node-1", "n", ProcessIdentity(100 + rank), "", "step", 7 + rank, 0.0))
     examined = []
 
     def examine(pulse: Pulse) -> Examined:

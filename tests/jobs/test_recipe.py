@@ -306,3 +306,25 @@ def test_paths_are_absolute_in_a_recipe(tmp_path: Path, monkeypatch: pytest.Monk
 def test_a_place_that_cannot_be_is_refused_by_its_field(field: str, written: str, says: str) -> None:
     with pytest.raises(RecipeError, match=says):
         named_recipe("tiny").amended({field: written})
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        *[(word, True) for word in ("true", "True", "TRUE", "yes", "on", "1", '"true"')],
+        *[(word, False) for word in ("false", "False", "FALSE", "no", "Off", "0")],
+    ],
+)
+@pytest.mark.parametrize("field", ["standby", "compile", "check_etags", "model.fusion", "model.norm_pix"])
+def test_what_is_on_or_off_is_taken_as_people_write_it(field: str, written: str, value: bool) -> None:
+    recipe = named_recipe("tiny").amended(parse_overrides([f"{field}={written}"]))
+    exact = named_recipe("tiny").amended({field: value})
+
+    assert recipe == exact and recipe.digest() == exact.digest()
+
+
+@pytest.mark.parametrize("field", ["standby", "model.norm_pix"])
+@pytest.mark.parametrize("written", ["maybe", "2", "", "[]", "1.5"])
+def test_what_is_neither_on_nor_off_is_refused(field: str, written: str) -> None:
+    with pytest.raises(RecipeError, match=rf"{field}: .*boolean"):
+        named_recipe("tiny").amended(parse_overrides([f"{field}={written}"]))

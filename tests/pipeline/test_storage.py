@@ -313,3 +313,20 @@ def test_of_many_that_replace_the_same_content_one_succeeds(place: tuple[Storage
     assert storage.replace(url, storage.read(url), b"old"), "its own answer may have been lost"
     with pytest.raises(FileNotFoundError):
         storage.replace(storage.join(folder, "nothing"), b"new", b"old")
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600), (0o027, 0o640)])
+def test_who_may_read_a_local_file_is_up_to_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        storage = Storage()
+        storage.write(str(tmp_path / "deep" / "written"), b"1")
+        storage.create(str(tmp_path / "created"), b"1")
+        storage.replace(str(tmp_path / "created"), b"2", b"1")
+        storage.write(str(tmp_path / ("x" * 255)), b"1")
+    finally:
+        os.umask(before)
+
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {mode}
+    assert sorted(len(path.name) for path in files) == [7, 7, 255]
