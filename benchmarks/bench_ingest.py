@@ -117,7 +117,7 @@ class Rounds:
         place = self.folder / "bare"
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
-        paths = [str(Path(self.sources.root, image.path)) for image in self.sources.images]
+        paths = [str(Path(self.sources.root, image.path.text)) for image in self.sources.images]
         cuts = range(0, len(paths), SAMPLES_PER_SHARD)
         work = [(str(place), paths[cut : cut + SAMPLES_PER_SHARD], cut) for cut in cuts]
         return sum(self.processes.map(bare_shard, work))

@@ -71,7 +71,7 @@ def make_material(images: str | None, count: int, root: Path) -> Material:
     copies = -(-count // len(found.images))
     sources = Sources(found.root, found.classes, tuple(image for _ in range(copies) for image in found.images))
     write_shards(Storage(), sources, str(root / "shards"))
-    material = Material(found.root, tuple(image.path for image in sources.images), root)
+    material = Material(found.root, tuple(image.path.text for image in sources.images), root)
     if installed("streaming"):
         _write_streaming(material)
     if installed("litdata"):

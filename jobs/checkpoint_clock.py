@@ -1,6 +1,6 @@
 """When the ranks should save, where the interval is one of time.
 
-The ranks' own clocks differ, and all must save after the same step. So the monitor keeps the time, and its wish
+The ranks' own clocks differ, and all must save after the same step. So the monitor keeps the time, and its instruction
 travels with the next step's sum.
 """
 

@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 failed, 2 bad input (one line on standard error, nothing s
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from typer.exceptions import TyperException
 
 from jobs.commands import checkpoints, data, runs, stack
 from jobs.errors import RunFailedError
-from jobs.terminal import write_line
+from jobs.terminal import close_streams, has_reader, open_streams, write_line
 from pipeline.errors import UserError
 
 app = typer.Typer(
@@ -52,25 +53,36 @@ def options(
 
 def main() -> None:
     """Entry point: bad input ends in one line and exit code 2, a failed run in one line and exit code 1."""
+    open_streams()
+    code = _run(sys.argv[1:])
+    sys.exit(code if close_streams() else code or 1)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """Run a command; returns its exit code. What ends it badly is told on standard error."""
     from jobs.stack import StackError
 
     try:
-        sys.exit(app(_verbose_first(sys.argv[1:]), standalone_mode=False) or 0)
-    except TyperException as error:  # what Typer itself refuses: an unknown option, text where a number should be
-        sys.stderr.write(_usage_text(error))
-        sys.exit(2)
-    except typer.Abort:
-        sys.exit(1)
-    except UserError as error:
-        write_line(sys.stderr, f"error: {error}")
-        sys.exit(2)
-    except StackError as error:
-        for line in f"failed: {error}".splitlines():  # the end of a service's log may follow
+        return int(app(_verbose_first(arguments), standalone_mode=False) or 0)
+    except SystemExit as ended:  # of a command that knows its exit code
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except (typer.Abort, KeyboardInterrupt):
+        return 1
+    except (TyperException, UserError) as error:  # Typer refuses an unknown option, or text where a number should be
+        _tell(_usage_text(error) if isinstance(error, TyperException) else f"error: {error}")
+        return 2
+    except (RunFailedError, StackError, OSError) as error:
+        if not isinstance(error, BrokenPipeError) or has_reader(sys.stdout):
+            for line in f"failed: {error}".splitlines():  # the end of a service's log may follow
+                _tell(line)
+        return 1
+
+
+def _tell(line: str) -> None:
+    """One line on standard error, if there is one and somebody reads it."""
+    if line:
+        with contextlib.suppress(OSError):
             write_line(sys.stderr, line)
-        sys.exit(1)
-    except (RunFailedError, OSError) as error:
-        write_line(sys.stderr, f"failed: {error}")
-        sys.exit(1)
 
 
 def _verbose_first(arguments: Sequence[str]) -> list[str]:
@@ -85,7 +97,7 @@ def _verbose_first(arguments: Sequence[str]) -> list[str]:
 def _usage_text(error: Any) -> str:
     """One line; nothing where the help was printed, because the command was given nothing at all."""
     message: str = error.format_message()
-    return f"error: {message}\n" if message else ""
+    return f"error: {message}" if message else ""
 
 
 if __name__ == "__main__":

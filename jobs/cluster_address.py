@@ -6,6 +6,9 @@ From there a cluster takes jobs alone.
 
 from __future__ import annotations
 
+import ipaddress
+import os
+import re
 import socket
 from dataclasses import dataclass
 from urllib.parse import urlsplit
@@ -13,11 +16,12 @@ from urllib.parse import urlsplit
 import psutil
 
 from jobs.errors import ClusterError
+from pipeline.proxies import Proxies
 
 VARIABLE = "RAY_ADDRESS"
 CONNECT_SECONDS = 5.0
 HTTP_PORTS = {"http": 80, "https": 443}
-FORMS = "write http://HOST:8265 (the dashboard), or HOST:6379 on a node of the cluster"
+FORMS = "write http://HOST:8265 (the dashboard), or on a node of the cluster HOST:6379 or auto"
 IS_IT_UP = "is it up? `convmae up` starts a local one"
 
 
@@ -33,6 +37,14 @@ class ClusterAddress:
     is_http: bool
 
     @classmethod
+    def spelled(cls, text: str) -> str:
+        """An address in the one spelling; what is none stays as it is, for whoever needs it to refuse."""
+        try:
+            return cls.parse(text).text
+        except ClusterError:
+            return text
+
+    @classmethod
     def parse(cls, text: str) -> ClusterAddress:
         """Read RAY_ADDRESS.
 
@@ -43,13 +55,21 @@ class ClusterAddress:
         if bare == "auto":
             return cls(bare, "", 0, is_http=False)
         scheme, separator, place = bare.rpartition("://")
+        scheme = scheme.lower()
         try:
+            if place.split() != [place]:  # urlsplit passes over some
+                raise ValueError("there must be no blanks in it")
             parts = urlsplit(f"//{place}")
-            host, port = parts.hostname or "", parts.port or HTTP_PORTS.get(scheme, 0)
+            host, given = parts.hostname or "", parts.port
+            _check_host(host)
         except ValueError as error:  # a port that is no number or above 65535, a bracket that is not closed
-            raise ClusterError(VARIABLE, f"must name a host and a port ({error})", text, FORMS) from None
-        if scheme not in ("", *HTTP_PORTS) or parts.path or parts.query or not host or not port:
-            raise ClusterError(VARIABLE, "must be http://HOST:PORT or HOST:PORT", text, FORMS)
+            told = str(error) if "@" not in place else "what stands before @ is part of it"
+            raise ClusterError(VARIABLE, f"must name a host and a port ({told})", _without_user(bare), FORMS) from None
+        port = HTTP_PORTS.get(scheme, 0) if given is None else given
+        rest = parts.path or parts.query or parts.fragment
+        if scheme not in ("", *HTTP_PORTS) or "@" in place or rest or not port:
+            rule = "must be http://HOST:PORT or HOST:PORT, without user, path and query"
+            raise ClusterError(VARIABLE, rule, _without_user(bare), FORMS)
         named = f"[{host}]" if ":" in host else host
         return cls(f"{scheme}{separator}{named}:{port}", host, port, is_http=bool(scheme))
 
@@ -62,9 +82,17 @@ class ClusterAddress:
         if not self.host:
             return
         try:
-            socket.create_connection((self.host, self.port), timeout=CONNECT_SECONDS).close()
+            socket.create_connection(self._first_hop(), timeout=CONNECT_SECONDS).close()
         except OSError as error:
             raise ClusterError(VARIABLE, f"must answer ({error})", self.text, IS_IT_UP) from error
+
+    def _first_hop(self) -> tuple[str, int]:
+        """What is connected to: the cluster, or the HTTP proxy before it."""
+        proxy = http_proxy(self.text) if self.is_http else None
+        if proxy is None:
+            return self.host, self.port
+        parts = urlsplit(proxy)
+        return str(parts.hostname), parts.port or HTTP_PORTS[parts.scheme]
 
     def is_of_this_machine(self) -> bool:
         """Whether this machine is a node of the cluster; asks its head, unless it speaks HTTP.
@@ -76,6 +104,33 @@ class ClusterAddress:
             return not self.is_http
         self.check_answers()
         return bool(_node_addresses(self) & own_addresses())
+
+
+def http_proxy(address: str) -> str | None:
+    """The proxy through which Ray's clients ask a cluster by HTTP: they read this process's environment.
+
+    Raises:
+        StorageError: It is no HTTP proxy.
+    """
+    return Proxies.from_environment(os.environ).for_url(address)
+
+
+def _check_host(host: str) -> None:
+    """Refuse what cannot be looked up.
+
+    Raises:
+        ValueError: It is no name and no address.
+    """
+    if ":" in host:
+        ipaddress.IPv6Address(host)
+    elif not re.fullmatch(rb"[a-z0-9._-]+", host.encode("idna")):  # which refuses empty and long labels
+        raise ValueError(f"{host!a} is no host's name")
+
+
+def _without_user(text: str) -> str:
+    """An address for a message: what stands before @ may be a password."""
+    head, at, place = text.rpartition("@")
+    return f"{head[: head.find('://') + 3] if '://' in head else ''}...@{place}" if at else text
 
 
 def own_addresses() -> set[str]:

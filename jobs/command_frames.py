@@ -16,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TextIO
 
-from jobs.terminal import ShowProgress, ShowStatus, progress_bar
+from jobs.terminal import ShowProgress, ShowStatus, progress_bar, shown
 
 KEY = "convmae"
 """Of a frame's number; with it every frame begins, and no line of others."""
@@ -175,8 +175,7 @@ class Replay:
         else:
             ((name, text),) = content.items()
             stream = self._streams[name]
-            encoding = stream.encoding or "utf-8"
-            stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+            stream.write(shown(text, stream))
             stream.flush()
 
     def _progress(self, title: str, stream: TextIO, figures: list[Any] | None) -> None:

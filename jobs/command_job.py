@@ -14,7 +14,9 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
+from jobs import store_parcel
 from jobs.command_frames import FrameStream, FrameWriter
+from jobs.errors import ClusterError
 from pipeline.scratch import scratch_folder
 
 VARIABLE = "CONVMAE_CALLER"
@@ -36,11 +38,15 @@ def run_command(arguments: list[str], caller: Mapping[str, object], writer: Fram
     sys.argv = ["convmae", *arguments]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever Ray was started with
     try:
+        os.environ.update(store_parcel.received(os.environ))
         from jobs import cli
 
         cli.main()
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except ClusterError as error:  # the store did not come; all others are the command's own to tell
+        sys.stderr.write(f"failed: {error}\n")
+        return 1
     except KeyboardInterrupt:
         return 1
     except BaseException:
@@ -55,7 +61,7 @@ def main() -> None:
     caller = json.loads(os.environ[VARIABLE])
     with scratch_folder() as folder:
         for name, content in caller["files"].items():
-            Path(folder, name).write_text(content)
+            Path(folder, name).write_text(content, "utf-8")
         os.chdir(folder)
         code = run_command(sys.argv[1:], caller, writer)
     writer.exit(code)

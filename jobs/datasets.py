@@ -15,8 +15,9 @@ from jobs.session import Session
 from jobs.terminal import bytes_text, duration_text, print_json, progress_bar, say
 from pipeline.errors import DamagedManifestError, DamagedTarsError, SourceError
 from pipeline.manifest import MANIFEST_NAME, SKIPPED_NAME, Manifest
+from pipeline.places import normal
 from pipeline.shard_plan import Ingest, Sharding
-from pipeline.source import Sources, Tars
+from pipeline.source import IMAGE_EXTENSIONS, Sources, Tars
 from pipeline.sources import find_sources
 from pipeline.storage import Storage, is_local
 from pipeline.verify import Fault
@@ -45,6 +46,7 @@ def make_dataset(
         result = ingest(session.storage, job, destination, salvage=salvage, on_progress=show, on_wait=_say_waiting)
     done = f"{result.shards_written} written, {result.shards_kept} kept"
     _say_made(destination, result.manifest, done, result.skipped, result.bad_labels)
+    _say_unread(result.unread)
     return result.manifest
 
 
@@ -59,7 +61,7 @@ def index_foreign(session: Session, url: str, out: str, *, deep: bool, salvage: 
         raise SourceError(
             "URL", "must be a tar, a folder of tars or a pattern of them", url, "`convmae shard` takes it"
         )
-    destination = out or found.root
+    destination = out or normal(found.root)
     session.storage.check(destination, write=True, shared=True, exclusive=True)
     session.connect()
     from jobs.foreign import index_dataset
@@ -71,6 +73,7 @@ def index_foreign(session: Session, url: str, out: str, *, deep: bool, salvage: 
         )
     done = f"{result.tars_read} read, {result.tars_kept} kept"
     _say_made(destination, result.manifest, done, result.skipped, result.bad_labels)
+    _say_unread(result.unread)
     return result.manifest
 
 
@@ -83,7 +86,7 @@ def verify(session: Session, url: str, *, deep: bool, as_json: bool) -> None:
     """
     session.storage.check(url, write=False, shared=True)
     try:
-        Manifest.load(session.storage, Storage.absolute(url))
+        Manifest.load(session.storage, url)
     except DamagedManifestError as error:
         _say_damaged(url, error, deep=deep, as_json=as_json)
         raise RunFailedError(f"{url} has a damaged manifest") from None
@@ -140,6 +143,11 @@ def _say_made(destination: str, manifest: Manifest, done: str, skipped: int, bad
         say(f"{bad_labels} labels are no integers of at least 0; their images have none")
 
 
+def _say_unread(unread: str) -> None:
+    if unread:
+        say(f"{unread}; convert or rename them: read are {', '.join(IMAGE_EXTENSIONS)}")
+
+
 def _refuse_within(source: str, destination: str) -> None:
     """What is written into the folder of the sources would be sources the next time."""
     outer, inner = (_resolved(place).rstrip("/") + "/" for place in (source, destination))
@@ -148,7 +156,7 @@ def _refuse_within(source: str, destination: str) -> None:
 
 
 def _resolved(place: str) -> str:
-    url = Storage.absolute(place)
+    url = normal(place)
     return os.path.realpath(url) if is_local(url) else url
 
 

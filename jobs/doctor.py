@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
+from urllib.parse import urlsplit
 
 from jobs.diagnosis import (
     Finding,
@@ -23,7 +24,7 @@ from jobs.diagnosis import (
 from jobs.errors import ClusterError
 from jobs.node_probe import NodeFacts, NodeProbe
 from jobs.session import Session
-from pipeline.errors import UserError
+from pipeline.errors import StorageError, UserError
 from pipeline.storage import Storage, is_local, is_s3
 
 PROBE_BYTES = 32 * 1024**2
@@ -83,6 +84,7 @@ def examine(
     if caller:
         here = replace(here, versions=caller.versions)
         yield from caller.findings
+    yield settings(session.storage)
     stored = False
     if store_url:
         found = list(store_findings(session.storage, store_url))
@@ -105,6 +107,27 @@ def examine(
     finally:
         if stored:
             session.storage.delete(_speed_url(store_url))
+
+
+def settings(storage: Storage) -> Finding:
+    """How S3 is reached from here, and which variable, profile or file says so; no secret is told."""
+    if storage.fault:
+        return Finding("settings", "failed", f"{storage.fault.field}: {storage.fault.rule}", storage.fault.remedy)
+    try:
+        proxy = storage.proxies_here.for_url(storage.endpoint_url or "https://s3.amazonaws.com")
+    except StorageError as error:
+        return Finding("settings", "failed", f"{error.field}: {error.rule}", error.remedy)
+    shown = {
+        "endpoint": storage.endpoint_url or "AWS's own",
+        "region": storage.region,
+        "credentials": f"{storage.key[:4]}..." if storage.key else "",
+        "ca_bundle": storage.ca_bundle or "",
+        **{name: str(value) for name, value in storage.client},
+    }
+    told = [f"{name} {shown.get(name, '')}".strip() + f" ({origin})" for name, origin in storage.origins]
+    if proxy:
+        told.append(f"through the proxy {urlsplit(proxy).hostname}")
+    return Finding("settings", "ok", "; ".join(told))
 
 
 def store_findings(storage: Storage, url: str) -> Iterator[Finding]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from jobs import onnx_export
@@ -17,12 +16,13 @@ from jobs.checkpoint import folder_name
 from jobs.errors import ExportError
 from jobs.model_card import write_card
 from jobs.run_directory import RunDirectory
-from jobs.weights_file import Weights, model_json, sha256_of
+from jobs.weights_file import Weights, model_json, sha256_of, write_tensors
 from model import Backbone, ConvMAE, ConvMAEConfig
 from model.config import PATCH_PIXELS
 from model.errors import ModelConfigError
 from model.pixels import IMAGENET_MEAN, IMAGENET_STD
 from model.weights import to_official
+from pipeline.places import normal
 from pipeline.scratch import scratch_folder
 from pipeline.storage import Storage
 
@@ -99,7 +99,7 @@ def export(source: Source, name: str, storage: Storage, out: str, *, force: bool
     """
     check_format(name)
     form = FORMATS[name]
-    folder, file_name = Storage.absolute(out), f"{source.stem}-{name}{form.suffix}"
+    folder, file_name = normal(out), f"{source.stem}-{name}{form.suffix}"
     if form.suffix and folder.endswith(form.suffix):
         folder, _, file_name = folder.rpartition("/")
     target = storage.join(folder, file_name) if form.suffix else folder
@@ -224,11 +224,11 @@ def _backbone(weights: Weights) -> Backbone:
 
 def _save(state: Mapping[str, Tensor], path: Path, weights: Weights) -> None:
     metadata = {**weights.metadata, "format": "pt", "model": model_json(weights.config)}
-    save_file({name: value.contiguous() for name, value in state.items()}, path, metadata=metadata)
+    write_tensors(state, path, metadata)
 
 
 def _write_json(path: Path, value: object) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n")
+    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
 
 
 FORMATS: Mapping[str, Format] = {

@@ -239,7 +239,7 @@ class RunExporter:
         """
         target = [{"targets": [self.address], "labels": {"job": "convmae", "instance": self._run}}]
         temporary = folder / f".{self._run}.json.tmp"
-        temporary.write_text(json.dumps(target))
+        temporary.write_text(json.dumps(target), "utf-8")
         temporary.replace(folder / f"{self._run}.json")
 
     def withdraw(self, folder: Path) -> None:

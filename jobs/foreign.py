@@ -14,9 +14,12 @@ from pipeline.claim import Claim, claimed
 from pipeline.errors import DamagedTarsError, SourceError
 from pipeline.foreign import IndexTask, TarReport, index_tar
 from pipeline.manifest import Manifest, existing_manifest
+from pipeline.places import normal
 from pipeline.shard_index import Skipped
-from pipeline.source import Tars
+from pipeline.shard_table import leads_away
+from pipeline.source import Tar, Tars
 from pipeline.storage import Storage
+from pipeline.tar_samples import unread_kinds
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +35,8 @@ class IndexingReport:
     skipped: int
     bad_labels: int
     seconds: float
+    unread: str = ""
+    """Which samples have no image that is read."""
 
 
 def index_dataset(
@@ -64,10 +69,10 @@ def index_dataset(
         ClaimedError: Another process works there.
     """
     began = time.monotonic()
-    destination = Storage.absolute(destination)
-    tasks = [IndexTask(tars.root, tar, deep, salvage) for tar in tars.tars]
+    destination = normal(destination)
+    tasks = [_task(tars, tar, deep=deep, salvage=salvage) for tar in tars.tars]
     work = Storage.join(destination, WORK_FOLDER)
-    manifest, done = existing_manifest(storage, destination, tasks), []
+    manifest, done, skipped = existing_manifest(storage, destination, tasks), [], list[Skipped]()
     if manifest is None:
         with claimed(storage, work, "convmae index", on_wait=on_wait) as claim:
             # Whoever held the claim before may have finished the data set, or made another one.
@@ -82,7 +87,17 @@ def index_dataset(
     read = sum(not report.kept for report in done)
     bad_labels = sum(report.bad_labels for report in done)
     seconds = time.monotonic() - began
-    return IndexingReport(manifest, read, len(tasks) - read, manifest.skipped, bad_labels, seconds)
+    kept = len(tasks) - read
+    return IndexingReport(manifest, read, kept, manifest.skipped, bad_labels, seconds, unread_kinds(skipped))
+
+
+def _task(tars: Tars, tar: Tar, *, deep: bool, salvage: bool) -> IndexTask:
+    """What to do with one tar, whose name becomes that of a shard and of its index."""
+    task = IndexTask(tars.root, tar, deep, salvage)
+    if leads_away(task.name):
+        remedy = "copy it to a key that begins with no slash, and has no '.', '..' or '://' in it"
+        raise SourceError("tar", f"must have a name that is a path below {tars.root}", str(tar.path), remedy)
+    return task
 
 
 def _indexed(
@@ -114,5 +129,5 @@ def _manifest(tars: Tars, tasks: list[IndexTask], done: list[TarReport]) -> tupl
         why = (
             f"the first of {len(skipped)} skipped is {skipped[0].path}: {skipped[0].reason}" if skipped else "none has"
         )
-        raise SourceError("tars", "must have an image with a known extension", tars.root, why)
+        raise SourceError("tars", "must have an image that is read", tars.root, why)
     return manifest, skipped

@@ -15,15 +15,17 @@ from pathlib import Path
 from jobs.fan_out import Progress, fan_out
 from jobs.shared_folder import Landmarks, claim_landmarks, file_landmarks
 from pipeline.claim import Claim, claimed
-from pipeline.errors import DamagedTarsError, DatasetError, SourceError
+from pipeline.errors import DamagedTarsError, DatasetError, RefusedError, SourceError
 from pipeline.manifest import Manifest, existing_manifest
+from pipeline.places import normal
 from pipeline.shard_index import Skipped
 from pipeline.shard_plan import Ingest, ShardPlan, plan_shards
 from pipeline.shards import ShardReport, write_shard
-from pipeline.source import Sources, Tars, within
+from pipeline.source import Sources, Tars
 from pipeline.source_lists import sized
 from pipeline.source_tars import TarImages, TarSummary, TarTask, list_tar, read_listings
 from pipeline.storage import Storage, is_local
+from pipeline.tar_samples import unread_kinds
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +49,8 @@ class IngestReport:
     skipped: int
     bad_labels: int
     seconds: float
+    unread: str = ""
+    """Which samples of source tars have no image that is read."""
 
 
 def ingest(
@@ -78,23 +82,24 @@ def ingest(
         ClaimedError: Another ingest works there.
     """
     began = time.monotonic()
-    destination = Storage.absolute(destination)
+    destination = normal(destination)
     storage.check(job.found.root, write=False, shared=True)
     storage.check(destination, write=True, shared=True, exclusive=True)
     _keep_apart(job, destination)
     work = Storage.join(destination, WORK_FOLDER)
     reports: list[ShardReport] = []
-    manifest, bad_labels = existing_manifest(storage, destination, [job]), 0
+    manifest, bad_labels, unread = existing_manifest(storage, destination, [job]), 0, ""
     if manifest is None:
         with claimed(storage, work, "convmae shard", on_wait=on_wait) as claim:
             # Whoever held the claim before may have finished the data set, or made another one.
             manifest = existing_manifest(storage, destination, [job])
             if manifest is None:
-                manifest, reports, bad_labels = _made(storage, job, destination, claim, on_progress, salvage=salvage)
+                manifest, reports, found = _made(storage, job, destination, claim, on_progress, salvage=salvage)
+                bad_labels, unread = found.bad_labels, unread_kinds(found.skipped)
         sweep(work)
     written = sum(not report.kept for report in reports)
     kept = len(manifest.shards) - written
-    return IngestReport(manifest, written, kept, manifest.skipped, bad_labels, time.monotonic() - began)
+    return IngestReport(manifest, written, kept, manifest.skipped, bad_labels, time.monotonic() - began, unread)
 
 
 def _keep_apart(job: Ingest, destination: str) -> None:
@@ -104,14 +109,14 @@ def _keep_apart(job: Ingest, destination: str) -> None:
         SourceError: The destination is the folder of a source tar.
     """
     tars = job.found.tars if isinstance(job.found, Tars) else ()
-    if any(within(job.found.root, tar.path).rpartition("/")[0] == destination.rstrip("/") for tar in tars):
+    if any(tar.path.url(job.found.root).rpartition("/")[0] == destination.rstrip("/") for tar in tars):
         raise SourceError("destination", "must not be the source tars' own folder", destination, "take another place")
 
 
 def _made(
     storage: Storage, job: Ingest, destination: str, claim: Claim, on_progress: Show, *, salvage: bool
-) -> tuple[Manifest, list[ShardReport], int]:
-    """Write everything; returns the manifest, what came of each shard, and the labels that were left out."""
+) -> tuple[Manifest, list[ShardReport], _Resolved]:
+    """Write everything; returns the manifest, what came of each shard, and of what."""
 
     def show(stage: str, progress: Progress) -> None:
         claim.check()
@@ -129,7 +134,7 @@ def _made(
     manifest.save(storage, destination, skipped)
     for listing in resolved.listings:
         storage.delete(listing)
-    return manifest, reports, resolved.bad_labels
+    return manifest, reports, resolved
 
 
 def sweep(work: str) -> None:
@@ -153,8 +158,9 @@ class _Resolved:
 def source_landmarks(storage: Storage, found: Sources | Tars) -> Landmarks:
     """The first image or tar, where it lies on a local disk."""
     paths = (item.path for item in found.tars) if isinstance(found, Tars) else (item.path for item in found.images)
-    first = next(paths, None)
-    return () if first is None else file_landmarks(storage, "source", found.root, within(found.root, first))
+    with contextlib.suppress(StopIteration, RefusedError):  # whoever reads it says what is wrong with its name
+        return file_landmarks(storage, "source", found.root, next(paths).url(found.root))
+    return ()
 
 
 def _resolved(

@@ -1,6 +1,6 @@
 """Where a run starts from: weights of another training, official or our own, instead of random ones.
 
-`convmae import` turns an official file into a consolidated one; the recipe's `init_from` names that. Its SHA-256
+`convmae import` turns a file of others into a consolidated one; the recipe's `init_from` names that. Its SHA-256
 becomes part of the run, so that every attempt before the first checkpoint starts from the same bytes. A run that has a
 checkpoint goes on from there.
 """
@@ -11,13 +11,12 @@ import argparse
 import io
 import warnings
 import zipfile
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from jobs.errors import WeightsFileError
@@ -25,24 +24,30 @@ from jobs.rank_group import RankGroup, Room
 from jobs.recipe import Recipe
 from jobs.run_directory import RunDirectory
 from jobs.torch_archive import LARGEST_PICKLE_BYTES, check_directory
+from jobs.weight_names import WeightNames, described, fresh_tensors, weight_names
 from jobs.weights_file import (
     SUFFIX,
-    check_against,
     check_dtypes,
     check_finite,
     check_header,
+    check_heads,
     check_values,
     local_copy,
+    model_config,
     model_json,
-    read_weights,
+    opened_file,
     sha256_of,
+    shapes_of,
+    write_tensors,
 )
-from model import ConvMAE, ConvMAEConfig
-from model.weights import to_official
+from model import ConvMAEConfig
 from pipeline.errors import clipped
 from pipeline.scratch import scratch_folder
 from pipeline.storage import Storage
 
+_NESTED = ("model", "state_dict", "module")
+"""Names under which training codes keep a state dict: the official one, many others, DeepSpeed."""
+_DEEPEST_NESTING = 3
 _END_BYTES = 22
 """Of a zip archive's end, without a comment."""
 _END_64_BYTES = 56 + 20
@@ -57,16 +62,27 @@ class Imported:
     bytes: int
     sha256: str
     source_sha256: str
+    notes: tuple[str, ...]
+    """How the file was taken where its tensors are not simply those of the model, a line each."""
 
 
-def import_weights(storage: Storage, source: str, out: str, config: ConvMAEConfig, *, force: bool = False) -> Imported:
-    """Turn an official pretraining checkpoint, or a consolidated file, into a file that a run can start from.
+def import_weights(
+    storage: Storage,
+    source: str,
+    out: str,
+    config: ConvMAEConfig,
+    *,
+    fresh_decoder_seed: int | None = None,
+    force: bool = False,
+) -> Imported:
+    """Turn weights of the official code, as they are published or kept, into a file that a run can start from.
 
     Args:
         storage: Reaches both.
-        source: URL of a `.pth` of the official code, or of a consolidated file.
+        source: URL of a file of PyTorch or of safetensors, ours too.
         out: URL of the file to write; `.safetensors`.
         config: Of the model that shall take the weights.
+        fresh_decoder_seed: Take the encoder alone, with the decoder that a run of this seed would begin with.
         force: Replace what is there.
 
     Raises:
@@ -80,12 +96,7 @@ def import_weights(storage: Storage, source: str, out: str, config: ConvMAEConfi
         raise WeightsFileError("OUT", "must not exist yet", out, "take another place, or replace it with --force")
     with local_copy(storage, source) as path, scratch_folder() as scratch:
         source_sha256 = sha256_of(path)
-        if source.endswith(SUFFIX):
-            check_header(path, source, config)
-            tensors: Mapping[str, Tensor] = read_weights(path, source).tensors
-        else:
-            tensors = _from_official(_loaded(path, source), config, source)
-        check_dtypes({name: tensor.dtype for name, tensor in tensors.items()}, source)
+        tensors, names = _taken(path, source, config, fresh_decoder=fresh_decoder_seed is not None)
         check_finite(tensors.items(), source)
         target = Path(scratch, "weights")
         metadata = {
@@ -94,11 +105,40 @@ def import_weights(storage: Storage, source: str, out: str, config: ConvMAEConfi
             "imported_from": source,
             "source_sha256": source_sha256,
         }
-        save_file({name: value.float().contiguous() for name, value in tensors.items()}, target, metadata=metadata)
+        notes = names.notes
+        if fresh_decoder_seed is not None:
+            tensors |= fresh_tensors(names.fresh, config, fresh_decoder_seed)
+            metadata["fresh_decoder_seed"] = str(fresh_decoder_seed)
+            notes += (f"fresh from seed {fresh_decoder_seed}: {described(names.fresh)}",)
+        write_tensors({name: value.float() for name, value in tensors.items()}, target, metadata)
         storage.upload(target, out)
         sha256 = sha256_of(target)
         storage.write(f"{out}.sha256", f"{sha256}  {out.rpartition('/')[2]}\n".encode())
-        return Imported(out, target.stat().st_size, sha256, source_sha256)
+        return Imported(out, target.stat().st_size, sha256, source_sha256, notes)
+
+
+def _taken(
+    path: Path, url: str, config: ConvMAEConfig, *, fresh_decoder: bool
+) -> tuple[dict[str, Tensor], WeightNames]:
+    """The tensors of a local file by our names, each of a type that weights may have."""
+    if not _is_safetensors(path, url):
+        state = _loaded(path, url)
+        names = weight_names(state, config, url, fresh_decoder=fresh_decoder)
+        tensors = {name: state[theirs] for name, theirs in names.places.items()}
+        check_dtypes({name: tensor.dtype for name, tensor in tensors.items()}, url)
+        return tensors, names
+    with opened_file(path, url) as file:
+        if "model" in (metadata := dict(file.metadata() or {})):
+            check_heads(model_config(metadata, url), config, url)
+        names = weight_names(shapes_of(file), config, url, fresh_decoder=fresh_decoder)
+        check_dtypes({name: file.get_slice(theirs).get_dtype() for name, theirs in names.places.items()}, url)
+        return {name: file.get_tensor(theirs) for name, theirs in names.places.items()}, names
+
+
+def _is_safetensors(path: Path, url: str) -> bool:
+    """By its name or its first bytes, whose header is JSON."""
+    with path.open("rb") as file:
+        return url.endswith(SUFFIX) or file.read(9)[8:] == b"{"
 
 
 def pinned(storage: Storage, recipe: Recipe, run: RunDirectory) -> Recipe:
@@ -161,7 +201,7 @@ def _loaded(path: Path, url: str) -> dict[str, Tensor]:
         rule = f"must be a PyTorch file of tensors alone, and whole ({_reason(error)})"
         raise WeightsFileError("weights", rule, url, remedy) from None
     if state is None:
-        raise WeightsFileError("weights", 'must hold a state dict, or one under "model"', url, remedy)
+        raise WeightsFileError("weights", 'must hold a state dict, or one under "model" or "state_dict"', url, remedy)
     for name, tensor in state.items():
         is_dense = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_nested
         if not is_dense or tensor.is_meta:
@@ -202,12 +242,22 @@ def _state_dict(path: Path) -> dict[str, Tensor] | None:
                 found = torch.load(older, map_location="cpu", weights_only=True)
     if not isinstance(found, dict):
         return None
-    state = dict.get(found, "model", found)
-    if not isinstance(state, dict) or not state:
+    state = _innermost(found)
+    if not state:
         return None
     if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in dict.items(state)):
         return None
     return {name: Tensor.detach(value) for name, value in dict.items(state)}
+
+
+def _innermost(found: dict[Any, Any]) -> dict[Any, Any]:
+    """The state dict in what is kept with it."""
+    for _ in range(_DEEPEST_NESTING):
+        within = [value for name in _NESTED if isinstance(value := dict.get(found, name), dict)]
+        if not within:
+            break
+        found = within[0]
+    return found
 
 
 def _check_archive(path: Path) -> None:
@@ -255,12 +305,3 @@ class _BoundedPickles(io.BufferedReader):
         if self._left < 0:
             raise ValueError(f"more than {LARGEST_PICKLE_BYTES} bytes of objects")
         return data
-
-
-def _from_official(state: Mapping[str, Any], config: ConvMAEConfig, url: str) -> dict[str, Tensor]:
-    with torch.device("meta"):
-        ours = list(ConvMAE(config).state_dict())
-    by_official = {next(iter(to_official({name: torch.empty(0)}))): name for name in ours}
-    named = {by_official.get(name, name): value for name, value in state.items()}
-    check_against(named, config, url)
-    return named

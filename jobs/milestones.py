@@ -66,15 +66,15 @@ class MilestoneConsolidator:
         self._thread.join()
 
     def _work(self) -> None:
-        while (wish := self._asked.get()) is not None:
+        while (asked := self._asked.get()) is not None:
             try:
                 steps = checkpoint.committed_steps(self._run)
             except Exception:
                 logger.warning("commits could not be listed; milestones are looked for at the next", exc_info=True)
                 steps = []
-            for step in dict.fromkeys([*steps, *([wish] if wish >= 0 else [])]):
-                if step not in self._looked_at or step == wish:
-                    self._take(step, whatever=step == wish)
+            for step in dict.fromkeys([*steps, *([asked] if asked >= 0 else [])]):
+                if step not in self._looked_at or step == asked:
+                    self._take(step, whatever=step == asked)
 
     def _take(self, step: int, *, whatever: bool) -> None:
         try:

@@ -90,7 +90,7 @@ def write_card(folder: Path, weights: Weights, run: RunDirectory | None) -> None
     if run and run.storage.exists(picture := run.path(RECONSTRUCTIONS)):
         (folder / RECONSTRUCTIONS).write_bytes(run.storage.read(picture))
     has_picture = (folder / RECONSTRUCTIONS).exists()
-    (folder / "README.md").write_text(card(weights, run, rows, has_picture=has_picture))
+    (folder / "README.md").write_text(card(weights, run, rows, has_picture=has_picture), "utf-8")
 
 
 def card(weights: Weights, run: RunDirectory | None, rows: list[dict[str, Any]], *, has_picture: bool) -> str:

@@ -17,7 +17,9 @@ from typing import Any
 from jobs.checkpoint_clock import CheckpointClock
 from jobs.checkpoint_interval import IntervalRule
 from jobs.exporter import RunExporter
-from jobs.failure_cause import Remedy, failure_cause
+from jobs.failure_cause import Remedy
+from jobs.failures import Failures
+from jobs.instruction import Instruction, Instructions
 from jobs.rank_figures import FigureTable, RankFigures
 from jobs.recovery import Recovery
 from jobs.run_directory import RunDirectory
@@ -25,7 +27,6 @@ from jobs.run_figures import RunFigures
 from jobs.run_record import RunRecord
 from jobs.schedule import Schedule
 from jobs.watchdog import Examined, Hang, HangWatch, Pulse, examined_on_its_node, hang_text, training_stack
-from jobs.wish import Wish
 
 logger = logging.getLogger(__name__)
 
@@ -79,15 +80,10 @@ class RunMonitor:
         events = config.run.read_events()
         self._record = RunRecord(config.run, events)
         self._clock = CheckpointClock(config.checkpoint_interval, events)
-        self._stop_reason = ""
-        self._wish: Wish = ""
-        self._pause_at: float | None = None
-        self._stand_still = False
-        self._failure = self._cause = self._cause_label = ""
+        self._instructions = Instructions()
+        self._failures = Failures(config.max_restarts_without_progress)
         self._watch = HangWatch(config.hang_seconds)
-        self._failed_at: float | None = None
         self._recovery: Recovery | None = None
-        self._failures_without_progress = 0
         self._outcome = ""
         self._first_attempt_here = self._record.attempt + 1
         self._driver_died = before.get("state") == "running"  # and nobody ended it
@@ -135,17 +131,14 @@ class RunMonitor:
                 self._figures.catch_up(counters)
             before = self._figures["world_size"]
             kind, reason = self._start_kind(before, world_size)
-            if self._driver_died and not self._failure:
+            if self._driver_died and not self._failures.reason:
                 self._figures.count("failures", label="DriverDied")
             self._driver_died = False
-            self._failure = self._cause = self._cause_label = ""
-            self._wish = ""
-            self._pause_at = None
-            self._stand_still = False
             self._watch.begin(number)
-            last_step_at = self._figures["last_step_at_seconds"]
-            self._recovery = Recovery(last_step_at, self._failed_at, started_at_seconds, time.time())
-            self._failed_at = None
+            last_step_at, failed_at = self._figures["last_step_at_seconds"], self._failures.failed_at
+            self._recovery = Recovery(last_step_at, failed_at, started_at_seconds, time.time())
+            self._instructions.begin_attempt()
+            self._failures.begin_attempt()
             if kind == "start":
                 self._recovery = None
             else:
@@ -169,8 +162,8 @@ class RunMonitor:
             return "start", "new run"
         if self._record.attempt == self._first_attempt_here:
             return "restart", "resumed by a new driver"
-        if self._failure:
-            return "restart", self._failure
+        if self._failures.reason:
+            return "restart", self._failures.reason
         return "resize", f"workers {before} -> {now}"
 
     def restored(self) -> None:
@@ -192,7 +185,7 @@ class RunMonitor:
         gradient_norm: float,
         reading: Mapping[str, float],
         ranks: FigureTable | Sequence[RankFigures],
-    ) -> Wish:
+    ) -> Instruction:
         """Note one finished step; returns what the ranks should do.
 
         Args:
@@ -202,18 +195,14 @@ class RunMonitor:
             ranks: How each rank fared.
         """
         with self._lock:
-            self._stand_still = False
+            self._instructions.trains()
             self._add_row(row)
             self._tell_recovery(int(row["step"]))
             if "skipped" in row:
                 self._add_event("skipped", step=row["step"], reason=f"{row['skipped']} is not finite")
             now = time.monotonic()
             self._figures.step_done(row, gradient_norm, reading, ranks, now)
-            if self._stop_reason:
-                return "stop"
-            if self._pause_at is not None and now >= self._pause_at:
-                self._wish, self._pause_at = "pause", None
-            return self._wish or ("save" if self._clock.is_due(now) else "")
+            return self._instructions.after_step(now, save_is_due=self._clock.is_due(now))
 
     def pause(self) -> bool:
         """Have the ranks save and stand still, because their group is about to end; asked again until they do.
@@ -222,20 +211,19 @@ class RunMonitor:
             Whether they do by now.
         """
         with self._lock:
-            if not self._stand_still and self._figures["state"] == "running":
-                self._wish = "pause"
-            return self._stand_still
+            if self._figures["state"] == "running":
+                self._instructions.pause()
+            return self._instructions.stands_still
 
     def end_pause(self) -> None:
         """Let the ranks train on, since they took too long."""
         with self._lock:
-            self._wish = ""
+            self._instructions.withdraw()
 
     def paused(self) -> None:
         """Note that the ranks have saved, and stand still; if nobody ends them, they go on."""
         with self._lock:
-            self._wish = ""
-            self._stand_still = True
+            self._instructions.paused()
 
     def drain(self, ranks: Sequence[int], seconds: float | None) -> None:
         """Note that nodes are being drained; have the ranks save now, and once more before those go.
@@ -247,11 +235,10 @@ class RunMonitor:
         with self._lock:
             when = "soon" if seconds is None else f"in {max(0.0, seconds):.0f} s"
             self._add_event("drain", step=self._figures["step"], reason=f"the node of {_named(ranks)} goes away {when}")
-            if not self._wish:
-                self._wish = "save"
+            self._instructions.save()
             left = UNKNOWN_DEADLINE_SECONDS if seconds is None else seconds
             last_save = max(LEAST_SAVE_SECONDS, 2 * float(self._figures["checkpoint_seconds"] or 0.0))
-            self._pause_at = time.monotonic() + left - last_save
+            self._instructions.pause_at(time.monotonic() + left - last_save)
 
     def waiting(self, possible: int, needed: int) -> None:
         """Note that the cluster has no room for the fewest workers that the run trains with.
@@ -262,7 +249,7 @@ class RunMonitor:
         """
         with self._lock:
             self._figures.tell(waiting=True)
-            if not self._stop_reason:
+            if not self._instructions.stop_reason:
                 self._figures.tell(state="waiting")
             reason = f"there is room for {possible} workers, and min_workers is {needed}; waits for nodes"
             self._add_event("waiting", step=self._figures["step"], reason=reason)
@@ -339,7 +326,7 @@ class RunMonitor:
             )
             self._figures.count("checkpoints")
             self._figures.count("checkpoint_stall_seconds", stall_seconds)
-            self._failures_without_progress = 0
+            self._failures.progressed()
             self._add_event(
                 "checkpoint",
                 step=step,
@@ -391,8 +378,7 @@ class RunMonitor:
             What the commit keeps so that counters go on after a restart.
         """
         with self._lock:
-            if self._wish == "save":
-                self._wish = ""
+            self._instructions.saved()
             self._clock.save_began(step, time.monotonic())
             return {**self._figures.totals, "restarts": self._figures["restarts"]}
 
@@ -408,20 +394,12 @@ class RunMonitor:
         """
         with self._lock:
             self._watch.end()
-            self._failed_at = time.time()
-            error = self._cause or error  # what the others died of
-            self._failure = error
-            self._failures_without_progress += 1
-            self._stand_still = False
-            self._figures.count("failures", label=self._cause_label or failure_cause(error))
+            self._instructions.trains()
+            self._figures.count("failures", label=self._failures.add(error, time.time()))
             self._figures.group_failed()
             self._record.touch()
             has_trained = self._figures["last_step_at_seconds"] is not None
-            if remedy == "none" or (remedy == "restart after progress" and not has_trained):
-                return error
-            if self._failures_without_progress > self._config.max_restarts_without_progress:
-                return f"{self._failures_without_progress} failures without a new checkpoint; the last: {error}"
-            return ""
+            return self._failures.verdict(remedy, has_trained=has_trained)
 
     def pulse(self, pulse: Pulse) -> None:
         """Note how far a rank is (jobs.watchdog)."""
@@ -445,20 +423,20 @@ class RunMonitor:
     def _tell_hang(self, hang: Hang, examine: Callable[[Pulse], Examined]) -> None:
         with self._lock:
             # Before it is killed: the controller asks why as soon as it has seen the death.
-            if not self._cause:
-                self._know_cause("Hang", hang_text(hang, Examined("being looked at", "")))
+            if not self._failures.cause:
+                self._failures.know_cause("Hang", hang_text(hang, Examined("being looked at", "")))
         found = examine(hang.pulse)
         text = hang_text(hang, found)
         logger.error("%s\n%s", text, found.stacks)
         with self._lock:
-            self._know_cause("Hang", text)
+            self._failures.know_cause("Hang", text)
             self._figures.count("hangs")
             self._add_event(
                 "hang",
                 step=self._figures["step"],
                 rank=hang.pulse.rank,
                 host=hang.pulse.host,
-                pid=hang.pulse.pid,
+                pid=hang.pulse.process.pid,
                 phase=hang.pulse.phase,
                 seconds=round(hang.seconds, 1),
                 state=found.state,
@@ -482,14 +460,8 @@ class RunMonitor:
                 f"the {node} of {_named(ranks)}" if ranks else f"{'a ' if one else ''}{node} where ranks were to start"
             )
             text = f"{whose} ({_listed(list(hosts.values()))}) {has} been unreachable for {seconds:.0f} s"
-            self._know_cause("NodeUnreachable", text)
+            self._failures.know_cause("NodeUnreachable", text)
             self._add_event("unreachable", step=self._figures["step"], reason=text)
-
-    def _know_cause(self, label: str, text: str) -> None:
-        """Note what ends the group, where that is known better than from the errors of its ranks."""
-        self._cause_label, self._cause = label, text
-        if self._failure:
-            self._failure = text
 
     def _watch_forever(self) -> None:
         while not self._outcome:
@@ -499,7 +471,7 @@ class RunMonitor:
     def request_stop(self, reason: str) -> None:
         """Ask the run to save a checkpoint and end after the current step."""
         with self._lock:
-            self._stop_reason = self._stop_reason or reason
+            self._instructions.stop(reason)
             self._figures.stop_asked()
             self._record.touch()
 
@@ -509,7 +481,7 @@ class RunMonitor:
             self._outcome = outcome
             self._watch.end()
             self._figures.ended(outcome)
-            self._add_event(outcome, step=self._figures["step"], reason=reason or self._stop_reason)
+            self._add_event(outcome, step=self._figures["step"], reason=reason or self._instructions.stop_reason)
         self.flush()
         if outcome != "failed" and self._config.targets_folder:
             self._figures.withdraw(Path(self._config.targets_folder))

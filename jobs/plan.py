@@ -10,8 +10,7 @@ import numpy as np
 
 from jobs.reading_plan import ReadingPlan
 from jobs.recipe import Recipe
-from jobs.schedule import Schedule
-from jobs.trainer import order_of
+from jobs.schedule import Schedule, order_of
 from model.cost import flops, parameters
 from pipeline.forecast import Int64s
 from pipeline.manifest import Manifest

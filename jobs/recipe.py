@@ -7,6 +7,7 @@ like; a bare word is a string.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
@@ -15,17 +16,30 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from jobs.errors import RecipeError
 from jobs.non_finite import OnNonFinite
 from jobs.watchdog import HANG_SECONDS
 from model import ConvMAEConfig
+from model.config import SWITCHES
 from model.errors import ModelConfigError
 from pipeline.errors import StorageError, clipped
 from pipeline.image_maker import MAX_CONSECUTIVE_BAD_SAMPLES, OnBadSample
+from pipeline.places import normal
 from pipeline.stall_watch import STALL_SECONDS
-from pipeline.storage import is_web
+from pipeline.storage import is_local, is_web
 
 MOST = 10**9
 """Of anything that is counted: what is beyond it is a slip."""
@@ -69,6 +83,10 @@ PLACEMENT_FIELDS = frozenset(
 )
 
 
+Switch = Annotated[bool, Field(strict=False)]
+"""true or false, however people write them: False, no, off, 0."""
+
+
 def _model_config(value: object) -> ConvMAEConfig:
     """Build the model's configuration from a mapping; `preset` names the one that the other keys amend."""
     if isinstance(value, ConvMAEConfig):
@@ -79,6 +97,9 @@ def _model_config(value: object) -> ConvMAEConfig:
     for key in fields:
         if key not in known and key != "preset":
             raise unknown_key(f"model.{key}", [f"model.{name}" for name in [*known, "preset"]])
+    for name in fields.keys() & set(SWITCHES):
+        with contextlib.suppress(ValidationError):  # what is none of them is refused below, with its name
+            fields[name] = TypeAdapter(Switch).validate_python(fields[name])
     try:
         if "preset" in fields:
             return ConvMAEConfig.preset(fields.pop("preset"), **fields)
@@ -100,7 +121,7 @@ class Recipe(BaseModel):
     name: str
     """The recipe's name, for people."""
     data: str = ""
-    """URL of the data set (the folder that holds manifest.json). Required before a run starts."""
+    """URL or path of the data set (the folder that holds manifest.json). Required before a run starts."""
     run_root: str = ""
     """URL under which the run directory `<run_root>/<run name>` is made. Empty: the local stack's bucket."""
     model: ModelField
@@ -141,7 +162,7 @@ class Recipe(BaseModel):
     """What DeepSpeed shards over ranks: optimizer state | + gradients | + parameters."""
     recompute: tuple[Literal["stage1", "stage2", "stage3", "decoder"], ...] = ()
     """Parts whose activations are computed again in the backward pass: less memory, more time, the same values."""
-    compile: bool = False
+    compile: Switch = False
     """Compile the model with torch.compile: minutes at each start, then fewer passes over memory. Not with ZeRO 3."""
     device: Literal["cpu", "cuda"] = "cuda"
     """Where workers train: `cuda` takes one GPU each and NCCL, `cpu` takes gloo."""
@@ -157,7 +178,7 @@ class Recipe(BaseModel):
     """What to do with a sample that is not as it was ingested: `fail`, or `skip`: another of its block stands in."""
     max_consecutive_bad_samples: int = Field(default=MAX_CONSECUTIVE_BAD_SAMPLES, gt=0, le=MOST)
     """Samples of one lane in a row that may be replaced before the run is given up."""
-    check_etags: bool = True
+    check_etags: Switch = True
     """Refuse tars whose ETag is not that of the manifest; `false` for a copy of a data set that has other ones."""
     cache_dir: str = ""
     """Folder on each node's own disk that keeps blocks, shared by the node's workers. Empty: no cache."""
@@ -169,7 +190,7 @@ class Recipe(BaseModel):
     """How long a rank may stand still in a step, or be silent, before it is killed and the attempt restarts."""
     resize_seconds: float = Field(default=60.0, gt=0)
     """How often to look whether more, or fewer, workers could train now. A resize costs a save and a restart."""
-    standby: bool = True
+    standby: Switch = True
     """Keep a process beside each rank that has imported all that a rank needs, so that a restart takes seconds."""
     on_nonfinite_loss: OnNonFinite = "stop"
     """Where a loss or gradient is not finite: `stop` the attempt, `skip_batch`, or `rollback` and leave out steps."""
@@ -208,10 +229,13 @@ class Recipe(BaseModel):
         """Images that one lane gives to every global batch."""
         return self.global_batch_size // self.lanes
 
+    @field_validator(*URL_FIELDS, "cache_dir")
+    @classmethod
+    def _place(cls, url: str, info: ValidationInfo) -> str:
+        return _normal_field(str(info.field_name), url) if url else ""
+
     @model_validator(mode="after")
     def _combinations(self) -> Self:
-        for name in URL_FIELDS:
-            _check_url(name, getattr(self, name))
         if self.global_batch_size % self.lanes:
             nearest = _nearest_divisor(self.global_batch_size, self.lanes)
             rule = f"must divide global_batch_size = {self.global_batch_size}"
@@ -335,15 +359,23 @@ def _first_fault(error: ValidationError) -> RecipeError:
     return RecipeError(field, rule, value, f"give {field}=<{_type_name(Recipe.model_fields[field].annotation)}>")
 
 
-def _check_url(name: str, url: str) -> None:
-    """Refuse what is no URL, and what may be a secret: a recipe is written into the run directory and the report."""
+def _normal_field(name: str, url: str) -> str:
+    """A place in its normal form, so that two ways to write it are one recipe.
+
+    What may be a secret is refused: a recipe is written into the run directory and the report.
+    """
     try:
-        signed = bool(url) and is_web(url) and "?" in url
+        place = normal(url)
     except StorageError as error:
         raise RecipeError(name, error.rule, error.value, error.remedy) from None
-    if signed:
+    if name == "cache_dir" and not is_local(place):
+        raise RecipeError(
+            name, "must be a folder on each node's own disk", url, "write a path, like /tmp/convmae-cache"
+        )
+    if is_web(place) and "?" in place:
         remedy = "give an address that can be read without one, or copy the object to s3:// or a folder"
         raise RecipeError(name, "must have no query, which may be a signature", f"{url.partition('?')[0]}?...", remedy)
+    return place
 
 
 def _type_name(annotation: Any) -> str:

@@ -104,7 +104,12 @@ def named_recipe(name: str) -> Recipe:
     return recipes[name]
 
 
-def _file_recipe(path: Path) -> Recipe:
+def file_fields(path: Path) -> dict[str, Any]:
+    """What a recipe's file says, as it is written there.
+
+    Raises:
+        RecipeError: It is no TOML file, or too large.
+    """
     try:
         with path.open("rb") as file:
             data = file.read(LARGEST_FILE_BYTES + 1)
@@ -114,9 +119,13 @@ def _file_recipe(path: Path) -> Recipe:
         remedy = "a recipe has some dozens of short lines"
         raise RecipeError("recipe", f"must be at most {LARGEST_FILE_BYTES} bytes", str(path), remedy)
     try:
-        fields = tomllib.loads(data.decode())
+        return tomllib.loads(data.decode("utf-8-sig"))  # Windows editors begin it with a BOM
     except (ValueError, RecursionError) as error:  # what TOML refuses, and Python: bytes, depth, digits
         raise RecipeError("recipe", "must be a readable TOML file", str(path), str(error)) from error
+
+
+def _file_recipe(path: Path) -> Recipe:
+    fields = file_fields(path)
     base = fields.pop("base", None)
     if not isinstance(base, str) or base.endswith(".toml"):
         raise RecipeError("base", "must name the recipe that the file amends", base, f"one of {', '.join(_build())}")

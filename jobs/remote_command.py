@@ -16,11 +16,12 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from jobs import command_job, provenance, run_roots
+from jobs import command_job, provenance, run_roots, store_parcel
 from jobs.command_frames import Frame, Replay
 from jobs.errors import RunFailedError
+from jobs.launcher import module_command
 from jobs.session import VERBOSE_VARIABLE, Session
-from jobs.submission import ENDED_JOB_STATES, STOP_WAIT_SECONDS, hand_over, job_client, job_state
+from jobs.submission import ENDED_JOB_STATES, STOP_WAIT_SECONDS, hand_over, job_client, job_state, tail_log
 from jobs.terminal import whole_lines, write_line
 from pipeline.errors import UserError
 from pipeline.json_text import parsed_object
@@ -58,6 +59,7 @@ def run_there(
     """
     client = job_client(session)
     job = _job(session, arguments, files or {}, run_root)
+    job["runtime_env"]["env_vars"] |= store_parcel.send(session, client)
     job_id = hand_over(client, job, session.cluster.text)
     with Replay(sys.stdout, sys.stderr) as replay:
         foreign = _follow(client, job_id, replay, show_foreign=session.is_verbose)
@@ -82,7 +84,7 @@ def _job(session: Session, arguments: Sequence[str], files: Mapping[str, str], r
         **({VERBOSE_VARIABLE: "1"} if session.is_verbose else {}),
     }
     return {
-        "entrypoint": shlex.join(["python", "-m", "jobs.command_job", *arguments]),
+        "entrypoint": shlex.join(module_command("python", "jobs.command_job", *arguments)),
         "submission_id": f"command-{arguments[0]}-{secrets.token_hex(4)}",
         "metadata": {"command": arguments[0]},
         "entrypoint_resources": entrypoint_resources(session.environ.get(RESOURCES_VARIABLE, "")),
@@ -204,5 +206,5 @@ class _LogLines:
             time.sleep(RETRY_SECONDS)
 
     async def _tail(self) -> None:
-        async for piece in self._client.tail_job_logs(self._job_id):
+        async for piece in tail_log(self._client, self._job_id):
             self._pieces.put(piece)

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.errors import RunError
 from jobs.run_rows import checked, parsed
+from pipeline.places import normal
 from pipeline.storage import Storage
 
 if TYPE_CHECKING:  # it imports torch, which commands that only look should not wait for
@@ -66,10 +67,26 @@ class RunDirectory:
             raise RunError("run", rule, run, "choose another --run name")
         return cls(storage, storage.join(run_root, run))
 
+    @classmethod
+    def at(cls, storage: Storage, place: str) -> RunDirectory:
+        """The run directory that lies at a path or URL, as a person writes it; nothing is read.
+
+        Raises:
+            RunError: Its name is none of a run.
+            StorageError: It is no URL.
+        """
+        root, _, name = normal(place).rpartition("/")
+        return cls.of(storage, root or "/", name)
+
     @property
     def name(self) -> str:
         """The run's name."""
-        return self.url.rstrip("/").rpartition("/")[2]
+        return self.url.rpartition("/")[2]
+
+    @property
+    def root(self) -> str:
+        """The run root under which it lies."""
+        return self.url.rpartition("/")[0] or "/"
 
     def path(self, *parts: str) -> str:
         """URL of something in the directory."""
@@ -217,7 +234,8 @@ class RunDirectory:
 
 def list_runs(storage: Storage, run_root: str) -> list[RunDirectory]:
     """Every run under `run_root`, by name."""
-    directories = [RunDirectory(storage, storage.join(run_root, name)) for name in sorted(storage.list_names(run_root))]
+    names = filter(RUN_NAME.fullmatch, storage.list_names(run_root))
+    directories = [RunDirectory(storage, storage.join(run_root, name)) for name in names]
     return [directory for directory in directories if directory.exists()]
 
 

@@ -35,8 +35,8 @@ def is_live(run: RunDirectory) -> bool:
 def sole_driver(run: RunDirectory, on_wait: Callable[[str], None]) -> Iterator[Claim]:
     """Be the only driver of `run` while the context is open.
 
-    A driver that died on this machine is known to be dead at once, one elsewhere when its lease was not renewed for
-    pipeline.claim.DEAD_SECONDS.
+    A driver that died in this PID namespace is known to be dead at once, one elsewhere, another container on this
+    machine included, when its lease was not renewed for pipeline.claim.DEAD_SECONDS.
 
     Args:
         run: Whose directory will be written to.

@@ -11,16 +11,15 @@ import torch
 from jobs.errors import PortTakenError, RecipeError
 from jobs.initial_weights import pinned
 from jobs.patience import persevere
-from jobs.recipe import URL_FIELDS, Recipe
+from jobs.recipe import Recipe
 from jobs.run_directory import RunDirectory
-from jobs.schedule import Schedule
+from jobs.schedule import Schedule, order_of
 from jobs.session import Session
 from jobs.shared_folder import check_seen_by_all, input_landmarks, planted, run_landmarks
 from jobs.trace import check_trace
-from jobs.trainer import order_of
 from pipeline.claim import Claim
 from pipeline.manifest import Manifest
-from pipeline.storage import Storage
+from pipeline.places import normal
 
 
 @dataclass(frozen=True)
@@ -57,9 +56,6 @@ def plan_run(
     """
     if not recipe.data:
         raise RecipeError("data", "must be the URL of a data set", "", "make one with `convmae shard SOURCE URL`")
-    recipe = recipe.amended(
-        {name: url and Storage.absolute(url) for name in URL_FIELDS for url in [getattr(recipe, name)]}
-    )
     run = session.run(name, recipe.run_root)
     patience_seconds = run.storage.retry_seconds if is_patient else 0.0
     session.storage.check(recipe.data, write=False, is_patient=is_patient)
@@ -69,11 +65,11 @@ def plan_run(
     if drives or session.is_local:
         persevere(lambda: _check_port(recipe.metrics_port), PortTakenError, patience_seconds)
     session.storage.check(run.url, write=True, exclusive=True, is_patient=is_patient)
-    session.remember_run_root(run.url.rpartition("/")[0])
+    session.remember_run_root(run.root)
     recipe = pinned(session.storage, recipe, run)
     run.check_recipe(recipe)
     if trace_url:
-        trace_url = Storage.absolute(trace_url)
+        trace_url = normal(trace_url)
         check_trace(session.storage, trace_url, run.url)
     first_tar = next((entry.tar_url(recipe.data) for entry in manifest.shards), "")
     return RunPlan(recipe, run, Schedule.of(recipe, order.steps_per_epoch), trace_url, patience_seconds, first_tar)

@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,9 +24,17 @@ _MOST = 100
 
 
 def state_folder(environ: Mapping[str, str]) -> Path:
-    """Where this user's programs keep what they remember, by the XDG base directory specification."""
+    """Where this user's programs keep what they remember, by the XDG base directory specification.
+
+    Nothing can be kept by a user who has neither HOME nor a name, as containers are started with.
+    """
     given = environ.get("XDG_STATE_HOME", "")
-    return Path(given if given.startswith("/") else Path.home() / ".local" / "state") / "convmae"
+    if given.startswith("/"):
+        return Path(given, "convmae")
+    try:
+        return Path.home() / ".local" / "state" / "convmae"
+    except RuntimeError:
+        return Path(os.devnull, "convmae")
 
 
 def remembered(folder: Path, address: str) -> str:
@@ -41,10 +50,10 @@ def remember(folder: Path, address: str, run_root: str) -> None:
     known.pop(address, None)
     known[address] = run_root
     recent = dict(list(known.items())[-_MOST:])
-    part = folder / f"{_FILE}.{os.getpid()}"
+    part = folder / f"{_FILE}.{secrets.token_hex(8)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(recent, indent=1) + "\n")
+        part.write_text(json.dumps(recent, indent=1) + "\n", "utf-8")
         part.replace(folder / _FILE)
     except OSError as error:
         logger.debug("the run root is not remembered: %s", error)

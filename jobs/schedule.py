@@ -1,4 +1,4 @@
-"""Batch arithmetic and learning rate: pure functions of the recipe, the step and the world size.
+"""Order, batch arithmetic, learning rate and checkpoints: pure functions of the recipe, the step and the world size.
 
 A global batch of B images is dealt to W ranks by lanes, so that rank r has n_r images; a rank sends them through the
 model in k micro-batches. k is the same on every rank, since gradients are reduced together.
@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 
 from jobs.recipe import Recipe
+from pipeline.order import Order
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,27 @@ class Schedule:
         """Whether `step` finished steps end one of the epochs whose checkpoint is kept for ever."""
         epoch, rest = divmod(step, self.steps_per_epoch)
         return rest == 0 and epoch in milestone_epochs
+
+    def ends_in_a_checkpoint(self, step: int, recipe: Recipe) -> bool:
+        """Whether the ranks save after `step` finished steps without being asked: by steps, milestones, and the end."""
+        by_steps = recipe.checkpoint_interval == "steps"  # else the monitor asks for it
+        return (
+            (by_steps and step % recipe.checkpoint_every_steps == 0)
+            or step == self.total_steps
+            or self.is_milestone(step, recipe.milestone_epochs)
+        )
+
+
+def order_of(recipe: Recipe, samples: int) -> Order:
+    """The order in which `recipe` reads a data set of `samples` samples."""
+    return Order(
+        samples,
+        global_batch_size=recipe.global_batch_size,
+        lanes=recipe.lanes,
+        seed=recipe.seed,
+        block_samples=recipe.block_samples,
+        window_blocks=recipe.window_blocks,
+    )
 
 
 def micro_batches(rank_samples: int, largest_rank_samples: int, micro_batch_size: int) -> list[int]:

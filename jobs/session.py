@@ -1,11 +1,12 @@
 """Where commands work: the cluster that RAY_ADDRESS names, or the local stack; and whose object store.
 
-A variable that the caller has set wins over the local stack's: `AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID` ... lead to the
-user's own store, `RAY_ADDRESS` to the user's own cluster.
+RAY_ADDRESS leads to the user's own cluster, and what the shell says of AWS to their own store (jobs.session_store). The
+environment is put together once, for this process and for those that it starts.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 from collections.abc import Mapping
@@ -17,9 +18,15 @@ from typing import Any
 from jobs import cluster_address, run_roots
 from jobs.cluster_address import ClusterAddress
 from jobs.errors import ClusterError
+from jobs.keys_desk import open_desk
 from jobs.run_directory import RunDirectory
+from jobs.session_store import is_of_stack, naming_variable, session_store
 from jobs.stack import Stack
-from pipeline.errors import UserError
+from jobs.store_parcel import STORE_VARIABLE
+from pipeline.aws_session import configured_session
+from pipeline.errors import StorageError, UserError
+from pipeline.places import is_place, normal
+from pipeline.proxies import without_loopback
 from pipeline.storage import Storage
 
 NAMESPACE = "convmae"
@@ -32,7 +39,7 @@ PROJECT = Path(__file__).resolve().parent.parent
 
 def home_folder(environ: Mapping[str, str]) -> Path:
     """The local stack's folder: $CONVMAE_HOME, or `.convmae` in the current folder."""
-    return Path(environ.get(HOME_VARIABLE) or ".convmae").absolute()
+    return Path(normal(environ.get(HOME_VARIABLE) or ".convmae"))
 
 
 @dataclass(frozen=True)
@@ -50,18 +57,28 @@ class Session:
         home = home_folder(environ)
         stack = Stack.load(home)
         local = stack.environment() if stack else {}
-        given = {name: value for name, value in environ.items() if value or name != cluster_address.VARIABLE}
+        given = {name: value for name, value in environ.items() if value or not name.startswith(("AWS_", "RAY_"))}
+        if address := given.pop("RAY_ADDRESS", "").strip():
+            given["RAY_ADDRESS"] = ClusterAddress.spelled(address)
         if stack and given.get("RAY_ADDRESS") == stack.dashboard_url:
             given["RAY_ADDRESS"] = stack.ray_address  # one cluster, whichever of its addresses was exported
         if "RAY_ADDRESS" in given and given["RAY_ADDRESS"] != local.get("RAY_ADDRESS"):
-            local = {key: value for key, value in local.items() if not key.startswith("RAY_")}
-        merged = {**local, **given}
-        return cls(merged, home, stack, Storage.from_environment(merged))
+            local = {}
+        ray = {key: value for key, value in local.items() if key.startswith("RAY_")}
+        merged = {**ray, **given, **without_loopback(given)}
+        storage = session_store(merged, stack if ray else None)
+        merged.pop(STORE_VARIABLE, None)
+        return cls(merged, home, stack, storage)
 
     @property
     def is_local(self) -> bool:
         """Whether work goes to the local stack's own cluster."""
         return self.stack is not None and self.environ["RAY_ADDRESS"] == self.stack.environment()["RAY_ADDRESS"]
+
+    @property
+    def is_on_stack(self) -> bool:
+        """Whether cluster and object store are the local stack's own."""
+        return self.is_local and is_of_stack(self.storage, self.stack)
 
     @property
     def is_in_job(self) -> bool:
@@ -71,7 +88,7 @@ class Session:
     @property
     def is_verbose(self) -> bool:
         """Whether lines of Ray and of workers are shown between the command's own."""
-        return bool(self.environ.get(VERBOSE_VARIABLE))
+        return self.environ.get(VERBOSE_VARIABLE, "").strip().lower() not in ("", "0", "false", "no", "off")
 
     @cached_property
     def cluster(self) -> ClusterAddress:
@@ -99,14 +116,13 @@ class Session:
     @cached_property
     def has_credentials(self) -> bool:
         """Whether botocore finds credentials for S3 here; asks a machine's metadata service for a second at most."""
-        if self.environ.get("AWS_ACCESS_KEY_ID"):
+        if self.storage.key or self.storage.profile or self.storage.fault:  # who works with a fault says so
             return True
         from botocore.exceptions import BotoCoreError
-        from botocore.session import Session as BotoSession
 
         try:
-            return BotoSession().get_credentials() is not None
-        except BotoCoreError:  # a profile that does not exist: who works with it says so
+            return configured_session(self.environ).get_credentials() is not None
+        except BotoCoreError:  # a role that is not to be had: who works with it says so
             return True
 
     def run_root(self, given: str = "") -> str:
@@ -116,18 +132,23 @@ class Session:
             given: By recipe or option.
 
         Raises:
-            UserError: None is known.
+            UserError: None is known, or it is no URL.
         """
-        return given or self.environ.get(run_roots.VARIABLE, "") or self._usual_root()
+        variable = self.environ.get(run_roots.VARIABLE, "")
+        try:
+            return normal(given or variable or self._usual_root())
+        except StorageError as error:
+            field = "run_root" if given or not variable else run_roots.VARIABLE
+            raise UserError(field, error.rule, error.value, error.remedy) from None
 
     def remember_run_root(self, root: str) -> None:
         """Note a run root that works, for the next command on the same cluster."""
         if not self.is_local and not self.is_in_job and "RAY_ADDRESS" in self.environ:
-            run_roots.remember(run_roots.state_folder(self.environ), self.cluster.text, Storage.absolute(root))
+            run_roots.remember(run_roots.state_folder(self.environ), self.cluster.text, root)
 
     def _usual_root(self) -> str:
-        if self.stack is not None and (self.is_local or "RAY_ADDRESS" not in self.environ):
-            return f"s3://{self.stack.bucket}/runs"
+        if self.stack is not None and self.is_local:
+            return self._stack_root(self.stack)
         if self.stack is None and "RAY_ADDRESS" not in self.environ:
             remedy = f"give run_root=URL, set {run_roots.VARIABLE}, or start the local stack with `convmae up`"
             raise UserError("run_root", "must be a URL when the local stack is not up", "", remedy)
@@ -136,16 +157,36 @@ class Session:
         remedy = f"give it once, as run_root=URL or --run-root URL, or set {run_roots.VARIABLE}"
         raise UserError("run_root", f"must be a URL; none was used with {self.cluster.text} yet", "", remedy)
 
+    def _stack_root(self, stack: Stack) -> str:
+        if self.storage.fault:
+            raise self.storage.fault
+        if is_of_stack(self.storage, stack):
+            return f"s3://{stack.bucket}/runs"
+        rule = f"must be a URL, since {naming_variable(self.environ)} leads to another store than the local stack's"
+        remedy = f"give run_root=URL or --run-root URL, or unset {naming_variable(self.environ)} to work on the stack"
+        raise UserError("run_root", rule, "", remedy)
+
     def run(self, name: str, run_root: str = "") -> RunDirectory:
-        """The directory of a run by name, or by its whole URL."""
-        if "://" in name:
-            root, _, name = name.rstrip("/").rpartition("/")
-            return RunDirectory.of(self.storage, root, name)
+        """The directory of a run by name, or by its whole path or URL."""
+        if is_place(name):
+            return RunDirectory.at(self.storage, name)
         return RunDirectory.of(self.storage, self.run_root(run_root), name)
 
+    def word_for(self, run: RunDirectory) -> str:
+        """What a command is given to find a run again: its name where runs are usually kept, else its directory."""
+        try:
+            is_usual = self.run_root() == run.root
+        except UserError:
+            is_usual = False
+        return run.name if is_usual else run.url
+
     def export(self) -> None:
-        """Put the session's variables where Ray finds them: in the process environment, before Ray is imported."""
-        os.environ.update({key: value for key, value in self.environ.items() if key.startswith("RAY_")})
+        """Make the session's variables those of this process and its children, before Ray is imported."""
+        for name in [name for name, value in os.environ.items() if name.startswith("AWS_") and not value]:
+            del os.environ[name]
+        os.environ.pop(STORE_VARIABLE, None)
+        ours = ("RAY_", "NO_PROXY", "no_proxy")
+        os.environ.update({key: value for key, value in self.environ.items() if key.startswith(ours)})
 
     def connect(self) -> None:
         """Connect this process to the Ray cluster, as a driver.
@@ -160,20 +201,25 @@ class Session:
 
         self.quiet_ray()
         try:
-            ray.init(
-                self.cluster.text,
-                namespace=NAMESPACE,
-                logging_level=logging.ERROR,
-                # Progress and results come as values; the log of a run's job alone holds what its ranks say.
-                log_to_driver=self.is_verbose,
-                runtime_env={} if self.is_in_job else self.code(),
-            )
+            # Ray puts the driver's current folder first on its workers' path, and the user's may hold a pipeline.py.
+            with contextlib.chdir(PROJECT):
+                ray.init(
+                    self.cluster.text,
+                    namespace=NAMESPACE,
+                    logging_level=logging.ERROR,
+                    # Progress and results come as values; the log of a run's job alone holds what its ranks say.
+                    log_to_driver=self.is_verbose,
+                    runtime_env={} if self.is_in_job else self.code(),
+                )
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise cluster_address.refusal(self.cluster.text, error) from error
+        open_desk(self.storage)
 
     def quiet_ray(self) -> None:
         """Keep Ray's own lines from between the command's, unless they are asked for; Ray is imported by now."""
         if not self.is_verbose:
+            # Of tasks that are cancelled nobody asks what they ended with, and Ray would print it.
+            os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
             for handler in logging.getLogger("ray").handlers:
                 handler.setLevel(logging.ERROR)
 

@@ -16,7 +16,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,12 +24,14 @@ from typing import Any
 
 import psutil
 
-from jobs import stack_ports, stack_processes, stack_services
+from jobs import stack_lock, stack_ports, stack_processes, stack_services
+from jobs.launcher import module_command
 from jobs.stack_ports import LOOPBACK, Ports
-from jobs.stack_processes import STACK_ID_VARIABLE, ProcessRecord
+from jobs.stack_processes import STACK_ID_VARIABLE
 from jobs.stack_services import BUCKET, StackSettings
 from pipeline.errors import UserError, clipped
 from pipeline.json_text import parsed_object
+from pipeline.process_identity import ProcessIdentity
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ class StackError(RuntimeError):
 class ServiceRecord:
     """What the keeper knows of one service."""
 
-    process: ProcessRecord | None = None
+    process: ProcessIdentity | None = None
     starts: int = 0
     gave_up: bool = False
     """It died so often that the keeper has stopped restarting it."""
@@ -69,7 +71,7 @@ class Stack:
     """A local stack as recorded in its home; its repr shows no secret."""
 
     settings: StackSettings
-    keeper: ProcessRecord | None
+    keeper: ProcessIdentity | None
     services: dict[str, ServiceRecord]
 
     @property
@@ -111,9 +113,13 @@ class Stack:
 
     @classmethod
     def load(cls, home: Path) -> Stack | None:
-        """Return the stack of ``home`` if any process of it is running."""
-        stack = read_stack(home.expanduser().resolve())
-        return stack if stack is not None and any(record.alive() for record in stack.records()) else None
+        """Return the stack of ``home`` if any process of it is running, in another container perhaps."""
+        stack = read_stack(_resolved(home))
+        return stack if stack is not None and (stack.is_seen() or stack_lock.is_held(stack.settings.home)) else None
+
+    def is_seen(self) -> bool:
+        """Say whether a recorded process of it runs in this PID namespace."""
+        return any(record.alive() for record in self.records())
 
     def environment(self) -> dict[str, str]:
         """Return the variables that a client process needs; set them before it imports Ray. Holds secrets."""
@@ -126,7 +132,7 @@ class Stack:
         keeper = ServiceStatus(keeper_alive, keeper_pid, "restarts what dies" if keeper_alive else "not running")
         return {"keeper": keeper} | {name: self._service_status(name) for name in self.settings.service_names}
 
-    def records(self) -> list[ProcessRecord]:
+    def records(self) -> list[ProcessIdentity]:
         """Return the recorded processes, keeper first."""
         recorded = [self.keeper, *(service.process for service in self.services.values())]
         return [record for record in recorded if record is not None]
@@ -173,7 +179,8 @@ def up(
         on_event: Called with one line for each thing that a person wants to know.
 
     Raises:
-        UserError: If a requested port is not free, or the S3 server is not installed. Nothing was started.
+        UserError: If a requested port is not free, the S3 server is not installed, or the home cannot be made, or is of
+            a stack that runs in another container. Nothing was started.
         StackError: If a service does not come up. A stack that was not running before is taken down again.
     """
     home = _private_folder(home)
@@ -181,6 +188,8 @@ def up(
     with _locked(home):
         running = Stack.load(home)
         if running is not None:
+            if _is_beyond_reach(running):
+                raise _of_another_container(home)
             stack_ports.check_same(requested, running.settings.ports)
             if all(service.healthy for service in running.status().values()):
                 on_event(f"already running: S3 {running.endpoint}, Ray {running.dashboard_url}")
@@ -200,14 +209,20 @@ def down(home: Path, *, on_event: OnEvent = logger.info) -> bool:
     """End every process of the stack of ``home``; the data stay. True if something was running.
 
     Processes get SIGTERM and, after a grace of five seconds, SIGKILL. Only processes that the stack started are ended:
-    they are known by pid and creation time, by the stack's id in their environment, and by descent from these.
+    they are known by their recorded identity, by the stack's id in their environment, and by descent from these.
+
+    Raises:
+        UserError: If the stack runs in another container.
     """
-    home = home.expanduser().resolve()
+    home = _resolved(home)
     if read_stack(home) is None:
         on_event("nothing is running")
         return False
     with _locked(home):
         stack = read_stack(home)
+        # From outside a container its processes can be seen, and are known by the stack's id.
+        if stack is not None and _is_beyond_reach(stack) and not any(stack_processes.marked(stack.settings.stack_id)):
+            raise _of_another_container(home)
         ended = 0 if stack is None else _end(stack)
     on_event(f"ended {ended} processes; data stay in {home / 's3'}" if ended else "nothing is running")
     return ended > 0
@@ -217,19 +232,24 @@ def read_stack(home: Path) -> Stack | None:
     """Return what ``stack.json`` says, whether it is running or not.
 
     Raises:
-        UserError: It is damaged: what runs of the stack cannot be known.
+        UserError: It cannot be read, or says nothing that can be understood.
     """
     try:
         return _stack_of(parsed_object(_state_path(home).read_bytes()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except OSError as error:
+        rule = f"must be a folder that can be read ({os.strerror(error.errno or 0)})"
+        raise UserError("CONVMAE_HOME", rule, clipped(str(home)), "name another folder") from error
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        rule = f"must be as `convmae up` wrote it ({type(error).__name__}: {clipped(str(error))})"
-        remedy = "end what runs of the stack by hand, and delete the file"
-        raise UserError("local stack", rule, str(_state_path(home)), remedy) from None
+        remedy = "end what runs of it, and delete that file; data stay"
+        path = clipped(str(_state_path(home)))
+        raise UserError(
+            "CONVMAE_HOME", f"must hold a sound stack.json ({clipped(repr(error))})", path, remedy
+        ) from None
 
 
-def _stack_of(state: dict[str, Any]) -> Stack:
+def _stack_of(state: Mapping[str, Any]) -> Stack:
     settings = state["settings"]
     paths = {"home": Path(settings["home"]), "run_dir": Path(settings["run_dir"]), "ports": Ports(**settings["ports"])}
     services = {
@@ -245,30 +265,54 @@ def _stack_of(state: dict[str, Any]) -> Stack:
     return stack
 
 
-def _record(fields: dict[str, Any] | None) -> ProcessRecord | None:
-    if fields is None:
-        return None
-    record = ProcessRecord(**fields)
-    if type(record.pid) is not int or not 0 < record.pid < 2**31 or type(record.create_time) not in (int, float):
-        raise ValueError(f"no process: {fields}")
-    return record
+def _record(fields: dict[str, Any] | None) -> ProcessIdentity | None:
+    return None if fields is None else ProcessIdentity.of_json(fields)
+
+
+def _is_beyond_reach(stack: Stack) -> bool:
+    """Whether it lives and none of its recorded processes is of this PID namespace."""
+    return stack_lock.is_held(stack.settings.home) and not stack.is_seen()
+
+
+def _of_another_container(home: Path) -> UserError:
+    remedy = "use it from where it was started, or name another folder"
+    return UserError("CONVMAE_HOME", "must not be of a stack that runs in another container", str(home), remedy)
 
 
 def _state_path(home: Path) -> Path:
     return home / "stack.json"
 
 
+def _resolved(home: Path) -> Path:
+    return Path(os.path.realpath(home))  # Path.resolve() raises where links go round in a circle
+
+
 def _private_folder(home: Path) -> Path:
-    home = home.expanduser().resolve()
-    home.mkdir(parents=True, exist_ok=True)
-    home.chmod(0o700)
+    """Make a home, private to its owner; leaves no folder behind if it cannot be made.
+
+    Raises:
+        UserError: It cannot be made, or not be written.
+    """
+    home = _resolved(home)
+    made: list[Path] = []
+    try:
+        for folder in reversed([home, *home.parents]):
+            if not folder.is_dir():
+                folder.mkdir()
+                made.append(folder)
+        home.chmod(0o700)
+    except OSError as error:
+        for folder in reversed(made):
+            folder.rmdir()
+        rule = f"must be a folder that can be made and written ({os.strerror(error.errno or 0)})"
+        raise UserError("CONVMAE_HOME", rule, clipped(str(home)), "name another folder") from error
     return home
 
 
 @contextmanager
 def _locked(home: Path) -> Iterator[None]:
     """Let one `up` or `down` at a time work on a home; the lock goes with its process."""
-    with (home / "stack.lock").open("w") as lock:
+    with (home / "stack.lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -315,7 +359,9 @@ def _start(stack: Stack, on_event: OnEvent) -> Stack:
     return now
 
 
-def _check_progress(stack: Stack, keeper: ProcessRecord, starts_before: dict[str, int], waited_seconds: float) -> None:
+def _check_progress(
+    stack: Stack, keeper: ProcessIdentity, starts_before: dict[str, int], waited_seconds: float
+) -> None:
     for name, starts in starts_before.items():
         if stack.services[name].starts > starts + 1 or stack.services[name].gave_up:
             raise StackError(f"{name} ended while it was starting. {_log_tail(stack, name)}")
@@ -325,7 +371,7 @@ def _check_progress(stack: Stack, keeper: ProcessRecord, starts_before: dict[str
         raise StackError(f"the keeper ended while the services were starting. {_log_tail(stack, 'keeper')}")
 
 
-def _launch_keeper(stack: Stack) -> ProcessRecord:
+def _launch_keeper(stack: Stack) -> ProcessIdentity:
     """Start a keeper in a session of its own; it adopts the services that are running and starts the others."""
     if stack.keeper is not None:
         _kill(stack.keeper)
@@ -338,7 +384,7 @@ def _launch_keeper(stack: Stack) -> ProcessRecord:
     append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     pid = os.posix_spawn(
         sys.executable,
-        [sys.executable, "-m", "jobs.stack_keeper", str(home)],
+        module_command(sys.executable, "jobs.stack_keeper", str(home)),
         {**os.environ, "PYTHONPATH": path, STACK_ID_VARIABLE: stack.settings.stack_id},
         file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
@@ -347,7 +393,7 @@ def _launch_keeper(stack: Stack) -> ProcessRecord:
         ],
         setsid=True,
     )
-    return ProcessRecord.of(pid)
+    return ProcessIdentity.of(pid)
 
 
 def _log_tail(stack: Stack, name: str) -> str:
@@ -370,7 +416,7 @@ def _end(stack: Stack) -> int:
         stack_processes.kill(left)
         time.sleep(POLL_SECONDS)
     if stack.keeper is not None:
-        stack.keeper.reap()
+        stack_processes.reap(stack.keeper)
     stack_services.remove_configuration(stack.settings)
     _state_path(stack.settings.home).unlink(missing_ok=True)
     return len(family)
@@ -382,7 +428,7 @@ def _family(stack: Stack) -> set[psutil.Process]:
     return stack_processes.running(stack_processes.with_descendants([*recorded, *marked]))
 
 
-def _kill(record: ProcessRecord) -> None:
+def _kill(record: ProcessIdentity) -> None:
     if (process := record.process()) is not None:
         stack_processes.kill([process])
-    record.reap()
+    stack_processes.reap(record)

@@ -24,7 +24,8 @@ import psutil
 
 from jobs import stack_processes, stack_services
 from jobs.stack import ServiceRecord, Stack, read_stack
-from jobs.stack_processes import ProcessRecord
+from jobs.stack_lock import StackLock
+from pipeline.process_identity import ProcessIdentity
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +48,13 @@ class Keeper:
         self._clock = clock
         self._deaths: defaultdict[str, list[float]] = defaultdict(list)
         self._stopping = False
+        self._lock = StackLock(stack.settings.home)
 
     def run(self) -> None:
         """Keep the services until `stop`; then end them and return."""
-        self._save(replace(self._stack, keeper=ProcessRecord.of(os.getpid())))
+        self._save(replace(self._stack, keeper=ProcessIdentity.of(os.getpid())))
         while not self._stopping:
+            self._lock.hold()
             for name in self._stack.settings.service_names:
                 self.tend(name)
             _reap()
@@ -102,13 +105,15 @@ class Keeper:
             child = subprocess.Popen(
                 stack_services.command(name, settings),
                 env=stack_services.service_environment(name, settings, os.environ),
+                cwd=stack_services.working_folder(name, settings),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 # Ray's jobs write files for people to read; the others' files hold only what the stack serves.
+                pass_fds=(self._lock.handle,),
                 umask=-1 if name == "ray" else 0o077,
             )
-        self._update(name, replace(service, process=ProcessRecord.of(child.pid), starts=service.starts + 1))
+        self._update(name, replace(service, process=ProcessIdentity.of(child.pid), starts=service.starts + 1))
         child.returncode = 0  # `_reap` waits for it; Popen must not.
         logger.info("started %s (pid %d)", name, child.pid)
 

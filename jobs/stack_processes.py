@@ -1,8 +1,8 @@
 """Which processes belong to a local stack, and how they are ended.
 
-A pid alone is not an identity: it is reused. A recorded process is therefore known by its pid and its creation time,
-and everything that the stack starts, and whatever these start in turn, carries the stack's random id in its
-environment. Ray's workers overwrite their environment with their title, so descendants are followed as well.
+A recorded process is known by more than its pid (`pipeline.process_identity`), and everything that the stack starts,
+and whatever these start in turn, carries the stack's random id in its environment. Ray's workers overwrite their
+environment with their title, so descendants are followed as well.
 """
 
 from __future__ import annotations
@@ -10,54 +10,19 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 
 import psutil
 
+from pipeline.process_identity import ProcessIdentity
+
 STACK_ID_VARIABLE = "CONVMAE_STACK_ID"
-CLOCK_STEP_SECONDS = 2.0
-"""Creation times are derived from the boot time, which moves when the wall clock is corrected."""
 
 
-@dataclass(frozen=True)
-class ProcessRecord:
-    """A process as remembered in a file: its pid and, because pids are reused, when it was created."""
-
-    pid: int
-    create_time: float
-    """Unix time in seconds."""
-
-    @classmethod
-    def of(cls, pid: int) -> ProcessRecord:
-        """Remember the running process ``pid``.
-
-        Raises:
-            psutil.NoSuchProcess: If it has ended already.
-        """
-        return cls(pid, psutil.Process(pid).create_time())
-
-    def process(self) -> psutil.Process | None:
-        """Return the process if it is still the one that was recorded and has not ended."""
-        process = self._same()
-        return process if process is not None and running([process]) else None
-
-    def alive(self) -> bool:
-        """Say whether the recorded process, and not another one with its pid, is running."""
-        return self.process() is not None
-
-    def reap(self) -> None:
-        """Wait for the end of a process that this very process started; another's is left to its parent or init."""
-        if self._same() is not None:
-            with suppress(ChildProcessError):
-                os.waitpid(self.pid, 0)
-
-    def _same(self) -> psutil.Process | None:
-        """Return the process, or the zombie that it left, unless its pid has passed to another."""
-        with suppress(psutil.NoSuchProcess):
-            process = psutil.Process(self.pid)
-            if abs(process.create_time() - self.create_time) < CLOCK_STEP_SECONDS:
-                return process
-        return None
+def reap(record: ProcessIdentity) -> None:
+    """Wait for the end of a process that this very process started; another's is left to its parent or init."""
+    if record.is_judged_here() and ProcessIdentity.of(record.pid) == record:
+        with suppress(ChildProcessError):
+            os.waitpid(record.pid, 0)
 
 
 def marked(stack_id: str) -> Iterator[psutil.Process]:

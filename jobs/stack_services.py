@@ -19,9 +19,11 @@ from botocore.auth import S3SigV4Auth
 from botocore.awsrequest import AWSRequest
 from botocore.credentials import Credentials
 
+from jobs.launcher import module_command
 from jobs.stack_ports import LOOPBACK, Ports
 from jobs.stack_processes import STACK_ID_VARIABLE
 from pipeline.errors import UserError
+from pipeline.proxies import without_loopback
 
 REGION = "us-east-1"
 BUCKET = "convmae"
@@ -66,8 +68,17 @@ class StackSettings:
 
 
 def command(name: str, settings: StackSettings) -> list[str]:
-    """Return the command line that runs a service in the foreground."""
+    """Return the command line that runs a service in the foreground, from its `working_folder`."""
     return {"s3": _s3_command, "ray": _ray_command, "prometheus": _prometheus_command}[name](settings)
+
+
+def working_folder(name: str, settings: StackSettings) -> Path:
+    """Return the folder in which a service runs.
+
+    The home, to which paths are relative, since its name may hold what a service does not take. But for Ray: some of
+    its processes, and of what jobs start, import from their current folder first, and a home may hold its owner's code.
+    """
+    return settings.run_dir / "tmp" if name == "ray" else settings.home
 
 
 def service_environment(name: str, settings: StackSettings, base: Mapping[str, str]) -> dict[str, str]:
@@ -83,8 +94,8 @@ def service_environment(name: str, settings: StackSettings, base: Mapping[str, s
     mark = {STACK_ID_VARIABLE: settings.stack_id, "CONVMAE_HOME": str(settings.home)}
     if name != "ray":
         return mark | {"PATH": base.get("PATH", os.defpath), "HOME": str(settings.run_dir)} | _s3_tuning(settings)
-    foreign = {"AWS_PROFILE", "AWS_DEFAULT_PROFILE", "AWS_SESSION_TOKEN", "AWS_DEFAULT_REGION", "RAY_TMPDIR"}
-    kept = {key: value for key, value in base.items() if key not in foreign}
+    # Of AWS all or nothing: one variable of the caller's beside ours would make a store of two.
+    kept = {key: value for key, value in base.items() if not key.startswith("AWS_") and key != "RAY_TMPDIR"}
     own = client_environment(settings, base) | mark | _ray_tuning(settings)
     own["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", os.defpath)])
     # `ray start --head` must not take the address of a cluster to join. Its workers do need the dashboard's address, or
@@ -95,7 +106,6 @@ def service_environment(name: str, settings: StackSettings, base: Mapping[str, s
 def client_environment(settings: StackSettings, base: Mapping[str, str]) -> dict[str, str]:
     """Return the variables with which a process finds the stack; ``base`` is its environment so far."""
     ports = settings.ports
-    no_proxy = ",".join(filter(None, [base.get("NO_PROXY", base.get("no_proxy", "")), LOOPBACK]))
     return {
         "AWS_ENDPOINT_URL": f"http://{LOOPBACK}:{ports.s3}",
         "AWS_ACCESS_KEY_ID": settings.access_key,
@@ -112,8 +122,7 @@ def client_environment(settings: StackSettings, base: Mapping[str, str]) -> dict
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         # One machine is not drained, and the watcher is one process more to start for every run.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-        "NO_PROXY": no_proxy,
-        "no_proxy": no_proxy,
+        **without_loopback(base),
     }
 
 
@@ -151,7 +160,7 @@ def write_private(path: Path, text: str) -> None:
     """Replace a file atomically, readable and writable by its owner alone."""
     part = path.with_name(f"{path.name}.part")
     part.unlink(missing_ok=True)
-    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+    with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
         file.write(text)
     part.replace(path)
 
@@ -185,7 +194,7 @@ def _s3_command(settings: StackSettings) -> list[str]:
         s3_binary(),
         f"-logdir={scratch}",
         "mini",
-        f"-dir={settings.home / 's3'}",
+        "-dir=s3",  # of a whole path, a comma would be the end
         f"-bucket={BUCKET}",
         f"-ip={LOOPBACK}",
         f"-ip.bind={LOOPBACK}",
@@ -194,7 +203,7 @@ def _s3_command(settings: StackSettings) -> list[str]:
         "-webdav=false",
         "-s3.port.iceberg=0",
         "-s3.port.lance=0",
-        f"-s3.config={settings.identities_path}",
+        f"-s3.config={settings.identities_path.name}",
         f"-s3.localSocket={scratch / 's3.sock'}",
         f"-filer.localSocket={scratch / 'filer.sock'}",
         f"-s3.port={ports.s3}",
@@ -216,7 +225,7 @@ def _ray_command(settings: StackSettings) -> list[str]:
     ports = settings.ports
     cpus = [] if settings.num_cpus is None else [f"--num-cpus={settings.num_cpus}"]
     return [
-        *[sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block"],
+        *module_command(sys.executable, "ray.scripts.scripts", "start", "--head", "--block"),
         f"--node-ip-address={LOOPBACK}",
         f"--port={ports.ray}",
         f"--dashboard-host={LOOPBACK}",
@@ -248,11 +257,10 @@ def _ray_tuning(settings: StackSettings) -> dict[str, str]:
 
 def _prometheus_command(settings: StackSettings) -> list[str]:
     assert settings.prometheus_binary is not None
-    folder = settings.home / "prometheus"
     return [
         settings.prometheus_binary,
-        f"--config.file={folder / 'prometheus.yml'}",
-        f"--storage.tsdb.path={folder / 'data'}",
+        "--config.file=prometheus/prometheus.yml",  # its path becomes a label, which must be UTF-8
+        "--storage.tsdb.path=prometheus/data",
         "--storage.tsdb.retention.time=30d",
         "--storage.tsdb.retention.size=512MB",
         f"--web.listen-address={LOOPBACK}:{settings.ports.prometheus}",
@@ -269,7 +277,7 @@ def _s3_answers(settings: StackSettings) -> bool:
 
 
 def _ray_answers(settings: StackSettings) -> bool:
-    headers = {"Authorization": f"Bearer {settings.token_path.read_text()}"}
+    headers = {"Authorization": f"Bearer {settings.token_path.read_text('utf-8')}"}
     status, body = _http(settings.ports.dashboard, "GET", "/api/v0/nodes", headers)
     return status == 200 and any(node["state"] == "ALIVE" for node in json.loads(body)["data"]["result"]["result"])
 

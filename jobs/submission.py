@@ -7,11 +7,13 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any
 
-from jobs.cluster_address import refusal
+from jobs import store_parcel
+from jobs.cluster_address import http_proxy, refusal
 from jobs.errors import ClusterError, RunError
+from jobs.launcher import module_command
 from jobs.provenance import VARIABLE, git_commit
 from jobs.run_directory import RunDirectory
 from jobs.session import Session
@@ -25,6 +27,7 @@ ENDED_JOB_STATES = frozenset({"SUCCEEDED", "FAILED", "STOPPED", "LOST"})
 NO_AGENT = "No available agent"
 """What Ray's head says of jobs until the first node's agent has reported, and when none does any more."""
 AGENT_SECONDS = 60.0
+TAIL_SECONDS = 1.0
 
 
 def submit(session: Session, run: RunDirectory, trace_url: str = "") -> str:
@@ -34,6 +37,7 @@ def submit(session: Session, run: RunDirectory, trace_url: str = "") -> str:
 
     Raises:
         ClusterError: If the cluster does not take it.
+        StorageError: If there are no keys for the store.
     """
     client = job_client(session)
     number = max((_number(job, run.name) for job in _jobs(client, run.name)), default=0) + 1
@@ -44,7 +48,11 @@ def submit(session: Session, run: RunDirectory, trace_url: str = "") -> str:
         "metadata": {"run": run.name, "run_url": run.url},
         "runtime_env": {
             **session.code(),
-            "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_SECONDS), VARIABLE: git_commit(session.environ)},
+            "env_vars": {
+                "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_SECONDS),
+                VARIABLE: git_commit(session.environ),
+                **store_parcel.send(session, client),
+            },
         },
     }
     return hand_over(client, job, session.cluster.text)
@@ -52,7 +60,7 @@ def submit(session: Session, run: RunDirectory, trace_url: str = "") -> str:
 
 def supervisor_command(python: str, run: RunDirectory, trace_url: str) -> list[str]:
     """What drives a claimed run, and starts a driver that was killed again."""
-    return [python, "-m", "jobs.supervisor", run.url, *(["--trace", trace_url] if trace_url else [])]
+    return module_command(python, "jobs.supervisor", run.url, *(["--trace", trace_url] if trace_url else []))
 
 
 def hand_over(client: Any, job: dict[str, Any], address: str, patience_seconds: float = AGENT_SECONDS) -> str:
@@ -91,7 +99,7 @@ def job_state(client: JobSubmissionClient, submission_id: str) -> str:
 
 def newest_job(session: Session, run: RunDirectory) -> str:
     """Submission id of the run's newest job on this cluster; empty if there is none."""
-    jobs = _jobs(job_client(session), run.name)
+    jobs = [job for job in _jobs(job_client(session), run.name) if (job.metadata or {}).get("run_url") == run.url]
     return str(max(jobs, key=lambda job: _number(job, run.name)).submission_id) if jobs else ""
 
 
@@ -114,7 +122,7 @@ def log_pieces(session: Session, run: RunDirectory, submission_id: str, *, follo
     if not follow:
         yield str(client.get_job_logs(submission_id))
         return
-    pieces = client.tail_job_logs(submission_id)
+    pieces = tail_log(client, submission_id)
 
     async def next_piece() -> str | None:
         return await anext(pieces, None)
@@ -122,6 +130,26 @@ def log_pieces(session: Session, run: RunDirectory, submission_id: str, *, follo
     with asyncio.Runner() as runner:
         while (piece := runner.run(next_piece())) is not None:
             yield piece
+
+
+async def tail_log(client: Any, submission_id: str) -> AsyncIterator[str]:
+    """What a job prints, in pieces, until it ends.
+
+    Ray's own way is a WebSocket, which knows no proxy and which few of them let pass; through one the log is asked for
+    again and again.
+    """
+    if not http_proxy(client._address):
+        async for piece in client.tail_job_logs(submission_id):
+            yield piece
+        return
+    shown, state = 0, ""
+    while state not in ENDED_JOB_STATES:
+        state = job_state(client, submission_id)
+        text = str(client.get_job_logs(submission_id))
+        if text[shown:]:
+            yield text[shown:]
+        shown = len(text)
+        await asyncio.sleep(TAIL_SECONDS)
 
 
 def job_client(session: Session) -> JobSubmissionClient:

@@ -6,12 +6,17 @@ out-of-memory killer, `kill -9`) is started again and resumes from the newest ch
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
+
+from jobs.errors import ClusterError
+from jobs.launcher import module_command
+from jobs.store_parcel import received
 
 QUICK_DEATH_SECONDS = 60.0
 MAX_QUICK_DEATHS = 3
@@ -19,8 +24,13 @@ MAX_QUICK_DEATHS = 3
 PAUSE_SECONDS = 1.0
 
 
-def supervise(command: Sequence[str]) -> int:
-    """Run `command` until it ends by itself; returns its exit code."""
+def supervise(command: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
+    """Run `command` until it ends by itself; returns its exit code.
+
+    Args:
+        command: Of the driver.
+        environ: Its environment; None: that of this process.
+    """
     quick_deaths = 0
     stop_asked = False
     child: subprocess.Popen[bytes] | None = None
@@ -34,7 +44,7 @@ def supervise(command: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, forward)
     while not stop_asked:
         started = time.monotonic()
-        child = subprocess.Popen(command)
+        child = subprocess.Popen(command, env=environ)
         if stop_asked:  # the signal came while the child was being started
             child.terminate()
         code = child.wait()
@@ -50,5 +60,28 @@ def supervise(command: Sequence[str]) -> int:
     return 1
 
 
+def drive(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
+    """Supervise the driver of a run, and note in the run's directory an end that no driver could note itself.
+
+    Args:
+        arguments: URL of the run's directory, and options of the driver.
+        environ: Of the job.
+    """
+    try:
+        environ = received(environ)
+    except ClusterError as error:
+        sys.stderr.write(f"failed: {error}\n")
+        return 1
+    began = time.time()
+    code = supervise(module_command(sys.executable, "jobs.cli", "drive", *arguments), environ)
+    if code:  # imported only now: until then nothing here can fail or be large
+        from jobs.early_end import note_end
+        from jobs.session import Session
+
+        run = Session.open(environ).run(arguments[0])
+        note_end(run, began, f"its driver ended before the run began; `convmae logs {run.name}` has what it printed")
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(supervise([sys.executable, "-m", "jobs.cli", "drive", *sys.argv[1:]]))
+    sys.exit(drive(sys.argv[1:], os.environ))

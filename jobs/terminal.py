@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import codecs
+import contextlib
+import io
 import json
+import os
 import re
+import select
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Any, Protocol, TextIO, runtime_checkable
 
 from rich.console import Console, Group
@@ -25,6 +32,8 @@ MOST_BYTES = 2**60
 ShowProgress = Callable[[int, int, str], None]
 """`show(done, total, text)`."""
 ShowStatus = Callable[[Mapping[str, Any]], None]
+_PLAIN = {"→": "->", "·": "-", "…": "...", "\N{EM DASH}": "-", "\N{BULLET}": "*"}
+"""Signs of our own texts, for terminals that have letters alone."""
 _BYTE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
@@ -39,15 +48,82 @@ class DrawnElsewhere(Protocol):
         """Draw a run's status there, over the last one."""
 
 
+def open_streams() -> None:
+    """Make the standard streams fit to be written to, whatever they are; call it before anything else.
+
+    A stream that was closed leads nowhere: else the next file that is opened would have its number, and get what is
+    meant for it. What a terminal's encoding lacks is replaced.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+    nowhere = Path(os.devnull)
+    sys.stdout = sys.stdout or nowhere.open("w", encoding="utf-8")
+    sys.stderr = sys.stderr or nowhere.open("w", encoding="utf-8")
+    for stream in (sys.stdout, sys.stderr):
+        fit_signs(stream)
+
+
+def fit_signs(stream: TextIO) -> None:
+    """Have a stream show all that is written to it by whomever, as `shown` does."""
+    if isinstance(stream, io.TextIOWrapper):
+        stream.reconfigure(errors=_replacing())
+
+
+def close_streams() -> bool:
+    """Write out what is left for them; False if a reader has gone, or their disk is full. Call it last."""
+    is_written = True
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            is_written = False
+            with contextlib.suppress(OSError, ValueError):  # Python flushes once more when it ends
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return is_written
+
+
+def has_reader(stream: TextIO) -> bool:
+    """Whether somebody reads what is written there; False for a pipe whose other end was closed, as by `head`."""
+    try:
+        poll = select.poll()
+        poll.register(stream.fileno(), 0)
+        return not any(event & select.POLLERR for _, event in poll.poll(0))
+    except (OSError, ValueError):
+        return True
+
+
+def shown(text: str, stream: TextIO) -> str:
+    """`text` as the stream can show it: with its other signs as plain ones, or as escapes."""
+    encoding = stream.encoding or "utf-8"
+    return text.encode(encoding, _replacing()).decode(encoding)
+
+
+@cache
+def _replacing() -> str:
+    """The name under which Python knows what to do with signs that an encoding lacks."""
+
+    def replaced(error: UnicodeError) -> tuple[str | bytes, int]:
+        assert isinstance(error, UnicodeEncodeError)
+        signs = error.object[error.start : error.end]
+        return "".join(
+            _PLAIN.get(sign) or sign.encode("ascii", "backslashreplace").decode() for sign in signs
+        ), error.end
+
+    codecs.register_error("convmae", replaced)
+    return "convmae"
+
+
 def say(line: str) -> None:
     """Print one line."""
     write_line(sys.stdout, line)
 
 
 def write_line(stream: TextIO, line: str) -> None:
-    """Write one line, without control characters and with what the stream cannot encode as escapes."""
-    encoding = stream.encoding or "utf-8"
-    stream.write(printable(line).encode(encoding, "backslashreplace").decode(encoding) + "\n")
+    """Write one line, without control characters, and as the stream can show it."""
+    stream.write(shown(printable(line), stream) + "\n")
     stream.flush()
 
 
@@ -162,6 +238,7 @@ def progress_bar(title: str, stream: TextIO | None = None) -> Iterator[ShowProgr
     if not stream.isatty():
         yield _line_writer(title, stream)
         return
+    fit_signs(stream)
     # Two lines, so that neither the bar nor the figures are cut on a narrow terminal.
     progress = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn())
     task = progress.add_task(title, total=None)

@@ -39,7 +39,6 @@ def verify_dataset(storage: Storage, url: str, *, deep: bool, on_progress: Show)
         DatasetError: There is no manifest, or an unreadable one.
     """
     began = time.monotonic()
-    url = Storage.absolute(url)
     manifest = Manifest.load(storage, url)
     progress = Progress(total=len(manifest.shards))
 

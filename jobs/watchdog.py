@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import os
 import re
 import signal
 import socket
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 
+from pipeline.process_identity import ProcessIdentity
 from pipeline.scratch import scratch_folder
 
 if TYPE_CHECKING:
@@ -55,9 +55,7 @@ class Pulse:
     rank: int
     host: str
     node_id: str
-    pid: int
-    started_at_seconds: float
-    """When the process began; with the pid it names the process."""
+    process: ProcessIdentity
     stack_path: str
     """File on its node to which STACK_SIGNAL makes it write its stacks."""
     phase: str
@@ -81,16 +79,15 @@ class RankPulse:
         self._monitor = monitor
         self._folder = scratch_folder()
         path = Path(self._folder.name, "stacks.txt")
-        self._stacks = path.open("w")
+        self._stacks = path.open("w", encoding="utf-8")
         # Written by a C handler: also while another thread holds the interpreter's lock.
         faulthandler.register(STACK_SIGNAL, file=self._stacks, all_threads=True)
-        self._fixed = {
+        self._fixed: dict[str, Any] = {
             "attempt": attempt,
             "rank": rank,
             "host": socket.gethostname(),
             "node_id": node_id,
-            "pid": os.getpid(),
-            "started_at_seconds": psutil.Process().create_time(),
+            "process": ProcessIdentity.here(),
             "stack_path": str(path),
         }
         self._phase = ("start", 0, START_ALLOWED_SECONDS)
@@ -201,9 +198,9 @@ def examine_and_kill(pulse: Pulse) -> Examined:
     A process that was stopped goes on for as long as it takes to write its stacks, which is the first that it does.
     """
     try:
-        process = psutil.Process(pulse.pid)
-        if abs(process.create_time() - pulse.started_at_seconds) > 1.0:
-            raise psutil.NoSuchProcess(pulse.pid)
+        process = pulse.process.process()
+        if process is None:
+            return Examined("dead" if pulse.process.has_ended() else "not to be seen from its node", "")
         status = process.status()
         process.send_signal(STACK_SIGNAL)
         if status == psutil.STATUS_STOPPED:
@@ -219,7 +216,7 @@ def _await_stacks(path: Path, seconds: float, clock: Callable[[], float], sleep:
     """The stacks, once a whole dump is there; what there is of it after `seconds`."""
     deadline, text = clock() + seconds, ""
     while clock() < deadline:
-        before, text = text, path.read_text() if path.exists() else ""
+        before, text = text, path.read_text("utf-8") if path.exists() else ""
         if text and text == before:
             break
         sleep(0.1)
@@ -244,7 +241,7 @@ def hang_text(hang: Hang, examined: Examined) -> str:
     what = "has not spoken" if hang.silent else f"has stood in phase {pulse.phase}"
     line = innermost(training_stack(examined.stacks))
     at = f", at {line}" if line else ""
-    place = f"rank {pulse.rank} on {pulse.host} (pid {pulse.pid})"
+    place = f"rank {pulse.rank} on {pulse.host} (pid {pulse.process.pid})"
     return f"{place} {what} for {hang.seconds:.0f} s; its process is {examined.state}{at}"
 
 

@@ -64,7 +64,7 @@ class Wanted:
     def url(self, run: RunDirectory, step: int) -> str:
         """Of the one file, or of the folder of several."""
         if self.out:
-            out = Storage.absolute(self.out).rstrip("/")
+            out = self.out
             is_file = self.shard_bytes is not None or out.endswith(".safetensors")
             return out if is_file else Storage.join(out, FILE_NAME)
         name = checkpoint.folder_name(step) + ("" if self.dtype == "fp32" else f"-{self.dtype}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from jobs import checkpoint
@@ -40,6 +41,8 @@ _SHARD_NAME = re.compile(r"[^/\\]+\.safetensors")
 _RESULT = re.compile(r"step-(\d+)(\.safetensors)?")
 _NOT_IN_SHAPES = ("num_heads", "decoder_num_heads")
 """Fields of a model that its tensors do not tell."""
+_LENGTH_BYTES = 8
+"""Of a safetensors header's length, which stands before it."""
 _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """What weights may be of, by safetensors' names; what training computes with can be made of them."""
 
@@ -63,13 +66,16 @@ class Weights:
         check_dtypes({name: tensor.dtype for name, tensor in self.tensors.items()}, value)
 
 
-def check_against(tensors: Mapping[str, Any], config: ConvMAEConfig, value: str) -> None:
+def check_against(
+    tensors: Mapping[str, Any], config: ConvMAEConfig, value: str, *, absent: Collection[str] = ()
+) -> None:
     """Compare names and shapes with those of a model, without making it.
 
     Args:
         tensors: Anything with a shape, by name.
         config: Of the model.
         value: What the tensors come from, for the message.
+        absent: Names of the model that need not be there.
 
     Raises:
         WeightsFileError: A name is missing or unexpected, or a shape is another; names them.
@@ -77,7 +83,7 @@ def check_against(tensors: Mapping[str, Any], config: ConvMAEConfig, value: str)
     with torch.device("meta"):
         expected = ConvMAE(config).state_dict()
     try:
-        check_names(tensors, expected)
+        check_names(tensors, {name: value for name, value in expected.items() if name not in absent})
     except ModelConfigError as error:
         assert isinstance(error.value, list)
         rule = f"must be those of the model ({listed(error.value)})"
@@ -149,7 +155,7 @@ def _of_shards(storage: Storage, index_url: str) -> Weights:
     metadata: dict[str, str] = {}
     for name in sorted(set(places.values())):
         url = Storage.join(folder, name)
-        with _checked_copy(storage, url) as path, _opened(path, url) as file:
+        with _checked_copy(storage, url) as path, opened_file(path, url) as file:
             theirs = dict(file.metadata() or {})
             _check_shard(url, index_url, {key for key, place in places.items() if place == name}, set(file.keys()))
             _check_same(url, metadata or theirs, theirs)
@@ -249,7 +255,7 @@ def read_weights(path: Path, url: str) -> Weights:
     Raises:
         WeightsFileError: As `of_file`.
     """
-    with _opened(path, url) as file:
+    with opened_file(path, url) as file:
         return _weights(_tensors(file, url), dict(file.metadata() or {}), url)
 
 
@@ -266,10 +272,19 @@ def check_header(path: Path, url: str, config: ConvMAEConfig) -> None:
     Raises:
         WeightsFileError: They are those of another model; names them.
     """
-    with _opened(path, url) as file:
+    with opened_file(path, url) as file:
         theirs = model_config(dict(file.metadata() or {}), url)
-        check_against(_shapes(file), config, url)
+        check_against(shapes_of(file), config, url)
         check_dtypes({name: file.get_slice(name).get_dtype() for name in file.keys()}, url)  # noqa: SIM118
+    check_heads(theirs, config, url)
+
+
+def check_heads(theirs: ConvMAEConfig, config: ConvMAEConfig, url: str) -> None:
+    """Compare what shapes do not tell of two models.
+
+    Raises:
+        WeightsFileError: A number of heads is another; names it.
+    """
     for name in _NOT_IN_SHAPES:
         if getattr(theirs, name) != getattr(config, name):
             rule = f"must be of a model with {name} = {getattr(config, name)}, not {getattr(theirs, name)}"
@@ -282,7 +297,7 @@ def check_values(path: Path, url: str) -> None:
     Raises:
         WeightsFileError: As `check_finite`.
     """
-    with _opened(path, url) as file:
+    with opened_file(path, url) as file:
         check_finite(((name, file.get_tensor(name)) for name in file.keys()), url)  # noqa: SIM118
 
 
@@ -294,19 +309,37 @@ def _tensors(file: Any, url: str) -> dict[str, Tensor]:
         raise WeightsFileError("weights", rule, url, remedy) from None
 
 
-def _shapes(file: Any) -> dict[str, SimpleNamespace]:
+def shapes_of(file: Any) -> dict[str, SimpleNamespace]:
     """Shapes by name, without tensors, which torch cannot make of all."""
     return {name: SimpleNamespace(shape=tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
 
 
 @contextmanager
-def _opened(path: Path, url: str) -> Iterator[Any]:
+def opened_file(path: Path, url: str) -> Iterator[Any]:
+    """A safetensors file, open for reading.
+
+    Raises:
+        WeightsFileError: It is none, or not whole; also what reading from it raises.
+    """
     try:
         with safe_open(path, "pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
         remedy = "give a file that `convmae consolidate` or `convmae import` wrote"
         raise WeightsFileError("weights", f"must be a whole safetensors file ({error})", url, remedy) from None
+
+
+def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a local file; the same tensors and metadata give the same bytes."""
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata=dict(metadata))
+    with path.open("r+b") as file:  # safetensors writes metadata in an order that changes from one call to the next
+        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(metadata.items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
+        assert len(text) == length
+        file.seek(_LENGTH_BYTES)
+        file.write(text)
 
 
 def model_config(metadata: Mapping[str, str], url: str) -> ConvMAEConfig:

@@ -29,12 +29,12 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from jobs.errors import RunFailedError
 from jobs.failure_cause import Failure, describe_failure, describe_start_failure
+from jobs.instruction import PAUSE_SECONDS
 from jobs.node_view import raylet_addresses, unusable_nodes
 from jobs.node_watch import NodeWatch, end_actors, living_actors
 from jobs.process_group import RanksOverNodes
 from jobs.standby import Newcomers, own_environment, rank_environment, start_standbys
 from jobs.trainer import TrainJob, train_worker
-from jobs.wish import PAUSE_SECONDS
 from pipeline.scratch import scratch_folder
 
 logger = logging.getLogger(__name__)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, TextIO
 
 from jobs import driver, submission
+from jobs.early_end import end_noted, note_end
 from jobs.errors import ClusterError, RunFailedError
 from jobs.finish import finish
 from jobs.patience import persevere
@@ -30,10 +31,10 @@ def train_here(session: Session, plan: RunPlan) -> None:
         check_folders(plan, claim)
         claimed = claim_run(plan, is_sole_driver=True)
         if claimed == "finished":
-            say_finished(plan.run)
+            say_finished(session, plan.run)
             return
         say(f"{'begins' if claimed == 'new' else 'resumes'}: {plan.run.url}")
-        with progress_bar(plan.run.name) as show:
+        with end_noted(plan.run), progress_bar(plan.run.name) as show:
             outcome = driver.train(
                 session, plan, claim, lambda now: show(now["step"], now["total_steps"], status_text(now))
             )
@@ -44,14 +45,14 @@ def train_here(session: Session, plan: RunPlan) -> None:
             say(line)
 
 
-def train_supervised(plan: RunPlan) -> None:
+def train_supervised(session: Session, plan: RunPlan) -> None:
     """Become the supervisor of the run, which is what a submitted job runs: it starts a killed driver again.
 
     Returns only where the run is finished.
     """
     claimed = claim_run(plan)
     if claimed == "finished":
-        say_finished(plan.run)
+        say_finished(session, plan.run)
         return
     say(f"supervised ({'a new run' if claimed == 'new' else 'resumes'}): {plan.run.url}")
     sys.stdout.flush()
@@ -81,13 +82,14 @@ def train_as_job(session: Session, plan: RunPlan, *, follow: bool, as_json: bool
             follow_job(session, plan.run, job, sys.stderr)
         print_json(told | (outcome(plan.run.read_heartbeat()) if follow else {}))
     elif not job:
-        say_finished(plan.run)
+        say_finished(session, plan.run)
     else:
         say(f"submitted {job} ({'a new run' if claimed == 'new' else 'resumes'}): {plan.run.url}")
         if follow:
             say_outcome(plan.run, follow_job(session, plan.run, job))
         else:
-            say(f"next: `convmae status {plan.run.name}`, `convmae logs -f {plan.run.name}`")
+            word = session.word_for(plan.run)
+            say(f"next: `convmae status {word}`, `convmae logs -f {word}`")
 
 
 def follow_job(session: Session, run: RunDirectory, job: str, stream: TextIO | None = None) -> Mapping[str, Any]:
@@ -115,15 +117,16 @@ def follow_job(session: Session, run: RunDirectory, job: str, stream: TextIO | N
     if state == "LOST":
         raise RunFailedError(f"the Ray head died, and job {job} with it; the same command resumes {run.name}")
     if state != "SUCCEEDED":
-        raise RunFailedError(f"job {job} {state.lower()}: {_last_word(session, run)}")
+        reason = _last_word(session, run, client.get_job_info(job).message)
+        note_end(run, 0.0, reason)  # a job that Ray could not start has told nothing
+        raise RunFailedError(f"job {job} {state.lower()}: {reason}")
     return now
 
 
-def _last_word(session: Session, run: RunDirectory) -> str:
-    """Why a job ended, in its own words: its last error, or else its last line."""
-    lines = "".join(
-        submission.log_pieces(session, run, submission.newest_job(session, run), follow=False)
-    ).strip().splitlines() or ["it printed nothing"]
+def _last_word(session: Session, run: RunDirectory, message: str | None) -> str:
+    """Why a job ended, in its own words: its last error, or else its last line; of one that never ran in Ray's."""
+    pieces = submission.log_pieces(session, run, submission.newest_job(session, run), follow=False)
+    lines = "".join(pieces).strip().splitlines() or (message or "it printed nothing").strip().splitlines()
     return next((line for line in reversed(lines) if line.startswith(("failed: ", "error: "))), lines[-1])
 
 
@@ -137,6 +140,6 @@ def say_outcome(run: RunDirectory, now: Mapping[str, Any]) -> None:
     say(f"{run.name}: {now['state']} at step {now['step']} of {now['total_steps']}")
 
 
-def say_finished(run: RunDirectory) -> None:
+def say_finished(session: Session, run: RunDirectory) -> None:
     """Say that there is nothing left to do, and what one can do instead."""
-    say(f"{run.name} is finished; `convmae report {run.name}` shows it, another --run name starts anew")
+    say(f"{run.name} is finished; `convmae report {session.word_for(run)}` shows it, another --run name starts anew")

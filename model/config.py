@@ -172,6 +172,8 @@ class ConvMAEConfig:
 
 _LENGTHS = {"image_size": 2, "embed_dim": 3, "depth": 3, "mlp_ratio": 3}
 _ZERO_WITHOUT_CONVOLUTIONS = ("embed_dim", "depth")
+SWITCHES = ("fusion", "norm_pix")
+"""Fields that are on or off."""
 _WHOLE = ("num_heads", "decoder_dim", "decoder_depth", "decoder_num_heads", "kernel_size")
 
 
@@ -187,7 +189,7 @@ def _check_types(config: ConvMAEConfig) -> None:
     for name in _WHOLE:
         if not _is_positive_int(getattr(config, name)):
             raise ModelConfigError(name, "must be a positive whole number", getattr(config, name), "give 1 or more")
-    for name in ("fusion", "norm_pix"):
+    for name in SWITCHES:
         if type(getattr(config, name)) is not bool:
             raise ModelConfigError(name, "must be a boolean", getattr(config, name), "give true or false")
     if type(config.mask_ratio) not in (int, float):

@@ -19,6 +19,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -124,7 +125,7 @@ class BlockCache:
                 if not held or path.exists() or not self._make_room(len(data)):
                     return
                 self._note_used(self.used_bytes + len(data))
-            temporary = path.with_name(f".{name}.{os.getpid()}.{threading.get_ident()}")
+            temporary = path.with_name(f".{name}.{secrets.token_hex(8)}")
             try:
                 temporary.write_bytes(data)
                 now = self._clock()
@@ -180,12 +181,12 @@ class BlockCache:
 
     def _noted(self) -> int | None:
         try:
-            return int((self._root / "used").read_text())
+            return int((self._root / "used").read_text("utf-8"))
         except (OSError, ValueError):
             return None
 
     def _note_used(self, used_bytes: int) -> None:
-        handle = os.open(self._root / "used", os.O_WRONLY | os.O_CREAT, 0o644)
+        handle = os.open(self._root / "used", os.O_WRONLY | os.O_CREAT, 0o666)
         try:
             os.pwrite(handle, f"{used_bytes:{_USED_DIGITS}d}".encode(), 0)
         finally:
@@ -195,7 +196,7 @@ class BlockCache:
     def _locked(self) -> Iterator[bool]:
         """Hold the flock; False if somebody kept it for too long."""
         deadline = time.monotonic() + LOCK_SECONDS
-        with (self._root / "lock").open("a") as file:
+        with (self._root / "lock").open("ab") as file:
             held = False
             while not held and time.monotonic() < deadline:
                 try:

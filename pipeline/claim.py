@@ -20,17 +20,16 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
-
-import psutil
 
 from pipeline.errors import ClaimedError, UserError
 from pipeline.json_text import parsed_object
+from pipeline.process_identity import ProcessIdentity
 from pipeline.storage import Storage
 
-_LARGEST = 2**53
-"""No pid, time or age is beyond it."""
+OLDEST_SECONDS = 1e12
+"""No claim is as old; one that says so is damaged."""
 BEAT_SECONDS = 4.0
 DEAD_SECONDS = 30.0
 """Silence after which a holder counts as dead; several beats, since a store may be slow for a moment."""
@@ -47,10 +46,7 @@ class Holder:
     """What it does there, for the message."""
     user: str
     host: str
-    boot_seconds: float
-    pid: int
-    process_seconds: float
-    """When the process began; pids are used again."""
+    process: ProcessIdentity
     since: str
     """UTC, by the holder's clock."""
 
@@ -58,25 +54,27 @@ class Holder:
     def here(cls, work: str) -> Holder:
         """This process."""
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
-        process = psutil.Process()
-        return cls(
-            uuid.uuid4().hex, work, _user(), socket.gethostname(), psutil.boot_time(), process.pid,
-            process.create_time(), since,
-        )  # fmt: skip
+        return cls(uuid.uuid4().hex, work, _user(), socket.gethostname(), ProcessIdentity.here(), since)
+
+    @classmethod
+    def of(cls, content: Mapping[str, Any]) -> Holder:
+        """Read the content of a claim; what an earlier version did not write is not known."""
+        process = content.get("process")
+        texts = {name: str(content.get(name, "unknown")) for name in ("token", "work", "user", "host", "since")}
+        return cls(process=ProcessIdentity.of_json(process if isinstance(process, dict) else content), **texts)
 
     @property
     def text(self) -> str:
         """For a person."""
-        return f"{self.user}@{self.host} (process {self.pid}, {self.work}, since {self.since})"
+        return f"{self.user}@{self.host} (process {self.process.pid}, {self.work}, since {self.since})"
 
     def is_dead_here(self) -> bool:
-        """Whether it was a process of this machine that has ended; False for those of others."""
-        if self.host != socket.gethostname() or abs(self.boot_seconds - psutil.boot_time()) > 1.0:
-            return False
-        try:
-            return bool(abs(psutil.Process(self.pid).create_time() - self.process_seconds) > 1.0)
-        except psutil.NoSuchProcess:
-            return True
+        """Whether it is known to have ended; False where only its silence can tell.
+
+        The host name decides nothing by itself: containers that share it have pids of their own. It is asked too,
+        since a virtual machine that was copied while it ran has its original's ids.
+        """
+        return self.host == socket.gethostname() and self.process.has_ended()
 
 
 @dataclass(frozen=True)
@@ -99,16 +97,18 @@ class Standing:
     @classmethod
     def of(cls, number: int, content: Mapping[str, Any]) -> Standing:
         """Read the content of a claim."""
-        holder = _holder(content) if content else None
-        return cls(number, holder, float(content.get("age_seconds", 0.0)), bool(content.get("over")))
+        holder = Holder.of(content) if content else None
+        age = content.get("age_seconds")
+        sound = isinstance(age, int | float) and 0 <= age < OLDEST_SECONDS
+        return cls(number, holder, float(age) if sound and age else 0.0, bool(content.get("over")))
 
 
 class Claim:
     """A claim that this process holds; beats in a thread until it is released.
 
     Concurrency: safe to call from several threads.
-    Failure: when this process dies the claim is taken over by whoever asks DEAD_SECONDS later; on the same machine at
-        once.
+    Failure: when this process dies the claim is taken over by whoever asks DEAD_SECONDS later; at once by who can see
+        that it ended, in the same PID namespace.
     """
 
     def __init__(
@@ -179,7 +179,7 @@ class Claim:
         current = _read(self._storage, _url(self._folder, self._number))
         if newest != self._number or not current or current.get("token") != self._holder.token:
             ruler = _read(self._storage, _url(self._folder, newest))
-            self._lost_to = _holder(ruler).text if ruler else "another process, which has finished"
+            self._lost_to = Holder.of(ruler).text if ruler else "another process, which has finished"
             return
         self._beats += 1
         self._storage.write(_url(self._folder, self._number), self._content())
@@ -293,10 +293,6 @@ def _content(holder: Holder, beat: int, *, age_seconds: float = 0.0, over: bool 
     return json.dumps({**asdict(holder), **state}).encode()
 
 
-def _holder(content: Mapping[str, Any]) -> Holder:
-    return Holder(**{field.name: content[field.name] for field in fields(Holder)})
-
-
 def _read(storage: Storage, url: str) -> dict[str, Any] | None:
     """The content of a claim; None where there is none, empty while it is being written, or where it is damaged."""
     try:
@@ -304,25 +300,13 @@ def _read(storage: Storage, url: str) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     try:
-        content = parsed_object(data)
+        return parsed_object(data)
     except ValueError:  # not around the reading: what a store refuses is a ValueError, too
         return {}
-    return content if _is_claim(content) else {}
-
-
-def _is_claim(content: Mapping[str, Any]) -> bool:
-    """Whether a holder and its age can be read from it; what is damaged is as good as not written yet."""
-    texts = [content.get(field.name) for field in fields(Holder) if field.type == "str"]
-    numbers = [content.get(field.name) for field in fields(Holder) if field.type != "str"]
-    numbers.append(content.get("age_seconds", 0.0))
-    are_numbers = all(
-        type(number) in (int, float) and 0 <= number < _LARGEST for number in numbers if number is not None
-    )
-    return are_numbers and None not in numbers and all(isinstance(text, str) for text in texts)
 
 
 def _user() -> str:
     try:
         return getpass.getuser()
-    except (KeyError, OSError):  # a container whose user id has no name
+    except (ImportError, KeyError, OSError):  # a container whose user id has no name
         return str(os.getuid())

@@ -15,6 +15,7 @@ from pipeline.block_cache import BlockCache, CachePlace
 from pipeline.errors import DatasetError
 from pipeline.index_reader import INDEX_CACHE_BYTES, IndexReader, SampleRow
 from pipeline.manifest import Manifest
+from pipeline.places import normal
 from pipeline.read_counters import ReadCounters
 from pipeline.shard_index import ShardIndex
 from pipeline.shard_reader import Sample, ShardReader, neighbours
@@ -74,7 +75,7 @@ class Dataset:
             DatasetError: No manifest there, or an unreadable one.
             StorageError: The URL cannot be reached.
         """
-        url = Storage.absolute(url)
+        url = normal(url)
         return cls(storage, url, Manifest.load(storage, url), cache=cache, check_etags=check_etags)
 
     def __len__(self) -> int:

@@ -9,13 +9,14 @@ import numpy.typing as npt
 import simplejpeg
 
 from pipeline import odd_images
+from pipeline.bare_image import JPEG_START, bare_image
 from pipeline.jpeg_scans import refuse_scan_bomb
 
 Pixels = npt.NDArray[np.uint8]
 
 KEPT_COLOURSPACES = frozenset({"YCbCr", "Gray", "RGB"})
 """What libjpeg-turbo converts to RGB by itself; CMYK and YCCK need a colour conversion."""
-_MENDABLE = ("extraneous bytes", "Unsupported")
+_MENDABLE = ("extraneous bytes", "Unsupported", "Could not determine subsampling")
 
 
 def decode(data: bytes) -> Pixels:
@@ -24,14 +25,29 @@ def decode(data: bytes) -> Pixels:
     Raises:
         ValueError: The bytes are no image, or a damaged one; nothing is patched up with grey.
     """
-    if not data.startswith(odd_images.JPEG_START):
+    if not data.startswith(JPEG_START):
         return odd_images.pixels_of(data)
     try:
-        return decode_jpeg(data)
+        return readable_jpeg(data)[1]
     except ValueError as error:
         if not is_mendable(error):
             raise
     return odd_images.pixels_of(data)
+
+
+def readable_jpeg(data: bytes) -> tuple[bytes, Pixels]:
+    """A JPEG that `decode_jpeg` takes, and its pixels: as it is, or without metadata where only that is odd.
+
+    Raises:
+        ValueError: It takes neither.
+    """
+    try:
+        return data, decode_jpeg(data)
+    except ValueError:
+        bare = bare_image(data).data
+        if bare is data:
+            raise
+    return bare, decode_jpeg(bare)
 
 
 def decode_jpeg(data: bytes) -> Pixels:
@@ -53,7 +69,7 @@ def decode_jpeg(data: bytes) -> Pixels:
 def is_mendable(error: ValueError) -> bool:
     """Whether decode_jpeg refused a JPEG of which no pixel is lost.
 
-    Junk between segments, CMYK, 12 or 16 bits, lossless compression.
+    Junk between segments, 12 or 16 bits, lossless compression, sampling factors that TurboJPEG has no name for.
     """
     return any(word in str(error) for word in _MENDABLE)
 

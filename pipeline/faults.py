@@ -12,7 +12,8 @@ import itertools
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import TypeVar
 
 import aiohttp
@@ -20,6 +21,7 @@ from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
 
 from pipeline.errors import CredentialsError, RefusedError, ReplacedError, StorageError, UnreachableError, clipped
+from pipeline.profile_keys import ProfileKeysError
 from pipeline.throttle import Throttle
 
 logger = logging.getLogger(__name__)
@@ -86,6 +88,7 @@ def retry(
     *,
     throttle: Throttle | None = None,
     renew: Callable[[], None] = lambda: None,
+    origins: Mapping[str, str] = MappingProxyType({}),
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
     jitter: Callable[[], float] = random.random,
@@ -98,6 +101,7 @@ def retry(
         deadline_seconds: No further attempt starts later than this; an attempt in progress is not cut short.
         throttle: Turns that threads share; None where everybody may go at once.
         renew: Called before the next attempt where credentials were missing or refused.
+        origins: Where the endpoint and the credentials come from, for the messages.
         clock: Monotonic seconds.
         sleep: Waits that many seconds.
         jitter: Draws from [0, 1).
@@ -119,7 +123,7 @@ def retry(
             wait_seconds = jitter() * min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2.0**attempt)
             refused = is_refused(error, url)
             if not (refused or is_transient(error)) or clock() + wait_seconds > deadline:
-                raise translated(error, url) from error
+                raise translated(error, url, origins) from error
             level = logging.WARNING if clock() - began > QUIET_SECONDS else logging.DEBUG
             logger.log(
                 level, "%s: attempt %d failed (%s), next in %.1f s", url, attempt + 1, _told(error), wait_seconds
@@ -173,7 +177,9 @@ def is_busy(error: BaseException) -> bool:
     return code in ("SlowDown", "Throttling", "RequestLimitExceeded", "ServiceUnavailable") or status in (429, 503)
 
 
-def translated(error: Exception, url: str) -> Exception:  # noqa: PLR0911, PLR0912 (one line per kind of fault)
+def translated(  # noqa: PLR0911, PLR0912 (one line per kind of fault)
+    error: Exception, url: str, origins: Mapping[str, str] = MappingProxyType({})
+) -> Exception:
     """The exception that callers see in place of `error`."""
     code, status = _answer(error)
     number = error.errno if isinstance(error, OSError) else None
@@ -189,7 +195,8 @@ def translated(error: Exception, url: str) -> Exception:  # noqa: PLR0911, PLR09
         return RefusedError("address", "must be open to everybody", url, f"the server answered {status}")
     if is_refused(error, url):
         why = _CREDENTIAL_CODES.get(code, _told(_clients(error) or error))
-        remedy = f"{why}: {_credentials_remedy(url)}, or ask for the permission"
+        advice = error.remedy if isinstance(error, ProfileKeysError) else _credentials_remedy(url, origins)
+        remedy = f"{why}: {advice}, or ask for the permission"
         return CredentialsError("credentials", "must be accepted by the storage", url, remedy)
     if number in _FULL or status == 507:
         return StorageError("disk", "must have space left (ENOSPC)", url, "free some, then run the same command again")
@@ -205,10 +212,15 @@ def translated(error: Exception, url: str) -> Exception:  # noqa: PLR0911, PLR09
         return StorageError("URL", "must be made of characters", clipped(url), "correct what it comes from")
     if isinstance(error, boto.ParamValidationError):
         return StorageError("URL", "must name a valid bucket and key", url, "correct the URL")
+    if status == 407:
+        remedy = "write http://USER:PASSWORD@HOST:PORT, or list the host in NO_PROXY"
+        return StorageError("HTTP_PROXY", "must let this request pass", url, f"the proxy asks for a password: {remedy}")
     if isinstance(error, ValueError) and "endpoint" in str(error).lower():
-        return StorageError("AWS_ENDPOINT_URL", "must be like http://host:port", str(error), "correct it or unset it")
+        where = origins.get("endpoint", "AWS_ENDPOINT_URL")
+        return StorageError(where, "must be like http://host:port", str(error), "correct it or unset it")
     if not status and _is_unreachable(error):
-        endpoint = "" if url.startswith(_WEB) else " and that AWS_ENDPOINT_URL is right"
+        where = origins.get("endpoint", "AWS_ENDPOINT_URL")
+        endpoint = "" if url.startswith(_WEB) else f" and that {where} is right"
         remedy = f"check that the server runs{endpoint} ({_told(error)})"
         return UnreachableError("storage", "must be reachable", url, remedy)
     return OSError(number or errno.EIO, _told(error), url)
@@ -227,7 +239,8 @@ def http_code(error: BaseException) -> str:
 
 def _underlying(error: Exception) -> Exception:
     """fsspec's http says of everything that goes wrong, also of a server that is away, that nothing lies there."""
-    hidden = isinstance(error, FileNotFoundError) and isinstance(error.__cause__, aiohttp.ClientError | TimeoutError)
+    told = aiohttp.ClientError | TimeoutError | StorageError
+    hidden = isinstance(error, FileNotFoundError) and isinstance(error.__cause__, told)
     return error.__cause__ if hidden and isinstance(error.__cause__, Exception) else error
 
 
@@ -256,11 +269,14 @@ def _is_named(error: BaseException, names: set[str]) -> bool:
     return any(f"{kind.__module__}.{kind.__qualname__}" in names for kind in type(error).__mro__)
 
 
-def _credentials_remedy(url: str) -> str:
+def _credentials_remedy(url: str, origins: Mapping[str, str]) -> str:
     if url.startswith(("gs://", "gcs://")):
         return "log in with gcloud, or set GOOGLE_APPLICATION_CREDENTIALS"
     if url.startswith(("az://", "abfs")):
         return "set AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME and what goes with it"
+    origin = origins.get("credentials", "")
+    if origin.startswith(("profile", "the local stack")):
+        return f"correct those of {origin}, or set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
     return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role"
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import aiohttp
 
-from pipeline.s3_filesystem import CONNECT_TIMEOUT_SECONDS, READ_TIMEOUT_SECONDS, open_s3, sources
+from pipeline.proxies import proxy_middleware
+from pipeline.s3_filesystem import CONNECT_TIMEOUT_SECONDS, READ_TIMEOUT_SECONDS, open_s3
+from pipeline.store_access import StoreAccess
 from pipeline.store_urls import GOOGLE, HTTP, S3, kind_of, protocol_of, server_of
-
-if TYPE_CHECKING:
-    from pipeline.storage import Storage
 
 MOST = 16
 """Open at the same time."""
@@ -33,7 +32,7 @@ class _Opened:
 _opened: dict[tuple[Any, ...], _Opened] = {}
 
 
-def file_system(storage: Storage, url: str) -> Any:
+def file_system(storage: StoreAccess, url: str) -> Any:
     """The file system on which `url` lies."""
     key = _key(storage, url)
     found = _opened.get(key) or _opened.setdefault(key, _Opened(_made(storage, url, 0), 0, time.monotonic()))
@@ -42,7 +41,7 @@ def file_system(storage: Storage, url: str) -> Any:
     return found.filesystem
 
 
-def renew(storage: Storage, url: str, used: Any) -> None:
+def renew(storage: StoreAccess, url: str, used: Any) -> None:
     """Have the next call use a new file system in place of `used`, whose credentials were refused.
 
     Calls that are under way end on the old one, which is closed when nobody has it any more.
@@ -54,32 +53,26 @@ def renew(storage: Storage, url: str, used: Any) -> None:
         _opened[key] = _Opened(_made(storage, url, renewals), renewals, time.monotonic())
 
 
-def _key(storage: Storage, url: str) -> tuple[Any, ...]:
+def _key(storage: StoreAccess, url: str) -> tuple[Any, ...]:
     return storage, protocol_of(url), server_of(url), os.getpid()
 
 
-def _made(storage: Storage, url: str, renewals: int) -> Any:
+def _made(storage: StoreAccess, url: str, renewals: int) -> Any:
     protocol = protocol_of(url)
     if protocol in S3:
-        order = sources(storage.key, storage.token)
-        return open_s3(
-            endpoint_url=storage.endpoint_url,
-            key=storage.key,
-            secret=storage.secret,
-            token=storage.token,
-            region=storage.region,
-            options=storage.s3,
-            patience_seconds=storage.retry_seconds,
-            source=order[renewals % len(order)],
-        )
+        if storage.fault:
+            raise storage.fault
+        return open_s3(storage, renewals)
     kind = kind_of(protocol)
     if protocol in HTTP:
         limits = aiohttp.ClientTimeout(None, sock_connect=CONNECT_TIMEOUT_SECONDS, sock_read=READ_TIMEOUT_SECONDS)
-        return kind(use_listings_cache=False, client_kwargs={"timeout": limits}, skip_instance_cache=True)
+        client = {"timeout": limits, "middlewares": (proxy_middleware(lambda: storage.proxies_here),)}
+        return kind(use_listings_cache=False, client_kwargs=client, skip_instance_cache=True)
     if protocol == "memory":
         return kind()
     if protocol in GOOGLE:  # gcsfs's own choice asks a second service for each bucket's type, for a minute if need be
         from gcsfs.core import GCSFileSystem
 
-        kind = GCSFileSystem
+        session = {"middlewares": (proxy_middleware(lambda: storage.proxies_here),)}
+        return GCSFileSystem(use_listings_cache=False, skip_instance_cache=True, session_kwargs=session)
     return kind(use_listings_cache=False, skip_instance_cache=True, **dict(server_of(url)))

@@ -15,12 +15,12 @@ from pipeline.photo import CorruptImage
 from pipeline.shard_index import NO_LABEL, IndexRow, ShardIndex, Skipped
 from pipeline.shard_table import ShardEntry
 from pipeline.shards import ShardReport, is_unchanged
-from pipeline.source import Tar, within
+from pipeline.source import Tar
 from pipeline.storage import Storage
 from pipeline.tar_samples import Measured, TarContents, read_samples
 from pipeline.tar_scan import RangedFile, TarFault
 
-INDEXING_VERSION = 1
+INDEXING_VERSION = 2
 """Part of every digest: indexes made under other rules are not kept."""
 
 
@@ -38,12 +38,12 @@ class IndexTask:
     @property
     def name(self) -> str:
         """Of the shard: the tar's path without its suffix."""
-        return self.tar.path[: -len(".tar")]
+        return self.tar.path.text[: -len(".tar")]
 
     @property
     def digest(self) -> str:
         """Names the tar and how it is indexed."""
-        parts = [INDEXING_VERSION, self.tar.path, self.tar.size_bytes, self.deep]
+        parts = [INDEXING_VERSION, self.tar.path.text, self.tar.size_bytes, self.deep]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
@@ -85,7 +85,7 @@ def index_tar(storage: Storage, destination: str, task: IndexTask) -> TarReport:
         DatasetError: The tar changed meanwhile.
         StorageError: Unreachable, refused, or a full disk.
     """
-    url = within(task.root, task.tar.path)
+    url = task.tar.path.url(task.root)
     entry_tar = _place(destination, task)
     if (kept := _kept(storage, destination, task, url)) is not None:
         return TarReport(task.name, ShardReport(ShardEntry.of(kept, entry_tar), kept.skipped, kept=True))
@@ -106,8 +106,8 @@ def index_tar(storage: Storage, destination: str, task: IndexTask) -> TarReport:
 def _place(destination: str, task: IndexTask) -> str:
     """How the manifest finds the tar: by its name alone where it lies beside it, else by its URL."""
     if destination.rstrip("/") != task.root.rstrip("/"):
-        return within(task.root, task.tar.path)
-    return "" if task.tar.path == f"{task.name}.tar" else task.tar.path
+        return task.tar.path.url(task.root)
+    return "" if task.tar.path.text == f"{task.name}.tar" else task.tar.path.text
 
 
 def _kept(storage: Storage, destination: str, task: IndexTask, url: str) -> ShardIndex | None:

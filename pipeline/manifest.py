@@ -15,7 +15,7 @@ import google_crc32c
 from pipeline.errors import DamagedManifestError, DatasetError, StorageError, clipped
 from pipeline.json_text import parsed_object
 from pipeline.shard_index import Skipped
-from pipeline.shard_table import CONTENT_COLUMNS, ShardTable
+from pipeline.shard_table import CONTENT_COLUMNS, ShardTable, leads_away
 from pipeline.storage import Storage, is_local
 
 if TYPE_CHECKING:  # it imports webdataset, which imports torch: seconds, and 200 MB, that a reader of manifests spares
@@ -152,6 +152,10 @@ def _refuse_odd_tars(shards: ShardTable, url: str) -> None:
     """
     places = [place for place in shards.column("tar") if place]
     local = is_local(url)
+    for place in places:
+        if not place.startswith("/") and "://" not in place and leads_away(place):
+            remedy = "index the tars again; what lies elsewhere has its whole URL"
+            raise DatasetError("manifest", "must name tars below the data set", clipped(place), remedy)
     for start in {place.partition("://")[0] + "://" for place in places if "://" in place}:
         try:
             leads_here = is_local(start + "x")
@@ -199,5 +203,6 @@ def existing_manifest(storage: Storage, url: str, tasks: Iterable[Made]) -> Mani
     manifest = Manifest.load(storage, url)
     if manifest.sources_digest != sources_digest(tasks):
         rule = "must be empty or hold the same data set"
-        raise DatasetError("destination", rule, url, "it was made from other images or options; take another place")
+        remedy = "it was made from other images or options, or by another release; take another place"
+        raise DatasetError("destination", rule, url, remedy)
     return manifest

@@ -7,32 +7,50 @@ import functools
 import io
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
-from PIL import Image, ImageFile, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
+from pipeline.bare_image import JPEG_START, BareImage, bare_image
 from pipeline.jpeg_scans import refuse_scan_bomb
 
-JPEG_START = b"\xff\xd8"
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 """What PIL may take an image for, whatever its name. It knows more: for an EPS it starts Ghostscript."""
 
+_UNREAD = {
+    "HEIC": (4, (b"ftyphei", b"ftyphev", b"ftypmif1heic")),
+    "JPEG XL": (0, (b"\xff\x0a", b"\0\0\0\x0cJXL ")),
+    "JPEG 2000": (0, (b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51")),
+    "compressed by gzip": (0, (b"\x1f\x8b",)),
+    "a page (HTML or XML)": (0, (b"<",)),
+}
+"""What is found under the names of images, by the bytes at a place."""
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""What makes an image upright, by its orientation."""
 _FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _PIL_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
 @contextlib.contextmanager
 def opened(data: bytes) -> Iterator[Image.Image]:
-    """The image with its first frame decoded to the last row.
+    """The image with its first frame decoded to the last row, whatever is the matter with its metadata.
 
     Raises:
         Exception: Whatever a decoder raises on bytes that it does not understand.
     """
     refuse_scan_bomb(data)
-    with _whole_images_only(), _opened(data) as image:
+    with _whole_images_only(), _opened(bare_image(data)) as image:
         refuse_bomb(image.height, image.width)
         image.load()
         yield image
@@ -47,8 +65,8 @@ def pixels_of(data: bytes) -> npt.NDArray[np.uint8]:
     try:
         with opened(data) as image:
             return np.array(plain(image).convert("RGB"))
-    except UnidentifiedImageError as error:  # its message holds a memory address
-        raise ValueError("not an image file") from error
+    except UnidentifiedImageError as error:
+        raise ValueError(unread(data)) from error
     except Exception as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
@@ -57,28 +75,33 @@ def size_of(data: bytes) -> tuple[int, int]:
     """Height and width by the header alone, of any image that `pixels_of` takes; raises ValueError as it does."""
     refuse_scan_bomb(data)
     if data.startswith(JPEG_START):
-        with contextlib.suppress(KeyError):  # a chroma subsampling that libjpeg-turbo has no name for
+        with contextlib.suppress(ValueError, KeyError):  # sampling factors that TurboJPEG has no name for
             height, width, *_ = simplejpeg.decode_jpeg_header(data, strict=False)
             return height, width
     try:
-        with header_of(data) as image:
+        with _header_of(bare_image(data)) as image:
             return image.height, image.width
     except UnidentifiedImageError as error:
-        raise ValueError("not an image file") from error
+        raise ValueError(unread(data)) from error
     except Exception as error:
         raise ValueError(f"{type(error).__name__}: {error}") from error
 
 
-def header_of(data: bytes) -> Image.Image:
-    """The image with nothing decoded yet; what PIL warns of is not told, neither now nor when it is decoded.
+def upright(image: Image.Image) -> Image.Image:
+    """An opened image as its EXIF says that it is to be shown; as it is where that says nothing sound."""
+    method = _TURNS.get(_orientation(image.getexif))
+    return image if method is None else image.transpose(method)
 
-    Raises:
-        Exception: Whatever PIL raises on bytes that it does not understand.
-    """
-    # Not by warnings.catch_warnings: threads that decode at the same time would undo each other's.
-    if _PIL_WARNINGS not in warnings.filters:
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-    return Image.open(io.BytesIO(data), formats=_formats())
+
+def is_upright(data: bytes) -> bool:
+    """Whether EXIF leaves a JPEG as it is."""
+    exif = Image.Exif()
+
+    def loaded() -> Image.Exif:
+        exif.load(bare_image(data).exif)
+        return exif
+
+    return _orientation(loaded) not in _TURNS
 
 
 def plain(image: Image.Image) -> Image.Image:
@@ -97,6 +120,14 @@ def refuse_bomb(height: int, width: int) -> None:
         raise ValueError(f"{width} x {height} pixels are more than PIL's limit of {limit}")
 
 
+def unread(data: bytes) -> str:
+    """What to say of a file that is no image of ours; PIL's message holds a memory address."""
+    if not data:
+        return "not an image file: it is empty"
+    kind = next((kind for kind, (place, starts) in _UNREAD.items() if data.startswith(starts, place)), "")
+    return f"not an image file that is read: it is {kind}" if kind else "not an image file"
+
+
 @functools.cache
 def _formats() -> tuple[str, ...]:
     """FORMATS that this build of PIL has; without AVIF some do."""
@@ -104,13 +135,42 @@ def _formats() -> tuple[str, ...]:
     return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
-def _opened(data: bytes) -> Image.Image:
+def _opened(bare: BareImage) -> Image.Image:
     try:
-        return header_of(data)
+        return _header_of(bare)
     except UnidentifiedImageError:
-        if not data.startswith(JPEG_START):
+        if not bare.data.startswith(JPEG_START):
             raise
-    return Image.fromarray(_deep_pixels(data))
+    return Image.fromarray(_deep_pixels(bare.data))
+
+
+def _header_of(bare: BareImage) -> Image.Image:
+    """The image with nothing decoded yet; what PIL warns of is not told, neither now nor when it is decoded.
+
+    Raises:
+        Exception: Whatever PIL raises on bytes that it does not understand.
+    """
+    _silence_pil()
+    image = Image.open(io.BytesIO(bare.data), formats=_formats())
+    if bare.exif:
+        image.info["exif"] = bare.exif
+    return image
+
+
+def _silence_pil() -> None:
+    # Not by warnings.catch_warnings: threads that decode at the same time would undo each other's.
+    if _PIL_WARNINGS not in warnings.filters:
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _orientation(exif: Callable[[], Image.Exif]) -> int:
+    """As EXIF has it; 1, which is upright, where it has none or cannot be read."""
+    _silence_pil()
+    try:
+        orientation = exif().get(ExifTags.Base.Orientation)
+    except Exception:  # malformed EXIF says nothing about the pixels
+        return 1
+    return orientation if isinstance(orientation, int) else 1
 
 
 def _deep_pixels(data: bytes) -> npt.NDArray[np.uint8]:

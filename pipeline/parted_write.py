@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import os
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -141,7 +142,7 @@ def abandon_all(storage: Storage, url: str, but: PartedWrite | None = None) -> N
     """Sweep away what was begun for this target and never finished, `but` one; invisible, but it takes space."""
     if is_local(url):
         target = Path(Storage.local_path(url))
-        for leftover in target.parent.glob(f".{target.name}.*.parts"):
+        for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.parts"):
             if but is None or leftover != _hidden(but):
                 leftover.unlink(missing_ok=True)
     elif is_s3(url):
@@ -226,7 +227,7 @@ def _write_at(path: Path, offset: int, data: bytes) -> None:
 
 @contextlib.contextmanager
 def _opened(path: Path, flags: int) -> Iterator[int]:
-    file = os.open(path, flags, 0o644)
+    file = os.open(path, flags, 0o666)
     try:
         yield file
     finally:

@@ -6,17 +6,16 @@ import io
 from dataclasses import dataclass
 
 import simplejpeg
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from pipeline import odd_images
-from pipeline.decode import KEPT_COLOURSPACES, decode_jpeg, is_mendable
+from pipeline.bare_image import JPEG_START, bare_image
+from pipeline.decode import KEPT_COLOURSPACES, is_mendable, readable_jpeg
 from pipeline.errors import SourceError
 
 CONVERTED_QUALITY = 95
 LONGEST_JPEG_SIDE = 65500
 """libjpeg's limit."""
-_ORIENTATION_TAG = 0x0112
-_UPRIGHT = 1
 
 
 class CorruptImage(Exception):  # noqa: N818
@@ -54,9 +53,9 @@ ORIGINAL = Encoding()
 def photo_from(data: bytes, encoding: Encoding = ORIGINAL) -> Photo:
     """Check that an image file decodes to its last row; convert what is not an upright 8-bit JPEG.
 
-    Gray, YCbCr and RGB JPEGs keep their bytes, unless the encoding says otherwise. PNG, WebP, CMYK, 12 and 16 bit,
-    EXIF-rotated and the like become gray or RGB JPEGs. Transparent pixels are laid on white; of an animation the first
-    frame counts.
+    Gray, YCbCr and RGB JPEGs keep their bytes, unless the encoding says otherwise, or lose the metadata that decoders
+    stumble over. PNG, WebP, CMYK, 12 and 16 bit, EXIF-rotated and the like become gray or RGB JPEGs. Transparent pixels
+    are laid on white; of an animation the first frame counts.
 
     Raises:
         CorruptImage: It does not decode whole, has more pixels than PIL's guard against decompression bombs allows, or
@@ -66,53 +65,64 @@ def photo_from(data: bytes, encoding: Encoding = ORIGINAL) -> Photo:
         kept = _kept(data, encoding.max_side) if encoding.quality is None else None
         return kept or _converted(data, encoding)
     except Exception as error:  # decoders raise whatever a damaged file leads them into
-        raise CorruptImage(_reason(error)) from error
+        raise CorruptImage(_reason(error, data)) from error
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, data: bytes) -> str:
     """What a decoder said, the same each time: the reason is part of the shard's index, and so of the digest."""
-    if isinstance(error, UnidentifiedImageError):  # its message holds a memory address
-        return "UnidentifiedImageError: not an image file"
+    if isinstance(error, UnidentifiedImageError):
+        return odd_images.unread(data)
     return f"{type(error).__name__}: {error}"
 
 
 def _kept(data: bytes, max_side: int | None) -> Photo | None:
     """The JPEG as it is, after decoding it; None where it must be converted."""
-    if not data.startswith(odd_images.JPEG_START):
+    if not data.startswith(JPEG_START):
         return None
     try:
         height, width, colourspace, _ = simplejpeg.decode_jpeg_header(data, strict=False)
-    except (ValueError, KeyError):  # KeyError: a chroma subsampling that libjpeg-turbo has no name for
+    except (ValueError, KeyError):  # sampling factors that TurboJPEG has no name for
         return None
     odd_images.refuse_bomb(height, width)
     fits = max_side is None or max(height, width) <= max_side
-    if not fits or colourspace not in KEPT_COLOURSPACES or _orientation(data) != _UPRIGHT:
+    if not fits or colourspace not in KEPT_COLOURSPACES or not odd_images.is_upright(data):
         return None
     try:
-        height, width, _ = decode_jpeg(data).shape
+        kept, pixels = readable_jpeg(data)
     except ValueError as error:
         if is_mendable(error):
             return None
         raise
-    return Photo(data, height, width)
-
-
-def _orientation(data: bytes) -> int:
-    try:
-        with odd_images.header_of(data) as image:
-            return int(image.getexif().get(_ORIENTATION_TAG, _UPRIGHT))
-    except Exception:  # malformed EXIF says nothing about the pixels
-        return _UPRIGHT
+    return Photo(kept, *pixels.shape[:2])
 
 
 def _converted(data: bytes, encoding: Encoding) -> Photo:
+    result = _shrunk(_upright(data), encoding.max_side)
+    if max(result.size) > LONGEST_JPEG_SIDE:
+        raise ValueError(f"{result.width} x {result.height} pixels do not fit a JPEG ({LONGEST_JPEG_SIDE} a side)")
+    output = io.BytesIO()
+    result.save(output, "JPEG", quality=encoding.quality or CONVERTED_QUALITY)
+    return Photo(output.getvalue(), result.height, result.width)
+
+
+def _upright(data: bytes) -> Image.Image:
+    """The image as it is shown, gray or RGB; what `decode` refuses is refused here."""
+    if data.startswith(JPEG_START):
+        try:
+            kept, pixels = readable_jpeg(data)
+        except ValueError as error:
+            if not is_mendable(error):
+                raise
+        else:
+            image = Image.fromarray(pixels[..., 0] if _is_gray(kept) else pixels)
+            image.info["exif"] = bare_image(data).exif
+            return odd_images.upright(image)
     with odd_images.opened(data) as image:
-        result = _shrunk(odd_images.plain(ImageOps.exif_transpose(image)), encoding.max_side)
-        if max(result.size) > LONGEST_JPEG_SIDE:
-            raise ValueError(f"{result.width} x {result.height} pixels do not fit a JPEG ({LONGEST_JPEG_SIDE} a side)")
-        output = io.BytesIO()
-        result.save(output, "JPEG", quality=encoding.quality or CONVERTED_QUALITY)
-        return Photo(output.getvalue(), result.height, result.width)
+        return odd_images.plain(odd_images.upright(image))
+
+
+def _is_gray(jpeg: bytes) -> bool:
+    return bool(simplejpeg.decode_jpeg_header(jpeg, strict=False)[2] == "Gray")
 
 
 def _shrunk(image: Image.Image, max_side: int | None) -> Image.Image:

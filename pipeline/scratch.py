@@ -1,26 +1,84 @@
-"""Folders on the local disk for as long as something is worked on."""
+"""Folders on the local disk for as long as something is worked on.
+
+Each is locked by the process that made it (flock, on the folder itself). The kernel drops the lock with the process,
+however it ends, and tells everybody on the machine: containers that share a disk see each other's locks, and not each
+other's processes.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import shutil
-import socket
 import tempfile
+import time
+import weakref
 from pathlib import Path
 
-import psutil
+PREFIX = "convmae-scratch-"
+UNSEEN_SECONDS = 86_400.0
+"""Age at which a folder that another boot left behind is deleted: on a disk that machines share, locks of others may
+not be seen."""
+_BOOT = Path("/proc/sys/kernel/random/boot_id")
 
-_PREFIX = "convmae-scratch-"
+
+class ScratchFolder(tempfile.TemporaryDirectory[str]):
+    """A folder, its lock, and its end: with the context, `cleanup`, the object or the process."""
+
+    def __init__(self, prefix: str) -> None:
+        super().__init__(prefix=prefix)
+        self._handle = os.open(self.name, os.O_RDONLY | os.O_DIRECTORY)
+        self._unlock = weakref.finalize(self, os.close, self._handle)
+
+    def lock(self) -> bool:
+        """Lock it; False if somebody took it for one that was left behind, in the moment before it was locked."""
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:  # a file system without locks: nobody can lock it to delete it either
+            pass
+        return os.fstat(self._handle).st_nlink > 0 and Path(self.name).exists()
+
+    def cleanup(self) -> None:
+        """Delete it."""
+        super().cleanup()
+        self._unlock()
 
 
-def scratch_folder() -> tempfile.TemporaryDirectory[str]:
+def scratch_folder() -> ScratchFolder:
     """A new folder, deleted with its context.
 
-    Deletes first what processes of this host have left that were killed: they could not do it themselves.
+    Deletes first what processes have left that were killed: they could not do it themselves.
     """
-    ours = f"{_PREFIX}{socket.gethostname()}-"  # containers may share a disk, but not their processes
-    for folder in Path(tempfile.gettempdir()).glob(f"{ours}*"):
-        pid = folder.name.removeprefix(ours).partition("-")[0]
-        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)
-    return tempfile.TemporaryDirectory(prefix=f"{ours}{os.getpid()}-")
+    prefix = f"{PREFIX}{_boot()}-"
+    for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        _delete_if_left(folder, is_of_this_boot=folder.name.startswith(prefix))
+    while True:
+        with contextlib.suppress(FileNotFoundError):
+            folder_of_ours = ScratchFolder(prefix)
+            if folder_of_ours.lock():
+                return folder_of_ours
+            folder_of_ours.cleanup()
+
+
+def _delete_if_left(folder: Path, *, is_of_this_boot: bool) -> None:
+    """Delete a folder that no process has locked. One that cannot be locked, or is another user's, stays."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+        try:
+            # Not to be had on NFS, where a lock for writing needs a file that is open for writing: there all stay.
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if is_of_this_boot or time.time() - os.fstat(handle).st_mtime > UNSEEN_SECONDS:
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(handle)
+
+
+def _boot() -> str:
+    """What tells this boot of this machine from others; empty where there is no /proc."""
+    try:
+        return _BOOT.read_text().strip().replace("-", "")[:12]
+    except OSError:
+        return "unknown"

@@ -10,7 +10,7 @@ import json
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -18,9 +18,10 @@ import numpy.typing as npt
 from pipeline import hashing
 from pipeline.errors import SourceError
 from pipeline.photo import ORIGINAL, Encoding
+from pipeline.places import Given, Listed
 from pipeline.source import Source, Sources, Tars
 
-SHARD_VERSION = 2
+SHARD_VERSION = 3
 """Part of every sources digest: shards written under other rules are not kept."""
 
 _SHUFFLE = 0x53484152
@@ -62,10 +63,10 @@ class Ingest:
         """Two ingests with one digest make the same data set."""
         digest = hashlib.sha256(json.dumps([SHARD_VERSION, asdict(self.sharding)]).encode())
         if isinstance(self.found, Tars):
-            rows = ([tar.path, tar.size_bytes] for tar in self.found.tars)
+            rows: Iterator[list[Any]] = ([_identity(tar.path), tar.size_bytes] for tar in self.found.tars)
         else:
             digest.update(json.dumps(self.found.classes).encode())
-            rows = ([image.path, image.size_bytes, image.label] for image in self.found.images)
+            rows = ([_identity(image.path), image.size_bytes, image.label] for image in self.found.images)
         for row in rows:
             digest.update(json.dumps(row).encode())
         return digest.hexdigest()
@@ -85,9 +86,15 @@ class ShardTask:
     @property
     def digest(self) -> str:
         """Names the sources, their order and encoding; two tasks with one digest write the same shard."""
-        rows = [[source.path, source.size_bytes, source.label, source.offset] for source in self.sources]
+        rows = [[_identity(source.path), source.size_bytes, source.label, source.offset] for source in self.sources]
         parts = [SHARD_VERSION, self.first_key, asdict(self.encoding), rows]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _identity(path: Listed | Given) -> str | list[str]:
+    """A path in a digest. A listed name that spells an address is marked: shards made of that address are not kept."""
+    spells_an_address = isinstance(path, Listed) and (path.text.startswith("/") or "://" in path.text)
+    return ["listed", path.text] if spells_an_address else path.text
 
 
 class ShardPlan(Sequence[ShardTask]):

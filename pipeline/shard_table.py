@@ -93,7 +93,7 @@ class ShardTable(Sequence[ShardEntry]):
         self._names = _strings("name", names, MOST_NAME_BYTES)
         if len(set(names)) != len(names):
             raise ValueError("a shard's name is there twice")
-        if any(_leads_away(name) for name in names):
+        if any(leads_away(name) for name in names):
             raise ValueError("a shard's name leads out of the data set")
         if any(len(digest) != 64 for digest in index_sha256):
             raise ValueError("a digest of an index is no SHA-256")
@@ -220,6 +220,6 @@ def _counts(field: str, values: Sequence[int]) -> npt.NDArray[np.int64]:
     return counts
 
 
-def _leads_away(name: str) -> bool:
-    """Whether a path is not below the folder that it is relative to."""
-    return name.startswith("/") or "://" in name or ".." in name.split("/")
+def leads_away(name: str) -> bool:
+    """Whether a path is not, or not for every reader, below the folder that it is relative to."""
+    return name.startswith("/") or "://" in name or bool({".", ".."} & {*name.split("/")})

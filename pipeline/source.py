@@ -7,20 +7,24 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from pipeline.errors import RefusedError
+from pipeline.places import Given, Listed
 from pipeline.shard_index import LARGEST_IMAGE_BYTES
-from pipeline.storage import Storage, is_local, is_web
+from pipeline.storage import Storage, is_local
 
-IMAGE_SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif"}
+IMAGE_EXTENSIONS = (
+    *("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jfif"),
+    *("jpe", "jif", "pjpeg", "pjp", "apng"),
 )
+"""In small letters. Where a sample of a tar has several images, the first of these is the one."""
+IMAGE_SUFFIXES = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS)
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
     """One image as it was found: a file, or a range of a tar."""
 
-    path: str
-    """Of the file or tar: relative to the sources' root, or absolute."""
+    path: Listed | Given
+    """Of the file or tar: found below the sources' root, or as a list of files has it."""
     size_bytes: int | None
     """Of the image; None where nobody asked."""
     label: int | None
@@ -30,16 +34,16 @@ class Source:
     @property
     def name(self) -> str:
         """What tells a person which one it is."""
-        return self.path if self.offset is None else f"{self.path} at byte {self.offset}"
+        return str(self.path) if self.offset is None else f"{self.path} at byte {self.offset}"
 
     def read(self, storage: Storage, root: str) -> bytes:
         """The image's bytes.
 
         Raises:
             FileNotFoundError: It is gone.
-            RefusedError: It is larger than any image, or no file.
+            RefusedError: It is larger than any image, or no file, or its name leads elsewhere.
         """
-        url = within(root, self.path)
+        url = self.path.url(root)
         if self.offset is None:
             return self._read_file(storage, url)
         assert self.size_bytes is not None
@@ -59,7 +63,7 @@ class Sources:
     """All images of an ingest, in an order that depends on nothing but them."""
 
     root: str
-    """What relative paths are relative to."""
+    """What was listed, and what relative paths of a list are relative to."""
     classes: tuple[str, ...]
     """Names of the labels; empty where they have none."""
     images: Sequence[Source]
@@ -73,7 +77,7 @@ class Sources:
 class Tar:
     """A tar whose images are not known yet."""
 
-    path: str
+    path: Listed
     size_bytes: int
 
 
@@ -88,8 +92,8 @@ class Tars:
 
 
 def address(url: str) -> str:
-    """Without the query of an http address."""
-    return url.partition("?")[0] if is_web(url) else url
+    """A URL without its query, which addresses of web servers alone have."""
+    return url.partition("?")[0] if url.lower().startswith(("http://", "https://")) else url
 
 
 def parted(url: str) -> tuple[str, str]:
@@ -98,11 +102,6 @@ def parted(url: str) -> tuple[str, str]:
     return folder, name + url.removeprefix(address(url))
 
 
-def suffix(path: str) -> str:
-    """Of a file's name or URL, in small letters."""
-    return PurePosixPath(address(path)).suffix.lower()
-
-
-def within(root: str, path: str) -> str:
-    """The place of a path that is absolute or relative to a root."""
-    return path if "://" in path or path.startswith("/") else Storage.join(root, path)
+def suffix(name: str) -> str:
+    """Of a file's name, in small letters."""
+    return PurePosixPath(name).suffix.lower()

@@ -9,7 +9,7 @@ from dataclasses import replace
 from urllib.parse import urlsplit
 
 from pipeline.errors import RefusedError, UnreachableError
-from pipeline.source import Source, within
+from pipeline.source import Source
 from pipeline.storage import Storage, is_web
 
 HASTY_SECONDS = 10.0
@@ -43,10 +43,11 @@ class SourceReader:
 
         Raises:
             FileNotFoundError: It is gone.
-            RefusedError: Its web server does not give it, or is away while others answer; or it is no image file.
+            RefusedError: Its web server does not give it, or is away while others answer; or it is no image file, or
+                its name leads elsewhere.
             UnreachableError: Its server answered before, and is away.
         """
-        url = within(self._root, source.path)
+        url = source.path.url(self._root)
         host = urlsplit(url).netloc if is_web(url) else ""
         with self._lock:
             if host in self._dead:

@@ -26,13 +26,14 @@ import numpy.typing as npt
 from pipeline.braces import expanded
 from pipeline.errors import SourceError
 from pipeline.json_text import parsed_object
+from pipeline.places import Listed
 from pipeline.shard_index import NO_LABEL, Skipped
-from pipeline.source import Source, Tar, Tars, address, within
+from pipeline.source import Source, Tar, Tars, address
 from pipeline.storage import Storage, is_web
 from pipeline.tar_samples import read_samples
 from pipeline.tar_scan import RangedFile, TarFault
 
-LISTING_VERSION = 2
+LISTING_VERSION = 3
 
 _LISTINGS_AT_ONCE = 16
 
@@ -82,7 +83,7 @@ def matching_tars(storage: Storage, pattern: str) -> Tars:
         chosen |= dict.fromkeys(sorted(found))
     if not chosen:
         raise SourceError("source", "must match at least one tar", pattern, f"{len(sizes)} files lie under {root}")
-    return Tars(root, tuple(Tar(path, sizes[path]) for path in sorted(chosen)))
+    return Tars(root, tuple(Tar(Listed(path), sizes[path]) for path in sorted(chosen)))
 
 
 def _sizes(storage: Storage, root: str, pattern: str) -> dict[str, int]:
@@ -133,7 +134,7 @@ class TarListing:
         """The listing as a file."""
         header = {
             "version": LISTING_VERSION,
-            "tar": [self.tar.path, self.tar.size_bytes],
+            "tar": [self.tar.path.text, self.tar.size_bytes],
             "skipped": [[item.path, item.reason] for item in self.skipped],
             "faults": [list(fault) for fault in self.faults],
             "bad_labels": self.bad_labels,
@@ -157,7 +158,7 @@ class TarListing:
             tar, bad_labels = header["tar"], _count(header["bad_labels"])
             skipped = tuple(Skipped(_text(path), _text(reason)) for path, reason in header["skipped"])
             faults = tuple(TarFault(_count(offset), _text(what)) for offset, what in header["faults"])
-            tar = Tar(_text(tar[0]), _count(tar[1]))
+            tar = Tar(Listed(_text(tar[0])), _count(tar[1]))
         except _NO_LISTING as error:
             raise ValueError(f"no listing: {error}") from error
         return cls(tar, **columns, skipped=skipped, faults=faults, bad_labels=bad_labels)
@@ -214,9 +215,9 @@ def list_tar(storage: Storage, folder: str, task: TarTask) -> TarSummary:
         folder: Where listings are kept.
         task: The tar to go through.
     """
-    tar, url = task.tar, within(task.root, task.tar.path)
+    tar, url = task.tar, task.tar.path.url(task.root)
     place = Storage.join(folder, f"{_name(task, storage.etag(url))}.npz")
-    if (kept := _kept_listing(storage, place)) is not None:
+    if (kept := _kept_listing(storage, place)) is not None and kept.tar == tar:
         return _summary(kept, place, kept=True)
     with RangedFile(lambda offset, length: storage.read_range(url, offset, length), tar.size_bytes) as file:
         contents = read_samples(file, salvage=True)
@@ -259,7 +260,7 @@ def _summary(listing: TarListing, url: str, *, kept: bool) -> TarSummary:
 
 
 def _name(task: TarTask, etag: str | None) -> str:
-    parts = [task.root, task.tar.path, task.tar.size_bytes, etag]
+    parts = [task.root, task.tar.path.text, task.tar.size_bytes, etag]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
 
 
@@ -267,7 +268,7 @@ class TarImages(Sequence[Source]):
     """The images of many tars, in the tars' order, as rows of a temporary file: 28 bytes of disk each, no memory."""
 
     def __init__(self, listings: Iterable[TarListing]) -> None:
-        self._paths: list[str] = []
+        self._paths: list[Listed] = []
         with tempfile.TemporaryFile(prefix="convmae-images-") as file:
             for number, listing in enumerate(listings):
                 self._paths.append(listing.tar.path)

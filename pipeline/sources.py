@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 from pipeline import source_lists, source_tars
 from pipeline.errors import SourceError
-from pipeline.source import IMAGE_SUFFIXES, Source, Sources, Tar, Tars, address, parted, suffix, within
-from pipeline.storage import Storage
+from pipeline.places import Given, Listed
+from pipeline.source import IMAGE_SUFFIXES, Source, Sources, Tar, Tars, address, parted, suffix
+from pipeline.storage import Storage, is_web
 
 PACKED_SUFFIXES = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".zip")
 
@@ -24,10 +26,11 @@ def find_sources(storage: Storage, source: str) -> Sources | Tars:
         SourceError: It is missing, empty, or holds nothing of these; or a tar's name is no UTF-8.
         StorageError: It cannot be reached.
     """
-    found = _found(storage, Storage.absolute(source))
+    place = Given(source).url(str(Path.cwd()))
+    found = _found(storage, place if is_web(place) else place.rstrip("/") or "/")
     if isinstance(found, Tars):
         for tar in found.tars:
-            _refuse_odd_bytes(within(found.root, tar.path))
+            _refuse_odd_bytes(tar.path.url(found.root))
     return found
 
 
@@ -46,9 +49,9 @@ def _found(storage: Storage, source: str) -> Sources | Tars:
     if source_tars.is_pattern(source) and not storage.list_names(source):
         return source_tars.matching_tars(storage, source)
     if storage.exists(source):
-        if suffix(source) == ".tar":
+        if suffix(address(source)) == ".tar":
             root, name = parted(source)
-            return Tars(root, (Tar(name, storage.size(source)),))
+            return Tars(root, (Tar(Listed(name), storage.size(source)),))
         return source_lists.listed_sources(storage, source)
     return _folder(storage, source)
 
@@ -62,7 +65,7 @@ def _folder(storage: Storage, root: str) -> Sources | Tars:
         remedy = "it is missing or empty; check the path"
         raise SourceError("source", "must be a folder with images or tars, a tar, or a list of files", root, remedy)
     # Names with a leading dot are what systems leave behind (.DS_Store, ._photo.jpg, .Trash/ and .ipynb_checkpoints/).
-    shown = [path for path in sorted(sizes) if not any(part.startswith(".") for part in path.split("/"))]
+    shown = [path for path in sorted(sizes) if not any(map(_is_hidden, path.split("/")))]
     images = [path for path in shown if suffix(path) in IMAGE_SUFFIXES]
     tars = [path for path in shown if suffix(path) == ".tar"]
     if images and tars:
@@ -70,11 +73,16 @@ def _folder(storage: Storage, root: str) -> Sources | Tars:
         raise SourceError("source", "must hold images or tars, not both", root, remedy)
     if tars:
         packed = tuple(path for path in shown if path.lower().endswith(PACKED_SUFFIXES))
-        return Tars(root, tuple(Tar(path, sizes[path]) for path in tars), packed)
+        return Tars(root, tuple(Tar(Listed(path), sizes[path]) for path in tars), packed)
     if not images:
         raise _nothing_there(root, list(sizes))
     others = tuple(path for path in shown if suffix(path) not in IMAGE_SUFFIXES)
     return replace(_by_class(root, {path: sizes[path] for path in images}), passed_over=others)
+
+
+def _is_hidden(part: str) -> bool:
+    """Whether a name is one that people do not see; . and .. in a key are none, and are refused by name."""
+    return part.startswith(".") and part not in (".", "..")
 
 
 def _nothing_there(root: str, names: list[str]) -> SourceError:
@@ -86,9 +94,15 @@ def _nothing_there(root: str, names: list[str]) -> SourceError:
 
 def _by_class(root: str, sizes: dict[str, int]) -> Sources:
     """A class is the first folder on an image's way down; where an image lies directly under `root`, none has one."""
-    folders = {path.partition("/")[0] for path in sizes}
-    beside = tuple(path for path in sizes if "/" not in path)
+    folders = {_first_folder(path) for path in sizes}
+    beside = tuple(path for path in sizes if not _first_folder(path))
     classes = () if beside else tuple(sorted(folders))
     labels = {name: index for index, name in enumerate(classes)}
-    images = tuple(Source(path, size, labels.get(path.partition("/")[0])) for path, size in sizes.items())
+    images = tuple(Source(Listed(path), size, labels.get(_first_folder(path))) for path, size in sizes.items())
     return Sources(root, classes, images, beside_classes=beside if len(beside) < len(sizes) else ())
+
+
+def _first_folder(path: str) -> str:
+    """The first folder that has a name; empty where there is none."""
+    folder, slash, _ = path.lstrip("/").partition("/")
+    return folder if slash else ""

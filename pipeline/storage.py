@@ -9,23 +9,21 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import secrets
 import shutil
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Self, TypeVar
-
-from fsspec.implementations.local import LocalFileSystem
+from typing import Any, TypeVar
 
 from pipeline import conditional_write, faults, file_systems
 from pipeline.errors import StorageError
 from pipeline.local_files import local_files, read_part
 from pipeline.ranged_read import HttpRangedRead, RangedRead, fsspec_read
 from pipeline.s3_filesystem import MAX_CONNECTIONS
-from pipeline.s3_options import S3Options
-from pipeline.store_urls import HTTP, S3, is_local, is_s3, is_web, path_of, protocol_of
+from pipeline.store_access import StoreAccess
+from pipeline.store_urls import HTTP, S3, is_folder_mark, is_local, is_s3, is_web, path_of, protocol_of
 from pipeline.throttle import Throttle
 
 __all__ = ["Storage", "is_local", "is_s3", "is_web"]
@@ -39,63 +37,19 @@ _RANGED = dict.fromkeys(S3, RangedRead) | dict.fromkeys(HTTP, HttpRangedRead)
 
 
 @dataclass(frozen=True)
-class Storage:
+class Storage(StoreAccess):
     """How to reach URLs. Travels as an argument, so that secrets stay out of logs and of Ray's runtime environment.
 
     Every method raises FileNotFoundError where nothing lies at the URL, StorageError for what the user can mend
     (unreachable, credentials, missing bucket, full disk) and OSError naming the URL for the rest. Transient faults, and
     credentials that are missing or refused, are retried with backoff until `retry_seconds` have passed. Methods block
     and are safe to call from several threads.
-
-    Keys without a session token are used as they are. Without keys each process finds its own credentials by botocore's
-    chain, and renews them; with a token it does so when the token is refused (pipeline.s3_filesystem).
     """
-
-    endpoint_url: str | None = None
-    """S3 endpoint; None leaves it to botocore."""
-    key: str | None = field(default=None, repr=False)
-    secret: str | None = field(default=None, repr=False)
-    token: str | None = field(default=None, repr=False)
-    region: str | None = None
-    retry_seconds: float = 120.0
-    """Long enough for a storage server to be restarted, or for credentials to come."""
-    s3: S3Options = field(default_factory=S3Options)
-    """What requests to S3 carry beside what they are about."""
-
-    @classmethod
-    def from_environment(cls, environ: Mapping[str, str]) -> Storage:
-        """Read AWS_* variables, where absent ones are left to botocore's chain, and those of S3Options.
-
-        Raises:
-            StorageError: An option that S3 does not know.
-        """
-        return cls(
-            endpoint_url=environ.get("AWS_ENDPOINT_URL") or None,
-            key=environ.get("AWS_ACCESS_KEY_ID") or None,
-            secret=environ.get("AWS_SECRET_ACCESS_KEY") or None,
-            token=environ.get("AWS_SESSION_TOKEN") or None,
-            region=environ.get("AWS_REGION") or environ.get("AWS_DEFAULT_REGION") or None,
-            s3=S3Options.from_environment(environ),
-        )
-
-    def to_json(self) -> dict[str, Any]:
-        """Its fields, for a process that reads them as JSON; secrets among them."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Self:
-        """Read `to_json`."""
-        return cls(**{**fields, "s3": S3Options(**fields["s3"])})
 
     @staticmethod
     def join(url: str, *parts: str) -> str:
         """``join("s3://bucket/data/", "a", "b")`` is ``s3://bucket/data/a/b``."""
         return "/".join([url.rstrip("/"), *parts])
-
-    @staticmethod
-    def absolute(url: str) -> str:
-        """The same place named so that a process with another working directory finds it."""
-        return str(LocalFileSystem._strip_protocol(url)) if is_local(url) else url
 
     @staticmethod
     def local_path(url: str) -> str:
@@ -200,25 +154,33 @@ class Storage:
         return info.get("ETag") or info.get("etag") or None
 
     def list_names(self, url: str) -> list[str]:
-        """Sorted names of the files and folders directly under `url`; empty where there is no such folder."""
+        """Sorted names of the files and folders directly under `url`; empty where there is no such folder.
+
+        Objects that stand for folders do not count (pipeline.store_urls).
+        """
         try:
-            paths = self._call(url, lambda fs, path: fs.ls(path, detail=False))
-        except FileNotFoundError:
+            if is_local(url):
+                return sorted(self._call(url, lambda _, path: [item.name for item in Path(path).iterdir()]))
+            found = self._call(url, lambda fs, path: fs.ls(path, detail=True))
+        except (FileNotFoundError, NotADirectoryError):
             return []
-        root = path_of(url)
-        return sorted({path.rstrip("/").rpartition("/")[2] for path in paths if path.rstrip("/") != root.rstrip("/")})
+        root = path_of(url).rstrip("/")
+        named = [(info["name"].rstrip("/"), info.get("size")) for info in found]
+        paths = {path for path, size in named if path != root and (size or not is_folder_mark(path))}
+        return sorted({path.rpartition("/")[2] for path in paths})
 
     def list_files(self, url: str) -> dict[str, int]:
         """Size in bytes of every file under `url` at any depth, by its path relative to `url`, sorted.
 
         Links to local folders are followed. A link to nowhere counts as a file of no bytes; pipes, sockets and devices
-        do not count.
+        do not count, nor do objects that stand for folders (pipeline.store_urls).
         """
         if is_local(url):
             return self._call(url, lambda _, path: dict(sorted(local_files(path))))
         found = self._call(url, lambda fs, path: fs.find(path, detail=True))
         root = path_of(url).rstrip("/") + "/"
-        return {path.removeprefix(root): int(info["size"] or 0) for path, info in sorted(found.items())}
+        sizes = ((path, int(info["size"] or 0)) for path, info in sorted(found.items()) if path.startswith(root))
+        return {path.removeprefix(root): size for path, size in sizes if size or not is_folder_mark(path)}
 
     def delete(self, url: str) -> None:
         """Remove a file or object; that it is already gone is no error."""
@@ -261,7 +223,8 @@ class Storage:
         try:
             (self if is_patient else hasty)._probe(url, write=write)
         except FileNotFoundError as error:
-            remedy = "take a folder that can be made" if is_local(url) else "check the bucket and AWS_ENDPOINT_URL"
+            endpoint = dict(self.origins).get("endpoint", "AWS_ENDPOINT_URL")
+            remedy = "take a folder that can be made" if is_local(url) else f"check the bucket and {endpoint}"
             raise StorageError("storage", "must accept this URL", url, remedy) from error
 
     def _probe(self, url: str, *, write: bool) -> None:
@@ -290,6 +253,7 @@ class Storage:
             self.retry_seconds,
             throttle=None if is_local(url) else _throttle(self.endpoint_url, protocol_of(url), os.getpid()),
             renew=lambda: file_systems.renew(self, url, used),
+            origins=dict(self.origins) if is_s3(url) else {},
         )
 
     def _put_local(self, url: str, fill: Callable[[Path], object]) -> None:
@@ -329,11 +293,10 @@ def _list_one(filesystem: Any, path: str) -> None:
 
 @contextlib.contextmanager
 def _temporary_beside(target: Path) -> Iterator[Path]:
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(handle)
-    temporary = Path(name)
+    # Not mkstemp, whose files their owner alone may read: who may read ours is up to the umask and the folder.
+    temporary = target.with_name(f".convmae-{secrets.token_hex(8)}")
+    temporary.touch(exist_ok=False)
     try:
-        temporary.chmod(0o644)  # mkstemp's 0600 would hide shared data from others
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)

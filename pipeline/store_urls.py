@@ -31,6 +31,10 @@ S3 = ("s3", "s3a")
 HTTP = ("http", "https")
 GOOGLE = ("gs", "gcs")
 AZURE = ("az", "abfs", "abfss")
+BUCKETS = (*S3, *GOOGLE, "az", "oss")
+"""Whose URLs begin with the name of a bucket."""
+_SPELLINGS = {"s3a": "s3", "s3n": "s3", "gcs": "gs", "local": "file"}
+"""Of one protocol, by others than its own name."""
 
 
 def is_local(url: str) -> bool:
@@ -61,7 +65,7 @@ def protocol_of(url: str) -> str:
     protocol, separator, _ = url.partition("://")
     if not separator:
         # "s3:/bucket" would otherwise become a folder named "s3:".
-        scheme = url.partition(":/")[0]
+        scheme = url.partition(":/")[0].lower()
         if scheme not in STORES or ":/" not in url:
             return "file"
         raise StorageError(
@@ -74,6 +78,18 @@ def protocol_of(url: str) -> str:
     nearest = [] if foreign else difflib.get_close_matches(protocol, STORES, n=1, cutoff=0.4)
     remedy = f"did you mean {nearest[0]}://?" if nearest else "use s3://, gs://, file:// or a path"
     raise StorageError("URL", "must have a known protocol", clipped(url), remedy)
+
+
+def is_folder_mark(path: str) -> bool:
+    """Whether an object without bytes stands for a folder: consoles write `photos/`, and Hadoop `photos_$folder$`."""
+    return path.endswith(("/", "_$folder$"))
+
+
+def with_known_scheme(url: str) -> str:
+    """The URL with the scheme as it is written here: in small letters, and one for each protocol."""
+    scheme, separator, rest = url.partition("://")
+    known = _SPELLINGS.get(scheme.lower(), scheme.lower())
+    return f"{known}://{rest}" if separator and known in STORES else url
 
 
 def path_of(url: str) -> str:

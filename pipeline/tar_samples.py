@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -12,16 +12,23 @@ from pipeline.errors import clipped
 from pipeline.json_text import parsed_json
 from pipeline.photo import CorruptImage
 from pipeline.shard_index import LARGEST_IMAGE_BYTES, Skipped
+from pipeline.source import IMAGE_EXTENSIONS
 from pipeline.tar_scan import RangedFile, TarFault, TarMember, scan_tar
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jfif")
-"""Where a sample has several images, the first of these is the one."""
+TEXT_EXTENSIONS = frozenset(
+    {"json", "jsonl", "txt", "text", "caption", "cls", "label", "id", "index", "csv", "tsv", "xml", "yaml", "yml"}
+    | {"md", "html"}
+)
+"""Of members that say something of an image; alone they are no image that was lost."""
 LABEL_FIELDS = ("cls", "label", "class_id")
 """Of a sample's .json; the first that is an integer counts."""
 LARGEST_LABEL_BYTES = 1 << 20
 MOST_SKIPPED = 100_000
 """Of one tar's images; a tar with more is given up, before their list fills the memory."""
 
+_UNREAD = re.compile("names with (.+) are not read as images", re.DOTALL)
+_MOST_KINDS = 20
+_NO_EXTENSION = "no extension"
 _LABEL_DIGITS = 19  # of 2**63 - 1
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset skips these too
 
@@ -59,7 +66,7 @@ class TarContents:
     images: list[TarImage] = field(default_factory=list)
     """In the tar's order."""
     skipped: list[Skipped] = field(default_factory=list)
-    """Images that cannot be used."""
+    """Images that cannot be used, and samples that have none that is read."""
     faults: list[TarFault] = field(default_factory=list)
     bad_labels: int = 0
     """Labels that are no integers of at least 0; their images have none."""
@@ -71,7 +78,7 @@ def read_samples(file: RangedFile, *, salvage: bool, measure: Callable[[bytes], 
     A sample's key is its members' name up to the first dot of the last part, as for webdataset. Its image is the member
     `<key>.jpg`, else `<key>.jpeg` and so on; where it has none of these, each `<key>.<more>.jpg` is a sample of its
     own. Its label is the integer in `<key>.cls`; where there is no such member, one in `<key>.json`. Others are passed
-    over.
+    over; a sample that has others than texts, and no image, is skipped by name.
 
     Args:
         file: The tar. Holding its rows takes about 500 bytes an image.
@@ -90,12 +97,22 @@ def read_samples(file: RangedFile, *, salvage: bool, measure: Callable[[bytes], 
                 collector.contents.faults.append(TarFault(item.offset, what))
                 break
     collector.contents.images = _labelled(_chosen(collector.images), collector.labels)
+    collector.contents.skipped += collector.without_image()
     return collector.contents
 
 
+def unread_kinds(skipped: Iterable[Skipped]) -> str:
+    """Of those that were skipped because no image ends in their extension: how many, and which; empty for none."""
+    kinds = Counter(found[1] for item in skipped if (found := _UNREAD.fullmatch(item.reason)))
+    if not kinds:
+        return ""
+    told = [f"{kind} {count}" for kind, count in kinds.most_common(_MOST_KINDS)]
+    more = [f"and {len(kinds) - _MOST_KINDS} more kinds"] if len(kinds) > _MOST_KINDS else []
+    return f"{kinds.total()} samples have no image that is read ({', '.join(told + more)})"
+
+
 def _is_passed_over(name: str) -> bool:
-    last = name.rpartition("/")[2]
-    return last.startswith(".") or "." not in last or _META.match(name) is not None
+    return name.rpartition("/")[2].startswith(".") or _META.match(name) is not None
 
 
 def _tells_label(extension: str, known: bool) -> bool:
@@ -112,13 +129,20 @@ class _Collector:
         """By the member's name."""
         self.labels: dict[str, int | None] = {}
         """By the member's name without its last extension; None where a .cls is no label."""
+        self._seen: set[str] = set()
+        """Keys of samples whose images cannot be used."""
+        self._others: dict[str, tuple[str, int]] = {}
+        """By key, the first member that is neither image nor text: what follows the key, where its content begins."""
         self._file = file
         self._measure = measure
 
     def take(self, member: TarMember) -> None:
-        stem, _, extension = member.name.rpartition(".")
+        key = sample_key(member.name)
+        stem, _, extension = member.name.rpartition(".") if member.name != key else (key, "", "")
         if extension.lower() in IMAGE_EXTENSIONS:
-            self._take_image(member)
+            self._take_image(member, key)
+        elif extension.lower() not in TEXT_EXTENSIONS and len(self._others) <= MOST_SKIPPED:
+            self._others.setdefault(key, (member.name[len(key) + 1 :], member.data_offset))
         elif not _tells_label(extension, stem in self.labels):
             return
         elif not member.obstacle and member.size <= LARGEST_LABEL_BYTES:
@@ -128,7 +152,19 @@ class _Collector:
         self._file.seek(member.data_offset)
         return self._file.read(member.size)
 
-    def _take_image(self, member: TarMember) -> None:
+    def without_image(self) -> list[Skipped]:
+        """Samples of which nothing was read, though they hold more than texts."""
+        found = self._seen | {image.key for image in self.images.values()}
+        return [
+            Skipped(
+                f"{clipped(f'{key}.{extension}' if extension else key)} at byte {offset}",
+                f"names with {f'.{clipped(extension)}' if extension else _NO_EXTENSION} are not read as images",
+            )
+            for key, (extension, offset) in self._others.items()
+            if key not in found
+        ]
+
+    def _take_image(self, member: TarMember, key: str) -> None:
         try:
             if member.name in self.images:
                 raise CorruptImage("its name was used before in this tar")
@@ -140,8 +176,8 @@ class _Collector:
         except CorruptImage as error:
             path = f"{clipped(member.name)} at byte {member.data_offset}"
             self.contents.skipped.append(Skipped(path, str(error)))
+            self._seen.add(key)
             return
-        key = sample_key(member.name)
         extension = member.name[len(key) + 1 :]
         self.images[member.name] = TarImage(key, extension, member.data_offset, member.size, None, measured)
 
@@ -172,7 +208,10 @@ def cls_label(data: bytes) -> int:
 def _json_label(data: bytes) -> int | None:
     fields = parsed_json(data)
     values = [fields.get(name) for name in LABEL_FIELDS] if isinstance(fields, dict) else []
-    return next((value for value in values if isinstance(value, int) and not isinstance(value, bool)), None)
+    integers = [value for value in values if type(value) is int]
+    if not integers and any(isinstance(value, float) for value in values):
+        raise ValueError("no label")  # as 1.0 in a .cls; text under these names is often none
+    return next(iter(integers), None)
 
 
 def _chosen(found: dict[str, TarImage]) -> list[TarImage]:

@@ -32,6 +32,16 @@ _PACKERS = {
     b"PK\x03\x04": "zip",
 }
 """By the first bytes of what they make."""
+_OTHERS = {
+    b"version https://git-lfs": "it is a pointer of Git LFS, not the file: get that with `git lfs pull`",
+    b"/annex/": "it is a pointer of git-annex, not the file: get that with `git annex get`",
+    b"<": "it is a page (HTML or XML), as servers send instead of a file: download it again",
+    b"{": "it is JSON, as servers send instead of a file: download it again",
+    b"\x89PNG": "it is an image",
+    b"\xff\xd8\xff": "it is an image",
+}
+"""What else is found under the name of a tar, by its first bytes."""
+_SNIFFED_BYTES = 64
 _NO_END = "the tar is cut off: it has no end mark"
 
 
@@ -183,12 +193,18 @@ def _obstacle(member: tarfile.TarInfo) -> str:
 
 
 def _header_fault(file: RangedFile, offset: int, error: Exception) -> str:
-    if not offset:
-        file.seek(0)
-        start = file.read(max(map(len, _PACKERS)))
-        if packer := next((name for magic, name in _PACKERS.items() if start.startswith(magic)), None):
-            return f"it is compressed by {packer}; unpack it first"
-    return f"damaged header ({clipped(str(error))})"
+    return (_other_file(file) if not offset else "") or f"damaged header ({clipped(str(error))})"
+
+
+def _other_file(file: RangedFile) -> str:
+    """What a file is that does not begin as a tar; empty where nobody knows."""
+    if not file.size:
+        return "it is empty: make or download it again"
+    file.seek(0)
+    start = file.read(_SNIFFED_BYTES)
+    if packer := next((name for magic, name in _PACKERS.items() if start.startswith(magic)), None):
+        return f"it is compressed by {packer}; unpack it first"
+    return next((what for magic, what in _OTHERS.items() if start.lstrip().startswith(magic)), "")
 
 
 def _end_fault(file: RangedFile, offset: int) -> tuple[TarFault | None, int]:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import Any
 
+import boto3
 import pytest
+from moto.server import ThreadedMotoServer
 
 from jobs.stack import Stack, down, up
+from pipeline.storage import Storage
 
 STACK_FILES = frozenset(
     f"tests/{name}.py"
@@ -19,6 +23,7 @@ STACK_FILES = frozenset(
         "jobs/test_datasets",
         "jobs/test_environments",
         "jobs/test_failures",
+        "jobs/test_folder_runs",
         "jobs/test_goodput_run",
         "jobs/test_hangs",
         "jobs/test_iam_policies",
@@ -28,6 +33,7 @@ STACK_FILES = frozenset(
         "jobs/test_poisoned_runs",
         "jobs/test_racing_drivers",
         "jobs/test_remote_command",
+        "jobs/test_settings_travel",
         "jobs/test_soak",
         "jobs/test_stack",
         "jobs/test_trajectory",
@@ -64,6 +70,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def heard_interrupts() -> None:
+    """Commands that tests interrupt inherit it; a shell starts what it puts in the background deaf to SIGINT."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def state_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
     """What commands remember of clusters is not the user's who runs the tests."""
     os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
@@ -75,3 +87,16 @@ def local_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     home = tmp_path_factory.mktemp("stack")
     yield up(home, num_cpus=4)
     down(home)
+
+
+@pytest.fixture(scope="module")
+def open_s3() -> Iterator[Storage]:
+    """An S3 server that takes any keys, with the bucket `bucket`."""
+    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    moto.start()
+    host, port = moto.get_host_and_port()
+    storage = Storage(f"http://{host}:{port}", "any", "any", region="us-east-1")
+    keys = {"aws_access_key_id": "any", "aws_secret_access_key": "any", "region_name": "us-east-1"}
+    boto3.client("s3", endpoint_url=storage.endpoint_url, **keys).create_bucket(Bucket="bucket")
+    yield storage
+    moto.stop()

@@ -24,7 +24,7 @@ class LoopbackServer(ABC):
             def do_GET(self) -> None:
                 server.serve(self)
 
-            do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
+            do_HEAD = do_PUT = do_POST = do_DELETE = do_CONNECT = do_GET  # noqa: N815
 
             def handle(self) -> None:
                 with contextlib.suppress(ConnectionError):  # who asked was killed

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlencode
-from urllib.request import urlopen
+from urllib.request import ProxyHandler, build_opener
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Picture
@@ -19,6 +20,7 @@ from matplotlib.ticker import FuncFormatter
 
 from infra.grafana.boards import DATA_PLANE, NODES, OVERVIEW, RECOVERY
 from infra.grafana.panels import Board, Graph
+from pipeline.proxies import Proxies
 
 SHOWN = (
     (OVERVIEW, "Loss"),
@@ -87,7 +89,8 @@ def _range(url: str, query: str, span: tuple[float, float]) -> list[Any]:
 
 
 def _get(url: str, kind: str, fields: dict[str, str]) -> list[Any]:
-    with urlopen(f"{url}/api/v1/{kind}?{urlencode(fields)}", timeout=20) as answer:
+    opener = build_opener(ProxyHandler(Proxies.from_environment(os.environ).for_endpoint(url)))
+    with opener.open(f"{url}/api/v1/{kind}?{urlencode(fields)}", timeout=20) as answer:
         return list(json.load(answer)["data"]["result"])
 
 

@@ -97,8 +97,9 @@ def consolidate(
     from jobs.consolidate_command import consolidate_and_say, needs_cluster
     from jobs.terminal import parsed_bytes
     from jobs.weight_results import Wanted
+    from pipeline.places import normal
 
-    wanted = Wanted(dtype, parsed_bytes("--shard-bytes", shard_bytes) if shard_bytes else None, out)
+    wanted = Wanted(dtype, parsed_bytes("--shard-bytes", shard_bytes) if shard_bytes else None, out and normal(out))
     session = open_session()
     directory = existing_run(session, run, run_root)
     commit = commit_of(directory, step or None)
@@ -139,14 +140,17 @@ def export(
     from jobs import weights_file
     from jobs.export import FORMATS, Source, check_format
     from jobs.export import export as export_weights
-    from pipeline.storage import Storage
+    from pipeline.places import is_place, normal
 
     session = open_session()
     check_format(name)
+    out = out and normal(out)
+    if is_place(checkpoint):
+        checkpoint = normal(checkpoint)
     if weights_file.is_weights(session.storage, checkpoint):
         if step is not None:
             raise UserError("--step", "must not be given with a file", step, "give the run, or the step's own file")
-        url, directory = Storage.absolute(checkpoint), None
+        url, directory = normal(checkpoint), None
         weights = weights_file.of_file(session.storage, url)
         default = weights_file.folder_beside(url)
     else:
@@ -161,25 +165,32 @@ def export(
 @app.command(name="import", cls=at_store("source", "out"))
 def import_command(
     source: Annotated[
-        str, typer.Argument(metavar="FILE", help="A .pth of the official pretraining, or a consolidated file.")
+        str, typer.Argument(metavar="FILE", help="A .pth of the official code, or safetensors, as a path or URL.")
     ],
     out: Annotated[str, typer.Argument(help="The .safetensors file to write, as a path or URL.")],
     overrides: Overrides = None,
     *,
     recipe: Annotated[str, typer.Option(help="Whose model takes the weights.")] = "convmae_base_official",
+    fresh_decoder: Annotated[
+        bool,
+        typer.Option("--fresh-decoder", help="Take the encoder alone, with a decoder made from the recipe's seed."),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
 ) -> None:
     """Bring weights in that a new run can start from, with `init_from=OUT`.
 
     The file is read without running any code in it. Weights of another architecture are refused with every name that
-    is missing or unexpected.
+    is missing or unexpected. An encoder without decoder, as the released files are, needs --fresh-decoder.
     """
     from jobs.initial_weights import import_weights
-    from pipeline.storage import Storage
+    from pipeline.places import normal
 
     session, resolved = open_session(), amended_recipe(recipe, overrides)
-    places = [Storage.absolute(url) for url in (source, out)]
-    done = import_weights(session.storage, places[0], places[1], resolved.model, force=force)
+    places = [normal(url) for url in (source, out)]
+    seed = resolved.seed if fresh_decoder else None
+    done = import_weights(session.storage, places[0], places[1], resolved.model, fresh_decoder_seed=seed, force=force)
+    for note in done.notes:
+        say(note)
     say(f"{done.url} ({bytes_text(done.bytes)}, sha256 {done.sha256})")
     say(f"from {places[0]} (sha256 {done.source_sha256})")
     changes = "".join(f" {change}" for change in overrides or ())

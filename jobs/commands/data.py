@@ -13,6 +13,7 @@ from jobs.commands.elsewhere import at_cluster, at_store, go_there, refuse_own_p
 from jobs.commands.shared import AsJson, Overrides, amended_recipe, open_session
 from jobs.terminal import print_json, print_pairs, say
 from pipeline.errors import UserError
+from pipeline.places import normal
 
 app = typer.Typer()
 
@@ -69,7 +70,7 @@ def shard(
     if upload:
         from jobs.uploads import upload_and_say
 
-        source = upload_and_say(session.storage, source, upload)
+        source = upload_and_say(session.storage, normal(source), normal(upload))
     if session.is_away:
         refuse_own_path("source", source, "`--upload s3://bucket/folder` copies it there first")
         refuse_own_path("dest", dest)
@@ -82,7 +83,7 @@ def shard(
     make_dataset(
         session,
         source,
-        dest,
+        normal(dest),
         Sharding(samples_per_shard, size, seed, Encoding(max_side, quality)),
         salvage=salvage,
     )
@@ -106,7 +107,7 @@ def index(
     """
     from jobs.datasets import index_foreign
 
-    index_foreign(open_session(), url, out, deep=deep, salvage=salvage)
+    index_foreign(open_session(), url, out and normal(out), deep=deep, salvage=salvage)
 
 
 @app.command(cls=at_cluster("url"))
@@ -121,7 +122,7 @@ def verify(
     """
     from jobs.datasets import verify as verify_and_say
 
-    verify_and_say(open_session(), url, deep=deep, as_json=as_json)
+    verify_and_say(open_session(), normal(url), deep=deep, as_json=as_json)
 
 
 @app.command(cls=at_store("target"))
@@ -152,6 +153,7 @@ def inspect(
         if overrides:
             remedy = "give options like --batch 4096, or inspect a recipe with data=URL"
             raise UserError("argument", "must not be given with a data set", overrides[0], remedy)
+        target = normal(target)
         session.storage.check(target, write=False)
         inspected = inspected_dataset(session.storage, target, numbers, labels=labels)
         print_json(inspected.to_json()) if as_json else print_pairs(inspected.lines())
@@ -191,7 +193,7 @@ def order(
     from pipeline.dataset import Dataset
     from pipeline.order import Order
 
-    session = open_session()
+    session, dataset = open_session(), normal(dataset)
     session.storage.check(dataset, write=False)
     opened = Dataset.open(session.storage, dataset)
     plan = Order(opened.samples, batch, lanes, seed, block, window)

@@ -16,7 +16,9 @@ from typer import Context
 from typer.core import TyperCommand
 
 from pipeline.errors import UserError
-from pipeline.storage import Storage, is_local, is_s3
+from pipeline.places import is_place, normal
+from pipeline.storage import is_local, is_s3
+from pipeline.store_urls import with_known_scheme
 
 if TYPE_CHECKING:
     from jobs.session import Session
@@ -84,7 +86,8 @@ def _goes_there(session: Session, parameters: Mapping[str, Any], needs: Needs) -
         return False
     if needs.cluster:
         return session.is_away
-    return any(map(is_s3, _urls(session, parameters, needs))) and not session.has_credentials and session.is_away
+    needs_credentials = any(is_s3(normal(url)) for url in _urls(session, parameters, needs))
+    return needs_credentials and not session.has_credentials and session.is_away
 
 
 def _urls(session: Session, parameters: Mapping[str, Any], needs: Needs) -> Iterator[str]:
@@ -98,8 +101,8 @@ def _urls(session: Session, parameters: Mapping[str, Any], needs: Needs) -> Iter
     yield from fields.values()
     if needs.run:
         name = str(parameters.get("run") or parameters.get("checkpoint") or "")
-        is_place = "://" in name or Path(name).is_file()
-        yield name if is_place else session.run_root(str(parameters.get("run_root") or fields.get("run_root", "")))
+        root = str(parameters.get("run_root") or fields.get("run_root", ""))
+        yield name if is_place(name) or Path(name).is_file() else session.run_root(root)
 
 
 def go_there(
@@ -130,11 +133,35 @@ def go_there(
     own = [(name, str(parameters[name] or "")) for name in places if not _is_recipe(ctx.params[name])]
     for field, place in [*own, *_url_fields(parameters)]:
         refuse_own_path(field, place)
+    for field, place in _own_words(parameters):
+        _refuse_unless_absolute(field, place)
     given = str(parameters.get("run_root") or dict(_url_fields(parameters)).get("run_root", ""))
     code = run_there(session, arguments(ctx, parameters), files=attached, run_root=known_run_root(session, given))
     if given and code == 0:
-        session.remember_run_root(given)
+        session.remember_run_root(session.run_root(given))
     return code
+
+
+def _own_words(parameters: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the current folder or the home folder may decide, beside what `refuse_own_path` looks at."""
+    yield "--run-root", str(parameters.get("run_root") or "")
+    run = str(parameters.get("run") or "")
+    yield "run", run if is_place(run) else ""
+    for override in parameters.get("overrides") or ():
+        field, _, value = override.partition("=")
+        if field == "cache_dir":
+            yield field, value
+
+
+def _refuse_unless_absolute(field: str, place: str) -> None:
+    if place and not _is_absolute(place):
+        remedy = "write a URL, or a path from / on that is the same on its nodes"
+        raise UserError(field, "must mean the same on the cluster as here", place, remedy)
+
+
+def _is_absolute(place: str) -> bool:
+    """Whether a path or URL means the same in every folder and for every user."""
+    return not is_local(normal(place)) or with_known_scheme(place).startswith(("/", "file:///"))
 
 
 def refuse_own_path(field: str, place: str, remedy: str = "take s3://bucket/folder") -> None:
@@ -143,10 +170,9 @@ def refuse_own_path(field: str, place: str, remedy: str = "take s3://bucket/fold
     Raises:
         UserError: It is relative, or something lies there.
     """
-    if place and is_local(place):
-        path = Path(Storage.local_path(place))
-        if not place.startswith(("/", "file://")) or path.exists():
-            raise UserError(field, "must be a place that the cluster's nodes reach", place, remedy)
+    found = normal(place) if place else ""
+    if found and is_local(found) and (not _is_absolute(place) or Path(found).exists()):
+        raise UserError(field, "must be a place that the cluster's nodes reach", place, remedy)
 
 
 def arguments(ctx: Context, parameters: Mapping[str, Any]) -> list[str]:
@@ -187,11 +213,16 @@ def _attached_recipe(name: str, overrides: Iterable[str] | None, attached: dict[
         RecipeError: It is none.
     """
     from jobs.commands.shared import amended_recipe
+    from jobs.recipe import URL_FIELDS
+    from jobs.recipes import file_fields
 
     amended_recipe(name, overrides)
     if not name.endswith(".toml"):
         return name
-    attached[Path(name).name] = Path(name).read_text()
+    for field, value in file_fields(Path(name)).items():
+        if field in (*URL_FIELDS, "cache_dir"):
+            _refuse_unless_absolute(field, value)
+    attached[Path(name).name] = Path(name).read_text("utf-8-sig")
     return Path(name).name
 
 

@@ -23,8 +23,9 @@ from jobs.commands.shared import (
     open_session,
 )
 from jobs.errors import RunError, RunFailedError
-from jobs.terminal import figure, print_json, print_pairs, print_table, say, whole_lines
+from jobs.terminal import figure, print_json, print_pairs, print_table, say, shown, whole_lines
 from pipeline.errors import UserError
+from pipeline.places import normal
 
 app = typer.Typer()
 
@@ -73,10 +74,9 @@ def simulate(
 
     from jobs.checkpoint_interval import IntervalRule
     from jobs.plan import DatasetSize
-    from jobs.schedule import Schedule
+    from jobs.schedule import Schedule, order_of
     from jobs.simulation import Scenario, prediction_row, predictions, scenario_lines
     from jobs.sizing import H100_FLOPS_PER_SECOND, NodeType, estimated_step_seconds
-    from jobs.trainer import order_of
 
     resolved = amended_recipe(recipe, overrides)
     size = DatasetSize.of(open_session().storage, resolved)
@@ -154,7 +154,7 @@ def pretrain(
         remedy = "take `convmae submit`, whose job is supervised"
         raise UserError("--supervised", "must be given where the cluster is", "a command from elsewhere", remedy)
     if supervised:
-        train_supervised(plan_run(session, resolved, name, trace, drives=False, is_patient=True))
+        train_supervised(session, plan_run(session, resolved, name, trace, drives=False, is_patient=True))
     else:
         train_here(session, plan_run(session, resolved, name, trace))
 
@@ -162,13 +162,15 @@ def pretrain(
 @app.command(hidden=True)
 def drive(run_url: str, trace: TraceOption = "") -> None:
     """What a submitted job runs: the run whose directory is `run_url`."""
+    from jobs.early_end import end_noted
     from jobs.run_plan import plan_run
     from jobs.workflow import train_here
 
     session = open_session(verbose=True)  # the job's log is the only one of the ranks that a user has
-    root, _, name = run_url.rpartition("/")
-    recipe = session.run(run_url).read_recipe().amended({"run_root": root})
-    train_here(session, plan_run(session, recipe, name, trace, is_patient=True))
+    directory = session.run(run_url)
+    with end_noted(directory):
+        recipe = directory.read_recipe().amended({"run_root": directory.root})
+        train_here(session, plan_run(session, recipe, directory.name, trace, is_patient=True))
 
 
 @app.command(cls=at_run("trace"))
@@ -211,7 +213,7 @@ def resume(
     session = open_session()
     directory = existing_run(session, run, run_root)
     recipe = amended(directory.read_recipe(), overrides, strict=strict)
-    recipe = recipe.amended({"run_root": directory.url.rpartition("/")[0]})
+    recipe = recipe.amended({"run_root": directory.root})
     plan = plan_run(session, recipe, directory.name, drives=False)
     train_as_job(session, plan, follow=follow, as_json=as_json)
 
@@ -284,7 +286,7 @@ def logs(
     job = submission.newest_job(session, directory)
     lines = whole_lines(submission.log_pieces(session, directory, job, follow=follow))
     for line in lines if session.is_verbose else own_lines(lines):
-        sys.stdout.write((json.dumps({"job": job, "line": line}) if as_json else line) + "\n")
+        sys.stdout.write(shown(json.dumps({"job": job, "line": line}) if as_json else line, sys.stdout) + "\n")
         sys.stdout.flush()
 
 
@@ -339,6 +341,7 @@ def trace(
     from jobs.trace import differences, read_trace
 
     storage = open_session().storage
+    url, other = normal(url), other and normal(other)
     if not other:
         for row in read_trace(storage, url):
             sys.stdout.write(json.dumps(row) + "\n")

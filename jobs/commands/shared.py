@@ -15,12 +15,12 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[FIELD=VALUE]...", help="Fields to change: epochs=400 model.mask_ratio=0.6"),
 ]
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, or the URL of its directory.")]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, or the path or URL of its directory.")]
 RunRoot = Annotated[
     str,
     typer.Option(
         "--run-root",
-        help="URL under which runs are kept; default: $CONVMAE_RUN_ROOT, else the local stack's, or the last used.",
+        help="URL or path that holds the runs; default: $CONVMAE_RUN_ROOT, else the local stack's, or the last used.",
         show_default=False,
     ),
 ]
@@ -64,7 +64,7 @@ def existing_run(session: Any, name: str, run_root: str) -> Any:
     from jobs.run_directory import list_runs, unknown_run
 
     directory = session.run(name, run_root)
-    root = directory.url.rpartition("/")[0]
+    root = directory.root
     session.storage.check(root, write=False)
     session.remember_run_root(root)
     if not directory.exists():

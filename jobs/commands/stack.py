@@ -12,6 +12,7 @@ import typer
 from jobs.commands.elsewhere import go_there, known_run_root, refuse_own_path
 from jobs.commands.shared import AsJson, open_session
 from jobs.terminal import print_json, say
+from pipeline.places import normal
 
 if TYPE_CHECKING:
     from jobs.session import Session
@@ -90,7 +91,8 @@ def doctor(
         refuse_own_path("--store", store)
         told = {CALLER_NAME: Caller.here(session, store).to_text()}
         sys.exit(go_there(session, ctx, files=told, store=store, asked_from=CALLER_NAME))
-    caller = Caller.of_text(Path(asked_from).read_text()) if asked_from else None
+    store, cache_dir = store and normal(store), cache_dir and normal(cache_dir)
+    caller = Caller.of_text(Path(asked_from).read_text("utf-8")) if asked_from else None
     findings = []
     for finding in examine(session, store, [cache_dir] if cache_dir else [], caller, wants_gpu=gpu):
         findings.append(finding)

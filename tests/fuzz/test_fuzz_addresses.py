@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 from pathlib import Path
 
+import pytest
 from fuzzing import Fuzz, reading_only
 from hypothesis import strategies as st
 from mutations import texts
 
-from pipeline.source import parted, suffix, within
+from pipeline.places import Given, Listed, normal
+from pipeline.source import parted, suffix
 from pipeline.storage import Storage
 from pipeline.store_urls import is_local, is_s3, is_web, path_of, protocol_of, server_of
 
@@ -82,23 +84,49 @@ urls = st.tuples(
 FREE_OF_PACKAGES = ("file", "local", "memory", "s3", "s3a", "http", "https")
 
 
-def test_an_address_means_one_place_or_is_refused(fuzz: Fuzz, tmp_path: Path) -> None:
+def test_an_address_means_one_place_or_is_refused(fuzz: Fuzz, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
     def addresses(url: str) -> None:
-        protocol = protocol_of(url)
-        assert [is_local(url), is_s3(url), is_web(url)].count(True) <= 1
-        for made in (suffix(url), *parted(url), Storage.join(url, "x"), within("s3://bucket/root", url)):
-            assert isinstance(made, str)
         with reading_only(tmp_path):
-            absolute = Storage.absolute(url)
-        assert Storage.absolute(absolute) == absolute
-        if protocol in FREE_OF_PACKAGES:
-            assert isinstance(path_of(url), str)
-            assert path_of(absolute) == path_of(url)
-            assert isinstance(server_of(url), tuple)
-        if is_local(url):
-            assert Path(absolute).is_absolute()
+            place = normal(url)
+            assert normal(place) == place, "a normal form has another"
+            meant = Given(url).url(str(tmp_path))
+        assert [is_local(place), is_s3(place), is_web(place)].count(True) <= 1
+        for made in (suffix(url), *parted(url), Storage.join(url, "x")):
+            assert isinstance(made, str)
+        assert protocol_of(place) == protocol_of(meant)
+        if protocol_of(place) in FREE_OF_PACKAGES:
+            assert isinstance(path_of(place), str) and isinstance(server_of(place), tuple)
+        if is_local(place):
+            assert Path(place).is_absolute() and not {".", "..", "~"} & {*place.split("/")}
+        elif not is_web(place):
+            assert not place.endswith("/") or place.endswith("://")
 
     fuzz(addresses, urls, batch=200)
+
+
+ROOTS = (
+    "s3://bucket/root",
+    "s3://bucket",
+    "memory://root",
+    "http://127.0.0.1:1/root",
+    "/nonexistent/root",
+    "file:///nonexistent/root",
+)
+
+
+def test_a_listed_name_lies_below_what_was_listed_or_is_refused(fuzz: Fuzz, tmp_path: Path) -> None:
+    def listed_names(given: tuple[str, str]) -> None:
+        root, name = given
+        with reading_only(tmp_path):
+            url = Listed(name).url(root)
+        assert url == f"{root}/{name}"
+        assert path_of(url).startswith(f"{path_of(root)}/"), "it leads out of what was listed"
+        assert protocol_of(url) == protocol_of(root)
+        assert ".." not in path_of(url).split("/")
+
+    fuzz(listed_names, st.tuples(st.sampled_from(ROOTS), st.one_of(urls, texts)), batch=200)
 
 
 def test_a_place_on_this_machine_can_be_asked_about(fuzz: Fuzz, tmp_path: Path) -> None:

@@ -31,7 +31,24 @@ def test_a_store_that_falls_silent_for_one_host_or_all_costs_no_step(cluster: Ra
     runs.assert_undisturbed(run)
 
 
-def test_a_worker_is_gone_on_without_and_taken_back_and_another_one_added(cluster: RayHosts, runs: Runs) -> None:
+def test_a_worker_gone_for_three_seconds_and_the_head_for_fifteen_cost_no_step(cluster: RayHosts, runs: Runs) -> None:
+    run = runs.begin("blinks", max_workers=2)
+    is_under_way(run, 2)
+
+    with cluster.network.without(cluster.workers[1], seconds=3):
+        pass
+    continues(run, 2)
+    with cluster.network.without(cluster.head, seconds=15):  # and with it driver, monitor and Ray's GCS
+        pass
+    now = continues(run, 2, steps=60)
+
+    assert now["attempt"] == 1, run.read_events()
+    runs.stop(run)
+    assert set(newest_claims(run)) == {1}
+    runs.assert_undisturbed(run)
+
+
+def test_a_run_continues_without_a_worker_takes_it_back_and_another_one_too(cluster: RayHosts, runs: Runs) -> None:
     run = runs.begin("elastic", max_workers=3)
     begun = is_under_way(run, 2)
     silent = cluster.workers[1]

@@ -10,6 +10,8 @@ import os
 
 from jobs import cli, trainer
 from jobs.trainer import TrainJob
+from model.convmae import Output
+from pipeline.batch import Batch
 
 STEPS = frozenset(int(step) for step in os.environ["POISON"].split(","))
 
@@ -17,16 +19,17 @@ STEPS = frozenset(int(step) for step in os.environ["POISON"].split(","))
 def poisoned(job: TrainJob) -> None:
     """What a worker does, on the last rank with a NaN now and then."""
     from jobs import trainer  # the worker's own, in which `train_worker` is what it was
+    from jobs.training_step import TrainingStep
 
-    forward = trainer.Trainer._forward
+    forward = TrainingStep._forward
 
-    def poison(self: trainer.Trainer, batch: trainer.Batch, chosen: slice) -> trainer.Output:
+    def poison(self: TrainingStep, batch: Batch, chosen: slice) -> Output:
         output = forward(self, batch, chosen)
-        if batch.step + 1 in STEPS and self.place.rank == self.place.world_size - 1:
+        if batch.step + 1 in STEPS and self._place.rank == self._place.world_size - 1:
             return output._replace(loss=output.loss * math.nan)
         return output
 
-    trainer.Trainer._forward = poison  # type: ignore[method-assign]
+    TrainingStep._forward = poison  # type: ignore[method-assign]
     trainer.train_worker(job)
 
 

@@ -18,6 +18,9 @@ from jobs.errors import ClusterError
         ("10.0.0.1:6379", "10.0.0.1", 6379, False, "10.0.0.1:6379"),
         ("127.0.0.1:6379 ", "127.0.0.1", 6379, False, "127.0.0.1:6379"),
         ("auto", "", 0, False, "auto"),
+        ("HTTP://head:8265", "head", 8265, True, "http://head:8265"),
+        ("[fe80::1%eth0]:6379", "fe80::1%eth0", 6379, False, "[fe80::1%eth0]:6379"),
+        ("ray_head-1.svc:6379", "ray_head-1.svc", 6379, False, "ray_head-1.svc:6379"),
     ],
 )
 def test_an_address_has_one_spelling(text: str, host: str, port: int, is_http: bool, spelled: str) -> None:
@@ -26,11 +29,24 @@ def test_an_address_has_one_spelling(text: str, host: str, port: int, is_http: b
 
 @pytest.mark.parametrize(
     "text",
-    ["head", "head:port", "head:99999", "http://[::1", "ray://head:10001", "http://", ":6379", "http://head:8265/x?y"],
+    [
+        *["head", "head:port", "head:99999", "head:0", "http://head:0", "head:-1", "http://[::1", "ray://head:10001"],
+        *["http://", ":6379", "http://head:8265/x?y", "http://head:8265#x", "http:/head:1", "file:///x", "local", " "],
+        *["he ad:6379", "head\n:6379", "head\t:6379", "::1:6379", "[a]:1", "a..b:1", f"{'x' * 64}.org:1", "h|x:1"],
+        *["\udcff:1", "head:6379,b:1", "http://http://a:1", "a@b:1", "head:\uff16\uff13"],
+    ],
 )
 def test_what_is_no_address_is_refused_with_the_forms_that_are(text: str) -> None:
     with pytest.raises(ClusterError, match=r"RAY_ADDRESS: must .*http://HOST:8265"):
         ClusterAddress.parse(text)
+
+
+@pytest.mark.parametrize("text", ["http://user:secret@head:8265", "user:secret@head:6379", "x:secret@[::1", "secret@"])
+def test_a_password_in_an_address_is_refused_and_not_told(text: str) -> None:
+    with pytest.raises(ClusterError, match="RAY_ADDRESS: must") as caught:
+        ClusterAddress.parse(text)
+
+    assert "secret" not in str(caught.value)
 
 
 def test_nobody_who_listens_is_found_out_in_seconds() -> None:

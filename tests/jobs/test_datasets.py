@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from patience import wait_until
 from pipeline_tars import tar_bytes
 from testbed import TILES, Command
 
+from jobs.launcher import module_command
 from pipeline.claim import claimed
 from pipeline.dataset import Dataset
 from pipeline.shard_plan import Sharding, plan_shards
@@ -70,6 +73,38 @@ def test_foreign_tars_are_indexed_trained_from_and_verified(
     assert "CRC32C" in report["faults"][1]["what"]
 
 
+def test_samples_of_tars_without_an_image_that_is_read_are_told(
+    convmae: Command, s3: Storage, images: list[tuple[str, bytes]]
+) -> None:
+    data = images[0][1]
+    members = [
+        ("1.jpe", data),
+        ("2.jfif", data),
+        ("3.heic", b"x"),
+        ("3.json", b"{}"),
+        ("4.jxl", b"x"),
+        ("5.heic", b"x"),
+    ]
+    s3.write(f"{ROOT}/unread/a.tar", tar_bytes(members))
+    told = "3 samples have no image that is read (.heic 2, .jxl 1); convert or rename them: read are jpg, jpeg, "
+
+    out, _ = convmae("index", f"{ROOT}/unread", "--out", f"{ROOT}/unread-index")
+    assert "2 images in 1 shards (1 read, 0 kept), 3 sources skipped" in out
+    assert told in out
+    out, _ = convmae("shard", f"{ROOT}/unread", f"{ROOT}/unread-shards")
+    assert "2 images in 1 shards (1 written, 0 kept), 3 sources skipped" in out
+    assert told in out
+    lines = s3.read(f"{ROOT}/unread-shards/skipped.jsonl").decode().splitlines()
+    assert [json.loads(line)["path"].partition(" at ")[0] for line in lines] == [
+        f"a.tar: {name}" for name in ("3.heic", "4.jxl", "5.heic")
+    ]
+
+    s3.write(f"{ROOT}/page/a.tar", b"<!doctype html><html>404</html>")
+    out, err = convmae("index", f"{ROOT}/page", code=2)
+    assert "a.tar, offset 0: it is a page (HTML or XML)" in out
+    assert "tars: must be whole" in err and "a.tar" in err and "download it again" in err
+
+
 def test_a_whole_data_set_has_no_fault(convmae: Command, data: str) -> None:
     out, err = convmae("verify", data, "--deep")
 
@@ -102,6 +137,37 @@ def test_an_ingest_that_is_killed_goes_on_and_ends_in_the_same_bytes(
         entry = write_shard(Storage(), str(tmp_path), task).entry
         assert s3.read(entry.tar_url(url)) == Path(entry.tar_url(str(tmp_path))).read_bytes()
     assert s3.list_names(f"{url}/.ingest") == []
+
+
+def test_an_ingest_that_is_interrupted_says_nothing_of_its_tasks_and_goes_on(
+    convmae: Command, s3: Storage, photographs: Path
+) -> None:
+    url = f"{ROOT}/interrupted"
+    arguments = ("shard", str(photographs), url, "--samples-per-shard", "1")
+    first = convmae.start(*arguments)
+    wait_until("a finished shard", lambda: any(name.endswith(".index") for name in s3.list_names(url)), 180)
+    first.send_signal(signal.SIGINT)
+    out, err = first.communicate(timeout=120)
+
+    assert first.returncode in (1, 130)
+    assert err.strip() == "" and all(line.startswith("shards ") for line in out.splitlines())
+    assert s3.list_names(f"{url}/.ingest") == [], "the claim was given back"
+
+
+def test_no_task_runs_files_of_the_folder_in_which_a_command_is_typed(
+    convmae: Command, s3: Storage, photographs: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "jobs").mkdir()
+    for name in ("pipeline.py", "model.py", "ray.py", "jobs/__init__.py"):
+        (tmp_path / name).write_text(f"open({str(tmp_path / 'ran')!r}, 'a').write(__name__)")
+    command = module_command(sys.executable, "jobs.cli", "shard", str(photographs), f"{ROOT}/folder")
+    ended = subprocess.run(
+        command, cwd=tmp_path, env=convmae.environment(), capture_output=True, text=True, check=False
+    )
+
+    assert (ended.returncode, ended.stderr) == (0, "")
+    assert s3.exists(f"{ROOT}/folder/manifest.json")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_a_second_ingest_is_told_who_works_there(convmae: Command, s3: Storage, photographs: Path) -> None:

@@ -8,8 +8,7 @@ import pytest
 
 from jobs import demo
 from jobs.recipes import named_recipe
-from jobs.schedule import Schedule
-from jobs.trainer import order_of
+from jobs.schedule import Schedule, order_of
 from pipeline.errors import SourceError
 from pipeline.manifest import Manifest
 from pipeline.photographs import cut_tiles

@@ -150,3 +150,18 @@ def test_every_command_that_takes_a_run_can_go_there() -> None:
 def typing_names(callback: Any) -> list[str]:
     inner = getattr(callback, "__wrapped__", callback)
     return [name for name, kind in inner.__annotations__.items() if kind in ("typer.Context", typer.Context)]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["pretrain", "tiny", "data=s3://b/d", "run_root=s3://b/runs", "cache_dir=cache"],
+        ["pretrain", "tiny", "data=s3://b/d", "run_root=s3://b/runs", "cache_dir=~/cache"],
+        ["pretrain", "{toml}", "run_root=s3://b/runs"],
+    ],
+)
+def test_what_the_current_folder_decides_is_refused(sent: Any, tmp_path: Path, words: list[str]) -> None:
+    (tmp_path / "mine.toml").write_text('base = "tiny"\ndata = "datasets/mine"\n')
+
+    with pytest.raises(UserError, match=r"must mean the same on the cluster as here.*a path from / on"):
+        sent(*(word.format(toml=tmp_path / "mine.toml") for word in words))

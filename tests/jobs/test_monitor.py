@@ -22,6 +22,7 @@ from jobs.run_record import Tail
 from jobs.schedule import Schedule
 from jobs.step_reading import StepReading
 from jobs.watchdog import Examined, Pulse
+from pipeline.process_identity import ProcessIdentity
 from pipeline.storage import Storage
 
 SCHEDULE = Schedule.of(named_recipe("tiny"), steps_per_epoch=100)
@@ -81,7 +82,7 @@ def begin(monitor: RunMonitor, world_size: int = 2, resume_step: int = 0, **coun
 
 
 def record(monitor: RunMonitor, steps: range, attempt: int = 1) -> str:
-    wish = ""
+    instruction = ""
     for step in steps:
         row = {
             "step": step,
@@ -92,8 +93,8 @@ def record(monitor: RunMonitor, steps: range, attempt: int = 1) -> str:
             "attempt": attempt,
             "data_wait_seconds": 0.0,
         }
-        wish = monitor.record(row, gradient_norm=0.5, reading=READING, ranks=RANKS)
-    return wish
+        instruction = monitor.record(row, gradient_norm=0.5, reading=READING, ranks=RANKS)
+    return instruction
 
 
 def commit(monitor: RunMonitor, step: int) -> None:
@@ -481,7 +482,7 @@ def test_a_node_that_is_unreachable_is_why_the_group_ended(start: Start, run: Ru
     begin(monitor)
     record(monitor, range(1, 4))
     for rank, node in enumerate("abba"):
-        monitor.pulse(Pulse(1, rank, f"host-{node}", node, 100 + rank, 0.0, "", "step", 7, 0.0))
+        monitor.pulse(Pulse(1, rank, f"host-{node}", node, ProcessIdentity(100 + rank), "", "step", 7, 0.0))
 
     monitor.unreachable({"b": "host-b, 10.0.0.2"}, 6.4)
     # What Ray says of the ranks that are ended for it, and of those that waited for them.
@@ -513,7 +514,7 @@ def test_nodes_that_are_lost_together_are_told_in_one_line(start: Start, run: Ru
     monitor = start()
     begin(monitor)
     for rank in range(12):
-        monitor.pulse(Pulse(1, rank, "host", f"node-{rank // 2}", 100 + rank, 0.0, "", "step", 7, 0.0))
+        monitor.pulse(Pulse(1, rank, "host", f"node-{rank // 2}", ProcessIdentity(100 + rank), "", "step", 7, 0.0))
 
     monitor.unreachable({f"node-{number}": f"host-{number}, 10.0.0.{number}" for number in range(1, 6)}, 6.0)
     monitor.flush()
@@ -572,11 +573,11 @@ def test_with_seconds_the_ranks_save_when_it_is_time(start: Start, monkeypatch: 
     assert series["convmae_checkpoint_interval_seconds"] == 60
     assert "convmae_checkpoint_interval_steps" not in series
 
-    wishes = []
+    instructions = []
     for step in range(1, 10):
-        wishes.append(record(monitor, range(step, step + 1)))
+        instructions.append(record(monitor, range(step, step + 1)))
         now += 20
-    assert wishes == ["", "", "", *["save"] * 6]
+    assert instructions == ["", "", "", *["save"] * 6]
     monitor.save_began(9)
     now += 200
     assert record(monitor, range(10, 11)) == ""  # it is still being uploaded
@@ -806,7 +807,7 @@ def test_a_rank_that_hangs_is_told_and_is_why_the_attempt_ended(start: Start, ru
     record(monitor, range(1, 4))
     now = time.monotonic()
     for rank in range(2):
-        monitor.pulse(Pulse(1, rank, "node-1", "n", 100 + rank, 0.0, "", "step", 7 + rank, 0.0))
+        monitor.pulse(Pulse(1, rank, "node-1", "n", ProcessIdentity(100 + rank), "", "step", 7 + rank, 0.0))
     examined = []
 
     def examine(pulse: Pulse) -> Examined:

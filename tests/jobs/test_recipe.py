@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 from typing import Any
 
 import pydantic
@@ -276,3 +277,54 @@ def test_differences_are_listed_leaf_by_leaf() -> None:
 
     assert difference(TINY.to_json(), changed.to_json()) == ["epochs: 40 -> 41", "model.mask_ratio: 0.75 -> 0.5"]
     assert difference(TINY.to_json(), TINY.to_json()) == []
+
+
+@pytest.mark.parametrize("field", ["data", "run_root", "init_from"])
+@pytest.mark.parametrize("written", ["s3://b/x/", "s3a://b/x", "S3N://b//x//", "s3://b/x"])
+def test_two_ways_to_write_a_place_are_one_recipe(field: str, written: str) -> None:
+    assert named_recipe("tiny").amended({field: written}) == named_recipe("tiny").amended({field: "s3://b/x"})
+
+
+def test_paths_are_absolute_in_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    recipe = named_recipe("tiny").amended({"data": "ds/", "run_root": "file:///r/", "cache_dir": "~/cache/"})
+
+    assert (recipe.data, recipe.run_root, recipe.cache_dir) == (f"{tmp_path}/ds", "/r", "/home/me/cache")
+    assert Recipe.from_json(recipe.to_json()) == recipe
+
+
+@pytest.mark.parametrize(
+    ("field", "written", "says"),
+    [
+        ("cache_dir", "s3://b/cache", "cache_dir: must be a folder on each node's own disk"),
+        ("data", "s3:///x", "data: must name a bucket"),
+        ("run_root", "s3://b/../x", "run_root: must have no . or .. in it"),
+        ("init_from", "s4://b/x", "init_from: must have a known protocol"),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused_by_its_field(field: str, written: str, says: str) -> None:
+    with pytest.raises(RecipeError, match=says):
+        named_recipe("tiny").amended({field: written})
+
+
+@pytest.mark.parametrize(
+    ("written", "value"),
+    [
+        *[(word, True) for word in ("true", "True", "TRUE", "yes", "on", "1", '"true"')],
+        *[(word, False) for word in ("false", "False", "FALSE", "no", "Off", "0")],
+    ],
+)
+@pytest.mark.parametrize("field", ["standby", "compile", "check_etags", "model.fusion", "model.norm_pix"])
+def test_what_is_on_or_off_is_taken_as_people_write_it(field: str, written: str, value: bool) -> None:
+    recipe = named_recipe("tiny").amended(parse_overrides([f"{field}={written}"]))
+    exact = named_recipe("tiny").amended({field: value})
+
+    assert recipe == exact and recipe.digest() == exact.digest()
+
+
+@pytest.mark.parametrize("field", ["standby", "model.norm_pix"])
+@pytest.mark.parametrize("written", ["maybe", "2", "", "[]", "1.5"])
+def test_what_is_neither_on_nor_off_is_refused(field: str, written: str) -> None:
+    with pytest.raises(RecipeError, match=rf"{field}: .*boolean"):
+        named_recipe("tiny").amended(parse_overrides([f"{field}={written}"]))

@@ -110,3 +110,10 @@ def test_a_file_that_is_not_there_or_not_text_is_refused(tmp_path: Path) -> None
     for name in ("absent.toml", "binary.toml"):
         with pytest.raises(RecipeError, match="must be a readable TOML file"):
             named_recipe(str(tmp_path / name))
+
+
+def test_a_file_may_begin_as_windows_editors_begin_it(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_bytes(b"\xef\xbb\xbf" + b'base = "tiny"\r\nepochs = 3\r\n')
+
+    assert named_recipe(str(path)).epochs == 3

@@ -66,6 +66,11 @@ def ray_job(cluster: Cluster, command: str, *words: str) -> str:
     return str(ended.stdout)
 
 
+def has_ended(status: str) -> bool:
+    """Whether a job has, by what `ray job status` prints."""
+    return any(state in status for state in ("SUCCEEDED", "FAILED", "STOPPED"))
+
+
 def driver_of(run: RunDirectory) -> psutil.Process | None:
     """The process that drives a run now; its supervisor has the URL in its words as well."""
     found = [process for process in psutil.process_iter(["cmdline"]) if run.url in (process.info["cmdline"] or ())]
@@ -100,12 +105,13 @@ def test_the_rayjob_goes_on_when_its_driver_is_killed_while_the_store_is_away(cl
     has_trained(run, 2, after=30)
     kill_driver(run)  # and its monitor has the port, until it ends
     wait_until("the end", lambda: run.read_heartbeat().get("state") == "finished", PATIENCE_SECONDS)
-    wait_until("the job's end", lambda: "SUCCEEDED" in ray_job(cluster, "status", "first"), 120)
+    wait_until("the job's end", lambda: has_ended(ray_job(cluster, "status", "first")), PATIENCE_SECONDS)
 
+    log = ray_job(cluster, "logs", "first")
+    assert "SUCCEEDED" in ray_job(cluster, "status", "first"), log
     assert len(losses(run)) == max_steps
     starts = [event for event in run.read_events() if event["kind"] in ("start", "restart")]
     assert [event["reason"] for event in starts] == ["new run", *["resumed by a new driver"] * 2]
-    log = ray_job(cluster, "logs", "first")
     assert log.count("the driver was killed (SIGKILL); starting it again") == 2
     down = [event["down_seconds"] for event in run.read_events() if event["kind"] == "recovered"]
     assert len(down) == 2

@@ -151,3 +151,11 @@ def test_an_unknown_run_is_answered_with_the_nearest(run: RunDirectory) -> None:
     assert "did you mean firsts?" in unknown_run(run, ["other", "firsts"]).remedy
     assert "runs there: other" in unknown_run(run, ["other"]).remedy
     assert "none" in unknown_run(run, []).remedy
+
+
+def test_what_cannot_be_a_run_is_not_listed(tmp_path: Path) -> None:
+    storage = Storage()
+    for name in ("one", "Two", "new\nline", "one_$folder$"):
+        storage.write(f"{tmp_path}/{name}/recipe.json", b"{}")
+
+    assert [run.name for run in list_runs(storage, str(tmp_path))] == ["one"]

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from jobs.recipes import named_recipe
-from jobs.schedule import Schedule, micro_batches
-from jobs.trainer import Place, Trainer, order_of
+from jobs.schedule import Schedule, micro_batches, order_of
+from jobs.training_step import Place, TrainingStep
 from model.convmae import Output
 
 RECIPE = named_recipe("tiny").amended({"epochs": 20, "warmup_epochs": 2.5})
@@ -58,6 +58,17 @@ def test_milestones_are_whole_epochs_of_the_list() -> None:
     assert [step for step in range(161) if SCHEDULE.is_milestone(step, (2, 5, 99))] == [16, 40]
 
 
+@pytest.mark.parametrize(("interval", "due"), [("steps", [10, 16, 20, 30]), ("seconds", [16]), ("auto", [16])])
+def test_ranks_save_by_the_interval_of_steps_alone_and_always_at_milestones_and_the_end(
+    interval: str, due: list[int]
+) -> None:
+    recipe = RECIPE.amended({"checkpoint_interval": interval, "checkpoint_every_steps": 10, "milestone_epochs": [2]})
+    cut = Schedule.of(recipe.amended({"max_steps": 157}), steps_per_epoch=8)
+
+    assert [step for step in range(1, 31) if cut.ends_in_a_checkpoint(step, recipe)] == due
+    assert cut.ends_in_a_checkpoint(157, recipe)
+
+
 batches = st.tuples(st.integers(1, 64), st.integers(1, 8), st.integers(1, 40)).flatmap(
     lambda numbers: st.tuples(
         st.just(numbers[0]),  # lanes
@@ -94,7 +105,7 @@ class FakeEngine:
 
     def __init__(self, micro_batches_per_step: int) -> None:
         self._count = micro_batches_per_step
-        self.optimizer = SimpleNamespace(averaged_gradients={})
+        self.optimizer = SimpleNamespace(averaged_gradients={}, param_groups=[])
 
     def backward(self, loss: Tensor) -> None:
         torch.autograd.backward(loss / self._count)
@@ -121,7 +132,7 @@ def test_the_weighted_gradient_is_the_exact_mean_over_the_global_batch(
     weights = torch.randn(4, generator=generator, dtype=torch.float64, requires_grad=True)
     mean = sample_losses(weights, images).mean()
     (expected,) = torch.autograd.grad(mean, weights)
-    monkeypatch.setattr("jobs.trainer.dist.all_reduce", lambda total: None)
+    monkeypatch.setattr("jobs.training_step.dist.all_reduce", lambda total: None)
 
     losses = []
     for rank, rank_images in enumerate(torch.split(images, sizes)):
@@ -137,15 +148,11 @@ def test_the_weighted_gradient_is_the_exact_mean_over_the_global_batch(
 
 
 def backward_of_rank(recipe: Any, place: Place, parts: list[int], images: Tensor, weights: Tensor) -> float:
-    """The trainer's own step on one rank, with its engine, model and monitor replaced."""
-    rank = Trainer.__new__(Trainer)
-    rank.recipe, rank.place, rank.sizes, rank.engine = recipe, place, parts, FakeEngine(len(parts))
-    stand_ins: Any = rank
-    stand_ins._forward = lambda batch, chosen: Output(sample_losses(weights, batch.images[chosen]).mean(), chosen)
-    stand_ins.trace = None
-    stand_ins._monitors_wish = lambda: ""
-    stand_ins.saver = SimpleNamespace(is_uploading=False)
-    stand_ins._reading = SimpleNamespace(write=lambda words, batch: None)
+    """The step's gradients on one rank, with its engine and model replaced."""
+    stand_ins: Any = SimpleNamespace(write=lambda words, batch: None)
+    engine: Any = FakeEngine(len(parts))
+    step: Any = TrainingStep(engine, recipe, place, parts, reading=stand_ins)
+    step._forward = lambda batch, chosen: Output(sample_losses(weights, batch.images[chosen]).mean(), chosen)
     batch: Any = SimpleNamespace(images=images, sample_ids=torch.arange(len(images)))
-    loss: float = rank._backward(batch)[0]
+    loss: float = step.gradients(batch, 0.1, instruction="", uploading=False).loss
     return loss

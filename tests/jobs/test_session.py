@@ -64,3 +64,44 @@ def test_a_memory_that_cannot_be_written_costs_no_more_than_the_memory(tmp_path:
     (tmp_path / "state").write_text("a file where the folder would be")
 
     session(tmp_path, RAY_ADDRESS=HTTP).remember_run_root("s3://bucket/runs")
+
+
+@pytest.mark.parametrize(
+    "written", ["{at}/runs/one", "{at}//runs/./one/", "runs/one", "./runs/one/", "file://{at}/runs/one"]
+)
+def test_a_run_is_found_by_any_path_of_its_directory(
+    written: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    assert session(tmp_path).run(written.format(at=tmp_path)).url == f"{tmp_path}/runs/one"
+
+
+def test_a_run_is_found_from_inside_its_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one").mkdir()
+    monkeypatch.chdir(tmp_path / "one")
+
+    assert session(tmp_path).run(".").url == f"{tmp_path}/one"
+
+
+@pytest.mark.parametrize("written", ["s3://bucket/runs/", "S3A://bucket//runs", "s3n://bucket/runs//"])
+def test_a_run_root_has_one_form_wherever_it_comes_from(tmp_path: Path, written: str) -> None:
+    by_variable = session(tmp_path, RAY_ADDRESS=HTTP, CONVMAE_RUN_ROOT=written)
+
+    assert by_variable.run_root() == session(tmp_path).run_root(written) == "s3://bucket/runs"
+    assert by_variable.run("one").url == session(tmp_path).run(f"{written}/one/").url == "s3://bucket/runs/one"
+
+
+def test_a_run_root_that_is_no_url_names_what_gave_it(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"CONVMAE_RUN_ROOT: must have a known protocol.*did you mean s3"):
+        session(tmp_path, CONVMAE_RUN_ROOT="s4://bucket/runs").run_root()
+    with pytest.raises(UserError, match="run_root: must name a bucket"):
+        session(tmp_path, CONVMAE_RUN_ROOT="s4://bucket/runs").run_root("s3://")
+
+
+def test_a_person_is_told_a_word_that_finds_the_run_again(tmp_path: Path) -> None:
+    here = session(tmp_path, RAY_ADDRESS=HTTP, CONVMAE_RUN_ROOT="s3://bucket/runs/")
+
+    for run in (here.run("one"), here.run(f"{tmp_path}/runs/one")):
+        assert here.run(here.word_for(run)).url == run.url
+    assert here.word_for(here.run("one")) == "one"

@@ -21,8 +21,8 @@ from testbed import Command, family, losses, processes, ranks, small_recipe
 
 from jobs.checkpoint import committed_steps
 from jobs.run_directory import RunDirectory
+from jobs.schedule import order_of
 from jobs.stack import Stack
-from jobs.trainer import order_of
 from pipeline.manifest import Manifest
 from pipeline.order import ConsumedDigest
 

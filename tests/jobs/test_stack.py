@@ -21,6 +21,7 @@ from urllib.request import urlopen
 import botocore.config
 import botocore.exceptions
 import botocore.session
+import in_a_namespace_of_its_own
 import prometheus_client
 import psutil
 import pytest
@@ -28,8 +29,9 @@ import pytest
 from jobs import stack_processes
 from jobs.stack import ServiceRecord, Stack, StackError, down, read_stack, up
 from jobs.stack_ports import PortError, choose
-from jobs.stack_processes import ProcessRecord
 from jobs.stack_services import StackSettings
+from pipeline.errors import UserError
+from pipeline.process_identity import ProcessIdentity
 
 RAY_JOB = """
 import json, os, sys
@@ -278,7 +280,8 @@ def test_data_outlive_down_and_a_killed_keeper_outlives_nothing(
 def test_down_spares_processes_that_only_have_a_recorded_pid(tmp_path: Path) -> None:
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
-        stale = replace(ProcessRecord.of(bystander.pid), create_time=time.time() - 3600)
+        real = ProcessIdentity.of(bystander.pid)
+        stale = replace(real, started=real.started - 1)
         settings = StackSettings("id", tmp_path, tmp_path / "run", choose({}), "key", "secret", "internal", 1, None)
         services = {name: ServiceRecord(stale) for name in settings.service_names}
         Stack(settings, stale, services).save()
@@ -291,6 +294,59 @@ def test_down_spares_processes_that_only_have_a_recorded_pid(tmp_path: Path) -> 
     finally:
         bystander.kill()
         bystander.wait()
+
+
+HOLDS_A_HOME = """
+import sys, time
+from pathlib import Path
+from jobs.stack import read_stack
+from jobs.stack_keeper import Keeper
+keeper = Keeper(read_stack(Path(sys.argv[1])))
+keeper.tend("s3")
+keeper._lock.hold()
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+UP_AND_DOWN = """
+import sys
+from pathlib import Path
+from jobs.stack import down, up
+for change in (up, down):
+    try:
+        change(Path(sys.argv[1]))
+    except Exception as error:
+        print(error, flush=True)
+"""
+
+
+@pytest.mark.skipif(not in_a_namespace_of_its_own.is_allowed(), reason="this machine makes no PID namespaces")
+def test_a_stack_of_another_container_is_neither_started_twice_nor_taken_down(tmp_path: Path) -> None:
+    settings = StackSettings(
+        str(tmp_path), tmp_path, tmp_path / "run", choose({}), "key", "secret", "internal", 1, None
+    )
+    Stack(settings, None, {name: ServiceRecord() for name in settings.service_names}).save()
+    (tmp_path / "logs").mkdir()
+    for folder in (settings.run_dir / "s3", tmp_path / "s3"):
+        folder.mkdir(parents=True)
+    settings.identities_path.write_text("{}")
+    with in_a_namespace_of_its_own.running(HOLDS_A_HOME, str(tmp_path)) as other:
+        assert other.stdout and other.stdout.readline() == "held\n"
+        with in_a_namespace_of_its_own.running(UP_AND_DOWN, str(tmp_path)) as third:
+            assert third.stdout
+            told = third.stdout.read().splitlines()
+        with pytest.raises(UserError, match="must not be of a stack that runs in another container"):
+            up(tmp_path)
+        assert len(told) == 2 and all("must not be of a stack that runs in another container" in line for line in told)
+        loaded = Stack.load(tmp_path)
+        assert loaded is not None and not loaded.is_seen()
+        assert settings.identities_path.exists() and settings.run_dir.exists()
+
+    # The container is gone, and what it recorded means nothing here.
+    wait_until(lambda: Stack.load(tmp_path) is None)
+    assert not down(tmp_path)
+    assert not settings.run_dir.exists()
 
 
 def _command_line(process: psutil.Process) -> list[str]:

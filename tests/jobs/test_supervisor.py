@@ -12,7 +12,10 @@ import pytest
 
 import jobs
 from jobs import supervisor
+from jobs.recipes import named_recipe
+from jobs.run_directory import RunDirectory
 from jobs.supervisor import MAX_QUICK_DEATHS, supervise
+from pipeline.storage import Storage
 
 
 @pytest.fixture(autouse=True)
@@ -107,3 +110,14 @@ def test_sigterm_between_two_lives_starts_no_other(tmp_path: Path) -> None:
 
     assert process.wait(timeout=30) == 1
     assert starts(tmp_path) == 1
+
+
+def test_a_driver_that_can_tell_nothing_leaves_a_failed_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDirectory.of(Storage(), str(tmp_path), "first")
+    run.claim(named_recipe("tiny"))
+    monkeypatch.setattr(supervisor, "supervise", lambda command, environ: 1 if run.url in command else 0)
+
+    assert supervisor.drive([run.url], os.environ) == 1
+
+    assert run.read_heartbeat()["state"] == "failed"
+    assert "`convmae logs first` has what it printed" in run.read_events()[0]["reason"]

@@ -27,6 +27,7 @@ from jobs.watchdog import (
     innermost,
     training_stack,
 )
+from pipeline.process_identity import ProcessIdentity
 
 LIMIT = 10.0
 
@@ -39,7 +40,7 @@ class Monitor:
     class pulse:
         @staticmethod
         def remote(pulse):
-            print(pulse.stack_path, pulse.started_at_seconds, flush=True)
+            print(pulse.stack_path, flush=True)
             told.set()
 
 told = threading.Event()
@@ -56,7 +57,7 @@ inner_most_of_all()
 
 
 def pulse(rank: int, moves: int, phase: str = "step", allowed: float = 0.0, attempt: int = 1) -> Pulse:
-    return Pulse(attempt, rank, "node-1", "n", 100 + rank, 0.0, "", phase, moves, allowed)
+    return Pulse(attempt, rank, "node-1", "n", ProcessIdentity(100 + rank), "", phase, moves, allowed)
 
 
 def watched(*pulses: tuple[float, Pulse]) -> HangWatch:
@@ -125,10 +126,10 @@ def hung(request: pytest.FixtureRequest) -> Iterator[tuple[subprocess.Popen[str]
     script = SCRIPT.format(path=sys.path, hang=request.param)
     process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
     assert process.stdout
-    path, started = process.stdout.readline().split()
+    path = process.stdout.readline().strip()
     while process.stdout.readline() != "hangs\n":
         pass  # another pulse
-    yield process, Pulse(1, 3, "node-1", "n", process.pid, float(started), path, "step", 7, 0.0)
+    yield process, Pulse(1, 3, "node-1", "n", ProcessIdentity.of(process.pid), path, "step", 7, 0.0)
     process.kill()
     process.wait()
 
@@ -165,9 +166,11 @@ def test_a_process_that_holds_the_interpreters_lock_tells_its_stack(hung: tuple[
 def test_another_process_with_the_same_number_is_not_touched(hung: tuple[subprocess.Popen[str], Pulse]) -> None:
     process, last = hung
 
-    found = examine_and_kill(dataclasses.replace(last, started_at_seconds=last.started_at_seconds - 60))
+    earlier = dataclasses.replace(last.process, started=last.process.started - 1)
+    elsewhere = dataclasses.replace(last.process, namespace="of another container")
 
-    assert found == Examined("dead", "")
+    assert examine_and_kill(dataclasses.replace(last, process=earlier)) == Examined("dead", "")
+    assert examine_and_kill(dataclasses.replace(last, process=elsewhere)).state == "not to be seen from its node"
     assert process.poll() is None
 
 
@@ -195,7 +198,7 @@ def test_a_rank_tells_how_far_it_is_and_leaves_nothing_behind() -> None:
     wait_until("another", lambda: monitor.heard[-1].phase == "step", 10)
 
     first, last = monitor.heard[0], monitor.heard[-1]
-    assert (first.phase, first.moves, first.attempt, first.rank, first.pid) == ("start", 0, 2, 1, os.getpid())
+    assert (first.phase, first.moves, first.attempt, first.rank, first.process.pid) == ("start", 0, 2, 1, os.getpid())
     assert (last.moves, last.allowed_seconds) == (2, 0.0)
     assert Path(last.stack_path).exists()
     rank.close()

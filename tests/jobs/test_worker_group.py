@@ -12,7 +12,7 @@ from ray.train.v2._internal.execution.scaling_policy import NoopDecision, Resize
 from ray.train.v2.api.config import ScalingConfig
 
 from jobs import worker_group
-from jobs.wish import PAUSE_SECONDS
+from jobs.instruction import PAUSE_SECONDS
 from jobs.worker_group import FollowNodes
 
 

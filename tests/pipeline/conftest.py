@@ -1,13 +1,11 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-import boto3
 import numpy as np
 import pytest
-from moto.server import ThreadedMotoServer
 from PIL import Image
 
 from pipeline.dataset import Dataset
@@ -44,19 +42,6 @@ def photographs(tmp_path_factory: pytest.TempPathFactory, jpeg: MakeJpeg) -> Pat
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(jpeg(number, 32 + number % 9, 40 + number % 13))
     return folder
-
-
-@pytest.fixture(scope="module")
-def open_s3() -> Iterator[Storage]:
-    """An S3 server that takes any keys, with the bucket `bucket`."""
-    moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    moto.start()
-    host, port = moto.get_host_and_port()
-    storage = Storage(f"http://{host}:{port}", "any", "any", region="us-east-1")
-    keys = {"aws_access_key_id": "any", "aws_secret_access_key": "any", "region_name": "us-east-1"}
-    boto3.client("s3", endpoint_url=storage.endpoint_url, **keys).create_bucket(Bucket="bucket")
-    yield storage
-    moto.stop()
 
 
 def make_dataset(storage: Storage, source: str, url: str, samples_per_shard: int) -> Dataset:

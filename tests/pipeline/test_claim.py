@@ -8,8 +8,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
+import in_a_namespace_of_its_own
 import pytest
 
 from pipeline import claim as claims
@@ -26,7 +28,7 @@ def no_wait(_: str) -> None:
 
 def holder_elsewhere(folder: Path, beat: int = 0, number: int = 1) -> Path:
     """A claim of a process on another machine, of which nothing is known but its beat."""
-    content = {**Holder.here("convmae shard").__dict__, "host": ELSEWHERE, "token": "theirs", "beat": beat}
+    content = {**asdict(Holder.here("convmae shard")), "host": ELSEWHERE, "token": "theirs", "beat": beat}
     path = folder / f"claim-{number:06d}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(content))
@@ -117,6 +119,58 @@ def test_one_that_was_killed_on_this_machine_is_known_to_be_dead_at_once(tmp_pat
     began = time.monotonic()
     with claimed(Storage(), str(tmp_path), "x", on_wait=no_wait):
         assert time.monotonic() - began < 2
+
+
+HOLDS = """
+import sys
+from pipeline.claim import claimed
+from pipeline.storage import Storage
+with claimed(Storage(), sys.argv[1], 'convmae shard', on_wait=print) as claim:
+    print('held', flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(not in_a_namespace_of_its_own.is_allowed(), reason="this machine makes no PID namespaces")
+def test_a_live_claim_of_another_container_on_this_machine_is_not_taken_over(tmp_path: Path) -> None:
+    with in_a_namespace_of_its_own.running(HOLDS, str(tmp_path)) as other:
+        assert other.stdout and other.stdout.readline() == "held\n"
+        with (
+            pytest.raises(ClaimedError, match="convmae shard"),
+            claimed(Storage(), str(tmp_path), "x", on_wait=lambda _: None),
+        ):
+            pytest.fail("held by two")
+
+
+@pytest.mark.parametrize("change", [{"boot": "another"}, {"namespace": "4:1"}])
+@pytest.mark.parametrize("pid", [os.getpid(), 4_194_399])  # the second is above the largest pid of Linux
+def test_the_silence_of_one_that_cannot_be_seen_decides(tmp_path: Path, change: dict[str, str], pid: int) -> None:
+    content = asdict(Holder.here("convmae shard"))
+    content["process"] |= {"pid": pid, **change}
+    (tmp_path / "claim-000001.json").write_text(json.dumps(content))
+    clock = Clock()
+
+    with claimed(Storage(), str(tmp_path), "x", on_wait=lambda _: None, clock=clock, sleep=clock.sleep):
+        assert 30 <= clock.now < 35
+
+
+def test_one_whose_pid_another_process_has_now_is_dead_at_once(tmp_path: Path) -> None:
+    content = asdict(Holder.here("convmae shard"))
+    content["process"]["started"] -= 1
+    (tmp_path / "claim-000001.json").write_text(json.dumps(content))
+
+    with claimed(Storage(), str(tmp_path), "x", on_wait=no_wait, sleep=lambda _: pytest.fail("waited")):
+        pass
+
+
+def test_a_claim_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    flat = {"token": "t", "work": "drives the run", "user": "u", "host": "h", "since": "2026", "beat": 3}
+    content = {**flat, "boot_seconds": 1.0, "pid": 7, "process_seconds": 2.0, "age_seconds": 5.0, "over": False}
+    (tmp_path / "claim-000001.json").write_text(json.dumps(content))
+
+    ruler = claims.standing(Storage(), str(tmp_path))
+
+    assert ruler is not None and ruler.text == "u@h (process 7, drives the run, since 2026); the lease is 5 s old"
 
 
 def test_of_many_that_see_a_dead_one_exactly_one_takes_over(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from pipeline.foreign import IndexTask, TarReport, index_tar
 from pipeline.loader import Loader
 from pipeline.manifest import Manifest
 from pipeline.order import Order
+from pipeline.places import Listed
 from pipeline.source import Tar, Tars
 from pipeline.sources import find_sources
 from pipeline.storage import Storage
@@ -232,7 +233,7 @@ def test_a_tar_that_changes_under_the_scan_is_refused(tmp_path: Path, jpeg: Make
             return data
 
     (tmp_path / "a.tar").write_bytes(tar_bytes([("x.jpg", jpeg(1))]))
-    tar = Tar("a.tar", (tmp_path / "a.tar").stat().st_size)
+    tar = Tar(Listed("a.tar"), (tmp_path / "a.tar").stat().st_size)
 
     with pytest.raises(DatasetError, match="must not change while it is indexed"):
         index_tar(Changing(), str(tmp_path), IndexTask(str(tmp_path), tar, deep=False, salvage=False))

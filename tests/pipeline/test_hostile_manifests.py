@@ -131,6 +131,24 @@ def test_a_tar_must_lie_in_a_store(tmp_path: Path, place: str) -> None:
         loaded(tmp_path, fields)
 
 
+@pytest.mark.parametrize("place", ["../../x.tar", "a/../../x.tar", "./x.tar", ".."])
+def test_a_tar_without_a_whole_address_lies_below_its_data_set(tmp_path: Path, place: str) -> None:
+    fields = manifest(tmp_path)
+    fields["shards"]["tar"] = [place]
+
+    with pytest.raises(DatasetError, match=r"must name tars below the data set.*index the tars again"):
+        loaded(tmp_path, fields)
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "../x", "a/../x", "http://host/x", "s3://other/x"])
+def test_a_shard_lies_below_its_data_set(tmp_path: Path, name: str) -> None:
+    fields = manifest(tmp_path)
+    fields["shards"]["name"] = [name]
+
+    with pytest.raises(DatasetError, match="leads out of the data set"):
+        loaded(tmp_path, fields)
+
+
 @pytest.mark.parametrize("place", ["s3://bucket/a.tar", "https://host/a.tar", "/data/a.tar", "elsewhere/a.tar"])
 def test_a_tar_may_lie_in_another_store_than_its_index(tmp_path: Path, place: str) -> None:
     fields = manifest(tmp_path)

@@ -13,6 +13,7 @@ import pytest
 from pipeline.errors import RefusedError, StorageError
 from pipeline.faults import translated
 from pipeline.local_files import MOST_LEVELS
+from pipeline.places import Given, normal
 from pipeline.shard_index import LARGEST_IMAGE_BYTES
 from pipeline.shard_plan import Sharding, plan_shards
 from pipeline.shards import write_shard
@@ -57,9 +58,9 @@ def test_no_more_is_read_than_an_image_may_have(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(Storage, "read_start", read_start)
     with pytest.raises(RefusedError, match="it has more than 1000 bytes"):
-        Source("memory://x/endless.jpg", None, None).read(storage, "")
+        Source(Given("memory://x/endless.jpg"), None, None).read(storage, "")
     with pytest.raises(RefusedError, match="it has more than 1000 bytes"):
-        Source("memory://x/known.jpg", 1001, None).read(storage, "")
+        Source(Given("memory://x/known.jpg"), 1001, None).read(storage, "")
     assert asked == [1001]
 
 
@@ -142,7 +143,7 @@ def test_folders_in_each_other_are_refused_beyond_any_use(tmp_path: Path, jpeg: 
     ],
 )
 def test_what_is_no_store_is_an_unknown_protocol(url: str) -> None:
-    for use in (Storage().read, Storage().exists, Storage().list_files, Storage.absolute):
+    for use in (Storage().read, Storage().exists, Storage().list_files, normal):
         with pytest.raises(StorageError, match="must have a known protocol"):
             use(url)
 
@@ -159,7 +160,7 @@ def test_every_promised_store_is_opened_or_tells_what_it_lacks(protocol: str) ->
 
 @pytest.mark.parametrize("url", ["a\0b", "s3://bucket/a\0b", "memory://a\0b/c", "http://host/\0"])
 def test_a_url_with_nul_is_refused(url: str) -> None:
-    for use in (Storage().read, Storage().exists, Storage().size, Storage.absolute):
+    for use in (Storage().read, Storage().exists, Storage().size, normal):
         with pytest.raises(StorageError, match="must hold no NUL"):
             use(url)
 

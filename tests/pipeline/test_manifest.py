@@ -10,6 +10,7 @@ import pytest
 from pipeline.dataset import Dataset
 from pipeline.errors import DatasetError
 from pipeline.manifest import MANIFEST_NAME, SKIPPED_NAME, Manifest, existing_manifest
+from pipeline.places import Given
 from pipeline.shard_index import Skipped
 from pipeline.shard_plan import Sharding, ShardTask, plan_shards
 from pipeline.shard_table import ShardEntry, ShardTable
@@ -17,7 +18,7 @@ from pipeline.shards import ShardReport
 from pipeline.sources import Source, find_sources
 from pipeline.storage import Storage
 
-TASKS = [ShardTask(f"shard-{n:06d}", "/photos", 10 * n, (Source(f"{n}.jpg", 5, None),)) for n in range(3)]
+TASKS = [ShardTask(f"shard-{n:06d}", "/photos", 10 * n, (Source(Given(f"{n}.jpg"), 5, None),)) for n in range(3)]
 ENTRIES = [ShardEntry(task.name, 10, 2048, "ab" * 32) for task in TASKS]
 REPORTS = [ShardReport(entry, (), kept=False) for entry in ENTRIES]
 

@@ -146,3 +146,25 @@ def test_what_no_jpeg_can_hold_says_so() -> None:
 def test_a_jpeg_that_is_only_its_first_mark_says_what_is_missing() -> None:
     with pytest.raises(CorruptImage, match="no frame header"):
         photo_from(b"\xff\xd8")
+
+
+@pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (b"", "not an image file: it is empty"),
+        (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200), "not an image file that is read: it is HEIC"),
+        (b"\xff\x0a" + bytes(200), "not an image file that is read: it is JPEG XL"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(200), "not an image file that is read: it is JPEG XL"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n" + bytes(200), "not an image file that is read: it is JPEG 2000"),
+        (b"\x1f\x8b\x08" + bytes(200), "not an image file that is read: it is compressed by gzip"),
+        (b"<!doctype html><html>404</html>", "not an image file that is read: it is a page (HTML or XML)"),
+        (b"anything else", "not an image file"),
+    ],
+)
+def test_what_is_no_image_is_called_what_it_is(data: bytes, reason: str) -> None:
+    with pytest.raises(CorruptImage) as shard:
+        photo_from(data)
+    with pytest.raises(ValueError) as training:
+        decode(data)
+
+    assert str(shard.value) == str(training.value) == reason

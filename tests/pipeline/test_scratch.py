@@ -1,14 +1,17 @@
 from __future__ import annotations
 
-import socket
+import os
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import in_a_namespace_of_its_own
 import pytest
 
-from pipeline.scratch import scratch_folder
+from pipeline.scratch import PREFIX, UNSEEN_SECONDS, scratch_folder
 
 KEEPS = """
 import sys
@@ -48,13 +51,45 @@ def test_the_folder_of_a_process_that_was_killed_goes_when_the_next_one_is_made(
             assert list(temporary.iterdir()) == [Path(mine)]
 
 
-def test_folders_of_other_hosts_and_of_others_stay(temporary: Path) -> None:
-    dead = 4_194_399  # above the largest pid of Linux
-    elsewhere = temporary / f"convmae-scratch-elsewhere-{dead}-abc"
-    else_ = temporary / f"convmae-{dead}"
-    left = temporary / f"convmae-scratch-{socket.gethostname()}-{dead}-abc"
-    for folder in (elsewhere, else_, left):
-        folder.mkdir()
+@pytest.mark.skipif(not in_a_namespace_of_its_own.is_allowed(), reason="this machine makes no PID namespaces")
+def test_the_folder_of_a_process_in_another_container_stays_while_it_lives(temporary: Path) -> None:
+    with in_a_namespace_of_its_own.running(KEEPS) as process:
+        assert process.stdout
+        other = Path(process.stdout.readline().strip())
+        (other / "part").write_text("of a checkpoint")
+        with scratch_folder():
+            assert (other / "part").exists()
 
     with scratch_folder() as mine:
-        assert set(temporary.iterdir()) == {elsewhere, else_, Path(mine)}
+        assert list(temporary.iterdir()) == [Path(mine)], "its namespace is gone"
+
+
+def test_of_folders_that_another_boot_left_old_ones_go(temporary: Path) -> None:
+    old, fresh, else_ = (temporary / name for name in (f"{PREFIX}0123-old", f"{PREFIX}0123-new", "convmae-other"))
+    for folder in (old, fresh, else_):
+        folder.mkdir()
+    for folder in (old, else_):
+        os.utime(folder, (time.time() - 2 * UNSEEN_SECONDS,) * 2)
+
+    with scratch_folder() as mine:
+        assert set(temporary.iterdir()) == {fresh, else_, Path(mine)}
+
+
+def test_a_link_of_that_name_is_not_followed(temporary: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    (temporary / f"{PREFIX}link").symlink_to(elsewhere)
+
+    with scratch_folder():
+        assert elsewhere.is_dir() and (temporary / f"{PREFIX}link").is_symlink()
+
+
+def test_many_that_make_and_sweep_at_once_keep_their_own(temporary: Path) -> None:
+    def work(_: int) -> bool:
+        with scratch_folder() as folder:
+            Path(folder, "part").write_text("x")
+            time.sleep(0.001)
+            return Path(folder, "part").read_text() == "x"
+
+    with ThreadPoolExecutor(16) as threads:
+        assert all(threads.map(work, range(400)))
+    assert list(temporary.iterdir()) == []

@@ -7,6 +7,7 @@ import pytest
 
 from pipeline.errors import SourceError
 from pipeline.photo import Encoding
+from pipeline.places import Given
 from pipeline.shard_plan import Ingest, Sharding, plan_shards
 from pipeline.shards import write_shard
 from pipeline.source import Source, Sources
@@ -15,7 +16,7 @@ from pipeline.storage import Storage
 
 
 def found(count: int, size_bytes: int = 1000) -> Sources:
-    return Sources("/photos", (), tuple(Source(f"{n}.jpg", size_bytes, None) for n in range(count)))
+    return Sources("/photos", (), tuple(Source(Given(f"{n}.jpg"), size_bytes, None) for n in range(count)))
 
 
 def test_a_plan_uses_every_source_once_in_an_order_of_its_seed(photographs: Path) -> None:
@@ -32,7 +33,7 @@ def test_a_plan_uses_every_source_once_in_an_order_of_its_seed(photographs: Path
 
 
 def test_neighbours_of_one_class_are_dealt_to_all_shards() -> None:
-    sources = Sources("", (), tuple(Source(f"{n}", 1, n // 100) for n in range(1000)))
+    sources = Sources("", (), tuple(Source(Given(f"{n}"), 1, n // 100) for n in range(1000)))
 
     for task in plan_shards(sources, Sharding(100)):
         counts = np.bincount([source.label or 0 for source in task.sources], minlength=10)

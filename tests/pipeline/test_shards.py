@@ -15,6 +15,7 @@ from PIL import Image, ImageFile
 from pipeline.decode import decode
 from pipeline.errors import StorageError
 from pipeline.photo import CorruptImage, photo_from
+from pipeline.places import Given
 from pipeline.shard_index import NO_LABEL, ShardIndex
 from pipeline.shard_plan import Sharding, ShardTask, plan_shards
 from pipeline.shard_table import ShardEntry
@@ -145,7 +146,7 @@ def test_webdataset_reads_our_shards(task: ShardTask, tmp_path: Path, photograph
     assert len(samples) == report.samples == 20
     for number, (sample, source) in enumerate(zip(samples, task.sources, strict=True)):
         assert sample["__key__"] == f"{20 + number:08d}"
-        assert sample["jpg"] == (photographs / source.path).read_bytes()
+        assert sample["jpg"] == (photographs / source.path.text).read_bytes()
         assert int(sample["cls"]) == source.label
 
 
@@ -187,7 +188,7 @@ def test_corrupt_and_vanished_images_are_skipped_and_listed(tmp_path: Path, jpeg
     photos.mkdir()
     (photos / "good.jpg").write_bytes(jpeg(0))
     (photos / "cut.jpg").write_bytes(jpeg(0)[:-300])
-    sources = tuple(Source(name, 1, None) for name in ("cut.jpg", "good.jpg", "gone.jpg"))
+    sources = tuple(Source(Given(name), 1, None) for name in ("cut.jpg", "good.jpg", "gone.jpg"))
     task = ShardTask("shard-000000", str(photos), 0, sources)
 
     report = write_shard(Storage(), str(tmp_path / "out"), task)
@@ -202,7 +203,7 @@ def test_corrupt_and_vanished_images_are_skipped_and_listed(tmp_path: Path, jpeg
 
 def test_a_shard_without_any_good_image_is_empty_and_kept(tmp_path: Path) -> None:
     (tmp_path / "bad.jpg").write_bytes(b"bad")
-    task = ShardTask("shard-000000", str(tmp_path), 0, (Source("bad.jpg", 3, None),))
+    task = ShardTask("shard-000000", str(tmp_path), 0, (Source(Given("bad.jpg"), 3, None),))
 
     reports = [write_shard(Storage(), str(tmp_path / "out"), task) for _ in range(2)]
 

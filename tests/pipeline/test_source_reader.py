@@ -11,11 +11,12 @@ from web_server import WebServer, serving
 
 from pipeline import source_reader
 from pipeline.errors import RefusedError, UnreachableError
+from pipeline.places import Given
 from pipeline.source import Source
 from pipeline.source_reader import SourceReader
 from pipeline.storage import Storage
 
-DEAD = Source("http://127.0.0.1:1/x.jpg", None, None)
+DEAD = Source(Given("http://127.0.0.1:1/x.jpg"), None, None)
 
 
 @pytest.fixture
@@ -30,7 +31,7 @@ def test_a_dead_server_costs_its_own_images_and_is_waited_for_once(
 ) -> None:
     monkeypatch.setattr(source_reader, "HASTY_SECONDS", 0.5)
     reader = SourceReader(Storage(retry_seconds=60.0), "")
-    assert reader.read(Source(f"{server.address}/there.jpg", None, None)) == b"image"
+    assert reader.read(Source(Given(f"{server.address}/there.jpg"), None, None)) == b"image"
 
     began = time.monotonic()
     for _ in range(5):
@@ -53,7 +54,7 @@ def test_nothing_that_can_be_read_is_an_outage() -> None:
 def test_a_server_that_goes_away_ends_the_task(tmp_path: Path) -> None:
     (tmp_path / "there.jpg").write_bytes(b"image")
     with serving(tmp_path) as server:
-        source = Source(f"{server.address}/there.jpg", None, None)
+        source = Source(Given(f"{server.address}/there.jpg"), None, None)
         reader = SourceReader(Storage(retry_seconds=0.5), "")
         reader.read(source)
 
@@ -66,7 +67,7 @@ def test_an_address_that_always_fails_is_waited_for_briefly_the_second_time(
 ) -> None:
     monkeypatch.setattr(source_reader, "HASTY_SECONDS", 0.2)
     reader = SourceReader(Storage(retry_seconds=2.0), "")
-    broken = Source(f"{server.address}/broken.jpg", None, None)
+    broken = Source(Given(f"{server.address}/broken.jpg"), None, None)
     seconds = []
     for _ in range(2):
         began = time.monotonic()
@@ -75,11 +76,11 @@ def test_an_address_that_always_fails_is_waited_for_briefly_the_second_time(
         seconds.append(time.monotonic() - began)
 
     assert seconds[1] < seconds[0]
-    assert reader.read(Source(f"{server.address}/there.jpg", None, None)) == b"image"
+    assert reader.read(Source(Given(f"{server.address}/there.jpg"), None, None)) == b"image"
 
 
 def test_a_local_file_that_cannot_be_read_is_no_fault_of_a_server(tmp_path: Path) -> None:
     reader = SourceReader(Storage(retry_seconds=0.5), str(tmp_path))
 
     with pytest.raises(FileNotFoundError):
-        reader.read(Source("gone.jpg", None, None))
+        reader.read(Source(Given("gone.jpg"), None, None))

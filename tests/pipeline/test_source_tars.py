@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 from pipeline_tars import tar_bytes
 
 from pipeline.errors import SourceError
+from pipeline.places import Listed
 from pipeline.source import Source, Tar, Tars
-from pipeline.source_tars import TarImages, TarTask, list_tar, read_listings
+from pipeline.source_tars import TarImages, TarListing, TarTask, list_tar, read_listings
 from pipeline.sources import find_sources
 from pipeline.storage import Storage
 
@@ -16,8 +18,8 @@ from pipeline.storage import Storage
 def tars(source: Path | str) -> list[str]:
     found = find_sources(Storage(), str(source))
     assert isinstance(found, Tars)
-    assert all(Path(found.root, tar.path).stat().st_size == tar.size_bytes for tar in found.tars)
-    return [tar.path for tar in found.tars]
+    assert all(Path(found.root, tar.path.text).stat().st_size == tar.size_bytes for tar in found.tars)
+    return [tar.path.text for tar in found.tars]
 
 
 @pytest.fixture
@@ -84,12 +86,12 @@ def test_images_are_ranges_of_their_tars(folder: Path) -> None:
     assert [(image.read(Storage(), found.root), image.label) for image in images] == [
         (bytes([number, n]) * 600, label) for number, n, label in expected
     ]
-    assert images[3] == Source("part/01.tar", 1200, 11, images[3].offset)
+    assert images[3] == Source(Listed("part/01.tar"), 1200, 11, images[3].offset)
     assert images[3].name == f"part/01.tar at byte {images[3].offset}"
 
 
 def test_a_listing_is_kept_and_a_broken_one_is_made_again(folder: Path) -> None:
-    task = TarTask(str(folder), Tar("part/01.tar", (folder / "part" / "01.tar").stat().st_size))
+    task = TarTask(str(folder), Tar(Listed("part/01.tar"), (folder / "part" / "01.tar").stat().st_size))
     first = list_tar(Storage(), str(folder / "work"), task)
 
     again = list_tar(Storage(), str(folder / "work"), task)
@@ -100,14 +102,26 @@ def test_a_listing_is_kept_and_a_broken_one_is_made_again(folder: Path) -> None:
     assert first.samples == again.samples == third.samples == 3
 
 
+def test_a_listing_that_names_another_tar_is_made_again(folder: Path, tmp_path: Path) -> None:
+    """Whoever can write into the destination must not choose what tasks read."""
+    task = TarTask(str(folder), Tar(Listed("part/01.tar"), (folder / "part" / "01.tar").stat().st_size))
+    first = list_tar(Storage(), str(folder / "work"), task)
+    true = TarListing.from_bytes(Path(first.listing).read_bytes())
+    forged = replace(true, tar=Tar(Listed("/etc/passwd"), task.tar.size_bytes))
+    Path(first.listing).write_bytes(forged.to_bytes())
+
+    again = list_tar(Storage(), str(folder / "work"), task)
+
+    assert not again.kept
+    assert next(read_listings(Storage(), [again])).tar == task.tar
+
+
 def test_ten_million_images_take_no_memory_to_speak_of() -> None:
     import tracemalloc
 
-    from pipeline.source_tars import TarListing
-
     count, tars_count = 100_000, 100
     column = np.arange(count)
-    listing = TarListing(Tar("a.tar", 1), column, column, column, (), (), 0)
+    listing = TarListing(Tar(Listed("a.tar"), 1), column, column, column, (), (), 0)
 
     tracemalloc.start()
     images = TarImages(listing for _ in range(tars_count))

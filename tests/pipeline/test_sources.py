@@ -21,7 +21,7 @@ def test_class_folders_become_labels_in_sorted_order(tmp_path: Path) -> None:
     sources = find_sources(Storage(), fill(tmp_path, "dog/2.JPG", "cat/1.png", "cat/deep/0.WebP", "dog/readme.txt"))
 
     assert sources.classes == ("cat", "dog")
-    assert [(image.path, image.label) for image in sources.images] == [
+    assert [(image.path.text, image.label) for image in sources.images] == [
         ("cat/1.png", 0),
         ("cat/deep/0.WebP", 0),
         ("dog/2.JPG", 1),
@@ -32,7 +32,7 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     sources = find_sources(Storage(), fill(tmp_path, "b.jpeg", "a.gif", "sub/c.tif"))
 
     assert sources.classes == ()
-    assert [(image.path, image.label) for image in sources.images] == [
+    assert [(image.path.text, image.label) for image in sources.images] == [
         ("a.gif", None),
         ("b.jpeg", None),
         ("sub/c.tif", None),
@@ -51,7 +51,7 @@ def test_images_beside_class_folders_are_told_since_they_cost_all_labels(tmp_pat
 def test_what_a_system_left_behind_is_no_image(tmp_path: Path) -> None:
     sources = find_sources(Storage(), fill(tmp_path, "a.jpg", "._a.jpg"))
 
-    assert [image.path for image in sources.images] == ["a.jpg"]
+    assert [image.path.text for image in sources.images] == ["a.jpg"]
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
@@ -77,7 +77,8 @@ def test_sources_on_a_url_have_paths_below_it() -> None:
 
     images = find_sources(storage, "memory://sources-test/").images
 
-    assert [(image.path, image.size_bytes, image.label) for image in images] == [("x/1.jpg", 1, 0), ("y/2.jpg", 2, 1)]
+    found = [(image.path.text, image.size_bytes, image.label) for image in images]
+    assert found == [("x/1.jpg", 1, 0), ("y/2.jpg", 2, 1)]
 
 
 def test_linked_folders_are_gone_into_and_links_upwards_end(tmp_path: Path) -> None:
@@ -89,7 +90,7 @@ def test_linked_folders_are_gone_into_and_links_upwards_end(tmp_path: Path) -> N
 
     sources = find_sources(Storage(), str(photos))
 
-    assert [(image.path, image.label) for image in sources.images] == [
+    assert [(image.path.text, image.label) for image in sources.images] == [
         ("cat/0.jpg", 0),
         ("dog/1.jpg", 1),
         ("dog/deep/2.jpg", 1),
@@ -100,7 +101,7 @@ def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
     sources = find_sources(Storage(), fill(tmp_path, "cat/1.jpg", ".thumbnails/1.jpg", "cat/.cache/1.jpg"))
 
     assert sources.classes == ("cat",)
-    assert [image.path for image in sources.images] == ["cat/1.jpg"]
+    assert [image.path.text for image in sources.images] == ["cat/1.jpg"]
 
 
 def test_pipes_are_not_opened_and_links_to_nowhere_are_sources(tmp_path: Path) -> None:
@@ -111,7 +112,7 @@ def test_pipes_are_not_opened_and_links_to_nowhere_are_sources(tmp_path: Path) -
 
     sources = find_sources(Storage(), str(tmp_path))
 
-    assert [(image.path, image.size_bytes) for image in sources.images] == [("1.jpg", 1), ("nowhere.jpg", 0)]
+    assert [(image.path.text, image.size_bytes) for image in sources.images] == [("1.jpg", 1), ("nowhere.jpg", 0)]
 
 
 def test_files_that_are_no_images_by_name_are_told(tmp_path: Path) -> None:

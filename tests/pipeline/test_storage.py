@@ -16,6 +16,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from pipeline.errors import StorageError
+from pipeline.places import normal
 from pipeline.storage import Storage
 
 BUCKET = "bucket"
@@ -196,7 +197,7 @@ def test_check_tells_what_is_wrong_with_a_url(url: str, says: str) -> None:
 )
 def test_a_url_with_credentials_is_refused_without_repeating_them(url: str) -> None:
     """It would be in recipes, reports and logs."""
-    for use in (Storage().read, Storage.absolute):
+    for use in (Storage().read, normal):
         with pytest.raises(StorageError, match="must hold no credentials") as refused:
             use(url)
         assert "hush" not in str(refused.value)
@@ -210,7 +211,7 @@ def test_an_at_sign_elsewhere_is_no_secret() -> None:
         "/tmp/a@b:c/x",
         "file:///a:b@c/x",
     ):
-        Storage.absolute(url)
+        normal(url)
 
 
 def test_check_tells_that_a_file_is_no_folder(tmp_path: Path) -> None:
@@ -271,7 +272,7 @@ def test_secrets_stay_out_of_the_repr_and_survive_a_pickle() -> None:
     ("url", "expected"), [("a/b", str(Path.cwd() / "a/b")), ("/a/b", "/a/b"), ("s3://a/b", "s3://a/b")]
 )
 def test_absolute_means_the_same_in_every_working_directory(url: str, expected: str) -> None:
-    assert Storage.absolute(url) == expected
+    assert normal(url) == expected
 
 
 def test_join_puts_one_slash_between_parts() -> None:
@@ -279,7 +280,7 @@ def test_join_puts_one_slash_between_parts() -> None:
 
 
 def test_an_empty_url_is_no_folder() -> None:
-    for call in (Storage().read, Storage.absolute):
+    for call in (Storage().read, normal):
         with pytest.raises(StorageError, match="URL: must not be empty"):
             call("")
 
@@ -312,3 +313,20 @@ def test_of_many_that_replace_the_same_content_one_succeeds(place: tuple[Storage
     assert storage.replace(url, storage.read(url), b"old"), "its own answer may have been lost"
     with pytest.raises(FileNotFoundError):
         storage.replace(storage.join(folder, "nothing"), b"new", b"old")
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600), (0o027, 0o640)])
+def test_who_may_read_a_local_file_is_up_to_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
+    before = os.umask(umask)
+    try:
+        storage = Storage()
+        storage.write(str(tmp_path / "deep" / "written"), b"1")
+        storage.create(str(tmp_path / "created"), b"1")
+        storage.replace(str(tmp_path / "created"), b"2", b"1")
+        storage.write(str(tmp_path / ("x" * 255)), b"1")
+    finally:
+        os.umask(before)
+
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {mode}
+    assert sorted(len(path.name) for path in files) == [7, 7, 255]

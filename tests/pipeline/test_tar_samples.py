@@ -8,7 +8,8 @@ import pytest
 from pipeline_tars import Members, ranged, tar_bytes
 
 from pipeline.photo import CorruptImage
-from pipeline.tar_samples import Measured, TarContents, read_samples, sample_key
+from pipeline.source import IMAGE_EXTENSIONS
+from pipeline.tar_samples import MOST_SKIPPED, Measured, TarContents, read_samples, sample_key, unread_kinds
 
 
 def contents(members: Members, **options: object) -> TarContents:
@@ -49,6 +50,11 @@ def test_offsets_lead_to_the_images() -> None:
         ({"json": json.dumps({"cls": 8, "label": 9}).encode()}, 8, 0),
         ({"json": json.dumps({"label": "cat"}).encode()}, None, 0),
         ({"json": json.dumps({"label": True}).encode()}, None, 0),
+        ({"json": json.dumps({"label": 1.0}).encode()}, None, 1),
+        ({"json": json.dumps({"cls": 1.5, "label": 9}).encode()}, 9, 0),
+        ({"cls": b"1.0"}, None, 1),
+        ({"cls": b"-1"}, None, 1),
+        ({"cls": b"cat"}, None, 1),
         ({"json": b"[1, 2]"}, None, 0),
         ({"json": b"{broken"}, None, 1),
         ({"json": b'{"label": 1}', "cls": b"2"}, 2, 0),
@@ -131,3 +137,70 @@ def test_links_named_like_images_or_labels_are_skipped_and_listed() -> None:
     assert [(image.member, image.label) for image in found.images] == [("a.jpg", None)]
     assert [item.reason for item in found.skipped] == ["it is a link to a.jpg"]
     assert found.bad_labels == 0
+
+
+@pytest.mark.parametrize("extension", [*IMAGE_EXTENSIONS, "JPE", "Jfif"])
+def test_every_extension_of_an_image_is_read(extension: str) -> None:
+    assert [image.member for image in contents([(f"a.{extension}", b"A")]).images] == [f"a.{extension}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("3.heic", ".heic"),
+        ("x/4.JXL", ".JXL"),
+        ("5.image", ".image"),
+        ("6.pyd", ".pyd"),
+        ("7.jpg.gz", ".jpg.gz"),
+        ("8.jp2", ".jp2"),
+        ("9.npy", ".npy"),
+        ("10.cr2", ".cr2"),
+        ("v1.0/IMG_11", "no extension"),
+    ],
+)
+@pytest.mark.parametrize("salvage", [False, True])
+def test_a_sample_without_an_image_that_is_read_is_told(name: str, kind: str, salvage: bool) -> None:
+    stem = sample_key(name)
+    members = [(f"{stem}.json", b"{}"), (name, b"x"), ("a.jpg", b"A"), (f"{stem}.txt", b"caption")]
+
+    found = contents(members, salvage=salvage)
+
+    assert [image.member for image in found.images] == ["a.jpg"]
+    (skipped,) = found.skipped
+    assert skipped.path.startswith(f"{name} at byte ")
+    assert kind in skipped.reason
+    assert unread_kinds(found.skipped) == f"1 samples have no image that is read ({kind} 1)"
+
+
+@pytest.mark.parametrize(
+    "beside", ["a.json", "a.txt", "a.cls", "a.npy", "a.seg.heic", "a.jxl", "a", "b.json", "b.txt", "b.xml", ".DS_Store"]
+)
+def test_what_stands_beside_an_image_or_is_text_is_not_told(beside: str) -> None:
+    for members in ([("a.jpg", b"A"), (beside, b"1")], [(beside, b"1"), ("a.jpg", b"A")]):
+        assert contents(members).skipped == []
+
+
+def test_a_sample_whose_image_is_corrupt_is_told_once() -> None:
+    def corrupt(data: bytes) -> Measured:
+        raise CorruptImage("no")
+
+    found = contents([("a.heic", b"x"), ("a.jpg", b"A")], measure=corrupt)
+
+    assert [item.reason for item in found.skipped] == ["no"]
+
+
+def test_kinds_are_counted_most_frequent_first_and_not_without_end() -> None:
+    members = [(f"{n}.k{n % 30}", b"") for n in range(60)] + [("x.heic", b"")] * 1 + [("y.heic", b""), ("z.heic", b"")]
+
+    told = unread_kinds(contents(members).skipped)
+
+    assert told.startswith("63 samples have no image that is read (.heic 3, ") and told.endswith("and 11 more kinds)")
+
+
+def test_of_very_many_samples_without_image_a_bounded_number_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.tar_samples.MOST_SKIPPED", 10)
+
+    found = contents([(f"{n}.npy", b"") for n in range(50)] + [("a.jpg", b"A")])
+
+    assert MOST_SKIPPED == 100_000 and len(found.skipped) == 11
+    assert (len(found.images), found.faults) == (1, [])

@@ -196,3 +196,34 @@ def test_a_compressed_tar_is_called_that(packer: ModuleType, name: str) -> None:
     _, faults = members(packer.compress(tar_bytes(MEMBERS)), salvage=False)
 
     assert faults == [TarFault(0, f"it is compressed by {name}; unpack it first")]
+
+
+@pytest.mark.parametrize(
+    ("data", "what", "remedy"),
+    [
+        (b"", "it is empty", "again"),
+        (b"<html>404</html>", "a page (HTML or XML)", "download it again"),
+        (
+            b"\n <?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>",
+            "a page (HTML or XML)",
+            "download it again",
+        ),
+        (b'{"error": "not found"}', "it is JSON", "download it again"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12\n",
+            "a pointer of Git LFS",
+            "git lfs pull",
+        ),
+        (b"/annex/objects/SHA256E-s12--abc.tar\n", "a pointer of git-annex", "git annex get"),
+        (b"\x89PNG\r\n\x1a\n" + bytes(600), "it is an image", ""),
+        (gzip.compress(tar_bytes(MEMBERS[:2])), "it is compressed by gzip", "unpack it first"),
+        (bz2.compress(tar_bytes(MEMBERS[:2])), "it is compressed by bzip2", "unpack it first"),
+        (lzma.compress(tar_bytes(MEMBERS[:2])), "it is compressed by xz", "unpack it first"),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_what_is_no_tar_is_called_what_it_is(data: bytes, what: str, remedy: str) -> None:
+    found, (fault, *_) = members(data)
+
+    assert found == []
+    assert fault.offset == 0 and what in fault.what and remedy in fault.what

@@ -10,6 +10,7 @@ from pipeline_tars import tar_bytes
 
 from pipeline.dataset import Dataset
 from pipeline.errors import StorageError
+from pipeline.places import Listed
 from pipeline.shard_index import ShardIndex
 from pipeline.storage import Storage
 from pipeline.verify import Fault, verify_shard
@@ -139,7 +140,7 @@ def test_deep_finds_what_never_decoded(tmp_path: Path, jpeg: MakeJpeg) -> None:
     from pipeline.source import Tar
 
     (tmp_path / "a.tar").write_bytes(tar_bytes([("x.jpg", jpeg(1)), ("y.jpg", jpeg(2)[:-200])]))
-    tar = Tar("a.tar", (tmp_path / "a.tar").stat().st_size)
+    tar = Tar(Listed("a.tar"), (tmp_path / "a.tar").stat().st_size)
     report = index_tar(Storage(), str(tmp_path), IndexTask(str(tmp_path), tar, deep=False, salvage=False)).report
     assert report is not None
 

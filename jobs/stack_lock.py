@@ -1,0 +1,47 @@
+"""Whether a stack lives, for those who cannot see its processes: containers that share its folder.
+
+The keeper locks a file of the home (flock), and hands the open file on to the services: the kernel keeps the lock until
+the last of them has ended, however it did, and tells everybody on the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from pathlib import Path
+
+_NAME = "alive.lock"
+
+
+class StackLock:
+    """The lock of a stack that runs; held by all processes that `handle` was handed on to."""
+
+    def __init__(self, home: Path) -> None:
+        self.handle = os.open(home / _NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._is_ours = False
+
+    def hold(self) -> None:
+        """Take it, unless services of an earlier keeper still have it; call again until they have ended."""
+        if not self._is_ours:
+            with contextlib.suppress(OSError):  # a file system without locks: then processes alone are asked
+                fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                self._is_ours = True
+
+
+def is_held(home: Path) -> bool:
+    """Whether a process of a stack in this home lives, in whichever container of this machine."""
+    try:
+        handle = os.open(home / _NAME, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        # Shared: of two who ask at once neither takes the other for the stack.
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
+    return False
