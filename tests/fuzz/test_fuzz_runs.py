@@ -313,7 +313,7 @@ def test_what_a_driver_reads_of_its_predecessors_is_rows_or_refused(fuzz: Fuzz, 
 
 # What commands remember on this machine
 
-ENDED = {"pid": 2**22 - 1, "create_time": 1.5}
+ENDED = {"pid": 2**22 - 1, "namespace": "1:2", "boot": "x", "started": 5}
 STACK = {
     "settings": {
         "home": "/nonexistent",

@@ -16,9 +16,10 @@ from pipeline_tars import ranged
 
 from pipeline.errors import clipped
 from pipeline.photo import CorruptImage
+from pipeline.places import Listed
 from pipeline.shard_index import Skipped
 from pipeline.source import Tar
-from pipeline.source_tars import TarListing
+from pipeline.source_tars import LISTING_VERSION, TarListing
 from pipeline.tar_samples import Measured, TarContents, read_samples
 from pipeline.tar_scan import TarFault, TarMember, scan_tar
 
@@ -176,7 +177,7 @@ def test_a_tar_gives_images_that_lie_in_it(fuzz: Fuzz) -> None:
                 found = read_samples(file, salvage=salvage, measure=measured)
             check_contents(found, data)
         listing = TarListing(
-            Tar("x.tar", len(data)),
+            Tar(Listed("x.tar"), len(data)),
             np.array([image.offset for image in found.images], "<i8"),
             np.array([image.length for image in found.images], "<i8"),
             np.array([-1 if image.label is None else image.label for image in found.images], "<i8"),
@@ -224,7 +225,7 @@ def _is_plain(member: tarfile.TarInfo) -> bool:
 
 
 LISTING = {
-    "version": 2,
+    "version": LISTING_VERSION,
     "tar": ["x.tar", 10240],
     "skipped": [["x.tar: a.jpg", "empty"]],
     "faults": [[512, "damaged"]],
@@ -256,7 +257,7 @@ def test_a_kept_listing_is_one_or_is_made_anew(fuzz: Fuzz) -> None:
             found = TarListing.from_bytes(data)
         except ValueError:  # the tar is gone through again
             return
-        assert isinstance(found.tar, Tar) and isinstance(found.tar.path, str) and type(found.tar.size_bytes) is int
+        assert isinstance(found.tar, Tar) and isinstance(found.tar.path, Listed) and type(found.tar.size_bytes) is int
         for column in (found.offsets, found.lengths, found.labels):
             assert column.dtype == np.dtype("<i8") and column.shape == (len(found),)
         assert all(
@@ -264,6 +265,6 @@ def test_a_kept_listing_is_one_or_is_made_anew(fuzz: Fuzz) -> None:
             for item in found.skipped
         )
         assert all(type(fault.offset) is int and isinstance(fault.what, str) for fault in found.faults)
-        assert json.dumps(found.bad_labels) and clipped(found.tar.path)
+        assert json.dumps(found.bad_labels) and clipped(str(found.tar.path))
 
     fuzz(tar_listings, listings(), batch=100)
