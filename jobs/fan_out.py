@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from jobs.errors import RunFailedError
 from jobs.shared_folder import Landmark, Landmarks, check_seen_here
 from pipeline.errors import UserError
+from pipeline.local_files import umask_here
 from pipeline.storage import Storage
 
 Task = TypeVar("Task")
@@ -83,7 +85,7 @@ def fan_out(
     """
     remote: Any = ray.remote(_worked)
     places = _copying_places() if copying else itertools.repeat(_needs())
-    shared = ray.put(storage)
+    shared, umask = ray.put(storage), umask_here()
     waiting = iter(tasks)
     running: list[Any] = []
     on_tick()
@@ -91,7 +93,9 @@ def fan_out(
         while True:
             started = itertools.islice(waiting, max(0, _width(copying) - len(running)))
             running += [
-                remote.options(name=work.__name__, **next(places)).remote(work, shared, url, task, tuple(landmarks))
+                remote.options(name=work.__name__, **next(places)).remote(
+                    work, shared, url, task, tuple(landmarks), umask
+                )
                 for task in started
             ]
             if not running:
@@ -106,8 +110,14 @@ def fan_out(
 
 
 def _worked(
-    work: Callable[[Storage, str, Task], Result], storage: Storage, url: str, task: Task, landmarks: Landmarks
+    work: Callable[[Storage, str, Task], Result],
+    storage: Storage,
+    url: str,
+    task: Task,
+    landmarks: Landmarks,
+    umask: int,
 ) -> Result:
+    os.umask(umask)  # the node's own is that of the shell in which Ray was started
     check_seen_here(storage, landmarks)
     return work(storage, url, task)
 

@@ -323,7 +323,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     overrides: dict[str, Any] = {}
     for argument in arguments:
         key, equals, text = argument.partition("=")
-        if not equals or not key:
+        if not equals or not key.strip():
             raise RecipeError("argument", "must be field=value", clipped(argument), "write for example epochs=400")
         if len(argument) > LONGEST_ARGUMENT:
             rule = f"must be at most {LONGEST_ARGUMENT} characters"

@@ -266,7 +266,7 @@ def _checkpoints(record: RunRecord) -> str:
             _bytes_text(event["bytes"]),
             f"{event['stall_seconds']:.2f}",
             "yes" if event["step"] in record.kept_steps else "",
-            "yes" if event["milestone"] else "",
+            "yes" if event.get("milestone") else "",
         )
         for number, event in enumerate(reversed(saved))
         if number < MOST_CHECKPOINTS or event["step"] in record.kept_steps

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,6 +40,19 @@ PROJECT = Path(__file__).resolve().parent.parent
 def home_folder(environ: Mapping[str, str]) -> Path:
     """The local stack's folder: $CONVMAE_HOME, or `.convmae` in the current folder."""
     return Path(normal(environ.get(HOME_VARIABLE) or ".convmae"))
+
+
+@contextlib.contextmanager
+def _own_words_as_text() -> Iterator[None]:
+    """Ray tells its head this process's command line as text, which names of files that are no UTF-8 are not."""
+    from ray._private import utils
+
+    words = utils.get_entrypoint_name
+    utils.get_entrypoint_name = lambda: words().encode("utf-8", "backslashreplace").decode()
+    try:
+        yield
+    finally:
+        utils.get_entrypoint_name = words
 
 
 @dataclass(frozen=True)
@@ -202,7 +215,7 @@ class Session:
         self.quiet_ray()
         try:
             # Ray puts the driver's current folder first on its workers' path, and the user's may hold a pipeline.py.
-            with contextlib.chdir(PROJECT):
+            with contextlib.chdir(PROJECT), _own_words_as_text():
                 ray.init(
                     self.cluster.text,
                     namespace=NAMESPACE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Iterator
@@ -59,6 +60,16 @@ def read_part(path: str, offset: int, length: int | None) -> bytes:
         if wanted > 0:
             file.seek(offset)
         return file.read(max(0, wanted))
+
+
+def umask_here(proc: Path = Path("/proc")) -> int:
+    """This process's umask; asking the system for it would change it for a moment, for all threads."""
+    with contextlib.suppress(OSError):
+        for line in (proc / "self/status").read_text(errors="replace").splitlines():
+            if line.startswith("Umask:"):
+                return int(line.split()[1], 8)
+    os.umask(mask := os.umask(0o077))
+    return mask
 
 
 def _refuse(error: OSError) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from typing import Any
+from urllib.parse import urlsplit
 
 import fsspec
 from fsspec.registry import known_implementations
@@ -62,6 +63,11 @@ def protocol_of(url: str) -> str:
         raise StorageError("URL", "must not be empty", url, "write s3://bucket/folder or a path")
     if "\0" in url:
         raise StorageError("URL", "must hold no NUL", clipped(url), "correct what it comes from")
+    try:
+        url.encode("utf-8", "surrogateescape")  # names of local files may be any bytes
+    except UnicodeEncodeError:
+        remedy = "correct what it comes from"
+        raise StorageError("URL", "must be made of characters, or of a file's bytes", clipped(url), remedy) from None
     protocol, separator, _ = url.partition("://")
     if not separator:
         # "s3:/bucket" would otherwise become a folder named "s3:".
@@ -73,6 +79,8 @@ def protocol_of(url: str) -> str:
         )
     if protocol in STORES:
         _refuse_password(protocol, url)
+        if protocol in HTTP:
+            _refuse_odd_host(url)
         return protocol
     foreign = protocol in known_implementations or "::" in protocol
     nearest = [] if foreign else difflib.get_close_matches(protocol, STORES, n=1, cutoff=0.4)
@@ -117,6 +125,17 @@ def server_of(url: str) -> tuple[tuple[str, Any], ...]:
     if protocol in (*LOCAL, "memory", *S3, *HTTP):
         return ()
     return tuple(sorted(kind_of(protocol)._get_kwargs_from_urls(url).items()))
+
+
+def _refuse_odd_host(url: str) -> None:
+    """Of an http address: libraries raise what they like for these, some of them late."""
+    try:
+        parts = urlsplit(url)
+        sound = bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number or too large, a bracket that is not closed
+        sound = False
+    if not sound:
+        raise StorageError("URL", "must name a host, and a port if it has one", clipped(url), "write http://HOST/PATH")
 
 
 def _refuse_password(protocol: str, url: str) -> None:

@@ -133,7 +133,7 @@ def test_a_number_of_bytes_is_one_or_is_refused(fuzz: Fuzz) -> None:
     def byte_counts(text: str) -> None:
         count = parsed_bytes("--shard-bytes", text)
         assert type(count) is int and 0 <= count <= MOST_BYTES
-        unit = text.strip().removesuffix("B").removesuffix("i")[-1:]
+        unit = text.strip().removesuffix("B").removesuffix("i")[-1:].strip()
         if "i" not in text and not unit.isdecimal() and "." not in text:
             assert count == int(text.strip().removesuffix("B").removesuffix(unit)) * units[unit]
 
