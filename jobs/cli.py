@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 failed, 2 bad input (one line on standard error, nothing s
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -54,6 +55,7 @@ def options(
 def main() -> None:
     """Entry point: bad input ends in one line and exit code 2, a failed run in one line and exit code 1."""
     open_streams()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of folders that it would like to have
     code = _run(sys.argv[1:])
     sys.exit(code if close_streams() else code or 1)
 

@@ -85,7 +85,7 @@ def fan_out(
     """
     remote: Any = ray.remote(_worked)
     places = _copying_places() if copying else itertools.repeat(_needs())
-    shared, umask = ray.put(storage), umask_here()
+    shared, guards = ray.put(storage), (tuple(landmarks), umask_here())
     waiting = iter(tasks)
     running: list[Any] = []
     on_tick()
@@ -93,9 +93,7 @@ def fan_out(
         while True:
             started = itertools.islice(waiting, max(0, _width(copying) - len(running)))
             running += [
-                remote.options(name=work.__name__, **next(places)).remote(
-                    work, shared, url, task, tuple(landmarks), umask
-                )
+                remote.options(name=work.__name__, **next(places)).remote(work, shared, url, task, guards)
                 for task in started
             ]
             if not running:
@@ -114,9 +112,9 @@ def _worked(
     storage: Storage,
     url: str,
     task: Task,
-    landmarks: Landmarks,
-    umask: int,
+    guards: tuple[Landmarks, int],
 ) -> Result:
+    landmarks, umask = guards
     os.umask(umask)  # the node's own is that of the shell in which Ray was started
     check_seen_here(storage, landmarks)
     return work(storage, url, task)

@@ -25,12 +25,11 @@ from jobs.goodput import measured_goodput
 from jobs.recipe import Recipe
 from jobs.reconstruction import RECONSTRUCTIONS_NAME
 from jobs.report_page import PAGE
-from jobs.run_directory import RunDirectory
+from jobs.run_directory import REPORT_NAME, RunDirectory
 from jobs.terminal import duration_text
 from pipeline.json_text import parsed_object
 from pipeline.manifest import SKIPPED_NAME
 
-REPORT_NAME = "report.html"
 MOST_ATTEMPTS = 400
 """Newest events of attempts that are listed."""
 MOST_CHECKPOINTS = 40

@@ -35,6 +35,7 @@ from pipeline.storage import Storage
 if TYPE_CHECKING:  # it imports torch, which commands that only look should not wait for
     from jobs.recipe import Recipe
 
+REPORT_NAME = "report.html"
 HISTORY_PART_STEPS = 1000
 """Steps in one part of the history: what one flush rewrites at most."""
 

@@ -11,8 +11,7 @@ from jobs import checkpoint
 from jobs.checkpoint import CLAIMS
 from jobs.errors import OvertakenError, RunError
 from jobs.monitor import FLUSH_INTERVAL_SECONDS
-from jobs.report import REPORT_NAME
-from jobs.run_directory import FINAL_STATES, RunDirectory
+from jobs.run_directory import FINAL_STATES, REPORT_NAME, RunDirectory
 from jobs.run_plan import RunPlan
 from pipeline.claim import Claim, claimed, standing
 from pipeline.errors import ClaimedError

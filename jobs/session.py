@@ -45,8 +45,9 @@ def home_folder(environ: Mapping[str, str]) -> Path:
 @contextlib.contextmanager
 def _own_words_as_text() -> Iterator[None]:
     """Ray tells its head this process's command line as text, which names of files that are no UTF-8 are not."""
-    from ray._private import utils
+    import ray._private.utils
 
+    utils: Any = ray._private.utils
     words = utils.get_entrypoint_name
     utils.get_entrypoint_name = lambda: words().encode("utf-8", "backslashreplace").decode()
     try:
