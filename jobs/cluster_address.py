@@ -11,6 +11,8 @@ import os
 import re
 import socket
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import psutil
@@ -103,7 +105,23 @@ class ClusterAddress:
         if self.is_http or not self.host:
             return not self.is_http
         self.check_answers()
-        return bool(_node_addresses(self) & own_addresses())
+        return bool({node.node_manager_address for node in _nodes(self)} & own_addresses())
+
+    def check_logs(self) -> None:
+        """Find out that this user may not write where drivers on this machine log: Ray would abort the process.
+
+        Raises:
+            ClusterError: That is so.
+        """
+        if self.is_http or not self.host:
+            return
+        here = own_addresses()
+        for node in _nodes(self):
+            logs = Path(node.session_dir or "/", "logs")
+            if node.session_dir and node.node_manager_address in here and not os.access(logs, os.W_OK | os.X_OK):
+                rule = f"must be of a cluster whose logs on this machine, in {logs}, this user may write"
+                remedy = "be the user who started it, or name its dashboard, http://HOST:8265: commands then run there"
+                raise ClusterError(VARIABLE, rule, self.text, remedy)
 
 
 def http_proxy(address: str) -> str | None:
@@ -144,15 +162,15 @@ def own_addresses() -> set[str]:
     }
 
 
-def _node_addresses(address: ClusterAddress) -> set[str]:
+def _nodes(address: ClusterAddress) -> list[Any]:
+    """What Ray's head tells of each node."""
     from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
     from ray.exceptions import RayError
 
     try:
-        nodes = GcsClient(address=address.text).get_all_node_info(timeout=CONNECT_SECONDS)
+        return list(GcsClient(address=address.text).get_all_node_info(timeout=CONNECT_SECONDS).values())
     except (RayError, RuntimeError, OSError, ValueError) as error:
         raise refusal(address.text, error) from error
-    return {node.node_manager_address for node in nodes.values()}
 
 
 def refusal(address: str, error: BaseException) -> ClusterError:

@@ -211,6 +211,7 @@ class Session:
         self.cluster.check_answers()
         if self.is_away:
             raise ClusterError("RAY_ADDRESS", "must be of this machine's cluster", self.cluster.text, "submit a job")
+        self.cluster.check_logs()
         import ray
 
         self.quiet_ray()

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import socket
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from jobs import cluster_address
 from jobs.cluster_address import ClusterAddress, own_addresses
 from jobs.errors import ClusterError
 
@@ -65,3 +68,22 @@ def test_a_dashboard_is_never_of_this_machine_and_auto_always() -> None:
 
 def test_addresses_of_this_machine_hold_the_loopback() -> None:
     assert "127.0.0.1" in own_addresses()
+
+
+def test_a_user_who_may_not_write_logs_of_ray_is_told_before_ray_aborts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "logs").mkdir()
+    nodes = [
+        SimpleNamespace(node_manager_address="127.0.0.1", session_dir=str(tmp_path)),
+        SimpleNamespace(node_manager_address="192.0.2.1", session_dir="/nonexistent"),
+    ]
+    monkeypatch.setattr(cluster_address, "_nodes", lambda _: nodes)
+    address = ClusterAddress.parse("127.0.0.1:6379")
+
+    address.check_logs()  # what another machine has is its own
+
+    nodes.append(SimpleNamespace(node_manager_address="127.0.0.1", session_dir="/nonexistent"))
+    with pytest.raises(ClusterError, match=r"logs on this machine, in /nonexistent/logs, this user may write"):
+        address.check_logs()
+    ClusterAddress.parse("http://127.0.0.1:8265").check_logs()
