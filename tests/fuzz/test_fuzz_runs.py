@@ -257,7 +257,7 @@ def test_commands_that_look_at_a_run_say_what_is_damaged(
         elif arguments[-1] == "--json":
             assert all(isinstance(json.loads(line), dict) for line in out.splitlines())
 
-    fuzz(run_commands, examples(files_of(sound)), batch=40)
+    fuzz(run_commands, examples(files_of(sound)), batch=15)
 
 
 def test_a_report_is_written_or_says_what_is_damaged(fuzz: Fuzz, sound: RunDirectory, tmp_path: Path) -> None:
@@ -280,7 +280,7 @@ def test_a_report_is_written_or_says_what_is_damaged(fuzz: Fuzz, sound: RunDirec
         assert page.rstrip().endswith("</html>")
         assert "<script>alert" not in page
 
-    fuzz(run_reports, st.tuples(examples(files), json_lines(skipped)), batch=25)
+    fuzz(run_reports, st.tuples(examples(files), json_lines(skipped)), batch=8)
 
 
 def test_who_drives_a_run_is_told_whatever_its_claims_hold(fuzz: Fuzz, sound: RunDirectory, quick: None) -> None:
