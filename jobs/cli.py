@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -50,6 +51,11 @@ def options(
         from jobs.session import VERBOSE_VARIABLE
 
         os.environ[VERBOSE_VARIABLE] = "1"
+    try:
+        Path.cwd()
+    except OSError as error:
+        told = os.strerror(error.errno or 0)
+        raise UserError("current folder", f"must be there ({told})", "", "go to another one with `cd`") from None
 
 
 def main() -> None:

@@ -547,3 +547,17 @@ def test_verify_finds_a_damaged_manifest(convmae: Convmae, tmp_path: Path, as_js
         assert (fault["shard"], fault["key"], fault["offset"]) == ("manifest.json", None, None)
     else:
         assert "manifest.json: must be readable" in ended.output
+
+
+def test_a_folder_that_is_gone_is_told_before_anything_is_looked_up_in_it(
+    convmae: Convmae, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+
+    ended = convmae("list")
+
+    assert ended.code == 2
+    assert ended.error.startswith("error: current folder: must be there") and ended.error.count("\n") == 1
