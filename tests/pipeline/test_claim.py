@@ -143,7 +143,7 @@ def test_a_live_claim_of_another_container_on_this_machine_is_not_taken_over(tmp
 
 
 @pytest.mark.parametrize("change", [{"boot": "another"}, {"namespace": "4:1"}])
-@pytest.mark.parametrize("pid", [os.getpid(), 4_194_399])  # the second is above the largest pid of Linux
+@pytest.mark.parametrize("pid", [os.getpid(), 4_194_399], ids=["ours", "above-the-largest-of-Linux"])
 def test_the_silence_of_one_that_cannot_be_seen_decides(tmp_path: Path, change: dict[str, str], pid: int) -> None:
     content = asdict(Holder.here("convmae shard"))
     content["process"] |= {"pid": pid, **change}

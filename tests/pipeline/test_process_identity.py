@@ -58,7 +58,7 @@ def test_one_with_the_same_pid_that_began_at_another_time_has_taken_its_number()
 
 
 @pytest.mark.parametrize("change", [{"boot": "another"}, {"namespace": "4:1"}, {"boot": ""}, {"started": -1}])
-@pytest.mark.parametrize("pid", [os.getpid(), 4_194_399])  # the second is above the largest pid of Linux
+@pytest.mark.parametrize("pid", [os.getpid(), 4_194_399], ids=["ours", "above-the-largest-of-Linux"])
 def test_of_another_boot_or_namespace_nothing_is_known(change: dict[str, object], pid: int) -> None:
     elsewhere = replace(ProcessIdentity.here(), pid=pid, **change)  # type: ignore[arg-type]
 
