@@ -112,7 +112,7 @@ def test_help_is_shown_in_any_encoding(environment: dict[str, str]) -> None:
 
     assert (ended.returncode, ended.stderr) == (0, b"")
     assert b"Pretrain ConvMAE: photographs " in ended.stdout
-    assert (b"photographs -> WebDataset" in ended.stdout) == ("PYTHONIOENCODING" in environment)
+    assert b"photographs -> WebDataset" in ended.stdout
 
 
 def test_errors_with_any_name_are_one_line_in_any_encoding() -> None:
