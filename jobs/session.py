@@ -149,8 +149,9 @@ class Session:
             UserError: None is known, or it is no URL.
         """
         variable = self.environ.get(run_roots.VARIABLE, "")
+        place = given or variable or self._usual_root()
         try:
-            return normal(given or variable or self._usual_root())
+            return normal(place)
         except StorageError as error:
             field = "run_root" if given or not variable else run_roots.VARIABLE
             raise UserError(field, error.rule, error.value, error.remedy) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -73,6 +74,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def heard_interrupts() -> None:
     """Commands that tests interrupt inherit it; a shell starts what it puts in the background deaf to SIGINT."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def token_of_this_process() -> str:
+    """For Ray clusters that tests start in it; Ray keeps the first token that it sees for a process's life."""
+    return secrets.token_hex(32)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import secrets
 import socket
 import subprocess
 import sys
@@ -178,10 +177,10 @@ def test_a_cluster_that_does_not_answer_is_waited_for_by_a_patient_driver_alone(
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
+def cluster(token_of_this_process: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as environment:
         environment.delenv("RAY_AUTH_MODE", raising=False)  # Ray sets it and would leave it to the tests after us
-        environment.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray makes one in the home folder
+        environment.setenv("RAY_AUTH_TOKEN", token_of_this_process)  # else Ray makes one in the home folder
         ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, namespace="convmae")
         yield
         ray.shutdown()

@@ -3,7 +3,6 @@ from __future__ import annotations
 import io
 import json
 import pickle
-import secrets
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -29,10 +28,10 @@ from pipeline.storage import Storage
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
+def cluster(token_of_this_process: str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as environment:
         environment.delenv("RAY_AUTH_MODE", raising=False)  # Ray sets it and would leave it to the tests after us
-        environment.setenv("RAY_AUTH_TOKEN", secrets.token_hex(32))  # else Ray makes one in the home folder
+        environment.setenv("RAY_AUTH_TOKEN", token_of_this_process)  # else Ray makes one in the home folder
         ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
         yield
         ray.shutdown()

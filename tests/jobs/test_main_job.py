@@ -210,11 +210,15 @@ def test_stop_saves_and_the_same_command_goes_on(convmae: Command, data: str) ->
     assert events[2]["steps_redone"] == 0
 
 
+WRONG_KEYS = {"AWS_ENDPOINT_URL": "ENDPOINT", "AWS_ACCESS_KEY_ID": "wrong", "AWS_SECRET_ACCESS_KEY": "wrong"}
+
+
 @pytest.mark.parametrize(
     ("changes", "arguments", "expected"),
     [
-        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, ("inspect", "DATA"), "credentials: must be accepted"),
-        ({"AWS_ACCESS_KEY_ID": "wrong"}, ("list",), "credentials: must be accepted"),
+        (WRONG_KEYS, ("inspect", "DATA"), "credentials: must be accepted"),
+        (WRONG_KEYS, ("list", "--run-root", "s3://convmae/runs"), "credentials: must be accepted"),
+        ({"AWS_ACCESS_KEY_ID": "wrong"}, ("list",), "AWS_SECRET_ACCESS_KEY: must come with AWS_ACCESS_KEY_ID"),
         ({}, ("shard", "PHOTOGRAPHS", "s3://no-such-bucket/data"), "bucket: must exist"),
         ({}, ("pretrain", "tiny", "data=s3://convmae/nothing", "--run", "bad"), "must hold a manifest.json"),
         ({}, ("pretrain", "tiny", "data=DATA", "run_root=s3://no-such-bucket/runs"), "bucket: must exist"),
@@ -243,7 +247,12 @@ def test_bad_input_is_one_line_and_exit_2(
         argument.replace("DATA", data) if "=" in argument else places.get(argument, argument) for argument in arguments
     ]
 
-    out, err = convmae(*filled, code=2, **changes)
+    own = {
+        name: value.replace("ENDPOINT", convmae.stack.environment()["AWS_ENDPOINT_URL"])
+        for name, value in changes.items()
+    }
+
+    out, err = convmae(*filled, code=2, **own)
 
     assert len(err.splitlines()) == 1, err
     assert err.startswith("error: ")

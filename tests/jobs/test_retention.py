@@ -47,9 +47,11 @@ def weights(run: RunDirectory, step: int, owner: str = "000001-0001") -> Path:
     return Path(run.path("checkpoints", checkpoint.folder_name(step), owner, "weights.pt"))
 
 
-def holder(run: RunDirectory, number: int, **changes: object) -> None:
+def holder(run: RunDirectory, number: int, pid: int | None = None, **changes: object) -> None:
     """Somebody drives the run under claim `number`."""
     content = {**dataclasses.asdict(Holder.here("drives the run")), "beat": 1, **changes}
+    if pid is not None:
+        content["process"] |= {"pid": pid}
     run.storage.write(run.path("claims", f"claim-{number:06d}.json"), json.dumps(content).encode())
 
 

@@ -130,7 +130,7 @@ def test_a_tensor_in_another_file_than_the_index_says_is_named(result: Consolida
 def test_files_of_two_consolidations_are_not_mixed(result: Consolidated) -> None:
     path = Path(result.files[1].url)
     tensors = load_file(path)
-    with weights_file._opened(path, str(path)) as file:
+    with weights_file.opened_file(path, str(path)) as file:
         metadata = {**file.metadata(), "step": "8"}
     save_file(tensors, path, metadata=metadata)
     Path(f"{path}.sha256").unlink()
