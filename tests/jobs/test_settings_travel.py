@@ -25,6 +25,7 @@ PATIENCE_SECONDS = 240
 JOBS = """
 import os
 from jobs.session import Session
+from jobs.submission import job_client
 
 session = Session.open(os.environ)
 session.export()
