@@ -20,6 +20,7 @@ def folder(convmae: Command, photographs: Path, tmp_path: Path, monkeypatch: pyt
     return tmp_path
 
 
+@pytest.mark.slow
 def test_a_run_in_a_folder_is_submitted_followed_and_found_by_its_path(convmae: Command, folder: Path) -> None:
     out, _ = convmae("submit", *small_recipe("ds/", run_root="./runs/", max_steps=2), "--run", "one", "--follow")
     assert "one: finished at step 2 of 2" in out
@@ -38,6 +39,7 @@ def test_a_run_in_a_folder_is_submitted_followed_and_found_by_its_path(convmae: 
     assert f"`convmae report {folder}/runs/one` shows it" in out
 
 
+@pytest.mark.slow
 def test_a_job_that_ends_before_its_run_begins_leaves_a_failed_run(convmae: Command, folder: Path) -> None:
     run = RunDirectory.of(Storage(), str(folder / "runs"), "early")
     process = convmae.start("submit", *small_recipe("ds", run_root="runs", max_steps=2), "--run", "early", "--follow")

@@ -106,6 +106,7 @@ def test_a_run_in_the_foreground_is_stopped_by_ctrl_c_and_all_else_needs_no_cred
     assert json.loads(out)["state"] == "stopped"
 
 
+@pytest.mark.slow
 def test_a_large_consolidation_goes_to_the_cluster(laptop: Laptop, data: str) -> None:
     fields = {"run_root": "s3://convmae/laptop-runs", "max_steps": 4}
     own = laptop.credentials()

@@ -19,7 +19,7 @@ from testbed import TILES, Command, small_recipe
 from jobs.run_directory import RunDirectory
 from pipeline.storage import Storage
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 PATIENCE_SECONDS = 240
 JOBS = """
