@@ -140,7 +140,7 @@ def _say_made(destination: str, manifest: Manifest, done: str, skipped: int, bad
     if skipped:
         say(f"skipped, with reasons: {Storage.join(destination, SKIPPED_NAME)}")
     if bad_labels:
-        say(f"{bad_labels} labels are no integers of at least 0; their images have none")
+        say(f"{bad_labels} labels are not integers from 0 up; their images have none")
 
 
 def _say_unread(unread: str) -> None:

@@ -1,4 +1,4 @@
-"""The end of a run whose driver ended before the run's monitor could tell it: else the run is `submitted` for ever."""
+"""The end of a run whose driver ended before the run's monitor could tell it: else the run stays `submitted`."""
 
 from __future__ import annotations
 

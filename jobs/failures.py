@@ -12,7 +12,7 @@ class Failures:
         """Begin a driver's life.
 
         Args:
-            most_without_progress: Failures without a new checkpoint after which a run goes on, one after the other.
+            most_without_progress: Failures in a row without a new checkpoint that a run survives.
         """
         self.reason = ""
         """Of the newest; empty since an attempt began."""
@@ -25,7 +25,7 @@ class Failures:
         self._label = ""
 
     def begin_attempt(self) -> None:
-        """Forget the newest; the count goes on until there is a checkpoint."""
+        """Forget the newest; the count holds until there is a checkpoint."""
         self.reason = self.cause = self._label = ""
         self.failed_at = None
 

@@ -106,7 +106,7 @@ class TrainingStep:
             loss_is_finite=bool(total[0].isfinite()),
             gradients_are_finite=has_finite_gradients(self.engine),
         )
-        total[3:words_from] = torch.tensor(faults, dtype=torch.float64)
+        total[3:words_from] = torch.tensor(faults, device=place.device, dtype=torch.float64)
         self._reading.write(total[words_from:], batch)
         consumed = torch.tensor(ConsumedDigest.of(batch.sample_ids.numpy()).words(), device=place.device)
         dist.all_reduce(total)

@@ -69,7 +69,7 @@ class TarContents:
     """Images that cannot be used, and samples that have none that is read."""
     faults: list[TarFault] = field(default_factory=list)
     bad_labels: int = 0
-    """Labels that are no integers of at least 0; their images have none."""
+    """Labels that are not integers from 0 up; their images have none."""
 
 
 def read_samples(file: RangedFile, *, salvage: bool, measure: Callable[[bytes], Measured] | None = None) -> TarContents:

@@ -10,7 +10,18 @@ from followed_runs import continues, events, trains, until
 from hosted_runs import Runs, is_under_way, newest_claims
 from ray_hosts import RayHosts
 
+from jobs.run_directory import RunDirectory
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+
+
+def assert_no_step_lost(run: RunDirectory, runs: Runs) -> None:
+    """The ranks train on in their first attempt, under the first driver, to the end of an undisturbed run."""
+    now = continues(run, 2, steps=60)
+    assert now["attempt"] == 1, run.read_events()
+    runs.stop(run)
+    assert set(newest_claims(run)) == {1}
+    runs.assert_undisturbed(run)
 
 
 def test_a_store_that_falls_silent_for_one_host_or_all_costs_no_step(cluster: RayHosts, runs: Runs) -> None:
@@ -23,12 +34,7 @@ def test_a_store_that_falls_silent_for_one_host_or_all_costs_no_step(cluster: Ra
     continues(run, 2)
     with cluster.network.without(cluster.store, seconds=30):
         pass
-    now = continues(run, 2, steps=60)
-
-    assert now["attempt"] == 1, run.read_events()
-    runs.stop(run)
-    assert set(newest_claims(run)) == {1}
-    runs.assert_undisturbed(run)
+    assert_no_step_lost(run, runs)
 
 
 def test_a_worker_gone_for_three_seconds_and_the_head_for_fifteen_cost_no_step(cluster: RayHosts, runs: Runs) -> None:
@@ -40,12 +46,7 @@ def test_a_worker_gone_for_three_seconds_and_the_head_for_fifteen_cost_no_step(c
     continues(run, 2)
     with cluster.network.without(cluster.head, seconds=15):  # and with it driver, monitor and Ray's GCS
         pass
-    now = continues(run, 2, steps=60)
-
-    assert now["attempt"] == 1, run.read_events()
-    runs.stop(run)
-    assert set(newest_claims(run)) == {1}
-    runs.assert_undisturbed(run)
+    assert_no_step_lost(run, runs)
 
 
 def test_a_run_continues_without_a_worker_takes_it_back_and_another_one_too(cluster: RayHosts, runs: Runs) -> None:
