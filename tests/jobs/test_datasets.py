@@ -73,6 +73,7 @@ def test_foreign_tars_are_indexed_trained_from_and_verified(
     assert "CRC32C" in report["faults"][1]["what"]
 
 
+@pytest.mark.slow
 def test_samples_of_tars_without_an_image_that_is_read_are_told(
     convmae: Command, s3: Storage, images: list[tuple[str, bytes]]
 ) -> None:
@@ -139,6 +140,7 @@ def test_an_ingest_that_is_killed_goes_on_and_ends_in_the_same_bytes(
     assert s3.list_names(f"{url}/.ingest") == []
 
 
+@pytest.mark.slow
 def test_an_ingest_that_is_interrupted_says_nothing_of_its_tasks_and_goes_on(
     convmae: Command, s3: Storage, photographs: Path
 ) -> None:

@@ -30,6 +30,12 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDirectory:
     return directory
 
 
+def tell(run: RunDirectory, updated_at_seconds: float) -> None:
+    """Write what a monitor says of a run that trains."""
+    said = {"state": "running", "step": 3, "total_steps": 9, "attempt": 1, "updated_at_seconds": updated_at_seconds}
+    run.write_heartbeat(said)
+
+
 @pytest.fixture
 def other_driver(run: RunDirectory) -> Iterator[None]:
     """Another driver, whose heartbeat moves."""
@@ -39,9 +45,9 @@ def other_driver(run: RunDirectory) -> Iterator[None]:
         beats = 0
         while not ended.wait(0.05):
             beats += 1
-            run.write_heartbeat({"state": "running", "updated_at_seconds": float(beats)})
+            tell(run, float(beats))
 
-    run.write_heartbeat({"state": "running", "updated_at_seconds": 0.0})
+    tell(run, 0.0)
     thread = threading.Thread(target=beat)
     thread.start()
     yield
@@ -81,7 +87,7 @@ def test_a_resumed_run_keeps_its_figures_and_its_events(run: RunDirectory) -> No
 
 def test_a_monitor_that_has_spoken_has_the_last_word(run: RunDirectory) -> None:
     with pytest.raises(DatasetError), end_noted(run):
-        run.write_heartbeat({"state": "running", "updated_at_seconds": time.time()})
+        tell(run, time.time())
         raise GONE
 
     assert run.read_heartbeat()["state"] == "running"

@@ -44,6 +44,7 @@ def laptop(convmae: Command, tmp_path_factory: pytest.TempPathFactory) -> Laptop
     return Laptop(convmae.stack, tmp_path_factory.mktemp("laptop"))
 
 
+@pytest.mark.slow
 def test_a_folder_of_the_laptop_is_refused_and_uploaded_where_that_is_asked_for(
     laptop: Laptop, photographs: Path
 ) -> None:
@@ -73,6 +74,7 @@ def test_output_errors_and_exit_codes_are_those_of_the_command(laptop: Laptop, d
     assert line.startswith("error: data set: must hold a manifest.json")
 
 
+@pytest.mark.slow
 def test_the_doctor_examines_the_cluster_and_compares_the_laptop(laptop: Laptop) -> None:
     out, _ = laptop("doctor", "--store", "s3://convmae/runs", "--json")
 
