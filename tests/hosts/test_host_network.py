@@ -52,7 +52,8 @@ def test_hosts_have_names_files_processes_and_interfaces_of_their_own(network: N
     before = psutil.net_if_addrs().keys()
     one = network.add("one", interface="eth0", names=Names.DEBIAN)
     two = network.add("two", interface="enp3s0", has_code=False)
-    own = "hostname; ip -br link | sed 's/[ @].*//'; touch /tmp/mine; ls /tmp | grep mine; ps -A -o comm= | grep -c python || true"
+    own = "hostname; ip -br link | sed 's/[ @].*//'; touch /tmp/mine; ls /tmp | grep mine; "
+    own += "ps -A -o comm= | grep -c python || true"
     both = [host.run(own).split() for host in (one, two)]
 
     assert both == [["one", "lo", "eth0", "mine", "0"], ["two", "lo", "enp3s0", "mine", "0"]]
