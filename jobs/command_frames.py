@@ -20,6 +20,8 @@ from jobs.terminal import ShowProgress, ShowStatus, progress_bar, shown
 
 KEY = "convmae"
 """Of a frame's number; with it every frame begins, and no line of others."""
+CALLER_VARIABLE = "CONVMAE_CALLER"
+"""Of the job's environment: what of the caller's place it has to know, as JSON."""
 PIECE_CHARACTERS = 4000
 """Of one frame's text: Ray hands a log on in pieces of 20,000 characters."""
 PROGRESS_SECONDS = 0.5

@@ -15,12 +15,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jobs import store_parcel
-from jobs.command_frames import FrameStream, FrameWriter
+from jobs.command_frames import CALLER_VARIABLE, FrameStream, FrameWriter
 from jobs.errors import ClusterError
 from pipeline.scratch import scratch_folder
-
-VARIABLE = "CONVMAE_CALLER"
-"""Of the job's environment: what of the caller's place it has to know, as JSON."""
 
 
 def run_command(arguments: list[str], caller: Mapping[str, object], writer: FrameWriter) -> int:
@@ -58,7 +55,7 @@ def run_command(arguments: list[str], caller: Mapping[str, object], writer: Fram
 def main() -> None:
     """Entry point of the job."""
     writer = FrameWriter(sys.stdout)
-    caller = json.loads(os.environ[VARIABLE])
+    caller = json.loads(os.environ[CALLER_VARIABLE])
     with scratch_folder() as folder:
         for name, content in caller["files"].items():
             Path(folder, name).write_text(content, "utf-8")

@@ -17,9 +17,10 @@ from pipeline.errors import DamagedManifestError, DamagedTarsError, SourceError
 from pipeline.manifest import MANIFEST_NAME, SKIPPED_NAME, Manifest
 from pipeline.places import normal
 from pipeline.shard_plan import Ingest, Sharding
-from pipeline.source import IMAGE_EXTENSIONS, Sources, Tars
+from pipeline.source import Sources, Tars
 from pipeline.sources import find_sources
 from pipeline.storage import Storage, is_local
+from pipeline.tar_samples import IMAGE_EXTENSIONS
 from pipeline.verify import Fault
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from pipeline.manifest import Manifest, existing_manifest
 from pipeline.places import normal
 from pipeline.shard_index import Skipped
 from pipeline.shard_plan import Ingest, ShardPlan, plan_shards
-from pipeline.shards import ShardReport, write_shard
+from pipeline.shard_table import ShardReport
+from pipeline.shards import write_shard
 from pipeline.source import Sources, Tars
 from pipeline.source_lists import sized
 from pipeline.source_tars import TarImages, TarSummary, TarTask, list_tar, read_listings

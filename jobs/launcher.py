@@ -1,10 +1,10 @@
 #!python
-"""The `convmae` command as it is installed, and how the project starts processes of its own.
+"""The `convmae` command as it is installed.
 
 Our packages have the names that others like, too: `pipeline`, `model`, `jobs`. Whoever stands before ours on Python's
 path would be imported, and run, instead of them. So nothing of ours is imported here until it is known to be ours:
 installed as a script (pyproject.toml), this file needs no package to be found first. The folder in which a command is
-typed is never on the path: an installed script puts its own there, and `module_command` none.
+typed is never on the path: an installed script puts its own there, and `jobs.provenance.module_command` none.
 """
 
 import os
@@ -16,11 +16,6 @@ from pathlib import Path
 PACKAGES = ("jobs", "pipeline", "model")
 _LANDMARKS = ("jobs/stack_keeper.py", "pipeline/shard_index.py", "model/convmae.py")
 """Files by which a folder is known to hold the packages of this project."""
-
-
-def module_command(python: str, module: str, *arguments: str) -> list[str]:
-    """The command line of a process of ours; `python -m` alone would put the current folder before our packages."""
-    return [python, "-P", "-m", module, *arguments]
 
 
 def strange_package(path: Sequence[str] | None = None) -> tuple[str, str] | None:

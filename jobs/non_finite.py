@@ -11,9 +11,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-OnNonFinite = Literal["stop", "skip_batch", "rollback"]
 FAULT_WORDS = 3
 
 

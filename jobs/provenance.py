@@ -1,4 +1,4 @@
-"""Which commit of this project's code is running."""
+"""This project's own code: where it lies, which commit it is, and the command line of a process that runs it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,11 @@ VARIABLE = "CONVMAE_GIT_COMMIT"
 """Says it where the code travels without its history: `convmae submit` sets it for the job."""
 
 PROJECT = Path(__file__).resolve().parent.parent
+
+
+def module_command(python: str, module: str, *arguments: str) -> list[str]:
+    """The command line of a process of ours; `python -m` alone would put the current folder before our packages."""
+    return [python, "-P", "-m", module, *arguments]
 
 
 def git_commit(environ: Mapping[str, str], project: Path = PROJECT) -> str:

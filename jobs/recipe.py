@@ -30,8 +30,6 @@ from pydantic import (
 )
 
 from jobs.errors import RecipeError
-from jobs.non_finite import OnNonFinite
-from jobs.watchdog import HANG_SECONDS
 from model import ConvMAEConfig
 from model.config import SWITCHES
 from model.errors import ModelConfigError
@@ -46,6 +44,9 @@ MOST = 10**9
 LONGEST_ARGUMENT = 4096
 """Characters of a `field=value`."""
 URL_FIELDS = ("data", "run_root", "init_from")
+HANG_SECONDS = 300.0
+OnNonFinite = Literal["stop", "skip_batch", "rollback"]
+"""What to do with a step whose loss or gradient is not finite: see `jobs.non_finite`."""
 
 # Where and how a run executes, not what it computes: these may differ when a run is resumed.
 PLACEMENT_FIELDS = frozenset(

@@ -16,10 +16,10 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from jobs import command_job, provenance, run_roots, store_parcel
-from jobs.command_frames import Frame, Replay
+from jobs import provenance, run_roots, store_parcel
+from jobs.command_frames import CALLER_VARIABLE, Frame, Replay
 from jobs.errors import RunFailedError
-from jobs.launcher import module_command
+from jobs.provenance import module_command
 from jobs.session import VERBOSE_VARIABLE, Session
 from jobs.submission import ENDED_JOB_STATES, STOP_WAIT_SECONDS, hand_over, job_client, job_state, tail_log
 from jobs.terminal import whole_lines, write_line
@@ -75,7 +75,7 @@ def _job(session: Session, arguments: Sequence[str], files: Mapping[str, str], r
     """What Ray is asked to run."""
     terminals = [name for name, stream in (("out", sys.stdout), ("err", sys.stderr)) if stream.isatty()]
     variables = {
-        command_job.VARIABLE: json.dumps({"terminals": terminals, "files": dict(files)}),
+        CALLER_VARIABLE: json.dumps({"terminals": terminals, "files": dict(files)}),
         "COLUMNS": str(shutil.get_terminal_size().columns),
         "RAY_JOB_STOP_SIGNAL": "SIGINT",  # as Ctrl-C; for SIGTERM Ray has a handler of its own, which exits
         "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_SECONDS),

@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 
 from jobs import stack_lock, stack_ports, stack_processes, stack_services
-from jobs.launcher import module_command
+from jobs.provenance import module_command
 from jobs.stack_ports import LOOPBACK, Ports
 from jobs.stack_processes import STACK_ID_VARIABLE
 from jobs.stack_services import BUCKET, StackSettings

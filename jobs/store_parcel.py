@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from jobs.errors import ClusterError
-from jobs.launcher import module_command
+from jobs.provenance import module_command
 
 if TYPE_CHECKING:
     from jobs.session import Session

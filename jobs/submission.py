@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, Any
 from jobs import store_parcel
 from jobs.cluster_address import http_proxy, refusal
 from jobs.errors import ClusterError, RunError
-from jobs.launcher import module_command
-from jobs.provenance import VARIABLE, git_commit
+from jobs.provenance import VARIABLE, git_commit, module_command
 from jobs.run_directory import RunDirectory
 from jobs.session import Session
 

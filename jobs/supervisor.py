@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 
 from jobs.errors import ClusterError
-from jobs.launcher import module_command
+from jobs.provenance import module_command
 from jobs.store_parcel import received
 
 QUICK_DEATH_SECONDS = 60.0

@@ -28,7 +28,6 @@ from pipeline.scratch import scratch_folder
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
 
-HANG_SECONDS = 300.0
 START_ALLOWED_SECONDS = 900.0
 """To fetch a checkpoint and build the engine, beyond the limit."""
 SAVE_ALLOWED_SECONDS = 300.0

@@ -13,8 +13,8 @@ from pipeline.decode import decode
 from pipeline.errors import DatasetError
 from pipeline.photo import CorruptImage
 from pipeline.shard_index import NO_LABEL, IndexRow, ShardIndex, Skipped
-from pipeline.shard_table import ShardEntry
-from pipeline.shards import ShardReport, is_unchanged
+from pipeline.shard_table import ShardEntry, ShardReport
+from pipeline.shards import is_unchanged
 from pipeline.source import Tar
 from pipeline.storage import Storage
 from pipeline.tar_samples import Measured, TarContents, read_samples

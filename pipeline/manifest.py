@@ -8,18 +8,15 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import google_crc32c
 
 from pipeline.errors import DamagedManifestError, DatasetError, StorageError, clipped
 from pipeline.json_text import parsed_object
 from pipeline.shard_index import Skipped
-from pipeline.shard_table import CONTENT_COLUMNS, ShardTable, leads_away
+from pipeline.shard_table import CONTENT_COLUMNS, ShardReport, ShardTable, leads_away
 from pipeline.storage import Storage, is_local
-
-if TYPE_CHECKING:  # it imports webdataset, which imports torch: seconds, and 200 MB, that a reader of manifests spares
-    from pipeline.shards import ShardReport
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"

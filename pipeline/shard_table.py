@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from pipeline.errors import clipped
 from pipeline.index_pages import Pages, row_type
-from pipeline.shard_index import ShardIndex
+from pipeline.shard_index import ShardIndex, Skipped
 from pipeline.storage import Storage
 
 INDEX_SUFFIX = ".index"
@@ -73,6 +73,31 @@ class ShardEntry:
     def index_url(self, url: str) -> str:
         """Where the shard's index lies, in the data set at `url`."""
         return Storage.join(url, f"{self.name}{INDEX_SUFFIX}")
+
+
+@dataclass(frozen=True)
+class ShardReport:
+    """What came of the task that makes a shard or its index."""
+
+    entry: ShardEntry
+    skipped: tuple[Skipped, ...]
+    kept: bool
+    """Whether an earlier ingest had already finished it."""
+
+    @property
+    def name(self) -> str:
+        """Of the shard."""
+        return self.entry.name
+
+    @property
+    def samples(self) -> int:
+        """In the shard."""
+        return self.entry.samples
+
+    @property
+    def tar_bytes(self) -> int:
+        """Of the shard."""
+        return self.entry.tar_bytes
 
 
 class ShardTable(Sequence[ShardEntry]):

@@ -10,7 +10,7 @@ import tarfile
 from collections import deque
 from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import google_crc32c
@@ -21,7 +21,7 @@ from pipeline.photo import CorruptImage, Photo, photo_from
 from pipeline.scratch import scratch_folder
 from pipeline.shard_index import NO_LABEL, IndexRow, ShardIndex, Skipped
 from pipeline.shard_plan import ShardTask
-from pipeline.shard_table import INDEX_SUFFIX, ShardEntry
+from pipeline.shard_table import INDEX_SUFFIX, ShardEntry, ShardReport
 from pipeline.source import Source
 from pipeline.source_reader import SourceReader
 from pipeline.storage import Storage
@@ -30,31 +30,6 @@ from pipeline.verify import tar_faults
 READ_THREADS = 8
 """A task's images are read ahead by so many, since a single read of a far store takes longer than a decode."""
 READ_AHEAD = 16
-
-
-@dataclass(frozen=True)
-class ShardReport:
-    """What came of a task."""
-
-    entry: ShardEntry
-    skipped: tuple[Skipped, ...]
-    kept: bool
-    """Whether an earlier ingest had already finished it."""
-
-    @property
-    def name(self) -> str:
-        """Of the shard."""
-        return self.entry.name
-
-    @property
-    def samples(self) -> int:
-        """In the shard."""
-        return self.entry.samples
-
-    @property
-    def tar_bytes(self) -> int:
-        """Of the shard."""
-        return self.entry.tar_bytes
 
 
 def tar_url(destination: str, name: str) -> str:

@@ -10,12 +10,8 @@ from pipeline.errors import RefusedError
 from pipeline.places import Given, Listed
 from pipeline.shard_index import LARGEST_IMAGE_BYTES
 from pipeline.storage import Storage, is_local
+from pipeline.tar_samples import IMAGE_EXTENSIONS
 
-IMAGE_EXTENSIONS = (
-    *("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jfif"),
-    *("jpe", "jif", "pjpeg", "pjp", "apng"),
-)
-"""In small letters. Where a sample of a tar has several images, the first of these is the one."""
 IMAGE_SUFFIXES = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS)
 
 

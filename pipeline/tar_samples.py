@@ -12,9 +12,13 @@ from pipeline.errors import clipped
 from pipeline.json_text import parsed_json
 from pipeline.photo import CorruptImage
 from pipeline.shard_index import LARGEST_IMAGE_BYTES, Skipped
-from pipeline.source import IMAGE_EXTENSIONS
 from pipeline.tar_scan import RangedFile, TarFault, TarMember, scan_tar
 
+IMAGE_EXTENSIONS = (
+    *("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jfif"),
+    *("jpe", "jif", "pjpeg", "pjp", "apng"),
+)
+"""In small letters. Where a sample of a tar has several images, the first of these is the one."""
 TEXT_EXTENSIONS = frozenset(
     {"json", "jsonl", "txt", "text", "caption", "cls", "label", "id", "index", "csv", "tsv", "xml", "yaml", "yml"}
     | {"md", "html"}

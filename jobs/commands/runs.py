@@ -144,13 +144,13 @@ def pretrain(
 
     Ctrl-C, or SIGTERM, saves a checkpoint and stops. The same command resumes.
     """
-    from jobs import command_job
+    from jobs.command_frames import CALLER_VARIABLE
     from jobs.run_plan import plan_run
     from jobs.workflow import train_here, train_supervised
 
     session, resolved = open_session(), amended_recipe(recipe, overrides, strict=strict)
     name = run or resolved.name
-    if supervised and command_job.VARIABLE in session.environ:
+    if supervised and CALLER_VARIABLE in session.environ:
         remedy = "take `convmae submit`, whose job is supervised"
         raise UserError("--supervised", "must be given where the cluster is", "a command from elsewhere", remedy)
     if supervised:

@@ -15,7 +15,7 @@ from patience import wait_until
 from pipeline_tars import tar_bytes
 from testbed import TILES, Command
 
-from jobs.launcher import module_command
+from jobs.provenance import module_command
 from pipeline.claim import claimed
 from pipeline.dataset import Dataset
 from pipeline.shard_plan import Sharding, plan_shards

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import ray
 
-from jobs import command_job, driver, workflow
+from jobs import driver, workflow
 from jobs.checkpoint_interval import IntervalRule
+from jobs.command_frames import CALLER_VARIABLE
 from jobs.errors import ClusterError, MonitorLivesError, OvertakenError, PortTakenError
 from jobs.exporter import RunExporter
 from jobs.monitor import MonitorConfig, RunMonitor
@@ -138,7 +139,7 @@ def test_another_fault_of_the_address_is_not_waited_for() -> None:
 
 def test_a_supervisor_is_not_started_from_elsewhere(tmp_path: Path) -> None:
     """The job of a command that was typed on another machine is that command, which it could not become again."""
-    variables = {command_job.VARIABLE: "{}", "CONVMAE_HOME": str(tmp_path)}
+    variables = {CALLER_VARIABLE: "{}", "CONVMAE_HOME": str(tmp_path)}
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
     command = [sys.executable, "-m", "jobs.cli", "pretrain", "tiny", "--supervised"]
 

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from jobs import launcher
-from jobs.launcher import module_command, strange_package
+from jobs.launcher import strange_package
+from jobs.provenance import module_command
 
 PROJECT = Path(launcher.__file__).resolve().parents[1]
 

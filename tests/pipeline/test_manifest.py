@@ -13,8 +13,7 @@ from pipeline.manifest import MANIFEST_NAME, SKIPPED_NAME, Manifest, existing_ma
 from pipeline.places import Given
 from pipeline.shard_index import Skipped
 from pipeline.shard_plan import Sharding, ShardTask, plan_shards
-from pipeline.shard_table import ShardEntry, ShardTable
-from pipeline.shards import ShardReport
+from pipeline.shard_table import ShardEntry, ShardReport, ShardTable
 from pipeline.sources import Source, find_sources
 from pipeline.storage import Storage
 

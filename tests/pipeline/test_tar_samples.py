@@ -8,8 +8,15 @@ import pytest
 from pipeline_tars import Members, ranged, tar_bytes
 
 from pipeline.photo import CorruptImage
-from pipeline.source import IMAGE_EXTENSIONS
-from pipeline.tar_samples import MOST_SKIPPED, Measured, TarContents, read_samples, sample_key, unread_kinds
+from pipeline.tar_samples import (
+    IMAGE_EXTENSIONS,
+    MOST_SKIPPED,
+    Measured,
+    TarContents,
+    read_samples,
+    sample_key,
+    unread_kinds,
+)
 
 
 def contents(members: Members, **options: object) -> TarContents:
