@@ -22,10 +22,10 @@ from typing import Any
 
 from local_s3 import local_s3
 
-from jobs.recipe import Recipe
-from jobs.recipes import named_recipe
-from jobs.run_directory import RunDirectory
-from pipeline.storage import Storage
+from jobs.recipe.named_recipes import named_recipe
+from jobs.recipe.recipe import Recipe
+from jobs.run.directory import RunDirectory
+from pipeline.store.storage import Storage
 
 GOAL = 0.02
 """Share of the interval between checkpoints that training may stand still."""

@@ -27,11 +27,11 @@ from consolidate_sides import STEP
 from local_s3 import LocalS3, local_s3
 from zero_material import commit_zero_files, model_material, write_zero_files
 
-from jobs.checkpoint import Commit
-from jobs.recipes import named_recipe
-from jobs.run_directory import RunDirectory
-from jobs.weight_results import consolidated_url
-from pipeline.storage import Storage
+from jobs.checkpoint.checkpoint import Commit
+from jobs.recipe.named_recipes import named_recipe
+from jobs.run.directory import RunDirectory
+from jobs.weights.results import consolidated_url
+from pipeline.store.storage import Storage
 
 GOAL = 3.0
 SIDES = Path(__file__).with_name("consolidate_sides.py")

@@ -23,7 +23,7 @@ from host_network import PROJECT, missing
 from patience import done, wait_until
 from ray_hosts import RayHosts, ray_hosts
 
-from jobs.run_directory import RunDirectory
+from jobs.run.directory import RunDirectory
 
 SETTINGS = {"silent, plain": False, "silent, infra": True}
 """Rows of the table, and whether nodes have the variables of infra/."""

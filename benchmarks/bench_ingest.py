@@ -24,13 +24,13 @@ import google_crc32c
 import ray
 import webdataset
 
-from jobs.foreign import index_dataset
-from jobs.ingest import ingest
-from pipeline.photo import photo_from
-from pipeline.shard_plan import Ingest, Sharding
-from pipeline.source import Sources, Tars
-from pipeline.sources import find_sources
-from pipeline.storage import Storage
+from jobs.data.index import index_dataset
+from jobs.data.ingest import ingest
+from pipeline.image.photo import photo_from
+from pipeline.ingest.plan import Ingest, Sharding
+from pipeline.ingest.source import Sources, Tars
+from pipeline.ingest.sources import find_sources
+from pipeline.store.storage import Storage
 
 SAMPLES_PER_SHARD = 200
 

@@ -31,8 +31,8 @@ from loader_measures import request
 from loader_sides import BATCH, Place
 from local_s3 import local_s3
 
-from pipeline.dataset import Dataset
-from pipeline.storage import Storage
+from pipeline.load.dataset import Dataset
+from pipeline.store.storage import Storage
 
 MEMORY_EPOCHS = 20
 PEERS = ("webdataset", "torch", "streaming", "litdata")

@@ -22,15 +22,15 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.dataset import Dataset
-from pipeline.index_pages import CRC_BYTES, HEAD, PAGE_ROWS, Pages, row_type
-from pipeline.loader import READ_THREADS  # brings torch, so that the peak is that of a rank
-from pipeline.manifest import Manifest
-from pipeline.order import Order
-from pipeline.read_ahead import ReadAhead
-from pipeline.shard_reader import Sample
-from pipeline.shard_table import ShardTable
-from pipeline.storage import Storage
+from pipeline.load.dataset import Dataset
+from pipeline.load.loader import READ_THREADS  # brings torch, so that the peak is that of a rank
+from pipeline.load.read_ahead import ReadAhead
+from pipeline.load.shard_reader import Sample
+from pipeline.order.sample_order import Order
+from pipeline.shard.index_pages import CRC_BYTES, HEAD, PAGE_ROWS, Pages, row_type
+from pipeline.shard.manifest import Manifest
+from pipeline.shard.table import ShardTable
+from pipeline.store.storage import Storage
 
 SAMPLES_PER_SHARD = 10_000
 SAMPLE_BYTES = 110_000
@@ -154,7 +154,7 @@ def main() -> None:
         samples = arguments.shards * SAMPLES_PER_SHARD
         print(f"{arguments.shards:,} shards, {samples:,} samples, manifest of {size / 1e6:.1f} MB")
         print("case                                       seconds  peak MB  requests  index kB")
-        print(f"{'convmae inspect':<42} {_fresh('-m', 'jobs.cli', 'inspect', url)[1]}         1")
+        print(f"{'convmae inspect':<42} {_fresh('-m', 'jobs.cli.main', 'inspect', url)[1]}         1")
         for lanes, world_size, windows in ((256, 64, False), (256, 64, True), (64, 64, True), (256, 1, False)):
             case = {"url": url, "lanes": lanes, "world_size": world_size, "rank": world_size // 3}
             case |= {"step": 123_457, "windows": windows, "latency_seconds": arguments.latency_ms / 1000}

@@ -23,9 +23,9 @@ from typing import Any
 from patience import wait_until
 from ray_nodes import Cluster, Node, ray_cluster
 
-from jobs.recovery import PHASES
-from jobs.run_directory import RunDirectory
-from pipeline.photographs import cut_tiles
+from jobs.metrics.recovery import PHASES
+from jobs.run.directory import RunDirectory
+from pipeline.ingest.photographs import cut_tiles
 
 GOALS = {"worker killed": 8.0, "node killed": 20.0, "node added": 10.0}
 """Seconds down at most."""

@@ -28,10 +28,10 @@ from restore_rank import Shapes
 from scale_layout import restoring
 from zero_material import commit_zero_files, model_material, write_zero_files
 
-from jobs.recipes import named_recipe
-from jobs.run_directory import RunDirectory
+from jobs.recipe.named_recipes import named_recipe
+from jobs.run.directory import RunDirectory
 from model import ConvMAE
-from pipeline.storage import Storage
+from pipeline.store.storage import Storage
 
 RESTORES = [(4, 2), (2, 4)]
 LAYOUTS = [(64, 64), (256, 256), (1024, 1024), (1000, 1024)]
@@ -109,7 +109,7 @@ def bench_layout() -> None:
 
 def as_it_was(words: torch.Tensor) -> tuple[Any, ...]:
     """What every rank did in a step: its words as a list, sums as a list, and a tuple of each rank's figures."""
-    from jobs.rank_figures import RankFigures
+    from jobs.metrics.rank_figures import RankFigures
 
     summed = torch.tensor([0.0] * words.numel(), dtype=torch.float64).tolist()
     return tuple(RankFigures(*summed[at : at + 9]) for at in range(9, len(summed), 9))
@@ -119,11 +119,11 @@ def figure_costs(ranks: int) -> dict[str, float]:
     """CPU microseconds."""
     from prometheus_client import CollectorRegistry, generate_latest
 
-    from jobs.exporter import RankSeries
-    from jobs.rank_figures import RankFigures
-    from jobs.step_reading import RankReading, from_words, slowest, word_count
-    from jobs.watchdog import HangWatch, Pulse
-    from pipeline.read_counters import ReadCounters
+    from jobs.metrics.exporter import RankSeries
+    from jobs.metrics.rank_figures import RankFigures
+    from jobs.rank.step_reading import RankReading, from_words, slowest, word_count
+    from jobs.rank.watchdog import HangWatch, Pulse
+    from pipeline.load.read_counters import ReadCounters
 
     dataset: Any = SimpleNamespace(counters=ReadCounters(), cache=None)
     batch: Any = SimpleNamespace(wait_seconds=0.0, substitutions=[])
@@ -154,7 +154,7 @@ def figure_costs(ranks: int) -> dict[str, float]:
 
 def bench_figures() -> None:
     """By rank, in a step and a scrape."""
-    from jobs.step_reading import word_count
+    from jobs.rank.step_reading import word_count
 
     for ranks in WORLD_SIZES:
         print(f"{ranks} ranks, {word_count(ranks) * 8 / 1e3:.1f} kB in the all-reduce of a step")

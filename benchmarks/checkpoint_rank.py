@@ -18,14 +18,14 @@ import ray
 import torch
 import torch.distributed as dist
 
-from jobs import checkpoint
-from jobs.checkpoint import Commit
-from jobs.checkpoint_saver import CheckpointSaver
-from jobs.engine import build_engine, build_model, initialize_deepspeed
-from jobs.recipe import Recipe
-from jobs.run_directory import RunDirectory
+from jobs.checkpoint import checkpoint
+from jobs.checkpoint.checkpoint import Commit
+from jobs.checkpoint.saver import CheckpointSaver
+from jobs.rank.engine import build_engine, build_model, initialize_deepspeed
+from jobs.recipe.recipe import Recipe
+from jobs.run.directory import RunDirectory
 from model.noise import mask_noise
-from pipeline.storage import Storage
+from pipeline.store.storage import Storage
 
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 PLAIN_STEPS = 5

@@ -15,9 +15,9 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from jobs import checkpoint
-from jobs.run_directory import RunDirectory
-from pipeline.storage import Storage
+from jobs.checkpoint import checkpoint
+from jobs.run.directory import RunDirectory
+from pipeline.store.storage import Storage
 
 STEP = 100
 
@@ -56,10 +56,10 @@ def stock(storage: Storage, run_url: str, result_url: str) -> dict[str, float]:
 def ours(storage: Storage, run_url: str) -> dict[str, float]:
     """`convmae consolidate --force`; returns the seconds of its stages."""
     began = time.perf_counter()
-    from jobs.consolidate import consolidate, in_threads
-    from jobs.weight_files import PART_BYTES
-    from jobs.weight_results import Wanted
-    from jobs.weight_writer import Progress
+    from jobs.weights.consolidate import consolidate, in_threads
+    from jobs.weights.file_layout import PART_BYTES
+    from jobs.weights.results import Wanted
+    from jobs.weights.writer import Progress
 
     entered, stage = {"import": began}, "import"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from pipeline.storage import Storage
+from pipeline.store.storage import Storage
 
 _LOCK = threading.Lock()
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import s3fs
 
-from pipeline.manifest import Manifest
-from pipeline.photographs import cut_tiles
-from pipeline.shard_plan import Sharding, plan_shards
-from pipeline.shards import write_shard
-from pipeline.source import Sources
-from pipeline.sources import find_sources
-from pipeline.storage import Storage
+from pipeline.ingest.photographs import cut_tiles
+from pipeline.ingest.plan import Sharding, plan_shards
+from pipeline.ingest.source import Sources
+from pipeline.ingest.sources import find_sources
+from pipeline.ingest.writer import write_shard
+from pipeline.shard.manifest import Manifest
+from pipeline.store.storage import Storage
 
 SAMPLES_PER_SHARD = 256
 CHUNK_BYTES = 16 << 20

@@ -23,9 +23,9 @@ import psutil
 from loader_sides import BATCH, SEED, SIDE, Place
 from PIL import Image
 
-from pipeline.augment import augmented, center_crop, crop_draws, random_crop
-from pipeline.decode import decode
-from pipeline.storage import Storage
+from pipeline.image.augment import augmented, center_crop, crop_draws, random_crop
+from pipeline.image.decode import decode
+from pipeline.store.storage import Storage
 
 COMPARED_IMAGES = 400
 """For pixels, at most."""

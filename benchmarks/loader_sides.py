@@ -23,12 +23,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from pipeline.augment import augmented, crop_draws, random_crop
-from pipeline.dataset import Dataset as OurDataset
-from pipeline.decode import decode
-from pipeline.loader import Loader
-from pipeline.order import Order
-from pipeline.storage import Storage
+from pipeline.image.augment import augmented, crop_draws, random_crop
+from pipeline.image.decode import decode
+from pipeline.load.dataset import Dataset as OurDataset
+from pipeline.load.loader import Loader
+from pipeline.order.sample_order import Order
+from pipeline.store.storage import Storage
 
 BATCH = 64
 SIDE = 224

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from jobs import stack_services
-from jobs.stack_ports import choose
-from jobs.stack_services import BUCKET, REGION, StackSettings
-from pipeline.storage import Storage
+from jobs.stack import services
+from jobs.stack.ports import choose
+from jobs.stack.services import BUCKET, REGION, StackSettings
+from pipeline.store.storage import Storage
 
 START_SECONDS = 60.0
 
@@ -47,13 +47,13 @@ class LocalS3:
     def start(self) -> None:
         """Start it, and wait until it answers."""
         log_path = self.folder / "s3.log"
-        environment = stack_services.service_environment("s3", self.settings, os.environ)
+        environment = services.service_environment("s3", self.settings, os.environ)
         with log_path.open("ab") as log:
             self.process = subprocess.Popen(
-                stack_services.command("s3", self.settings), env=environment, stdout=log, stderr=log, cwd=self.folder
+                services.command("s3", self.settings), env=environment, stdout=log, stderr=log, cwd=self.folder
             )
         deadline = time.monotonic() + START_SECONDS
-        while not stack_services.is_healthy("s3", self.settings):
+        while not services.is_healthy("s3", self.settings):
             assert self.process.poll() is None and time.monotonic() < deadline, log_path.read_text()
             time.sleep(0.1)
 
@@ -84,7 +84,7 @@ def local_s3(folder: Path) -> Iterator[LocalS3]:
         num_cpus=None,
         prometheus_binary=None,
     )
-    stack_services.write_configuration(settings, token="")
+    services.write_configuration(settings, token="")
     server = LocalS3(folder, settings)
     try:
         server.start()
@@ -93,4 +93,4 @@ def local_s3(folder: Path) -> Iterator[LocalS3]:
         if server.process:
             server.process.terminate()
             server.process.wait()
-        stack_services.remove_configuration(settings)
+        services.remove_configuration(settings)

@@ -31,10 +31,10 @@ from host import HOME, Host, Names
 from host_network import Network, host_network
 from patience import end, wait_until
 
-from jobs.run_directory import RunDirectory
-from jobs.stack_services import BUCKET, REGION, s3_binary
-from pipeline.photographs import cut_tiles
-from pipeline.storage import Storage
+from jobs.run.directory import RunDirectory
+from jobs.stack.services import BUCKET, REGION, s3_binary
+from pipeline.ingest.photographs import cut_tiles
+from pipeline.store.storage import Storage
 
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 START_SECONDS = 300
@@ -100,7 +100,7 @@ class RayHosts:
     def convmae(self, host: Host, *arguments: str, **changes: str) -> Any:
         """Start the command on a host, as a user there would; see `host_network.done` and `inner`."""
         there = self.http_address if host is self.laptop else self.address
-        return host.start(sys.executable, "-m", "jobs.cli", *arguments, **{"RAY_ADDRESS": there, **changes})
+        return host.start(sys.executable, "-m", "jobs.cli.main", *arguments, **{"RAY_ADDRESS": there, **changes})
 
     def run(self, name: str) -> RunDirectory:
         """The directory of a run."""

@@ -20,7 +20,7 @@ import psutil
 from local_s3 import LocalS3, local_s3
 from patience import wait_until
 
-from jobs.run_directory import RunDirectory
+from jobs.run.directory import RunDirectory
 
 RAY = (sys.executable, "-m", "ray.scripts.scripts")
 OBJECT_STORE_BYTES = 100 << 20
@@ -175,7 +175,7 @@ class Cluster:
 
     def convmae(self, *arguments: str) -> subprocess.Popen[str]:
         """Start the command, as a user of the cluster would."""
-        command = [sys.executable, "-m", "jobs.cli", *arguments]
+        command = [sys.executable, "-m", "jobs.cli.main", *arguments]
         pipe = subprocess.PIPE
         return subprocess.Popen(
             command, env={**self.environment(), "RAY_ADDRESS": self.address}, stdout=pipe, stderr=pipe, text=True

@@ -15,7 +15,7 @@ from restore_rank import Shapes
 from zero_material import Material
 
 import jobs
-from jobs.run_directory import RunDirectory
+from jobs.run.directory import RunDirectory
 
 _RANK = Path(__file__).with_name("restore_rank.py")
 _PROJECT = Path(jobs.__file__).parent.parent

@@ -22,14 +22,14 @@ import torch.distributed as dist
 from counting_storage import CountingStorage
 from torch import Tensor
 
-from jobs import checkpoint
-from jobs.checked_files import CheckedFiles
-from jobs.rank_group import RankGroup
-from jobs.restore import restore_newest
-from jobs.run_directory import RunDirectory
-from jobs.zero_files import check_sizes, look_into
-from jobs.zero_layout import ZeroFiles
-from jobs.zero_state import ZeroState, owned_ranges, read_zero_state
+from jobs.checkpoint import checkpoint
+from jobs.checkpoint.checked_files import CheckedFiles
+from jobs.checkpoint.rank_group import RankGroup
+from jobs.checkpoint.restore import restore_newest
+from jobs.checkpoint.zero_files import check_sizes, look_into
+from jobs.checkpoint.zero_layout import ZeroFiles
+from jobs.checkpoint.zero_state import ZeroState, owned_ranges, read_zero_state
+from jobs.run.directory import RunDirectory
 
 Shapes = Mapping[str, tuple[int, ...]]
 

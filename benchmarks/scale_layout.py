@@ -1,7 +1,7 @@
 """A checkpoint of a thousand ranks that nobody wrote: where everything would lie, and what each rank would read of it.
 
-Places and sizes are made up as DeepSpeed lays them out; the rules are those of jobs.zero_layout and jobs.zero_state,
-which are run on them rank by rank.
+Places and sizes are made up as DeepSpeed lays them out; the rules are those of zero_layout and zero_state, which are
+run on them rank by rank.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import Any
 import numpy as np
 from restore_rank import Shapes, owned_of
 
-from jobs.checked_files import CheckedFiles
-from jobs.checkpoint import CHUNK_BYTES, CheckpointFile, Commit, file_url
-from jobs.rank_group import RankGroup
-from jobs.run_directory import RunDirectory
-from jobs.torch_archive import Record, TensorPlace
-from jobs.zero_files import MOMENTS, FilesFound, ModelFile, OptimizerFile
-from jobs.zero_layout import ZeroFiles
-from jobs.zero_state import WholeTensors, rooms_of_moments
-from pipeline.storage import Storage
+from jobs.checkpoint.checked_files import CheckedFiles
+from jobs.checkpoint.checkpoint import CHUNK_BYTES, CheckpointFile, Commit, file_url
+from jobs.checkpoint.rank_group import RankGroup
+from jobs.checkpoint.torch_archive import Record, TensorPlace
+from jobs.checkpoint.zero_files import MOMENTS, FilesFound, ModelFile, OptimizerFile
+from jobs.checkpoint.zero_layout import ZeroFiles
+from jobs.checkpoint.zero_state import WholeTensors, rooms_of_moments
+from jobs.run.directory import RunDirectory
+from pipeline.store.storage import Storage
 
 _ALIGNED = 64
 _HEAD_BYTES, _TAIL_BYTES = 4096, 20_000

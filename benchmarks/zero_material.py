@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from jobs import checkpoint
-from jobs.checkpoint import Commit
-from jobs.recipe import Recipe
-from jobs.run_directory import RunDirectory
+from jobs.checkpoint import checkpoint
+from jobs.checkpoint.checkpoint import Commit
+from jobs.recipe.recipe import Recipe
+from jobs.run.directory import RunDirectory
 
 Tensors = Mapping[str, Tensor]
 
@@ -35,8 +35,8 @@ class Material:
 
 
 def model_material(model: torch.nn.Module) -> Material:
-    """A model's parameters and buffers, with weights and the rest in groups of their own, as jobs.engine has them."""
-    from jobs.engine import parameter_groups
+    """A model's parameters and buffers, with weights and the rest in groups of their own, as the engine has them."""
+    from jobs.rank.engine import parameter_groups
 
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = [

@@ -39,7 +39,7 @@ _BYTE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 @runtime_checkable
 class DrawnElsewhere(Protocol):
-    """A stream whose reader draws what moves: that of a command that runs as a job (jobs.command_frames)."""
+    """A stream whose reader draws what moves: that of a command that runs as a job (jobs.remote.frames)."""
 
     def progress_bar(self, title: str) -> AbstractContextManager[ShowProgress]:
         """Show progress there."""

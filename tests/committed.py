@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jobs import checkpoint
-from jobs.checkpoint import Commit
-from jobs.run_directory import RunDirectory
+from jobs.checkpoint import checkpoint
+from jobs.checkpoint.checkpoint import Commit
+from jobs.run.directory import RunDirectory
 
 
 def save(run: RunDirectory, local: Path, step: int, milestone: bool = False) -> Commit:

@@ -12,33 +12,33 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from jobs.stack import Stack, down, up
-from pipeline.storage import Storage
+from jobs.stack.local_stack import Stack, down, up
+from pipeline.store.storage import Storage
 
 STACK_FILES = frozenset(
     f"tests/{name}.py"
     for name in (
-        "jobs/test_bad_samples",
-        "jobs/test_consolidate_cluster",
-        "jobs/test_damaged_checkpoints",
-        "jobs/test_datasets",
-        "jobs/test_environments",
-        "jobs/test_failures",
-        "jobs/test_folder_runs",
-        "jobs/test_goodput_run",
-        "jobs/test_hangs",
-        "jobs/test_iam_policies",
-        "jobs/test_kills_in_saving",
-        "jobs/test_live_metrics",
-        "jobs/test_main_job",
-        "jobs/test_poisoned_runs",
-        "jobs/test_racing_drivers",
-        "jobs/test_remote_command",
-        "jobs/test_settings_travel",
-        "jobs/test_soak",
-        "jobs/test_stack",
-        "jobs/test_trajectory",
-        "pipeline/test_chaos",
+        "jobs/control/test_bad_samples",
+        "jobs/weights/test_consolidate_cluster",
+        "jobs/checkpoint/test_damaged_checkpoints",
+        "jobs/data/test_datasets",
+        "jobs/cli/test_environments",
+        "jobs/control/test_failures",
+        "jobs/control/test_folder_runs",
+        "jobs/control/test_goodput_run",
+        "jobs/control/test_hangs",
+        "jobs/control/test_iam_policies",
+        "jobs/checkpoint/test_kills_in_saving",
+        "jobs/metrics/test_live_metrics",
+        "jobs/control/test_main_job",
+        "jobs/control/test_poisoned_runs",
+        "jobs/control/test_racing_drivers",
+        "jobs/remote/test_command",
+        "jobs/control/test_settings_travel",
+        "jobs/control/test_soak",
+        "jobs/stack/test_local_stack",
+        "jobs/control/test_trajectory",
+        "pipeline/load/test_chaos",
     )
 )
 """Files with tests of the local stack: they share one, and take turns, while others run beside them (`pytest -n 2`)."""

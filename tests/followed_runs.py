@@ -7,7 +7,7 @@ from typing import Any
 
 from patience import wait_until
 
-from jobs.run_directory import RunDirectory
+from jobs.run.directory import RunDirectory
 
 PATIENCE_SECONDS = 300
 SPREAD: dict[str, object] = {

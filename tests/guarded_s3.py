@@ -19,7 +19,7 @@ from botocore.credentials import Credentials
 from iam_policy import Call, Grant, Need, Policy
 from loopback_server import LoopbackServer
 
-from pipeline.storage import Storage
+from pipeline.store.storage import Storage
 
 KMS_HEADERS = (
     "x-amz-server-side-encryption",

@@ -13,10 +13,10 @@ from patience import done
 from ray_hosts import RayHosts
 from testbed import losses, small_recipe
 
-from jobs.checkpoint import committed_steps, read_commit
-from jobs.run_directory import FINAL_STATES, RunDirectory, list_runs
-from jobs.run_lease import is_live
-from jobs.trace import TracedStep, read_trace, traced_steps
+from jobs.checkpoint.checkpoint import committed_steps, read_commit
+from jobs.control.lease import is_live
+from jobs.run.directory import FINAL_STATES, RunDirectory, list_runs
+from jobs.run.trace import TracedStep, read_trace, traced_steps
 
 FIELDS = {**SPREAD, "checkpoint_every_steps": 20, "standby": True}
 

@@ -12,12 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from zero_material import Material, commit_zero_files, random_material, write_zero_files
 
-from jobs import checkpoint
-from jobs.consolidate import consolidate
-from jobs.recipes import named_recipe
-from jobs.run_directory import RunDirectory
-from jobs.weight_results import ONE_FILE, Consolidated, Wanted
-from pipeline.storage import Storage
+from jobs.checkpoint import checkpoint
+from jobs.recipe.named_recipes import named_recipe
+from jobs.run.directory import RunDirectory
+from jobs.weights.consolidate import consolidate
+from jobs.weights.results import ONE_FILE, Consolidated, Wanted
+from pipeline.store.storage import Storage
 
 STEP = 7
 PART_BYTES = 4096

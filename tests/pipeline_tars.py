@@ -6,7 +6,7 @@ import io
 import tarfile
 from collections.abc import Iterable
 
-from pipeline.tar_scan import RangedFile
+from pipeline.shard.tar_scan import RangedFile
 
 Members = Iterable[tuple[str, bytes]]
 

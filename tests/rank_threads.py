@@ -1,4 +1,4 @@
-"""Ranks in threads, and what jobs.rank_group needs of torch.distributed between them."""
+"""Ranks in threads, and what jobs.checkpoint.rank_group needs of torch.distributed between them."""
 
 from __future__ import annotations
 

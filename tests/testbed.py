@@ -11,9 +11,9 @@ from pathlib import Path
 
 import psutil
 
-from jobs.run_directory import RunDirectory
-from jobs.stack import Stack
-from pipeline.storage import Storage
+from jobs.run.directory import RunDirectory
+from jobs.stack.local_stack import Stack
+from pipeline.store.storage import Storage
 
 SMALL: dict[str, object] = {
     "model.image_size": 32,
@@ -47,7 +47,7 @@ class Command:
 
     def start(self, *arguments: str, **changes: str) -> subprocess.Popen[str]:
         """Start it and return at once."""
-        command = [sys.executable, "-m", "jobs.cli", *arguments]
+        command = [sys.executable, "-m", "jobs.cli.main", *arguments]
         pipe = subprocess.PIPE
         return subprocess.Popen(command, env=self.environment(**changes), stdout=pipe, stderr=pipe, text=True)
 

@@ -20,7 +20,7 @@ from matplotlib.ticker import FuncFormatter
 
 from infra.grafana.boards import DATA_PLANE, NODES, OVERVIEW, RECOVERY
 from infra.grafana.panels import Board, Graph
-from pipeline.proxies import Proxies
+from pipeline.access.proxies import Proxies
 
 SHOWN = (
     (OVERVIEW, "Loss"),

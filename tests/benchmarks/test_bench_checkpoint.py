@@ -6,9 +6,9 @@ import pytest
 from bench_checkpoint import measure, report
 from local_s3 import local_s3
 
-from jobs.recipe import Recipe
-from jobs.recipes import named_recipe
-from jobs.run_directory import RunDirectory
+from jobs.recipe.named_recipes import named_recipe
+from jobs.recipe.recipe import Recipe
+from jobs.run.directory import RunDirectory
 
 
 def rows(*stalls: float) -> list[dict[str, float]]:

@@ -19,7 +19,7 @@ from loader_sides import Place
 from local_s3 import local_s3
 from PIL import Image
 
-from pipeline.storage import Storage
+from pipeline.store.storage import Storage
 
 COUNT = 256
 

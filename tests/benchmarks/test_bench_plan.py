@@ -4,9 +4,9 @@ import bench_plan
 import numpy as np
 import pytest
 
-from pipeline.dataset import Dataset
-from pipeline.order import Order
-from pipeline.storage import Storage
+from pipeline.load.dataset import Dataset
+from pipeline.order.sample_order import Order
+from pipeline.store.storage import Storage
 
 
 @pytest.fixture(scope="module")

@@ -10,11 +10,11 @@ from restore_group import shapes_of
 from scale_layout import made_up, restoring
 from zero_material import commit_zero_files, random_material, write_zero_files
 
-from jobs.checked_files import CheckedFiles
-from jobs.recipes import named_recipe
-from jobs.run_directory import RunDirectory
-from jobs.zero_files import MOMENTS, OptimizerFile, look_into
-from pipeline.storage import Storage
+from jobs.checkpoint.checked_files import CheckedFiles
+from jobs.checkpoint.zero_files import MOMENTS, OptimizerFile, look_into
+from jobs.recipe.named_recipes import named_recipe
+from jobs.run.directory import RunDirectory
+from pipeline.store.storage import Storage
 
 MATERIAL = replace(random_material(50_000, tensor_elements=7_001), frozen={}, buffers={})
 

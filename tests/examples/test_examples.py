@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from jobs.export import Source, export
-from jobs.weights_file import Weights
+from jobs.weights.consolidated import Weights
+from jobs.weights.export import Source, export
 from model import ConvMAE, ConvMAEConfig
-from pipeline.storage import Storage
+from pipeline.store.storage import Storage
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 CONFIG = ConvMAEConfig(image_size=64, embed_dim=(8, 16, 24), num_heads=2, depth=(1, 1, 1))

@@ -10,10 +10,10 @@ from fuzzing import Fuzz, reading_only
 from hypothesis import strategies as st
 from mutations import texts
 
-from pipeline.places import Given, Listed, normal
-from pipeline.source import parted, suffix
-from pipeline.storage import Storage
-from pipeline.store_urls import is_local, is_s3, is_web, path_of, protocol_of, server_of
+from pipeline.access.places import Given, Listed, normal
+from pipeline.access.urls import is_local, is_s3, is_web, path_of, protocol_of, server_of
+from pipeline.ingest.source import parted, suffix
+from pipeline.store.storage import Storage
 
 PROTOCOLS = (
     "",

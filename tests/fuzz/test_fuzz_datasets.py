@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from mutations import changed_values, damaged, json_documents
 from odd_files import picture
 
-from pipeline.dataset import Dataset
-from pipeline.index_pages import HEAD, Pages, row_type
-from pipeline.manifest import Manifest
-from pipeline.parted_journal import PartedJournal
-from pipeline.shard_index import ShardIndex
-from pipeline.shard_plan import Sharding, plan_shards
-from pipeline.shards import write_shard
-from pipeline.sources import find_sources
-from pipeline.storage import Storage
-from pipeline.verify import verify_shard
+from pipeline.ingest.plan import Sharding, plan_shards
+from pipeline.ingest.sources import find_sources
+from pipeline.ingest.writer import write_shard
+from pipeline.load.dataset import Dataset
+from pipeline.shard.index import ShardIndex
+from pipeline.shard.index_pages import HEAD, Pages, row_type
+from pipeline.shard.manifest import Manifest
+from pipeline.shard.verify import verify_shard
+from pipeline.store.parted_journal import PartedJournal
+from pipeline.store.storage import Storage
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
@@ -155,7 +155,7 @@ def test_a_journal_of_parts_is_one_or_counts_for_nothing(fuzz: Fuzz, tmp_path: P
 def _journal() -> Mapping[str, Any]:
     from dataclasses import fields
 
-    from pipeline.parted_write import WrittenPart
+    from pipeline.store.parted_write import WrittenPart
 
     values = {"number": 1, "bytes": 5, "crc32c": 7, "crc": 7, "tag": "x", "etag": "x"}
     part = {field.name: values.get(field.name, 1) for field in fields(WrittenPart)}

@@ -26,9 +26,9 @@ from odd_files import (
 )
 from PIL import Image
 
-from pipeline import odd_images
-from pipeline.decode import decode
-from pipeline.photo import CorruptImage, Photo, photo_from
+from pipeline.image import other_formats
+from pipeline.image.decode import decode
+from pipeline.image.photo import CorruptImage, Photo, photo_from
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
@@ -67,7 +67,7 @@ MOST_BYTES = 2 << 30
 def check_decoders(data: bytes) -> None:
     """All that looks at an image file agrees on it, and says of what it cannot use that it cannot."""
     pixels = _or_refused(lambda: decode(data), ValueError)
-    size = _or_refused(lambda: odd_images.size_of(data), ValueError)
+    size = _or_refused(lambda: other_formats.size_of(data), ValueError)
     photo = _or_refused(lambda: photo_from(data), CorruptImage)
     if pixels is not None:
         assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
@@ -262,13 +262,13 @@ def webps_with_metadata(draw: Draw) -> tuple[bytes, bytes]:
 def check_same_pixels(pair: tuple[bytes, bytes]) -> None:
     """Metadata costs no image, and no pixel of it; the expected ones are Pillow's of the file without it."""
     sound, dressed = pair
-    if dressed.startswith(odd_images.JPEG_START):
+    if dressed.startswith(other_formats.JPEG_START):
         expected = decode(sound)
     else:
         with Image.open(io.BytesIO(sound)) as image:
-            expected = np.array(odd_images.plain(image).convert("RGB"))
+            expected = np.array(other_formats.plain(image).convert("RGB"))
     assert np.array_equal(decode(dressed), expected)
-    assert odd_images.size_of(dressed) == expected.shape[:2]
+    assert other_formats.size_of(dressed) == expected.shape[:2]
     photo, plain = photo_from(dressed), photo_from(sound)
     assert np.array_equal(decode(photo.data), decode(plain.data))
 

@@ -10,10 +10,10 @@ from fuzzing import Fuzz, reading_only
 from hypothesis import strategies as st
 from mutations import damaged, texts
 
-from pipeline.braces import MOST_NAMES, expanded
-from pipeline.source import Sources
-from pipeline.sources import find_sources
-from pipeline.storage import Storage
+from pipeline.ingest.braces import MOST_NAMES, expanded
+from pipeline.ingest.source import Sources
+from pipeline.ingest.sources import find_sources
+from pipeline.store.storage import Storage
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 

@@ -14,9 +14,9 @@ from fuzzing import Fuzz, reading_only
 from hypothesis import strategies as st
 from mutations import ODD_TEXTS, damaged, json_values, scalars, texts
 
-from jobs.plan import IMAGENET, recipe_json, recipe_lines
-from jobs.recipe import Recipe, parse_overrides
-from jobs.recipes import named_recipe, recipe_names
+from jobs.recipe.named_recipes import named_recipe, recipe_names
+from jobs.recipe.plan import IMAGENET, recipe_json, recipe_lines
+from jobs.recipe.recipe import Recipe, parse_overrides
 from jobs.terminal import MOST_BYTES, parsed_bytes
 from model import ConvMAEConfig
 

@@ -19,16 +19,17 @@ from fuzzing import Fuzz, reading_only
 from hypothesis import strategies as st
 from mutations import json_documents, json_lines
 
-from jobs import run_lease, run_roots
-from jobs.cli import app
+from jobs.cli.main import app
+from jobs.control import lease
 from jobs.errors import RunFailedError
-from jobs.recipes import named_recipe
-from jobs.report import write_report
-from jobs.run_directory import RunDirectory
-from jobs.stack import Stack
-from jobs.stack_ports import Ports
-from pipeline.claim import Holder, standing
-from pipeline.storage import Storage
+from jobs.recipe.named_recipes import named_recipe
+from jobs.report.report import write_report
+from jobs.run import roots
+from jobs.run.directory import RunDirectory
+from jobs.stack.local_stack import Stack
+from jobs.stack.ports import Ports
+from pipeline.store.lease import Holder, standing
+from pipeline.store.storage import Storage
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
@@ -234,8 +235,8 @@ def typed(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[int
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody waits for a heartbeat to move."""
-    monkeypatch.setattr(run_lease, "FLUSH_INTERVAL_SECONDS", 0.0)
-    monkeypatch.setattr(run_lease.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(lease, "FLUSH_INTERVAL_SECONDS", 0.0)
+    monkeypatch.setattr(lease.time, "sleep", lambda seconds: None)
 
 
 def test_commands_that_look_at_a_run_say_what_is_damaged(
@@ -292,14 +293,14 @@ def test_who_drives_a_run_is_told_whatever_its_claims_hold(fuzz: Fuzz, sound: Ru
             ruler = standing(sound.storage, sound.path("claims"))
             assert ruler is None or isinstance(ruler.text, str)
             assert ruler is None or ruler.holder is None or ruler.holder.is_dead_here() in (True, False)
-            assert run_lease.is_live(sound) in (True, False)
+            assert lease.is_live(sound) in (True, False)
 
     fuzz(run_claims, examples(claimed), batch=80)
 
 
 def test_what_a_driver_reads_of_its_predecessors_is_rows_or_refused(fuzz: Fuzz, sound: RunDirectory) -> None:
     def run_records(example: Example) -> None:
-        from jobs.run_record import RunRecord
+        from jobs.run.record import RunRecord
 
         with changed_files(sound, example.changed):
             record = RunRecord(sound, sound.read_events())
@@ -339,9 +340,9 @@ def test_what_commands_remember_may_be_anything(fuzz: Fuzz, tmp_path: Path) -> N
     def remembered_files(given: tuple[bytes, bytes]) -> None:
         (tmp_path / "run-roots.json").write_bytes(given[0])
         (home / "stack.json").write_bytes(given[1])
-        assert isinstance(run_roots.remembered(tmp_path, "head:6379"), str)
-        run_roots.remember(tmp_path, "head:6379", "s3://b/runs")
-        assert run_roots.remembered(tmp_path, "head:6379") == "s3://b/runs"
+        assert isinstance(roots.remembered(tmp_path, "head:6379"), str)
+        roots.remember(tmp_path, "head:6379", "s3://b/runs")
+        assert roots.remembered(tmp_path, "head:6379") == "s3://b/runs"
         assert Stack.load(home) is None
 
     fuzz(remembered_files, st.tuples(json_documents({"head:6379": "s3://b/old"}), json_documents(STACK)), batch=100)

@@ -14,10 +14,10 @@ from fuzzing import Fuzz
 from hypothesis import strategies as st
 from mutations import damaged, texts
 
-from jobs.cluster_address import ClusterAddress
-from pipeline.proxies import Proxies
-from pipeline.storage import Storage
-from pipeline.store_urls import is_web
+from jobs.cluster.address import ClusterAddress
+from pipeline.access.proxies import Proxies
+from pipeline.access.urls import is_web
+from pipeline.store.storage import Storage
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 

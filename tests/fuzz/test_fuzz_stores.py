@@ -17,10 +17,10 @@ from odd_files import picture
 from scripted_store import BUCKET, WHOLE, ScriptedStore, Twist
 
 from pipeline.errors import RefusedError, UserError
-from pipeline.source import Sources
-from pipeline.source_reader import SourceReader
-from pipeline.sources import find_sources
-from pipeline.storage import Storage
+from pipeline.ingest.source import Sources
+from pipeline.ingest.source_reader import SourceReader
+from pipeline.ingest.sources import find_sources
+from pipeline.store.storage import Storage
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 

@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from mutations import damaged, json_documents, texts
 from pipeline_tars import ranged
 
+from pipeline.access.places import Listed
 from pipeline.errors import clipped
-from pipeline.photo import CorruptImage
-from pipeline.places import Listed
-from pipeline.shard_index import Skipped
-from pipeline.source import Tar
-from pipeline.source_tars import LISTING_VERSION, TarListing
-from pipeline.tar_samples import Measured, TarContents, read_samples
-from pipeline.tar_scan import TarFault, TarMember, scan_tar
+from pipeline.image.photo import CorruptImage
+from pipeline.ingest.source import Tar
+from pipeline.ingest.source_tars import LISTING_VERSION, TarListing
+from pipeline.shard.index import Skipped
+from pipeline.shard.tar_samples import Measured, TarContents, read_samples
+from pipeline.shard.tar_scan import TarFault, TarMember, scan_tar
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from mutations import ODD_TEXTS, damaged, json_documents, json_lines
 from odd_files import jpeg_of, jpeg_parts, picture, png_of, png_parts, webp_of, webp_parts
 
-from jobs import run_rows
-from jobs.run_directory import RunDirectory
-from pipeline import store_urls
+from jobs.run import rows as run_rows
+from jobs.run.directory import RunDirectory
+from pipeline.access import urls as store_urls
 from pipeline.errors import StorageError, UserError
-from pipeline.storage import Storage
+from pipeline.store.storage import Storage
 
 
 def hunted(

@@ -10,7 +10,7 @@ from followed_runs import continues, events, trains, until
 from hosted_runs import Runs, is_under_way, newest_claims
 from ray_hosts import RayHosts
 
-from jobs.run_directory import RunDirectory
+from jobs.run.directory import RunDirectory
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 

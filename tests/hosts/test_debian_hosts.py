@@ -10,7 +10,7 @@ from patience import done
 from ray_hosts import ray_hosts
 from testbed import TILES, losses, small_recipe
 
-from pipeline.photographs import cut_tiles
+from pipeline.ingest.photographs import cut_tiles
 
 STEPS = 6
 

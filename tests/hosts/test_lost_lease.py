@@ -12,7 +12,7 @@ from hosted_runs import Runs, is_under_way, newest_claims
 from patience import done
 from ray_hosts import RayHosts
 
-from pipeline.claim import DEAD_SECONDS
+from pipeline.store.lease import DEAD_SECONDS
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from prometheus_server import PROMTOOL
 
-from jobs.exporter import KNOWN_LABELS, served_names
+from jobs.metrics.exporter import KNOWN_LABELS, served_names
 
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "infra" / "prometheus" / "convmae.rules.yml"

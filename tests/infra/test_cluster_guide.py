@@ -10,9 +10,9 @@ import pytest
 from iam_policy import Call, Policy
 from manifests import INFRA, ROOT, documents
 
-from jobs.plan import IMAGENET, recipe_json
-from jobs.recipes import named_recipe
-from pipeline.s3_options import VARIABLES
+from jobs.recipe.named_recipes import named_recipe
+from jobs.recipe.plan import IMAGENET, recipe_json
+from pipeline.access.s3_options import VARIABLES
 
 GUIDE = (ROOT / "docs" / "cluster.md").read_text()
 PRICE = 55
@@ -67,7 +67,7 @@ def test_files_that_the_guide_names_exist() -> None:
     ("name", "written", "read"), [("run", "runs", ("datasets",)), ("ingest", "datasets", ("sources",))]
 )
 def test_a_policy_writes_below_one_prefix_only(name: str, written: str, read: tuple[str, ...]) -> None:
-    """That it suffices is shown by tests/jobs/test_iam_policies.py."""
+    """That it suffices is shown by tests/jobs/control/test_iam_policies.py."""
     policy = Policy(INFRA / "iam" / f"{name}.json", BUCKET="mine")
 
     def allowed(method: str, path: str, query: str = "", **options: bool) -> bool:

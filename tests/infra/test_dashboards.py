@@ -13,8 +13,8 @@ from prometheus_server import PROMETHEUS, asked, prometheus, wait_for_series
 
 from infra.grafana.boards import BOARDS
 from infra.grafana.build import FOLDER, board_json
-from jobs.exporter import COUNTERS, RunExporter, status_keys
-from jobs.rank_figures import RankFigures
+from jobs.metrics.exporter import COUNTERS, RunExporter, status_keys
+from jobs.metrics.rank_figures import RankFigures
 
 ROOT = Path(__file__).parents[2]
 SCHEMAS = ROOT / "tests" / "schemas" / "grafana"

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import pytest
 from manifests import documents
 
-from jobs.diagnosis import ray_settings
-from jobs.node_probe import RAY_SETTINGS
+from jobs.cluster.diagnosis import ray_settings
+from jobs.cluster.node_probe import RAY_SETTINGS
 
 
 def kuberay() -> Mapping[str, str]:

@@ -67,9 +67,8 @@ def test_packages_have_the_versions_that_are_pinned(engine: Engine, image: str) 
 
 def test_compiled_files_are_in_the_image(engine: Engine, image: str) -> None:
     """Else every container compiles torch and Ray before it starts."""
-    script = (
-        "import torch, jobs.trainer as t, os; print(os.path.exists(torch.__cached__), os.path.exists(t.__cached__))"
-    )
+    modules = "(torch.__cached__, trainer.__cached__)"
+    script = f"import os, torch; from jobs.rank import trainer; print(*map(os.path.exists, {modules}))"
 
     assert engine.run(image, "python", "-B", "-c", script).split() == ["True", "True"]
 

@@ -16,9 +16,9 @@ import yaml
 from manifests import INFRA, ROOT, changed, crd_errors, documents
 from ray.autoscaler._private.kuberay.autoscaling_config import _generate_available_node_types_from_ray_cr_spec
 
-from jobs.fan_out import INGEST_RESOURCE
-from jobs.recipe import parse_overrides
-from jobs.recipes import named_recipe
+from jobs.cluster.fan_out import INGEST_RESOURCE
+from jobs.recipe.named_recipes import named_recipe
+from jobs.recipe.recipe import parse_overrides
 
 SCHEMAS = {
     "RayCluster": "kuberay/rayclusters.v1.json.gz",

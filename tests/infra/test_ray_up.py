@@ -13,7 +13,7 @@ from ray.autoscaler._private.aws.config import bootstrap_aws
 from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from jobs.fan_out import INGEST_RESOURCE
+from jobs.cluster.fan_out import INGEST_RESOURCE
 
 
 def cluster() -> Any:

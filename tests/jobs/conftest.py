@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from testbed import TILES, Command
 
-from jobs.stack import Stack
-from pipeline.photographs import cut_tiles
+from jobs.stack.local_stack import Stack
+from pipeline.ingest.photographs import cut_tiles
 
 
 @pytest.fixture(scope="session")

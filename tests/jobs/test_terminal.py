@@ -69,7 +69,7 @@ PROJECT = Path(jobs.__file__).parents[1]
 
 def convmae(script: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
     """A line of shell in which $CONVMAE is the command."""
-    command = f"{sys.executable} -m jobs.cli"
+    command = f"{sys.executable} -m jobs.cli.main"
     variables = {**os.environ, "CONVMAE_HOME": "/nonexistent", "CONVMAE": command, "COLUMNS": "80", **environment}
     line = ["bash", "-c", f"set -o pipefail; {script}"]
     return subprocess.run(line, cwd=PROJECT, env=variables, capture_output=True, check=False)

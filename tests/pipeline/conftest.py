@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.dataset import Dataset
-from pipeline.manifest import Manifest
-from pipeline.shard_plan import Sharding, plan_shards
-from pipeline.shards import write_shard
-from pipeline.sources import find_sources
-from pipeline.storage import Storage
+from pipeline.ingest.plan import Sharding, plan_shards
+from pipeline.ingest.sources import find_sources
+from pipeline.ingest.writer import write_shard
+from pipeline.load.dataset import Dataset
+from pipeline.shard.manifest import Manifest
+from pipeline.store.storage import Storage
 
 MakeJpeg = Callable[..., bytes]
 

@@ -1,0 +1,287 @@
+"""A checkpoint's files, of which only bytes come out that are as they were written.
+
+Whoever reads a range gets whole chunks from the store, each compared with its CRC32C in the commit. So a rank needs to
+read what it uses and nothing else, and what has been compared is known to the chunk: the rest can be dealt to others.
+
+Imports no torch. Memory is bounded: THREADS reads of READ_BYTES, twice while a read is put together, and some chunks in
+which directories lie.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from jobs.checkpoint import checkpoint
+from jobs.checkpoint.checkpoint import CHUNK_BYTES, CheckpointFile, Commit, checksummed
+from jobs.checkpoint.torch_archive import damaged
+from jobs.run.directory import RunDirectory
+from pipeline.store.storage import Storage
+
+READ_BYTES = 8 << 20
+"""Of one request, at most."""
+THREADS = 8
+"""Requests at once."""
+_KEPT_CHUNKS = 64
+"""Of those in which directories and headers lie: they are read piece by piece."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Copy:
+    """Bytes of a file, and where they are to go."""
+
+    url: str
+    offset: int
+    target: memoryview
+    """As long as what is wanted."""
+
+
+@dataclass(frozen=True)
+class CheckedRange:
+    """Whole chunks of one file that lie together, and their checksums: a picklable value.
+
+    Any process can read it.
+    """
+
+    url: str
+    offset: int
+    length: int
+    """In bytes."""
+    chunk_bytes: int
+    """Of each chunk but the file's last."""
+    checksums: tuple[int, ...]
+    """The CRC32C of each chunk."""
+    file_bytes: int
+    """Of the whole file."""
+
+    def read(self, storage: Storage) -> bytes:
+        """The bytes, as they were written.
+
+        Raises:
+            DamagedCheckpointError: The file is missing, truncated or altered; names it and the chunk.
+        """
+        try:
+            # One byte more at the file's end, so that a file that is longer is seen without asking for its size.
+            over = self.offset + self.length == self.file_bytes
+            data = storage.read_range(self.url, self.offset, self.length + over)
+            if len(data) != self.length:
+                raise damaged(self.url, self._length_fault(storage))
+        except FileNotFoundError:
+            raise damaged(self.url, "it is missing") from None
+        for number, checksum in enumerate(self.checksums):
+            start = number * self.chunk_bytes
+            if google_crc32c.value(data[start : start + self.chunk_bytes]) != checksum:
+                place = f"at {self.offset + start} or in the {self.chunk_bytes} bytes from there"
+                raise damaged(self.url, f"it was altered {place}")
+        return data
+
+    def _length_fault(self, storage: Storage) -> str:
+        size = storage.size(self.url)
+        if size != self.file_bytes:
+            return f"it has {size} bytes, not {self.file_bytes}"
+        return f"it ends before byte {self.offset + self.length}"
+
+
+@dataclass(frozen=True)
+class ChunkRun:
+    """Chunks of one file that one request reads."""
+
+    file: int
+    first: int
+    """Number of the first chunk, counted over all files."""
+    count: int
+
+
+class CheckedFiles:
+    """The files of one checkpoint.
+
+    Owns: a bit for each chunk, that it was read and is as it was written.
+    Concurrency: `read_range` is safe to call from several threads; the other methods belong to one.
+    Failure: whatever reads raises DamagedCheckpointError that names a file which is missing, truncated or altered, and
+        what Storage raises.
+    Blocking: all that reads.
+    """
+
+    def __init__(self, run: RunDirectory, commit: Commit) -> None:
+        """Number the chunks; does no I/O.
+
+        Args:
+            run: Whose checkpoint it is.
+            commit: With checksums of chunks: an older one must have passed through `with_chunks`.
+        """
+        self.run, self.commit = run, commit
+        self._storage = run.storage
+        self._files = [file for file in commit.files if file.bytes]
+        assert all(file.chunk_bytes for file in self._files)
+        self._urls = [checkpoint.file_url(run, commit.step, file.name) for file in self._files]
+        self._numbers = {url: number for number, url in enumerate(self._urls)}
+        self._checksums = [np.array(file.chunk_checksums(), np.uint32) for file in self._files]
+        self._firsts = [0, *itertools.accumulate(len(checksums) for checksums in self._checksums)]
+        self._checked = np.zeros(self._firsts[-1], np.bool_)
+        self._chunk = functools.lru_cache(_KEPT_CHUNKS)(lambda file, chunk: self._read(ChunkRun(file, chunk, 1)))
+
+    @property
+    def checked(self) -> NDArray[np.bool_]:
+        """Of each chunk whether it was read here, and is as it was written; in the order of the commit's files."""
+        return self._checked.copy()
+
+    def read_range(self, url: str, offset: int, length: int) -> bytes:
+        """A few bytes, of one chunk, which is kept for a while for the next few."""
+        file = self._numbers[url]
+        chunk, start = divmod(offset, self._files[file].chunk_bytes)
+        return self._chunk(file, self._firsts[file] + chunk)[start : start + length]
+
+    def chunk_bytes(self, url: str) -> int:
+        """What has a checksum of its own in a file."""
+        return self._files[self._numbers[url]].chunk_bytes
+
+    def covering(self, url: str, offset: int, length: int) -> CheckedRange:
+        """The whole chunks that hold a range of a file, for another process to read; `checked` does not hear of it."""
+        file = self._numbers[url]
+        size = self._files[file].chunk_bytes
+        first, after = offset // size, -(-(offset + length) // size)
+        return self._range(file, first, after - first)
+
+    def holding(self, ranges: Iterable[tuple[str, int, int]]) -> NDArray[np.intp]:
+        """Numbers of the chunks that hold some of the ranges (URL, offset, length), ascending."""
+        needed = np.zeros_like(self._checked)
+        for url, offset, length in ranges:
+            if length:
+                needed[slice(*self._chunks(url, offset, length))] = True
+        return np.flatnonzero(needed)
+
+    def urls(self, chunks: NDArray[np.intp]) -> set[str]:
+        """The files that chunks lie in."""
+        return {self._urls[file] for file in np.unique(np.searchsorted(self._firsts, chunks, "right") - 1).tolist()}
+
+    def clipped(self, copies: Iterable[Copy], first: int, last: int) -> Iterator[Copy]:
+        """What of copies lies in chunks [first, last]."""
+        for copy in copies:
+            file = self._numbers[copy.url]
+            begin, size = self._firsts[file], self._files[file].chunk_bytes
+            low = max(copy.offset, (first - begin) * size)
+            high = min(copy.offset + len(copy.target), (last + 1 - begin) * size)
+            if low < high:
+                yield Copy(copy.url, low, copy.target[low - copy.offset : high - copy.offset])
+
+    def read_into(self, copies: Iterable[Copy]) -> None:
+        """Copy many ranges, in as few requests as the chunks allow."""
+        wanted = [copy for copy in copies if len(copy.target)]
+        needed = self.holding((copy.url, copy.offset, len(copy.target)) for copy in wanted)
+        runs = list(self.runs(needed))
+        firsts = [run.first for run in runs]
+        by_run: list[list[Copy]] = [[] for _ in runs]
+        for copy in wanted:
+            first, after = self._chunks(copy.url, copy.offset, len(copy.target))
+            for index in range(bisect.bisect_right(firsts, first) - 1, len(runs)):
+                if runs[index].first >= after:
+                    break
+                by_run[index].append(copy)
+
+        def read(index: int) -> None:
+            data, start = memoryview(self._read(runs[index])), self._offset(runs[index])
+            for copy in by_run[index]:
+                low, high = max(copy.offset, start), min(copy.offset + len(copy.target), start + len(data))
+                copy.target[low - copy.offset : high - copy.offset] = data[low - start : high - start]
+
+        in_threads(read, range(len(runs)))
+
+    def check(self, chunks: NDArray[np.intp]) -> None:
+        """Read chunks, by number, for their checksums alone."""
+        in_threads(self._read, list(self.runs(chunks)))
+
+    def _chunks(self, url: str, offset: int, length: int) -> tuple[int, int]:
+        """Numbers of the first chunk of a range, and of the one behind its last."""
+        file = self._numbers[url]
+        first, size = self._firsts[file], self._files[file].chunk_bytes
+        return first + offset // size, first - (-(offset + length) // size)
+
+    def runs(self, chunks: NDArray[np.intp]) -> Iterator[ChunkRun]:
+        """Ascending chunks as requests."""
+        run: ChunkRun | None = None
+        for chunk in map(int, chunks):
+            if run and chunk == run.first + run.count and self._takes_one_more(run):
+                run = dataclasses.replace(run, count=run.count + 1)
+                continue
+            if run:
+                yield run
+            run = ChunkRun(bisect.bisect_right(self._firsts, chunk) - 1, chunk, 1)
+        if run:
+            yield run
+
+    def _takes_one_more(self, run: ChunkRun) -> bool:
+        in_file = run.first + run.count < self._firsts[run.file + 1]
+        return in_file and (run.count + 1) * self._files[run.file].chunk_bytes <= READ_BYTES
+
+    def _offset(self, run: ChunkRun) -> int:
+        return (run.first - self._firsts[run.file]) * self._files[run.file].chunk_bytes
+
+    def _read(self, run: ChunkRun) -> bytes:
+        """The bytes of a run, compared with the commit."""
+        data = self._range(run.file, run.first - self._firsts[run.file], run.count).read(self._storage)
+        self._checked[run.first : run.first + run.count] = True
+        return data
+
+    def _range(self, number: int, first: int, count: int) -> CheckedRange:
+        """Chunks of one file, counted from its beginning."""
+        file, offset = self._files[number], first * self._files[number].chunk_bytes
+        wanted = min(count * file.chunk_bytes, file.bytes - offset)
+        checksums = self._checksums[number][first : first + count].tolist()
+        return CheckedRange(self._urls[number], offset, wanted, file.chunk_bytes, tuple(checksums), file.bytes)
+
+
+def with_chunks(run: RunDirectory, step: int, files: Sequence[CheckpointFile]) -> list[CheckpointFile]:
+    """The same files with checksums of chunks; those of older commits, which have none, are read whole.
+
+    Raises:
+        DamagedCheckpointError: One that was read is missing, or not what its CRC32C says.
+    """
+    known = {file.name: file for file in files}
+
+    def measure(file: CheckpointFile) -> None:
+        url = checkpoint.file_url(run, step, file.name)
+        try:
+            # First of all: a size that is made up would be read to its end, long after the file's.
+            if (size := run.storage.size(url)) != file.bytes:
+                raise damaged(url, f"it has {size} bytes, not {file.bytes}")
+            found = checksummed(file.name, _chunks_of(run, url, file.bytes), CHUNK_BYTES)
+        except FileNotFoundError:
+            raise damaged(url, "it is missing") from None
+        if (found.bytes, found.crc32c) != (file.bytes, file.crc32c):
+            raise damaged(url, "it was altered")
+        known[file.name] = found
+
+    in_threads(measure, [file for file in files if not file.chunk_bytes])
+    return [known[file.name] for file in files]
+
+
+def _chunks_of(run: RunDirectory, url: str, size: int) -> Iterator[bytes]:
+    for offset in range(0, size, READ_BYTES):
+        wanted = min(READ_BYTES, size - offset)
+        data = run.storage.read_range(url, offset, wanted)
+        if len(data) != wanted:
+            raise damaged(url, f"it ends before byte {offset + wanted}")
+        for start in range(0, len(data), CHUNK_BYTES):
+            yield data[start : start + CHUNK_BYTES]
+
+
+def in_threads(work: Callable[[T], Any], items: Sequence[T]) -> None:
+    """Do `work` on every item; after the first that raises, none is begun."""
+    threads = ThreadPoolExecutor(THREADS)
+    try:
+        for _ in threads.map(work, items):
+            pass
+    finally:
+        threads.shutdown(cancel_futures=True)

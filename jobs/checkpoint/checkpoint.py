@@ -1,0 +1,327 @@
+"""Checkpoints that are either complete or invisible.
+
+Every rank writes its native ZeRO files to local disk and uploads them; when all have, rank 0 writes the commit object,
+which lists each file with its size and CRC32C. Without the commit object a checkpoint does not exist: a kill at any
+moment leaves at most files that nobody looks at, and that are deleted after a later commit (jobs.checkpoint.retention).
+Checkpoints are found by their commit objects, never by listing their files: object stores list deleted names for a
+while.
+
+Every driver and every attempt of its workers uploads into a folder of its own, and the commit object is written under a
+condition. So two drivers that work on one run, one of which was thought dead, never mix their files, and the one with
+the newer claim has the last word.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+
+from jobs.errors import CheckpointError, DamagedCheckpointError, OvertakenError
+from jobs.run.directory import RunDirectory
+from jobs.run.rows import is_time
+from pipeline.store.crc_combine import CRC32C, combined
+from pipeline.store.json_text import parsed_object
+from pipeline.store.lease import standing
+
+logger = logging.getLogger(__name__)
+
+CLAIMS = "claims"
+"""Folder of the run's claims (pipeline.store.lease): who drives it."""
+COMMIT_NAME = re.compile(r"step-(\d{8,12})\.json")
+CHUNK_BYTES = 1 << 18
+"""What has a checksum of its own, so that a range can be checked without the rest of its file: little is read beside
+what is needed, and a gigabyte of checkpoint takes 32 KB of its commit object."""
+FORMAT_VERSION = 2
+
+
+_LARGEST = 2**53
+"""Beyond what is counted here."""
+
+
+def _is_count(number: object) -> bool:
+    return type(number) is int and 0 <= number < _LARGEST
+
+
+@dataclass(frozen=True)
+class CheckpointFile:
+    """One uploaded file."""
+
+    name: str
+    """Path below the folder of its step: `<claim>-<attempt>/<file>`."""
+    bytes: int
+    crc32c: int
+    chunk_bytes: int = 0
+    """Length of the chunks that have a CRC32C of their own, but for the last one; 0: there are none."""
+    chunk_crc32cs: str = ""
+    """Theirs in order, eight hexadecimal digits each."""
+
+    def __post_init__(self) -> None:
+        # Files are read from, and deleted at, where this says: nothing else than a file of the checkpoint.
+        if not isinstance(self.name, str) or "\0" in self.name or {"", ".", ".."} & {*self.name.split("/")}:
+            raise ValueError(f"{self.name!r} is no path below the folder of a step")
+        if not all(_is_count(number) for number in (self.bytes, self.crc32c, self.chunk_bytes)):
+            raise ValueError(f"{self.name} has sizes and a checksum that are no numbers of bytes")
+        if self.chunk_bytes and len(self.chunk_checksums()) != -(-self.bytes // self.chunk_bytes):
+            raise ValueError(f"{self.name} has a checksum for each {self.chunk_bytes} of {self.bytes} bytes")
+
+    def chunk_checksums(self) -> list[int]:
+        """The CRC32C of each chunk."""
+        words = self.chunk_crc32cs
+        return [int(words[at : at + 8], 16) for at in range(0, len(words), 8)]
+
+
+@dataclass(frozen=True)
+class Commit:
+    """What makes a checkpoint exist, and all that is needed to resume from it."""
+
+    step: int
+    """Optimizer steps done; the next one to do."""
+    epoch: int
+    """Epochs finished."""
+    world_size: int
+    zero_stage: int
+    precision: str
+    recipe_digest: str
+    dataset_digest: str
+    order_version: int
+    """Of the rules by which samples are dealt to steps; with digest, seed and step it is the state of the data."""
+    seed: int
+    attempt: int
+    created_at_seconds: float
+    """Unix time."""
+    milestone: bool
+    """Kept for ever."""
+    counters: Mapping[str, float]
+    """Run-level metrics that go on counting after a restart."""
+    versions: Mapping[str, str]
+    files: tuple[CheckpointFile, ...]
+    claim: int = 0
+    """Number of the claim under which its driver worked; higher than those of all drivers before. 0: unknown."""
+    driver: str = ""
+    """Who that was, for people."""
+    format_version: int = field(default=FORMAT_VERSION)
+
+    def __post_init__(self) -> None:
+        for name in ("step", "epoch", "world_size", "zero_stage", "order_version", "attempt", "claim"):
+            if not _is_count(getattr(self, name)):
+                raise ValueError(f"{name} is no count: {getattr(self, name)!r}")
+        for name in ("precision", "recipe_digest", "dataset_digest", "driver"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is no text: {getattr(self, name)!r}")
+        if type(self.seed) is not int or type(self.milestone) is not bool:
+            raise ValueError(f"seed or milestone is of another type: {self.seed!r}, {self.milestone!r}")
+        if not all(type(number) in (int, float) and 0 <= number < _LARGEST for number in self.counters.values()):
+            raise ValueError("a counter is no number")
+        if not is_time(self.created_at_seconds):
+            raise ValueError("created_at_seconds is no Unix time")
+        if not all(isinstance(text, str) for text in self.versions.values()):
+            raise ValueError("versions are no texts")
+
+    @property
+    def bytes(self) -> int:
+        """Size of the checkpoint."""
+        return sum(file.bytes for file in self.files)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Commit:
+        """Read a commit object, also one of an older format.
+
+        Raises:
+            CheckpointError: If it was written in a format that is not known.
+            DamagedCheckpointError: If fields are missing or unknown.
+        """
+        version = fields.get("format_version")
+        migrated = dict(fields)
+        for older, migrate in _MIGRATIONS.items():
+            if migrated.get("format_version") == older:
+                migrated = migrate(migrated)
+        if migrated.get("format_version") != FORMAT_VERSION:
+            known = f"{', '.join(map(str, _MIGRATIONS))} or {FORMAT_VERSION}"
+            remedy = "use the version of convmae-pretrain that wrote it"
+            raise CheckpointError("format_version", f"must be {known}", version, remedy)
+        try:
+            return cls(**{**migrated, "files": tuple(CheckpointFile(**file) for file in migrated["files"])})
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            rule, remedy = f"must have the fields of format {version} ({error})", _OTHERS
+            raise DamagedCheckpointError("commit", rule, f"step {fields.get('step')}", remedy) from None
+
+
+def _from_format_1(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Format 1 did not know who wrote a checkpoint, and had one folder for all files of a step."""
+    return {**fields, "claim": 0, "driver": "", "format_version": 2}
+
+
+_MIGRATIONS: Mapping[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {1: _from_format_1}
+"""From each older format to the next."""
+_OTHERS = "`convmae checkpoints` shows which others are whole"
+
+
+def folder_name(step: int) -> str:
+    """Name of the folder that holds the files of the checkpoint at `step`."""
+    return f"step-{step:08d}"
+
+
+def owner_name(claim: int, attempt: int) -> str:
+    """Name of the folder, below that of a step, into which one attempt of one driver uploads."""
+    return f"{claim:06d}-{attempt:04d}"
+
+
+def file_url(run: RunDirectory, step: int, name: str) -> str:
+    """Where a file of the checkpoint at `step` is."""
+    return run.path("checkpoints", folder_name(step), name)
+
+
+def commit_url(run: RunDirectory, step: int) -> str:
+    """Where the commit object of `step` is."""
+    return run.path("commits", f"{folder_name(step)}.json")
+
+
+def upload_files(
+    run: RunDirectory, step: int, folder: Path, owner: str = "", *, chunk_bytes: int = CHUNK_BYTES
+) -> list[CheckpointFile]:
+    """Upload every file of `folder` into the checkpoint of `step`; nothing of it is visible yet.
+
+    Args:
+        run: Whose checkpoint it is.
+        step: Of the checkpoint.
+        folder: Local.
+        owner: From `owner_name`: no other process uploads under it.
+        chunk_bytes: What gets a checksum of its own.
+    """
+    uploaded = []
+    for path in sorted(path for path in folder.iterdir() if path.is_file()):
+        name = f"{owner}/{path.name}" if owner else path.name
+        run.storage.upload(path, file_url(run, step, name))
+        with path.open("rb") as file:
+            uploaded.append(checksummed(name, iter(lambda: file.read(chunk_bytes), b""), chunk_bytes))
+    return uploaded
+
+
+def write_commit(run: RunDirectory, commit: Commit) -> None:
+    """Make the checkpoint visible. Call once every rank has uploaded its files.
+
+    A commit of this step that is there already was left by a predecessor whose checkpoint was passed over or not seen;
+    it is replaced, unless it was made under a newer claim, or in a later attempt of this one: a rank whose node was cut
+    off may come to its commit when the others have long gone on without it.
+
+    Raises:
+        OvertakenError: Another driver, or a later attempt, has taken over the run. Nothing was written.
+    """
+    ruler = standing(run.storage, run.path(CLAIMS))
+    if ruler and ruler.number > commit.claim:
+        raise _overtaken(commit, f"is driven by {ruler.text}")
+    attempt = run.read_heartbeat().get("attempt", 0)
+    if attempt > commit.attempt:
+        raise _overtaken(commit, f"is at attempt {attempt}")
+    url, data = commit_url(run, commit.step), json.dumps(asdict(commit), indent=1).encode()
+    while not run.storage.create(url, data):
+        try:
+            found = run.storage.read(url)
+        except FileNotFoundError:  # pruned meanwhile
+            continue
+        made, driver = _made_by(found)
+        if made > (commit.claim, commit.attempt):
+            raise _overtaken(commit, f"was committed at this step by {driver}")
+        if run.storage.replace(url, data, found):
+            return
+
+
+def _made_by(data: bytes) -> tuple[tuple[int, int], str]:
+    """Claim and attempt, and driver of a commit object; of one that cannot be read 0, so that it can be replaced."""
+    try:
+        commit = Commit.from_json(parsed_object(data))
+    except ValueError:
+        return (0, 0), ""
+    return (commit.claim, commit.attempt), commit.driver
+
+
+def _overtaken(commit: Commit, what: str) -> OvertakenError:
+    remedy = "this one was thought dead and must end; the other's checkpoints count"
+    rule = f"must not be committed to by two drivers or attempts, and {what}"
+    return OvertakenError("run", rule, f"step {commit.step}", remedy)
+
+
+def committed_steps(run: RunDirectory) -> list[int]:
+    """Steps of the checkpoints that exist, ascending."""
+    names = run.storage.list_names(run.path("commits"))
+    return sorted(int(match[1]) for name in names if (match := COMMIT_NAME.fullmatch(name)))
+
+
+def read_commit(run: RunDirectory, step: int) -> Commit:
+    """The commit object of the checkpoint at `step`.
+
+    Raises:
+        CheckpointError: If there is none, or it is of another format.
+        DamagedCheckpointError: If it is not what was written.
+    """
+    try:
+        data = run.storage.read(commit_url(run, step))
+    except FileNotFoundError:
+        known = ", ".join(str(known) for known in committed_steps(run)) or "none yet"
+        raise CheckpointError("step", "must be a committed checkpoint", step, f"committed: {known}") from None
+    try:
+        fields = parsed_object(data)
+    except ValueError as error:
+        rule = f"must be a JSON object ({error})"
+        raise DamagedCheckpointError("commit", rule, f"step {step}", _OTHERS) from None
+    commit = Commit.from_json(fields)
+    if commit.step != step:
+        raise DamagedCheckpointError("commit", f"must be of the step of its name, {step}", commit.step, _OTHERS)
+    return commit
+
+
+def latest_commit(run: RunDirectory) -> Commit | None:
+    """The newest checkpoint; None before the first."""
+    steps = committed_steps(run)
+    return read_commit(run, steps[-1]) if steps else None
+
+
+def prune(run: RunDirectory, keep: int, newest: int | None = None) -> list[int]:
+    """Delete all but the `keep` newest checkpoints and the milestones; returns the steps deleted.
+
+    Args:
+        run: Whose checkpoints.
+        keep: How many to keep.
+        newest: The step that was just committed. Later ones do not count and stay: they were passed over as damaged.
+    """
+    steps = [step for step in committed_steps(run) if newest is None or step <= newest]
+    deleted = []
+    for step in steps[:-keep]:
+        try:
+            commit = read_commit(run, step)
+        except CheckpointError:  # whether it is a milestone, and what its files are, cannot be known
+            logger.warning("the checkpoint of step %d is not deleted: its commit object cannot be read", step)
+            continue
+        if not commit.milestone:
+            delete(run, commit)
+            deleted.append(step)
+    return deleted
+
+
+def delete(run: RunDirectory, commit: Commit) -> None:
+    """Delete a checkpoint; its commit object first, so that a kill half-way leaves nothing that looks complete."""
+    run.storage.delete(commit_url(run, commit.step))
+    run.storage.delete_all(file_url(run, commit.step, file.name) for file in commit.files)
+
+
+def checksummed(name: str, chunks: Iterable[bytes], chunk_bytes: int) -> CheckpointFile:
+    """A file's size and checksums, from its bytes in order.
+
+    Args:
+        name: Of the file.
+        chunks: All of `chunk_bytes` bytes but the last, which may be shorter.
+        chunk_bytes: Their length.
+    """
+    size, whole, each = 0, 0, []
+    for chunk in chunks:
+        checksum = google_crc32c.value(chunk)
+        size, whole = size + len(chunk), combined(whole, checksum, len(chunk), CRC32C)
+        each.append(f"{checksum:08x}")
+    return CheckpointFile(name, size, whole, chunk_bytes, "".join(each))

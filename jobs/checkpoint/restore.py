@@ -1,0 +1,119 @@
+"""Which checkpoint a worker group goes on from: the newest that is whole, found out while it is read.
+
+Rank 0 reads the commit. Each rank looks into a part of the files and tells the others what it found; then each reads
+its part of the weights and the moments that it will own, and knows of which chunks. What no rank has needed is dealt
+out and read for its checksums. So all ranks together have compared every byte, and read few of them twice, before
+training starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from jobs.checkpoint import checkpoint
+from jobs.checkpoint.checked_files import CheckedFiles, with_chunks
+from jobs.checkpoint.checkpoint import Commit
+from jobs.checkpoint.rank_group import RankGroup
+from jobs.checkpoint.zero_files import check_sizes, file_names, look_into
+from jobs.checkpoint.zero_layout import ZeroFiles
+from jobs.checkpoint.zero_state import ZeroState, read_zero_state
+from jobs.errors import CheckpointError, DamagedCheckpointError
+from jobs.run.directory import RunDirectory
+
+logger = logging.getLogger(__name__)
+
+
+class Restored(NamedTuple):
+    """A checkpoint that is whole, and what this rank needs of it."""
+
+    commit: Commit
+    state: ZeroState
+
+
+def restore_newest(
+    run: RunDirectory,
+    owned: Mapping[str, range],
+    group: RankGroup,
+    *,
+    check: Callable[[Commit], None],
+    on_damage: Callable[[int, str], None],
+) -> Restored | None:
+    """Read the newest checkpoint that is whole, the same on every rank. Collective.
+
+    Args:
+        run: Where checkpoints are.
+        owned: The values whose moments this rank needs, from `zero_state.owned_ranges`.
+        group: The ranks that restore together.
+        check: Raises if a checkpoint, though whole, is not to be resumed from.
+        on_damage: Is told, on rank 0, of each step that was passed over and why; may raise.
+
+    Returns:
+        None where none was committed yet.
+
+    Raises:
+        CheckpointError: Some were committed, and none is whole; or one is of a kind that is not handled.
+    """
+    # Rank 0 decides: listings may differ from rank to rank for a moment.
+    steps = group.told(group.together(lambda: checkpoint.committed_steps(run) if group.rank == 0 else []))
+    for step in reversed(steps):
+        try:
+            restored = _restore(run, step, owned, group)
+        except DamagedCheckpointError as error:
+            damage = str(error)
+        else:
+            check(restored.commit)
+            return restored
+        logger.error("the checkpoint of step %d is passed over: %s", step, damage)
+        if group.rank == 0:
+            on_damage(step, damage)
+    if steps:
+        remedy = "bring one of them back from a copy, or start a new run"
+        raise CheckpointError("checkpoint", "must be whole, and none is", ", ".join(map(str, steps)), remedy)
+    return None
+
+
+def _restore(run: RunDirectory, step: int, owned: Mapping[str, range], group: RankGroup) -> Restored:
+    """A checkpoint.
+
+    Raises:
+        CheckpointError: It is damaged, or not handled; the same on every rank.
+    """
+    found = group.together(lambda: checkpoint.read_commit(run, step) if group.rank == 0 else None)
+    commit = group.told(found)
+    assert commit
+    commit = _with_chunks(run, commit, group)
+    files = CheckedFiles(run, commit)
+    group.together(lambda: check_sizes(run, commit, part=group.rank, parts=group.world_size, empty=True))
+    state = read_zero_state(files, _layout(files, group, moments=bool(owned)), owned, group)
+    left = np.array_split(np.flatnonzero(~group.union(files.checked)), group.world_size)[group.rank]
+    group.together(lambda: files.check(left))
+    return Restored(commit, state)
+
+
+def _with_chunks(run: RunDirectory, commit: Commit, group: RankGroup) -> Commit:
+    """The commit with checksums of chunks; of an older one, each rank reads some of the files for them."""
+    if all(file.chunk_bytes for file in commit.files):
+        return commit
+    mine = commit.files[group.rank :: group.world_size]
+    by_rank = group.gathered(group.together(lambda: with_chunks(run, commit.step, mine)))
+    known = {file.name: file for files in by_rank for file in files}
+    return dataclasses.replace(commit, files=tuple(known[file.name] for file in commit.files))
+
+
+def _layout(files: CheckedFiles, group: RankGroup, *, moments: bool) -> ZeroFiles:
+    """Where the values lie: each rank looks into some of the files, and all tell each other."""
+    run, commit = files.run, files.commit
+    found = group.together(
+        lambda: look_into(run, commit, files, moments=moments, part=group.rank, parts=group.world_size)
+    )
+    # The first files have the names and shapes of all that the others have values of. They are told apart from these,
+    # since every rank's answer takes as many bytes as the longest.
+    firsts = {names[0] for names in file_names(commit)}
+    shared = group.told({name: file for name, file in found.items() if name in firsts})
+    others = group.gathered([(name, file) for name, file in found.items() if name not in firsts])
+    return ZeroFiles(run, commit, shared | dict(pair for pairs in others for pair in pairs))

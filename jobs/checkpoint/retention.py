@@ -1,0 +1,128 @@
+"""What of a run's checkpoints can go: old ones, damaged ones, and files that no commit names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+
+from jobs.checkpoint import checkpoint
+from jobs.checkpoint.check import faults_of, read_commits
+from jobs.checkpoint.checkpoint import CLAIMS, Commit
+from jobs.errors import CheckpointError
+from jobs.run.directory import RunDirectory
+from jobs.terminal import bytes_text
+from pipeline.store.lease import standing
+
+_FILE = re.compile(r"(?P<folder>step-\d{8,})/(?:(?P<claim>\d{6,})-(?P<attempt>\d{4,})/)?[^/]+")
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What `convmae prune` would delete; nothing was deleted yet."""
+
+    old: tuple[Commit, ...]
+    """Whole or not, older than those that are kept."""
+    damaged: tuple[tuple[Commit, str], ...]
+    """Newer than the newest whole one, each with its first fault."""
+    leftovers: Mapping[str, int]
+    """Bytes of each file that no commit names, by its path below `checkpoints/`."""
+    kept: tuple[int, ...]
+    """Steps that stay."""
+
+    @property
+    def commits(self) -> tuple[Commit, ...]:
+        """Every checkpoint that would be deleted."""
+        return (*self.old, *(commit for commit, _ in self.damaged))
+
+    @property
+    def bytes(self) -> int:
+        """What would be freed."""
+        return sum(commit.bytes for commit in self.commits) + sum(self.leftovers.values())
+
+
+def plan_pruning(run: RunDirectory, keep: int) -> Pruning:
+    """Find what can go. Reads the newest checkpoints whole, until one is good.
+
+    Milestones stay, and so does whatever a live driver may be uploading; commits of another format stay with their
+    files.
+
+    Args:
+        run: It may be training.
+        keep: How many checkpoints stay, the newest whole one and those before it; at least 1.
+
+    Raises:
+        CheckpointError: There are checkpoints, and none is whole: none can be spared.
+    """
+    left = leftovers(run)
+    commits, _ = read_commits(run)
+    damaged: list[tuple[Commit, str]] = []
+    for commit in reversed(commits):
+        if not (faults := faults_of(run, commit)):
+            break
+        damaged.append((commit, faults[0]))
+    if commits and len(damaged) == len(commits):
+        remedy = "bring one of them back from a copy; `convmae checkpoints --verify` lists every fault"
+        raise CheckpointError("checkpoint", "must be whole, and none is", damaged[0][1], remedy)
+    older = commits[: len(commits) - len(damaged)][:-keep]
+    old = tuple(commit for commit in older if not commit.milestone)
+    bad = tuple((commit, fault) for commit, fault in damaged if not commit.milestone)
+    gone = {commit.step for commit in old} | {commit.step for commit, _ in bad}
+    return Pruning(old, bad, left, tuple(commit.step for commit in commits if commit.step not in gone))
+
+
+def pruning_lines(pruning: Pruning) -> Iterator[str]:
+    """What would be deleted, and what stays, for people."""
+    for commit in pruning.old:
+        yield f"step {commit.step}: {bytes_text(commit.bytes)}, older than those that are kept"
+    for commit, fault in pruning.damaged:
+        yield f"step {commit.step}: {bytes_text(commit.bytes)}, damaged: {fault}"
+    by_folder = groupby(pruning.leftovers, lambda path: path.rpartition("/")[0])
+    for folder, paths in by_folder:
+        sizes = [pruning.leftovers[path] for path in paths]
+        yield f"checkpoints/{folder}: {len(sizes)} files, {bytes_text(sum(sizes))}, never committed"
+    if not pruning.commits and not pruning.leftovers:
+        yield "nothing to delete"
+    yield f"stays: {', '.join(map(str, pruning.kept)) or 'none'}"
+
+
+def carry_out(run: RunDirectory, pruning: Pruning) -> None:
+    """Delete what was planned."""
+    for commit in pruning.commits:
+        checkpoint.delete(run, commit)
+    _delete_files(run, pruning.leftovers)
+
+
+def leftovers(run: RunDirectory) -> dict[str, int]:
+    """Bytes of each file below `checkpoints/` that no commit names and nobody may be uploading."""
+    ruler = standing(run.storage, run.path(CLAIMS))
+    living = ruler.number if ruler and not ruler.is_over and not (ruler.holder and ruler.holder.is_dead_here()) else 0
+    return {path: size for path, (claim, _), size in _unnamed(run) if not living or claim < living}
+
+
+def delete_leftovers_before(run: RunDirectory, claim: int, attempt: int) -> None:
+    """Delete what earlier attempts, and drivers before this one, uploaded and never committed."""
+    _delete_files(run, [path for path, owner, _ in _unnamed(run) if owner < (claim, attempt)])
+
+
+def _unnamed(run: RunDirectory) -> list[tuple[str, tuple[int, int], int]]:
+    """Path, owner (claim and attempt) and bytes of each file that no commit names."""
+    # Files first: what is committed in between is then named.
+    try:
+        files = run.storage.list_files(run.path("checkpoints"))
+    except FileNotFoundError:
+        return []
+    commits, unreadable = read_commits(run)
+    named = {f"{checkpoint.folder_name(commit.step)}/{file.name}" for commit in commits for file in commit.files}
+    unknown = {checkpoint.folder_name(step) for step in unreadable}
+    found = []
+    for path, size in files.items():
+        match = _FILE.fullmatch(path)
+        if match and path not in named and match["folder"] not in unknown:
+            found.append((path, (int(match["claim"] or 0), int(match["attempt"] or 0)), size))
+    return found
+
+
+def _delete_files(run: RunDirectory, paths: Iterable[str]) -> None:
+    run.storage.delete_all(run.path("checkpoints", path) for path in paths)

@@ -1,0 +1,183 @@
+"""Saving while training goes on: the step loop waits for local disk, a thread uploads, another step commits.
+
+A checkpoint passes through three hands. Every rank writes its files to local disk; training stands still for that.
+Every rank uploads them in a thread. When the ranks have seen, by a word that travels with their loss, that all uploads
+have ended, they tell rank 0 what they uploaded, and a thread of rank 0 writes the commit object. Until then the
+checkpoint is invisible, and a kill at any moment leaves the one before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from jobs.checkpoint import checkpoint, retention
+from jobs.checkpoint.checkpoint import CheckpointFile, Commit
+from jobs.errors import NotCommittedError
+from jobs.run.directory import RunDirectory
+from pipeline.host.daemon_threads import DaemonThreads
+from pipeline.host.scratch import scratch_folder
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointSaver:
+    """One rank's part in saving checkpoints, one at a time.
+
+    Owns: the local files of the checkpoint that is under way, and the thread that uploads and commits it.
+    Concurrency: called by the training thread. `begin` and `finish` are collective: every rank calls them after the
+        same step.
+    Failure: an upload or commit that fails after Storage's retries is logged and told to the monitor; training goes
+        on, nothing became visible, and the next checkpoint is saved when it is due. Only `close` raises.
+    Blocking: `begin` for local disk and for a checkpoint that is still under way, `finish` for uploads.
+    """
+
+    def __init__(self, run: RunDirectory, monitor: ActorHandle[Any], *, rank: int, world_size: int, keep: int) -> None:
+        """Start the thread; does no I/O.
+
+        Args:
+            run: Where checkpoints go.
+            monitor: Is told of each one that was committed, or failed.
+            rank: Of this process.
+            world_size: Number of processes that save together.
+            keep: Newest checkpoints that are not pruned.
+        """
+        self._run, self._monitor, self._keep = run, monitor, keep
+        self._rank, self._world_size = rank, world_size
+        self._thread = DaemonThreads(1, "convmae-save")
+        self._upload: Future[list[CheckpointFile]] | None = None
+        self._commit: Commit | None = None
+        self._committing: Future[None] | None = None
+        self._began = self._stall_seconds = 0.0
+        self._failure = ""
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether a checkpoint has begun and not been finished; the same on every rank."""
+        return self._commit is not None
+
+    @property
+    def is_uploading(self) -> bool:
+        """Whether this rank's files are still on their way."""
+        return self._upload is not None and not self._upload.done()
+
+    def begin(self, commit: Commit, write: Callable[[Path], None]) -> None:
+        """Write this rank's files to local disk and start their upload.
+
+        Args:
+            commit: What will be committed, but for its files. Rank 0's counts; claim and attempt are the same on all.
+            write: Writes this rank's files into a folder; collective.
+        """
+        self._began = time.monotonic()
+        self.finish()
+        scratch = scratch_folder()
+        files = Path(scratch.name, "native")
+        try:
+            write(files)
+        except BaseException:
+            scratch.cleanup()
+            raise
+
+        owner = checkpoint.owner_name(commit.claim, commit.attempt)
+
+        def upload() -> list[CheckpointFile]:
+            with scratch:
+                return checkpoint.upload_files(self._run, commit.step, files, owner)
+
+        self._commit, self._upload = commit, self._thread.submit(upload)
+        self._stall_seconds = time.monotonic() - self._began
+
+    def finish(self) -> None:
+        """Wait for the uploads of the checkpoint that is under way, and begin its commit. Collective."""
+        if self._commit is None or self._upload is None:
+            return
+        began = time.monotonic()
+        by_rank: list[Any] = [None] * self._world_size if self._rank == 0 else []
+        # To rank 0 alone: with their checksums the files of all ranks are megabytes, as many from each as the longest.
+        dist.gather_object(_outcome(self._upload), by_rank or None)
+        errors = [f"rank {rank}: {found}" for rank, found in enumerate(by_rank) if isinstance(found, str)]
+        commit, self._commit, self._upload = self._commit, None, None
+        self._await_commit()
+        self._failure = ""
+        self._stall_seconds += time.monotonic() - began
+        if errors:
+            self._fail(commit.step, "; ".join(errors))
+        elif self._rank == 0:
+            files = tuple(file for rank_files in by_rank for file in rank_files)
+            whole = dataclasses.replace(commit, files=files)
+            self._committing = self._thread.submit(self._make_visible, whole, self._began, self._stall_seconds)
+
+    def settle(self) -> None:
+        """Finish what is under way and wait until it is committed, or has failed. Collective."""
+        self.finish()
+        self._await_commit()
+
+    def close(self) -> None:
+        """Settle for good. Collective.
+
+        Raises:
+            NotCommittedError: The last checkpoint was not committed; on every rank.
+        """
+        self.settle()
+        failure = [self._failure]
+        dist.broadcast_object_list(failure, src=0)
+        self._thread.shutdown()
+        if failure[0]:
+            remedy = "mend the storage and resume; the checkpoint before this one is whole"
+            raise NotCommittedError("checkpoint", "must be committed before the run ends", failure[0], remedy)
+
+    def _make_visible(self, commit: Commit, began: float, stall_seconds: float) -> None:
+        """Rank 0's thread: history first, then the commit object, then old checkpoints."""
+        import ray
+        from ray.exceptions import RayError
+
+        try:
+            ray.get(self._monitor.flush.remote())  # history up to a commit is never lost
+            checkpoint.write_commit(self._run, commit)
+        except Exception as error:
+            self._fail(commit.step, f"{type(error).__name__}: {error}")
+            return
+        told = self._monitor.checkpoint_committed.remote(
+            step=commit.step,
+            stall_seconds=stall_seconds,
+            duration_seconds=time.monotonic() - began,
+            size_bytes=commit.bytes,
+            milestone=commit.milestone,
+        )
+        with contextlib.suppress(RayError):  # a monitor that has just died misses the event, not the commit
+            ray.get(told)  # not waited for, it might be overtaken by the run's end
+        try:
+            checkpoint.prune(self._run, self._keep, newest=commit.step)
+            retention.delete_leftovers_before(self._run, commit.claim, commit.attempt)
+        except Exception:
+            logger.warning("old checkpoints could not be deleted; the next commit tries again", exc_info=True)
+
+    def _await_commit(self) -> None:
+        if self._committing is not None:
+            self._committing.result()
+            self._committing = None
+
+    def _fail(self, step: int, error: str) -> None:
+        self._failure = f"step {step}: {error}"
+        logger.error("checkpoint of step %d was not saved: %s", step, error)
+        if self._rank == 0:
+            self._monitor.checkpoint_failed.remote(step=step, error=error)
+
+
+def _outcome(upload: Future[list[CheckpointFile]]) -> list[CheckpointFile] | str:
+    """What was uploaded, or why it was not, as the ranks tell each other."""
+    try:
+        return upload.result()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"

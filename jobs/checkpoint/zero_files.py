@@ -1,0 +1,253 @@
+"""What single ZeRO files say of themselves, as values that processes can tell each other: names, shapes and places.
+
+Imports no torch, and moves no weight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from jobs.checkpoint.checkpoint import Commit, file_url
+from jobs.checkpoint.torch_archive import Files, LazyTensor, TensorPlace, damaged, read_archive
+from jobs.errors import CheckpointError
+from jobs.run.directory import RunDirectory
+from pipeline.errors import UserError
+
+_THREADS = 8
+"""Files that are looked into at once."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state of a parameter."""
+_MASTERS = {True: "fp32_flat_groups", False: "single_partition_of_fp32_groups"}
+"""Where the fp32 masters are: in ZeRO 3, and else."""
+_SCALARS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A file of model states. All have fragments; the rest is told by that of the first rank."""
+
+    fragments: Mapping[str, TensorPlace]
+    """In ZeRO 2 and 3: this rank's range of each frozen parameter."""
+    shapes: tuple[Mapping[str, Shape], ...] = ()
+    """Of the trained parameters of each group, in the order in which they lie in its vectors."""
+    frozen: Mapping[str, Shape] = field(default_factory=dict)
+    """Of the parameters in fragments."""
+    fixed: Mapping[str, TensorPlace] = field(default_factory=dict)
+    """What lies in the module's state alone: buffers, and below ZeRO 2 frozen parameters."""
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    """Further names of trained parameters."""
+
+
+@dataclass(frozen=True)
+class OptimizerFile:
+    """A file of optimizer states: one rank's vectors."""
+
+    is_stage_3: bool
+    masters: tuple[TensorPlace, ...]
+    """fp32, one vector a group; in ZeRO 3 maybe several."""
+    moments: Mapping[str, tuple[TensorPlace, ...]] = field(default_factory=dict)
+    """Each of MOMENTS as the masters; empty where nobody looked."""
+    ranks: int = 0
+    """That wrote the checkpoint; this and what follows is told by the first rank's file."""
+    paddings: tuple[tuple[int, ...], ...] | None = None
+    """Values behind each parameter of each group, in ZeRO 1 and 2."""
+    step: float = 0.0
+    """AdamW's count, for its bias correction; where its state was looked for."""
+
+
+FilesFound = Mapping[str, ModelFile | OptimizerFile]
+"""By name."""
+
+
+def file_names(commit: Commit) -> tuple[list[str], list[str]]:
+    """Names of the files with model states, and of those with optimizer states, both by rank.
+
+    Raises:
+        CheckpointError: There are none.
+    """
+    models, optimizers = (_by_rank(commit, suffix) for suffix in ("_model_states.pt", "_optim_states.pt"))
+    if not models or not optimizers:
+        raise CheckpointError("checkpoint", "must hold ZeRO files", f"step {commit.step}", "choose another --step")
+    return models, optimizers
+
+
+def look_into(
+    run: RunDirectory, commit: Commit, files: Files, *, moments: bool, part: int = 0, parts: int = 1
+) -> dict[str, ModelFile | OptimizerFile]:
+    """What the files of a checkpoint hold; of several processes each looks into a part of them.
+
+    Args:
+        run: Whose checkpoint it is.
+        commit: Of the checkpoint.
+        files: What the archives are read through.
+        moments: Whether to look for AdamW's moments and step.
+        part: Which part, in [0, parts); the first ranks' files are in part 0.
+        parts: Into how many the files are dealt.
+
+    Raises:
+        DamagedCheckpointError: A file is missing, truncated, or not as it was written.
+        CheckpointError: A file is of a kind that is not handled.
+    """
+    models, optimizers = file_names(commit)
+    sizes = {file.name: file.bytes for file in commit.files}
+
+    def look(name: str) -> ModelFile | OptimizerFile:
+        contents = read_archive(files, file_url(run, commit.step, name), sizes[name])
+        with of_deepspeed(run):
+            if name in known_models:
+                return _model_file(run, contents, is_first=name == models[0])
+            return _optimizer_file(run, contents, files, moments=moments, is_first=name == optimizers[0])
+
+    known_models = set(models)
+    names = [*models[part::parts], *optimizers[part::parts]]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        return dict(zip(names, threads.map(look, names), strict=True))
+
+
+def check_size(run: RunDirectory, commit: Commit, name: str, size: int) -> None:
+    """Compare a file's size with the commit's; a request.
+
+    Raises:
+        DamagedCheckpointError: It is missing, or has another size.
+    """
+    url = file_url(run, commit.step, name)
+    try:
+        found = run.storage.size(url)
+    except FileNotFoundError:
+        raise damaged(url, "it is missing") from None
+    if found != size:
+        raise damaged(url, f"it has {found} bytes, not {size}")
+
+
+def check_sizes(run: RunDirectory, commit: Commit, *, part: int = 0, parts: int = 1, empty: bool = False) -> None:
+    """Compare sizes of files with the commit's, a request each.
+
+    Args:
+        run: Whose checkpoint it is.
+        commit: Of the checkpoint.
+        part: Which part of them, in [0, parts).
+        parts: Into how many they are dealt.
+        empty: Of files without bytes alone, for those who read all others.
+
+    Raises:
+        DamagedCheckpointError: One is missing, or has another size.
+    """
+    wanted = [file for file in commit.files if not (empty and file.bytes)][part::parts]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        list(threads.map(lambda file: check_size(run, commit, file.name, file.bytes), wanted))
+
+
+@contextlib.contextmanager
+def of_deepspeed(run: RunDirectory) -> Iterator[None]:
+    """Files that are whole need not hold what DeepSpeed writes: whatever cannot be looked up in them is damage."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
+        what = f"its files hold something else than DeepSpeed writes: {type(error).__name__}"
+        raise damaged(run.url, what) from error
+
+
+def _by_rank(commit: Commit, suffix: str) -> list[str]:
+    found = [file.name for file in commit.files if file.name.endswith(suffix)]
+    return sorted(found, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
+
+
+def _model_file(run: RunDirectory, contents: Mapping[str, Any], *, is_first: bool) -> ModelFile:
+    places = {_text(name): tensor.place() for name, tensor in (contents.get("frozen_param_fragments") or {}).items()}
+    if not is_first:
+        return ModelFile(places)
+    _check_kind(run, contents)
+    shapes = tuple(_shapes(group) for group in contents["param_shapes"])
+    frozen = _shapes(contents.get("frozen_param_shapes") or {})
+    elsewhere = {*frozen, *(name for group in shapes for name in group)}
+    fixed = {
+        _text(name): tensor.place()
+        for name, tensor in contents["module"].items()
+        if name not in elsewhere and isinstance(tensor, LazyTensor)
+    }
+    aliases = {_text(alias): _text(name) for alias, name in contents.get("shared_params", {}).items()}
+    return ModelFile(places if frozen else {}, shapes, frozen, fixed, aliases)
+
+
+def _optimizer_file(
+    run: RunDirectory, contents: Mapping[str, Any], files: Files, *, moments: bool, is_first: bool
+) -> OptimizerFile:
+    state = contents["optimizer_state_dict"]
+    is_stage_3 = _MASTERS[True] in state
+    if _MASTERS[is_stage_3] not in state:
+        raise CheckpointError("checkpoint", "must be of ZeRO 1, 2 or 3", run.name, "choose another --step")
+    masters = tuple(tensor.place() for tensor in state[_MASTERS[is_stage_3]])
+    inner = _inner_states(state)
+    found: dict[str, tuple[TensorPlace, ...]] = {}
+    if moments:
+        _check_adamw(run, inner, len(masters))
+        found = {moment: tuple(inner[group][moment].place() for group in sorted(inner)) for moment in MOMENTS}
+    if not is_first:
+        return OptimizerFile(is_stage_3, masters, found)
+    counts, paddings = state.get("partition_count", 0), state.get("param_alignment_paddings")
+    ranks = operator.index(max(counts) if isinstance(counts, list) else counts)
+    behind = paddings and tuple(tuple(operator.index(count) for count in group) for group in paddings)
+    step = _number(files, inner[min(inner)]["step"]) if moments else 0.0
+    return OptimizerFile(is_stage_3, masters, found, ranks, behind or None, step)
+
+
+def _inner_states(state: Mapping[str, Any]) -> Mapping[int, Mapping[str, Any]]:
+    """AdamW's own state: flat vectors by number of their group."""
+    inner = state.get("optimizer_state_dict" if _MASTERS[True] in state else "base_optimizer_state")
+    found = inner.get("state") if isinstance(inner, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def _number(files: Files, told: LazyTensor | float) -> float:
+    if not isinstance(told, LazyTensor):
+        return float(told)
+    place = told.place()
+    kind = np.dtype(_SCALARS[place.dtype])
+    offset = place.record.offset + place.first * kind.itemsize
+    return float(np.frombuffer(files.read_range(place.record.url, offset, kind.itemsize), kind)[0])
+
+
+def _shapes(found: Mapping[Any, Any]) -> dict[str, Shape]:
+    return {_text(name): tuple(operator.index(length) for length in shape) for name, shape in found.items()}
+
+
+def _text(name: object) -> str:
+    """A name, of which no other kind may reach other processes."""
+    if not isinstance(name, str):
+        raise TypeError("a name that is no text")
+    return name
+
+
+def _check_kind(run: RunDirectory, first: Mapping[str, Any]) -> None:
+    """Refuse what DeepSpeed can save and nothing here was made for."""
+    config = first.get("ds_config")
+    zero = config.get("zero_optimization") if isinstance(config, Mapping) else None
+    offloads = [zero.get(what) for what in ("offload_optimizer", "offload_param")] if isinstance(zero, Mapping) else []
+    kinds = {
+        "without offload": any(isinstance(to, Mapping) and to.get("device", "none") != "none" for to in offloads),
+        "without tensor parallelism": first.get("mp_world_size", 1) != 1,
+        "without mixture of experts": bool(first.get("num_experts")),
+    }
+    for rule, is_broken in kinds.items():
+        if is_broken:
+            raise CheckpointError("checkpoint", f"must be {rule}", run.name, "choose another run; no recipe makes such")
+
+
+def _check_adamw(run: RunDirectory, inner: Mapping[int, Mapping[str, Any]], vectors: int) -> None:
+    found = sorted({field for group in inner.values() for field in group})
+    if len(inner) != vectors or found != [*MOMENTS, "step"]:
+        rule = f"must be of AdamW, with a state of {', '.join(MOMENTS)} and step for each vector"
+        value = f"{', '.join(found) or 'nothing'} for {len(inner)} of {vectors} in {run.name}"
+        raise CheckpointError("checkpoint", rule, value, "choose another run; no recipe makes such")

@@ -1,0 +1,312 @@
+"""A run's state out of a checkpoint of any world size and ZeRO stage, and into the engine that goes on.
+
+DeepSpeed 0.19.8 loads a checkpoint only at the world size that wrote it. Here its files are read by ranges, through the
+layout of whoever wrote them (zero_layout): of the weights, which each rank's module needs whole, each rank reads a
+part and the ranks add the parts up; of AdamW's moments each reads what it will own. What a rank owns follows from
+parameter groups, stage, rank and world size alone, so that a checkpoint is read and found whole before an engine is
+built; the engine must then agree. This leans on private fields of DeepSpeed: its version is pinned, and the exactness
+test must stay green.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from jobs.checkpoint.checked_files import CheckedFiles, Copy
+from jobs.checkpoint.rank_group import BUCKET_BYTES, RankGroup, Room
+from jobs.checkpoint.torch_archive import ITEM_BYTES, TensorPlace
+from jobs.checkpoint.zero_files import MOMENTS
+from jobs.checkpoint.zero_layout import Held, SourceTensor, ZeroFiles
+from jobs.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import deepspeed
+
+_ALIGNED = 2
+"""ZeRO 1 and 2 make each rank's range of a group a multiple of so many values."""
+_READ_AGAIN, _REQUESTS = 4, 16
+"""Moments are read by their owners if all of these together read at most so many times what there is, in at most so
+many requests a rank beside those that would read each byte once."""
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ZeroState:
+    """What one rank needs to go on. Holds the model's weights once, and this rank's share of the moments."""
+
+    weights: Mapping[str, Tensor]
+    """The model's whole state dict: fp32 masters, frozen parameters, buffers."""
+    owned: Mapping[str, range]
+    """Of each trained parameter, flattened: the values whose moments are here."""
+    moments: Mapping[str, Mapping[str, Tensor]]
+    """`exp_avg` and `exp_avg_sq`: the owned values of each parameter."""
+    optimizer_step: float
+    """AdamW's step count, for its bias correction."""
+
+
+def owned_ranges(
+    model: nn.Module, groups: Sequence[Mapping[str, Any]], *, stage: int, rank: int, world_size: int
+) -> dict[str, range]:
+    """Which values of each trained parameter, flattened, this rank will update.
+
+    Args:
+        model: Has the parameters' names.
+        groups: The optimizer's parameter groups, before DeepSpeed changes them.
+        stage: ZeRO 1, 2 or 3.
+        rank: Of this process.
+        world_size: Number of processes that train together.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    owned = {}
+    for group in groups:
+        sizes = {names[id(parameter)]: parameter.numel() for parameter in group["params"]}
+        share = math.ceil(sum(sizes.values()) / (world_size * _ALIGNED)) * _ALIGNED
+        begin = -rank * share  # of the parameter, counted from that of this rank's range of the group
+        for name, size in sizes.items():
+            if stage == 3:
+                share = math.ceil(size / world_size)
+                begin = -rank * share
+            owned[name] = range(min(max(0, -begin), size), min(max(0, share - begin), size))
+            begin += size
+    return owned
+
+
+def read_zero_state(files: CheckedFiles, layout: ZeroFiles, owned: Mapping[str, range], group: RankGroup) -> ZeroState:
+    """Read weights, and the moments that this rank owns. Collective.
+
+    Args:
+        files: Of the checkpoint.
+        layout: Of the same files.
+        owned: From `owned_ranges`; empty where weights are all that is wanted.
+        group: The ranks that read together.
+
+    Raises:
+        DamagedCheckpointError: A file is missing, truncated or, where it was read, altered. The same on all ranks.
+        CheckpointError: The files are of another model. The same on all ranks.
+    """
+    weights = WholeTensors(layout.weights(), files, group)
+    sources = layout.moments() if owned else {}
+    moments, copies = group.together(lambda: rooms_of_moments(sources, owned, files.run.name))
+    by_own_reads = _is_read_by_owners(sources, copies, files, group)
+    group.together(lambda: files.read_into([*weights.mine(), *(copies if by_own_reads else [])]))
+    weights.add_up()
+    if not by_own_reads:
+        for moment, tensors in sources.items():
+            _fill_together(moments[moment], owned, list(tensors.values()), files, group)
+    whole = {name: value.float() if value.is_floating_point() else value for name, value in weights.tensors.items()}
+    return ZeroState(whole, owned, moments, layout.optimizer_step)
+
+
+def restore_optimizer(engine: deepspeed.DeepSpeedEngine, state: ZeroState) -> None:
+    """Put masters, moments and step into a fresh engine, whose module already holds the weights of `state`.
+
+    Every rank copies the ranges that it owns, and nothing is communicated.
+
+    Raises:
+        CheckpointError: The engine owns other ranges than were read: DeepSpeed is not the version that is pinned.
+    """
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    optimizer = engine.optimizer
+    stage = engine.zero_optimization_stage()
+    cut = _whole_slices(optimizer, names) if stage == 3 else _group_slices(optimizer, names)
+    slices = list(cut)
+    found = {piece.name: range(piece.start, piece.start + piece.length) for _, pieces in slices for piece in pieces}
+    if found != {name: values for name, values in state.owned.items() if values}:
+        rule, remedy = "must share out the optimizer's state as 0.19.8 does", "install the version that is pinned"
+        raise CheckpointError("deepspeed", rule, _version(), remedy)
+    for flat, pieces in slices:
+        slots = optimizer.optimizer.state[flat]
+        slots["step"] = torch.tensor(state.optimizer_step, dtype=torch.float32)
+        for moment in MOMENTS:
+            slots[moment] = torch.zeros_like(flat)
+        for piece in pieces:
+            place = slice(piece.offset, piece.offset + piece.length)
+            values = state.owned[piece.name]
+            flat.data[place].copy_(state.weights[piece.name].reshape(-1)[values.start : values.stop])
+            for moment in MOMENTS:
+                slots[moment][place].copy_(state.moments[moment][piece.name])
+
+
+class WholeTensors:
+    """Tensors that every rank gets whole, and each reads a part of.
+
+    The chunks that hold them are dealt, neighbours to one rank; so all ranks together read each byte once.
+
+    Owns: one room for all, of zeros where nothing was read.
+    """
+
+    def __init__(
+        self, sources: Sequence[SourceTensor], files: CheckedFiles, group: RankGroup, among: Sequence[SourceTensor] = ()
+    ) -> None:
+        """Make room; does no I/O.
+
+        Args:
+            sources: Which tensors.
+            files: Which hold them.
+            group: The ranks that get them.
+            among: Deal the chunks as if these were read; `sources` if empty.
+        """
+        self._sources, self._files, self._group = sources, files, group
+        self._vectors = {id(source.vectors): source.vectors for source in among or sources}
+        self._room = Room({source.name: (source.shape, _DTYPES[source.dtype]) for source in sources})
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """By name, as they are stored."""
+        return self._room.tensors
+
+    def mine(self) -> list[Copy]:
+        """What this rank reads."""
+        places = [place for vectors in self._vectors.values() for vector in vectors for place in vector.places]
+        chunks = np.array_split(self._files.holding(map(_span, places)), self._group.world_size)[self._group.rank]
+        if not len(chunks):
+            return []
+        urls = self._files.urls(chunks)
+        held = {
+            key: [Held(index, *found) for index, vector in enumerate(vectors) for found in vector.held(urls)]
+            for key, vectors in self._vectors.items()
+        }
+        copies: list[Copy] = []
+        for source in self._sources:
+            room, item = self.tensors[source.name].reshape(-1).view(torch.uint8), ITEM_BYTES[source.dtype]
+            for part in source.ranges(held[id(source.vectors)]):
+                copies += _copies(source, part, room[part.start * item : part.stop * item])
+        return list(self._files.clipped(copies, int(chunks[0]), int(chunks[-1])))
+
+    def add_up(self) -> None:
+        """Put the ranks' parts together. Collective."""
+        self._group.add_up(self._room.bytes)
+
+
+def rooms_of_moments(
+    sources: Mapping[str, Mapping[str, SourceTensor]], owned: Mapping[str, range], run_name: str
+) -> tuple[dict[str, dict[str, Tensor]], list[Copy]]:
+    """Room for the moments that a rank owns, and what is to be copied there."""
+    moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
+    copies: list[Copy] = []
+    for moment, tensors in sources.items():
+        for name, wanted in owned.items():
+            if name not in tensors or wanted.stop > tensors[name].elements:
+                rule, remedy = f"must hold {moment} of {name}", "resume with the model that the run began with"
+                raise CheckpointError("checkpoint", rule, run_name, remedy)
+            tensor = torch.empty(len(wanted), dtype=_DTYPES[tensors[name].dtype])
+            moments[moment][name] = tensor
+            copies += _copies(tensors[name], wanted, tensor.view(torch.uint8))
+    return moments, copies
+
+
+def _is_read_by_owners(
+    sources: Mapping[str, Mapping[str, SourceTensor]], copies: Sequence[Copy], files: CheckedFiles, group: RankGroup
+) -> bool:
+    """Whether each rank reads the moments that it owns: whole chunks, of which others own parts. The same on all.
+
+    They would read too much, in too many requests, where ZeRO 3 deals each parameter of a few large files to many
+    ranks.
+    """
+    by_vectors = {id(source.vectors): source.vectors for moment in sources.values() for source in moment.values()}
+    places = (place for vectors in by_vectors.values() for vector in vectors for place in vector.places)
+    there = files.holding(map(_span, places))
+    mine = files.holding((copy.url, copy.offset, len(copy.target)) for copy in copies)
+    allowed = _REQUESTS * group.world_size + sum(1 for _ in files.runs(there))
+    return (
+        group.total(len(mine)) <= _READ_AGAIN * len(there)
+        and group.total(sum(1 for _ in files.runs(mine))) <= allowed
+    )  # fmt: skip
+
+
+def _fill_together(
+    targets: Mapping[str, Tensor],
+    owned: Mapping[str, range],
+    sources: Sequence[SourceTensor],
+    files: CheckedFiles,
+    group: RankGroup,
+) -> None:
+    """Have all of a moment pass by every rank, a bounded part at a time; each takes what it owns. Collective."""
+    for some in _buckets(sources):
+        whole = WholeTensors(some, files, group, among=sources)
+        copies = whole.mine()
+        group.together(functools.partial(files.read_into, copies))
+        whole.add_up()
+        for name, tensor in whole.tensors.items():
+            if name in owned:
+                targets[name].copy_(tensor.reshape(-1)[owned[name].start : owned[name].stop])
+
+
+def _buckets(sources: Iterable[SourceTensor]) -> Iterator[list[SourceTensor]]:
+    bucket: list[SourceTensor] = []
+    for source in sources:
+        bucket.append(source)
+        if sum(each.elements * ITEM_BYTES[each.dtype] for each in bucket) >= BUCKET_BYTES:
+            yield bucket
+            bucket = []
+    if bucket:
+        yield bucket
+
+
+def _span(place: TensorPlace) -> tuple[str, int, int]:
+    """URL, offset and bytes of a tensor in a file."""
+    item = ITEM_BYTES[place.dtype]
+    return place.record.url, place.record.offset + place.first * item, place.elements * item
+
+
+def _copies(source: SourceTensor, wanted: range, room: Tensor) -> Iterator[Copy]:
+    """What is to be copied so that `room`, of bytes, holds some elements of a tensor."""
+    target, position = room.numpy().data, 0
+    for extent in source.extents(wanted.start, wanted.stop):
+        yield Copy(extent.record.url, extent.record.offset + extent.start, target[position : position + extent.bytes])
+        position += extent.bytes
+
+
+def _version() -> str:
+    import deepspeed
+
+    version: str = deepspeed.__version__
+    return version
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """`length` values of parameter `name` from `start` on, which lie at `offset` of a rank's flat vector."""
+
+    name: str
+    start: int
+    length: int
+    offset: int
+
+
+def _group_slices(optimizer: Any, names: Mapping[int, str]) -> Iterator[tuple[Tensor, list[_Piece]]]:
+    """ZeRO 1 and 2: this rank's range of each group, as pieces of parameters."""
+    for index, flat in enumerate(optimizer.single_partition_of_fp32_groups):
+        rank = torch.distributed.get_rank(optimizer.real_dp_process_group[index])
+        begin, pieces, position = rank * flat.numel(), [], 0
+        for parameter in optimizer.round_robin_bit16_groups[index]:
+            low, high = max(begin, position), min(begin + flat.numel(), position + parameter.numel())
+            if low < high:
+                pieces.append(_Piece(names[id(parameter)], low - position, high - low, low - begin))
+            position += parameter.numel()
+        yield flat, pieces
+
+
+def _whole_slices(optimizer: Any, names: Mapping[int, str]) -> Iterator[tuple[Tensor, list[_Piece]]]:
+    """ZeRO 3: this rank's range of each parameter."""
+    rank = torch.distributed.get_rank(optimizer.dp_process_group)
+    for flat, parameters in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
+        pieces, offset = [], 0
+        for parameter in parameters:
+            share = parameter.ds_tensor.ds_numel
+            length = max(0, min(share, parameter.ds_numel - rank * share))
+            if length:
+                pieces.append(_Piece(names[id(parameter)], rank * share, length, offset))
+            offset += share
+        yield flat, pieces

@@ -1,0 +1,197 @@
+"""Checkpoints and weights of runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from jobs.cli.elsewhere import at_run, at_store, go_there
+from jobs.cli.shared import AsJson, Overrides, RunName, RunRoot, amended_recipe, existing_run, open_session
+from jobs.terminal import bytes_text, print_json, print_table, progress_bar, say
+from pipeline.errors import UserError
+
+app = typer.Typer()
+
+
+@app.command(cls=at_run())
+def checkpoints(
+    run: RunName,
+    verify: Annotated[bool, typer.Option("--verify", help="Compare size and CRC32C of every file.")] = False,
+    run_root: RunRoot = "",
+    as_json: AsJson = False,
+) -> None:
+    """List a run's checkpoints: step, epoch, time, world size, ZeRO stage, bytes, kind, and whether they are whole.
+
+    Milestones stay for ever, the last ones until newer ones push them out. Exit code 1 if there is a fault; each is
+    listed.
+    """
+    from jobs.checkpoint.check import list_checkpoints
+
+    directory = existing_run(open_session(), run, run_root)
+    with progress_bar("reading", sys.stderr) as show:
+        rows = list_checkpoints(directory, verify=verify, on_progress=show)
+    faults = [fault for row in rows for fault in row.faults]
+    if as_json:
+        print_json([row.to_json() for row in rows])
+    else:
+        say(f"{len(rows)} checkpoints of {directory.url}")
+        columns = ("step", "epoch", "time (UTC)", "ranks", "ZeRO", "bytes", "kind", "verified")
+        print_table(columns, [row.cells() for row in rows])
+        for fault in faults:
+            say(fault)
+    if faults:
+        sys.stderr.write(f"failed: {len(faults)} faults in {sum(bool(row.faults) for row in rows)} checkpoints\n")
+        sys.exit(1)
+
+
+@app.command(cls=at_run())
+def prune(
+    run: RunName,
+    keep: Annotated[
+        int | None, typer.Option(min=1, help="Newest checkpoints that stay; default: the recipe's.", show_default=False)
+    ] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only show what would be deleted.")] = False,
+    run_root: RunRoot = "",
+) -> None:
+    """Show which checkpoints and left-over files can go; with --yes, delete them.
+
+    The newest whole checkpoint and all milestones stay, and what a live run may be uploading.
+    """
+    from jobs.checkpoint.retention import carry_out, plan_pruning, pruning_lines
+
+    directory = existing_run(open_session(), run, run_root)
+    plan = plan_pruning(directory, keep or directory.read_recipe().keep_checkpoints)
+    for line in pruning_lines(plan):
+        say(line)
+    if yes:
+        carry_out(directory, plan)
+        say(f"deleted {bytes_text(plan.bytes)}")
+    elif plan.bytes or plan.commits:
+        say(f"nothing was deleted; --yes deletes {bytes_text(plan.bytes)}")
+
+
+@app.command(cls=at_run("out"))
+def consolidate(
+    ctx: typer.Context,
+    run: RunName,
+    *,
+    step: Annotated[int, typer.Option(help="A committed step; default: the newest.", show_default=False)] = 0,
+    dtype: Annotated[str, typer.Option(help="Of floating-point tensors: fp32, bf16 or fp16.")] = "fp32",
+    shard_bytes: Annotated[
+        str, typer.Option(help="Several files of at most this size, like 5GB, and an index; default: one file.")
+    ] = "",
+    out: Annotated[
+        str, typer.Option(help="A .safetensors file or a folder; default: in the run directory.", show_default=False)
+    ] = "",
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    run_root: RunRoot = "",
+) -> None:
+    """Write a checkpoint's weights as safetensors, without holding them in memory. The run may be training meanwhile.
+
+    Large checkpoints are copied by Ray tasks, small ones here. A result is checked while it is made and read back for
+    its SHA-256. The same command again goes on where it was cut off.
+    """
+    from jobs.terminal import parsed_bytes
+    from jobs.weights.consolidate import commit_of
+    from jobs.weights.consolidate_command import consolidate_and_say, needs_cluster
+    from jobs.weights.results import Wanted
+    from pipeline.access.places import normal
+
+    wanted = Wanted(dtype, parsed_bytes("--shard-bytes", shard_bytes) if shard_bytes else None, out and normal(out))
+    session = open_session()
+    directory = existing_run(session, run, run_root)
+    commit = commit_of(directory, step or None)
+    if needs_cluster(session, commit) and session.is_away:
+        sys.exit(go_there(session, ctx, ("out",), step=commit.step))
+    consolidate_and_say(session, directory, commit, wanted, force=force)
+
+
+@app.command(cls=at_run("out"))
+def export(
+    checkpoint: Annotated[
+        str,
+        typer.Argument(
+            metavar="CHECKPOINT",
+            help="A run, or the path or URL of a consolidated .safetensors file, or of a folder of several.",
+        ),
+    ],
+    *,
+    name: Annotated[str, typer.Option("--format", help="official, backbone, hf or onnx.")],
+    step: Annotated[
+        int | None, typer.Option(min=1, help="A step of the run; default: the newest.", show_default=False)
+    ] = None,
+    out: Annotated[
+        str, typer.Option(help="Folder, or file; default: `exports` in the run directory.", show_default=False)
+    ] = "",
+    image_size: Annotated[
+        str, typer.Option(help="Of the ONNX model's images: 512, or 512x768; default: the pretraining's.")
+    ] = "",
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    run_root: RunRoot = "",
+) -> None:
+    """Write a checkpoint in the format of others.
+
+    `official`: a .pth for the official ConvMAE code, for pretraining and fine-tuning. `backbone`: safetensors that
+    `model.Backbone` loads. `hf`: a folder with config.json, model.safetensors and a model card. `onnx`: the dense
+    encoder with its three maps, compared with PyTorch before it is written; needs the extra `export`.
+    """
+    from jobs.weights import consolidated
+    from jobs.weights.export import FORMATS, Source, check_format
+    from jobs.weights.export import export as export_weights
+    from pipeline.access.places import is_place, normal
+
+    session = open_session()
+    check_format(name)
+    out = out and normal(out)
+    if is_place(checkpoint):
+        checkpoint = normal(checkpoint)
+    if consolidated.is_weights(session.storage, checkpoint):
+        if step is not None:
+            raise UserError("--step", "must not be given with a file", step, "give the run, or the step's own file")
+        url, directory = normal(checkpoint), None
+        weights = consolidated.of_file(session.storage, url)
+        default = consolidated.folder_beside(url)
+    else:
+        directory = existing_run(session, checkpoint, run_root)
+        weights, default = consolidated.of_run(directory, step), directory.path("exports")
+    source = Source.of(weights, directory, image_size)
+    target = out or (default if FORMATS[name].suffix else f"{default}/{source.stem}-{name}")
+    for written in export_weights(source, name, session.storage, target, force=force):
+        say(f"{name}: {written.url} ({bytes_text(written.bytes)}, sha256 {written.sha256[:16]}…)")
+
+
+@app.command(name="import", cls=at_store("source", "out"))
+def import_command(
+    source: Annotated[
+        str, typer.Argument(metavar="FILE", help="A .pth of the official code, or safetensors, as a path or URL.")
+    ],
+    out: Annotated[str, typer.Argument(help="The .safetensors file to write, as a path or URL.")],
+    overrides: Overrides = None,
+    *,
+    recipe: Annotated[str, typer.Option(help="Whose model takes the weights.")] = "convmae_base_official",
+    fresh_decoder: Annotated[
+        bool,
+        typer.Option("--fresh-decoder", help="Take the encoder alone, with a decoder made from the recipe's seed."),
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+) -> None:
+    """Bring weights in that a new run can start from, with `init_from=OUT`.
+
+    The file is read without running any code in it. Weights of another architecture are refused with every name that
+    is missing or unexpected. An encoder without decoder, as the released files are, needs --fresh-decoder.
+    """
+    from jobs.weights.initial import import_weights
+    from pipeline.access.places import normal
+
+    session, resolved = open_session(), amended_recipe(recipe, overrides)
+    places = [normal(url) for url in (source, out)]
+    seed = resolved.seed if fresh_decoder else None
+    done = import_weights(session.storage, places[0], places[1], resolved.model, fresh_decoder_seed=seed, force=force)
+    for note in done.notes:
+        say(note)
+    say(f"{done.url} ({bytes_text(done.bytes)}, sha256 {done.sha256})")
+    say(f"from {places[0]} (sha256 {done.source_sha256})")
+    changes = "".join(f" {change}" for change in overrides or ())
+    say(f"next: `convmae submit {recipe}{changes} data=URL init_from={done.url} --run NAME`")

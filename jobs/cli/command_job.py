@@ -1,0 +1,69 @@
+"""What a cluster runs for a command that was typed elsewhere: the same command, its output as frames in the job's log.
+
+The job's environment says what the command would have seen where it was typed: whether it prints to a terminal and of
+which width, the caller's run root, and small files that it names.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Mapping
+from pathlib import Path
+
+from jobs.cluster import store_parcel
+from jobs.errors import ClusterError
+from jobs.remote.frames import CALLER_VARIABLE, FrameStream, FrameWriter
+from pipeline.host.scratch import scratch_folder
+
+
+def run_command(arguments: list[str], caller: Mapping[str, object], writer: FrameWriter) -> int:
+    """Run `convmae ARGUMENTS` in this process; returns its exit code.
+
+    Args:
+        arguments: Of the command.
+        caller: `terminals`, the streams that are terminals; `files`, name and content of each small file.
+        writer: Where its output goes.
+    """
+    terminals = caller["terminals"]
+    assert isinstance(terminals, list)
+    sys.stdout = FrameStream(writer, "out", is_terminal="out" in terminals)
+    sys.stderr = FrameStream(writer, "err", is_terminal="err" in terminals)
+    sys.argv = ["convmae", *arguments]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever Ray was started with
+    try:
+        os.environ.update(store_parcel.received(os.environ))
+        from jobs.cli import main as convmae
+
+        convmae.main()
+    except SystemExit as ended:
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except ClusterError as error:  # the store did not come; all others are the command's own to tell
+        sys.stderr.write(f"failed: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        return 1
+    except BaseException:
+        traceback.print_exc()
+        return 1
+    return 0
+
+
+def main() -> None:
+    """Entry point of the job."""
+    writer = FrameWriter(sys.stdout)
+    caller = json.loads(os.environ[CALLER_VARIABLE])
+    with scratch_folder() as folder:
+        for name, content in caller["files"].items():
+            Path(folder, name).write_text(content, "utf-8")
+        os.chdir(folder)
+        code = run_command(sys.argv[1:], caller, writer)
+    writer.exit(code)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

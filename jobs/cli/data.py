@@ -1,0 +1,215 @@
+"""Data sets: made, indexed, verified, and how they would be read."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from jobs.cli.elsewhere import at_cluster, at_store, go_there, refuse_own_path
+from jobs.cli.shared import AsJson, Overrides, amended_recipe, open_session
+from jobs.terminal import print_json, print_pairs, say
+from pipeline.access.places import normal
+from pipeline.errors import UserError
+
+app = typer.Typer()
+
+World = Annotated[int, typer.Option(help="Ranks; at most as many as lanes.")]
+OrderSeed = Annotated[int, typer.Option(help="Of the order; a recipe's `seed`.")]
+Block = Annotated[int, typer.Option(help="Samples in a block; a recipe's `block_samples`.")]
+Window = Annotated[int, typer.Option(help="Blocks in a lane's window; a recipe's `window_blocks`.")]
+Salvage = Annotated[bool, typer.Option("--salvage", help="Take what is left of damaged tars; else they are refused.")]
+
+
+@app.command()
+def shard(
+    ctx: typer.Context,
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of images or of class folders; a tar, a folder of tars, a pattern like `00{000..123}.tar`; "
+            "or a text file with one path or URL a line, each with a label behind a tab or without."
+        ),
+    ],
+    dest: Annotated[str, typer.Argument(help="URL of the data set to make: s3://bucket/path, or a folder.")],
+    *,
+    samples_per_shard: Annotated[
+        int | None, typer.Option(min=1, help="Images in one tar; default: 1000.", show_default=False)
+    ] = None,
+    shard_bytes: Annotated[
+        str, typer.Option(help="Bytes in one tar instead, like 256MB, counted before images are encoded again.")
+    ] = "",
+    max_side: Annotated[
+        int | None, typer.Option(help="Shrink larger images to this many pixels on the longer side.")
+    ] = None,
+    quality: Annotated[
+        int | None, typer.Option(help="Encode every image again at this JPEG quality; default: keep original bytes.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the shuffle before images are dealt to shards.")] = 0,
+    salvage: Salvage = False,
+    upload: Annotated[
+        str,
+        typer.Option(
+            help="URL to copy SOURCE, a folder or a tar of this machine, to first; the data set is made of that."
+        ),
+    ] = "",
+) -> None:
+    """Make a data set: WebDataset tars, their indexes, and a manifest, in parallel Ray tasks.
+
+    JPEGs keep their bytes, other formats become JPEG. An image that does not decode is skipped, counted and listed.
+    The same command again goes on where it was cut off, or says that there is nothing to do.
+    """
+    from jobs.terminal import parsed_bytes
+    from pipeline.image.photo import Encoding
+    from pipeline.ingest.plan import Sharding
+
+    session = open_session()
+    if upload:
+        from jobs.remote.uploads import upload_and_say
+
+        source = upload_and_say(session.storage, normal(source), normal(upload))
+    if session.is_away:
+        refuse_own_path("source", source, "`--upload s3://bucket/folder` copies it there first")
+        refuse_own_path("dest", dest)
+        sys.exit(go_there(session, ctx, source=source, upload=""))
+    from jobs.data.datasets import make_dataset
+
+    if samples_per_shard is None and not shard_bytes:
+        samples_per_shard = 1000
+    size = parsed_bytes("--shard-bytes", shard_bytes) if shard_bytes else None
+    make_dataset(
+        session,
+        source,
+        normal(dest),
+        Sharding(samples_per_shard, size, seed, Encoding(max_side, quality)),
+        salvage=salvage,
+    )
+
+
+@app.command(cls=at_cluster("url", "out"))
+def index(
+    url: Annotated[
+        str, typer.Argument(help="A folder of WebDataset tars, a tar, or a pattern like `s3://b/x/00{000..123}.tar`.")
+    ],
+    out: Annotated[
+        str, typer.Option(help="URL for indexes and manifest; default: beside the tars.", show_default=False)
+    ] = "",
+    deep: Annotated[bool, typer.Option("--deep", help="Decode every image, and leave out those that do not.")] = False,
+    salvage: Salvage = False,
+) -> None:
+    """Make a data set of tars that were made elsewhere, without rewriting them: indexes and a manifest.
+
+    Each tar is read once, in parallel Ray tasks. A tar that ends early or has a damaged header is named with the
+    offset. The same command again goes on where it was cut off.
+    """
+    from jobs.data.datasets import index_foreign
+
+    index_foreign(open_session(), url, out and normal(out), deep=deep, salvage=salvage)
+
+
+@app.command(cls=at_cluster("url"))
+def verify(
+    url: Annotated[str, typer.Argument(help="URL of a data set.")],
+    deep: Annotated[bool, typer.Option("--deep", help="Also decode every image.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Read every byte of a data set and list each fault: shard, key, offset, and what is wrong.
+
+    Checks sizes, ETags, indexes, tar headers, labels and the CRC32C of every image. Exit code 1 if there is a fault.
+    """
+    from jobs.data.datasets import verify as verify_and_say
+
+    verify_and_say(open_session(), normal(url), deep=deep, as_json=as_json)
+
+
+@app.command(cls=at_store("target"))
+def inspect(
+    target: Annotated[str, typer.Argument(metavar="RECIPE_OR_DATASET", help="A recipe, or the URL of a data set.")],
+    overrides: Overrides = None,
+    *,
+    batch: Annotated[int | None, typer.Option(help="Global batch size; default: by the data set's size.")] = None,
+    lanes: Annotated[int | None, typer.Option(help="Lanes; default: by the batch.")] = None,
+    world: Annotated[int | None, typer.Option(help="Ranks; default: 1.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the order; default: 0.")] = None,
+    block: Annotated[int | None, typer.Option(help="Samples in a block; default: 32.")] = None,
+    window: Annotated[int | None, typer.Option(help="Blocks in a lane's window; default: 64.")] = None,
+    labels: Annotated[bool, typer.Option("--labels", help="Read some index rows, to tell how labels mix.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Show a recipe as it would run (parameters, FLOPs, steps, order, GETs), or a data set and how it would be read.
+
+    A recipe is changed by FIELD=VALUE, the plan of a data set by options. The design effect says how well batches are
+    mixed: 1.0 for independent draws.
+    """
+    given = {"batch": batch, "lanes": lanes, "world": world, "seed": seed, "block": block, "window": window}
+    numbers = {name: value for name, value in given.items() if value is not None}
+    session = open_session()
+    if _is_dataset(target):
+        from jobs.recipe.reading_plan import inspected_dataset
+
+        if overrides:
+            remedy = "give options like --batch 4096, or inspect a recipe with data=URL"
+            raise UserError("argument", "must not be given with a data set", overrides[0], remedy)
+        target = normal(target)
+        session.storage.check(target, write=False)
+        inspected = inspected_dataset(session.storage, target, numbers, labels=labels)
+        print_json(inspected.to_json()) if as_json else print_pairs(inspected.lines())
+        return
+    from jobs.recipe.plan import DatasetSize, recipe_json, recipe_lines
+
+    if numbers or labels:
+        name = f"--{next(iter(numbers), 'labels')}"
+        raise UserError("option", "must not be given with a recipe", name, "write FIELD=VALUE, like lanes=64")
+    recipe = amended_recipe(target, overrides)
+    size = DatasetSize.of(session.storage, recipe)
+    print_json(recipe_json(recipe, size)) if as_json else print_pairs(recipe_lines(recipe, size))
+
+
+@app.command(cls=at_store("dataset"))
+def order(
+    dataset: Annotated[str, typer.Argument(metavar="DATASET", help="URL of a data set.")],
+    *,
+    batch: Annotated[int, typer.Option(help="Global batch size.")],
+    lanes: Annotated[int, typer.Option(help="Lanes; divides the batch.")],
+    world: World = 1,
+    rank: Annotated[int | None, typer.Option(help="Only this rank; default: all.", show_default=False)] = None,
+    seed: OrderSeed = 0,
+    step: Annotated[int, typer.Option(help="First step, from 0.")] = 0,
+    steps: Annotated[int, typer.Option(help="How many steps.")] = 1,
+    block: Block = 32,
+    window: Window = 64,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: one object a line.")] = False,
+) -> None:
+    """Print which samples make up each step, rank by rank, in order. Reads indexes, no image.
+
+    With --json, each line is one object for a step and rank: step, epoch, rank, world_size, keys, shards, samples. The
+    last three are lists in the order in which the rank's batch holds the samples, `samples` their numbers in the data
+    set.
+    """
+    from jobs.recipe.reading_plan import listed_steps
+    from pipeline.load.dataset import Dataset
+    from pipeline.order.sample_order import Order
+
+    session, dataset = open_session(), normal(dataset)
+    session.storage.check(dataset, write=False)
+    opened = Dataset.open(session.storage, dataset)
+    plan = Order(opened.samples, batch, lanes, seed, block, window)
+    for row in listed_steps(opened, plan, step, steps, world_size=world, rank=rank):
+        if as_json:
+            say(json.dumps(row))
+        else:
+            say(f"step {row['step']}  epoch {row['epoch']}  rank {row['rank']}  " + " ".join(row["keys"]))
+
+
+def _is_dataset(target: str) -> bool:
+    """Whether `target` is a place; a name, or a .toml file, is a recipe."""
+    if target.endswith(".toml"):
+        return False
+    if "/" in target or not Path(target).is_dir():
+        return "/" in target
+    from jobs.recipe.named_recipes import recipe_names
+
+    return target not in recipe_names()

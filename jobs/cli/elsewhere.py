@@ -1,0 +1,234 @@
+"""Commands that go to the cluster, as a job, where this machine cannot do their work: a laptop that is no node of it.
+
+A command that needs the cluster goes there from every machine that is none of its nodes. One that needs no more than
+the store goes there from a machine without credentials for it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from typer import Context
+from typer.core import TyperCommand
+
+from pipeline.access.places import is_place, normal
+from pipeline.access.urls import with_known_scheme
+from pipeline.errors import UserError
+from pipeline.store.storage import is_local, is_s3
+
+if TYPE_CHECKING:
+    from jobs.cluster.session import Session
+
+RECIPES = ("recipe", "target")
+"""Parameters that name a recipe; the second one may be a data set instead."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a command needs to be done where it is typed."""
+
+    places: tuple[str, ...] = ()
+    """Parameters that are paths or URLs."""
+    cluster: bool = False
+    """To connect to the cluster as a driver."""
+    run: bool = False
+    """To reach the directory of a run."""
+
+
+def at_cluster(*places: str) -> type[TyperCommand]:
+    """The kind of a command that starts tasks on the cluster.
+
+    Args:
+        places: Its parameters that are paths or URLs.
+    """
+    return _kind(Needs(places, cluster=True))
+
+
+def at_store(*places: str) -> type[TyperCommand]:
+    """The kind of a command that works on what lies at some URLs, and needs no cluster for it.
+
+    Args:
+        places: Its parameters that are paths or URLs.
+    """
+    return _kind(Needs(places))
+
+
+def at_run(*places: str) -> type[TyperCommand]:
+    """The kind of a command that works on a run's directory, and needs no cluster for it.
+
+    Args:
+        places: Its other parameters that are paths or URLs.
+    """
+    return _kind(Needs(places, run=True))
+
+
+def _kind(needs: Needs) -> type[TyperCommand]:
+    class Elsewhere(TyperCommand):
+        """A command that looks where its work can be done before it does it."""
+
+        def invoke(self, ctx: Any) -> Any:
+            from jobs.cli.shared import open_session
+
+            session = open_session()
+            if _goes_there(session, ctx.params, needs):
+                sys.exit(go_there(session, ctx, needs.places))
+            return super().invoke(ctx)
+
+    return Elsewhere
+
+
+def _goes_there(session: Session, parameters: Mapping[str, Any], needs: Needs) -> bool:
+    if session.is_local or session.is_in_job or "RAY_ADDRESS" not in session.environ:
+        return False
+    if needs.cluster:
+        return session.is_away
+    needs_credentials = any(is_s3(normal(url)) for url in _urls(session, parameters, needs))
+    return needs_credentials and not session.has_credentials and session.is_away
+
+
+def _urls(session: Session, parameters: Mapping[str, Any], needs: Needs) -> Iterator[str]:
+    """Where a command works.
+
+    Raises:
+        UserError: It works on a run, and nobody knows where that lies.
+    """
+    fields = dict(_url_fields(parameters))
+    yield from (str(parameters[name]) for name in needs.places if parameters[name])
+    yield from fields.values()
+    if needs.run:
+        name = str(parameters.get("run") or parameters.get("checkpoint") or "")
+        root = str(parameters.get("run_root") or fields.get("run_root", ""))
+        yield name if is_place(name) or Path(name).is_file() else session.run_root(root)
+
+
+def go_there(
+    session: Session,
+    ctx: Context,
+    places: tuple[str, ...] = (),
+    files: Mapping[str, str] | None = None,
+    **changed: object,
+) -> int:
+    """Run a command on the cluster, with its parameters as they were understood; returns its exit code.
+
+    Args:
+        session: Says which cluster.
+        ctx: Of the command.
+        places: Its parameters that are paths or URLs.
+        files: Small files that travel along, by name.
+        changed: Parameters that have another value there.
+
+    Raises:
+        UserError: A path is of this machine's disk.
+    """
+    from jobs.remote.command import run_there
+
+    parameters, attached = {**ctx.params, **changed}, dict(files or {})
+    for name in RECIPES:
+        if _is_recipe(parameters.get(name)):
+            parameters[name] = _attached_recipe(str(parameters[name]), parameters.get("overrides"), attached)
+    own = [(name, str(parameters[name] or "")) for name in places if not _is_recipe(ctx.params[name])]
+    for field, place in [*own, *_url_fields(parameters)]:
+        refuse_own_path(field, place)
+    for field, place in _own_words(parameters):
+        _refuse_unless_absolute(field, place)
+    given = str(parameters.get("run_root") or dict(_url_fields(parameters)).get("run_root", ""))
+    code = run_there(session, arguments(ctx, parameters), files=attached, run_root=known_run_root(session, given))
+    if given and code == 0:
+        session.remember_run_root(session.run_root(given))
+    return code
+
+
+def _own_words(parameters: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What the current folder or the home folder may decide, beside what `refuse_own_path` looks at."""
+    yield "--run-root", str(parameters.get("run_root") or "")
+    run = str(parameters.get("run") or "")
+    yield "run", run if is_place(run) else ""
+    for override in parameters.get("overrides") or ():
+        field, _, value = override.partition("=")
+        if field == "cache_dir":
+            yield field, value
+
+
+def _refuse_unless_absolute(field: str, place: str) -> None:
+    if place and not _is_absolute(place):
+        remedy = "write a URL, or a path from / on that is the same on its nodes"
+        raise UserError(field, "must mean the same on the cluster as here", place, remedy)
+
+
+def _is_absolute(place: str) -> bool:
+    """Whether a path or URL means the same in every folder and for every user."""
+    return not is_local(normal(place)) or with_known_scheme(place).startswith(("/", "file:///"))
+
+
+def refuse_own_path(field: str, place: str, remedy: str = "take s3://bucket/folder") -> None:
+    """Refuse a path that is meant for this machine's disk; an absolute one that is not here may be the cluster's.
+
+    Raises:
+        UserError: It is relative, or something lies there.
+    """
+    found = normal(place) if place else ""
+    if found and is_local(found) and (not _is_absolute(place) or Path(found).exists()):
+        raise UserError(field, "must be a place that the cluster's nodes reach", place, remedy)
+
+
+def arguments(ctx: Context, parameters: Mapping[str, Any]) -> list[str]:
+    """The words with which the command would be typed with these parameters."""
+    words, positional = [str(ctx.info_name)], []
+    for parameter in ctx.command.params:
+        value = parameters[str(parameter.name)]
+        if parameter.param_type_name == "argument":
+            positional += list(value or ()) if parameter.nargs == -1 else [value] if value else []
+        elif getattr(parameter, "is_flag", False):
+            words += [parameter.opts[0]] if value else []
+        elif value is not None and value != parameter.default:
+            words.append(f"{parameter.opts[0]}={value}")
+    return [*words, "--", *map(str, positional)]
+
+
+def _url_fields(parameters: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Fields of a recipe that are URLs, as FIELD=VALUE gives them."""
+    from jobs.recipe.recipe import URL_FIELDS
+
+    for override in parameters.get("overrides") or ():
+        field, _, value = override.partition("=")
+        if field in URL_FIELDS:
+            yield field, value
+
+
+def _is_recipe(value: object) -> bool:
+    """Whether a parameter's value names a recipe, and no place."""
+    from jobs.recipe.named_recipes import recipe_names
+
+    return str(value).endswith(".toml") or value in recipe_names()
+
+
+def _attached_recipe(name: str, overrides: Iterable[str] | None, attached: dict[str, str]) -> str:
+    """The recipe's name there; a file travels along. One that cannot be read or trained is refused here.
+
+    Raises:
+        RecipeError: It is none.
+    """
+    from jobs.cli.shared import amended_recipe
+    from jobs.recipe.named_recipes import file_fields
+    from jobs.recipe.recipe import URL_FIELDS
+
+    amended_recipe(name, overrides)
+    if not name.endswith(".toml"):
+        return name
+    for field, value in file_fields(Path(name)).items():
+        if field in (*URL_FIELDS, "cache_dir"):
+            _refuse_unless_absolute(field, value)
+    attached[Path(name).name] = Path(name).read_text("utf-8-sig")
+    return Path(name).name
+
+
+def known_run_root(session: Session, given: str = "") -> str:
+    """The run root that a command works with; empty where none is known, and it may need none."""
+    try:
+        return session.run_root(given)
+    except UserError:
+        return ""

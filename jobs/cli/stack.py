@@ -1,0 +1,128 @@
+"""The local stack, the machine, and the demonstration."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from jobs.cli.elsewhere import go_there, known_run_root, refuse_own_path
+from jobs.cli.shared import AsJson, open_session
+from jobs.terminal import print_json, say
+from pipeline.access.places import normal
+
+if TYPE_CHECKING:
+    from jobs.cluster.session import Session
+
+app = typer.Typer()
+
+
+@app.command()
+def up(
+    s3_port: Annotated[int, typer.Option(help="Port of the S3 server; 0: a free one.")] = 0,
+    ray_port: Annotated[int, typer.Option(help="Port of the Ray head; 0: a free one.")] = 0,
+    dashboard_port: Annotated[int, typer.Option(help="Port of the Ray dashboard; 0: a free one.")] = 0,
+    prometheus_port: Annotated[int, typer.Option(help="Port of Prometheus; 0: a free one.")] = 0,
+    cpus: Annotated[int, typer.Option(help="Logical CPUs that Ray may give out; 0: those of the machine.")] = 0,
+) -> None:
+    """Start the local stack: an S3 server, a Ray head, and Prometheus if it is installed.
+
+    Everything listens on loopback only, on free ports, with credentials made for this stack. Data and state are in
+    `.convmae` (or $CONVMAE_HOME). When it is up already, nothing happens; what died is started again.
+    """
+    from jobs.cluster.session import home_folder
+    from jobs.stack import local_stack
+
+    started = local_stack.up(
+        home_folder(os.environ),
+        s3_port=s3_port,
+        ray_port=ray_port,
+        dashboard_port=dashboard_port,
+        prometheus_port=prometheus_port,
+        num_cpus=cpus or None,
+        on_event=say,
+    )
+    for name, service in started.status().items():
+        say(f"{name}: {service.detail}")
+    say(f"state and data: {home_folder(os.environ)}")
+
+
+@app.command()
+def down() -> None:
+    """Stop what `convmae up` started, by pid. Data stay, and the next `up` finds them."""
+    from jobs.cluster.session import home_folder
+    from jobs.stack import local_stack
+
+    local_stack.down(home_folder(os.environ), on_event=say)
+
+
+@app.command()
+def doctor(
+    ctx: typer.Context,
+    *,
+    store: Annotated[
+        str,
+        typer.Option(
+            help="URL under which runs will be kept; default: $CONVMAE_RUN_ROOT, the local stack's, or the last used.",
+            show_default=False,
+        ),
+    ] = "",
+    cache_dir: Annotated[str, typer.Option(help="The recipe's cache_dir, if it has one.", show_default=False)] = "",
+    gpu: Annotated[bool, typer.Option("--gpu", help="A node without a GPU is a failure.")] = False,
+    as_json: AsJson = False,
+    asked_from: Annotated[
+        str, typer.Option(hidden=True, help="File with what the machine said of itself on which this was typed.")
+    ] = "",
+) -> None:
+    """Check the machine, the cluster and the store, and say what to do about each finding.
+
+    Versions and clocks of all nodes, reading, writing and conditional writing, bandwidth of each node, disks, shared
+    memory, GPUs, and an all-reduce over all nodes. Exit code 1 if something failed.
+    """
+    from jobs.cluster.diagnosis import exit_code, finding_lines
+    from jobs.cluster.doctor import CALLER_NAME, Caller, examine
+
+    session = open_session()
+    store = store or known_run_root(session)
+    if _answers(session) and session.is_away:
+        refuse_own_path("--store", store)
+        told = {CALLER_NAME: Caller.here(session, store).to_text()}
+        sys.exit(go_there(session, ctx, files=told, store=store, asked_from=CALLER_NAME))
+    store, cache_dir = store and normal(store), cache_dir and normal(cache_dir)
+    caller = Caller.of_text(Path(asked_from).read_text("utf-8")) if asked_from else None
+    findings = []
+    for finding in examine(session, store, [cache_dir] if cache_dir else [], caller, wants_gpu=gpu):
+        findings.append(finding)
+        if not as_json:
+            for line in finding_lines([finding]):
+                say(line)
+    if as_json:
+        print_json([finding.to_json() for finding in findings])
+    if code := exit_code(findings):
+        raise typer.Exit(code)
+
+
+def _answers(session: Session) -> bool:
+    """Whether there is a cluster to ask; one that does not answer is a finding."""
+    from jobs.errors import ClusterError
+
+    try:
+        session.cluster.check_answers()
+    except ClusterError:
+        return False
+    return True
+
+
+@app.command()
+def demo(
+    images: Annotated[
+        str, typer.Option(help="Folder of your own photographs; default: those of Python packages.")
+    ] = "",
+) -> None:
+    """The main job from photographs to a report, on this machine, in about five minutes. What `make pretrain` runs."""
+    from jobs.cli.demo import run_demo
+
+    run_demo(os.environ, images)

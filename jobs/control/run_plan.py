@@ -1,0 +1,113 @@
+"""A run whose every input was found good, before anything is started or written."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+import torch
+
+from jobs.cluster.session import Session
+from jobs.errors import PortTakenError, RecipeError
+from jobs.recipe.recipe import Recipe
+from jobs.recipe.schedule import Schedule, order_of
+from jobs.run.directory import RunDirectory
+from jobs.run.patience import persevere
+from jobs.run.shared_folder import check_seen_by_all, input_landmarks, planted, run_landmarks
+from jobs.run.trace import check_trace
+from jobs.weights.initial import pinned
+from pipeline.access.places import normal
+from pipeline.shard.manifest import Manifest
+from pipeline.store.lease import Claim
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A run whose every input was found good; nothing was started or written yet."""
+
+    recipe: Recipe
+    run: RunDirectory
+    schedule: Schedule
+    trace_url: str = ""
+    """Where to write what each rank consumes (jobs.run.trace); empty: nowhere."""
+    patience_seconds: float = 0.0
+    """How long its driver waits for a cluster that does not answer."""
+    first_tar: str = ""
+    """URL of a tar of the data set, which may lie elsewhere than the manifest."""
+
+
+def plan_run(
+    session: Session, recipe: Recipe, name: str, trace_url: str = "", *, drives: bool = True, is_patient: bool = False
+) -> RunPlan:
+    """Check everything that can be checked before anything starts.
+
+    Args:
+        session: Says which store and cluster.
+        recipe: What to train.
+        name: Of the run.
+        trace_url: Where to write what each rank consumes; empty: nowhere.
+        drives: Whether this process will be the driver; only on its machine does it matter whether a port is free.
+        is_patient: Wait for store, port and cluster as long as the run itself would, instead of a few seconds. For
+            drivers that nobody has typed.
+
+    Raises:
+        UserError: The first thing that is wrong: URL, credentials, data set, batch arithmetic, port.
+    """
+    if not recipe.data:
+        raise RecipeError("data", "must be the URL of a data set", "", "make one with `convmae shard SOURCE URL`")
+    run = session.run(name, recipe.run_root)
+    patience_seconds = run.storage.retry_seconds if is_patient else 0.0
+    session.storage.check(recipe.data, write=False, is_patient=is_patient)
+    manifest = Manifest.load(session.storage, recipe.data)
+    order = order_of(recipe, manifest.samples)
+    _check_capacity(session, recipe)
+    if drives or session.is_local:
+        persevere(lambda: _check_port(recipe.metrics_port), PortTakenError, patience_seconds)
+    session.storage.check(run.url, write=True, exclusive=True, is_patient=is_patient)
+    session.remember_run_root(run.root)
+    recipe = pinned(session.storage, recipe, run)
+    run.check_recipe(recipe)
+    if trace_url:
+        trace_url = normal(trace_url)
+        check_trace(session.storage, trace_url, run.url)
+    first_tar = next((entry.tar_url(recipe.data) for entry in manifest.shards), "")
+    return RunPlan(recipe, run, Schedule.of(recipe, order.steps_per_epoch), trace_url, patience_seconds, first_tar)
+
+
+def check_folders(plan: RunPlan, claim: Claim) -> None:
+    """Refuse folders on local disks that some node of the connected cluster which may have ranks does not see.
+
+    Raises:
+        NotSharedError: Names the nodes.
+    """
+    recipe, storage = plan.recipe, plan.run.storage
+    kind, least = ("GPU", 1.0) if recipe.device == "cuda" else ("CPU", recipe.cpus_per_worker)
+    with planted(storage, "trace", plan.trace_url) as trace:
+        landmarks = (*run_landmarks(recipe, plan.run, claim), *input_landmarks(storage, recipe, plan.first_tar), *trace)
+        check_seen_by_all(storage, landmarks, lambda resources: resources.get(kind, 0.0) >= least)
+
+
+def _check_capacity(session: Session, recipe: Recipe) -> None:
+    """Refuse what the local stack could never start; a cluster may still grow, so there a run waits."""
+    if not session.is_local or session.stack is None:
+        return
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        remedy = "set device=cpu precision=fp32, or submit to a cluster with RAY_ADDRESS"
+        raise RecipeError("device", "must be cpu on a machine without a GPU", recipe.device, remedy)
+    cpus = session.stack.settings.num_cpus or os.cpu_count() or 1
+    if recipe.min_workers * recipe.cpus_per_worker > cpus:
+        rule = f"must fit the local stack's {cpus} CPUs with min_workers = {recipe.min_workers}"
+        remedy = f"set cpus_per_worker={cpus / recipe.min_workers:g} or less, or `convmae up --cpus N`"
+        raise RecipeError("cpus_per_worker", rule, recipe.cpus_per_worker, remedy)
+
+
+def _check_port(port: int) -> None:
+    if port == 0:
+        return
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise PortTakenError.of(port, error) from error

@@ -1,0 +1,133 @@
+"""A data set of tars that were made elsewhere: indexed in parallel Ray tasks, one a tar, without rewriting them."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from jobs.cluster.fan_out import Progress, fan_out
+from jobs.data.ingest import WORK_FOLDER, Show, source_landmarks, sweep
+from jobs.run.shared_folder import Landmarks, claim_landmarks
+from pipeline.access.places import normal
+from pipeline.errors import DamagedTarsError, SourceError
+from pipeline.ingest.index_tar import IndexTask, TarReport, index_tar
+from pipeline.ingest.source import Tar, Tars
+from pipeline.shard.index import Skipped
+from pipeline.shard.manifest import Manifest, existing_manifest
+from pipeline.shard.table import leads_away
+from pipeline.shard.tar_samples import unread_kinds
+from pipeline.store.lease import Claim, claimed
+from pipeline.store.storage import Storage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class IndexingReport:
+    """What an indexing did."""
+
+    manifest: Manifest
+    tars_read: int
+    tars_kept: int
+    """Already indexed by an earlier run."""
+    skipped: int
+    bad_labels: int
+    seconds: float
+    unread: str = ""
+    """Which samples have no image that is read."""
+
+
+def index_dataset(
+    storage: Storage,
+    tars: Tars,
+    destination: str,
+    *,
+    deep: bool = False,
+    salvage: bool = False,
+    on_progress: Show,
+    on_wait: Callable[[str], None] = logger.warning,
+) -> IndexingReport:
+    """Index tars, and write the manifest that makes them a data set; the same call again goes on with what is missing.
+
+    Ray must be initialised. All tars are gone through before a damaged one ends it, so that each is named.
+
+    Args:
+        storage: Reaches both places from every node.
+        tars: What to index.
+        destination: Where indexes and manifest go; may be the tars' own folder.
+        deep: Decode every image, and leave out those that do not; else their headers alone are looked at.
+        salvage: Index what is left of damaged tars.
+        on_progress: Called in this process.
+        on_wait: Called with who seems to work there, when it takes time to see whether they live.
+
+    Raises:
+        DamagedTarsError: Names every damaged tar with the offset; those that are whole are indexed, and kept next time.
+        SourceError: No image in any tar.
+        DatasetError: The destination holds another data set.
+        ClaimedError: Another process works there.
+    """
+    began = time.monotonic()
+    destination = normal(destination)
+    tasks = [_task(tars, tar, deep=deep, salvage=salvage) for tar in tars.tars]
+    work = Storage.join(destination, WORK_FOLDER)
+    manifest, done, skipped = existing_manifest(storage, destination, tasks), [], list[Skipped]()
+    if manifest is None:
+        with claimed(storage, work, "convmae index", on_wait=on_wait) as claim:
+            # Whoever held the claim before may have finished the data set, or made another one.
+            manifest = existing_manifest(storage, destination, tasks)
+            if manifest is None:
+                landmarks = (*claim_landmarks("URL", destination, claim), *source_landmarks(storage, tars))
+                done = _indexed(storage, destination, tasks, claim, on_progress, landmarks=landmarks)
+                manifest, skipped = _manifest(tars, tasks, done)
+                claim.check()
+                manifest.save(storage, destination, skipped)
+        sweep(work)
+    read = sum(not report.kept for report in done)
+    bad_labels = sum(report.bad_labels for report in done)
+    seconds = time.monotonic() - began
+    kept = len(tasks) - read
+    return IndexingReport(manifest, read, kept, manifest.skipped, bad_labels, seconds, unread_kinds(skipped))
+
+
+def _task(tars: Tars, tar: Tar, *, deep: bool, salvage: bool) -> IndexTask:
+    """What to do with one tar, whose name becomes that of a shard and of its index."""
+    task = IndexTask(tars.root, tar, deep, salvage)
+    if leads_away(task.name):
+        remedy = "copy it to a key that begins with no slash, and has no '.', '..' or '://' in it"
+        raise SourceError("tar", f"must have a name that is a path below {tars.root}", str(tar.path), remedy)
+    return task
+
+
+def _indexed(
+    storage: Storage, destination: str, tasks: list[IndexTask], claim: Claim, on_progress: Show, *, landmarks: Landmarks
+) -> list[TarReport]:
+    """What came of every tar, by name."""
+    progress = Progress(total=len(tasks))
+
+    def tick() -> None:
+        claim.check()
+        on_progress("tars", progress)
+
+    done: list[TarReport] = []
+    for report in fan_out(index_tar, storage, destination, tasks, on_tick=tick, landmarks=landmarks):
+        done.append(report)
+        progress = progress.after(kept=report.kept, samples=report.samples, bad=report.skipped)
+    return sorted(done, key=lambda report: report.name)
+
+
+def _manifest(tars: Tars, tasks: list[IndexTask], done: list[TarReport]) -> tuple[Manifest, list[Skipped]]:
+    damaged = [report for report in done if report.report is None]
+    if damaged:
+        lines = [f"{item.name}.tar, offset {fault.offset}: {fault.what}" for item in damaged for fault in item.faults]
+        raise DamagedTarsError(lines, len(done))
+    reports = [report.report for report in done if report.report is not None]
+    skipped = [item for report in reports for item in report.skipped]
+    manifest = Manifest.of(tasks, reports, ())
+    if not manifest.samples:
+        why = (
+            f"the first of {len(skipped)} skipped is {skipped[0].path}: {skipped[0].reason}" if skipped else "none has"
+        )
+        raise SourceError("tars", "must have an image that is read", tars.root, why)
+    return manifest, skipped

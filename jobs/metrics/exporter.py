@@ -1,0 +1,257 @@
+"""The run's /metrics endpoint: run-level series that outlive workers, and each rank's while it trains.
+
+Counters are those of the last heartbeat that was written, so that a restart does not look like a reset. Series of ranks
+are made when they are scraped, from the newest step's figures: those of a group that has ended cannot stay behind.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, start_http_server
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from jobs.errors import PortTakenError
+from jobs.metrics.rank_figures import FigureTable, RankFigures
+from jobs.run.patience import persevere
+
+RANKS_SILENT_SECONDS = 20.0
+"""Series of ranks go when no step was told for this long, or for RANKS_SILENT_STEPS of the slowest rank's steps."""
+RANKS_SILENT_STEPS = 3
+
+_GAUGES = {
+    "step": ("convmae_step", "Optimizer steps done."),
+    "total_steps": ("convmae_total_steps", "Optimizer steps that the run will make."),
+    "epoch": ("convmae_epoch", "Epoch of the last step, from 0."),
+    "loss": ("convmae_loss", "Mean loss of the last global batch."),
+    "learning_rate": ("convmae_learning_rate", "Learning rate of the last step."),
+    "gradient_norm": ("convmae_gradient_norm", "Global gradient norm of the last step."),
+    "images_per_second": ("convmae_images_per_second", "Images trained per second over the last steps, all ranks."),
+    "data_wait_ratio": ("convmae_data_wait_ratio", "Share of the last steps that the slowest rank waited for data."),
+    "quarantined": ("convmae_quarantined_samples", "Distinct samples that were found unusable."),
+    "block_cache_bytes": ("convmae_block_cache_bytes", "Bytes in the disk cache of rank 0's node."),
+    "block_cache_off_ranks": ("convmae_block_cache_off_ranks", "Ranks that no longer store blocks: their disk failed."),
+    "world_size": ("convmae_world_size_ranks", "Ranks that train; 0 while the worker group restarts."),
+    "target_world_size": ("convmae_target_world_size_ranks", "Ranks that the run would take: max_workers."),
+    "eta_seconds": ("convmae_eta_seconds", "Predicted seconds to the end of the run."),
+    "ending": ("convmae_ending", "1 once all steps are done or somebody asked the run to stop; 0 before."),
+    "last_step_at_seconds": ("convmae_last_step_timestamp_seconds", "Unix time of the last step."),
+    "checkpoint_every_steps": (
+        "convmae_checkpoint_interval_steps",
+        "Steps between checkpoints; no series where the interval is one of time.",
+    ),
+    "checkpoint_interval_seconds": (
+        "convmae_checkpoint_interval_seconds",
+        "Seconds from one checkpoint to the next; no series where the interval is one of steps.",
+    ),
+    "checkpoint_step": ("convmae_checkpoint_step", "Step of the newest committed checkpoint."),
+    "checkpoint_at_seconds": ("convmae_checkpoint_timestamp_seconds", "Unix time of the newest committed checkpoint."),
+    "checkpoint_bytes": ("convmae_checkpoint_bytes", "Size of the newest committed checkpoint."),
+    "checkpoint_seconds": ("convmae_checkpoint_duration_seconds", "Seconds from its beginning to its commit."),
+    "checkpoint_stall_seconds": ("convmae_checkpoint_last_stall_seconds", "Seconds that training stood still for it."),
+}
+
+COUNTERS = {
+    "images": "Images trained, redone ones included.",
+    "steps_redone": "Steps that were done again after restarts.",
+    "worker_seconds": "Seconds that ranks trained, summed over them, from their restore to their newest step.",
+    "checkpoint_stall_seconds": "Seconds that training stood still for committed checkpoints.",
+    "checkpoints": "Checkpoints committed.",
+    "checkpoint_failures": "Checkpoints that could not be uploaded or committed.",
+    "hangs": "Ranks that stood still and were killed.",
+    "skipped_steps": "Steps without an update, since a loss or gradient was not finite, redone ones included.",
+    "rollbacks": "Returns to a checkpoint since a loss or gradient was not finite.",
+    "consolidation_failures": "Milestones, or last checkpoints, whose weights could not be written.",
+    "substitutions": "Samples that were replaced since they are unusable, redone ones included.",
+    "storage_requests": "Ranged reads of images from the object store, all ranks.",
+    "storage_read_bytes": "Bytes of images received from the object store, all ranks.",
+    "block_cache_hits": "Reads that the disk caches served, all ranks.",
+    "block_cache_misses": "Reads that the disk caches could not serve, all ranks.",
+    "block_cache_damaged": "Blocks that were found damaged on a cache's disk and read again, all ranks.",
+    "block_cache_evictions": "Blocks that the disk caches evicted, all ranks.",
+}
+"""Run-level counters `convmae_<name>_total`; a commit keeps them."""
+
+LABELLED_COUNTERS = {
+    "restarts": ("reason", "Restarts of the worker group."),
+    "failures": ("cause", "Failures of the worker group, by the class of their root cause."),
+}
+"""The same with one more label, whose values are few words."""
+KNOWN_LABELS = {
+    "restarts": ("restart", "resize"),
+    "failures": ("NonFiniteLossError", "StalledError", "other"),
+}
+"""Their series begin at zero: `increase` does not see one that appears with its first event."""
+
+_RANK_GAUGES = {
+    "step_seconds": "Seconds from the rank's step before the last to its last.",
+    "data_wait_seconds": "Of these, seconds without a batch.",
+    "storage_requests": "Ranged reads of images since the worker started.",
+    "storage_read_bytes": "Bytes of images received since the worker started.",
+    "block_cache_hits": "Reads that the disk cache served since the worker started.",
+    "block_cache_misses": "Reads that the disk cache could not serve since the worker started.",
+    "memory_bytes": "Resident memory of the worker's process.",
+    "device_memory_bytes": "Most memory that PyTorch held on the GPU; 0 on a CPU.",
+    "disk_free_ratio": "Free share of the fullest disk that the worker writes to.",
+}
+assert tuple(_RANK_GAUGES) == RankFigures._fields
+
+
+def served_names() -> set[str]:
+    """Names of all series that a run serves."""
+    counters = {f"convmae_{name}_total" for name in (*COUNTERS, *LABELLED_COUNTERS)}
+    return counters | {name for name, _ in _GAUGES.values()} | {f"convmae_rank_{name}" for name in _RANK_GAUGES}
+
+
+def status_keys() -> tuple[str, ...]:
+    """Keys of the monitor's status that `RunExporter.update` reads."""
+    return tuple(_GAUGES)
+
+
+def saved_counters(saved: Mapping[str, Any]) -> dict[str, float]:
+    """The totals in a heartbeat or a commit: every counter without a further label, and what was counted with one.
+
+    Returns:
+        By `<name>_total`, or `<name>_total:<label>`.
+    """
+    plain = {f"{name}_total": float(saved.get(f"{name}_total", 0.0)) for name in COUNTERS}
+    prefixes = tuple(f"{name}_total:" for name in LABELLED_COUNTERS)
+    return plain | {key: float(value) for key, value in saved.items() if key.startswith(prefixes)}
+
+
+def name_and_label(key: str, total: float) -> tuple[str, float, str]:
+    """A total as `RunExporter.count` takes it: name, amount and label, from a key that `saved_counters` gives."""
+    name, _, label = key.partition(":")
+    return name.removesuffix("_total"), total, label
+
+
+class RankSeries(Collector):
+    """The gauges `convmae_rank_*` of the ranks that train now."""
+
+    def __init__(self, run: str, clock: Callable[[], float] = time.monotonic) -> None:
+        self._run = run
+        self._clock = clock
+        self._told: tuple[float, FigureTable] = (0.0, _table(()))
+
+    def tell(self, ranks: FigureTable | Sequence[RankFigures]) -> None:
+        """Take the newest step's figures, by rank; none forget all ranks."""
+        self._told = (self._clock(), _table(ranks))
+
+    def collect(self) -> Iterator[Metric]:
+        """What a scrape sees: nothing, if the ranks fell silent."""
+        at, ranks = self._told
+        slowest = float(ranks[:, RankFigures._fields.index("step_seconds")].max(initial=0.0))
+        patience = max(RANKS_SILENT_SECONDS, RANKS_SILENT_STEPS * slowest)
+        alive = ranks if self._clock() - at <= patience else _table(())
+        for (name, text), column in zip(_RANK_GAUGES.items(), alive.T.tolist(), strict=True):
+            family = GaugeMetricFamily(f"convmae_rank_{name}", text, labels=["run", "rank"])
+            for rank, figure in enumerate(column):
+                family.add_metric([self._run, str(rank)], figure)
+            yield family
+
+
+def _table(ranks: FigureTable | Sequence[RankFigures]) -> FigureTable:
+    return np.asarray(ranks, np.float64).reshape(-1, len(RankFigures._fields))
+
+
+class RunExporter:
+    """Serves one run's series over HTTP.
+
+    Owns: the server thread and the registry. Blocking: `update` is O(1) and does no I/O.
+    """
+
+    def __init__(self, run: str, host: str, port: int, patience_seconds: float = 0.0) -> None:
+        """Start serving.
+
+        Args:
+            run: The run's name, the only label.
+            host: Address to listen on.
+            port: Port to listen on; 0: any free one.
+            patience_seconds: How long to wait for a port that another process has, which may be about to end.
+
+        Raises:
+            PortTakenError: It still has it.
+            OSError: The port cannot be listened on.
+        """
+        # They would tell when this process started, not when the run began to count.
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        registry = CollectorRegistry()
+        labels = ["run"]
+        self._run = run
+        self._gauges = {key: Gauge(name, text, labels, registry=registry) for key, (name, text) in _GAUGES.items()}
+        self._counters = {
+            name: Counter(f"convmae_{name}", text, labels, registry=registry) for name, text in COUNTERS.items()
+        }
+        text = (
+            "Seconds of the last restart, from the last step before it to the first after it, by phase and all (down)."
+        )
+        self._recovery = Gauge("convmae_last_recovery_seconds", text, ["run", "phase"], registry=registry)
+        for counter in self._counters.values():
+            counter.labels(run)
+        for name, (label, text) in LABELLED_COUNTERS.items():
+            self._counters[name] = Counter(f"convmae_{name}", text, [*labels, label], registry=registry)
+            for value in KNOWN_LABELS[name]:
+                self._counters[name].labels(run, value)
+        self._ranks = RankSeries(run)
+        registry.register(self._ranks)
+        server = persevere(lambda: _served(registry, host, port), PortTakenError, patience_seconds)
+        self.address = f"{host}:{server.server_port}"
+
+    @property
+    def url(self) -> str:
+        """Where Prometheus scrapes."""
+        return f"http://{self.address}/metrics"
+
+    def update(self, status: Mapping[str, Any]) -> None:
+        """Set every gauge that `status` has a value for; what is None there is not known now, and has no series."""
+        for key, gauge in self._gauges.items():
+            if status.get(key) is not None:
+                gauge.labels(self._run).set(status[key])
+            elif key in status:
+                gauge.clear()
+
+    def update_ranks(self, ranks: FigureTable | Sequence[RankFigures]) -> None:
+        """Take the newest step's figures of each rank; none when the group has ended."""
+        self._ranks.tell(ranks)
+
+    def count(self, name: str, amount: float, label: str = "") -> None:
+        """Add to one of COUNTERS, or of LABELLED_COUNTERS with the value of its label."""
+        self._counters[name].labels(self._run, *([label] if label else [])).inc(amount)
+
+    def recovered(self, seconds: Mapping[str, float]) -> None:
+        """Set how long each phase of a restart took; a phase that the last one had not is gone."""
+        self._recovery.clear()
+        for phase, value in seconds.items():
+            self._recovery.labels(self._run, phase).set(value)
+
+    def announce(self, folder: Path) -> None:
+        """Let the Prometheus of the local stack, which watches `folder`, find this endpoint.
+
+        The run takes the place of the address as `instance`: each driver listens on another port, and a run's series
+        would end with its driver, and others begin.
+        """
+        target = [{"targets": [self.address], "labels": {"job": "convmae", "instance": self._run}}]
+        temporary = folder / f".{self._run}.json.tmp"
+        temporary.write_text(json.dumps(target), "utf-8")
+        temporary.replace(folder / f"{self._run}.json")
+
+    def withdraw(self, folder: Path) -> None:
+        """Take back what `announce` told; a run that is over is not a target that is down."""
+        (folder / f"{self._run}.json").unlink(missing_ok=True)
+
+
+def _served(registry: CollectorRegistry, host: str, port: int) -> Any:
+    try:
+        server, _ = start_http_server(port, addr=host, registry=registry)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise PortTakenError.of(port, error) from error
+    return server

@@ -1,0 +1,138 @@
+"""What a run made of its time, from its events: the counterpart of what jobs.recipe.simulation predicts.
+
+Time is counted from the first attempt's start event (its workers are there, their engine is not built yet) to the
+newest committed checkpoint: what lies behind that is not known to be kept. Time in which the run had ended, until
+somebody resumed it, is no loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean, median
+from typing import Any
+
+from jobs.recipe.simulation import Scenario
+
+_ENDINGS = frozenset({"finished", "stopped", "failed"})
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """A run as it went, up to its newest checkpoint."""
+
+    steps: int
+    wall_seconds: float
+    step_seconds: float
+    """Of a step that nothing disturbs, on the most workers that the run had."""
+    interval_steps: int
+    """Between two checkpoints of one attempt; the median."""
+    stall_seconds: float
+    """Training stood still for one checkpoint; the mean."""
+    restart_seconds: float
+    """From the last step of an attempt until the next one could train; the mean, 0 without restarts."""
+    restarts: int
+    """Restarts and resizes."""
+    lost_steps: int
+    """Done again after them."""
+
+    @property
+    def ratio(self) -> float:
+        """The wall-clock of undisturbed steps over that of the run."""
+        return self.steps * self.step_seconds / self.wall_seconds
+
+    def scenario(self, *, nodes: int, min_nodes: int, mtbf_seconds: float, replace_seconds: float) -> Scenario:
+        """What to simulate for a run like this one; the arguments are those of `Scenario`.
+
+        The simulation begins with a start of `restart_seconds`, which `wall_seconds` here lacks but for the engine.
+        """
+        return Scenario(
+            steps=self.steps,
+            step_seconds=self.step_seconds,
+            nodes=nodes,
+            min_nodes=min_nodes,
+            mtbf_seconds=mtbf_seconds,
+            replace_seconds=replace_seconds,
+            restart_seconds=self.restart_seconds,
+            stall_seconds=self.stall_seconds,
+            interval_steps=self.interval_steps,
+        )
+
+
+@dataclass(frozen=True)
+class _Save:
+    """One committed checkpoint."""
+
+    attempt: int
+    world_size: int
+    step: int
+    began_at: float
+    stall_seconds: float
+
+
+def measured_goodput(events: Sequence[Mapping[str, Any]]) -> Goodput | None:
+    """The goodput of a run.
+
+    Args:
+        events: All of them, oldest first (RunDirectory.read_events).
+
+    Returns:
+        None before an attempt has committed two checkpoints, between which a step's time is seen; and where the events
+        tell of no time at all.
+    """
+    attempts = [event for event in events if "steps_redone" in event]
+    saves = list(_saves(events))
+    stretches = [(a, b) for a, b in pairwise(saves) if a.attempt == b.attempt and a.step < b.step]
+    if not stretches or not attempts:
+        return None
+    most = max(a.world_size for a, _ in stretches)
+    paces = [
+        (b.began_at - a.began_at - a.stall_seconds) / (b.step - a.step) for a, b in stretches if a.world_size == most
+    ]
+    step_seconds, last = median(paces), saves[-1]
+    restarts = [event for event in attempts[1:] if event["at_seconds"] <= last.began_at]
+    down = [
+        event["down_seconds"]
+        for event in events
+        if event["kind"] == "recovered" and event["attempt"] not in _resumed(events)
+    ]
+    ended_at = last.began_at + last.stall_seconds
+    wall_seconds = ended_at - attempts[0]["at_seconds"] - _stopped_seconds(events)
+    if wall_seconds <= 0:  # times of a clock that was set back, or of somebody else's making
+        return None
+    return Goodput(
+        steps=last.step - attempts[0]["step"],
+        wall_seconds=wall_seconds,
+        step_seconds=step_seconds,
+        interval_steps=round(median(b.step - a.step for a, b in stretches)),
+        stall_seconds=fmean(save.stall_seconds for save in saves),
+        # The first step of the new attempt is work.
+        restart_seconds=max(0.0, fmean(down) - step_seconds) if down else 0.0,
+        restarts=len([event for event in restarts if event["attempt"] not in _resumed(events)]),
+        lost_steps=sum(event["steps_redone"] for event in restarts),
+    )
+
+
+def _saves(events: Sequence[Mapping[str, Any]]) -> Iterator[_Save]:
+    world_size = 0
+    for event in events:
+        world_size = event.get("world_size", world_size)
+        if event["kind"] == "checkpoint":
+            began_at = event["at_seconds"] - event["duration_seconds"]
+            yield _Save(event["attempt"], world_size, event["step"], began_at, event["stall_seconds"])
+
+
+def _breaks(events: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Each event that ended the run, and the one by which it was resumed."""
+    turns = [event for event in events if "steps_redone" in event or event["kind"] in _ENDINGS]
+    return ((end, start) for end, start in pairwise(turns) if end["kind"] in _ENDINGS and "steps_redone" in start)
+
+
+def _resumed(events: Sequence[Mapping[str, Any]]) -> frozenset[int]:
+    """Attempts by which somebody resumed a run that had ended."""
+    return frozenset(start["attempt"] for _, start in _breaks(events))
+
+
+def _stopped_seconds(events: Sequence[Mapping[str, Any]]) -> float:
+    return sum(float(start["at_seconds"] - end["at_seconds"]) for end, start in _breaks(events))

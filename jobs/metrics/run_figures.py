@@ -1,0 +1,209 @@
+"""A live run in numbers: what its heartbeat says, what Prometheus scrapes, and counters that outlive drivers."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jobs.metrics.exporter import COUNTERS, RunExporter, name_and_label, saved_counters
+from jobs.metrics.rank_figures import FigureTable, RankFigures
+
+RATE_WINDOW_STEPS = 20
+_KEPT = (
+    "step",
+    "world_size",
+    "last_step_at_seconds",
+    "checkpoint_step",
+    "checkpoint_at_seconds",
+    "checkpoint_bytes",
+    "checkpoint_seconds",
+    "checkpoint_stall_seconds",
+)
+"""What a new driver still knows from the last heartbeat of the one before."""
+
+
+class RunFigures:
+    """The figures of one run, which are served while this process lives.
+
+    Concurrency: none of its own; the monitor calls it under its lock. Blocking: every method is O(1),
+    but `announce` and `withdraw`, which write a small file.
+    """
+
+    def __init__(
+        self, fixed: Mapping[str, Any], before: Mapping[str, Any], exporter: RunExporter, *, global_batch_size: int
+    ) -> None:
+        """Go on from the last heartbeat.
+
+        Args:
+            fixed: What is known from the start, and how many steps the run has (`total_steps`).
+            before: The last heartbeat; empty for a new run.
+            exporter: Serves what can be served of it.
+            global_batch_size: Images in a step.
+        """
+        self._exporter = exporter
+        self._global_batch_size = global_batch_size
+        self._step_times: deque[tuple[float, float]] = deque(maxlen=RATE_WINDOW_STEPS)
+        self._workers_seen_at = time.monotonic()
+        self._stop_asked = False
+        self._totals = saved_counters(before)
+        self._served: dict[str, float] = {}
+        self.saved(before)
+        self._status: dict[str, Any] = {
+            "step": 0,
+            "world_size": None,
+            "last_step_at_seconds": None,
+            "checkpoint_seconds": None,
+            "ending": 0,
+            "restarts": int(before.get("restarts", 0)),
+            **{key: before[key] for key in _KEPT if key in before},
+            **fixed,
+            "metrics_url": exporter.url,
+        }
+        exporter.update({**self._status, "world_size": 0})  # nobody trains yet
+
+    def __getitem__(self, key: str) -> Any:
+        return self._status[key]
+
+    @property
+    def totals(self) -> dict[str, float]:
+        """All counters; a commit keeps them."""
+        return dict(self._totals)
+
+    @property
+    def failures(self) -> int:
+        """Failures of the worker group in the run's life."""
+        return int(sum(total for key, total in self._totals.items() if key.startswith("failures_total:")))
+
+    def heartbeat(self) -> dict[str, Any]:
+        """All of it, as the heartbeat has it."""
+        return {**self._status, **self._totals, "updated_at_seconds": time.time()}
+
+    def tell(self, **changes: Any) -> None:
+        """Take new values; None: not known now."""
+        self._status.update(changes)
+        self._exporter.update(changes)
+
+    def stop_asked(self) -> None:
+        """Somebody asked the run to save and end."""
+        self._stop_asked = True
+        self.tell(state="stopping", ending=1)
+
+    def count(self, name: str, amount: float = 1, label: str = "") -> None:
+        """Add to one of `exporter.COUNTERS`, or of `LABELLED_COUNTERS` with the value of its label."""
+        key = f"{name}_total:{label}" if label else f"{name}_total"
+        self._totals[key] = self._totals.get(key, 0.0) + amount
+
+    def saved(self, heartbeat: Mapping[str, Any]) -> None:
+        """Serve the counters of a heartbeat that was written.
+
+        Never more than that: a driver that is killed would have served what the next one does not know, and for
+        Prometheus a counter that goes back by one has begun anew, so that `rate` adds all of it.
+        """
+        for key, total in saved_counters(heartbeat).items():
+            name, amount, label = name_and_label(key, total - self._served.get(key, 0.0))
+            if amount > 0:
+                self._exporter.count(name, amount, label)
+                self._served[key] = total
+
+    def catch_up(self, saved: Mapping[str, Any]) -> None:
+        """Go on from the counters of a commit where they are ahead: the last heartbeat was lost."""
+        self._status["restarts"] = max(self._status["restarts"], int(saved.get("restarts", 0)))
+        for key, total in saved_counters(saved).items():
+            name, amount, label = name_and_label(key, max(0.0, total - self._totals.get(key, 0.0)))
+            self.count(name, amount, label)
+
+    def group_began(self, *, attempt: int, world_size: int, resume_step: int) -> int:
+        """Ranks are about to train on from a checkpoint of `resume_step` steps; returns how many will be redone."""
+        steps_redone = max(0, int(self._status["step"]) - resume_step)
+        self.count("steps_redone", steps_redone)
+        self._workers_seen_at = time.monotonic()
+        self._step_times.clear()
+        self._exporter.update_ranks(())
+        self.tell(
+            attempt=attempt,
+            world_size=world_size,
+            state="running",
+            waiting=False,
+            step=resume_step,
+            checkpoint_step=resume_step,
+            ending=int(self._stop_asked),
+            restarts=self._status["restarts"],
+            images_per_second=None,
+            data_wait_ratio=None,
+            eta_seconds=None,
+        )
+        return steps_redone
+
+    def group_failed(self) -> None:
+        """No rank trains; how many did is still known."""
+        self._exporter.update({"world_size": 0})
+        self._exporter.update_ranks(())
+        self._status["state"] = "restarting"
+
+    def step_done(
+        self,
+        row: Mapping[str, Any],
+        gradient_norm: float,
+        reading: Mapping[str, float],
+        ranks: FigureTable | Sequence[RankFigures],
+        now: float,
+    ) -> None:
+        """Take the figures of a finished step.
+
+        Args:
+            row: Its history row.
+            gradient_norm: Before clipping; may be not finite, and is then not shown.
+            reading: The fields of `StepReading`: what all ranks read for the step.
+            ranks: How each rank fared.
+            now: Monotonic seconds.
+        """
+        self._step_times.append((now, float(row["data_wait_seconds"])))
+        self.count("worker_seconds", int(row["world_size"]) * (now - self._workers_seen_at))
+        self._workers_seen_at = now
+        self.count("images", self._global_batch_size)
+        for name in reading.keys() & COUNTERS.keys():
+            self.count(name, reading[name])
+        levels = {name: amount for name, amount in reading.items() if name not in COUNTERS}
+        norm = {"gradient_norm": gradient_norm} if math.isfinite(gradient_norm) else {}
+        step = int(row["step"])
+        is_ending = self._stop_asked or step >= self._status["total_steps"]
+        self.tell(**row, **levels, **norm, **self._rates(step), ending=int(is_ending), last_step_at_seconds=time.time())
+        self._exporter.update_ranks(ranks)
+
+    def _rates(self, step: int) -> dict[str, float]:
+        if len(self._step_times) < 2:
+            return {}
+        seconds = self._step_times[-1][0] - self._step_times[0][0]
+        step_seconds = seconds / (len(self._step_times) - 1)
+        waited = sum(wait for _, wait in list(self._step_times)[1:])
+        return {
+            "images_per_second": self._global_batch_size / step_seconds,
+            "data_wait_ratio": min(1.0, waited / seconds),
+            "eta_seconds": (self._status["total_steps"] - step) * step_seconds,
+        }
+
+    def restarted(self, kind: str) -> None:
+        """Count a restart of the worker group: `restart` or `resize`."""
+        self._status["restarts"] += 1
+        self.count("restarts", 1, kind)
+
+    def recovered(self, seconds: Mapping[str, float]) -> None:
+        """Tell how long each phase of the last restart took."""
+        self._exporter.recovered(seconds)
+
+    def ended(self, outcome: str) -> None:
+        """The run is `finished`, `stopped` or `failed`."""
+        self._exporter.update_ranks(())
+        self.tell(state=outcome, eta_seconds=0.0 if outcome == "finished" else None)
+
+    def announce(self, folder: Path) -> None:
+        """Let the Prometheus of the local stack, which watches `folder`, find the run."""
+        self._exporter.announce(folder)
+
+    def withdraw(self, folder: Path) -> None:
+        """Take back what `announce` told."""
+        self._exporter.withdraw(folder)

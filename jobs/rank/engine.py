@@ -1,0 +1,124 @@
+"""The one file that speaks DeepSpeed's configuration: recipe in, engine out.
+
+The same lines build the engine on CPU (gloo) and on GPU (NCCL); only the device differs.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from jobs.recipe.recipe import Recipe
+from model import ConvMAE
+
+if TYPE_CHECKING:
+    import deepspeed
+
+ADAM_BETAS = (0.9, 0.95)
+"""Of AdamW in pretraining (arXiv:2205.03892, appendix; as MAE)."""
+
+
+def initialize_deepspeed(device: str) -> None:
+    """Attach DeepSpeed to the process group that Ray Train has opened. Once per worker process, before `build_engine`.
+
+    Args:
+        device: `cpu` or `cuda`; DeepSpeed would guess, and warn that it did.
+
+    DeepSpeed compiles its own kernels when it finds a compiler, for minutes, and fails without ninja; torch's AdamW
+    and collectives serve as well here, so it is told that there are none.
+    """
+    os.environ["DS_ACCELERATOR"] = device
+    import deepspeed
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    deepspeed.ops.__compatible_ops__ = {}
+    deepspeed.init_distributed()
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: weight decay on matrices and kernels; none on biases, norms, tokens and positions."""
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    plain = [parameter for name, parameter in trained if parameter.ndim <= 1 or name.endswith(("token", "pos_embed"))]
+    plain_ids = {id(parameter) for parameter in plain}
+    decayed = [parameter for _, parameter in trained if id(parameter) not in plain_ids]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def build_model(recipe: Recipe) -> ConvMAE:
+    """The recipe's model, freshly initialised from its seed; recomputed and compiled as it says."""
+    torch.manual_seed(recipe.seed)
+    model = ConvMAE(recipe.model, recompute=recipe.recompute)
+    if recipe.compile:
+        model.compile()
+    return model
+
+
+def build_engine(
+    model: nn.Module, recipe: Recipe, *, micro_batches_per_step: int, world_size: int
+) -> deepspeed.DeepSpeedEngine:
+    """Wrap `model` for ZeRO training. Every rank must call it, after `initialize_deepspeed`.
+
+    The engine divides each micro-batch's loss by `micro_batches_per_step` and averages gradients over ranks; the
+    caller weights losses so that the result is the mean over the global batch (jobs.rank.trainer).
+    """
+    import deepspeed
+
+    groups = parameter_groups(model, recipe.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=ADAM_BETAS, fused=True)
+    config = {
+        # Only the ratio of these three matters to DeepSpeed: micro-batches of unequal size are ours to weight.
+        "train_micro_batch_size_per_gpu": recipe.micro_batch_size,
+        "gradient_accumulation_steps": micro_batches_per_step,
+        "train_batch_size": recipe.micro_batch_size * micro_batches_per_step * world_size,
+        "gradient_clipping": recipe.clip_grad_norm,
+        "zero_optimization": {"stage": recipe.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": recipe.precision == "bf16"},
+        "steps_per_print": 2**62,
+    }
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    return engine
+
+
+def set_learning_rate(engine: deepspeed.DeepSpeedEngine, learning_rate: float) -> None:
+    """Learning rate of the next update, in every parameter group."""
+    for group in engine.optimizer.param_groups:
+        group["lr"] = learning_rate
+
+
+def has_finite_gradients(engine: deepspeed.DeepSpeedEngine) -> bool:
+    """Whether this rank's share of the step's reduced gradients has neither NaN nor infinity.
+
+    Call after the last `backward` of a step. A gradient that was not finite on any rank is so in somebody's share.
+    """
+    gradients = _reduced_gradients(engine)
+    return bool(nn.utils.get_total_norm(gradients, norm_type=math.inf).isfinite()) if gradients else True
+
+
+def discard_step(engine: deepspeed.DeepSpeedEngine) -> None:
+    """End a step, in place of `engine.step()`, without an update. Every rank must call it for the same step.
+
+    Weights, moments and AdamW's step count stay as they are, bit by bit; gradients are forgotten. It is DeepSpeed's own
+    path for gradients that overflow, which each ZeRO stage has: a gradient of NaN leads there.
+    """
+    for gradient in _reduced_gradients(engine):
+        gradient.view(-1)[:1].fill_(math.nan)
+    optimizer = engine.optimizer
+    # ZeRO 1 and 2 look for overflow in bf16 only if told to, at the price of a collective in every step.
+    checks, optimizer.check_grad_overflow = getattr(optimizer, "check_grad_overflow", False), True
+    engine.step()
+    optimizer.check_grad_overflow = checks
+    assert not engine.was_step_applied()
+
+
+def _reduced_gradients(engine: deepspeed.DeepSpeedEngine) -> list[torch.Tensor]:
+    by_group = engine.optimizer.averaged_gradients.values()
+    return [gradient for group in by_group if group is not None for gradient in group if gradient.numel()]

@@ -1,0 +1,114 @@
+"""One rank's line to the run's monitor, over Ray: what it reports, and what it is instructed to do."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from jobs.metrics.rank_figures import FigureTable
+from jobs.rank.instruction import Instruction
+from jobs.rank.non_finite import LeftOut
+from jobs.rank.step_reading import StepReading
+from jobs.rank.watchdog import RankPulse
+
+if TYPE_CHECKING:
+    from ray.actor import ActorHandle
+
+
+class MonitorLine:
+    """Calls of a rank to the monitor.
+
+    Owns: replies that are not there yet. Concurrency: the training thread's alone. Failure: a monitor that died raises
+    where a reply is waited for, and the restart does again what it took along. Blocking: as each method says.
+    """
+
+    def __init__(self, monitor: ActorHandle[Any]) -> None:
+        """Keep the monitor's handle; nothing is sent."""
+        self._monitor = monitor
+        self._reply: Any = None
+        self._quarantined: list[Any] = []
+
+    def begin_attempt(
+        self, *, world_size: int, resume_step: int, counters: dict[str, float], started_at_seconds: float
+    ) -> int:
+        """Number a new attempt, as rank 0; waits."""
+        number: int = self._answer(
+            self._monitor.begin_attempt.remote(
+                world_size=world_size,
+                resume_step=resume_step,
+                counters=counters,
+                host=socket.gethostname(),
+                started_at_seconds=started_at_seconds,
+            )
+        )
+        return number
+
+    def begin_pulse(self, attempt: int, rank: int, limit_seconds: float) -> RankPulse:
+        """Start the thread that reports how far the rank is (jobs.rank.watchdog)."""
+        import ray
+
+        node_id = ray.get_runtime_context().get_node_id()
+        return RankPulse(self._monitor, attempt=attempt, rank=rank, node_id=node_id, limit_seconds=limit_seconds)
+
+    def restored(self) -> None:
+        """Report that the engine holds the checkpoint."""
+        self._monitor.restored.remote()
+
+    def report_step(self, row: dict[str, Any], gradient_norm: float, reading: StepReading, ranks: FigureTable) -> None:
+        """Report a step that is done."""
+        self._reply = self._monitor.record.remote(row, gradient_norm, reading._asdict(), ranks)
+
+    def instruction(self) -> Instruction:
+        """The answer to an earlier step, if it is there and new; never waits."""
+        import ray
+
+        if self._reply is None or not ray.wait([self._reply], timeout=0)[0]:
+            return ""
+        # If the monitor died, so did the newest rows of the history: this raises, and the restart does them again.
+        reply, self._reply = self._reply, None
+        instruction: Instruction = self._answer(reply)
+        return instruction
+
+    def forget_reply(self) -> None:
+        """Do not follow the answer to the last step: it repeats an instruction that was followed."""
+        self._reply = None
+
+    def settle(self) -> None:
+        """Wait until the monitor has all that was reported, before a commit."""
+        if self._reply is not None:
+            self._answer(self._reply)  # it may repeat the instruction that the commit follows
+            self._reply = None
+        self._answer(self._quarantined)  # the ledger up to a commit is never lost
+        self._quarantined.clear()
+
+    def quarantine(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Report samples that were replaced."""
+        self._quarantined.append(self._monitor.quarantine.remote(rows))
+
+    def save_began(self, step: int) -> dict[str, float]:
+        """Report that the ranks save; waits for the counters that the commit keeps."""
+        counters: dict[str, float] = self._answer(self._monitor.save_began.remote(step))
+        return counters
+
+    def paused(self) -> None:
+        """Report that the ranks have saved and stand still; waits."""
+        self._answer(self._monitor.paused.remote())
+
+    def leave_out(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Report steps that are passed over without being trained."""
+        self._monitor.leave_out.remote(rows)
+
+    def roll_back(self, window: LeftOut, reason: str) -> None:
+        """Report steps that all attempts to come leave out; waits until storage has it."""
+        self._answer(self._monitor.roll_back.remote(**window.to_json(), reason=reason))
+
+    def checkpoint_damaged(self, step: int, reason: str) -> None:
+        """Report a checkpoint that is passed over; waits."""
+        self._answer(self._monitor.checkpoint_damaged.remote(step=step, reason=reason))
+
+    @staticmethod
+    def _answer(reply: Any) -> Any:
+        import ray
+
+        return ray.get(reply)

@@ -1,0 +1,52 @@
+"""The process group of a worker group's ranks, as Ray Train starts it. Imports Ray: import it late."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import ray
+from ray.exceptions import RayTaskError
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _shutdown_torch, _TorchBackend
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+from ray.util import get_node_ip_address
+
+from jobs.cluster.interfaces import choose_interface
+
+LEAVE_SECONDS = 2.0
+
+
+class RanksOverNodes(TorchConfig):
+    """Ray Train's configuration, for ranks on hosts whose interfaces have any names."""
+
+    @property
+    def backend_cls(self) -> type[RanksBackend]:
+        """What Ray Train makes of it."""
+        return RanksBackend
+
+
+class RanksBackend(_TorchBackend):
+    """Ray Train's backend, with the interface chosen on each node before the ranks connect."""
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        """Connect the ranks. Blocks until they have found each other.
+
+        Raises:
+            WorkerGroupStartupFailedError: They did not. Ray Train tries again after this one and no other.
+        """
+        try:
+            worker_group.execute(choose_own_interface)
+            super().on_start(worker_group, backend_config)
+        except RayTaskError as error:
+            raise WorkerGroupStartupFailedError("the ranks could not be connected") from error
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:  # noqa: ARG002
+        """Leave the process group. A rank that hangs is not waited for: its process ends next."""
+        left = worker_group.execute_async(_shutdown_torch, destroy_process_group=len(worker_group) > 1)
+        ray.wait(left, num_returns=len(left), timeout=LEAVE_SECONDS)
+
+
+def choose_own_interface() -> None:
+    """Choose this process's interface. Runs in a rank."""
+    choose_interface(get_node_ip_address(), os.environ)  # type: ignore[no-untyped-call]

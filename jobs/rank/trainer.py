@@ -1,0 +1,395 @@
+"""What one rank does: restore, train, save. Ray Train starts it on every worker of every attempt."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from jobs.checkpoint import checkpoint
+from jobs.checkpoint.checkpoint import Commit
+from jobs.checkpoint.rank_group import RankGroup
+from jobs.checkpoint.restore import restore_newest
+from jobs.checkpoint.saver import CheckpointSaver
+from jobs.checkpoint.zero_state import ZeroState, owned_ranges, restore_optimizer
+from jobs.errors import CheckpointError, DamagedCheckpointError
+from jobs.rank.engine import (
+    build_engine,
+    build_model,
+    initialize_deepspeed,
+    parameter_groups,
+)
+from jobs.rank.instruction import PAUSE_SECONDS
+from jobs.rank.monitor_line import MonitorLine
+from jobs.rank.non_finite import LeftOut, NonFiniteLossError, RolledBackError, rollbacks_in_a_row, stretches
+from jobs.rank.standby import ask_for_successor
+from jobs.rank.step_reading import RankReading, slowest
+from jobs.rank.training_step import Place, SharedStep, TrainingStep
+from jobs.rank.watchdog import COMPILE_ALLOWED_SECONDS, SAVE_ALLOWED_SECONDS
+from jobs.recipe.recipe import Recipe
+from jobs.recipe.schedule import Schedule, micro_batches, order_of
+from jobs.run.directory import RunDirectory
+from jobs.run.own_code import git_commit
+from jobs.run.shared_folder import Landmarks, check_seen_here
+from jobs.run.trace import TraceWriter, begin_trace
+from jobs.weights.initial import load_initial_weights
+from model.convmae import ConvMAE
+from pipeline.load.batch import Batch
+from pipeline.load.block_cache import CachePlace
+from pipeline.load.dataset import Dataset
+from pipeline.load.image_maker import BadSamplePolicy
+from pipeline.load.loader import Loader
+from pipeline.order.sample_order import ORDER_VERSION, ConsumedDigest
+from pipeline.store.storage import Storage
+
+if TYPE_CHECKING:
+    import deepspeed
+    from ray.actor import ActorHandle
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """All that a worker is told."""
+
+    recipe: Recipe
+    run: RunDirectory
+    monitor: ActorHandle[Any]
+    claim: int
+    """Number of the claim under which the driver works."""
+    driver: str
+    """Who that is, for people."""
+    trace_url: str = ""
+    """Where to write what each rank consumes; empty: nowhere."""
+    landmarks: Landmarks = ()
+    """Of what lies on local disks: also nodes that come later must see it."""
+
+
+def train_worker(job: TrainJob) -> None:
+    """Train `job` from its newest checkpoint to its end, or until the monitor asks to stop."""
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device() if job.recipe.device == "cuda" else torch.device("cpu")
+    Trainer(job, Place(context.get_world_rank(), context.get_world_size(), device)).run()
+
+
+def open_dataset(storage: Storage, recipe: Recipe) -> Dataset:
+    """The data set of `recipe`, read as the recipe says."""
+    cache = CachePlace(recipe.cache_dir, recipe.cache_bytes) if recipe.cache_dir else None
+    return Dataset.open(storage, recipe.data, cache=cache, check_etags=recipe.check_etags)
+
+
+class Trainer:
+    """One rank's engine, data and place in the run."""
+
+    def __init__(self, job: TrainJob, place: Place) -> None:
+        """Restore the newest committed checkpoint; every rank must come here together."""
+        self._started_at_seconds = time.time()
+        self.job, self.recipe, self.run_directory, self.place = job, job.recipe, job.run, place
+        self.line = MonitorLine(job.monitor)
+        check_seen_here(job.run.storage, job.landmarks)
+        self.dataset = open_dataset(job.run.storage, job.recipe)
+        self.order = order_of(self.recipe, self.dataset.manifest.samples)
+        self.schedule = Schedule.of(self.recipe, self.order.steps_per_epoch)
+        sizes = [self.order.rank_batch_size(rank, place.world_size) for rank in range(place.world_size)]
+        self.sizes = micro_batches(sizes[place.rank], max(sizes), self.recipe.micro_batch_size)
+        initialize_deepspeed(self.recipe.device)
+        self._group = RankGroup(place.rank, place.world_size, place.device)
+        model = build_model(self.recipe)
+        found = restore_newest(
+            job.run,
+            self._owned_ranges(model),
+            self._group,
+            check=self._check_commit,
+            on_damage=self._pass_over,
+        )
+        self.done_steps = found.commit.step if found else 0
+        self.attempt, self.left_out = self._begin_attempt(found.commit if found else None)
+        self.pulse = self.line.begin_pulse(self.attempt, place.rank, self.recipe.hang_seconds)
+        self.engine = self._restored_engine(model, found.state if found else None)
+        if place.rank == 0:
+            self.line.restored()
+        self.saver = CheckpointSaver(
+            job.run, job.monitor, rank=place.rank, world_size=place.world_size, keep=self.recipe.keep_checkpoints
+        )
+        self.trace = self._begin_trace() if job.trace_url else None
+        self.step = self._training_step()
+        self._skipped_in_a_row = 0
+        self._has_successor = False
+        self._quarantined: set[int] = set()
+
+    def run(self) -> None:
+        """Train to the end of the schedule; saves on the way, at the end, and when asked to stop."""
+        for stretch in stretches(self.done_steps, self.schedule.total_steps, self.left_out):
+            if stretch.left_out:
+                self._leave_out(stretch.steps)
+            elif self._train(stretch.steps):
+                break
+        self.pulse.at("end", SAVE_ALLOWED_SECONDS)
+        self.saver.close()
+        self.pulse.close()
+        if self.trace:
+            self.trace.close()
+
+    def _train(self, steps: range) -> bool:
+        """Train `steps`, saving on the way; True if the run should end before the last of them."""
+        with closing(self._loader().batches(steps.start, steps.stop)) as batches:
+            self.pulse.at("data", self.recipe.stall_seconds)
+            for batch in batches:
+                compiles = self.recipe.compile and batch.step == steps.start
+                self.pulse.at("step", COMPILE_ALLOWED_SECONDS if compiles else 0.0)
+                instruction = self._train_step(batch).instruction
+                if self.recipe.standby and not self._has_successor:
+                    ask_for_successor()  # now, when the first step is done that others wait for
+                    self._has_successor = True
+                if instruction or self._is_due(self.done_steps):
+                    self._save()
+                if instruction == "pause":
+                    self._stand_still()
+                if instruction == "stop":
+                    return True
+                self.pulse.at("data", self.recipe.stall_seconds)
+        return False
+
+    def _stand_still(self) -> None:
+        """Commit, say so, and wait to be ended; go on if nobody comes. Collective."""
+        self.pulse.at("pause", SAVE_ALLOWED_SECONDS + PAUSE_SECONDS)
+        self.saver.settle()
+        if self.place.rank == 0:
+            self.line.paused()
+        time.sleep(PAUSE_SECONDS)
+        self.line.forget_reply()
+        logger.warning("the worker group was not ended; training goes on")
+
+    def _leave_out(self, steps: range) -> None:
+        """Pass over steps that an earlier attempt rolled back."""
+        if self.place.rank == 0:
+            rows = [
+                {
+                    "step": step + 1,
+                    "epoch": self.order.epoch(step),
+                    "loss": None,
+                    "learning_rate": self.schedule.learning_rate(step),
+                    "world_size": self.place.world_size,
+                    "attempt": self.attempt,
+                    "samples": str(ConsumedDigest.of(self.order.batch(step))),
+                    "substitutions": 0,
+                    "step_seconds": 0.0,
+                    "data_wait_seconds": 0.0,
+                    "skipped": "left out by a rollback",
+                }
+                for step in steps
+            ]
+            self.line.leave_out(rows)
+        self.done_steps = steps.stop
+        if any(self._is_due(step + 1) for step in steps):
+            self._save()
+
+    def _loader(self) -> Loader:
+        return Loader(
+            self.dataset,
+            self.order,
+            image_shape=self.recipe.model.image_shape,
+            seed=self.recipe.seed,
+            rank=self.place.rank,
+            world_size=self.place.world_size,
+            threads=self.recipe.loader_threads,
+            device=self.place.device,
+            policy=BadSamplePolicy(self.recipe.on_bad_sample, self.recipe.max_consecutive_bad_samples),
+            stall_seconds=self.recipe.stall_seconds,
+        )
+
+    def _train_step(self, batch: Batch) -> SharedStep:
+        """One optimizer step on the global batch `batch.step`; returns what all ranks know of it."""
+        learning_rate = self.schedule.learning_rate(batch.step)
+        self._quarantine(batch)
+        instruction = self.line.instruction() if self.place.rank == 0 else ""
+        shared = self.step.gradients(batch, learning_rate, instruction=instruction, uploading=self.saver.is_uploading)
+        self._update(batch.step + 1, shared.fault)
+        self.done_steps = batch.step + 1
+        if self.trace:
+            self.trace.add(batch, self.step.learning_rate, shared.fault)
+        if self.saver.is_under_way and not shared.uploading:
+            self.pulse.at("commit", SAVE_ALLOWED_SECONDS)
+            self.saver.finish()
+        self._report(batch.epoch, learning_rate, shared)
+        return shared
+
+    def _report(self, epoch: int, learning_rate: float, shared: SharedStep) -> None:
+        """Report the step that is done, as the rank that knows of all."""
+        if not shared.figures:
+            return
+        reading, ranks = shared.figures
+        row = {
+            "step": self.done_steps,
+            "epoch": epoch,
+            "loss": None if shared.fault else shared.loss,
+            "learning_rate": learning_rate,
+            "world_size": self.place.world_size,
+            "attempt": self.attempt,
+            "samples": shared.samples,
+            "substitutions": int(reading.substitutions),
+            # Of the slowest rank: since the last step, or since the attempt could read.
+            "step_seconds": round(slowest(ranks, "step_seconds"), 6),
+            "data_wait_seconds": round(slowest(ranks, "data_wait_seconds"), 6),
+        } | ({"skipped": shared.fault} if shared.fault else {})
+        self.line.report_step(row, self.step.gradient_norm, reading, ranks)
+
+    def _update(self, step: int, fault: str) -> None:
+        """Update the weights, or do what the recipe says where something is not finite; the same on every rank."""
+        if not fault:
+            self._skipped_in_a_row = 0
+            self.step.update(step)
+            return
+        reason = f"{fault} is not finite at step {step}"
+        self._skipped_in_a_row += 1
+        if self.recipe.on_nonfinite_loss == "rollback":
+            self._roll_back(step, reason)
+        if self.recipe.on_nonfinite_loss == "stop" or self._skipped_in_a_row > self.recipe.max_nonfinite_in_a_row:
+            raise NonFiniteLossError(f"{reason}; no update was made")
+        logger.warning("%s; its batch is skipped", reason)
+        self.step.discard()
+
+    def _roll_back(self, step: int, reason: str) -> None:
+        """Leave out the steps from the newest checkpoint up to `step`, and end the attempt. Collective."""
+        with suppress(CheckpointError):  # the one under way: if it fails, the one before is gone back to
+            self.saver.close()
+        newest = checkpoint.latest_commit(self.run_directory) if self.place.rank == 0 else None
+        done = [newest.step if newest else 0]
+        dist.broadcast_object_list(done, src=0)
+        window = LeftOut(done[0] + 1, step)
+        if rollbacks_in_a_row(self.left_out, window) > self.recipe.max_nonfinite_in_a_row:
+            raise NonFiniteLossError(f"{reason}, after {self.recipe.max_nonfinite_in_a_row} rollbacks in a row")
+        if self.place.rank == 0:
+            self.line.roll_back(window, reason)
+        dist.barrier()  # a rank that fails ends the others; the ledger comes first
+        raise RolledBackError(f"{reason}; steps {window.first_step} to {step} are left out")
+
+    def _quarantine(self, batch: Batch) -> None:
+        """Tell the monitor of samples that were replaced, each once; the replies are awaited before a commit."""
+        new = [item for item in batch.substitutions if item.bad.id not in self._quarantined]
+        if new:
+            self._quarantined |= {item.bad.id for item in new}
+            self.line.quarantine([{**item.to_json(), "step": batch.step + 1} for item in new])
+
+    def _training_step(self) -> TrainingStep:
+        folders = [Path(tempfile.gettempdir()), *([Path(self.recipe.cache_dir)] if self.recipe.cache_dir else [])]
+        reading = RankReading(self.dataset, self.place.rank, device=self.place.device, folders=folders)
+        on_mask = self.trace.note_masks if self.trace else None
+        return TrainingStep(self.engine, self.recipe, self.place, self.sizes, reading=reading, on_mask=on_mask)
+
+    def _is_due(self, step: int) -> bool:
+        return self.schedule.ends_in_a_checkpoint(step, self.recipe)
+
+    def _save(self) -> None:
+        """Begin a checkpoint of the steps done; every rank must come here after the same step."""
+        self.pulse.at("save", SAVE_ALLOWED_SECONDS)
+        self.line.settle()
+        if self.trace:
+            self.trace.flush()  # the trace up to a commit is never lost
+        self.saver.begin(self._commit(), self._write_zero_files)
+
+    def _begin_trace(self) -> TraceWriter:
+        storage, url, place = self.run_directory.storage, self.job.trace_url, self.place
+        if place.rank == 0:
+            begin_trace(storage, url, self.run_directory.url, self.done_steps)
+        return TraceWriter(storage, url, rank=place.rank, world_size=place.world_size, attempt=self.attempt)
+
+    def _write_zero_files(self, folder: Path) -> None:
+        self.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+
+    def _commit(self) -> Commit:
+        recipe = self.recipe
+        counters = self.line.save_began(self.done_steps) if self.place.rank == 0 else {}
+        return Commit(
+            step=self.done_steps,
+            epoch=self.done_steps // self.schedule.steps_per_epoch,
+            world_size=self.place.world_size,
+            zero_stage=recipe.zero_stage,
+            precision=recipe.precision,
+            recipe_digest=recipe.digest(),
+            dataset_digest=self.dataset.manifest.digest,
+            order_version=ORDER_VERSION,
+            seed=recipe.seed,
+            attempt=self.attempt,
+            created_at_seconds=time.time(),
+            milestone=self.schedule.is_milestone(self.done_steps, recipe.milestone_epochs),
+            counters=counters,
+            versions=software_versions(),
+            files=(),
+            claim=self.job.claim,
+            driver=self.job.driver,
+        )
+
+    def _check_commit(self, commit: Commit) -> None:
+        if commit.order_version != ORDER_VERSION:
+            remedy = "resume with the version of convmae-pretrain that began the run"
+            raise CheckpointError("order_version", f"must be {ORDER_VERSION}", commit.order_version, remedy)
+        if commit.dataset_digest != self.dataset.manifest.digest:
+            rule = f"must be the data set that the run began with ({commit.dataset_digest[:12]})"
+            found_digest = self.dataset.manifest.digest[:12]
+            raise CheckpointError("data", rule, found_digest, "restore it, or start a new run")
+
+    def _pass_over(self, step: int, damage: str) -> None:
+        if self.recipe.on_damaged_checkpoint == "fail":
+            remedy = "resume with on_damaged_checkpoint=previous to go on from the checkpoint before"
+            raise DamagedCheckpointError("checkpoint", "must be as it was written", damage, remedy)
+        self.line.checkpoint_damaged(step, damage)
+
+    def _begin_attempt(self, commit: Commit | None) -> tuple[int, list[LeftOut]]:
+        """The attempt's number, and the steps that earlier ones rolled back."""
+        told: list[Any] = [0, []]
+        if self.place.rank == 0:
+            number = self.line.begin_attempt(
+                world_size=self.place.world_size,
+                resume_step=self.done_steps,
+                counters=dict(commit.counters) if commit else {},
+                started_at_seconds=self._started_at_seconds,
+            )
+            told = [number, [LeftOut.from_json(row) for row in self.run_directory.read_left_out()]]
+        dist.broadcast_object_list(told, src=0)
+        return told[0], told[1]
+
+    def _owned_ranges(self, model: ConvMAE) -> dict[str, range]:
+        """Of each trained parameter, what this rank updates."""
+        groups = parameter_groups(model, self.recipe.weight_decay)
+        rank, world_size = self.place.rank, self.place.world_size
+        return owned_ranges(model, groups, stage=self.recipe.zero_stage, rank=rank, world_size=world_size)
+
+    def _restored_engine(self, model: ConvMAE, state: ZeroState | None) -> deepspeed.DeepSpeedEngine:
+        if state:
+            model.load_state_dict(state.weights, strict=True)
+        elif self.recipe.init_from:
+            weights = load_initial_weights(self.run_directory.storage, self.recipe, self._group)
+            model.load_state_dict(weights, strict=True)
+        model.to(self.place.device)
+        count, world_size = len(self.sizes), self.place.world_size
+        engine = build_engine(model, self.recipe, micro_batches_per_step=count, world_size=world_size)
+        if state:
+            restore_optimizer(engine, state)
+        return engine
+
+
+def software_versions() -> Mapping[str, str]:
+    """Versions that a checkpoint was made with."""
+    packages = ("convmae-pretrain", "torch", "deepspeed", "ray", "webdataset")
+    git = git_commit(os.environ)
+    return {
+        "python": platform.python_version(),
+        **{package: version(package) for package in packages},
+        **({"git": git} if git else {}),
+    }

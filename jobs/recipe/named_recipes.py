@@ -1,0 +1,134 @@
+"""The recipes by name.
+
+Paper: Gao et al. 2022, "ConvMAE: Masked Convolution Meets Masked Autoencoders", arXiv:2205.03892.
+Widths and depths are in `model.config`; here is how they are trained. The hyperparameters of the ImageNet recipes are
+the paper's (section 4.1 and appendix): AdamW (0.9, 0.95), weight decay 0.05, base learning rate 1.5e-4 per 256 images,
+global batch 4096 over 40 epochs of warm-up and a half-cosine, mask ratio 75 %.
+
+| recipe                | loss                    | epochs          | top-1 after fine-tuning (paper, ConvMAE-Base) |
+|-----------------------|-------------------------|-----------------|-----------------------------------------------|
+| convmae_base          | L1 on pixels            | 1600            | 85.0 %                                        |
+| convmae_base_official | MSE, normalised pixels  | 1600            | as released                                   |
+| convmae_base_<E>      | L1 on pixels            | 200 / 400 / 800 | lower with fewer epochs (the epoch ablation)  |
+| convmae_<size>        | L1 on pixels            | 1600            |                                               |
+| mae_base              | MSE, normalised pixels  | 1600            | 83.6 % (MAE-Base, the baseline)               |
+| tiny                  | L1 on pixels            | 40              | the demonstration: minutes on two CPU cores   |
+
+Submit one with `convmae submit convmae_base data=s3://bucket/imagenet run_root=s3://bucket/runs max_workers=64`.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from jobs.errors import RecipeError
+from jobs.recipe.recipe import Recipe, unknown_key
+from model import ConvMAEConfig
+
+LARGEST_FILE_BYTES = 16384
+"""Of a recipe's file; what takes long or much memory to parse is larger."""
+SIZES = ("small", "base", "large", "huge")
+SHORTER_EPOCHS = (200, 400, 800)
+
+
+def _imagenet(name: str, size: str, **fields: Any) -> Recipe:
+    values: dict[str, Any] = {
+        "name": name,
+        "model": ConvMAEConfig.preset(size, loss="l1", norm_pix=False),
+        "epochs": 1600,
+        "global_batch_size": 4096,
+        "micro_batch_size": 64,
+        "lanes": 256,
+        "max_workers": 64,
+        "checkpoint_every_steps": 500,
+    }
+    return Recipe(**(values | fields))
+
+
+def _tiny() -> Recipe:
+    """Small enough for two CPU cores, large enough that the reconstructions show what it learned."""
+    return Recipe(
+        name="tiny",
+        model=ConvMAEConfig.preset("tiny", loss="l1", norm_pix=False),
+        epochs=40,
+        warmup_epochs=0.5,
+        base_learning_rate=4e-3,
+        global_batch_size=64,
+        micro_batch_size=32,
+        lanes=8,
+        block_samples=8,
+        window_blocks=8,
+        precision="fp32",
+        device="cpu",
+        min_workers=1,
+        max_workers=2,
+        cpus_per_worker=0.25,
+        loader_threads=1,
+        checkpoint_every_steps=25,
+        resize_seconds=5.0,
+    )
+
+
+def _build() -> dict[str, Recipe]:
+    recipes = [_tiny()]
+    for size in SIZES:
+        recipes.append(_imagenet(f"convmae_{size}", size))
+    official = ConvMAEConfig.preset("base", loss="mse", norm_pix=True)
+    recipes.append(_imagenet("convmae_base_official", "base", model=official))
+    baseline = ConvMAEConfig.preset("mae_base", loss="mse", norm_pix=True)
+    recipes.append(_imagenet("mae_base", "base", model=baseline))
+    for epochs in SHORTER_EPOCHS:
+        recipes.append(_imagenet(f"convmae_base_{epochs}", "base", epochs=epochs))
+    return {recipe.name: recipe for recipe in recipes}
+
+
+def recipe_names() -> list[str]:
+    """Every name that `named_recipe` takes."""
+    return list(_build())
+
+
+def named_recipe(name: str) -> Recipe:
+    """The recipe of that name, or of a TOML file whose `base` names one and whose other keys amend it.
+
+    Raises:
+        RecipeError: If there is no such recipe; names the nearest one.
+    """
+    if name.endswith(".toml"):
+        return _file_recipe(Path(name))
+    recipes = _build()
+    if name not in recipes:
+        fault = unknown_key(name, list(recipes))
+        raise RecipeError("recipe", "must be the name of a recipe or a .toml file", name, fault.remedy)
+    return recipes[name]
+
+
+def file_fields(path: Path) -> dict[str, Any]:
+    """What a recipe's file says, as it is written there.
+
+    Raises:
+        RecipeError: It is no TOML file, or too large.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(LARGEST_FILE_BYTES + 1)
+    except OSError as error:
+        raise RecipeError("recipe", "must be a readable TOML file", str(path), str(error)) from error
+    if len(data) > LARGEST_FILE_BYTES:
+        remedy = "a recipe has some dozens of short lines"
+        raise RecipeError("recipe", f"must be at most {LARGEST_FILE_BYTES} bytes", str(path), remedy)
+    try:
+        return tomllib.loads(data.decode("utf-8-sig"))  # Windows editors begin it with a BOM
+    except (ValueError, RecursionError) as error:  # what TOML refuses, and Python: bytes, depth, digits
+        raise RecipeError("recipe", "must be a readable TOML file", str(path), str(error)) from error
+
+
+def _file_recipe(path: Path) -> Recipe:
+    fields = file_fields(path)
+    base = fields.pop("base", None)
+    if not isinstance(base, str) or base.endswith(".toml"):
+        raise RecipeError("base", "must name the recipe that the file amends", base, f"one of {', '.join(_build())}")
+    if isinstance(fields.get("model"), dict):
+        fields |= {f"model.{key}": value for key, value in fields.pop("model").items()}
+    return named_recipe(base).amended({"name": path.stem, **fields})

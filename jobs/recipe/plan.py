@@ -1,0 +1,106 @@
+"""What `convmae inspect` says of a recipe: its fields and what follows from them, before anything is started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from jobs.recipe.reading_plan import ReadingPlan
+from jobs.recipe.recipe import Recipe
+from jobs.recipe.schedule import Schedule, order_of
+from model.cost import flops, parameters
+from pipeline.order.forecast import Int64s
+from pipeline.shard.manifest import Manifest
+from pipeline.store.storage import Storage
+
+
+@dataclass(frozen=True)
+class DatasetSize:
+    """What a plan needs to know of a data set."""
+
+    samples: int
+    bytes: int
+    origin: str
+    """Where the figures are from, for people."""
+    shard_samples: Int64s = field(compare=False)
+    """(shards,) samples of each."""
+
+    @classmethod
+    def of(cls, storage: Storage, recipe: Recipe) -> DatasetSize:
+        """The recipe's data set; the training set of ImageNet-1k where it names none."""
+        if not recipe.data:
+            return IMAGENET
+        storage.check(recipe.data, write=False)
+        manifest = Manifest.load(storage, recipe.data)
+        return cls(manifest.samples, manifest.tar_bytes, recipe.data, manifest.shards.samples)
+
+
+IMAGENET = DatasetSize(
+    1_281_167,
+    147_897_477_120,
+    "not set: ImageNet-1k's training set is assumed, in shards of 1,000",
+    np.append(np.full(1281, 1000), 167),
+)
+"""Images, and bytes of ILSVRC2012_img_train.tar."""
+
+
+def recipe_json(recipe: Recipe, size: DatasetSize) -> dict[str, Any]:
+    """The resolved recipe and the order that follows from it, as plain values."""
+    order = order_of(recipe, size.samples)
+    plan = ReadingPlan.of(order, size.shard_samples, size.bytes, recipe.max_workers)
+    schedule = Schedule.of(recipe, order.steps_per_epoch)
+    return {
+        "recipe": recipe.to_json(),
+        "samples": size.samples,
+        "bytes": size.bytes,
+        "parameters": parameters(recipe.model).trainable,
+        "training_flops_per_image": round(_flops_per_image(recipe)[1]),
+        "total_steps": schedule.total_steps,
+        "plan": plan.to_json(),
+    }
+
+
+def recipe_lines(recipe: Recipe, size: DatasetSize) -> Iterator[tuple[str, str]]:
+    """Field and value: the resolved recipe, then what follows from it."""
+    fields = recipe.to_json()
+    model = fields.pop("model")
+    for name, value in fields.items():
+        yield name, _text(value)
+    for name, value in model.items():
+        yield f"model.{name}", _text(value)
+    yield from _plan_lines(recipe, size)
+
+
+def _plan_lines(recipe: Recipe, size: DatasetSize) -> Iterator[tuple[str, str]]:
+    counts, (forward_flops, training_flops) = parameters(recipe.model), _flops_per_image(recipe)
+    order = order_of(recipe, size.samples)
+    schedule = Schedule.of(recipe, order.steps_per_epoch)
+    plan = ReadingPlan.of(order, size.shard_samples, size.bytes, recipe.max_workers)
+    images_per_epoch = plan.samples_per_epoch
+    yield "", ""
+    yield "data set", size.origin
+    yield "samples", f"{size.samples:,} ({size.bytes / 1e9:.2f} GB)"
+    yield "parameters", f"{counts.trainable / 1e6:.2f} M (encoder {counts.encoder / 1e6:.2f} M)"
+    yield "FLOPs per image", f"{forward_flops / 1e9:.2f} G forward, {training_flops / 1e9:.2f} G with backward"
+    yield "steps per epoch", f"{schedule.steps_per_epoch:,}"
+    yield "images per epoch", f"{images_per_epoch:,} ({size.samples - images_per_epoch:,} rest, other ones each epoch)"
+    yield "total steps", f"{schedule.total_steps:,}"
+    yield "warm-up steps", f"{schedule.warmup_steps:,.0f}"
+    yield "peak learning rate", f"{recipe.learning_rate:g}"
+    yield "training FLOPs", f"{training_flops * schedule.total_steps * recipe.global_batch_size / 1e18:.3f} EFLOP"
+    yield from plan.lines()
+
+
+def _flops_per_image(recipe: Recipe) -> tuple[float, float]:
+    """Forward, and with backward; what is computed once for a micro-batch is shared by its images."""
+    cost = flops(recipe.model, recipe.micro_batch_size)
+    return cost.forward.total / recipe.micro_batch_size, cost.training / recipe.micro_batch_size
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(value) if value != "" else "-"

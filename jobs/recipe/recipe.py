@@ -1,0 +1,406 @@
+"""The recipe: everything that decides a run, typed, frozen and validated before anything starts.
+
+A recipe is flat: `field=value` on the command line sets `Recipe.field`, and `model.field=value` sets a field of
+`ConvMAEConfig`. Values are read as TOML, so `epochs=400`, `norm_pix=false` and `[48, 96, 192]` mean what they look
+like; a bare word is a string.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    TypeAdapter,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+
+from jobs.errors import RecipeError
+from model import ConvMAEConfig
+from model.config import SWITCHES
+from model.errors import ModelConfigError
+from pipeline.access.places import normal
+from pipeline.errors import StorageError, clipped
+from pipeline.load.image_maker import MAX_CONSECUTIVE_BAD_SAMPLES, OnBadSample
+from pipeline.load.stall_watch import STALL_SECONDS
+from pipeline.store.storage import is_local, is_web
+
+MOST = 10**9
+"""Of anything that is counted: what is beyond it is a slip."""
+LONGEST_ARGUMENT = 4096
+"""Characters of a `field=value`."""
+URL_FIELDS = ("data", "run_root", "init_from")
+HANG_SECONDS = 300.0
+OnNonFinite = Literal["stop", "skip_batch", "rollback"]
+"""What to do with a step whose loss or gradient is not finite: see `jobs.rank.non_finite`."""
+
+# Where and how a run executes, not what it computes: these may differ when a run is resumed.
+PLACEMENT_FIELDS = frozenset(
+    {
+        "run_root",
+        "max_steps",
+        "min_workers",
+        "max_workers",
+        "micro_batch_size",
+        "recompute",
+        "compile",
+        "checkpoint_interval",
+        "checkpoint_every_steps",
+        "checkpoint_every_seconds",
+        "checkpoint_min_seconds",
+        "checkpoint_max_seconds",
+        "keep_checkpoints",
+        "on_damaged_checkpoint",
+        "cpus_per_worker",
+        "loader_threads",
+        "on_bad_sample",
+        "max_consecutive_bad_samples",
+        "check_etags",
+        "cache_dir",
+        "cache_bytes",
+        "stall_seconds",
+        "hang_seconds",
+        "resize_seconds",
+        "standby",
+        "on_nonfinite_loss",
+        "max_nonfinite_in_a_row",
+        "max_restarts_without_progress",
+        "metrics_port",
+    }
+)
+
+
+Switch = Annotated[bool, Field(strict=False)]
+"""true or false, however people write them: False, no, off, 0."""
+
+
+def _model_config(value: object) -> ConvMAEConfig:
+    """Build the model's configuration from a mapping; `preset` names the one that the other keys amend."""
+    if isinstance(value, ConvMAEConfig):
+        return value
+    assert isinstance(value, Mapping)
+    fields: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
+    known = [field.name for field in dataclasses.fields(ConvMAEConfig)]
+    for key in fields:
+        if key not in known and key != "preset":
+            raise unknown_key(f"model.{key}", [f"model.{name}" for name in [*known, "preset"]])
+    for name in fields.keys() & set(SWITCHES):
+        with contextlib.suppress(ValidationError):  # what is none of them is refused below, with its name
+            fields[name] = TypeAdapter(Switch).validate_python(fields[name])
+    try:
+        if "preset" in fields:
+            return ConvMAEConfig.preset(fields.pop("preset"), **fields)
+        return ConvMAEConfig(**fields)
+    except ModelConfigError as error:
+        raise RecipeError(f"model.{error.field}", error.rule, error.value, error.remedy) from error
+
+
+ModelField = Annotated[ConvMAEConfig, BeforeValidator(_model_config), PlainSerializer(dataclasses.asdict)]
+
+
+class Recipe(BaseModel):
+    """One pretraining run. Frozen; the batch arithmetic is checked when it is built."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True
+    )
+
+    name: str
+    """The recipe's name, for people."""
+    data: str = ""
+    """URL or path of the data set (the folder that holds manifest.json). Required before a run starts."""
+    run_root: str = ""
+    """URL under which the run directory `<run_root>/<run name>` is made. Empty: the local stack's bucket."""
+    model: ModelField
+    """Architecture, masking and loss (`model.<field>`)."""
+    init_from: str = ""
+    """URL of weights to start from, as `convmae import` or `convmae consolidate` wrote them. Empty: random ones."""
+    init_sha256: str = ""
+    """Of that file; found out when a run begins."""
+
+    epochs: int = Field(gt=0, le=MOST)
+    """Passes over the data; the learning-rate schedule spans them."""
+    max_steps: int = Field(default=0, ge=0)
+    """Stop after this many steps of that schedule; 0: run all epochs."""
+    warmup_epochs: float = Field(default=40.0, ge=0)
+    """Epochs of linear warm-up from zero."""
+    base_learning_rate: float = Field(default=1.5e-4, gt=0)
+    """Per 256 images: learning rate = base_learning_rate * global_batch_size / 256."""
+    weight_decay: float = Field(default=0.05, ge=0)
+    """AdamW's, on matrices and kernels only: not on biases, norms and tokens."""
+    clip_grad_norm: float = Field(default=0.0, ge=0)
+    """Largest global gradient norm; 0: no clipping, as in the paper."""
+    global_batch_size: int = Field(gt=0, le=MOST)
+    """Images in one optimizer step over all ranks; never changes with the world size."""
+    micro_batch_size: int = Field(gt=0, le=MOST)
+    """Most images that one rank sends through the model at once."""
+    lanes: int = Field(gt=0, le=MOST)
+    """Virtual readers that the data order is dealt to; divides global_batch_size and bounds the world size."""
+    block_samples: int = Field(default=32, gt=0, le=MOST)
+    """Consecutive samples that are fetched with one ranged read."""
+    window_blocks: int = Field(default=64, gt=0, le=MOST)
+    """Blocks of one lane that are open, and shuffled together, at once."""
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    """Decides order, crops, flips, masks and initial weights."""
+
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Of weights and activations in the model; masters and moments are always fp32."""
+    zero_stage: Literal[1, 2, 3] = 1
+    """What DeepSpeed shards over ranks: optimizer state | + gradients | + parameters."""
+    recompute: tuple[Literal["stage1", "stage2", "stage3", "decoder"], ...] = ()
+    """Parts whose activations are computed again in the backward pass: less memory, more time, the same values."""
+    compile: Switch = False
+    """Compile the model with torch.compile: minutes at each start, then fewer passes over memory. Not with ZeRO 3."""
+    device: Literal["cpu", "cuda"] = "cuda"
+    """Where workers train: `cuda` takes one GPU each and NCCL, `cpu` takes gloo."""
+    min_workers: int = Field(default=1, gt=0, le=MOST)
+    """Fewest workers to train with; with fewer the run waits."""
+    max_workers: int = Field(default=1, gt=0, le=MOST)
+    """Most workers to train with."""
+    cpus_per_worker: float = Field(default=8.0, gt=0)
+    """Logical CPUs that Ray reserves for one worker."""
+    loader_threads: int = Field(default=8, gt=0, le=MOST)
+    """Decoding threads in one worker."""
+    on_bad_sample: OnBadSample = "fail"
+    """What to do with a sample that is not as it was ingested: `fail`, or `skip`: another of its block stands in."""
+    max_consecutive_bad_samples: int = Field(default=MAX_CONSECUTIVE_BAD_SAMPLES, gt=0, le=MOST)
+    """Samples of one lane in a row that may be replaced before the run is given up."""
+    check_etags: Switch = True
+    """Refuse tars whose ETag is not that of the manifest; `false` for a copy of a data set that has other ones."""
+    cache_dir: str = ""
+    """Folder on each node's own disk that keeps blocks, shared by the node's workers. Empty: no cache."""
+    cache_bytes: int = Field(default=100 * 10**9, gt=0)
+    """Most bytes in that folder."""
+    stall_seconds: float = Field(default=STALL_SECONDS, gt=0)
+    """How long a worker waits for one batch before it says which stage hangs, and fails."""
+    hang_seconds: float = Field(default=HANG_SECONDS, gt=0)
+    """How long a rank may stand still in a step, or be silent, before it is killed and the attempt restarts."""
+    resize_seconds: float = Field(default=60.0, gt=0)
+    """How often to look whether more, or fewer, workers could train now. A resize costs a save and a restart."""
+    standby: Switch = True
+    """Keep a process beside each rank that has imported all that a rank needs, so that a restart takes seconds."""
+    on_nonfinite_loss: OnNonFinite = "stop"
+    """Where a loss or gradient is not finite: `stop` the attempt, `skip_batch`, or `rollback` and leave out steps."""
+    max_nonfinite_in_a_row: int = Field(default=10, gt=0, le=MOST)
+    """Batches that may be skipped, or rollbacks made, in a row before the attempt is stopped even so."""
+
+    checkpoint_interval: Literal["steps", "seconds", "auto"] = "steps"
+    """What says when to save: one of the two fields below, or what saves, failures and restarts were seen to cost. One
+    more is saved at the end, at a milestone and when a run is stopped."""
+    checkpoint_every_steps: int = Field(gt=0, le=MOST)
+    """Steps between checkpoints, with `steps`."""
+    checkpoint_every_seconds: float = Field(default=600.0, gt=0)
+    """Seconds between checkpoints, with `seconds`; with `auto` until the first one is committed."""
+    checkpoint_min_seconds: float = Field(default=60.0, gt=0)
+    """Fewest between checkpoints, with `auto`."""
+    checkpoint_max_seconds: float = Field(default=3600.0, gt=0)
+    """Most between checkpoints, with `auto`."""
+    keep_checkpoints: int = Field(default=3, gt=0, le=MOST)
+    """Most recent checkpoints to keep; milestones stay for ever."""
+    on_damaged_checkpoint: Literal["previous", "fail"] = "previous"
+    """What to do where the newest checkpoint is not as it was written: go on from the one before, or `fail`."""
+    milestone_epochs: tuple[int, ...] = (200, 400, 800, 1600)
+    """Epochs after which a checkpoint is saved and never deleted (the epochs of the paper's ablation)."""
+    max_restarts_without_progress: int = Field(default=3, ge=0, le=MOST)
+    """Restarts in a row without a new committed checkpoint before the run is given up."""
+    metrics_port: int = Field(default=0, ge=0, le=65535)
+    """Port of the run's /metrics endpoint; 0: any free one."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Peak learning rate after warm-up."""
+        return self.base_learning_rate * self.global_batch_size / 256
+
+    @property
+    def lane_batch_size(self) -> int:
+        """Images that one lane gives to every global batch."""
+        return self.global_batch_size // self.lanes
+
+    @field_validator(*URL_FIELDS, "cache_dir")
+    @classmethod
+    def _place(cls, url: str, info: ValidationInfo) -> str:
+        return _normal_field(str(info.field_name), url) if url else ""
+
+    @model_validator(mode="after")
+    def _combinations(self) -> Self:
+        if self.global_batch_size % self.lanes:
+            nearest = _nearest_divisor(self.global_batch_size, self.lanes)
+            rule = f"must divide global_batch_size = {self.global_batch_size}"
+            raise RecipeError("lanes", rule, self.lanes, f"the nearest that does is lanes={nearest}")
+        if self.max_workers > self.lanes:
+            remedy = f"lower max_workers, or raise lanes (a divisor of {self.global_batch_size})"
+            raise RecipeError("max_workers", f"must be at most lanes = {self.lanes}", self.max_workers, remedy)
+        if self.min_workers > self.max_workers:
+            remedy = f"set min_workers={self.max_workers} or max_workers={self.min_workers}"
+            raise RecipeError(
+                "min_workers", f"must be at most max_workers = {self.max_workers}", self.min_workers, remedy
+            )
+        if self.checkpoint_min_seconds > self.checkpoint_max_seconds:
+            rule = f"must be at most checkpoint_max_seconds = {self.checkpoint_max_seconds:g}"
+            remedy = f"set checkpoint_max_seconds={self.checkpoint_min_seconds:g} or a smaller checkpoint_min_seconds"
+            raise RecipeError("checkpoint_min_seconds", rule, self.checkpoint_min_seconds, remedy)
+        if self.model.kept == self.model.mask_patches:
+            rule = f"must hide at least one of {self.model.mask_patches} patches, else there is no loss to train with"
+            raise RecipeError("model.mask_ratio", rule, self.model.mask_ratio, "the paper uses 0.75")
+        if self.compile and self.zero_stage == 3:
+            rule = "must be false with zero_stage = 3, which gathers parameters between operations"
+            raise RecipeError("compile", rule, self.compile, "set compile=false or zero_stage=2")
+        if self.warmup_epochs >= self.epochs:
+            remedy = f"set warmup_epochs={self.epochs / 10:g}, a tenth of the epochs, or train longer"
+            raise RecipeError("warmup_epochs", f"must be below epochs = {self.epochs}", self.warmup_epochs, remedy)
+        return self
+
+    def trajectory(self) -> dict[str, Any]:
+        """The fields that decide what is computed; equal for every attempt of one run."""
+        return {key: value for key, value in self.to_json().items() if key not in PLACEMENT_FIELDS}
+
+    def digest(self) -> str:
+        """SHA-256 of the trajectory, as it is recorded in every checkpoint."""
+        return hashlib.sha256(json.dumps(self.trajectory(), sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> dict[str, Any]:
+        """The resolved recipe as plain JSON values; `Recipe.from_json` reads it back."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Recipe:
+        """Build and validate a recipe.
+
+        Raises:
+            RecipeError: Naming the first field that is unknown, mistyped or out of range.
+        """
+        for key in fields:
+            if key not in cls.model_fields:
+                raise unknown_key(key, [*cls.model_fields, "model.<field>"])
+        # Tuples are lists in JSON and TOML, and an integer is a fine float: strict mode would refuse both.
+        values = dict(fields)
+        for key in ("milestone_epochs", "recompute"):
+            if isinstance(values.get(key), list):
+                values[key] = tuple(values[key])
+        try:
+            return cls(**values)
+        except ValidationError as error:
+            raise _first_fault(error) from None
+
+    def amended(self, overrides: Mapping[str, Any]) -> Recipe:
+        """This recipe with `overrides` (flat keys; `model.<field>` for the model's) put in place.
+
+        Raises:
+            RecipeError: As `from_json`.
+        """
+        if "model" in overrides:
+            remedy = "write model.preset=base, or model.<field>=value"
+            raise RecipeError("model", "must be set field by field", overrides["model"], remedy)
+        fields = self.to_json()
+        model_fields = {
+            key.removeprefix("model."): value for key, value in overrides.items() if key.startswith("model.")
+        }
+        fields.update({key: value for key, value in overrides.items() if not key.startswith("model.")})
+        if "preset" not in model_fields:
+            model_fields = {**fields["model"], **model_fields}
+        return Recipe.from_json({**fields, "model": model_fields})
+
+
+def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """Read `field=value` arguments.
+
+    Raises:
+        RecipeError: For an argument without `=` or of absurd length, or a key that is given twice.
+    """
+    overrides: dict[str, Any] = {}
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if not equals or not key.strip():
+            raise RecipeError("argument", "must be field=value", clipped(argument), "write for example epochs=400")
+        if len(argument) > LONGEST_ARGUMENT:
+            rule = f"must be at most {LONGEST_ARGUMENT} characters"
+            raise RecipeError(key[:40], rule, f"{text[:40]}...", "put it into a .toml file, or correct it")
+        if key in overrides:
+            raise RecipeError(key, "must be given once", argument, "drop one of the two")
+        overrides[key] = _toml_value(text)
+    return overrides
+
+
+def _toml_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):  # no TOML, or too deep, or a number of too many digits
+        return text
+
+
+def unknown_key(key: str, known: Sequence[str]) -> RecipeError:
+    """The error for a key that no recipe has, with the nearest one that exists."""
+    nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    remedy = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(known)}"
+    return RecipeError(key, "is not a field of a recipe", key, remedy)
+
+
+def _first_fault(error: ValidationError) -> RecipeError:
+    fault = error.errors()[0]
+    cause = fault.get("ctx", {}).get("error")
+    if isinstance(cause, RecipeError):
+        return cause
+    field = str(fault["loc"][0])
+    rule = fault["msg"].replace("Input should", "should").replace("Field required", "is required")
+    value = None if fault["type"] == "missing" else fault["input"]
+    return RecipeError(field, rule, value, f"give {field}=<{_type_name(Recipe.model_fields[field].annotation)}>")
+
+
+def _normal_field(name: str, url: str) -> str:
+    """A place in its normal form, so that two ways to write it are one recipe.
+
+    What may be a secret is refused: a recipe is written into the run directory and the report.
+    """
+    try:
+        place = normal(url)
+    except StorageError as error:
+        raise RecipeError(name, error.rule, error.value, error.remedy) from None
+    if name == "cache_dir" and not is_local(place):
+        raise RecipeError(
+            name, "must be a folder on each node's own disk", url, "write a path, like /tmp/convmae-cache"
+        )
+    if is_web(place) and "?" in place:
+        remedy = "give an address that can be read without one, or copy the object to s3:// or a folder"
+        raise RecipeError(name, "must have no query, which may be a signature", f"{url.partition('?')[0]}?...", remedy)
+    return place
+
+
+def _type_name(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return "|".join(str(choice) for choice in get_args(annotation))
+    if get_origin(annotation) is tuple:
+        return f"[{_type_name(get_args(annotation)[0])}, ...]"
+    return str(annotation.__name__)
+
+
+def _nearest_divisor(number: int, wanted: int) -> int:
+    """The divisor of `number` that is nearest to `wanted`; the smaller one where two are."""
+    start = min(wanted, number)
+    candidates = (candidate for distance in range(start) for candidate in (start - distance, start + distance))
+    return next(candidate for candidate in candidates if number % candidate == 0)
+
+
+def difference(saved: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Lines `field: saved -> asked` for every leaf that differs."""
+    lines: list[str] = []
+    for key in sorted({*saved, *asked}):
+        before, after = saved.get(key), asked.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += difference(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before!r} -> {after!r}")
+    return lines

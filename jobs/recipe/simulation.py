@@ -1,0 +1,256 @@
+"""How long a run takes on nodes that fail: a discrete-event simulation, and the checkpoint interval that suits them.
+
+What is simulated is what the driver does. Any change of the nodes in use ends the worker group; a new one starts
+after `restart_seconds` from the newest checkpoint. The elastic policy trains on every node that is there, in time that
+shrinks with their number; the fixed policy waits until all are. Failures of a node are exponential, and a failed node
+is replaced after a fixed time.
+
+Sources: Young 1974, doi:10.1145/361147.361115; Daly 2006, doi:10.1016/j.future.2004.11.016.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Literal
+
+from jobs.terminal import duration_text
+from pipeline.errors import UserError
+
+Policy = Literal["fixed", "elastic"]
+POLICIES: tuple[Policy, ...] = ("fixed", "elastic")
+MAX_IDLE_EVENTS = 200_000
+"""Failures and arrivals without a new checkpoint, after which a run is given up."""
+
+
+class NoHeadwayError(UserError):
+    """A run that never ends: its nodes fail faster than it comes to its next checkpoint."""
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A run, its nodes and what befalls them."""
+
+    steps: int
+    step_seconds: float
+    """Of one step on all nodes; on fewer it takes as many times longer as there are fewer."""
+    nodes: int
+    min_nodes: int
+    """Fewest that the elastic policy trains with."""
+    mtbf_seconds: float
+    """Mean time between failures of one node."""
+    replace_seconds: float
+    """From a failure until another node is there."""
+    restart_seconds: float
+    """From a change of the nodes until the first step; after a failure, its detection is part of it."""
+    stall_seconds: float
+    """How long training stands still for one checkpoint."""
+    interval_steps: int
+    """Steps between checkpoints."""
+    gpus_per_node: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            UserError: Naming the first that cannot be.
+        """
+        for name in ("steps", "step_seconds", "nodes", "min_nodes", "mtbf_seconds", "interval_steps", "gpus_per_node"):
+            if not getattr(self, name) > 0:
+                raise UserError(name, "must be above 0", getattr(self, name), "give a larger one")
+        for name in ("replace_seconds", "restart_seconds", "stall_seconds"):
+            if not getattr(self, name) >= 0:
+                raise UserError(name, "must be at least 0", getattr(self, name), "give a larger one")
+        if self.min_nodes > self.nodes:
+            raise UserError("min_nodes", f"must be at most nodes = {self.nodes}", self.min_nodes, "give a smaller one")
+
+    @property
+    def ideal_seconds(self) -> float:
+        """Wall-clock without failures, checkpoints and restarts."""
+        return self.steps * self.step_seconds
+
+    @property
+    def group_mtbf_seconds(self) -> float:
+        """Mean time between failures of any of all nodes."""
+        return self.mtbf_seconds / self.nodes
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One simulated run, or the mean of several."""
+
+    wall_seconds: float
+    goodput: float
+    """Ideal wall-clock over that of the run."""
+    lost_steps: float
+    """Done, and done again since no checkpoint held them."""
+    restarts: float
+    waited_seconds: float
+    """With too few nodes to train."""
+    gpu_hours: float
+    """Of all nodes that were there, training or not."""
+
+
+def simulate(scenario: Scenario, policy: Policy, rng: random.Random) -> Outcome:
+    """Run `scenario` once.
+
+    Args:
+        scenario: What happens, in distribution.
+        policy: `fixed` trains on all nodes or waits, `elastic` on those that are there.
+        rng: Draws the failures.
+
+    Raises:
+        NoHeadwayError: Nodes fail faster than a checkpoint is reached.
+    """
+    least = scenario.nodes if policy == "fixed" else scenario.min_nodes
+    now, kept, alive, arrivals = 0.0, 0, scenario.nodes, list[float]()
+    lost, restarts, waited, node_seconds = 0.0, -1, 0.0, 0.0
+    idle = 0
+    while idle < MAX_IDLE_EVENTS:
+        idle += 1
+        failure = now + rng.expovariate(alive / scenario.mtbf_seconds) if alive else math.inf
+        event = min(failure, arrivals[0]) if arrivals else failure
+        if alive < least:
+            waited += event - now
+        elif event > now:
+            restarts += 1
+            stretch = _trained(scenario, alive, event - now - scenario.restart_seconds, scenario.steps - kept)
+            kept, lost = kept + stretch.kept, lost + stretch.lost
+            idle = 0 if stretch.kept else idle
+            if kept >= scenario.steps:
+                now += scenario.restart_seconds + stretch.seconds
+                node_seconds += alive * (scenario.restart_seconds + stretch.seconds)
+                hours = node_seconds * scenario.gpus_per_node / 3600
+                return Outcome(now, scenario.ideal_seconds / now, lost, restarts, waited, hours)
+        node_seconds += alive * (event - now)
+        now = event
+        if arrivals and event == arrivals[0]:
+            heapq.heappop(arrivals)
+            alive += 1
+        else:
+            heapq.heappush(arrivals, now + scenario.replace_seconds)
+            alive -= 1
+    rule = f"must let the run make headway ({kept:,} of {scenario.steps:,} steps after {now / 86_400:,.0f} days)"
+    raise NoHeadwayError(
+        "interval_steps", rule, scenario.interval_steps, "save more often, or take nodes that fail less"
+    )
+
+
+@dataclass(frozen=True)
+class _Stretch:
+    kept: int
+    lost: float
+    seconds: float
+    """Until all steps were done."""
+
+
+def _trained(scenario: Scenario, nodes: int, seconds: float, steps: int) -> _Stretch:
+    """What a worker group gets done in `seconds`, if `steps` are left to do."""
+    step_seconds = scenario.step_seconds * scenario.nodes / nodes
+    interval_seconds = scenario.interval_steps * step_seconds + scenario.stall_seconds
+    intervals, rest = divmod(steps, scenario.interval_steps)
+    needed = intervals * interval_seconds + (rest * step_seconds + scenario.stall_seconds if rest else 0.0)
+    if seconds >= needed:
+        return _Stretch(steps, 0.0, needed)
+    done, left = divmod(max(0.0, seconds), interval_seconds)
+    return _Stretch(int(done) * scenario.interval_steps, min(left / step_seconds, scenario.interval_steps), 0.0)
+
+
+def mean_outcome(scenario: Scenario, policy: Policy, *, trials: int, seed: int) -> Outcome:
+    """The mean of `trials` simulated runs; the same numbers give the same mean."""
+    outcomes = [simulate(scenario, policy, random.Random(f"{seed}-{trial}")) for trial in range(trials)]
+    columns: Sequence[str] = tuple(Outcome.__dataclass_fields__)
+    return Outcome(**{name: fmean(getattr(outcome, name) for outcome in outcomes) for name in columns})
+
+
+def daly_interval_seconds(stall_seconds: float, mtbf_seconds: float) -> float:
+    """The time between checkpoints that costs least, by Daly's estimate (equation 37), without the stall itself.
+
+    Young's sqrt(2 * stall * MTBF) is its first term. How long a restart takes has no part in it but through the
+    MTBF, which is of all time in which a failure can come: in the whole model (equation 20) it is a factor of the
+    wall-clock. The MTBF + restart under the root of Daly's first-order form is that sum, for an MTBF of training alone.
+    """
+    if stall_seconds >= 2 * mtbf_seconds:
+        return mtbf_seconds
+    ratio = stall_seconds / (2 * mtbf_seconds)
+    young = math.sqrt(2 * stall_seconds * mtbf_seconds)
+    return young * (1 + math.sqrt(ratio) / 3 + ratio / 9) - stall_seconds
+
+
+def daly_wall_seconds(scenario: Scenario) -> float:
+    """Expected wall-clock on all nodes if failed ones are replaced at once (Daly's equation 20): the closed form.
+
+    For whole intervals. Restarts may fail as well.
+    """
+    mtbf, interval_seconds = scenario.group_mtbf_seconds, scenario.interval_steps * scenario.step_seconds
+    per_interval = mtbf * math.expm1((interval_seconds + scenario.stall_seconds) / mtbf)
+    return math.exp(scenario.restart_seconds / mtbf) * per_interval * scenario.steps / scenario.interval_steps
+
+
+def best_interval_steps(scenario: Scenario) -> int:
+    """Daly's interval in steps: at least one, at most the whole run."""
+    seconds = daly_interval_seconds(scenario.stall_seconds, scenario.group_mtbf_seconds)
+    return max(1, min(scenario.steps, round(seconds / scenario.step_seconds)))
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one policy makes of a scenario at one interval."""
+
+    policy: Policy
+    interval_steps: int
+    outcome: Outcome | None
+    """None: it never ends, since nodes fail faster than a checkpoint is reached."""
+
+
+def predictions(scenario: Scenario, *, trials: int, seed: int) -> list[Prediction]:
+    """Every policy at the scenario's interval, and at the best one where that is another."""
+    intervals = dict.fromkeys((scenario.interval_steps, best_interval_steps(scenario)))
+    found = []
+    for policy in POLICIES:
+        for steps in intervals:
+            outcome = None
+            with suppress(NoHeadwayError):
+                outcome = mean_outcome(replace(scenario, interval_steps=steps), policy, trials=trials, seed=seed)
+            found.append(Prediction(policy, steps, outcome))
+    return found
+
+
+def scenario_lines(markets: Mapping[str, Scenario], *, is_estimate: bool) -> Iterator[tuple[str, str]]:
+    """What is simulated, and the interval that costs least, as fields and values for people.
+
+    Args:
+        markets: The run on nodes of each kind, which differ in how they fail.
+        is_estimate: Whether nobody has measured how long a step takes.
+    """
+    first = next(iter(markets.values()))
+    source = " (an estimate for H100 GPUs: --step-seconds)" if is_estimate else ""
+    yield "steps", f"{first.steps:,} of {first.step_seconds:.3g} s on {first.nodes:,} nodes{source}"
+    yield "without failures", duration_text(first.ideal_seconds)
+    for market, scenario in markets.items():
+        best = best_interval_steps(scenario)
+        yield market, f"any of the nodes fails every {duration_text(scenario.group_mtbf_seconds)}"
+        yield "  checkpoints", f"every {scenario.interval_steps:,} steps, {scenario.stall_seconds:g} s each"
+        yield "  best interval", f"{best:,} steps ({duration_text(best * scenario.step_seconds)}), by Young and Daly"
+
+
+def prediction_row(prediction: Prediction) -> tuple[str, ...]:
+    """Policy, interval, wall-clock, goodput, lost steps, restarts, waiting and GPU hours, for people."""
+    outcome = prediction.outcome
+    if outcome is None:
+        return (prediction.policy, f"{prediction.interval_steps:,}", "never ends")
+    return (
+        prediction.policy,
+        f"{prediction.interval_steps:,}",
+        duration_text(outcome.wall_seconds),
+        f"{outcome.goodput:.1%}",
+        f"{outcome.lost_steps:,.0f}",
+        f"{outcome.restarts:,.1f}",
+        duration_text(outcome.waited_seconds),
+        f"{outcome.gpu_hours:,.0f}",
+    )

@@ -1,0 +1,49 @@
+"""How long a step takes on GPUs that nobody has measured yet: arithmetic, from the recipe and data sheets.
+
+The same arithmetic as the table of docs/cluster.md, where each assumption is explained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from jobs.recipe.recipe import Recipe
+from model.cost import flops, parameters
+
+GRADIENT_BYTES = 2
+"""Of one gradient in bf16, as it travels."""
+
+
+@dataclass(frozen=True)
+class NodeType:
+    """GPUs of one kind and what joins them."""
+
+    gpus: int
+    flops_per_second: float
+    """Of one GPU: dense, in bf16, by its data sheet."""
+    reached: float = 0.2
+    """Share of that which training reaches."""
+    bytes_per_second_inside: float = 225e9
+    """Half of what a GPU's links to the others of its node give."""
+    bytes_per_second_between: float = 200e9
+    """Half of what a node's links to other nodes give together: NCCL lays a ring over each. Default: EFA of a p5."""
+
+
+H100_FLOPS_PER_SECOND = 989e12
+
+
+def estimated_step_seconds(recipe: Recipe, node: NodeType, nodes: int) -> float:
+    """Compute and, after it, all-reduce of one step; nothing of them is taken to overlap.
+
+    Args:
+        recipe: Says the model and the global batch.
+        node: What each node is.
+        nodes: How many there are.
+    """
+    gpus = nodes * node.gpus
+    training_flops = flops(recipe.model, recipe.micro_batch_size).training / recipe.micro_batch_size
+    images = recipe.global_batch_size / gpus
+    compute = images * training_flops / (node.flops_per_second * node.reached)
+    link = node.bytes_per_second_inside if nodes == 1 else node.bytes_per_second_between
+    reduce = 2 * parameters(recipe.model).trainable * GRADIENT_BYTES * (gpus - 1) / gpus / link
+    return compute + reduce

@@ -1,0 +1,211 @@
+"""A command that is typed where its cluster is not: it runs there as a Ray job, and is shown and interrupted here."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import queue
+import secrets
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+from jobs.cluster import store_parcel
+from jobs.cluster.session import VERBOSE_VARIABLE, Session
+from jobs.cluster.submission import ENDED_JOB_STATES, STOP_WAIT_SECONDS, hand_over, job_client, job_state, tail_log
+from jobs.errors import RunFailedError
+from jobs.remote.frames import CALLER_VARIABLE, Frame, Replay
+from jobs.run import own_code, roots
+from jobs.run.own_code import module_command
+from jobs.terminal import whole_lines, write_line
+from pipeline.errors import UserError
+from pipeline.store.json_text import parsed_object
+
+if TYPE_CHECKING:
+    from ray.job_submission import JobSubmissionClient
+
+RESOURCES_VARIABLE = "CONVMAE_COMMAND_RESOURCES"
+"""What such a job asks Ray for, as a JSON object; unset: nothing, and it runs on the head."""
+RETRY_SECONDS = 2.0
+"""Before a log that broke off is asked for again."""
+UNREACHABLE_SECONDS = 20.0
+"""Silence of a cluster after which the user is told that it is waited for."""
+TAIL_LINES = 15
+"""Of what others wrote into the log, told where a command ended without a word of its own."""
+
+
+def run_there(
+    session: Session, arguments: Sequence[str], *, files: Mapping[str, str] | None = None, run_root: str = ""
+) -> int:
+    """Run `convmae ARGUMENTS` on the session's cluster; returns its exit code.
+
+    Output and progress are shown on this process's streams. Ctrl-C stops the job as it would have stopped the command;
+    a second one leaves it alone.
+
+    Args:
+        session: Says which cluster.
+        arguments: Of the command; paths in them are those of the cluster, or names of `files`.
+        files: Small files that travel along, by name.
+        run_root: Where runs are kept, for a command that is not told.
+
+    Raises:
+        ClusterError: The cluster does not answer, or does not take the job.
+        RunFailedError: The job ended without the command's own end: it was killed, or the cluster's head died.
+    """
+    client = job_client(session)
+    job = _job(session, arguments, files or {}, run_root)
+    job["runtime_env"]["env_vars"] |= store_parcel.send(session, client)
+    job_id = hand_over(client, job, session.cluster.text)
+    with Replay(sys.stdout, sys.stderr) as replay:
+        foreign = _follow(client, job_id, replay, show_foreign=session.is_verbose)
+    if replay.exit_code is not None:
+        return replay.exit_code
+    state = job_state(client, job_id)
+    for line in foreign:
+        write_line(sys.stderr, line)
+    raise RunFailedError(f"job {job_id} ended without the command's end ({state.lower()}); the same command resumes it")
+
+
+def _job(session: Session, arguments: Sequence[str], files: Mapping[str, str], run_root: str) -> dict[str, Any]:
+    """What Ray is asked to run."""
+    terminals = [name for name, stream in (("out", sys.stdout), ("err", sys.stderr)) if stream.isatty()]
+    variables = {
+        CALLER_VARIABLE: json.dumps({"terminals": terminals, "files": dict(files)}),
+        "COLUMNS": str(shutil.get_terminal_size().columns),
+        "RAY_JOB_STOP_SIGNAL": "SIGINT",  # as Ctrl-C; for SIGTERM Ray has a handler of its own, which exits
+        "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_SECONDS),
+        own_code.VARIABLE: own_code.git_commit(session.environ),
+        **({roots.VARIABLE: run_root} if run_root else {}),
+        **({VERBOSE_VARIABLE: "1"} if session.is_verbose else {}),
+    }
+    return {
+        "entrypoint": shlex.join(module_command("python", "jobs.cli.command_job", *arguments)),
+        "submission_id": f"command-{arguments[0]}-{secrets.token_hex(4)}",
+        "metadata": {"command": arguments[0]},
+        "entrypoint_resources": entrypoint_resources(session.environ.get(RESOURCES_VARIABLE, "")),
+        "runtime_env": {**session.code(), "env_vars": variables},
+    }
+
+
+def entrypoint_resources(text: str) -> dict[str, float]:
+    """Which of a cluster's own resources the job of a command asks for.
+
+    Args:
+        text: A JSON object; empty for none.
+
+    Raises:
+        UserError: It is none.
+    """
+    try:
+        wanted = parsed_object(text) if text else {}
+        return {str(name): float(amount) for name, amount in wanted.items()}
+    except (ValueError, TypeError, OverflowError):
+        remedy = """write for example {"ingest": 0.01}"""
+        raise UserError(RESOURCES_VARIABLE, "must be a JSON object of names and amounts", text, remedy) from None
+
+
+def _follow(client: JobSubmissionClient, job_id: str, replay: Replay, *, show_foreign: bool) -> deque[str]:
+    """Show a job's frames until it has ended; returns the last of the lines that others wrote."""
+    foreign: deque[str] = deque(maxlen=TAIL_LINES)
+    with _Interrupts(client, job_id, sys.stderr) as interrupts:
+        for line in _LogLines(client, job_id, interrupts):
+            frame = Frame.of(line)
+            if frame:
+                replay.show(frame)
+            elif line.strip():
+                foreign.append(line)
+                if show_foreign:
+                    write_line(sys.stderr, line)
+    return foreign
+
+
+class _Interrupts:
+    """Turns the first Ctrl-C, or SIGTERM, into a stop of the job; the second one ends this process.
+
+    The wait for the next line asks `wait`, which is where Python delivers the signal.
+    """
+
+    def __init__(self, client: JobSubmissionClient, job_id: str, stream: TextIO) -> None:
+        self._client, self._job_id, self._stream = client, job_id, stream
+        self._asked = False
+
+    def __enter__(self) -> _Interrupts:
+        self._previous = signal.signal(signal.SIGTERM, signal.default_int_handler)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        signal.signal(signal.SIGTERM, self._previous)
+
+    def wait(self, get: Callable[[], Any]) -> Any:
+        """What `get` gives, once it gives something."""
+        while True:
+            try:
+                return get()
+            except KeyboardInterrupt:
+                if self._asked:
+                    write_line(self._stream, f"job {self._job_id} is still stopping by itself")
+                    raise
+                self._asked = True
+                threading.Thread(target=self._stop, daemon=True).start()
+
+    def _stop(self) -> None:
+        deadline = time.monotonic() + STOP_WAIT_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                self._client.stop_job(self._job_id)
+            except (OSError, RuntimeError):  # unreachable for a moment, or ended by now
+                if job_state(self._client, self._job_id) in ENDED_JOB_STATES:
+                    return
+                time.sleep(RETRY_SECONDS)
+            else:
+                return
+
+
+class _LogLines:
+    """The lines of a job's log until the job has ended, from its beginning again where the connection broke.
+
+    Owns: a thread that reads. What was read before comes again after a break; frames have numbers.
+    """
+
+    def __init__(self, client: JobSubmissionClient, job_id: str, interrupts: _Interrupts) -> None:
+        self._client, self._job_id, self._interrupts = client, job_id, interrupts
+        self._pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        threading.Thread(target=self._read, name="job-log", daemon=True).start()
+
+    def __iter__(self) -> Any:
+        return whole_lines(iter(lambda: self._interrupts.wait(self._pieces.get), None))
+
+    def _read(self) -> None:
+        try:
+            self._read_to_the_end()
+        finally:
+            self._pieces.put(None)
+
+    def _read_to_the_end(self) -> None:
+        silent_since, told = time.monotonic(), False
+        while True:
+            try:
+                asyncio.run(self._tail())
+                silent_since = time.monotonic()
+            except Exception:  # whatever the connection broke with: the state of the job decides
+                pass
+            state = job_state(self._client, self._job_id)
+            if state in ENDED_JOB_STATES:
+                return
+            if state != "UNREACHABLE":
+                silent_since, told = time.monotonic(), False
+            elif time.monotonic() - silent_since > UNREACHABLE_SECONDS and not told:
+                write_line(sys.stderr, "the cluster is unreachable; waiting for it; the job continues there")
+                told = True
+            self._pieces.put("\n")  # ends a line that broke off
+            time.sleep(RETRY_SECONDS)
+
+    async def _tail(self) -> None:
+        async for piece in tail_log(self._client, self._job_id):
+            self._pieces.put(piece)

@@ -1,0 +1,113 @@
+"""What a run is doing, from its directory alone: no connection to its cluster is needed."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from jobs.checkpoint import checkpoint
+from jobs.run.directory import FINAL_STATES, RunDirectory
+from jobs.terminal import duration_text, figure
+from pipeline.errors import UserError
+
+SILENT_SECONDS = 60.0
+"""A live run that has not spoken for this long is cut off: its driver died, or it cannot reach the object store."""
+
+
+def run_status(run: RunDirectory, now_seconds: float | None = None) -> dict[str, Any]:
+    """State, progress and figures of a run.
+
+    State is `submitted`, `starting`, `running`, `waiting`, `restarting`, `stopping`, `finished`, `stopped`, `failed`,
+    or `interrupted` where a live run fell silent.
+    """
+    now = time.time() if now_seconds is None else now_seconds
+    status = {
+        "run": run.name,
+        "url": run.url,
+        "state": "submitted",
+        "step": 0,
+        "total_steps": 0,
+        **run.read_heartbeat(),
+    }
+    silent = now - status.get("updated_at_seconds", now)
+    if status["state"] not in FINAL_STATES and silent > SILENT_SECONDS:
+        status["state"] = "interrupted"
+    status["committed_steps"] = checkpoint.committed_steps(run)
+    if "checkpoint_at_seconds" in status:
+        status["checkpoint_age_seconds"] = max(0.0, now - status["checkpoint_at_seconds"])
+    if "worker_seconds_total" in status:
+        status["worker_hours"] = status["worker_seconds_total"] / 3600
+    return status
+
+
+def status_or_error(run: RunDirectory) -> dict[str, Any]:
+    """As `run_status`; of a run whose directory is damaged, the state `unreadable` and the `error`."""
+    try:
+        return run_status(run)
+    except UserError as error:
+        return {
+            "run": run.name,
+            "url": run.url,
+            "state": "unreadable",
+            "step": 0,
+            "total_steps": 0,
+            "error": str(error),
+        }
+
+
+def list_cells(status: Mapping[str, Any]) -> tuple[str, ...]:
+    """A run in a table: name, state, step, loss, images per second, workers."""
+    steps = f"{status['step']}/{status['total_steps']}"
+    figures = (figure(status.get("loss"), ".4f"), figure(status.get("images_per_second"), ".0f"))
+    return status["run"], status["state"], steps, *figures, figure(status.get("world_size"), "d")
+
+
+def status_lines(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Field and value for people."""
+    step, total = status["step"], status["total_steps"]
+    yield "run", status["run"]
+    yield "state", status["state"]
+    yield "step", f"{step:,} of {total:,}" + (f" ({step / total:.1%})" if total else "")
+    yield "epoch", _epochs(status)
+    yield "loss", figure(status.get("loss"), ".6f")
+    yield "learning rate", figure(status.get("learning_rate"), ".3e")
+    yield "images/s", figure(status.get("images_per_second"), ".1f")
+    yield "data wait", figure(status.get("data_wait_ratio"), ".1%")
+    yield "workers", _workers(status)
+    yield "attempt", f"{status.get('attempt', '-')} ({status.get('restarts', 0)} restarts)"
+    if status.get("quarantined"):
+        yield "unusable", f"{status['quarantined']:,} samples, see `convmae quarantine {status['run']}`"
+    if "worker_hours" in status:
+        hours = "GPU-hours" if status.get("device") == "cuda" else "worker-hours"
+        yield hours, figure(status["worker_hours"], ".2f")
+    yield "checkpoints", ", ".join(str(step) for step in status["committed_steps"]) or "none yet"
+    if status.get("checkpoint_interval_seconds"):
+        yield "save every", duration_text(status["checkpoint_interval_seconds"])
+    if "checkpoint_age_seconds" in status:
+        yield "newest one", f"{duration_text(status['checkpoint_age_seconds'])} ago"
+    if status["state"] not in FINAL_STATES:
+        yield "ETA", duration_text(status.get("eta_seconds"))
+        yield "metrics", status.get("metrics_url", "-")
+    yield "directory", status["url"]
+
+
+def _epochs(status: Mapping[str, Any]) -> str:
+    """Whole epochs done, of all."""
+    length = status.get("steps_per_epoch")
+    return f"{status['step'] // length:,} of {math.ceil(status['total_steps'] / length):,}" if length else "-"
+
+
+def _workers(status: Mapping[str, Any]) -> str:
+    now, most = status.get("world_size"), status.get("target_world_size")
+    return "-" if not now else f"{now} of {most}" if most else str(now)
+
+
+def event_line(event: Mapping[str, Any]) -> str:
+    """One event in one line: when, which attempt, what, and its fields."""
+    at = datetime.fromtimestamp(event["at_seconds"], UTC).strftime("%Y-%m-%d %H:%M:%S")
+    fields = {key: value for key, value in event.items() if key not in ("at_seconds", "attempt", "kind")}
+    text = ", ".join(f"{key} {value}" for key, value in fields.items() if value not in (None, ""))
+    return f"{at}  attempt {event['attempt']}  {event['kind']}: {text}"

@@ -1,0 +1,251 @@
+"""The run directory: everything that a run leaves behind, on any fsspec URL.
+
+    <run_root>/<run>/
+        recipe.json                 the resolved recipe; its presence makes the run exist
+        events/attempt-0001.jsonl   what happened, one JSON line each: start, restart, checkpoint, finish ...
+        history/0001-00000001.jsonl one JSON line a step, in parts: attempt, then first step
+        quarantine/attempt-0001.jsonl  samples that this attempt was the first to find unusable, one JSON line each
+        left-out.json               steps that a rollback left out, if there was one
+        heartbeat.json              what the live run last said of itself
+        stop-request.json           there while `convmae stop` waits to be heard
+        claims/claim-000001.json    who drives it
+        checkpoints/step-00000050/  native ZeRO files, of each attempt of each driver in a folder
+        commits/step-00000050.json  written last: without it the checkpoint does not exist
+        consolidated/               weights as safetensors
+        exports/                    in the formats of others
+        report.html, reconstructions.png
+
+Object stores cannot append, so events and history are written as small parts that one attempt owns and rewrites.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jobs.errors import RunError
+from jobs.run.rows import checked, parsed
+from pipeline.access.places import normal
+from pipeline.store.storage import Storage
+
+if TYPE_CHECKING:  # it imports torch, which commands that only look should not wait for
+    from jobs.recipe.recipe import Recipe
+
+REPORT_NAME = "report.html"
+HISTORY_PART_STEPS = 1000
+"""Steps in one part of the history: what one flush rewrites at most."""
+
+FINAL_STATES = frozenset({"finished", "stopped", "failed"})
+"""Of a heartbeat: no driver works on the run any more."""
+
+_ATTEMPT_NAME = re.compile(r"attempt-\d{4,9}\.jsonl")
+"""Of files of one attempt: others of that folder are not this program's."""
+_PART_NAME = re.compile(r"\d{4,9}-\d{8,12}\.jsonl")
+_NAMES = {"events": _ATTEMPT_NAME, "quarantine": _ATTEMPT_NAME, "history": _PART_NAME}
+RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Names and formats of what is in a run directory. Holds no state; every method reads or writes storage."""
+
+    storage: Storage
+    url: str
+
+    @classmethod
+    def of(cls, storage: Storage, run_root: str, run: str) -> RunDirectory:
+        """The directory of `run` under `run_root`; nothing is read.
+
+        Raises:
+            RunError: If `run` is no usable name.
+        """
+        if not RUN_NAME.fullmatch(run):
+            rule = "must be 1 to 63 lower-case letters, digits, '.', '_' or '-', and start with a letter or digit"
+            raise RunError("run", rule, run, "choose another --run name")
+        return cls(storage, storage.join(run_root, run))
+
+    @classmethod
+    def at(cls, storage: Storage, place: str) -> RunDirectory:
+        """The run directory that lies at a path or URL, as a person writes it; nothing is read.
+
+        Raises:
+            RunError: Its name is none of a run.
+            StorageError: It is no URL.
+        """
+        root, _, name = normal(place).rpartition("/")
+        return cls.of(storage, root or "/", name)
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.url.rpartition("/")[2]
+
+    @property
+    def root(self) -> str:
+        """The run root under which it lies."""
+        return self.url.rpartition("/")[0] or "/"
+
+    def path(self, *parts: str) -> str:
+        """URL of something in the directory."""
+        return self.storage.join(self.url, *parts)
+
+    def exists(self) -> bool:
+        """Whether the run was ever claimed."""
+        return self.storage.exists(self.path("recipe.json"))
+
+    def read_recipe(self) -> Recipe:
+        """The resolved recipe.
+
+        Raises:
+            RunError: If there is no such run, or its recipe is damaged.
+        """
+        from jobs.recipe.recipe import Recipe
+
+        return Recipe.from_json(self.read_recipe_fields())
+
+    def read_recipe_fields(self) -> dict[str, Any]:
+        """The resolved recipe as it was written, for those who must not import torch.
+
+        Raises:
+            RunError: If there is no such run, or it is no JSON object with a model.
+        """
+        url = self.path("recipe.json")
+        try:
+            fields = parsed(self.storage.read(url), url)
+        except FileNotFoundError:
+            remedy = "`convmae list` shows the runs that exist"
+            raise RunError("run", "must exist", self.url, remedy) from None
+        if not isinstance(fields, dict) or not isinstance(fields.get("model"), dict):
+            raise RunError("run directory", "must hold a recipe as a JSON object", url, "restore the file")
+        return fields
+
+    def check_recipe(self, recipe: Recipe) -> bool:
+        """Whether the run exists, with this recipe. Reads only.
+
+        Fields that only say where and how a run executes may differ from attempt to attempt.
+
+        Raises:
+            RunError: If the run exists with a recipe that computes something else.
+        """
+        from jobs.recipe.recipe import difference
+
+        if not self.exists():
+            return False
+        if differences := difference(self.read_recipe().trajectory(), recipe.trajectory()):
+            rule = f"has another recipe under this name ({'; '.join(differences)})"
+            raise RunError("run", rule, self.name, "use the same recipe to resume it, or another --run name")
+        return True
+
+    def claim(self, recipe: Recipe) -> bool:
+        """Record `recipe` as this run's; True if the run is new.
+
+        Raises:
+            RunError: As `check_recipe`.
+        """
+        exists = self.check_recipe(recipe)
+        self.storage.write(self.path("recipe.json"), _json_bytes(recipe.to_json()))
+        return not exists
+
+    def read_events(self) -> list[dict[str, Any]]:
+        """Every event, oldest first."""
+        return [event for name in self._parts("events") for event in self._read_lines("events", name)]
+
+    def write_events(self, attempt: int, events: Iterable[dict[str, Any]]) -> None:
+        """Replace the events of one attempt."""
+        self._write_lines("events", f"attempt-{attempt:04d}.jsonl", events)
+
+    def read_history(self) -> list[dict[str, Any]]:
+        """One row a step, by step; where a step was done again after a restart, the last attempt's row."""
+        rows = {row["step"]: row for name in self._parts("history") for row in self._read_lines("history", name)}
+        return [rows[step] for step in sorted(rows)]
+
+    def write_history(self, attempt: int, first_step: int, rows: Iterable[dict[str, Any]]) -> None:
+        """Replace one part of the history."""
+        self._write_lines("history", f"{attempt:04d}-{first_step:08d}.jsonl", rows)
+
+    def read_quarantine(self) -> list[dict[str, Any]]:
+        """Every sample that was found unusable, once, in the order in which they were found."""
+        return [row for name in self._parts("quarantine") for row in self._read_lines("quarantine", name)]
+
+    def write_quarantine(self, attempt: int, rows: Iterable[dict[str, Any]]) -> None:
+        """Replace what one attempt was the first to find unusable."""
+        self._write_lines("quarantine", f"attempt-{attempt:04d}.jsonl", rows)
+
+    def read_left_out(self) -> list[dict[str, Any]]:
+        """Windows of steps that rollbacks left out, in the order in which they were made."""
+        url = self.path("left-out.json")
+        try:
+            rows = parsed(self.storage.read(url), url)
+        except FileNotFoundError:
+            return []
+        return [checked("left-out", row, url) for row in (rows if isinstance(rows, list) else [rows])]
+
+    def write_left_out(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Replace the windows of steps that rollbacks left out."""
+        self.storage.write(self.path("left-out.json"), json.dumps(list(rows), indent=1).encode() + b"\n")
+
+    def last_attempt(self) -> int:
+        """The number of the newest attempt; 0 if there was none."""
+        names = self._parts("events")
+        return int(names[-1].removeprefix("attempt-").removesuffix(".jsonl")) if names else 0
+
+    def write_heartbeat(self, status: dict[str, Any]) -> None:
+        """Replace what the live run says of itself."""
+        self.storage.write(self.path("heartbeat.json"), _json_bytes(status))
+
+    def read_heartbeat(self) -> dict[str, Any]:
+        """What the live run last said of itself; empty before it first spoke."""
+        url = self.path("heartbeat.json")
+        try:
+            return checked("heartbeat", parsed(self.storage.read(url), url), url)
+        except FileNotFoundError:
+            return {}
+
+    def write_stop_request(self) -> None:
+        """Ask the run, wherever its driver is, to save a checkpoint and end."""
+        self.storage.write(self.path("stop-request.json"), _json_bytes({}))
+
+    def take_stop_request(self) -> bool:
+        """Whether somebody asked the run to stop; the request is then gone."""
+        if not self.storage.exists(self.path("stop-request.json")):
+            return False
+        self.storage.delete(self.path("stop-request.json"))
+        return True
+
+    def _parts(self, folder: str) -> list[str]:
+        names = filter(_NAMES[folder].fullmatch, self.storage.list_names(self.path(folder)))
+        return sorted(names, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
+
+    def _read_lines(self, folder: str, name: str) -> list[dict[str, Any]]:
+        url = self.path(folder, name)
+        try:
+            data = self.storage.read(url)
+        except FileNotFoundError:  # object stores list deleted names for a while
+            return []
+        return [checked(folder, parsed(line, url), url) for line in data.splitlines()]
+
+    def _write_lines(self, folder: str, name: str, rows: Iterable[dict[str, Any]]) -> None:
+        data = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
+        self.storage.write(self.path(folder, name), data.encode())
+
+
+def list_runs(storage: Storage, run_root: str) -> list[RunDirectory]:
+    """Every run under `run_root`, by name."""
+    names = filter(RUN_NAME.fullmatch, storage.list_names(run_root))
+    directories = [RunDirectory(storage, storage.join(run_root, name)) for name in names]
+    return [directory for directory in directories if directory.exists()]
+
+
+def unknown_run(directory: RunDirectory, known: Sequence[str]) -> RunError:
+    """The error for a run that does not exist, with the nearest name that does."""
+    nearest = difflib.get_close_matches(directory.name, known, n=1)
+    remedy = f"did you mean {nearest[0]}?" if nearest else f"runs there: {', '.join(known) or 'none'}"
+    return RunError("run", "must exist", directory.url, remedy)
+
+
+def _json_bytes(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, indent=1, sort_keys=True).encode() + b"\n"

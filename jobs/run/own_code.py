@@ -1,0 +1,37 @@
+"""This project's own code: where it lies, which commit it is, and the command line of a process that runs it."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+
+VARIABLE = "CONVMAE_GIT_COMMIT"
+"""Says it where the code travels without its history: `convmae submit` sets it for the job."""
+
+PROJECT = Path(__file__).resolve().parents[2]
+
+
+def module_command(python: str, module: str, *arguments: str) -> list[str]:
+    """The command line of a process of ours; `python -m` alone would put the current folder before our packages."""
+    return [python, "-P", "-m", module, *arguments]
+
+
+def git_commit(environ: Mapping[str, str], project: Path = PROJECT) -> str:
+    """The commit, with `-dirty` behind it where files differ from it; empty where it is not known."""
+    if VARIABLE in environ:
+        return environ[VARIABLE]
+    return _described(project)
+
+
+@functools.lru_cache(maxsize=4)
+def _described(project: Path) -> str:
+    if not (project / ".git").exists():  # a package within somebody else's repository has another history
+        return ""
+    command = ["git", "-C", str(project), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return answer.stdout.strip() if answer.returncode == 0 else ""

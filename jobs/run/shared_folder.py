@@ -1,0 +1,185 @@
+"""Whether every node sees the same folder: a path is a place on each node's own disk, unless nodes share a file system.
+
+A run whose ranks write to different disks would find no whole checkpoint, and a data set whose shards lie on many
+disks is none. A process knows that it looks at the same folder as another by a landmark: a file, and what it begins
+with.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from jobs.errors import NotSharedError
+from jobs.run.directory import RunDirectory
+from pipeline.errors import UserError
+from pipeline.shard.manifest import MANIFEST_NAME
+from pipeline.store.lease import Claim
+from pipeline.store.storage import Storage, is_local
+
+if TYPE_CHECKING:  # it imports torch, which tasks that only copy should not wait for
+    from jobs.recipe.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+
+LANDMARK_BYTES = 4096
+ANSWER_SECONDS = 60.0
+"""How long a node may take to look; one that does not answer is not refused, since its ranks look again."""
+
+
+@dataclass(frozen=True)
+class Landmark:
+    """A file by which a process knows a folder on a local disk."""
+
+    field: str
+    """What a person calls the folder."""
+    folder: str
+    url: str
+    """Of the file."""
+    start: bytes
+    """What it begins with."""
+
+    @classmethod
+    def of(cls, storage: Storage, field: str, folder: str, url: str) -> Landmark:
+        """A file that lies there."""
+        return cls(field, folder, url, storage.read_start(url, LANDMARK_BYTES))
+
+    def is_seen(self, storage: Storage) -> bool:
+        """Whether it lies where this process looks."""
+        try:
+            return storage.read_start(self.url, len(self.start)) == self.start
+        except (OSError, UserError):
+            return False
+
+
+Landmarks = tuple[Landmark, ...]
+
+
+def run_landmarks(recipe: Recipe, run: RunDirectory, claim: Claim) -> Landmarks:
+    """Of what every rank needs for as long as the run trains, where it lies on a local disk."""
+    return (*claim_landmarks("run_root", run.url, claim), *manifest_landmarks(run.storage, recipe.data))
+
+
+def input_landmarks(storage: Storage, recipe: Recipe, first_tar: str) -> Landmarks:
+    """Of what ranks read besides, and may do without later: tars of the data set, and weights to start from."""
+    places = (("data", recipe.data, first_tar), ("init_from", recipe.init_from, recipe.init_from))
+    return tuple(mark for field, folder, url in places if url for mark in file_landmarks(storage, field, folder, url))
+
+
+def manifest_landmarks(storage: Storage, url: str) -> Landmarks:
+    """Of a data set."""
+    return file_landmarks(storage, "data", url, Storage.join(url, MANIFEST_NAME))
+
+
+def file_landmarks(storage: Storage, field: str, folder: str, url: str) -> Landmarks:
+    """A file on a local disk, if it is one that can be read."""
+    if not is_local(url):
+        return ()
+    with contextlib.suppress(OSError, UserError):  # whoever needs it says what is wrong with it
+        return (Landmark.of(storage, field, folder, url),)
+    return ()
+
+
+def claim_landmarks(field: str, folder: str, claim: Claim) -> Landmarks:
+    """The claim that this process holds on a folder on a local disk."""
+    return (Landmark(field, folder, claim.url, claim.first_bytes),) if is_local(folder) else ()
+
+
+@contextlib.contextmanager
+def planted(storage: Storage, field: str, folder: str) -> Iterator[Landmarks]:
+    """A file of its own in a folder on a local disk, while the context is open."""
+    if not folder or not is_local(folder):
+        yield ()
+        return
+    url, start = Storage.join(folder, f".seen-{os.urandom(8).hex()}"), os.urandom(16).hex().encode()
+    storage.write(url, start)
+    try:
+        yield (Landmark(field, folder, url, start),)
+    finally:
+        storage.delete(url)
+
+
+def check_seen_here(storage: Storage, landmarks: Sequence[Landmark]) -> None:
+    """Refuse to work on a node that does not see what the others see.
+
+    Raises:
+        NotSharedError: It does not.
+    """
+    for landmark in landmarks:
+        if not landmark.is_seen(storage):
+            raise _not_shared(landmark, [socket.gethostname()])
+
+
+def check_seen_by_all(
+    storage: Storage, landmarks: Sequence[Landmark], takes_part: Callable[[Mapping[str, float]], bool]
+) -> None:
+    """Ask the other nodes of the connected cluster, if there are any.
+
+    Args:
+        storage: Reaches the places.
+        landmarks: As this process sees them.
+        takes_part: Whether a node with these resources will work on them.
+
+    Raises:
+        NotSharedError: Some do not see one of them; names the nodes.
+    """
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    nodes: Any = ray.nodes()  # type: ignore[no-untyped-call]
+    others = [node for node in nodes if node["Alive"] and node["NodeID"] != here and takes_part(node["Resources"])]
+    if landmarks and others:
+        refuse_unseen(landmarks, _asked(storage, landmarks, others))
+
+
+def refuse_unseen(landmarks: Sequence[Landmark], unseen: Mapping[str, Sequence[int]]) -> None:
+    """Raise for the first landmark that a node does not see.
+
+    Args:
+        landmarks: What was looked for.
+        unseen: Numbers of those that were not seen, by the node's name.
+
+    Raises:
+        NotSharedError: There is one.
+    """
+    for number, landmark in enumerate(landmarks):
+        if names := sorted(name for name, missing in unseen.items() if number in missing):
+            raise _not_shared(landmark, names)
+
+
+def _asked(
+    storage: Storage, landmarks: Sequence[Landmark], nodes: Sequence[Mapping[str, Any]]
+) -> dict[str, Sequence[int]]:
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    look: Any = ray.remote(num_cpus=0)(_unseen)
+    places = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in nodes]
+    asked = [look.options(scheduling_strategy=place).remote(storage, tuple(landmarks)) for place in places]
+    ready, _ = ray.wait(asked, num_returns=len(asked), timeout=ANSWER_SECONDS)
+    answers: dict[str, Sequence[int]] = {}
+    for node, answer in zip(nodes, asked, strict=True):
+        name = f"{node['NodeManagerHostname']} ({node['NodeManagerAddress']})"
+        try:
+            if answer not in ready:
+                raise TimeoutError
+            answers[name] = ray.get(answer)
+        except (RayError, TimeoutError):
+            logger.warning("node %s did not say whether it sees %s", name, ", ".join(mark.folder for mark in landmarks))
+    return answers
+
+
+def _unseen(storage: Storage, landmarks: Landmarks) -> list[int]:
+    return [number for number, landmark in enumerate(landmarks) if not landmark.is_seen(storage)]
+
+
+def _not_shared(landmark: Landmark, names: Sequence[str]) -> NotSharedError:
+    who = f"{', '.join(names)} {'does' if len(names) == 1 else 'do'} not"
+    remedy = "take s3:// or another store, or a folder on a file system that all nodes mount at this path"
+    return NotSharedError(landmark.field, f"must be seen by every node ({who})", landmark.folder, remedy)

@@ -1,0 +1,239 @@
+"""A checkpoint in the formats of others: the official names, our backbone, a Hugging Face folder, ONNX."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from jobs.checkpoint.checkpoint import folder_name
+from jobs.errors import ExportError
+from jobs.run.directory import RunDirectory
+from jobs.weights import onnx_export
+from jobs.weights.consolidated import Weights, model_json, sha256_of, write_tensors
+from jobs.weights.model_card import write_card
+from model import Backbone, ConvMAE, ConvMAEConfig
+from model.config import PATCH_PIXELS
+from model.errors import ModelConfigError
+from model.pixels import IMAGENET_MEAN, IMAGENET_STD
+from model.weights import to_official
+from pipeline.access.places import normal
+from pipeline.host.scratch import scratch_folder
+from pipeline.store.storage import Storage
+
+OFFICIAL_KERNEL_SIZE = 5
+ABOUT = "convmae_pretrain"
+"""Key of an official file, beside `model`, under which our metadata are; the official code does not look at it."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported, and where it comes from."""
+
+    weights: Weights
+    run: RunDirectory | None
+    """Its history and pictures go into the model card; None for a file on its own."""
+    image_size: tuple[int, int]
+    """Of the ONNX model's input."""
+
+    @classmethod
+    def of(cls, weights: Weights, run: RunDirectory | None, image_size: str = "") -> Source:
+        """Take weights with an image size as it is written on the command line; empty: that of the pretraining.
+
+        Raises:
+            ExportError: The size is none.
+        """
+        match = re.fullmatch(r"(\d+)(?:x(\d+))?", image_size)
+        if not image_size:
+            return cls(weights, run, weights.config.image_shape)
+        sides = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
+        if not all(sides) or any(side % PATCH_PIXELS for side in sides):
+            rule = f"must be a side or HEIGHTxWIDTH, multiples of {PATCH_PIXELS}"
+            raise ExportError("--image-size", rule, image_size, "write 512, or 512x768")
+        return cls(weights, run, sides)
+
+    @property
+    def stem(self) -> str:
+        """Of file names: run and step, as far as they are known."""
+        metadata = self.weights.metadata
+        step = f"-{folder_name(int(metadata['step']))}" if metadata.get("step", "").isdecimal() else ""
+        return f"{metadata.get('run') or 'convmae'}{step}"
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written."""
+
+    url: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Format:
+    """One format: what it is called, and how it is written into a local folder."""
+
+    suffix: str
+    """Of its only file; empty where it is a folder of files."""
+    write: Callable[[Source, Path, str], None]
+    """Given the source, an empty local folder, and the name of the only file."""
+
+
+def export(source: Source, name: str, storage: Storage, out: str, *, force: bool = False) -> list[Exported]:
+    """Write a checkpoint in the format `name`; nothing is left under `out` if it cannot be made.
+
+    Args:
+        source: What to export.
+        name: One of FORMATS.
+        storage: Reaches `out`.
+        out: The file, if it ends as files of the format do; else a folder.
+        force: Replace what is there.
+
+    Raises:
+        ExportError: The target exists, a package is missing, or the format cannot hold this model.
+    """
+    check_format(name)
+    form = FORMATS[name]
+    folder, file_name = normal(out), f"{source.stem}-{name}{form.suffix}"
+    if form.suffix and folder.endswith(form.suffix):
+        folder, _, file_name = folder.rpartition("/")
+    target = storage.join(folder, file_name) if form.suffix else folder
+    storage.check(folder, write=True)
+    if not force and _exists(storage, target, is_folder=not form.suffix):
+        raise ExportError("--out", "must not exist yet", target, "take another place, or replace it with --force")
+    with scratch_folder() as scratch:
+        form.write(source, Path(scratch), file_name)
+        exported = []
+        for path in sorted(Path(scratch).iterdir()):
+            url = storage.join(folder, path.name)
+            storage.upload(path, url)
+            exported.append(Exported(url, path.stat().st_size, sha256_of(path)))
+    return exported
+
+
+def check_format(name: str) -> None:
+    """Find out before any work whether a format can be written.
+
+    Raises:
+        ExportError: It is unknown, or a package is missing.
+    """
+    if name not in FORMATS:
+        raise ExportError("--format", f"must be one of {', '.join(FORMATS)}", name, "see `convmae export --help`")
+    if name == "onnx":
+        onnx_export.check_packages()
+
+
+def _exists(storage: Storage, target: str, *, is_folder: bool) -> bool:
+    return bool(storage.list_names(target)) if is_folder else storage.exists(target)
+
+
+def _write_official(source: Source, folder: Path, name: str) -> None:
+    weights = source.weights
+    check_official(weights.config)
+    state = {key: value.contiguous() for key, value in to_official(weights.tensors).items()}
+    about = {**weights.metadata, "model": model_json(weights.config)}
+    torch.save({"model": state, ABOUT: about}, folder / name)
+
+
+def check_official(config: ConvMAEConfig) -> None:
+    """Whether the official pretraining class can be made in this shape.
+
+    Raises:
+        ExportError: It has no such field; names it.
+    """
+    rows, columns = config.grid
+    limits: list[tuple[str, object, object]] = [("image_size", rows == columns, True)]
+    if config.has_convolutions:
+        limits += [("kernel_size", config.kernel_size, OFFICIAL_KERNEL_SIZE), ("fusion", config.fusion, True)]
+    for field, value, wanted in limits:
+        if value != wanted:
+            rule = f"must be {'square' if field == 'image_size' else wanted} in the official code"
+            remedy = "the formats hf and backbone hold every model"
+            raise ExportError(f"model.{field}", rule, getattr(config, field), remedy)
+
+
+def _write_backbone(source: Source, folder: Path, name: str) -> None:
+    state = _backbone(source.weights).state_dict()
+    _save(state, folder / name, source.weights)
+
+
+def _write_hugging_face(source: Source, folder: Path, _: str) -> None:
+    weights = source.weights
+    model = ConvMAE(weights.config)
+    model.load_state_dict(dict(weights.tensors), strict=True)
+    _save(model.state_dict(), folder / "model.safetensors", weights)
+    _write_json(folder / "config.json", hugging_face_config(weights))
+    height, width = weights.config.image_shape
+    _write_json(
+        folder / "preprocessor_config.json",
+        {
+            "do_resize": True,
+            "size": {"height": height, "width": width},
+            "resample": 3,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": IMAGENET_MEAN,
+            "image_std": IMAGENET_STD,
+        },
+    )
+    write_card(folder, weights, source.run)
+
+
+def hugging_face_config(weights: Weights) -> dict[str, object]:
+    """What `config.json` says: the names that `transformers` uses, and under `convmae` all fields as they are."""
+    config = weights.config
+    return {
+        "model_type": "convmae",
+        "architectures": ["ConvMAE"],
+        "torch_dtype": str(next(iter(weights.tensors.values())).dtype).removeprefix("torch."),
+        "image_size": list(config.image_shape),
+        "patch_size": PATCH_PIXELS,
+        "num_channels": 3,
+        "hidden_sizes": list(config.embed_dim),
+        "depths": list(config.depth),
+        "num_attention_heads": config.num_heads,
+        "mlp_ratio": list(config.mlp_ratio),
+        "decoder_hidden_size": config.decoder_dim,
+        "decoder_num_hidden_layers": config.decoder_depth,
+        "decoder_num_attention_heads": config.decoder_num_heads,
+        "mask_ratio": config.mask_ratio,
+        "norm_pix_loss": config.norm_pix,
+        "convmae": json.loads(model_json(config)),
+        "pretraining": dict(weights.metadata),
+    }
+
+
+def _write_onnx(source: Source, folder: Path, name: str) -> None:
+    onnx_export.write(_backbone(source.weights), folder / name, source.image_size)
+
+
+def _backbone(weights: Weights) -> Backbone:
+    try:
+        backbone = Backbone(weights.config)
+    except ModelConfigError as error:
+        raise ExportError(f"model.{error.field}", error.rule, error.value, "take --format official or hf") from None
+    backbone.load(weights.tensors)
+    return backbone.eval()
+
+
+def _save(state: Mapping[str, Tensor], path: Path, weights: Weights) -> None:
+    metadata = {**weights.metadata, "format": "pt", "model": model_json(weights.config)}
+    write_tensors(state, path, metadata)
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", "utf-8")
+
+
+FORMATS: Mapping[str, Format] = {
+    "official": Format(".pth", _write_official),
+    "backbone": Format(".safetensors", _write_backbone),
+    "hf": Format("", _write_hugging_face),
+    "onnx": Format(".onnx", _write_onnx),
+}

@@ -1,0 +1,195 @@
+"""How a consolidated state dict lies in safetensors files, before a byte of it is read.
+
+A file is eight bytes with the header's length, the header (JSON), and the tensors without gaps. All is known from
+names, shapes and types alone, so a file can be cut into parts that are made independently of each other. Tensors keep
+the order in which they lie in the checkpoint, wider types first so that all are aligned: a part then reads few ranges.
+
+Source: https://huggingface.co/docs/safetensors/index#format; for several files, the index of Hugging Face's models.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from jobs.checkpoint.torch_archive import ITEM_BYTES
+from jobs.checkpoint.zero_layout import Extent, SourceTensor
+from jobs.errors import CheckpointError
+from pipeline.store.parted_write import MOST_PARTS
+
+PART_BYTES = 8 << 20
+MOST_PART_BYTES = 32 << 20
+"""A task holds about four times this."""
+INDEX_NAME = "model.safetensors.index.json"
+FILE_NAME = "model.safetensors"
+_ALIGNMENT = 8
+
+DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
+"""Types of floating-point tensors that can be asked for, and their names in safetensors."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Some values of one tensor, and where they lie."""
+
+    tensor: str
+    source_dtype: str
+    dtype: str
+    extents: tuple[Extent, ...]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A range of one file: literal bytes, then slices of tensors."""
+
+    url: str
+    number: int
+    """From 1 on."""
+    offset: int
+    literal: bytes
+    slices: tuple[Slice, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One safetensors file that is to be made."""
+
+    url: str
+    tensors: tuple[SourceTensor, ...]
+    metadata: Mapping[str, str]
+    dtype: str
+    """Of floating-point tensors, as in safetensors."""
+    least_part_bytes: int = PART_BYTES
+
+    def dtype_of(self, tensor: SourceTensor) -> str:
+        """What `tensor` is stored as; what is not floating-point keeps its type."""
+        return self.dtype if tensor.is_floating_point else tensor.dtype
+
+    def bytes_of(self, tensor: SourceTensor) -> int:
+        """What `tensor` takes in the file."""
+        return tensor.elements * ITEM_BYTES[self.dtype_of(tensor)]
+
+    @cached_property
+    def ordered(self) -> tuple[SourceTensor, ...]:
+        """The tensors in the order of their bytes."""
+        return tuple(sorted(self.tensors, key=lambda tensor: -ITEM_BYTES[self.dtype_of(tensor)]))
+
+    @cached_property
+    def header(self) -> bytes:
+        """The file up to its first tensor; a multiple of eight bytes."""
+        entries: dict[str, object] = {"__metadata__": dict(self.metadata)}
+        for tensor, start, end in zip(self.ordered, self._starts, self._starts[1:], strict=False):
+            entries[tensor.name] = {
+                "dtype": self.dtype_of(tensor),
+                "shape": list(tensor.shape),
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+        text += b" " * (-len(text) % _ALIGNMENT)
+        return len(text).to_bytes(8, "little") + text
+
+    @cached_property
+    def _starts(self) -> list[int]:
+        """Where each tensor's bytes begin behind the header, and where the last one's end."""
+        starts = [0]
+        for tensor in self.ordered:
+            starts.append(starts[-1] + self.bytes_of(tensor))
+        return starts
+
+    @property
+    def bytes(self) -> int:
+        """Size of the file."""
+        return len(self.header) + self._starts[-1]
+
+    @property
+    def part_bytes(self) -> int:
+        """Size of all parts but the last; a multiple of eight, so that no value is cut."""
+        needed = -(-self.bytes // MOST_PARTS)
+        return max(self.least_part_bytes, needed + (-needed % _ALIGNMENT))
+
+    @property
+    def part_count(self) -> int:
+        """In how many parts it is made."""
+        return -(-self.bytes // self.part_bytes)
+
+    def parts(self) -> Iterator[Part]:
+        """Its parts, in order."""
+        for index in range(self.part_count):
+            offset = index * self.part_bytes
+            end = min(offset + self.part_bytes, self.bytes)
+            literal = self.header[offset:end]
+            begin = max(offset, len(self.header)) - len(self.header)
+            slices = tuple(self._slices(begin, max(begin, end - len(self.header))))
+            yield Part(self.url, index + 1, offset, literal, slices, end - offset)
+
+    def _slices(self, start: int, stop: int) -> Iterator[Slice]:
+        """The values at bytes [start, stop) behind the header."""
+        index = max(0, bisect.bisect_right(self._starts, start) - 1)
+        while start < stop:
+            tensor, begin = self.ordered[index], self._starts[index]
+            end = min(stop, self._starts[index + 1])
+            dtype = self.dtype_of(tensor)
+            first, last = ((edge - begin) // ITEM_BYTES[dtype] for edge in (start, end))
+            if last > first:
+                yield Slice(tensor.name, tensor.dtype, dtype, tuple(tensor.extents(first, last)))
+            start, index = end, index + 1
+
+
+def one_file(url: str, tensors: Sequence[SourceTensor], metadata: Mapping[str, str], dtype: str) -> WeightFile:
+    """All tensors in one file.
+
+    Raises:
+        CheckpointError: They are too large for one.
+    """
+    file = WeightFile(url, tuple(tensors), metadata, dtype)
+    if file.part_bytes > MOST_PART_BYTES:
+        most = MOST_PARTS * MOST_PART_BYTES
+        remedy = "make several with --shard-bytes 50GB"
+        raise CheckpointError("checkpoint", f"must fit one file of at most {most} bytes", file.bytes, remedy)
+    return file
+
+
+def several_files(
+    folder: str, tensors: Sequence[SourceTensor], metadata: Mapping[str, str], dtype: str, most_bytes: int
+) -> list[WeightFile]:
+    """The tensors in as many files as it takes for none to be larger than `most_bytes`; one keeps the plain name.
+
+    Raises:
+        CheckpointError: A tensor alone is larger, or a file of that size cannot be made.
+    """
+    empty = WeightFile(f"{folder}/{FILE_NAME}", (), metadata, dtype)
+    least = empty.bytes + _ALIGNMENT
+    bins: list[list[SourceTensor]] = [[]]
+    room = most_bytes - least
+    for tensor in sorted(tensors, key=lambda tensor: -ITEM_BYTES[empty.dtype_of(tensor)]):
+        needed = empty.bytes_of(tensor) + _entry_bytes(tensor)
+        if needed > most_bytes - least:
+            rule, remedy = f"must hold the largest tensor, {tensor.name}", f"take {needed + least} or more"
+            raise CheckpointError("--shard-bytes", rule, most_bytes, remedy)
+        if needed > room:
+            bins.append([])
+            room = most_bytes - least
+        bins[-1].append(tensor)
+        room -= needed
+    names = [f"model-{number:05d}-of-{len(bins):05d}.safetensors" for number in range(1, len(bins) + 1)]
+    if len(bins) == 1:
+        names = [FILE_NAME]
+    return [one_file(f"{folder}/{name}", held, metadata, dtype) for name, held in zip(names, bins, strict=True)]
+
+
+def _entry_bytes(tensor: SourceTensor) -> int:
+    """What a tensor takes in a header, at most."""
+    entry = {tensor.name: {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [1 << 60, 1 << 60]}}
+    return len(json.dumps(entry, ensure_ascii=False).encode())
+
+
+def index_of(files: Sequence[WeightFile]) -> bytes:
+    """The index of several files, as Transformers reads it."""
+    total = sum(file.bytes_of(tensor) for file in files for tensor in file.tensors)
+    names = {tensor.name: file.url.rpartition("/")[2] for file in files for tensor in file.tensors}
+    index = {"metadata": {**files[0].metadata, "total_size": total}, "weight_map": names}
+    return json.dumps(index, indent=2, sort_keys=True).encode() + b"\n"

@@ -1,0 +1,307 @@
+"""Where a run starts from: weights of another training, official or our own, instead of random ones.
+
+`convmae import` turns a file of others into a consolidated one; the recipe's `init_from` names that. Its SHA-256
+becomes part of the run, so that every attempt before the first checkpoint starts from the same bytes. A run that has a
+checkpoint goes on from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import warnings
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from jobs.checkpoint.rank_group import RankGroup, Room
+from jobs.checkpoint.torch_archive import LARGEST_PICKLE_BYTES, check_directory
+from jobs.errors import WeightsFileError
+from jobs.recipe.recipe import Recipe
+from jobs.run.directory import RunDirectory
+from jobs.weights.consolidated import (
+    SUFFIX,
+    check_dtypes,
+    check_finite,
+    check_header,
+    check_heads,
+    check_values,
+    local_copy,
+    model_config,
+    model_json,
+    opened_file,
+    sha256_of,
+    shapes_of,
+    write_tensors,
+)
+from jobs.weights.names import WeightNames, described, fresh_tensors, weight_names
+from model import ConvMAEConfig
+from pipeline.errors import clipped
+from pipeline.host.scratch import scratch_folder
+from pipeline.store.storage import Storage
+
+_NESTED = ("model", "state_dict", "module")
+"""Names under which training codes keep a state dict: the official one, many others, DeepSpeed."""
+_DEEPEST_NESTING = 3
+_END_BYTES = 22
+"""Of a zip archive's end, without a comment."""
+_END_64_BYTES = 56 + 20
+"""Of what stands before it where places have 64 bits."""
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A file that runs can start from."""
+
+    url: str
+    bytes: int
+    sha256: str
+    source_sha256: str
+    notes: tuple[str, ...]
+    """How the file was taken where its tensors are not simply those of the model, a line each."""
+
+
+def import_weights(
+    storage: Storage,
+    source: str,
+    out: str,
+    config: ConvMAEConfig,
+    *,
+    fresh_decoder_seed: int | None = None,
+    force: bool = False,
+) -> Imported:
+    """Turn weights of the official code, as they are published or kept, into a file that a run can start from.
+
+    Args:
+        storage: Reaches both.
+        source: URL of a file of PyTorch or of safetensors, ours too.
+        out: URL of the file to write; `.safetensors`.
+        config: Of the model that shall take the weights.
+        fresh_decoder_seed: Take the encoder alone, with the decoder that a run of this seed would begin with.
+        force: Replace what is there.
+
+    Raises:
+        WeightsFileError: The file cannot be read, is of another model (names the missing, unexpected and misshapen
+            tensors) or holds what are no weights, or the target exists.
+    """
+    if not out.endswith(SUFFIX):
+        raise WeightsFileError("OUT", f"must end in {SUFFIX}", out, f"write it as {out.rstrip('/')}/weights{SUFFIX}")
+    storage.check(out.rpartition("/")[0] or ".", write=True)
+    if storage.exists(out) and not force:
+        raise WeightsFileError("OUT", "must not exist yet", out, "take another place, or replace it with --force")
+    with local_copy(storage, source) as path, scratch_folder() as scratch:
+        source_sha256 = sha256_of(path)
+        tensors, names = _taken(path, source, config, fresh_decoder=fresh_decoder_seed is not None)
+        check_finite(tensors.items(), source)
+        target = Path(scratch, "weights")
+        metadata = {
+            "format": "pt",
+            "model": model_json(config),
+            "imported_from": source,
+            "source_sha256": source_sha256,
+        }
+        notes = names.notes
+        if fresh_decoder_seed is not None:
+            tensors |= fresh_tensors(names.fresh, config, fresh_decoder_seed)
+            metadata["fresh_decoder_seed"] = str(fresh_decoder_seed)
+            notes += (f"fresh from seed {fresh_decoder_seed}: {described(names.fresh)}",)
+        write_tensors({name: value.float() for name, value in tensors.items()}, target, metadata)
+        storage.upload(target, out)
+        sha256 = sha256_of(target)
+        storage.write(f"{out}.sha256", f"{sha256}  {out.rpartition('/')[2]}\n".encode())
+        return Imported(out, target.stat().st_size, sha256, source_sha256, notes)
+
+
+def _taken(
+    path: Path, url: str, config: ConvMAEConfig, *, fresh_decoder: bool
+) -> tuple[dict[str, Tensor], WeightNames]:
+    """The tensors of a local file by our names, each of a type that weights may have."""
+    if not _is_safetensors(path, url):
+        state = _loaded(path, url)
+        names = weight_names(state, config, url, fresh_decoder=fresh_decoder)
+        tensors = {name: state[theirs] for name, theirs in names.places.items()}
+        check_dtypes({name: tensor.dtype for name, tensor in tensors.items()}, url)
+        return tensors, names
+    with opened_file(path, url) as file:
+        if "model" in (metadata := dict(file.metadata() or {})):
+            check_heads(model_config(metadata, url), config, url)
+        names = weight_names(shapes_of(file), config, url, fresh_decoder=fresh_decoder)
+        check_dtypes({name: file.get_slice(theirs).get_dtype() for name, theirs in names.places.items()}, url)
+        return {name: file.get_tensor(theirs) for name, theirs in names.places.items()}, names
+
+
+def _is_safetensors(path: Path, url: str) -> bool:
+    """By its name or its first bytes, whose header is JSON."""
+    with path.open("rb") as file:
+        return url.endswith(SUFFIX) or file.read(9)[8:] == b"{"
+
+
+def pinned(storage: Storage, recipe: Recipe, run: RunDirectory) -> Recipe:
+    """The recipe with the SHA-256 of the file that `init_from` names, which is compared with the model.
+
+    A run that exists keeps what it began with; its file may be gone by now.
+
+    Raises:
+        WeightsFileError: The file is missing, of another model, not finite, or not the one whose `init_sha256` was
+            given.
+    """
+    if not recipe.init_from:
+        return recipe
+    if run.exists():
+        began = run.read_recipe()
+        if began.init_from == recipe.init_from and recipe.init_sha256 in ("", began.init_sha256):
+            return recipe.amended({"init_sha256": began.init_sha256})
+    with local_copy(storage, recipe.init_from) as path:
+        check_header(path, recipe.init_from, recipe.model)
+        check_values(path, recipe.init_from)
+        return recipe.amended({"init_sha256": _checked_sha256(path, recipe)})
+
+
+def load_initial_weights(storage: Storage, recipe: Recipe, group: RankGroup) -> dict[str, Tensor]:
+    """The state dict that a new run starts from. Collective: rank 0 reads the file, and tells the others.
+
+    Raises:
+        WeightsFileError: The file is not the one that the run was submitted with; the same on all ranks.
+    """
+
+    def read() -> dict[str, Tensor]:
+        with local_copy(storage, recipe.init_from) as path:
+            _checked_sha256(path, recipe)
+            return dict(load_file(path))
+
+    state = group.together(lambda: read() if group.rank == 0 else {})
+    kinds = group.told({name: (value.shape, value.dtype) for name, value in state.items()})
+    shared = Room(kinds)
+    for name, value in state.items():
+        shared.tensors[name].copy_(value)
+    group.add_up(shared.bytes)
+    return dict(shared.tensors)
+
+
+def _checked_sha256(path: Path, recipe: Recipe) -> str:
+    found = sha256_of(path)
+    if recipe.init_sha256 not in ("", found):
+        rule = f"must be the file with SHA-256 {recipe.init_sha256[:16]}…, and that there has {found[:16]}…"
+        raise WeightsFileError("init_from", rule, recipe.init_from, "bring it back, or start another run")
+    return found
+
+
+def _loaded(path: Path, url: str) -> dict[str, Tensor]:
+    remedy = "give the .pth that the official main_pretrain.py or `convmae export --format official` wrote"
+    try:
+        state = _state_dict(path)
+    # The file is not trusted, and torch.load raises whatever a pickle made it do. What it says is not passed on: it
+    # advises to load the file without checks.
+    except Exception as error:
+        rule = f"must be a PyTorch file of tensors alone, and whole ({_reason(error)})"
+        raise WeightsFileError("weights", rule, url, remedy) from None
+    if state is None:
+        raise WeightsFileError("weights", 'must hold a state dict, or one under "model" or "state_dict"', url, remedy)
+    for name, tensor in state.items():
+        is_dense = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_nested
+        if not is_dense or tensor.is_meta:
+            rule = f"must be dense tensors with values ({clipped(name)} is {_kind(tensor)})"
+            raise WeightsFileError(
+                "weights", rule, url, "save the model's state dict from the CPU, as it is in training"
+            )
+    return state
+
+
+def _kind(tensor: Tensor) -> str:
+    if tensor.is_meta:
+        return "meta"
+    return str(tensor.layout).removeprefix("torch.") if tensor.layout is not torch.strided else type(tensor).__name__
+
+
+def _reason(error: Exception) -> str:
+    return str(error) if isinstance(error, zipfile.BadZipFile) else type(error).__name__
+
+
+def _state_dict(path: Path) -> dict[str, Tensor] | None:
+    """The tensors by name, as plain ones, whatever attributes the file gave them; None where there is something else.
+
+    Raises:
+        Exception: Of any kind.
+    """
+    with path.open("rb") as opened:
+        is_archive = opened.read(4) == b"PK\x03\x04"
+    if is_archive:
+        _check_archive(path)
+    # The official code keeps its argparse.Namespace beside the weights: a plain record, which runs nothing.
+    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd pickles and tensors, most of which are refused in one line
+        if is_archive:
+            found = torch.load(path, map_location="cpu", weights_only=True)
+        else:
+            with _BoundedPickles(io.FileIO(path)) as older:
+                found = torch.load(older, map_location="cpu", weights_only=True)
+    if not isinstance(found, dict):
+        return None
+    state = _innermost(found)
+    if not state:
+        return None
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in dict.items(state)):
+        return None
+    return {name: Tensor.detach(value) for name, value in dict.items(state)}
+
+
+def _innermost(found: dict[Any, Any]) -> dict[Any, Any]:
+    """The state dict in what is kept with it."""
+    for _ in range(_DEEPEST_NESTING):
+        within = [value for name in _NESTED if isinstance(value := dict.get(found, name), dict)]
+        if not within:
+            break
+        found = within[0]
+    return found
+
+
+def _check_archive(path: Path) -> None:
+    """Refuse an archive that takes more memory than its file, or of which torch would read another directory.
+
+    Raises:
+        zipfile.BadZipFile: It is such.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+        check_directory(archive, size)
+        if not _is_read_alike(file, size, archive.start_dir):
+            raise zipfile.BadZipFile("its directory is not where its end says")
+
+
+def _is_read_alike(file: BinaryIO, size: int, found: int) -> bool:
+    """Whether torch reads the directory that Python found.
+
+    Python takes the one that lies right before the archive's end, torch the one at the place that the end tells.
+    """
+    file.seek(max(0, size - _END_BYTES - _END_64_BYTES))
+    end = file.read()
+    places = {int.from_bytes(end[-6:-2], "little")}
+    if end[-42:-38] == b"PK\x06\x07":  # the place of the record with places of 64 bits, of which torch writes both
+        record = int.from_bytes(end[-34:-26], "little")
+        if end[:4] != b"PK\x06\x06" or record != size - len(end):
+            return False
+        places = {*(places - {0xFFFFFFFF}), int.from_bytes(end[48:56], "little")}
+    return end[-22:-18] == b"PK\x05\x06" and places == {found}
+
+
+class _BoundedPickles(io.BufferedReader):
+    """A file of PyTorch before 1.6: pickles, which Python reads through this, and values, which torch reads past it."""
+
+    _left = LARGEST_PICKLE_BYTES
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        return self._counted(super().read(size))
+
+    def readline(self, size: int | None = -1, /) -> bytes:
+        return self._counted(super().readline(size))
+
+    def _counted(self, data: bytes) -> bytes:
+        self._left -= len(data)
+        if self._left < 0:
+            raise ValueError(f"more than {LARGEST_PICKLE_BYTES} bytes of objects")
+        return data

@@ -1,0 +1,154 @@
+"""The README of an exported model: what it is, how it was trained, how it is loaded, with its pictures."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from jobs.report.charts import History, thinned, trend
+from jobs.run.directory import RunDirectory
+from jobs.weights.consolidated import Weights
+
+RAW_POINTS = 1200
+TREND_POINTS = 120
+LOSS_PICTURE = "loss.png"
+RECONSTRUCTIONS = "reconstructions.png"
+
+_CARD = """\
+---
+library_name: pytorch
+pipeline_tag: image-feature-extraction
+tags:
+- convmae
+- masked-image-modeling
+- self-supervised
+---
+
+# $name
+
+ConvMAE ([arXiv:2205.03892](https://arxiv.org/abs/2205.03892)), pretrained by reconstructing masked images: an encoder
+whose three stages give maps at strides 4, 8 and 16, and the decoder of the pretraining. It has no classification head.
+
+$facts
+
+## Use
+
+With convmae-pretrain installed, the whole model:
+
+```python
+import json
+
+from safetensors.torch import load_file
+from model import Backbone, ConvMAE, ConvMAEConfig
+
+config = ConvMAEConfig(**json.load(open("config.json"))["convmae"])
+model = ConvMAE(config)
+model.load_state_dict(load_file("model.safetensors"))
+```
+$backbone
+Images are RGB, scaled to 0..1 and normalised with the mean and deviation in `preprocessor_config.json`.
+$results
+## Recipe
+
+| field | value |
+|---|---|
+$recipe
+
+## Provenance
+
+| | |
+|---|---|
+$provenance
+"""
+_BACKBONE = """
+The encoder alone, for images of any size:
+
+```python
+backbone = Backbone(config, drop_path=0.1)
+backbone.load(load_file("model.safetensors"))
+stage1, stage2, stage3 = backbone(images)  # images: (B, 3, H, W)
+```
+"""
+
+
+def write_card(folder: Path, weights: Weights, run: RunDirectory | None) -> None:
+    """Write `README.md` into a local folder, and beside it the pictures that the run has.
+
+    Args:
+        folder: Where to.
+        weights: What the card describes.
+        run: Whose recipe, history and reconstructions are shown; None where it is not known.
+    """
+    rows = _history_until(run, weights.metadata) if run else []
+    if rows:
+        (folder / LOSS_PICTURE).write_bytes(loss_picture(History.of(rows)))
+    if run and run.storage.exists(picture := run.path(RECONSTRUCTIONS)):
+        (folder / RECONSTRUCTIONS).write_bytes(run.storage.read(picture))
+    has_picture = (folder / RECONSTRUCTIONS).exists()
+    (folder / "README.md").write_text(card(weights, run, rows, has_picture=has_picture), "utf-8")
+
+
+def card(weights: Weights, run: RunDirectory | None, rows: list[dict[str, Any]], *, has_picture: bool) -> str:
+    """The text of the README."""
+    recipe: Mapping[str, Any] = run.read_recipe().to_json() if run else {}
+    metadata = dict(weights.metadata)
+    fields = {**{key: value for key, value in recipe.items() if key not in ("model", "run_root")}, **_model(weights)}
+    pictures = [f"![loss over steps]({LOSS_PICTURE})"] if rows else []
+    pictures += [f"![originals, masked images and reconstructions]({RECONSTRUCTIONS})"] if has_picture else []
+    return Template(_CARD).substitute(
+        name=metadata.get("run") or "ConvMAE",
+        facts="\n".join(f"- {line}" for line in _facts(weights, rows)),
+        backbone=_BACKBONE if weights.config.has_convolutions else "",
+        results="\n## Pretraining\n\n" + "\n\n".join(pictures) + "\n" if pictures else "",
+        recipe="\n".join(_row(key, value) for key, value in fields.items()),
+        provenance="\n".join(_row(key, value) for key, value in metadata.items()),
+    )
+
+
+def loss_picture(history: History) -> bytes:
+    """The loss over steps as PNG: as recorded, and its course."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    with mpl.rc_context({"font.size": 9}):
+        figure = Figure(figsize=(8, 3), dpi=150, layout="constrained")
+        axes = figure.add_subplot()
+        axes.plot(*thinned(history.steps, history.losses, RAW_POINTS), color="#b8c4d6", linewidth=0.7)
+        axes.plot(*trend(history.steps, history.losses, TREND_POINTS), color="#1f4e9c", linewidth=1.5)
+        axes.set(xlabel="step", ylabel="loss")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        png = io.BytesIO()
+        figure.savefig(png, format="png", metadata={"Software": None})
+    return png.getvalue()
+
+
+def _history_until(run: RunDirectory, metadata: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The rows of the steps that the weights have behind them."""
+    last = int(metadata["step"]) if metadata.get("step", "").isdecimal() else None
+    return [row for row in run.read_history() if last is None or row["step"] <= last]
+
+
+def _facts(weights: Weights, rows: list[dict[str, Any]]) -> Iterator[str]:
+    config, metadata = weights.config, weights.metadata
+    numbers = sum(tensor.numel() for tensor in weights.tensors.values())
+    yield f"{numbers:,} numbers, images of {' x '.join(map(str, config.image_shape))} pixels"
+    if "step" in metadata:
+        yield f"{metadata['step']} steps, {metadata.get('epoch', '?')} epochs"
+    if rows:
+        pixels = "normalised pixels" if config.norm_pix else "pixels"
+        yield f"loss at the last step: {rows[-1]['loss']:.4f} ({config.loss} on {pixels})"
+
+
+def _model(weights: Weights) -> dict[str, object]:
+    return {f"model.{key}": value for key, value in asdict(weights.config).items()}
+
+
+def _row(key: str, value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return f"| `{key}` | {text.replace('|', chr(92) + '|')} |"

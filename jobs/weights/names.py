@@ -1,0 +1,149 @@
+"""Which tensor of a file of weights is which of ours: prefixes of wrappers, heads, and decoders that are made anew.
+
+What people hold is seldom what `main_pretrain.py` wrote. The released files are encoders without their decoders; those
+of a wrapped or compiled model have its prefix before each name; those of a classifier have a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from jobs.errors import WeightsFileError
+from jobs.weights.consolidated import check_against
+from model import ConvMAE, ConvMAEConfig
+from model.weights import to_official
+from pipeline.errors import clipped
+from pipeline.printable import printable
+
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
+"""What DistributedDataParallel, torch.compile and larger models put before names."""
+_HEAD = "head."
+"""A classifier's, which pretraining has no use for."""
+_FINE_TUNED = (_HEAD, "fc_norm.")
+_DECODER = "decoder."
+_FUSION = ("encoder.stage1_output_decode.", "encoder.stage2_output_decode.")
+"""Layers of the encoder that only pretraining has: they make the decoder's input."""
+_FRESH = "--fresh-decoder"
+
+
+@dataclass(frozen=True)
+class WeightNames:
+    """How the tensors of a file are taken."""
+
+    places: Mapping[str, str]
+    """The file's names by ours."""
+    fresh: tuple[str, ...]
+    """Ours that the file is not asked for."""
+    notes: tuple[str, ...]
+    """What the user should know of it, a line each."""
+
+
+def weight_names(
+    given: Mapping[str, Any], config: ConvMAEConfig, url: str, *, fresh_decoder: bool = False
+) -> WeightNames:
+    """Find every tensor of a model in a file.
+
+    Args:
+        given: What the file holds, by its own names; anything with a shape.
+        config: Of the model.
+        url: Of the file, for the message.
+        fresh_decoder: Leave the file's decoder, if it has one, for one that is made.
+
+    Raises:
+        WeightsFileError: A name is missing, unexpected or there twice, a shape is another, or the file is an encoder
+            without decoder and `fresh_decoder` is not asked for.
+    """
+    with torch.device("meta"):
+        ours = list(ConvMAE(config).state_dict())
+    places, heads, notes = _placed(given, ours, url)
+    lacking = _lacking(ours, places, fresh_decoder=fresh_decoder)
+    if fresh_decoder and (replaced := [name for name in lacking if name in places]):
+        notes.append(f"left out: {len(replaced)} tensors of the file's decoder, for a fresh one")
+        places = {name: theirs for name, theirs in places.items() if name not in lacking}
+    if heads:
+        notes.append(
+            f"left out: {len(heads)} tensors of a head ({', '.join(printable(clipped(name)) for name in heads[:3])})"
+        )
+    _check(given, places, config, url, lacking)
+    if lacking and not fresh_decoder:
+        rule = f"must have a decoder (it is an encoder alone, {len(lacking)} tensors of pretraining are missing)"
+        raise WeightsFileError("weights", rule, url, f"start from it with a decoder that is made anew: {_FRESH}")
+    return WeightNames(places, tuple(lacking), tuple(notes))
+
+
+def fresh_tensors(names: tuple[str, ...], config: ConvMAEConfig, seed: int) -> dict[str, Tensor]:
+    """Tensors as a run of that seed would begin with, of a model of which the others do not matter."""
+    if not names:
+        return {}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        state = ConvMAE(config).state_dict()
+    return {name: state[name] for name in names}
+
+
+def described(names: tuple[str, ...]) -> str:
+    """Tensors that are made, in a few words."""
+    fusion = sum(name.startswith(_FUSION) for name in names)
+    whole = f"the decoder, {len(names) - fusion} tensors"
+    return f"{whole}; and the fusion of stages, {fusion}" if fusion else whole
+
+
+def _placed(given: Mapping[str, Any], ours: list[str], url: str) -> tuple[dict[str, str], list[str], list[str]]:
+    """The file's names by ours, or by themselves where they are none of ours; those of heads; what to tell."""
+    known = {official: name for name, official in zip(ours, to_official(dict.fromkeys(ours)), strict=True)}  # type: ignore[arg-type]
+    known |= {name: name for name in ours}
+    places: dict[str, str] = {}
+    heads: list[str] = []
+    stripped: dict[str, int] = {}
+    for theirs in given:
+        bare = _bare(theirs, known)
+        prefix = theirs.removesuffix(bare)
+        if bare not in known and bare.startswith(_HEAD):
+            heads.append(theirs)
+            continue
+        name = known.get(bare, theirs)
+        if name in places:
+            rule = f"must hold each tensor once ({clipped(places[name])} and {clipped(theirs)} are one)"
+            raise WeightsFileError("weights", rule, url, "give the state dict of one model")
+        places[name] = theirs
+        if prefix and bare in known:
+            stripped[prefix] = stripped.get(prefix, 0) + 1
+    return places, heads, [f"without their prefix {prefix}: {count} names" for prefix, count in stripped.items()]
+
+
+def _bare(theirs: str, known: Mapping[str, str]) -> str:
+    """A name without the prefixes that stand before one of ours."""
+    bare = theirs
+    while bare not in known and (prefix := next((some for some in PREFIXES if bare.startswith(some)), "")):
+        bare = bare.removeprefix(prefix)
+    return bare
+
+
+def _lacking(ours: list[str], places: Mapping[str, str], *, fresh_decoder: bool) -> list[str]:
+    """The decoder where the file has none or it is not wanted; then also the fusion, where the file has none."""
+    decoder = [name for name in ours if name.startswith(_DECODER)]
+    if not fresh_decoder and any(name in places for name in decoder):
+        return []
+    fusion = [name for name in ours if name.startswith(_FUSION)]
+    return [*decoder, *([] if any(name in places for name in fusion) else fusion)]
+
+
+def _check(
+    given: Mapping[str, Any], places: Mapping[str, str], config: ConvMAEConfig, url: str, lacking: list[str]
+) -> None:
+    try:
+        check_against({name: given[theirs] for name, theirs in places.items()}, config, url, absent=lacking)
+    except WeightsFileError as error:
+        if not any(theirs.startswith(_FINE_TUNED) for theirs in map(_short, given)):
+            raise
+        remedy = "this is a fine-tuned classifier: give the file of its pretraining"
+        raise WeightsFileError(error.field, error.rule, error.value, remedy) from None
+
+
+def _short(theirs: str) -> str:
+    return _bare(theirs, {})

@@ -1,0 +1,109 @@
+"""The MAE recipe's augmentation as a pure function of (seed, epoch, sample id, image size).
+
+Random resized crop and horizontal flip. No generator is advanced, so neither the batch nor the thread that an image
+falls into can change its crop.
+
+Source: He et al. 2022, arXiv:2111.06377, appendix A.1; parameters of torchvision's RandomResizedCrop.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.image.decode import Pixels, resize
+from pipeline.order import hashing
+
+SCALE = (0.2, 1.0)
+"""Range of the crop's share of the image's area."""
+RATIO = (3 / 4, 4 / 3)
+"""Range of the crop's width over height, uniform in its logarithm."""
+ATTEMPTS = 10
+
+Draws = npt.NDArray[np.float64]
+CropRow = npt.NDArray[np.int32]
+"""(5,): top, left, height and width in pixels, and 1 where mirrored."""
+
+_STREAM = 0x41554747  # keeps augmentation apart from what else is keyed by (seed, epoch)
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A rectangle of an image, in pixels, and whether it is mirrored."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+
+
+def crop_draws(seed: int, epoch: int, samples: npt.NDArray[np.int64]) -> Draws:
+    """What decides the crops of some samples in one epoch, once their sizes are known.
+
+    For many at once: NumPy's calls cost the same for one sample as for a batch.
+
+    Args:
+        seed: The run's.
+        epoch: From 0.
+        samples: (n,) ids in the data set.
+
+    Returns:
+        (n, 41) numbers in [0, 1); a row depends on seed, epoch and its sample alone.
+    """
+    return hashing.uniforms(hashing.key(_STREAM, seed, epoch), samples, 4 * ATTEMPTS + 1)
+
+
+def random_crop(draws: Draws, height: int, width: int) -> Crop:
+    """The crop and flip of one sample in one epoch.
+
+    Args:
+        draws: (41,); its row of crop_draws().
+        height: Of the image, in pixels.
+        width: Of the image, in pixels.
+    """
+    *attempts, last = draws.tolist()
+    flip = last < 0.5
+    for attempt in range(ATTEMPTS):
+        scale, ratio, down, right = attempts[4 * attempt : 4 * attempt + 4]
+        area = height * width * (SCALE[0] + scale * (SCALE[1] - SCALE[0]))
+        low, high = math.log(RATIO[0]), math.log(RATIO[1])
+        aspect = math.exp(low + ratio * (high - low))
+        crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < crop_width <= width and 0 < crop_height <= height:
+            top, left = int(down * (height - crop_height + 1)), int(right * (width - crop_width + 1))
+            return Crop(top, left, crop_height, crop_width, flip)
+    return _widest(height, width, flip)
+
+
+def augmented(pixels: Pixels, crop: Crop, image_shape: tuple[int, int]) -> Pixels:
+    """(3, H, W) of the crop; a view where it is mirrored.
+
+    Args:
+        pixels: (height, width, 3).
+        crop: What to show.
+        image_shape: H and W of the result, in pixels.
+    """
+    cut = pixels[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
+    resized = resize(cut, *image_shape)
+    return resized[:, :, ::-1] if crop.flip else resized
+
+
+def center_crop(pixels: Pixels, image_shape: tuple[int, int]) -> Pixels:
+    """(3, H, W) of the largest central part with the proportions of `image_shape`, for pictures and evaluation."""
+    height, width = pixels.shape[:2]
+    scale = min(height / image_shape[0], width / image_shape[1])
+    rows, columns = (max(1, round(side * scale)) for side in image_shape)
+    crop = Crop((height - rows) // 2, (width - columns) // 2, rows, columns, flip=False)
+    return augmented(pixels, crop, image_shape)
+
+
+def _widest(height: int, width: int, flip: bool) -> Crop:
+    """The largest central crop within RATIO, for images too long for any draw."""
+    aspect = min(max(width / height, RATIO[0]), RATIO[1])
+    crop_width, crop_height = min(width, round(height * aspect)), min(height, round(width / aspect))
+    crop_width, crop_height = max(1, crop_width), max(1, crop_height)
+    return Crop((height - crop_height) // 2, (width - crop_width) // 2, crop_height, crop_width, flip)

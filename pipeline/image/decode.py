@@ -1,0 +1,91 @@
+"""Image bytes to pixels, and pixels to the size that the model wants; the hot calls release the GIL."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import numpy.typing as npt
+import simplejpeg
+
+from pipeline.image import other_formats
+from pipeline.image.bare_image import JPEG_START, bare_image
+from pipeline.image.jpeg_scans import refuse_scan_bomb
+
+Pixels = npt.NDArray[np.uint8]
+
+KEPT_COLOURSPACES = frozenset({"YCbCr", "Gray", "RGB"})
+"""What libjpeg-turbo converts to RGB by itself; CMYK and YCCK need a colour conversion."""
+_MENDABLE = ("extraneous bytes", "Unsupported", "Could not determine subsampling")
+
+
+def decode(data: bytes) -> Pixels:
+    """(H, W, 3) RGB pixels of an image: a JPEG of ours by libjpeg-turbo, what else foreign tars hold by slower ways.
+
+    Raises:
+        ValueError: The bytes are no image, or a damaged one; nothing is patched up with grey.
+    """
+    if not data.startswith(JPEG_START):
+        return other_formats.pixels_of(data)
+    try:
+        return readable_jpeg(data)[1]
+    except ValueError as error:
+        if not is_mendable(error):
+            raise
+    return other_formats.pixels_of(data)
+
+
+def readable_jpeg(data: bytes) -> tuple[bytes, Pixels]:
+    """A JPEG that `decode_jpeg` takes, and its pixels: as it is, or without metadata where only that is odd.
+
+    Raises:
+        ValueError: It takes neither.
+    """
+    try:
+        return data, decode_jpeg(data)
+    except ValueError:
+        bare = bare_image(data).data
+        if bare is data:
+            raise
+    return bare, decode_jpeg(bare)
+
+
+def decode_jpeg(data: bytes) -> Pixels:
+    """(H, W, 3) RGB pixels of a gray, YCbCr or RGB JPEG of 8 bits.
+
+    Raises:
+        ValueError: The bytes are no such JPEG, a damaged one, or one of more pixels than PIL's guard or more scans than
+            `jpeg_scans` allows.
+    """
+    refuse_scan_bomb(data)
+    height = width = 0
+    with contextlib.suppress(ValueError, KeyError):  # decoding says better what is wrong
+        height, width, *_ = simplejpeg.decode_jpeg_header(data, strict=False)
+    other_formats.refuse_bomb(height, width)  # before memory is asked for
+    pixels: Pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+    return pixels
+
+
+def is_mendable(error: ValueError) -> bool:
+    """Whether decode_jpeg refused a JPEG of which no pixel is lost.
+
+    Junk between segments, 12 or 16 bits, lossless compression, sampling factors that TurboJPEG has no name for.
+    """
+    return any(word in str(error) for word in _MENDABLE)
+
+
+def resize(pixels: Pixels, height: int, width: int) -> Pixels:
+    """(3, height, width) bicubic, antialiased; within rounding of PIL's BICUBIC.
+
+    Args:
+        pixels: (H, W, 3); a view of a crop is fine.
+        height: Of the result.
+        width: Of the result.
+    """
+    import torch  # seconds, and 200 MB, that those spare who only decode
+
+    # A channels-last view: torch has a uint8 kernel for it that resizes interleaved pixels in place.
+    image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
+    resized = torch.nn.functional.interpolate(image, (height, width), mode="bicubic", antialias=True)
+    result: Pixels = resized[0].numpy()
+    return result

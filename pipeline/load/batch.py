@@ -1,0 +1,84 @@
+"""A batch of one rank: on its way, and as the consumer gets it."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pipeline.image.augment import CropRow, Draws
+from pipeline.load.device_copy import HandOver, Moving
+from pipeline.load.image_maker import Substitution
+from pipeline.load.read_ahead import Pending
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One rank's share of a step."""
+
+    step: int
+    epoch: int
+    sample_ids: torch.Tensor
+    """(n,) int64, on the host; lane after lane. What the order dealt, also where a substitute stands in."""
+    images: torch.Tensor
+    """(n, 3, H, W) uint8, on the device; safe to use on its current stream."""
+    wait_seconds: float
+    """How long the consumer waited for it; near zero where loading keeps up."""
+    crops: CropRow
+    """(n, 5): what each image shows of the one that it was cut from."""
+    substitutions: tuple[Substitution, ...] = ()
+
+
+class StartedBatch:
+    """A batch on its way; the last of its images to be ready sends it to the device.
+
+    One future for the whole batch: one an image would cost a lock and a wake-up of the consumer for each.
+    """
+
+    def __init__(
+        self,
+        step: int,
+        pending: list[Pending],
+        draws: Draws,
+        image_shape: tuple[int, int],
+        hand_over: HandOver,
+    ) -> None:
+        self.step = step
+        self.pending = pending
+        self.draws = draws
+        """(n, ...), of the images' crops."""
+        self.sample_ids = hand_over.empty((len(pending),), torch.int64)
+        self.sample_ids[:] = torch.tensor([item.sample_id for item in pending])
+        self.images = hand_over.empty((len(pending), 3, *image_shape), torch.uint8)
+        self.pixels = self.images.numpy()
+        """The same memory."""
+        self.crops: CropRow = np.zeros((len(pending), 5), dtype=np.int32)
+        self.substitutions: list[Substitution | None] = [None] * len(pending)
+        self.done = [False] * len(pending)
+        self.moving: Future[Moving] = Future()
+        """Done when the copy to the device has started, or when the first image failed."""
+        self._hand_over = hand_over
+        self._left = len(pending)
+        self._lock = threading.Lock()
+
+    def image_done(self, place: int, substitution: Substitution | None) -> None:
+        """Note that one more image is ready; called by the thread that made it."""
+        self.substitutions[place] = substitution
+        self.done[place] = True
+        with self._lock:
+            self._left -= 1
+            last = self._left == 0
+        if last:
+            try:
+                self.moving.set_result(self._hand_over.start(self.images))
+            except BaseException as error:
+                self.fail(error)
+
+    def fail(self, error: BaseException) -> None:
+        """Note that an image cannot be made; the first to say so is heard."""
+        with self._lock:
+            if not self.moving.done():
+                self.moving.set_exception(error)

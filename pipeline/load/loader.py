@@ -1,0 +1,171 @@
+"""Batches of one rank: read ahead, decode and augment in threads, hand over in order.
+
+Threads, not processes: simplejpeg and torch release the GIL, and neither s3fs nor DeepSpeed survives a fork. Batches
+stay uint8 until they are on the device. What a batch holds depends on (data set, order, seed, step, rank,
+world size), and on which samples are unusable, alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Generator
+from functools import partial
+
+import numpy as np
+import torch
+
+from pipeline.errors import OrderError
+from pipeline.host.daemon_threads import DaemonThreads
+from pipeline.image.augment import crop_draws
+from pipeline.load.batch import Batch, StartedBatch
+from pipeline.load.dataset import Dataset
+from pipeline.load.device_copy import HandOver
+from pipeline.load.image_maker import BadSamplePolicy, ImageMaker, Substitution
+from pipeline.load.read_ahead import OPEN_BYTES, ReadAhead
+from pipeline.load.stall_watch import STALL_SECONDS, StallWatch
+from pipeline.order.sample_order import Order
+
+logger = logging.getLogger(__name__)
+
+READ_THREADS = 8
+
+
+class Loader:
+    """Makes one rank's batches.
+
+    Owns: nothing between calls but which samples are known to be unusable; each batches() has its own threads.
+    Failure: the first error of any thread surfaces where the batch would have been.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        order: Order,
+        *,
+        image_shape: tuple[int, int],
+        rank: int,
+        world_size: int,
+        seed: int,
+        threads: int,
+        prefetch_batches: int = 2,
+        open_bytes: int = OPEN_BYTES,
+        device: torch.device | None = None,
+        policy: BadSamplePolicy | None = None,
+        stall_seconds: float = STALL_SECONDS,
+    ) -> None:
+        """Decide how to read; does no I/O.
+
+        Args:
+            dataset: Where the images are.
+            order: Which of them make up a step; must be over this data set.
+            image_shape: Height and width of the images, in pixels.
+            rank: Of this process, in [0, world_size).
+            world_size: Number of processes that share a step.
+            seed: Of crops and flips.
+            threads: Decode threads.
+            prefetch_batches: Batches that are worked on ahead of the consumer, as far as the device.
+            open_bytes: Memory for read, undecoded images. If a rank's open windows need more, samples are read one by
+                one, with many more requests, unless a disk cache holds the windows.
+            device: Where the images go; None: they stay on the host.
+            policy: What to do with samples that cannot be used; None: fail.
+            stall_seconds: How long the consumer may wait for one batch.
+
+        Raises:
+            OrderError: The order is over another number of samples.
+        """
+        if order.samples != dataset.samples:
+            remedy = "make the order from the data set that it reads"
+            raise OrderError("samples", f"must be the data set's {dataset.samples}", order.samples, remedy)
+        self._dataset = dataset
+        self._order = order
+        self._image_shape = image_shape
+        self._seed = seed
+        self._lanes = order.rank_lanes(rank, world_size)
+        self._threads = threads
+        self._prefetch_batches = prefetch_batches
+        self._device = device or torch.device("cpu")
+        self._policy = policy or BadSamplePolicy()
+        self._watch = StallWatch(stall_seconds, dataset.activities)
+        self._maker = ImageMaker(dataset, order, image_shape, seed, self._policy)
+        window_bytes = int(len(self._lanes) * order.window_samples * dataset.mean_sample_bytes)
+        self._whole_windows = min(window_bytes, dataset.manifest.tar_bytes) <= open_bytes
+        if not self._whole_windows:
+            logger.warning(
+                "windows of %d bytes exceed open_bytes %d: reading sample by sample", window_bytes, open_bytes
+            )
+
+    def batches(self, start_step: int, stop_step: int) -> Generator[Batch, None, None]:
+        """Batches of steps [start_step, stop_step), in order.
+
+        Closing the generator, or leaving it to the garbage collector, ends its threads.
+
+        Raises:
+            DatasetError: A sample is not as it was ingested, and the policy is to fail; or too many are not.
+            StorageError: The storage stayed away for longer than Storage retries.
+            StalledError: No batch came for `stall_seconds`; names stage, shard and image.
+        """
+        if start_step >= stop_step:
+            return
+        readers = DaemonThreads(READ_THREADS, "convmae-read")
+        decoders = DaemonThreads(self._threads, "convmae-decode")
+        hand_over = HandOver(self._device)
+        steps = range(start_step, stop_step)
+        ahead = ReadAhead(self._dataset, self._order, self._lanes, steps, readers, whole_windows=self._whole_windows)
+        started: deque[StartedBatch] = deque()
+        bad_runs: Counter[int] = Counter()
+        try:
+            for step in steps:
+                started.append(self._start(step, ahead, decoders, hand_over))
+                if step == start_step:  # first of all comes the first batch; then what lies behind it may compete
+                    self._watch.wait(started[0], time.monotonic())
+                if len(started) > self._prefetch_batches:
+                    yield self._finish(started.popleft(), hand_over, bad_runs)
+            while started:
+                yield self._finish(started.popleft(), hand_over, bad_runs)
+        finally:
+            # Decoders wait for readers, so what was not read yet is cancelled first.
+            readers.shutdown(wait=False, cancel_futures=True)
+            decoders.shutdown(cancel_futures=True)
+            readers.shutdown()
+
+    def _start(self, step: int, ahead: ReadAhead, decoders: DaemonThreads, hand_over: HandOver) -> StartedBatch:
+        pending = ahead.request(step)
+        draws = crop_draws(self._seed, self._order.epoch(step), np.array([item.sample_id for item in pending]))
+        batch = StartedBatch(step, pending, draws, self._image_shape, hand_over)
+        for place in range(len(pending)):
+            decoders.start(partial(self._fill, batch, place))
+        return batch
+
+    def _fill(self, batch: StartedBatch, place: int) -> None:
+        try:
+            found = batch.pending[place].result()
+            epoch = self._order.epoch(batch.step)
+            draws, pixels, crop = batch.draws[place], batch.pixels[place], batch.crops[place]
+            batch.image_done(place, self._maker.fill(epoch, found, draws, pixels, crop))
+        except BaseException as error:
+            batch.fail(error)
+
+    def _finish(self, batch: StartedBatch, hand_over: HandOver, bad_runs: Counter[int]) -> Batch:
+        began = time.monotonic()
+        self._watch.wait(batch, began)
+        images = hand_over.finish(batch.moving.result())
+        self._count_bad(batch.substitutions, bad_runs)
+        return Batch(
+            batch.step,
+            self._order.epoch(batch.step),
+            batch.sample_ids,
+            images,
+            time.monotonic() - began,
+            batch.crops,
+            tuple(substitution for substitution in batch.substitutions if substitution),
+        )
+
+    def _count_bad(self, substitutions: list[Substitution | None], bad_runs: Counter[int]) -> None:
+        """Stop where too many samples in a row of one lane were replaced, the same at every world size."""
+        for place, substitution in enumerate(substitutions):
+            lane = self._lanes[place // self._order.lane_batch_size]
+            bad_runs[lane] = bad_runs[lane] + 1 if substitution else 0
+            if substitution and bad_runs[lane] > self._policy.max_consecutive:
+                raise self._policy.too_many(substitution.bad)

@@ -1,0 +1,1 @@
+"""Which samples make up a batch, and what that order costs: pure functions of integers, without I/O."""

@@ -1,0 +1,205 @@
+"""The manifest: which shards make up a data set. Written last, so that a data set either has one or is not finished."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+import google_crc32c
+
+from pipeline.errors import DamagedManifestError, DatasetError, StorageError, clipped
+from pipeline.shard.index import Skipped
+from pipeline.shard.table import CONTENT_COLUMNS, ShardReport, ShardTable, leads_away
+from pipeline.store.json_text import parsed_object
+from pipeline.store.storage import Storage, is_local
+
+FORMAT_VERSION = 2
+MANIFEST_NAME = "manifest.json"
+SKIPPED_NAME = "skipped.jsonl"
+
+_CHECKSUM = re.compile(rb',"crc32c":"([0-9a-f]{8})"}\Z')
+_CHECKSUM_BYTES = 22
+
+
+class Made(Protocol):
+    """Something that a data set was made from."""
+
+    @property
+    def digest(self) -> str:
+        """Names it, and what was done to it."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A data set: shards in order, so that sample ids count through them."""
+
+    format_version: int
+    sources_digest: str
+    """Names the images and options that it was made from; the same again is already done."""
+    classes: tuple[str, ...]
+    """Names of the labels; empty where there are none."""
+    skipped: int
+    """Images that were left out; skipped.jsonl beside the manifest names them."""
+    shards: ShardTable
+
+    @functools.cached_property
+    def samples(self) -> int:
+        """Over all shards."""
+        return int(self.shards.samples.sum())
+
+    @functools.cached_property
+    def tar_bytes(self) -> int:
+        """Over all shards."""
+        return int(self.shards.tar_bytes.sum())
+
+    @functools.cached_property
+    def digest(self) -> str:
+        """Names the data set, down to every image's bytes: what checkpoints and caches know it by.
+
+        SHA-256 of the manifest's fields and of the columns that say what shards hold, each as one line of canonical
+        JSON. It leaves out `etag` and `tar`, so that a copy in another store has the same digest.
+        """
+        digest = hashlib.sha256(_canonical(self._fields()) + b"\n")
+        for name in CONTENT_COLUMNS:  # one by one: 200,000 shards at once would take 100 MB
+            digest.update(_canonical({name: self.shards.column(name)}) + b"\n")
+        return digest.hexdigest()
+
+    @classmethod
+    def of(cls, tasks: Iterable[Made], reports: Iterable[ShardReport], classes: tuple[str, ...]) -> Manifest:
+        """Put together what the tasks of one ingest reported, in any order."""
+        ordered = sorted(reports, key=lambda report: report.name)
+        shards = ShardTable.of(report.entry for report in ordered)
+        skipped = sum(len(report.skipped) for report in ordered)
+        return cls(FORMAT_VERSION, sources_digest(tasks), classes, skipped, shards)
+
+    def to_bytes(self) -> bytes:
+        """Canonical JSON; the shards as columns, and last the CRC32C of what the file would be without it."""
+        body = _canonical(self._fields() | {"shards": self.shards.to_json()})
+        return body[:-1] + b',"crc32c":"%08x"}' % google_crc32c.value(body)
+
+    def save(self, storage: Storage, url: str, skipped: Iterable[Skipped]) -> None:
+        """Commit the data set: the list of skipped images first, the manifest last."""
+        lines = [json.dumps(asdict(item)) + "\n" for item in skipped]
+        storage.write(Storage.join(url, SKIPPED_NAME), "".join(lines).encode())
+        storage.write(Storage.join(url, MANIFEST_NAME), self.to_bytes())
+
+    @classmethod
+    def load(cls, storage: Storage, url: str) -> Manifest:
+        """Read the manifest of the data set at `url`.
+
+        Raises:
+            DatasetError: Missing, or of an unknown version.
+            DamagedManifestError: Unreadable.
+        """
+        place = Storage.join(url, MANIFEST_NAME)
+        try:
+            data = storage.read(place)
+        except FileNotFoundError:
+            rule = f"must hold a {MANIFEST_NAME}"
+            raise DatasetError("data set", rule, url, f"make it with `convmae shard SOURCE {url}`") from None
+        try:
+            text = _checked(data).decode()
+            del data  # tens of megabytes where there are many shards
+            fields = parsed_object(text)
+            del text
+            version = fields["format_version"]
+            if type(version) is int and version == FORMAT_VERSION:
+                shards = ShardTable.from_json(fields.pop("shards"))
+                _check_fields(fields)
+                _refuse_odd_tars(shards, url)
+                return cls(**fields | {"classes": tuple(fields["classes"])}, shards=shards)
+        except DatasetError:
+            raise
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            remedy = f"restore it, or make the data set again in another place ({type(error).__name__}: {error})"
+            raise DamagedManifestError("manifest", "must be readable", place, remedy) from error
+        rule = f"must have format_version {FORMAT_VERSION}"
+        remedy = f"read {place} with the release that wrote it, or shard the data set again into another place"
+        raise DatasetError("manifest", rule, version, remedy)
+
+    def _fields(self) -> dict[str, Any]:
+        return {
+            "format_version": self.format_version,
+            "sources_digest": self.sources_digest,
+            "classes": list(self.classes),
+            "skipped": self.skipped,
+        }
+
+
+def _check_fields(fields: dict[str, Any]) -> None:
+    """Raise ValueError for a field beside the shards that is not of its type."""
+    classes, skipped, digest = fields["classes"], fields["skipped"], fields["sources_digest"]
+    if not isinstance(classes, list) or not set(map(type, classes)) <= {str}:
+        raise ValueError("classes must be a list of strings")
+    if type(skipped) is not int or skipped < 0:
+        raise ValueError(f"skipped must be an integer of at least 0, is {clipped(str(skipped))!r}")
+    if not isinstance(digest, str):
+        raise ValueError(f"sources_digest must be a string, is {clipped(str(digest))!r}")
+
+
+def _refuse_odd_tars(shards: ShardTable, url: str) -> None:
+    """Tars must lie in stores; and a data set in a store must not make this machine read its own files.
+
+    Another store than the manifest's is fine, since indexes may lie elsewhere than their tars.
+    """
+    places = [place for place in shards.column("tar") if place]
+    local = is_local(url)
+    for place in places:
+        if not place.startswith("/") and "://" not in place and leads_away(place):
+            remedy = "index the tars again; what lies elsewhere has its whole URL"
+            raise DatasetError("manifest", "must name tars below the data set", clipped(place), remedy)
+    for start in {place.partition("://")[0] + "://" for place in places if "://" in place}:
+        try:
+            leads_here = is_local(start + "x")
+        except StorageError as error:
+            raise DatasetError("manifest", f"tars {error.rule}", clipped(start), "index the tars again") from None
+        if leads_here and not local:
+            raise _leads_here(url, next(place for place in places if place.startswith(start)))
+    if not local and (paths := [place for place in places if place.startswith("/")]):
+        raise _leads_here(url, paths[0])
+
+
+def _leads_here(url: str, place: str) -> DatasetError:
+    remedy = "index the tars again from where they lie in a store"
+    return DatasetError("manifest", f"must not lead from {url} to files of this machine", place, remedy)
+
+
+def _checked(data: bytes) -> bytes:
+    """The manifest without its checksum; those of older releases have none."""
+    match = _CHECKSUM.search(data, max(0, len(data) - _CHECKSUM_BYTES))
+    if match is None:
+        return data
+    body = data[: match.start()] + b"}"
+    if google_crc32c.value(body) != int(match[1], 16):
+        raise ValueError("its CRC32C is wrong")
+    return body
+
+
+def _canonical(fields: dict[str, Any]) -> bytes:
+    return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+
+
+def sources_digest(tasks: Iterable[Made]) -> str:
+    """Names all sources of a data set and how they were shuffled and cut."""
+    return hashlib.sha256("\n".join(task.digest for task in tasks).encode()).hexdigest()
+
+
+def existing_manifest(storage: Storage, url: str, tasks: Iterable[Made]) -> Manifest | None:
+    """The manifest that is already at `url` if these tasks made it; None where there is none.
+
+    Raises:
+        DatasetError: The data set there was made from other images or options.
+    """
+    if not storage.exists(Storage.join(url, MANIFEST_NAME)):
+        return None
+    manifest = Manifest.load(storage, url)
+    if manifest.sources_digest != sources_digest(tasks):
+        rule = "must be empty or hold the same data set"
+        remedy = "it was made from other images or options, or by another release; take another place"
+        raise DatasetError("destination", rule, url, remedy)
+    return manifest

@@ -1,0 +1,131 @@
+"""One rank of a process group that trains a tiny ConvMAE through jobs.rank.engine, as test_zero_state tells it.
+
+Reads one JSON case a line from standard input: {recipe, resume, steps}. `resume` is the URL of a run, or empty. `steps`
+is a list of "train", of "loss" and "gradient" (a step in which that is NaN on the last rank, and which is discarded),
+and of folders to save into. Answers each case with one line `done: {losses, read_bytes}`: of all ranks, and by this one
+to resume.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from counting_storage import CountingStorage
+
+from jobs.checkpoint.rank_group import RankGroup
+from jobs.checkpoint.restore import restore_newest
+from jobs.checkpoint.zero_state import owned_ranges, restore_optimizer
+from jobs.rank.engine import (
+    build_engine,
+    build_model,
+    discard_step,
+    has_finite_gradients,
+    initialize_deepspeed,
+    parameter_groups,
+    set_learning_rate,
+)
+from jobs.recipe.recipe import Recipe
+from jobs.recipe.schedule import micro_batches
+from jobs.run.directory import RunDirectory
+from model.noise import mask_noise
+
+RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def rank_sizes(batch: int) -> list[int]:
+    return [(rank + 1) * batch // WORLD_SIZE - rank * batch // WORLD_SIZE for rank in range(WORLD_SIZE)]
+
+
+def train_step(engine: Any, recipe: Recipe, step: int, poison: str = "") -> float:
+    """One step on a global batch that depends on the step alone, weighted as jobs.rank.trainer does."""
+    engine.poison[0] = math.nan if poison == "gradient" and RANK == WORLD_SIZE - 1 else 1.0
+    batch, sizes = recipe.global_batch_size, rank_sizes(recipe.global_batch_size)
+    images = torch.randn(batch, 3, *recipe.model.image_shape, generator=torch.Generator().manual_seed(step))
+    noise = mask_noise(recipe.seed, step, torch.arange(batch), recipe.model.mask_patches, "cpu")
+    parts = micro_batches(sizes[RANK], max(sizes), recipe.micro_batch_size)
+    first, total = sum(sizes[:RANK]), torch.zeros(1)
+    set_learning_rate(engine, recipe.learning_rate)
+    for part in parts:
+        chosen = slice(first, first + part)
+        loss = engine(images[chosen], noise=noise[chosen]).loss
+        if poison == "loss" and RANK == WORLD_SIZE - 1:
+            loss = loss * math.nan
+        engine.backward(loss * (part * WORLD_SIZE * len(parts) / batch))
+        total += loss.detach() * part / batch
+        first += part
+        if first < sum(sizes[: RANK + 1]):
+            engine.step()
+    broken = torch.tensor([0.0 if has_finite_gradients(engine) else 1.0])
+    dist.all_reduce(total)
+    dist.all_reduce(broken)
+    assert math.isnan(total.item()) == (poison == "loss")
+    assert (broken.item() > 0) == bool(poison)
+    discard_step(engine) if poison else engine.step()
+    return total.item()
+
+
+class _Scaled(torch.autograd.Function):
+    """Its input; the gradient is multiplied by what `factor` holds at that time."""
+
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, factor: list[float]) -> torch.Tensor:
+        ctx.factor = factor
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradients[0] * ctx.factor[0], None
+
+
+def run(case: dict[str, Any]) -> dict[str, Any]:
+    recipe = Recipe.from_json(case["recipe"])
+    model = build_model(recipe)
+    groups = parameter_groups(model, recipe.weight_decay)
+    owned = owned_ranges(model, groups, stage=recipe.zero_stage, rank=RANK, world_size=WORLD_SIZE)
+    CountingStorage.forget()
+    state = None
+    if case["resume"]:
+        restored = restore_newest(
+            RunDirectory(CountingStorage(), case["resume"]), owned, RankGroup(RANK, WORLD_SIZE),
+            check=lambda commit: None, on_damage=lambda step, why: None,
+        )  # fmt: skip
+        assert restored
+        state = restored.state
+        model.load_state_dict(state.weights, strict=True)
+    largest = max(rank_sizes(recipe.global_batch_size))
+    count = len(micro_batches(largest, largest, recipe.micro_batch_size))
+    engine = build_engine(model, recipe, micro_batches_per_step=count, world_size=WORLD_SIZE)
+    if state:
+        restore_optimizer(engine, state)
+    engine.poison = poison = [1.0]
+    engine.module.decoder.register_forward_hook(lambda module, given, result: _Scaled.apply(result, poison))
+    step, losses = int(state.optimizer_step) if state else 0, []
+    for action in case["steps"]:
+        if action == "train":
+            losses.append(train_step(engine, recipe, step))
+            step += 1
+        elif action in ("loss", "gradient"):
+            train_step(engine, recipe, step, poison=action)
+        else:
+            folder = Path(action)
+            engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+    engine.destroy()
+    return {"losses": losses, "read_bytes": CountingStorage.read_bytes}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=os.environ["MEETING_POINT"], rank=RANK, world_size=WORLD_SIZE)
+    initialize_deepspeed("cpu")
+    for line in sys.stdin:
+        answer = f"done: {json.dumps(run(json.loads(line)))}\n"
+        sys.stdout.write(answer)
+        sys.stdout.flush()
+    dist.destroy_process_group()

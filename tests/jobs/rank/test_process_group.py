@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from ray.exceptions import RayTaskError
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+from ray.train.v2._internal.execution.failure_handling import FailureDecision, create_failure_policy
+from ray.train.v2.api.config import FailureConfig
+from ray.train.v2.api.exceptions import ControllerError
+
+from jobs.cluster.interfaces import UNREACHED_REMEDY
+from jobs.control.failure_cause import describe_start_failure
+from jobs.rank.process_group import RanksBackend, RanksOverNodes, choose_own_interface
+
+
+class Group:
+    """A worker group that notes what its ranks are told to do, until they are to say where they can be met."""
+
+    def __init__(self, error: Exception) -> None:
+        self.told: list[Callable[..., Any]] = []
+        self._error = error
+
+    def get_resources_per_worker(self) -> dict[str, float]:
+        return {"CPU": 1.0}
+
+    def execute(self, function: Callable[..., Any]) -> None:
+        self.told.append(function)
+
+    def execute_single(self, *_: object) -> None:
+        assert self.told == [choose_own_interface], "each rank has its interface before any connects"
+        raise self._error
+
+
+def test_ranks_that_do_not_reach_each_other_are_tried_again() -> None:
+    refused = RayTaskError("_setup_torch_process_group", "a traceback", RuntimeError("SO_ERROR: Connection refused"))
+    group = Group(refused)
+
+    with pytest.raises(WorkerGroupStartupFailedError) as caught:
+        RanksOverNodes().backend_cls().on_start(group, RanksOverNodes())
+
+    policy = create_failure_policy(FailureConfig(max_failures=-1))
+    assert policy.make_decision(ControllerError(caught.value)) == FailureDecision.RETRY
+    assert policy.make_decision(ControllerError(refused)) == FailureDecision.RAISE, "what Ray Train itself would do"
+    line, remedy = describe_start_failure(caught.value)
+    assert line == f"start of the ranks: RuntimeError: SO_ERROR: Connection refused; {UNREACHED_REMEDY}"
+    assert remedy == "restart"
+
+
+def test_the_configuration_names_the_backend_that_chooses() -> None:
+    assert RanksOverNodes().backend_cls is RanksBackend
