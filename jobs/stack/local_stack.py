@@ -24,7 +24,7 @@ from typing import Any
 
 import psutil
 
-from jobs.run.own_code import module_command
+from jobs.run.own_code import PROJECT, module_command
 from jobs.stack import lock as stack_lock
 from jobs.stack import ports as stack_ports
 from jobs.stack import processes as stack_processes

@@ -35,7 +35,7 @@ RUNS = "s3://convmae/runs"
 CHECKED = ("s3", "ray-head")
 """Services with a health check. Podman leaves starting it to systemd, so that the test starts it."""
 CHECK_SECONDS = 15
-CUT = f"from pathlib import Path; from pipeline.ingest import photographs as p; p.cut_tiles(Path('/scratch/p'), {TILES}, 0)"
+CUT = f"import pathlib as l, pipeline.ingest.photographs as p; p.cut_tiles(l.Path('/scratch/p'), {TILES}, 0)"
 
 
 @dataclass(frozen=True)
