@@ -33,7 +33,10 @@ LONGEST_WAIT_SECONDS = 10.0
 QUIET_SECONDS = 5.0
 """A fault that passes within this is not worth a warning."""
 
+_S3 = ("s3://", "s3a://")
 _WEB = ("http://", "https://")
+_GOOGLE = ("gs://", "gcs://")
+_AZURE = ("az://", "abfs")
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EACCES, errno.EPERM, errno.EROFS}
 _NOT_A_FOLDER = {errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
@@ -219,9 +222,8 @@ def translated(  # noqa: PLR0911, PLR0912 (one line per kind of fault)
         where = origins.get("endpoint", "AWS_ENDPOINT_URL")
         return StorageError(where, "must be like http://host:port", str(error), "correct it or unset it")
     if not status and _is_unreachable(error):
-        where = origins.get("endpoint", "AWS_ENDPOINT_URL")
-        endpoint = "" if url.startswith(_WEB) else f" and that {where} is right"
-        remedy = f"check that the server runs{endpoint} ({_told(error)})"
+        where = _address_setting(url, origins)
+        remedy = f"check that the server runs{where and f' and that {where} is right'} ({_told(error)})"
         return UnreachableError("storage", "must be reachable", url, remedy)
     return OSError(number or errno.EIO, _told(error), url)
 
@@ -269,10 +271,19 @@ def _is_named(error: BaseException, names: set[str]) -> bool:
     return any(f"{kind.__module__}.{kind.__qualname__}" in names for kind in type(error).__mro__)
 
 
+def _address_setting(url: str, origins: Mapping[str, str]) -> str:
+    """What says where a store is, for people; empty where the URL alone does."""
+    if url.startswith(_GOOGLE):
+        return "STORAGE_EMULATOR_HOST"
+    if url.startswith(_AZURE):
+        return "AZURE_STORAGE_CONNECTION_STRING"
+    return origins.get("endpoint", "AWS_ENDPOINT_URL") if url.startswith(_S3) else ""
+
+
 def _credentials_remedy(url: str, origins: Mapping[str, str]) -> str:
-    if url.startswith(("gs://", "gcs://")):
+    if url.startswith(_GOOGLE):
         return "log in with gcloud, or set GOOGLE_APPLICATION_CREDENTIALS"
-    if url.startswith(("az://", "abfs")):
+    if url.startswith(_AZURE):
         return "set AZURE_STORAGE_CONNECTION_STRING, or AZURE_STORAGE_ACCOUNT_NAME and what goes with it"
     origin = origins.get("credentials", "")
     if origin.startswith(("profile", "the local stack")):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -73,6 +74,8 @@ def _made(storage: StoreAccess, url: str, renewals: int) -> Any:
     if protocol in GOOGLE:  # gcsfs's own choice asks a second service for each bucket's type, for a minute if need be
         from gcsfs.core import GCSFileSystem
 
+        for name in ("gcsfs", "google.auth"):  # what they log is raised as well
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         session = {"middlewares": (proxy_middleware(lambda: storage.proxies_here),)}
         return GCSFileSystem(use_listings_cache=False, skip_instance_cache=True, session_kwargs=session)
     return kind(use_listings_cache=False, skip_instance_cache=True, **dict(server_of(url)))

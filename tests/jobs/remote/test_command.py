@@ -85,6 +85,7 @@ def test_the_doctor_examines_the_cluster_and_compares_the_laptop(laptop: Laptop)
     assert checks.count("store") == 5, "four from the cluster, one from the laptop"
 
 
+@pytest.mark.slow
 def test_a_run_in_the_foreground_is_stopped_by_ctrl_c_and_all_else_needs_no_credentials(
     laptop: Laptop, data: str
 ) -> None:

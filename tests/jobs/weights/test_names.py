@@ -204,7 +204,8 @@ def test_an_encoder_without_fusion_gets_that_too(tmp_path: Path) -> None:
 
     assert "--fresh-decoder" in refused(path)
     assert "the fusion of stages, 4" in imported(path, fresh_decoder_seed=SEED).notes[-1]
-    assert all(torch.equal(taken(path, fresh_decoder_seed=SEED)[name], value) for name, value in bare.items())
+    found = taken(path, fresh_decoder_seed=SEED)
+    assert all(torch.equal(found[name], value) for name, value in bare.items())
 
 
 @pytest.mark.parametrize("options", [{}, {"fresh_decoder_seed": SEED}], ids=["as it is", "fresh"])
