@@ -38,6 +38,15 @@ class Ranks:
         self.all_gather_object(by_rank, values.clone())
         values.copy_(functools.reduce(op, by_rank))
 
+    def all_to_all_single(
+        self, got: torch.Tensor, sent: torch.Tensor, got_splits: list[int], sent_splits: list[int]
+    ) -> None:
+        by_rank: list[Any] = []
+        self.all_gather_object(by_rank, sent.clone().split(sent_splits))
+        parts = [of_rank[self._mine.rank] for of_rank in by_rank]
+        assert [len(part) for part in parts] == got_splits
+        got.copy_(torch.cat(parts))
+
     def run(self, work: Callable[[int], Any]) -> list[Any]:
         """What `work` returns on each rank; raises what it raised on one."""
 

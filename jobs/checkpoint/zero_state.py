@@ -119,7 +119,7 @@ def restore_optimizer(engine: deepspeed.DeepSpeedEngine, state: ZeroState) -> No
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     optimizer = engine.optimizer
     stage = engine.zero_optimization_stage()
-    cut = _whole_slices(optimizer, names) if stage == 3 else _group_slices(optimizer, names)
+    cut = _whole_slices(optimizer, names) if stage == 3 else group_slices(optimizer, names)
     slices = list(cut)
     found = {piece.name: range(piece.start, piece.start + piece.length) for _, pieces in slices for piece in pieces}
     if found != {name: values for name, values in state.owned.items() if values}:
@@ -285,7 +285,7 @@ class _Piece:
     offset: int
 
 
-def _group_slices(optimizer: Any, names: Mapping[int, str]) -> Iterator[tuple[Tensor, list[_Piece]]]:
+def group_slices(optimizer: Any, names: Mapping[int, str]) -> Iterator[tuple[Tensor, list[_Piece]]]:
     """ZeRO 1 and 2: this rank's range of each group, as pieces of parameters."""
     for index, flat in enumerate(optimizer.single_partition_of_fp32_groups):
         rank = torch.distributed.get_rank(optimizer.real_dp_process_group[index])
