@@ -66,13 +66,19 @@ def plan_run(
         persevere(lambda: _check_port(recipe.metrics_port), PortTakenError, patience_seconds)
     session.storage.check(run.url, write=True, exclusive=True, is_patient=is_patient)
     session.remember_run_root(run.root)
-    recipe = pinned(session.storage, recipe, run)
+    recipe = _as_begun(run, pinned(session.storage, recipe, run))
     run.check_recipe(recipe)
     if trace_url:
         trace_url = normal(trace_url)
         check_trace(session.storage, trace_url, run.url)
     first_tar = next((entry.tar_url(recipe.data) for entry in manifest.shards), "")
     return RunPlan(recipe, run, Schedule.of(recipe, order.steps_per_epoch), trace_url, patience_seconds, first_tar)
+
+
+def _as_begun(run: RunDirectory, recipe: Recipe) -> Recipe:
+    """A recipe in the way in which its run was begun, if it was: before there were grains, or since."""
+    begun_before = run.exists() and "reproducible" not in run.read_recipe_fields()
+    return recipe.as_begun_before() if begun_before else recipe
 
 
 def check_folders(plan: RunPlan, claim: Claim) -> None:

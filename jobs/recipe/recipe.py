@@ -43,6 +43,8 @@ MOST = 10**9
 """Of anything that is counted: what is beyond it is a slip."""
 LONGEST_ARGUMENT = 4096
 """Characters of a `field=value`."""
+STANDARD_WORKERS = 64
+"""GPUs that the published batch of 4,096 is meant for."""
 URL_FIELDS = ("data", "run_root", "init_from")
 HANG_SECONDS = 300.0
 OnNonFinite = Literal["stop", "skip_batch", "rollback"]
@@ -64,6 +66,7 @@ PLACEMENT_FIELDS = frozenset(
         "checkpoint_min_seconds",
         "checkpoint_max_seconds",
         "keep_checkpoints",
+        "digest_every_steps",
         "on_damaged_checkpoint",
         "cpus_per_worker",
         "loader_threads",
@@ -82,6 +85,10 @@ PLACEMENT_FIELDS = frozenset(
         "metrics_port",
     }
 )
+
+
+_OLDER_PRECISIONS = {"bf16_pure": "bf16", "bf16": "bf16_autocast"}
+"""What precisions are called in the trajectory of a run without grains: once `bf16` was that of the weights, too."""
 
 
 Switch = Annotated[bool, Field(strict=False)]
@@ -147,7 +154,14 @@ class Recipe(BaseModel):
     global_batch_size: int = Field(gt=0, le=MOST)
     """Images in one optimizer step over all ranks; never changes with the world size."""
     micro_batch_size: int = Field(gt=0, le=MOST)
-    """Most images that one rank sends through the model at once."""
+    """Most images that one rank sends through the model at once. Where grains are used, it bounds the default grain."""
+    reproducible: Literal["bits", "rounding"] = "bits"
+    """What a trajectory at another world size is equal to: the same `bits` with ZeRO 1 and 2, by grains, or the same
+    within `rounding`, with micro-batches of any size. With ZeRO 3 it is always `rounding`."""
+    grain_size: int = Field(default=0, ge=0, le=MOST)
+    """Images whose gradient is computed at once, whatever the world size; their number bounds it. 0: see `grain`."""
+    digest_every_steps: int = Field(default=100, gt=0, le=MOST)
+    """Steps between digests of all weights and moments in the history; also where a checkpoint is saved."""
     lanes: int = Field(gt=0, le=MOST)
     """Virtual readers that the data order is dealt to; divides global_batch_size and bounds the world size."""
     block_samples: int = Field(default=32, gt=0, le=MOST)
@@ -157,8 +171,9 @@ class Recipe(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Decides order, crops, flips, masks and initial weights."""
 
-    precision: Literal["fp32", "bf16"] = "bf16"
-    """Of weights and activations in the model; masters and moments are always fp32."""
+    precision: Literal["fp32", "bf16", "bf16_pure"] = "bf16"
+    """`bf16`: matrix products in bf16 over fp32 weights (autocast), norms and softmax in fp32, as the released code
+    has it. `bf16_pure`: weights, activations and gradients in bf16. Masters and moments are always fp32."""
     zero_stage: Literal[1, 2, 3] = 1
     """What DeepSpeed shards over ranks: optimizer state | + gradients | + parameters."""
     recompute: tuple[Literal["stage1", "stage2", "stage3", "decoder"], ...] = ()
@@ -230,6 +245,29 @@ class Recipe(BaseModel):
         """Images that one lane gives to every global batch."""
         return self.global_batch_size // self.lanes
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether the trajectory has the same bits at any world size."""
+        return self.reproducible == "bits" and self.zero_stage < 3
+
+    @property
+    def grain(self) -> int:
+        """Images in a grain: `grain_size`, else the largest that divides a lane's share of the batch or consists of
+        such shares, fits in a micro-batch, and is at most a 64th of the batch where lanes' shares are smaller."""
+        if self.grain_size:
+            return self.grain_size
+        most = min(self.micro_batch_size, max(self.lane_batch_size, self.global_batch_size // STANDARD_WORKERS))
+        return next(size for size in range(most, 0, -1) if self._is_grain(size))
+
+    @property
+    def lanes_together(self) -> int:
+        """Lanes that make up a grain, and so are on one rank."""
+        return max(1, self.grain // self.lane_batch_size) if self.is_exact else 1
+
+    def _is_grain(self, size: int) -> bool:
+        lane, (lanes, rest) = self.lane_batch_size, divmod(size, self.lane_batch_size)
+        return lane % size == 0 or (rest == 0 and self.lanes % lanes == 0)
+
     @field_validator(*URL_FIELDS, "cache_dir")
     @classmethod
     def _place(cls, url: str, info: ValidationInfo) -> str:
@@ -244,6 +282,15 @@ class Recipe(BaseModel):
         if self.max_workers > self.lanes:
             remedy = f"lower max_workers, or raise lanes (a divisor of {self.global_batch_size})"
             raise RecipeError("max_workers", f"must be at most lanes = {self.lanes}", self.max_workers, remedy)
+        if self.grain_size and not self._is_grain(self.grain_size):
+            nearest = min(filter(self._is_grain, range(1, self.global_batch_size + 1)), key=lambda size: abs(size - self.grain_size))
+            rule = f"must divide global_batch_size / lanes = {self.lane_batch_size}, or be that times a divisor of lanes"
+            raise RecipeError("grain_size", rule, self.grain_size, f"the nearest that does is grain_size={nearest}")
+        if self.max_workers > self.lanes // self.lanes_together:
+            most = self.lanes // self.lanes_together
+            rule = f"must be at most {most}, the groups of {self.lanes_together} lanes that make up a grain"
+            remedy = f"lower max_workers, or set grain_size={self.lane_batch_size}"
+            raise RecipeError("max_workers", rule, self.max_workers, remedy)
         if self.min_workers > self.max_workers:
             remedy = f"set min_workers={self.max_workers} or max_workers={self.min_workers}"
             raise RecipeError(
@@ -266,7 +313,17 @@ class Recipe(BaseModel):
 
     def trajectory(self) -> dict[str, Any]:
         """The fields that decide what is computed; equal for every attempt of one run."""
-        return {key: value for key, value in self.to_json().items() if key not in PLACEMENT_FIELDS}
+        fields = {key: value for key, value in self.to_json().items() if key not in PLACEMENT_FIELDS}
+        if self.is_exact:
+            return fields | {"grain_size": self.grain}
+        # As it was before there were grains, so that checkpoints of older runs are theirs.
+        del fields["grain_size"], fields["reproducible"]
+        return fields | {"precision": _OLDER_PRECISIONS.get(self.precision, self.precision)}
+
+    def as_begun_before(self) -> Recipe:
+        """This recipe as it was meant before there were grains: free micro-batches, and bf16 of weights, too."""
+        precision = "bf16_pure" if self.precision == "bf16" else self.precision
+        return self.model_copy(update={"reproducible": "rounding", "grain_size": 0, "precision": precision})
 
     def digest(self) -> str:
         """SHA-256 of the trajectory, as it is recorded in every checkpoint."""

@@ -71,6 +71,7 @@ def order_of(recipe: Recipe, samples: int) -> Order:
         seed=recipe.seed,
         block_samples=recipe.block_samples,
         window_blocks=recipe.window_blocks,
+        lanes_together=recipe.lanes_together,
     )
 
 

@@ -105,7 +105,9 @@ class RunDirectory:
         """
         from jobs.recipe.recipe import Recipe
 
-        return Recipe.from_json(self.read_recipe_fields())
+        fields = self.read_recipe_fields()
+        recipe = Recipe.from_json(fields)
+        return recipe if "reproducible" in fields else recipe.as_begun_before()
 
     def read_recipe_fields(self) -> dict[str, Any]:
         """The resolved recipe as it was written, for those who must not import torch.

@@ -49,9 +49,11 @@ class Order:
     """Wanted S. Smaller data sets get smaller blocks: the largest S that keeps 99% of the steps that S=1 would give."""
     window_blocks: int = 64
     """K."""
+    lanes_together: int = 1
+    """Neighbouring lanes that are always on one rank; divides L. Decides who reads what, not what is read."""
 
     def __post_init__(self) -> None:
-        for name in ("samples", "global_batch_size", "lanes", "block_samples", "window_blocks"):
+        for name in ("samples", "global_batch_size", "lanes", "block_samples", "window_blocks", "lanes_together"):
             if getattr(self, name) < 1:
                 raise OrderError(name, "must be at least 1", getattr(self, name), "raise it")
         if self.global_batch_size % self.lanes:
@@ -59,6 +61,8 @@ class Order:
             nearest = min(divisors, key=lambda divisor: abs(divisor - self.lanes))
             rule = f"must divide global_batch_size {self.global_batch_size}"
             raise OrderError("lanes", rule, self.lanes, f"{nearest} is the nearest that does")
+        if self.lanes % self.lanes_together:
+            raise OrderError("lanes_together", f"must divide lanes {self.lanes}", self.lanes_together, "take 1")
         if self.samples < self.global_batch_size:
             rule = f"must be at least global_batch_size {self.global_batch_size}"
             raise OrderError("samples", rule, self.samples, "lower global_batch_size or add images to the data set")
@@ -107,11 +111,12 @@ class Order:
         return step // self.steps_per_epoch
 
     def rank_lanes(self, rank: int, world_size: int) -> range:
-        """The lanes that `rank` owns: {l : floor(l * world_size / L) = rank}; consecutive."""
-        if not 1 <= world_size <= self.lanes:
-            remedy = f"take a number from 1 to {self.lanes}, or raise lanes"
-            raise OrderError("world_size", f"must be between 1 and lanes {self.lanes}", world_size, remedy)
-        return range(-(-rank * self.lanes // world_size), -(-(rank + 1) * self.lanes // world_size))
+        """The lanes that `rank` owns, consecutive: {l : floor(l * world_size / L) = rank} where each may be alone."""
+        most, together = self.lanes // self.lanes_together, self.lanes_together
+        if not 1 <= world_size <= most:
+            rule = f"must be between 1 and {most}, {'lanes' if together == 1 else f'lanes in groups of {together}'}"
+            raise OrderError("world_size", rule, world_size, f"take a number from 1 to {most}, or raise lanes")
+        return range(-(-rank * most // world_size) * together, -(-(rank + 1) * most // world_size) * together)
 
     def batch(self, step: int) -> Int64s:
         """(B,) ids of the samples of a step, lane after lane."""
