@@ -31,6 +31,9 @@ OTHER_VALUES: dict[str, Any] = {
     "clip_grad_norm": 1.0,
     "global_batch_size": 128,
     "micro_batch_size": 16,
+    "reproducible": "rounding",
+    "grain_size": 4,
+    "digest_every_steps": 7,
     "lanes": 4,
     "block_samples": 4,
     "window_blocks": 4,
@@ -82,7 +85,7 @@ def test_resuming_may_change_how_a_run_executes_and_nothing_else() -> None:
     workers = {"min_workers", "max_workers", "cpus_per_worker", "loader_threads", "micro_batch_size"}
     computing = {"recompute", "compile", "on_nonfinite_loss", "max_nonfinite_in_a_row"}
     interval = {"interval", "every_steps", "every_seconds", "min_seconds", "max_seconds"}
-    saving = {*(f"checkpoint_{name}" for name in interval), "keep_checkpoints", "on_damaged_checkpoint"}
+    saving = {*(f"checkpoint_{name}" for name in interval), "keep_checkpoints", "on_damaged_checkpoint", "digest_every_steps"}
     watching = {"max_restarts_without_progress", "metrics_port", "hang_seconds", "resize_seconds", "standby"}
 
     reading = {
