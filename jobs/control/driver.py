@@ -14,13 +14,14 @@ from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
 
+from jobs.cluster.ray_internals.table import check_ray
 from jobs.cluster.session import Session
 from jobs.control.failure_cause import root_cause
 from jobs.control.lease import is_committed_to_the_end, overtaken
 from jobs.control.milestones import MilestoneConsolidator
 from jobs.control.monitor import MonitorConfig, RunMonitor
 from jobs.control.run_plan import RunPlan
-from jobs.errors import MonitorLivesError, OvertakenError, RunFailedError
+from jobs.errors import DependencyError, MonitorLivesError, OvertakenError, RunFailedError
 from jobs.rank.trainer import TrainJob
 from jobs.recipe.checkpoint_interval import IntervalRule
 from jobs.run.directory import RunDirectory
@@ -101,6 +102,11 @@ def _start_monitor(session: Session, plan: RunPlan, claim: Claim) -> Any:
     )
     patience_seconds = plan.run.storage.retry_seconds
     monitor = persevere(lambda: _new_monitor(plan.run, config, claim), MonitorLivesError, patience_seconds)
+    try:
+        check_ray()
+    except DependencyError:
+        ray.kill(monitor)
+        raise
     import jobs.control.worker_group  # noqa: F401  as long as the monitor's process imports, too
 
     try:
