@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -79,6 +80,15 @@ def test_all_that_is_asked_for_is_in_the_table() -> None:
     assert asked - modules <= {"ray._private"}, "whose module `utils` is in it"
     missing = {path for path in imported if not any(row.startswith(path) for row in known)}
     assert missing == {"ray.train.torch:TorchConfig"}, "which is documented"
+
+
+def test_each_is_explained_in_the_docs() -> None:
+    text = (PROJECT / "docs/private-api.md").read_text()
+    named = {name.split(".")[-1] for name in re.findall(r"`([\w.]+)`", text)}
+
+    used = {re.split("[.:]", internal.path)[-1] for internal in (*OF_COMMANDS, *OF_DRIVERS, *OF_STANDBY)}
+
+    assert used <= named
 
 
 def test_only_the_door_knows_what_ray_does_not_document() -> None:
