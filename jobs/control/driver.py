@@ -19,7 +19,8 @@ from jobs.cluster.session import Session
 from jobs.control.failure_cause import root_cause
 from jobs.control.lease import is_committed_to_the_end, overtaken
 from jobs.control.milestones import MilestoneConsolidator
-from jobs.control.monitor import MonitorConfig, RunMonitor
+from jobs.control.monitor import RunMonitor
+from jobs.control.run_memory import MonitorConfig
 from jobs.control.run_plan import RunPlan
 from jobs.errors import DependencyError, MonitorLivesError, OvertakenError, RunFailedError
 from jobs.rank.trainer import TrainJob

@@ -9,7 +9,7 @@ from typing import Literal
 
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.checkpoint import CLAIMS
-from jobs.control.monitor import FLUSH_INTERVAL_SECONDS
+from jobs.control.run_memory import FLUSH_INTERVAL_SECONDS
 from jobs.control.run_plan import RunPlan
 from jobs.errors import OvertakenError, RunError
 from jobs.run.directory import FINAL_STATES, REPORT_NAME, RunDirectory
