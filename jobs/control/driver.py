@@ -1,6 +1,6 @@
 """The driver of a run: starts the monitor, and lets Ray Train run workers until the end.
 
-What fails is restarted by Ray Train from the newest committed checkpoint; a failure that restarts cannot mend, or too
+What fails is restarted by Ray Train from the newest committed checkpoint; a failure that restarts cannot fix, or too
 many without progress, end the run with the root cause.
 """
 
@@ -207,15 +207,15 @@ def _consolidator(plan: RunPlan, monitor: Any) -> MilestoneConsolidator:
     import ray
     from ray.exceptions import RayError
 
-    def tell(method: Any, **facts: Any) -> None:
+    def report(method: Any, **facts: Any) -> None:
         with contextlib.suppress(RayError):  # a monitor that has just died misses the event, not the weights
             ray.get(method.remote(**facts))  # not waited for, it might be overtaken by the run's end
 
     def done(result: Consolidated) -> None:
-        tell(monitor.consolidated, step=result.step, url=result.url, size_bytes=result.bytes, seconds=result.seconds)
+        report(monitor.consolidated, step=result.step, url=result.url, size_bytes=result.bytes, seconds=result.seconds)
 
     def failed(step: int, error: str) -> None:
-        tell(monitor.consolidation_failed, step=step, error=error)
+        report(monitor.consolidation_failed, step=step, error=error)
 
     return MilestoneConsolidator(plan.run, done, failed)
 
@@ -228,7 +228,7 @@ def _fit(plan: RunPlan, claim: Claim, monitor: Any) -> None:
 
 
 def _failed(run: RunDirectory, claim: Claim, monitor: Any, reason: str) -> OvertakenError | RunFailedError:
-    """The end of a run that was given up, told to its monitor; or of this driver alone, if the run has another."""
+    """The error of a run that was given up, which its monitor is told; of this driver alone, if the run has another."""
     import ray
     from ray.exceptions import RayActorError
 
@@ -236,7 +236,7 @@ def _failed(run: RunDirectory, claim: Claim, monitor: Any, reason: str) -> Overt
         ray.get(monitor.end.remote("failed", reason))
     except RayActorError:  # who takes over ends the monitor, also of a driver that cannot read yet that it has lost
         with contextlib.suppress(OSError, UserError):
-            claim.beat()  # waits for a store that is away
+            claim.beat()  # waits for a store that is unreachable
         try:
             claim.check()
         except ClaimedError as error:

@@ -1,4 +1,4 @@
-"""What the controller reports of a run's worker group to its monitor, and asks of its ranks."""
+"""The reports of a run's controller to its monitor, and what it asks of the ranks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jobs.rank.watchdog import Examined, Hang, Pulse, hang_text, training_stack
 logger = logging.getLogger(__name__)
 
 UNKNOWN_DEADLINE_SECONDS = 120.0
-"""Until a node that is drained is gone, where its cloud does not say; Ray Train then ends the group after as long."""
+"""Until a node that is drained is gone, where its cloud does not say; Ray Train then ends the attempt after as long."""
 LEAST_SAVE_SECONDS = 5.0
 """Left for the last save before a node goes."""
 HOSTS_NAMED = 4
@@ -37,7 +37,7 @@ class GroupReports(RunMemory):
             self._add_event("waiting", step=self._figures["step"], reason=reason)
 
     def pause(self) -> bool:
-        """Have the ranks save and stand still, because their group is about to end; asked again until they do.
+        """Have the ranks save and stand still, because the attempt is about to end; asked again until they do.
 
         Returns:
             Whether they do by now.
@@ -48,7 +48,7 @@ class GroupReports(RunMemory):
             return self._instructions.stands_still
 
     def end_pause(self) -> None:
-        """Let the ranks train on, since they took too long."""
+        """Let the ranks continue, since they took too long."""
         with self._lock:
             self._instructions.withdraw()
 
@@ -68,13 +68,13 @@ class GroupReports(RunMemory):
             self._instructions.pause_at(self._clock.monotonic() + left - last_save)
 
     def group_ended(self) -> None:
-        """Note that Ray Train gave the worker group up, for whatever reason."""
+        """Note that Ray Train has given the attempt up, for whatever reason."""
         with self._lock:
             if self._figures["state"] == "running":
                 self._figures.tell(state="restarting")
 
     def worker_failed(self, error: str, remedy: Remedy) -> str:
-        """Note why the worker group is about to end; the next attempt's event quotes it.
+        """Note why the attempt is about to end; the event of the next one quotes it.
 
         Args:
             error: The root cause in one line.
@@ -93,7 +93,7 @@ class GroupReports(RunMemory):
             return self._failures.verdict(remedy, has_trained=has_trained)
 
     def unreachable(self, hosts: Mapping[str, str], seconds: float) -> None:
-        """Note that nodes with ranks have fallen silent, and that their group is being ended for it.
+        """Note that nodes with ranks have fallen silent, and that their attempt is being ended for it.
 
         Args:
             hosts: Name and address of each, by Ray's node id.
@@ -112,7 +112,7 @@ class GroupReports(RunMemory):
             self._add_event("unreachable", step=self._figures["step"], reason=text)
 
     def look_for_hangs(self, now: float, examine: Callable[[Pulse], Examined]) -> None:
-        """Examine and kill the ranks that stand still, if there are any, and tell of each in an event.
+        """Examine and kill the ranks that stand still, if there are any, and report each in an event.
 
         Args:
             now: Monotonic seconds.

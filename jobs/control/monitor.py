@@ -44,7 +44,7 @@ class RunMonitor(RankReports, GroupReports):
             self._add_event("consolidated", step=step, url=url, bytes=size_bytes, duration_seconds=round(seconds, 3))
 
     def consolidation_failed(self, *, step: int, error: str) -> None:
-        """Note a step whose weights could not be written; training goes on."""
+        """Note a step whose weights could not be written; training continues."""
         with self._lock:
             self._figures.count("consolidation_failures")
             self._add_event("consolidation-failed", step=step, reason=error)

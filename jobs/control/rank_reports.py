@@ -1,4 +1,4 @@
-"""What ranks report to the run's monitor: attempts, steps, samples and checkpoints."""
+"""The reports of ranks to the run's monitor: attempts, steps, samples and checkpoints."""
 
 from __future__ import annotations
 
@@ -88,15 +88,15 @@ class RankReports(RunMemory):
             self._figures.step_done(row, gradient_norm, reading, ranks, now)
             return self._instructions.after_step(now, save_is_due=self._saves.is_due(now))
 
-    def leave_out(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Note the history rows of steps that are passed over without being trained."""
+    def skip(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Note the history rows of steps that are skipped: not trained, but done."""
         with self._lock:
             for row in rows:
                 self._add_row(row)
             self._figures.tell(step=rows[-1]["step"])
 
     def roll_back(self, *, first_step: int, last_step: int, reason: str) -> None:
-        """Note, for all attempts to come, that steps are left out; returns when storage has it.
+        """Note, for all later attempts, that steps are skipped; returns when storage has it.
 
         Args:
             first_step: The first of them, from 1.
@@ -128,7 +128,7 @@ class RankReports(RunMemory):
             self._figures.tell(quarantined=self._record.quarantined)
 
     def paused(self) -> None:
-        """Note that the ranks have saved, and stand still; if nobody ends them, they go on."""
+        """Note that the ranks have saved, and stand still; if nobody ends them, they continue."""
         with self._lock:
             self._instructions.paused()
 
@@ -136,7 +136,7 @@ class RankReports(RunMemory):
         """Note that the ranks save after `step`.
 
         Returns:
-            What the commit keeps so that counters go on after a restart.
+            What the commit keeps so that counters continue after a restart.
         """
         with self._lock:
             self._instructions.saved()
@@ -153,7 +153,7 @@ class RankReports(RunMemory):
             stall_seconds: How long training stood still for it.
             duration_seconds: From there until it was committed.
             size_bytes: Of its files.
-            milestone: Whether it is kept for ever.
+            milestone: Whether it is kept permanently.
         """
         with self._lock:
             self._figures.tell(
@@ -177,13 +177,13 @@ class RankReports(RunMemory):
             self._decide_interval()
 
     def checkpoint_failed(self, *, step: int, error: str) -> None:
-        """Note a checkpoint that could not be uploaded or committed; training goes on."""
+        """Note a checkpoint that could not be uploaded or committed; training continues."""
         with self._lock:
             self._figures.count("checkpoint_failures")
             self._add_event("checkpoint-failed", step=step, reason=error)
 
     def checkpoint_damaged(self, *, step: int, reason: str) -> None:
-        """Note a checkpoint that is passed over since it is not as it was written."""
+        """Note a checkpoint that is skipped since it is not as it was written."""
         with self._lock:
             self._add_event("checkpoint-damaged", step=step, reason=reason)
         self.flush()

@@ -1,4 +1,4 @@
-"""The one file that speaks DeepSpeed's configuration: recipe in, engine out.
+"""DeepSpeed's engine, and the one place for its configuration: recipe in, engine out.
 
 The same lines build the engine on CPU (gloo) and on GPU (NCCL); only the device differs.
 """
@@ -38,7 +38,7 @@ def initialize_deepspeed(device: str) -> None:
         device: `cpu` or `cuda`; DeepSpeed would guess, and warn that it did.
 
     DeepSpeed compiles its own kernels when it finds a compiler, for minutes, and fails without ninja; torch's AdamW
-    and collectives serve as well here, so it is told that there are none.
+    and collectives serve as well here, so it is made to believe that there are none.
     """
     os.environ["DS_ACCELERATOR"] = device
     import deepspeed

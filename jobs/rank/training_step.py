@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where this worker stands in its group."""
+class RankPlace:
+    """The place of a worker in its group."""
 
     rank: int
     world_size: int
@@ -64,7 +64,7 @@ class TrainingStep:
         self,
         engine: deepspeed.DeepSpeedEngine,
         recipe: Recipe,
-        place: Place,
+        place: RankPlace,
         sizes: Sequence[int],
         *,
         reading: RankReading,

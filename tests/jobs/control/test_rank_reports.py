@@ -210,7 +210,7 @@ def test_what_a_rollback_leaves_out_is_known_to_every_later_driver(start: Start,
     second = start()
     begin(second, resume_step=10)
     row = {"epoch": 0, "loss": None, "learning_rate": 1e-3, "world_size": 2, "attempt": 2, "skipped": "left out"}
-    second.leave_out([{"step": step, **row} for step in range(11, 15)])
+    second.skip([{"step": step, **row} for step in range(11, 15)])
     second.roll_back(first_step=21, last_step=22, reason="the loss of rank 0 is not finite at step 22")
     second.flush()
 
