@@ -248,3 +248,13 @@ def test_a_group_is_kept_off_nodes_that_do_not_answer() -> None:
     policy.room()
 
     assert policy.on_controller_start_worker_group() == {"ray.io/node-id": "!in(a,b)"}
+
+
+def test_the_policy_travels_to_the_controller_by_name_and_takes_no_state_of_ray_along() -> None:
+    sent = FollowNodes(scaling(), None, "s3://b/runs/first", standby=True)
+
+    there = ray.cloudpickle.loads(ray.cloudpickle.dumps(sent))
+
+    assert there._answer is sent._answer
+    assert there._now is sent._now
+    assert len(ray.cloudpickle.dumps(sent)) < 4096
