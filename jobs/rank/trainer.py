@@ -74,14 +74,19 @@ class TrainJob:
     """Of what lies on local disks: also nodes that come later must see it."""
 
 
-def train_worker(job: TrainJob) -> None:
-    """Train `job` from its newest checkpoint to its end, or until the monitor asks to stop."""
+def train_worker(job: TrainJob, step_of: type[TrainingStep] = TrainingStep) -> None:
+    """Train `job` from its newest checkpoint to its end, or until the monitor asks to stop.
+
+    Args:
+        job: What to train.
+        step_of: Does each step.
+    """
     import ray.train
     import ray.train.torch
 
     context = ray.train.get_context()
     device = ray.train.torch.get_device() if job.recipe.device == "cuda" else torch.device("cpu")
-    Trainer(job, RankPlace(context.get_world_rank(), context.get_world_size(), device)).run()
+    Trainer(job, RankPlace(context.get_world_rank(), context.get_world_size(), device), step_of).run()
 
 
 def open_dataset(storage: Storage, recipe: Recipe) -> Dataset:
@@ -93,7 +98,7 @@ def open_dataset(storage: Storage, recipe: Recipe) -> Dataset:
 class Trainer:
     """One rank's engine, data and place in the run."""
 
-    def __init__(self, job: TrainJob, place: RankPlace) -> None:
+    def __init__(self, job: TrainJob, place: RankPlace, step_of: type[TrainingStep] = TrainingStep) -> None:
         """Restore the newest committed checkpoint; every rank must come here together."""
         self._started_at_seconds = time.time()
         self.job, self.recipe, self.run_directory, self.place = job, job.recipe, job.run, place
@@ -124,7 +129,7 @@ class Trainer:
             job.run, job.monitor, rank=place.rank, world_size=place.world_size, keep=self.recipe.keep_checkpoints
         )
         self.trace = self._begin_trace() if job.trace_url else None
-        self.step = self._training_step()
+        self.step = self._training_step(step_of)
         self._skipped_in_a_row = 0
         self._has_successor = False
         self._quarantined: set[int] = set()
@@ -258,11 +263,11 @@ class Trainer:
             self._quarantined |= {item.bad.id for item in new}
             self.line.quarantine([{**item.to_json(), "step": batch.step + 1} for item in new])
 
-    def _training_step(self) -> TrainingStep:
+    def _training_step(self, step_of: type[TrainingStep]) -> TrainingStep:
         folders = [Path(tempfile.gettempdir()), *([Path(self.recipe.cache_dir)] if self.recipe.cache_dir else [])]
         reading = RankReading(self.dataset, self.place.rank, device=self.place.device, folders=folders)
         on_mask = self.trace.note_masks if self.trace else None
-        return TrainingStep(self.engine, self.recipe, self.place, self.sizes, reading=reading, on_mask=on_mask)
+        return step_of(self.engine, self.recipe, self.place, self.sizes, reading=reading, on_mask=on_mask)
 
     def _is_due(self, step: int) -> bool:
         return self.schedule.ends_in_a_checkpoint(step, self.recipe)
