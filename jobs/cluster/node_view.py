@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from jobs.cluster.ray_internals.core import draining_nodes
+
 PROBE_SECONDS = 1.0
 PROBES_AT_ONCE = 64
 
@@ -14,10 +16,9 @@ PROBES_AT_ONCE = 64
 def unusable_nodes() -> set[str]:
     """Ids of nodes that Ray counts as alive, though they are being drained or do not answer."""
     import ray
-    from ray._private.state import state
 
     nodes: Any = ray.nodes()  # type: ignore[no-untyped-call]
-    return set(state.get_draining_nodes()) | silent_nodes(nodes)
+    return draining_nodes() | silent_nodes(nodes)
 
 
 def raylet_addresses() -> dict[str, tuple[str, int]]:
