@@ -106,13 +106,15 @@ class Commit:
     """Number of the claim under which its driver worked; higher than those of all drivers before. 0: unknown."""
     driver: str = ""
     """Who that was, for people."""
+    digest: str = ""
+    """Of all weights and moments, the same at any world size; empty where there is no such thing."""
     format_version: int = field(default=FORMAT_VERSION)
 
     def __post_init__(self) -> None:
         for name in ("step", "epoch", "world_size", "zero_stage", "order_version", "attempt", "claim"):
             if not _is_count(getattr(self, name)):
                 raise ValueError(f"{name} is no count: {getattr(self, name)!r}")
-        for name in ("precision", "recipe_digest", "dataset_digest", "driver"):
+        for name in ("precision", "recipe_digest", "dataset_digest", "driver", "digest"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} is no text: {getattr(self, name)!r}")
         if type(self.seed) is not int or type(self.milestone) is not bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jobs.errors import DependencyError
@@ -51,6 +51,8 @@ _OF_STAGES_1_AND_2 = (
     "single_partition_of_fp32_groups",
     "real_dp_process_group",
     "round_robin_bit16_groups",
+    "partition_size",
+    "compute_grad_norm",
 )
 _OF_STAGE_3 = ("dp_process_group", "fp32_partitioned_groups_flat", "fp16_groups")
 _OF_PARAMETERS_OF_STAGE_3 = ("ds_numel", "ds_tensor.ds_numel")
@@ -129,6 +131,24 @@ def overflow_looked_for(engine: deepspeed.DeepSpeedEngine) -> Iterator[None]:
         yield
     finally:
         optimizer.check_grad_overflow = looked
+
+
+def parameter_groups_in_order(engine: deepspeed.DeepSpeedEngine) -> list[tuple[int, list[Tensor]]]:
+    """How ZeRO 1 and 2 cut up gradients: for each group, the elements that every rank owns, and its parameters.
+
+    A group is its parameters in turn, filled up with zeros, and cut into as many parts as there are ranks.
+    """
+    optimizer = engine.optimizer
+    sizes = map(int, optimizer.partition_size)
+    return list(zip(sizes, map(list, optimizer.round_robin_bit16_groups), strict=True))
+
+
+def give_gradients(engine: deepspeed.DeepSpeedEngine, partitions: Sequence[Tensor]) -> None:
+    """Have the next step of ZeRO 1 or 2 update by these: for each group, what this rank owns, as a flat vector."""
+    optimizer = engine.optimizer
+    optimizer.compute_grad_norm = False  # who gives them has their norm, and has clipped them
+    for index, partition in enumerate(partitions):
+        optimizer.averaged_gradients[index] = [partition]
 
 
 def owned_slices(engine: deepspeed.DeepSpeedEngine) -> list[tuple[Tensor, list[Piece]]]:

@@ -124,7 +124,7 @@ def restore_optimizer(engine: deepspeed.DeepSpeedEngine, state: ZeroState) -> No
         raise CheckpointError("deepspeed", rule, version("deepspeed"), remedy)
     for flat, pieces in slices:
         slots = adam_slots(engine, flat)
-        slots["step"] = torch.tensor(state.optimizer_step, dtype=torch.float32)
+        slots["step"] = torch.tensor(state.optimizer_step, dtype=torch.float32, device=flat.device)
         for moment in MOMENTS:
             slots[moment] = torch.zeros_like(flat)
         for piece in pieces:

@@ -316,7 +316,10 @@ def stop(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
 
 @app.command(cls=at_run())
 def history(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
-    """Print one line a step: step, epoch, loss, learning rate, world size, attempt."""
+    """Print one line a step: step, epoch, loss, learning rate, world size, attempt.
+
+    Now and then with a digest of all weights and moments, which is equal for equal runs at any world size.
+    """
     for row in existing_run(open_session(), run, run_root).read_history():
         if as_json:
             sys.stdout.write(json.dumps(row) + "\n")
@@ -325,7 +328,7 @@ def history(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> No
                 f"step {row['step']:>8}  epoch {row['epoch']:>4}  loss {figure(row['loss'], '.6f')}  "
                 f"lr {row['learning_rate']:.3e}  world {row['world_size']:>3}  attempt {row['attempt']:>3}"
             )
-            say(line)
+            say(line + (f"  digest {row['digest']}" if "digest" in row else ""))
 
 
 @app.command(cls=at_store("url", "other"))

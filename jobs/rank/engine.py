@@ -70,26 +70,29 @@ def build_model(recipe: Recipe) -> ConvMAE:
 
 
 def build_engine(
-    model: nn.Module, recipe: Recipe, *, micro_batches_per_step: int, world_size: int
+    model: nn.Module, recipe: Recipe, *, micro_batches_per_step: int = 1, world_size: int
 ) -> deepspeed.DeepSpeedEngine:
     """Wrap `model` for ZeRO training. Every rank must call it, after `initialize_deepspeed`.
 
     The engine divides each micro-batch's loss by `micro_batches_per_step` and averages gradients over ranks; the
-    caller weights losses so that the result is the mean over the global batch (jobs.rank.trainer).
+    caller weights losses so that the result is the mean over the global batch. Where gradients are exact it is given
+    their sum instead, once a step, clipped already.
     """
     import deepspeed
 
     groups = parameter_groups(model, recipe.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=ADAM_BETAS, fused=True)
+    # Fused AdamW on a CPU rounds the last values of a vector otherwise, and where it ends depends on the world size.
+    fused = recipe.device == "cuda" or not recipe.is_exact
+    optimizer = torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=ADAM_BETAS, fused=fused, foreach=False)
     config = {
         # Only the ratio of these three matters to DeepSpeed: micro-batches of unequal size are ours to weight.
         "train_micro_batch_size_per_gpu": recipe.micro_batch_size,
         "gradient_accumulation_steps": micro_batches_per_step,
         "train_batch_size": recipe.micro_batch_size * micro_batches_per_step * world_size,
-        "gradient_clipping": recipe.clip_grad_norm,
+        "gradient_clipping": 0.0 if recipe.is_exact else recipe.clip_grad_norm,
         "zero_optimization": {"stage": recipe.zero_stage},
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": recipe.precision == "bf16"},
+        "bf16": {"enabled": recipe.precision == "bf16_pure"},
         "steps_per_print": 2**62,
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)

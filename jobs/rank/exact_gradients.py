@@ -8,6 +8,7 @@ Sums over elements, of squares and of bits, are sums of integers, whose order do
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,11 +17,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jobs.checkpoint.zero_state import MOMENTS, group_slices
+from jobs.checkpoint.deepspeed_internals import adam_slots, give_gradients, owned_slices, parameter_groups_in_order
+from jobs.checkpoint.zero_files import MOMENTS
 from jobs.rank.gradient_tree import Exchange, PartialSums
+from jobs.recipe.recipe import Recipe
+from pipeline.load.batch import Batch
 
 if TYPE_CHECKING:
     import deepspeed
+
+    from jobs.rank.training_step import Forward, OnMask
 
 _CHUNK = 1 << 20
 """Elements that are looked at together: in 64 bits they are twice as large."""
@@ -28,69 +34,96 @@ _SPREAD, _MIX = 0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64)
 """Odd constants of SplitMix64 (Steele, Lea and Flood, 2014), as signed integers."""
 
 
-def grains_of_ranks(lanes_by_rank: Sequence[range], grains_per_lane: int) -> list[range]:
-    """The grains of each rank: all those of its lanes, which lie one after the other in the global batch."""
-    return [range(lanes.start * grains_per_lane, lanes.stop * grains_per_lane) for lanes in lanes_by_rank]
+def grains_of_ranks(lanes_by_rank: Sequence[range], *, lane_batch_size: int, grain: int) -> list[range]:
+    """The grains of each rank: those that its lanes make up, one after the other in the global batch.
+
+    Args:
+        lanes_by_rank: In order.
+        lane_batch_size: Images of one lane in a global batch.
+        grain: Images of a grain.
+    """
+    return [range(*(lane * lane_batch_size // grain for lane in (lanes.start, lanes.stop))) for lanes in lanes_by_rank]
 
 
 class ExactGradients:
-    """The sum over the grains of the global batch, of which this rank computes some and gets its partition."""
+    """The gradient as the sum over the grains of the global batch, of which each rank computes some.
 
-    def __init__(self, engine: deepspeed.DeepSpeedEngine, grains_by_rank: Sequence[range], rank: int) -> None:
+    Attributes are those of `jobs.rank.training_step.Gradients`.
+    """
+
+    def __init__(
+        self, engine: deepspeed.DeepSpeedEngine, recipe: Recipe, grains_by_rank: Sequence[range], rank: int
+    ) -> None:
         """Lay out the vectors; every rank alike.
 
         Args:
-            engine: Of ZeRO 1 or 2, in fp32.
+            engine: Of ZeRO 1 or 2, which neither clips nor accumulates.
+            recipe: Says how large grains are, and at which norm gradients are clipped.
             grains_by_rank: From `grains_of_ranks`.
             rank: This one.
         """
-        self._optimizer: Any = engine.optimizer
+        self._engine, self._recipe, self._grains = engine, recipe, grains_by_rank[rank]
         self._parameters: list[Tensor] = []
         self._firsts: list[int] = []
-        numels, position = [int(size) for size in self._optimizer.partition_size], 0
-        for numel, group in zip(numels, self._optimizer.round_robin_bit16_groups, strict=True):
+        numels, position = [], 0
+        for numel, group in parameter_groups_in_order(engine):
             first = position
             for parameter in group:
                 self._parameters.append(parameter)
                 self._firsts.append(first)
                 first += parameter.numel()
+            numels.append(numel)
             position += numel * len(grains_by_rank)
         self._sums = PartialSums(position, self._parameters[0].device)
         self._exchange = Exchange(grains_by_rank, rank, numels)
-        self.partitions: list[Tensor] = []
-        """This rank's part of the sum, for each group; there from `reduce` to `hand_over`."""
+        self._partitions: list[Tensor] = []
+        self.loss_words = grains_by_rank[-1].stop
+        self.norm = 0.0
 
-    def add(self, grain: int, loss: Tensor) -> None:
-        """Add the gradient of one grain's share of the mean loss; grains come in their order."""
-        gradients = torch.autograd.grad(loss, self._parameters)
+    def compute(self, batch: Batch, forward: Forward, on_mask: OnMask) -> Tensor:
+        """Compute this rank's grains and bring all together; (G,) losses, of which only this rank's are not 0."""
+        size, losses = self._recipe.grain, torch.zeros(self.loss_words, device=batch.images.device, dtype=torch.float64)
+        for number, grain in enumerate(self._grains):
+            output = forward(batch, slice(number * size, (number + 1) * size))
+            on_mask(output.mask)
+            share = output.loss * (size / self._recipe.global_batch_size)
+            gradients = torch.autograd.grad(share, self._parameters)
+            self._sums.add(grain, functools.partial(self._fill, gradients))
+            losses[grain] = share.detach()
+        self._partitions = self._exchange.gather(self._sums.vectors())
+        self.norm = exact_norm(self._partitions)
+        return losses
 
-        def fill(vector: Tensor) -> None:
-            rooms = [
-                vector[first : first + parameter.numel()].view_as(parameter)
-                for first, parameter in zip(self._firsts, self._parameters, strict=True)
-            ]
-            torch._foreach_copy_(rooms, list(gradients))
+    def loss(self, words: Sequence[float]) -> float:
+        """The mean loss over the global batch: its grains' shares, added in their order."""
+        return float(sum(words))
 
-        self._sums.add(grain, fill)
+    def are_finite(self) -> bool:
+        """Whether all gradients are; the same on all ranks."""
+        return math.isfinite(self.norm)
 
-    def reduce(self) -> None:
-        """Bring together what all ranks have added. Collective."""
-        self.partitions = self._exchange.gather(self._sums.vectors())
+    def update(self) -> bool:
+        """Update the weights; always true."""
+        limit = self._recipe.clip_grad_norm
+        if limit and self.norm > limit:
+            for partition in self._partitions:
+                partition.mul_(limit / (self.norm + 1e-6))
+        give_gradients(self._engine, self._partitions)
+        self._engine.step()
+        self.discard()
+        return True
 
-    def hand_over(self, factor: float) -> None:
-        """Give the sum to the optimizer, whose next step updates by it.
-
-        Args:
-            factor: What it is multiplied by: below 1 where the norm is clipped.
-        """
-        for index, partition in enumerate(self.partitions):
-            self._optimizer.averaged_gradients[index] = [partition if factor == 1.0 else partition.mul_(factor)]
-        self.forget()
-
-    def forget(self) -> None:
-        """Make ready for the next step."""
-        self.partitions = []
+    def discard(self) -> None:
+        """Forget the gradients."""
+        self._partitions = []
         self._sums.clear()
+
+    def _fill(self, gradients: Sequence[Tensor], vector: Tensor) -> None:
+        rooms = [
+            vector[first : first + parameter.numel()].view_as(parameter)
+            for first, parameter in zip(self._firsts, self._parameters, strict=True)
+        ]
+        torch._foreach_copy_(rooms, list(gradients))
 
 
 def exact_norm(
@@ -118,7 +151,7 @@ def exact_norm(
     bits = min(52, 62 - int(count).bit_length())
     total = torch.zeros(1, device=device, dtype=torch.int64)
     for partition in partitions:
-        for chunk in partition.split(_CHUNK):
+        for chunk in _chunks(partition):
             scaled = torch.ldexp(chunk.double(), torch.tensor(-exponent, device=device))
             total += torch.ldexp(scaled.square_(), torch.tensor(bits, device=device)).round_().long().sum()
     all_reduce(total)
@@ -136,11 +169,9 @@ def state_digest(engine: deepspeed.DeepSpeedEngine, all_reduce: Callable[..., An
         if parameter.requires_grad:
             starts[name] = position
             position += parameter.numel()
-    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     total = torch.zeros(1, device=engine.device, dtype=torch.int64)
-    optimizer = engine.optimizer
-    for flat, pieces in group_slices(optimizer, names):
-        slots = optimizer.optimizer.state.get(flat, {})
+    for flat, pieces in owned_slices(engine):
+        slots = adam_slots(engine, flat)
         kinds = [flat.data, *(slots[moment] for moment in MOMENTS if moment in slots)]
         for kind, values in enumerate(kinds):
             for piece in pieces:
@@ -156,8 +187,12 @@ def _bits(values: Tensor, first: int) -> Tensor:
 
 
 def _bits_of_chunks(values: Tensor, first: int) -> Iterator[Tensor]:
-    for chunk in values.split(_CHUNK):
+    for chunk in _chunks(values):
         place = torch.arange(first, first + len(chunk), device=values.device) * _SPREAD
         weight = ((place ^ (place >> 31)) * _MIX) | 1
         yield (chunk.contiguous().view(torch.int32).long() * weight).sum()
         first += len(chunk)
+
+
+def _chunks(values: Tensor) -> Iterator[Tensor]:
+    return (values[first : first + _CHUNK] for first in range(0, len(values), _CHUNK))

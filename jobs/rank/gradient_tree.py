@@ -37,7 +37,7 @@ def root(grains: int) -> Node:
 
 
 def nodes_of(grains: range) -> list[Node]:
-    """The fewest nodes that make up some consecutive grains, in their order: what a rank with these holds at the end."""
+    """The fewest nodes that make up some consecutive grains, in their order: what a rank with these ends up with."""
     nodes: list[Node] = []
     for grain in grains:
         nodes.append(Node(grain, 0))
@@ -158,5 +158,5 @@ class Exchange:
             got = sent.new_empty(numel * len(senders))
             from_each = [numel if rank in senders else 0 for rank in range(world_size)]
             dist.all_to_all_single(got, sent, from_each, [len(sent) // world_size] * world_size)
-            for rank, part in zip(senders, got.split(numel), strict=True):
+            for rank, part in zip(senders, got.view(len(senders), numel), strict=True):
                 yield self._nodes[rank][turn], part

@@ -21,7 +21,6 @@ from jobs.checkpoint.saver import CheckpointSaver
 from jobs.checkpoint.zero_state import ZeroState, owned_ranges, restore_optimizer
 from jobs.errors import CheckpointError, DamagedCheckpointError
 from jobs.rank.engine import (
-    build_engine,
     build_model,
     initialize_deepspeed,
     parameter_groups,
@@ -33,10 +32,10 @@ from jobs.rank.non_finite import NonFiniteLossError, RolledBackError, SkippedSte
 from jobs.rank.resumable import check_resumable, software_versions
 from jobs.rank.standby import ask_for_successor
 from jobs.rank.step_reading import RankReading
-from jobs.rank.training_step import RankPlace, SharedStep, TrainingStep
+from jobs.rank.training_step import RankPlace, SharedStep, TrainingStep, build_rank_engine
 from jobs.rank.watchdog import COMPILE_ALLOWED_SECONDS, SAVE_ALLOWED_SECONDS
 from jobs.recipe.recipe import Recipe
-from jobs.recipe.schedule import Schedule, micro_batches, order_of
+from jobs.recipe.schedule import Schedule, order_of
 from jobs.run.directory import RunDirectory
 from jobs.run.shared_folder import Landmarks, check_seen_here
 from jobs.run.trace import TraceWriter, begin_trace
@@ -107,8 +106,6 @@ class Trainer:
         self.dataset = open_dataset(job.run.storage, job.recipe)
         self.order = order_of(self.recipe, self.dataset.manifest.samples)
         self.schedule = Schedule.of(self.recipe, self.order.steps_per_epoch)
-        sizes = [self.order.rank_batch_size(rank, place.world_size) for rank in range(place.world_size)]
-        self.sizes = micro_batches(sizes[place.rank], max(sizes), self.recipe.micro_batch_size)
         initialize_deepspeed(self.recipe.device)
         self._group = RankGroup(place.rank, place.world_size, place.device)
         model = build_model(self.recipe)
@@ -214,16 +211,17 @@ class Trainer:
         if self.saver.is_under_way and not shared.uploading:
             self.pulse.at("commit", SAVE_ALLOWED_SECONDS)
             self.saver.finish()
-        self._report(batch.epoch, learning_rate, shared)
+        due = self.done_steps % self.recipe.digest_every_steps == 0 or self._is_due(self.done_steps)
+        self._report(batch.epoch, learning_rate, shared, self.step.digest() if due or shared.instruction else "")
         return shared
 
-    def _report(self, epoch: int, learning_rate: float, shared: SharedStep) -> None:
+    def _report(self, epoch: int, learning_rate: float, shared: SharedStep, digest: str) -> None:
         """Report the step that is done, as the rank that knows of all."""
         if not shared.figures:
             return
         reading, ranks = shared.figures
         place = {"world_size": self.place.world_size, "attempt": self.attempt}
-        row = done_row(self.done_steps, epoch, learning_rate, shared, **place)
+        row = done_row(self.done_steps, epoch, learning_rate, shared, digest, **place)
         self.line.report_step(row, self.step.gradient_norm, reading, ranks)
 
     def _update(self, step: int, fault: str) -> None:
@@ -266,8 +264,8 @@ class Trainer:
     def _training_step(self, step_of: type[TrainingStep]) -> TrainingStep:
         folders = [Path(tempfile.gettempdir()), *([Path(self.recipe.cache_dir)] if self.recipe.cache_dir else [])]
         reading = RankReading(self.dataset, self.place.rank, device=self.place.device, folders=folders)
-        on_mask = self.trace.note_masks if self.trace else None
-        return step_of(self.engine, self.recipe, self.place, self.sizes, reading=reading, on_mask=on_mask)
+        masks = {"on_mask": self.trace.note_masks} if self.trace else {}
+        return step_of(self.engine, self.recipe, self.place, self.order, reading=reading, **masks)
 
     def _is_due(self, step: int) -> bool:
         return self.schedule.ends_in_a_checkpoint(step, self.recipe)
@@ -310,6 +308,7 @@ class Trainer:
             files=(),
             claim=self.job.claim,
             driver=self.job.driver,
+            digest=self.step.digest(),
         )
 
     def _skip_checkpoint(self, step: int, damage: str) -> None:
@@ -345,8 +344,7 @@ class Trainer:
             weights = load_initial_weights(self.run_directory.storage, self.recipe, self._group)
             model.load_state_dict(weights, strict=True)
         model.to(self.place.device)
-        count, world_size = len(self.sizes), self.place.world_size
-        engine = build_engine(model, self.recipe, micro_batches_per_step=count, world_size=world_size)
+        engine = build_rank_engine(model, self.recipe, self.order, self.place)
         if state:
             restore_optimizer(engine, state)
         return engine

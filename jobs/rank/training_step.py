@@ -1,31 +1,33 @@
 """One optimizer step on one rank: gradients of the mean over the global batch, and what all ranks know of it.
 
 Knows neither Ray nor a store: an engine and batches come in, and what all ranks agree on comes out. The gradient of a
-step is the exact mean over the global batch, whatever the world size: a micro-batch of n images is weighted
-n * W * k / B before DeepSpeed's own division by k micro-batches and averaging over W ranks.
+step is the mean over the global batch, whatever the world size: to the bit where it is the sum of grains
+(jobs.rank.exact_gradients), else within rounding, as DeepSpeed adds up micro-batches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from jobs.metrics.rank_figures import FigureTable
-from jobs.rank.engine import discard_step, has_finite_gradients, set_learning_rate
+from jobs.rank.engine import build_engine, discard_step, has_finite_gradients, set_learning_rate
+from jobs.rank.exact_gradients import ExactGradients, grains_of_ranks, state_digest
 from jobs.rank.instruction import INSTRUCTIONS, Instruction
 from jobs.rank.non_finite import FAULT_WORDS, NonFiniteLossError, fault_of, fault_words
 from jobs.rank.step_reading import RankReading, StepReading, from_words, word_count
 from jobs.recipe.recipe import Recipe
+from jobs.recipe.schedule import micro_batches
 from model.convmae import Output
 from model.noise import mask_noise
 from model.pixels import normalise
 from pipeline.load.batch import Batch
-from pipeline.order.sample_order import ConsumedDigest
+from pipeline.order.sample_order import ConsumedDigest, Order
 
 if TYPE_CHECKING:
     import deepspeed
@@ -57,18 +59,135 @@ class SharedStep(NamedTuple):
     """Of all ranks, and by rank; rank 0 alone has them."""
 
 
+Forward = Callable[[Batch, slice], Output]
+"""The model's output for some images of a rank's part of the global batch."""
+OnMask = Callable[[Tensor], None]
+"""Is given the mask of each image that is trained on."""
+
+
+class Gradients(Protocol):
+    """How the gradients of a step come about."""
+
+    loss_words: int
+    """Numbers of which the loss is made."""
+
+    def compute(self, batch: Batch, forward: Forward, on_mask: OnMask) -> Tensor:
+        """Compute this rank's part; (loss_words,) float64, which all ranks add up. Collective."""
+
+    def loss(self, words: Sequence[float]) -> float:
+        """The mean loss over the global batch, of the words of all ranks."""
+
+    def are_finite(self) -> bool:
+        """Whether what this rank holds of the sum over all ranks is."""
+
+    def update(self) -> bool:
+        """Update the weights; False if the norm of the gradients is not finite. Collective."""
+
+    def discard(self) -> None:
+        """Forget the gradients in place of an update. Collective."""
+
+    @property
+    def norm(self) -> float:
+        """Of all gradients, before they were clipped."""
+
+
+class ReducedGradients:
+    """Gradients as DeepSpeed reduces them, of micro-batches of whatever sizes this world size gives.
+
+    A micro-batch of n images is weighted n * W * k / B before DeepSpeed's own division by k micro-batches and averaging
+    over W ranks.
+    """
+
+    loss_words = 1
+
+    def __init__(
+        self, engine: deepspeed.DeepSpeedEngine, recipe: Recipe, place: RankPlace, sizes: Sequence[int]
+    ) -> None:
+        """Name what is worked with.
+
+        Args:
+            engine: Of jobs.rank.engine.
+            recipe: Of the run.
+            place: Of this rank.
+            sizes: Of its micro-batches; as many on every rank.
+        """
+        self._engine, self._recipe, self._place, self._sizes = engine, recipe, place, sizes
+
+    def compute(self, batch: Batch, forward: Forward, on_mask: OnMask) -> Tensor:
+        """Run every micro-batch; (1,) this rank's part of the mean loss."""
+        recipe, place = self._recipe, self._place
+        loss_sum, first = torch.zeros(1, device=place.device, dtype=torch.float64), 0
+        for index, size in enumerate(self._sizes):
+            # A rank without images for this micro-batch still takes part in the reduction, with weight 0.
+            output = forward(batch, slice(first, first + size) if size else slice(0, 1))
+            if size:
+                on_mask(output.mask)
+            weight = size * place.world_size * len(self._sizes) / recipe.global_batch_size
+            self._engine.backward(output.loss * weight)
+            loss_sum += output.loss.detach() * size / recipe.global_batch_size
+            first += size
+            if index + 1 < len(self._sizes):
+                self._engine.step()
+        return loss_sum
+
+    def loss(self, words: Sequence[float]) -> float:
+        """The sum over ranks is the mean loss."""
+        return words[0]
+
+    def are_finite(self) -> bool:
+        """Whether this rank's share of the reduced gradients is."""
+        return has_finite_gradients(self._engine)
+
+    def update(self) -> bool:
+        """Update the weights; False where DeepSpeed found the norm not finite."""
+        self._engine.step()
+        return bool(self._engine.was_step_applied())
+
+    def discard(self) -> None:
+        """Forget the gradients."""
+        discard_step(self._engine)
+
+    @property
+    def norm(self) -> float:
+        """Of the last update."""
+        return float(self._engine.get_global_grad_norm() or 0.0)
+
+
+def rank_micro_batches(recipe: Recipe, order: Order, rank: int, world_size: int) -> list[int]:
+    """Sizes of a rank's micro-batches where they are free; as many on every rank."""
+    sizes = [order.rank_batch_size(each, world_size) for each in range(world_size)]
+    return micro_batches(sizes[rank], max(sizes), recipe.micro_batch_size)
+
+
+def build_rank_engine(model: nn.Module, recipe: Recipe, order: Order, place: RankPlace) -> deepspeed.DeepSpeedEngine:
+    """The engine of one rank, for gradients in the recipe's way. Collective."""
+    count = 1 if recipe.is_exact else len(rank_micro_batches(recipe, order, place.rank, place.world_size))
+    return build_engine(model, recipe, micro_batches_per_step=count, world_size=place.world_size)
+
+
+def gradients_of(
+    engine: deepspeed.DeepSpeedEngine, recipe: Recipe, order: Order, place: RankPlace
+) -> ExactGradients | ReducedGradients:
+    """Gradients in the recipe's way."""
+    if not recipe.is_exact:
+        return ReducedGradients(engine, recipe, place, rank_micro_batches(recipe, order, place.rank, place.world_size))
+    lanes = [order.rank_lanes(rank, place.world_size) for rank in range(place.world_size)]
+    grains = grains_of_ranks(lanes, lane_batch_size=order.lane_batch_size, grain=recipe.grain)
+    return ExactGradients(engine, recipe, grains, place.rank)
+
+
 class TrainingStep:
-    """The engine of one rank, and its micro-batches of each global batch."""
+    """The engine of one rank, and its part of each global batch."""
 
     def __init__(
         self,
         engine: deepspeed.DeepSpeedEngine,
         recipe: Recipe,
         place: RankPlace,
-        sizes: Sequence[int],
+        order: Order,
         *,
         reading: RankReading,
-        on_mask: Callable[[Tensor], None] | None = None,
+        on_mask: OnMask = lambda _: None,
     ) -> None:
         """Name what a step works with.
 
@@ -76,12 +195,15 @@ class TrainingStep:
             engine: Of jobs.rank.engine.
             recipe: Of the run.
             place: Of this rank.
-            sizes: Of its micro-batches; as many on every rank.
+            order: Of the run's samples.
             reading: Adds what the rank read, and how it fared.
-            on_mask: Is given the mask of each micro-batch.
+            on_mask: Is given the masks, in the order of images.
         """
         self.engine = engine
-        self._recipe, self.place, self._sizes, self._reading, self._on_mask = recipe, place, sizes, reading, on_mask
+        self._recipe, self.place, self._reading, self._on_mask = recipe, place, reading, on_mask
+        self._gradients: Gradients = gradients_of(engine, recipe, order, place)
+        # DeepSpeed's own call would hook into a backward pass that is none of its own.
+        self._model = engine.module if recipe.is_exact else engine
 
     def gradients(self, batch: Batch, learning_rate: float, *, instruction: Instruction, uploading: bool) -> SharedStep:
         """Gradients of the mean loss over the global batch. Collective.
@@ -96,24 +218,26 @@ class TrainingStep:
             uploading: Whether this rank uploads a checkpoint.
         """
         set_learning_rate(self.engine, learning_rate)
-        place, words_from = self.place, 3 + FAULT_WORDS
-        total = torch.zeros(words_from + word_count(place.world_size), device=place.device, dtype=torch.float64)
-        total[0] = self._backward(batch)
-        total[1] = float(INSTRUCTIONS.index(instruction) if place.rank == 0 else 0)
-        total[2] = float(uploading)
+        place, losses = self.place, self._gradients.loss_words
+        first_fault, first_figure = losses + 2, losses + 2 + FAULT_WORDS
+        total = torch.zeros(first_figure + word_count(place.world_size), device=place.device, dtype=torch.float64)
+        total[:losses] = self._gradients.compute(batch, self.forward, self._on_mask)
+        total[losses] = float(INSTRUCTIONS.index(instruction) if place.rank == 0 else 0)
+        total[losses + 1] = float(uploading)
         faults = fault_words(
             place.rank,
-            loss_is_finite=bool(total[0].isfinite()),
-            gradients_are_finite=has_finite_gradients(self.engine),
+            loss_is_finite=bool(total[:losses].isfinite().all()),
+            gradients_are_finite=self._gradients.are_finite(),
         )
-        total[3:words_from] = torch.tensor(faults, device=place.device, dtype=torch.float64)
-        self._reading.write(total[words_from:], batch)
+        total[first_fault:first_figure] = torch.tensor(faults, device=place.device, dtype=torch.float64)
+        self._reading.write(total[first_figure:], batch)
         consumed = torch.tensor(ConsumedDigest.of(batch.sample_ids.numpy()).words(), device=place.device)
         dist.all_reduce(total)
         dist.all_reduce(consumed)
-        loss, instructed, uploads, *faults = total[:words_from].tolist()
+        words = total[:first_figure].tolist()
+        loss, (instructed, uploads, *faults) = self._gradients.loss(words[:losses]), words[losses:]
         digest = str(ConsumedDigest.from_words(consumed.tolist()))
-        figures = from_words(total[words_from:].cpu().numpy()) if place.rank == 0 else None
+        figures = from_words(total[first_figure:].cpu().numpy()) if place.rank == 0 else None
         return SharedStep(loss, fault_of(faults), INSTRUCTIONS[int(instructed)], uploads > 0, digest, figures)
 
     def update(self, step: int) -> None:
@@ -122,40 +246,26 @@ class TrainingStep:
         Raises:
             NonFiniteLossError: Every gradient is finite, and the sum of their squares is not.
         """
-        self.engine.step()
-        if not self.engine.was_step_applied():
+        if not self._gradients.update():
             raise NonFiniteLossError(f"the gradient's norm is not finite at step {step}; no update was made")
 
     def discard(self) -> None:
         """Forget the gradients in place of an update; every rank must call it for the same step."""
-        discard_step(self.engine)
+        self._gradients.discard()
+
+    def digest(self) -> str:
+        """Of all weights and moments; empty where they depend on the world size. Collective."""
+        return state_digest(self.engine) if self._recipe.is_exact else ""
 
     @property
     def gradient_norm(self) -> float:
         """Of the last update, before clipping."""
-        return float(self.engine.get_global_grad_norm() or 0.0)
+        return self._gradients.norm
 
     @property
     def learning_rate(self) -> float:
         """The one that the optimizer has now."""
         return float(self.engine.optimizer.param_groups[0]["lr"])
-
-    def _backward(self, batch: Batch) -> Tensor:
-        """Run every micro-batch; returns this rank's part of the mean loss."""
-        recipe, place = self._recipe, self.place
-        loss_sum, first = torch.zeros((), device=place.device, dtype=torch.float64), 0
-        for index, size in enumerate(self._sizes):
-            # A rank without images for this micro-batch still takes part in the reduction, with weight 0.
-            output = self.forward(batch, slice(first, first + size) if size else slice(0, 1))
-            if self._on_mask and size:
-                self._on_mask(output.mask)
-            weight = size * place.world_size * len(self._sizes) / recipe.global_batch_size
-            self.engine.backward(output.loss * weight)
-            loss_sum += output.loss.detach() * size / recipe.global_batch_size
-            first += size
-            if index + 1 < len(self._sizes):
-                self.engine.step()
-        return loss_sum
 
     def forward(self, batch: Batch, chosen: slice) -> Output:
         """The model's output for one micro-batch, with its loss.
@@ -167,5 +277,6 @@ class TrainingStep:
         device = self.place.device
         sample_ids = batch.sample_ids[chosen].to(device, non_blocking=True)
         noise = mask_noise(self._recipe.seed, batch.epoch, sample_ids, self._recipe.model.mask_patches, device)
-        output: Output = self.engine(normalise(batch.images[chosen]), noise=noise)
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._recipe.precision == "bf16"):
+            output: Output = self._model(normalise(batch.images[chosen]), noise=noise)
         return output

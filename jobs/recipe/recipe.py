@@ -283,8 +283,10 @@ class Recipe(BaseModel):
             remedy = f"lower max_workers, or raise lanes (a divisor of {self.global_batch_size})"
             raise RecipeError("max_workers", f"must be at most lanes = {self.lanes}", self.max_workers, remedy)
         if self.grain_size and not self._is_grain(self.grain_size):
-            nearest = min(filter(self._is_grain, range(1, self.global_batch_size + 1)), key=lambda size: abs(size - self.grain_size))
-            rule = f"must divide global_batch_size / lanes = {self.lane_batch_size}, or be that times a divisor of lanes"
+            grains = filter(self._is_grain, range(1, self.global_batch_size + 1))
+            nearest = min(grains, key=lambda size: abs(size - self.grain_size))
+            lane = f"global_batch_size / lanes = {self.lane_batch_size}"
+            rule = f"must divide {lane}, or be so many times a divisor of lanes"
             raise RecipeError("grain_size", rule, self.grain_size, f"the nearest that does is grain_size={nearest}")
         if self.max_workers > self.lanes // self.lanes_together:
             most = self.lanes // self.lanes_together

@@ -58,7 +58,13 @@ _OPTIONAL: Mapping[str, Mapping[str, tuple[type, ...]]] = {
         "down_seconds": _NUMBER,
         "reason": (str,),
     },
-    "history": {"step_seconds": _NUMBER, "data_wait_seconds": _NUMBER, "samples": (str,), "skipped": (str,)},
+    "history": {
+        "step_seconds": _NUMBER,
+        "data_wait_seconds": _NUMBER,
+        "samples": (str,),
+        "digest": (str,),
+        "skipped": (str,),
+    },
     "quarantine": {},
     "left-out": {},
     "heartbeat": {

@@ -5,10 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +16,9 @@ import pytest
 import torch
 from torch import Tensor
 from whole_state import MASTER, MOMENTS, WholeState, whole_state
+from zero_groups import WorkerGroup
 from zero_material import commit_zero_files
 
-import jobs
 from jobs.checkpoint.checkpoint import Commit
 from jobs.checkpoint.zero_state import ZeroState, owned_ranges, restore_optimizer
 from jobs.errors import CheckpointError
@@ -34,9 +31,6 @@ from jobs.weights.consolidate import consolidate
 from model import ConvMAE
 from model.config import PARTS
 from pipeline.store.storage import Storage
-
-WORKER = Path(__file__).with_name("zero_worker.py")
-PROJECT = Path(jobs.__file__).parent.parent
 
 STAGES = (1, 2, 3)
 WORLD_SIZES = (1, 2, 3)
@@ -60,59 +54,9 @@ def recipe(stage: int, precision: str = "fp32") -> Recipe:
             "micro_batch_size": 3,
             "base_learning_rate": 0.05,
             "clip_grad_norm": 1.0,
+            "reproducible": "rounding",
         }
     )
-
-
-class WorkerGroup:
-    """A process group that trains one case after the other, since starting one takes seconds."""
-
-    def __init__(self, world_size: int, folder: Path) -> None:
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(str(PROJECT / folder) for folder in (".", "tests", "benchmarks")),
-            "MEETING_POINT": (folder / f"meeting-point-of-{world_size}").as_uri(),
-            "WORLD_SIZE": str(world_size),
-            "OMP_NUM_THREADS": "1",
-        }
-        self.read_bytes = [0] * world_size
-        """What each rank of the last case read to resume."""
-        self._logs = [folder / f"rank-{rank}-of-{world_size}.log" for rank in range(world_size)]
-        self._processes = []
-        for rank, path in enumerate(self._logs):
-            variables = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            with path.open("w") as log:
-                pipe = subprocess.PIPE
-                process = subprocess.Popen(
-                    [sys.executable, str(WORKER)], env=variables, stdin=pipe, stdout=pipe, stderr=log, text=True
-                )
-            self._processes.append(process)
-
-    def train(self, recipe: Recipe, steps: list[str], resume: RunDirectory | None = None) -> list[float]:
-        """Run a case on every rank; returns the losses of its steps."""
-        case = {"recipe": recipe.to_json(), "resume": resume.url if resume else "", "steps": steps}
-        for process in self._processes:
-            assert process.stdin
-            process.stdin.write(json.dumps(case) + "\n")
-            process.stdin.flush()
-        answers = [self._answer(rank) for rank in range(len(self._processes))]
-        losses: list[float] = answers[0]["losses"]
-        assert all(answer["losses"] == losses for answer in answers)
-        self.read_bytes = [answer["read_bytes"] for answer in answers]
-        return losses
-
-    def _answer(self, rank: int) -> dict[str, Any]:
-        output = self._processes[rank].stdout
-        assert output
-        for line in output:
-            if line.startswith("done: "):
-                answer: dict[str, Any] = json.loads(line.removeprefix("done: "))
-                return answer
-        raise AssertionError(self._logs[rank].read_text()[-3000:])
-
-    def close(self) -> None:
-        for process in self._processes:
-            process.kill()
-            process.wait()
 
 
 @dataclass(frozen=True)
@@ -299,7 +243,7 @@ def test_recomputing_every_part_trains_the_same_weights(runs: Runs, stage: int) 
     assert losses == saved(runs, 2, stage).losses
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16_pure"])
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_step_that_is_discarded_leaves_no_trace(runs: Runs, stage: int, precision: str) -> None:
     """NaN on one rank alone, in the loss or in a gradient, is seen by all; weights, moments and counts stay."""
@@ -339,10 +283,10 @@ def test_mae_trains_the_same_at_every_stage_and_world_size(runs: Runs, stage: in
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_bf16_weights_resume_exactly_from_fp32_masters(runs: Runs, stage: int) -> None:
-    run = saved(runs, 2, stage, "bf16")
-    again = runs.folder / f"bf16-zero{stage}"
+    run = saved(runs, 2, stage, "bf16_pure")
+    again = runs.folder / f"bf16_pure-zero{stage}"
 
-    runs.group(1).train(recipe(stage, "bf16"), [str(again)], resume=run.run)
+    runs.group(1).train(recipe(stage, "bf16_pure"), [str(again)], resume=run.run)
 
     assert_same_state(whole_state(again), run.state)
     masters = run.state.tensors[MASTER]

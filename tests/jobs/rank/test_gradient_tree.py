@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from rank_threads import Ranks
@@ -10,7 +12,7 @@ from jobs.rank.gradient_tree import Exchange, Node, PartialSums, add_tree, nodes
 
 def shares(grains: int, world_size: int) -> list[range]:
     bounds = [rank * grains // world_size for rank in range(world_size + 1)]
-    return [range(*pair) for pair in zip(bounds, bounds[1:], strict=False)]
+    return [range(*pair) for pair in itertools.pairwise(bounds)]
 
 
 def by_definition(leaves: list[torch.Tensor]) -> torch.Tensor:

@@ -53,13 +53,13 @@ def test_a_grain_that_cuts_lanes_is_refused_with_the_nearest() -> None:
         BASE.amended({"grain_size": 24})
 
     assert str(refused.value) == (
-        "grain_size: must divide global_batch_size / lanes = 16, or be that times a divisor of lanes, got 24; "
+        "grain_size: must divide global_batch_size / lanes = 16, or be so many times a divisor of lanes, got 24; "
         "the nearest that does is grain_size=16"
     )
 
 
 def test_more_workers_than_grains_are_refused() -> None:
-    with pytest.raises(RecipeError, match="max_workers: must be at most 64, the groups of 4 lanes .* grain_size=16"):
+    with pytest.raises(RecipeError, match=r"max_workers: must be at most 64, the groups of 4 lanes .* grain_size=16"):
         BASE.amended({"max_workers": 65})
 
 

@@ -85,7 +85,12 @@ def test_resuming_may_change_how_a_run_executes_and_nothing_else() -> None:
     workers = {"min_workers", "max_workers", "cpus_per_worker", "loader_threads", "micro_batch_size"}
     computing = {"recompute", "compile", "on_nonfinite_loss", "max_nonfinite_in_a_row"}
     interval = {"interval", "every_steps", "every_seconds", "min_seconds", "max_seconds"}
-    saving = {*(f"checkpoint_{name}" for name in interval), "keep_checkpoints", "on_damaged_checkpoint", "digest_every_steps"}
+    saving = {
+        *(f"checkpoint_{name}" for name in interval),
+        "keep_checkpoints",
+        "on_damaged_checkpoint",
+        "digest_every_steps",
+    }
     watching = {"max_restarts_without_progress", "metrics_port", "hang_seconds", "resize_seconds", "standby"}
 
     reading = {

@@ -1,9 +1,9 @@
-"""One rank of a process group that trains a tiny ConvMAE through jobs.rank.engine, as test_zero_state tells it.
+"""One rank of a process group that trains a tiny ConvMAE through jobs.rank.engine, as zero_groups asks it to.
 
 Reads one JSON case a line from standard input: {recipe, resume, steps}. `resume` is the URL of a run, or empty. `steps`
 is a list of "train", of "loss" and "gradient" (a step in which that is NaN on the last rank, and which is discarded),
 and of folders to save into. Answers each case with one line `done: {losses, read_bytes}`: of all ranks, and by this one
-to resume.
+to resume; with digests and norms of the steps where gradients are exact.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import json
 import math
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from counting_storage import CountingStorage
@@ -31,10 +33,12 @@ from jobs.rank.engine import (
     parameter_groups,
     set_learning_rate,
 )
+from jobs.rank.training_step import RankPlace, TrainingStep
 from jobs.recipe.recipe import Recipe
-from jobs.recipe.schedule import micro_batches
+from jobs.recipe.schedule import micro_batches, order_of
 from jobs.run.directory import RunDirectory
 from model.noise import mask_noise
+from pipeline.load.batch import Batch
 
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 
@@ -43,8 +47,42 @@ def rank_sizes(batch: int) -> list[int]:
     return [(rank + 1) * batch // WORLD_SIZE - rank * batch // WORLD_SIZE for rank in range(WORLD_SIZE)]
 
 
+class Reading:
+    """Stands for what a rank read."""
+
+    def write(self, words: torch.Tensor, _: Batch) -> None:
+        assert not words.any()
+
+
+class ExactSteps:
+    """Steps of jobs.rank.training_step, on images of which each rank has those of its lanes."""
+
+    def __init__(self, engine: Any, recipe: Recipe) -> None:
+        self._order = order_of(recipe, 1000)
+        place = RankPlace(RANK, WORLD_SIZE, torch.device("cpu"))
+        self._step = TrainingStep(engine, recipe, place, self._order, reading=Reading())  # type: ignore[arg-type]
+        self._recipe = recipe
+        self.digests: list[str] = []
+        self.norms: list[float] = []
+
+    def train(self, step: int, poison: str = "") -> float:
+        self._step.engine.poison[0] = math.nan if poison == "gradient" and RANK == WORLD_SIZE - 1 else 1.0
+        lanes, size = self._order.rank_lanes(RANK, WORLD_SIZE), self._recipe.lane_batch_size
+        mine = slice(lanes.start * size, lanes.stop * size)
+        shape = (self._recipe.global_batch_size, 3, *self._recipe.model.image_shape)
+        images = torch.randint(256, shape, generator=torch.Generator().manual_seed(step), dtype=torch.uint8)[mine]
+        ids = torch.arange(self._recipe.global_batch_size)[mine]
+        batch = Batch(step, step, ids, images, 0.0, np.zeros((len(ids), 5), np.int32))
+        shared = self._step.gradients(batch, self._recipe.learning_rate, instruction="", uploading=False)
+        assert bool(shared.fault) == bool(poison)
+        self._step.discard() if poison else self._step.update(step + 1)
+        self.digests.append(self._step.digest())
+        self.norms.append(self._step.gradient_norm)
+        return shared.loss
+
+
 def train_step(engine: Any, recipe: Recipe, step: int, poison: str = "") -> float:
-    """One step on a global batch that depends on the step alone, weighted as jobs.rank.trainer does."""
+    """One step on a global batch that depends on the step alone, weighted as jobs.rank.training_step does."""
     engine.poison[0] = math.nan if poison == "gradient" and RANK == WORLD_SIZE - 1 else 1.0
     batch, sizes = recipe.global_batch_size, rank_sizes(recipe.global_batch_size)
     images = torch.randn(batch, 3, *recipe.model.image_shape, generator=torch.Generator().manual_seed(step))
@@ -100,24 +138,27 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         state = restored.state
         model.load_state_dict(state.weights, strict=True)
     largest = max(rank_sizes(recipe.global_batch_size))
-    count = len(micro_batches(largest, largest, recipe.micro_batch_size))
+    count = 1 if recipe.is_exact else len(micro_batches(largest, largest, recipe.micro_batch_size))
     engine = build_engine(model, recipe, micro_batches_per_step=count, world_size=WORLD_SIZE)
     if state:
         restore_optimizer(engine, state)
     engine.poison = poison = [1.0]
     engine.module.decoder.register_forward_hook(lambda module, given, result: _Scaled.apply(result, poison))
     step, losses = int(state.optimizer_step) if state else 0, []
+    exact = ExactSteps(engine, recipe) if recipe.is_exact else None
+    train = exact.train if exact else partial(train_step, engine, recipe)
     for action in case["steps"]:
         if action == "train":
-            losses.append(train_step(engine, recipe, step))
+            losses.append(train(step))
             step += 1
         elif action in ("loss", "gradient"):
-            train_step(engine, recipe, step, poison=action)
+            train(step, poison=action)
         else:
             folder = Path(action)
             engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
     engine.destroy()
-    return {"losses": losses, "read_bytes": CountingStorage.read_bytes}
+    seen = {"digests": exact.digests, "norms": exact.norms} if exact else {}
+    return {"losses": losses, "read_bytes": CountingStorage.read_bytes, **seen}
 
 
 if __name__ == "__main__":

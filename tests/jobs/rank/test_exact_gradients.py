@@ -1,0 +1,146 @@
+"""The same bits at any world size, by real engines on gloo: see test_gradient_tree for the sums alone."""
+
+from __future__ import annotations
+
+import functools
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from zero_groups import WorkerGroup
+from zero_material import commit_zero_files
+
+from jobs.rank.exact_gradients import exact_norm
+from jobs.recipe.named_recipes import named_recipe
+from jobs.recipe.recipe import Recipe
+from jobs.run.directory import RunDirectory
+from pipeline.store.storage import Storage
+
+STEPS = 6
+CLIPPED, FREE = 0.05, 0.0
+
+
+def recipe(stage: int = 1, **changes: object) -> Recipe:
+    """Twelve grains of two images, which five ranks do not divide."""
+    return named_recipe("tiny").amended(
+        {
+            "model.image_size": 32,
+            "model.depth": [1, 1, 1],
+            "model.decoder_depth": 1,
+            "zero_stage": stage,
+            "global_batch_size": 24,
+            "lanes": 12,
+            "max_workers": 12,
+            "base_learning_rate": 0.05,
+            **changes,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], WorkerGroup]]:
+    folder, made = tmp_path_factory.mktemp("exact"), []
+
+    @functools.cache
+    def group(world_size: int) -> WorkerGroup:
+        made.append(WorkerGroup(world_size, folder))
+        return made[-1]
+
+    for world_size in (1, 2, 3, 5):
+        group(world_size)
+    yield group
+    for each in made:
+        each.close()
+    shutil.rmtree(folder)
+
+
+def trained(group: WorkerGroup, recipe: Recipe, actions: list[str]) -> tuple[list[float], list[float], list[str]]:
+    losses = group.train(recipe, actions)
+    return losses, group.norms, group.digests
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"clip_grad_norm": CLIPPED},
+        {"recompute": ["stage3", "decoder"]},
+        {"precision": "bf16", "clip_grad_norm": CLIPPED},
+        {"grain_size": 4, "max_workers": 6},
+    ],
+    ids=["fp32", "clipped", "recomputed", "bf16", "larger grains"],
+)
+def test_losses_norms_and_digests_have_the_same_bits_at_every_world_size(
+    groups: Callable[[int], WorkerGroup], changes: dict[str, object]
+) -> None:
+    alone = trained(groups(1), recipe(**changes), ["train"] * STEPS)
+    assert len(set(alone[2])) == STEPS
+    if "clip_grad_norm" in changes:
+        assert min(alone[1]) > CLIPPED, "else nothing was clipped"
+
+    for world_size, stage in ((2, 2), (3, 1), (5, 2)):
+        assert trained(groups(world_size), recipe(stage, **changes), ["train"] * STEPS) == alone, (world_size, stage)
+
+
+def test_another_grain_has_other_bits(groups: Callable[[int], WorkerGroup]) -> None:
+    digests = [trained(groups(1), recipe(grain_size=size), ["train"])[2] for size in (1, 2)]
+
+    assert digests[0] != digests[1], "the digests could not tell them apart"
+
+
+def test_a_step_that_is_discarded_leaves_no_trace(groups: Callable[[int], WorkerGroup]) -> None:
+    _, _, calm = trained(groups(1), recipe(), ["train", "train"])
+    _, norms, found = trained(groups(3), recipe(2), ["train", "gradient", "loss", "train"])
+
+    assert found == [calm[0], calm[0], calm[0], calm[1]]
+    assert norms[1] == math.inf
+
+
+@pytest.mark.parametrize(("writer", "reader"), [(2, 3), (3, 1)])
+def test_a_run_resumes_at_another_world_size_with_the_same_bits(
+    groups: Callable[[int], WorkerGroup], writer: int, reader: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    _, _, calm = trained(groups(1), recipe(), ["train"] * 4)
+    folder = tmp_path_factory.mktemp("saved") / "step2"
+    trained(groups(writer), recipe(2), ["train", "train", str(folder)])
+    run = RunDirectory.of(Storage(), str(folder.parent / "runs"), "resized")
+    commit_zero_files(run, recipe(2), folder, step=2, stage=2, world_size=writer, chunk_bytes=1 << 12)
+
+    groups(reader).train(recipe(1), ["train", "train"], resume=run)
+
+    assert groups(reader).digests == calm[2:]
+
+
+def test_the_norm_is_that_of_float64_and_does_not_depend_on_how_values_are_dealt() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(100_003, generator=generator) * torch.logspace(-12, 2, 100_003)
+
+    whole = exact_norm([values], all_reduce=alone)
+    assert whole == pytest.approx(float(values.double().norm()), rel=1e-9)
+    for cuts in ([7], [1, 50_000], [3, 4, 99_999]):
+        assert exact_norm(list(torch.tensor_split(values, cuts)), all_reduce=alone) == whole
+    assert exact_norm([torch.zeros(3)], all_reduce=alone) == 0.0
+    for bad in (math.nan, math.inf, -math.inf):
+        assert exact_norm([torch.tensor([1.0, bad])], all_reduce=alone) == math.inf
+
+
+def alone(tensor: torch.Tensor, op: object = None) -> None:
+    """All-reduce of one rank."""
+
+
+def test_an_optimizers_step_is_on_the_device_of_its_moments() -> None:
+    """Fused AdamW refuses any other on a GPU; `meta` stands for one."""
+    from jobs.checkpoint import zero_state
+
+    flat = torch.nn.Parameter(torch.zeros(3, device="meta"))
+    slots: dict[str, torch.Tensor] = {}
+    state = SimpleNamespace(owned={}, weights={}, moments={}, optimizer_step=7)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zero_state, "owned_slices", lambda engine: [(flat, [])])
+        patch.setattr(zero_state, "adam_slots", lambda engine, of: slots)
+        zero_state.restore_optimizer(SimpleNamespace(), state)  # type: ignore[arg-type]
+
+    assert {slots[name].device.type for name in ("step", "exp_avg", "exp_avg_sq")} == {"meta"}
