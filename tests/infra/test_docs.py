@@ -71,7 +71,7 @@ def test_the_table_of_the_recipe_has_its_fields_and_defaults() -> None:
     expected = []
     for field, info in Recipe.model_fields.items():
         default = info.default if isinstance(info.default, str) else json.dumps(info.default, default=str)
-        expected.append((field, "–" if info.is_required() else default))
+        expected.append((field, "required" if info.is_required() else default))
 
     assert rows == expected
 
