@@ -20,7 +20,7 @@ from jobs.metrics.exporter import (
 )
 from jobs.metrics.rank_figures import RankFigures
 
-DOCS = Path(__file__).parents[3] / "docs" / "operate.md"
+DOCS = Path(__file__).parents[3] / "docs" / "reference.md"
 
 
 def families(exporter: RunExporter) -> Iterator[Metric]:
@@ -43,8 +43,8 @@ def full() -> RunExporter:
 
 
 def documented() -> dict[str, tuple[str, frozenset[str]]]:
-    """Type and labels of each series in the table of docs/operate.md."""
-    section = DOCS.read_text().split("### Metrics")[1].split("\n## ")[0]
+    """Type and labels of each series in the table of docs/reference.md."""
+    section = DOCS.read_text().split("\n## Metrics\n")[1].split("\n## ")[0]
     rows = {}
     for line in section.splitlines():
         if not line.startswith("| `convmae_"):
