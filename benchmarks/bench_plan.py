@@ -40,7 +40,7 @@ SEED = 0
 
 
 def write_manifest(url: str, shards: int) -> None:
-    """A data set whose indexes nobody wrote."""
+    """A dataset whose indexes nobody wrote."""
     numbers = range(shards)
     table = ShardTable(
         names=[f"part/{n:06d}" for n in numbers],

@@ -37,7 +37,7 @@ class Material:
 
     @property
     def shards(self) -> str:
-        """Our data set, which webdataset reads too."""
+        """Our dataset, which webdataset reads too."""
         return str(self.root / "shards")
 
     @property
@@ -80,7 +80,7 @@ def make_material(images: str | None, count: int, root: Path) -> Material:
 
 
 def write_shards(storage: Storage, sources: Sources, url: str) -> None:
-    """Our data set, in this process: what `convmae shard` does in Ray tasks."""
+    """Our dataset, in this process: what `convmae shard` does in Ray tasks."""
     tasks = plan_shards(sources, Sharding(SAMPLES_PER_SHARD))
     reports = [write_shard(storage, url, task) for task in tasks]
     Manifest.of(tasks, reports, sources.classes).save(storage, url, [])

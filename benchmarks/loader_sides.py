@@ -45,7 +45,7 @@ class Place:
     paths: tuple[str, ...]
     """Of single files."""
     shards: str
-    """Our data set, on disk or on S3."""
+    """Our dataset, on disk or on S3."""
     tars: tuple[str, ...]
     """Its tars, as webdataset opens them."""
     streaming: str

@@ -59,7 +59,7 @@ class RefusedError(StorageError):
 
 
 class SourceError(UserError):
-    """Photographs that cannot become a data set: no images, an unreadable folder."""
+    """Photographs that cannot become a dataset: no images, an unreadable folder."""
 
 
 class DamagedTarsError(SourceError):
@@ -76,7 +76,7 @@ class ClaimedError(UserError):
 
 
 class DatasetError(UserError):
-    """A data set that is not whole: missing manifest, altered shard, unknown format version."""
+    """A dataset that is not whole: missing manifest, altered shard, unknown format version."""
 
 
 class DamagedManifestError(DatasetError):

@@ -89,7 +89,7 @@ class Given:
 
 
 def normal(url: str) -> str:
-    """The one way in which a place of ours is written: a data set, a run, a file of weights.
+    """The one way in which a place of ours is written: a dataset, a run, a file of weights.
 
     A local path is absolute and has no scheme. Slashes at the end and slashes in a row do not count, nor does whether
     a scheme is in capitals; `s3a` and `s3n` are `s3`.

@@ -26,7 +26,7 @@ STORES = {
     "oci": "ocifs",
 }
 """Protocols that are taken, with the package that each needs. fsspec has more: views of other file systems, archives,
-and services that hold no data sets, which a list or manifest of a stranger must not make this process open."""
+and services that hold no datasets, which a list or manifest of a stranger must not make this process open."""
 LOCAL = ("file", "local")
 S3 = ("s3", "s3a")
 HTTP = ("http", "https")

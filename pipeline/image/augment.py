@@ -49,7 +49,7 @@ def crop_draws(seed: int, epoch: int, samples: npt.NDArray[np.int64]) -> Draws:
     Args:
         seed: The run's.
         epoch: From 0.
-        samples: (n,) ids in the data set.
+        samples: (n,) ids in the dataset.
 
     Returns:
         (n, 41) numbers in [0, 1); a row depends on seed, epoch and its sample alone.

@@ -53,14 +53,14 @@ class Sharding:
 
 @dataclass(frozen=True)
 class Ingest:
-    """What a data set is made from, and how."""
+    """What a dataset is made from, and how."""
 
     found: Sources | Tars
     sharding: Sharding
 
     @property
     def digest(self) -> str:
-        """Two ingests with one digest make the same data set."""
+        """Two ingests with one digest make the same dataset."""
         digest = hashlib.sha256(json.dumps([SHARD_VERSION, asdict(self.sharding)]).encode())
         if isinstance(self.found, Tars):
             rows: Iterator[list[Any]] = ([_identity(tar.path), tar.size_bytes] for tar in self.found.tars)

@@ -1,4 +1,4 @@
-"""One shard of a data set: writing it so that a killed ingest goes on where it was.
+"""One shard of a dataset: writing it so that a killed ingest goes on where it was.
 
 A shard is a plain WebDataset tar. Its index is uploaded last and commits it: a tar without an index is written again.
 """
@@ -47,7 +47,7 @@ def write_shard(storage: Storage, destination: str, task: ShardTask) -> ShardRep
 
     Args:
         storage: Reaches the sources and the destination.
-        destination: Folder or prefix of the data set.
+        destination: Folder or prefix of the dataset.
         task: What to write.
 
     Returns:

@@ -18,7 +18,7 @@ class BadSample:
     """One sample and its fault."""
 
     id: int
-    """Its place in the data set, from 0."""
+    """Its place in the dataset, from 0."""
     shard: str
     member: str
     """Name of the image in the tar; empty where the index is what is damaged."""
@@ -34,7 +34,7 @@ class BadSample:
     def error(self) -> DatasetError:
         """The error that stops a run which does not skip."""
         rule = "must be a whole JPEG" if self.fault == "undecodable" else "must be as it was ingested"
-        remedy = f"{self.reason}; restore it, make the data set again, or go on without it: on_bad_sample=skip"
+        remedy = f"{self.reason}; restore it, make the dataset again, or go on without it: on_bad_sample=skip"
         return DatasetError(_FIELDS.get(self.fault, "shard"), rule, self.url, remedy)
 
     def to_json(self) -> dict[str, Any]:

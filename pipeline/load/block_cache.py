@@ -5,7 +5,7 @@ damaged, cut short or half written is found by the CRC32C of its images, like a 
 by a rename. The only lock is a flock, which the kernel drops with the process that holds it; the sum of bytes that it
 guards may be off after a kill, and is counted anew before anything is evicted.
 
-    <folder>/lock, <folder>/used              flock, and bytes used by all data sets
+    <folder>/lock, <folder>/used              flock, and bytes used by all datasets
     <folder>/<digest>/<shard>-<start>-<bytes> a block; its mtime is when it was last used
 
 Trade-off: the least recently used block goes first, but not one that this process used in its last two epochs. An epoch
@@ -48,7 +48,7 @@ class CachePlace:
 
 
 class BlockCache:
-    """The blocks of one data set in a folder that several processes, runs and data sets may share.
+    """The blocks of one dataset in a folder that several processes, runs and datasets may share.
 
     Owns: nothing in memory but a few counters.
     Concurrency: safe to call from several threads and processes.
@@ -61,7 +61,7 @@ class BlockCache:
 
         Args:
             place: Folder and budget.
-            digest: The data set's; other data sets' blocks share the budget alone.
+            digest: The dataset's; other datasets' blocks share the budget alone.
             clock: Unix time.
         """
         self.evictions = 0
@@ -83,7 +83,7 @@ class BlockCache:
 
     @property
     def used_bytes(self) -> int:
-        """Over all data sets in the folder, as counted by all processes together."""
+        """Over all datasets in the folder, as counted by all processes together."""
         return self._noted() or 0
 
     @property

@@ -1,4 +1,4 @@
-"""A data set opened for reading: sample ids in, checked JPEG bytes out."""
+"""A dataset opened for reading: sample ids in, checked JPEG bytes out."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ class Dataset:
 
         Args:
             storage: Reaches `url`.
-            url: Of the data set.
+            url: Of the dataset.
             manifest: What lies there.
             index_cache_bytes: Memory for index pages.
             cache: Where blocks are kept on this node's disk; None: nowhere.
             check_etags: Refuse tars with another ETag than when they were indexed, where the store has ETags. A copy
-                of the data set may have others for the same bytes; images are checked against the index in any case.
+                of the dataset may have others for the same bytes; images are checked against the index in any case.
         """
         self.storage = storage
         self.url = url
@@ -246,4 +246,4 @@ class Dataset:
 
 
 def _altered(what: str, url: str, why: str) -> DatasetError:
-    return DatasetError(what, "must be as it was ingested", url, f"{why}; restore it, or shard the data set again")
+    return DatasetError(what, "must be as it was ingested", url, f"{why}; restore it, or shard the dataset again")

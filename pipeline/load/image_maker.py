@@ -28,7 +28,7 @@ class BadSamplePolicy:
 
     def too_many(self, bad: BadSample) -> DatasetError:
         """The error that stops a run which would skip too much."""
-        remedy = f"check the data set with `convmae verify`; the last one: {bad.reason}, in {bad.url}"
+        remedy = f"check the dataset with `convmae verify`; the last one: {bad.reason}, in {bad.url}"
         rule = f"at most {self.max_consecutive} samples in a row may be unusable"
         return DatasetError("max_consecutive_bad_samples", rule, f"{self.max_consecutive}+", remedy)
 

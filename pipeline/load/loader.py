@@ -1,7 +1,7 @@
 """Batches of one rank: read ahead, decode and augment in threads, hand over in order.
 
 Threads, not processes: simplejpeg and torch release the GIL, and neither s3fs nor DeepSpeed survives a fork. Batches
-stay uint8 until they are on the device. What a batch holds depends on (data set, order, seed, step, rank,
+stay uint8 until they are on the device. What a batch holds depends on (dataset, order, seed, step, rank,
 world size), and on which samples are unusable, alone.
 """
 
@@ -59,7 +59,7 @@ class Loader:
 
         Args:
             dataset: Where the images are.
-            order: Which of them make up a step; must be over this data set.
+            order: Which of them make up a step; must be over this dataset.
             image_shape: Height and width of the images, in pixels.
             rank: Of this process, in [0, world_size).
             world_size: Number of processes that share a step.
@@ -76,8 +76,8 @@ class Loader:
             OrderError: The order is over another number of samples.
         """
         if order.samples != dataset.samples:
-            remedy = "make the order from the data set that it reads"
-            raise OrderError("samples", f"must be the data set's {dataset.samples}", order.samples, remedy)
+            remedy = "make the order from the dataset that it reads"
+            raise OrderError("samples", f"must be the dataset's {dataset.samples}", order.samples, remedy)
         self._dataset = dataset
         self._order = order
         self._image_shape = image_shape

@@ -25,7 +25,7 @@ class Sample:
     """One image as it lies in its shard."""
 
     id: int
-    """Its place in the data set, from 0."""
+    """Its place in the dataset, from 0."""
     key: str
     shard: str
     member: str

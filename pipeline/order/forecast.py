@@ -11,12 +11,12 @@ of one block, or of two blocks like any other two. With P the ordered pairs of o
 over C shards of shares p, where G and H are the means of 1/p over the pairs of one block and over those of two blocks
 that share a shard, counting 0 for pairs that do not. A lane gives b samples to a step, out of a window of K*S, and
 (S-1)/(K*S-1) of a sample's companions in the window are of its own block. So with blocks much smaller than shards, much
-smaller than the data set,
+smaller than the dataset,
 
     DEFF = 1 + (b-1)*(S-1) / (K*S-1)
 
 What follows takes in the smaller windows at the end of an epoch, steps that straddle windows, blocks that straddle
-shards and small data sets, where drawing without replacement mixes better than independent draws.
+shards and small datasets, where drawing without replacement mixes better than independent draws.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Forecast:
 def dealt_effect(order: Order, shard_samples: Int64s, epoch: int) -> float:
     """The design effect over shards that an epoch turns out to have, counted out of the order itself.
 
-    Forecast.design_effect is its mean over seeds and epochs. In small data sets an epoch has few windows of few blocks,
+    Forecast.design_effect is its mean over seeds and epochs. In small datasets an epoch has few windows of few blocks,
     so that single epochs lie some ten percent around it.
 
     Args:

@@ -39,14 +39,14 @@ class Order:
     """The order of one run. Cheap to make, hashable, picklable; every method is a pure function."""
 
     samples: int
-    """N, samples in the data set."""
+    """N, samples in the dataset."""
     global_batch_size: int
     """B, samples in a step over all ranks."""
     lanes: int
     """L, divides B; also the largest possible world size."""
     seed: int
     block_samples: int = 32
-    """Wanted S. Smaller data sets get smaller blocks: the largest S that keeps 99% of the steps that S=1 would give."""
+    """Wanted S. Smaller datasets get smaller blocks: the largest S that keeps 99% of the steps that S=1 would give."""
     window_blocks: int = 64
     """K."""
 
@@ -61,7 +61,7 @@ class Order:
             raise OrderError("lanes", rule, self.lanes, f"{nearest} is the nearest that does")
         if self.samples < self.global_batch_size:
             rule = f"must be at least global_batch_size {self.global_batch_size}"
-            raise OrderError("samples", rule, self.samples, "lower global_batch_size or add images to the data set")
+            raise OrderError("samples", rule, self.samples, "lower global_batch_size or add images to the dataset")
         if (self.samples + 1) * self.blocks >= 1 << 63:  # block_of multiplies them
             rule = f"must stay below 2**63 when multiplied by the number of blocks, {self.blocks}"
             remedy = "raise block_samples, or restore the manifest that has so many"
@@ -74,7 +74,7 @@ class Order:
 
     @functools.cached_property
     def blocks(self) -> int:
-        """M, blocks in the data set."""
+        """M, blocks in the dataset."""
         ideal_steps = self.samples // self.global_batch_size
         least_steps = math.ceil(ideal_steps * LEAST_EPOCH_RATIO)
         wanted = min(self.block_samples, self.samples // self.lanes)

@@ -21,7 +21,7 @@ from pipeline.store.json_text import parsed_object
 
 NO_LABEL = -1
 LARGEST_IMAGE_BYTES = 256 << 20
-"""Of an image as a file; larger ones are left out of data sets."""
+"""Of an image as a file; larger ones are left out of datasets."""
 
 _TRAILER = struct.Struct("<II")
 _TAR_HEADER_BYTES = 512
@@ -193,7 +193,7 @@ class ShardIndex:
         except struct.error:
             whole = False
         if not whole:
-            raise DatasetError("shard index", "must be whole", url, "restore it, or make the data set again")
+            raise DatasetError("shard index", "must be whole", url, "restore it, or make the dataset again")
         return index
 
     @classmethod

@@ -1,6 +1,6 @@
 """Rows of single samples out of shard indexes: pages by ranged requests, checked, and cached within a budget.
 
-Where all indexes of the data set fit the budget, the first need of a shard reads its whole index, since a small request
+Where all indexes of the dataset fit the budget, the first need of a shard reads its whole index, since a small request
 takes as long as a smaller one. Otherwise only the pages that hold the wanted rows are read, so that opening a block
 costs some kilobytes whatever the shard's size.
 """
@@ -30,10 +30,10 @@ Int64s = npt.NDArray[np.int64]
 
 
 class SampleRow(NamedTuple):
-    """One sample of a data set and what its index says of it."""
+    """One sample of a dataset and what its index says of it."""
 
     id: int
-    """Its place in the data set, from 0."""
+    """Its place in the dataset, from 0."""
     shard: int
     """Place of its shard in the manifest."""
     place: int
@@ -42,7 +42,7 @@ class SampleRow(NamedTuple):
 
 
 class IndexReader:
-    """Reads rows of one data set's indexes.
+    """Reads rows of one dataset's indexes.
 
     Owns: an LRU of pages, bounded in bytes.
     Concurrency: safe to call from several threads; one shard is read by one thread at a time.
@@ -89,7 +89,7 @@ class IndexReader:
         for row in rows:
             if not (flaw := row.flaw(tar_bytes)):
                 continue
-            remedy = f"of {row.member!r} {flaw}; restore it, or index the data set again"
+            remedy = f"of {row.member!r} {flaw}; restore it, or index the dataset again"
             raise DatasetError("shard index", "must say what can be", self._shards[shard].index_url(self._url), remedy)
         return rows
 
@@ -112,7 +112,7 @@ class IndexReader:
         try:
             data = self._storage.read_range(url, *pages.range(run.start, run.stop))
         except FileNotFoundError:
-            remedy = "it is missing; restore it, or index the data set again"
+            remedy = "it is missing; restore it, or index the dataset again"
             raise DatasetError("shard index", "must be the one that the manifest names", url, remedy) from None
         return pages.decode(data, run.start, run.stop, url)
 

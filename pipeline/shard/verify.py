@@ -50,8 +50,8 @@ def verify_shard(storage: Storage, url: str, entry: ShardEntry, *, deep: bool) -
     """Read a shard and its index from the first byte to the last; memory stays within a few chunks and the index.
 
     Args:
-        storage: Reaches the data set.
-        url: Of the data set.
+        storage: Reaches the dataset.
+        url: Of the dataset.
         entry: The shard as the manifest lists it.
         deep: Also decode every image.
 

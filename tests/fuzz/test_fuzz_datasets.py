@@ -39,7 +39,7 @@ def sealed(body: bytes) -> bytes:
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data set of seven images in two shards."""
+    """A dataset of seven images in two shards."""
     folder = tmp_path_factory.mktemp("fuzzed")
     for number in range(7):
         path = folder / "photographs" / "ab"[number % 2] / f"{number}.jpg"
@@ -54,7 +54,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def look_at(folder: Path) -> None:
-    """Open a data set, read all of it, and verify it."""
+    """Open a dataset, read all of it, and verify it."""
     storage = Storage()
     dataset = Dataset.open(storage, str(folder))
     entries = list(dataset.manifest.shards)[:3]

@@ -141,7 +141,7 @@ def test_every_image_is_opened_by_a_list_of_formats(path: Path) -> None:
 
 
 def test_what_pil_warns_of_does_not_reach_the_terminal(jpeg: MakeJpeg, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its warnings name files of this machine, and a data set of millions of images would have as many."""
+    """Its warnings name files of this machine, and a dataset of millions of images would have as many."""
     tiff = io.BytesIO()
     Image.new("RGB", (8, 8)).save(tiff, "TIFF")
     exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + bytes(range(1, 200))

@@ -1,4 +1,4 @@
-"""Every way in which a sample can be unusable, on a local data set: named, or replaced by a pure function."""
+"""Every way in which a sample can be unusable, on a local dataset: named, or replaced by a pure function."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ def undisturbed(dataset: Dataset) -> list[Batch]:
 
 
 def through(proxy: ChaosProxy, dataset: Dataset, **options: Any) -> Dataset:
-    """The data set as it is read through the proxy."""
+    """The dataset as it is read through the proxy."""
     return Dataset.open(replace(dataset.storage, endpoint_url=proxy.endpoint), dataset.url, **options)
 
 

@@ -178,5 +178,5 @@ def test_an_undecodable_sample_is_named(dataset: Dataset, monkeypatch: pytest.Mo
 
 
 def test_an_order_over_other_samples_is_refused(dataset: Dataset) -> None:
-    with pytest.raises(OrderError, match="must be the data set's 61, got 60"):
+    with pytest.raises(OrderError, match="must be the dataset's 61, got 60"):
         batches(dataset, 0, 1, order=replace(ORDER, samples=60))

@@ -1,4 +1,4 @@
-"""Data sets, tars and images behind a plain web server."""
+"""Datasets, tars and images behind a plain web server."""
 
 from __future__ import annotations
 

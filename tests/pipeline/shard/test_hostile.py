@@ -167,7 +167,7 @@ def test_an_image_of_honest_size_is_decoded(jpeg: MakeJpeg) -> None:
 
 
 def manifest(folder: Path, **changes: Any) -> str:
-    """A data set of one shard whose manifest was changed, with a checksum that fits."""
+    """A dataset of one shard whose manifest was changed, with a checksum that fits."""
     shards: dict[str, Any] = {
         "name": ["shard-000000"],
         "samples": [1],
