@@ -71,8 +71,8 @@ class DamagedTarsError(SourceError):
         self.lines = tuple(lines)
 
 
-class ClaimedError(UserError):
-    """A place at which another process works."""
+class LeaseHeldError(UserError):
+    """A lease that another process holds, or took over."""
 
 
 class DatasetError(UserError):

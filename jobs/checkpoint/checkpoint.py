@@ -28,7 +28,7 @@ from jobs.run.directory import RunDirectory
 from jobs.run.rows import is_time
 from pipeline.store.crc_combine import CRC32C, combined
 from pipeline.store.json_text import parsed_object
-from pipeline.store.lease import standing
+from pipeline.store.lease import current_lease
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +214,7 @@ def write_commit(run: RunDirectory, commit: Commit) -> None:
     Raises:
         OvertakenError: Another driver, or a later attempt, has taken over the run. Nothing was written.
     """
-    ruler = standing(run.storage, run.path(CLAIMS))
+    ruler = current_lease(run.storage, run.path(CLAIMS))
     if ruler and ruler.number > commit.claim:
         raise _overtaken(commit, f"is driven by {ruler.text}")
     attempt = run.read_heartbeat().get("attempt", 0)

@@ -177,7 +177,7 @@ def _first(names: Sequence[str]) -> str:
 
 
 def _say_waiting(holder: str) -> None:
-    say(f"a claim is held by {holder}; watching for up to 30 s whether it still works")
+    say(f"a lease is held by {holder}; watching for up to 30 s whether it still works")
 
 
 @contextmanager

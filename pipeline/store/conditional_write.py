@@ -1,6 +1,6 @@
 """Writes that happen only if nothing, or exactly what is expected, lies there: of several at once one succeeds.
 
-Claims and commits rest on them. S3 has If-None-Match and If-Match, Google's store generations, Azure's ETags; a local
+Leases and commits rest on them. S3 has If-None-Match and If-Match, Google's store generations, Azure's ETags; a local
 file is created exclusively, and replaced under a lock on its folder. Stores that can only look and then write are
 refused: between the two another process may have written.
 """

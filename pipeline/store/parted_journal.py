@@ -25,7 +25,7 @@ class PartedJournal:
     """One object on its way.
 
     Owns: the list of its parts, never their bytes.
-    Concurrency: used by one thread, of a process that holds a claim on the target.
+    Concurrency: used by one thread, of a process that holds the lease on the target.
     Failure: a journal that is missing, cannot be read or is of another content costs the parts that were written.
     Blocking: all methods but `add` when nothing is due.
     """

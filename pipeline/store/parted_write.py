@@ -66,7 +66,7 @@ def takes_parts(url: str) -> bool:
 def begin(storage: Storage, url: str) -> PartedWrite:
     """Start writing. What was begun before for the same target and never finished is swept away.
 
-    The caller must hold a claim on the target: two writers would sweep each other's parts away.
+    The caller must hold the lease on the target: two writers would sweep each other's parts away.
     """
     abandon_all(storage, url)
     if is_local(url):

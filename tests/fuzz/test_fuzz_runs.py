@@ -28,7 +28,7 @@ from jobs.run import roots
 from jobs.run.directory import RunDirectory
 from jobs.stack.local_stack import Stack
 from jobs.stack.ports import Ports
-from pipeline.store.lease import Holder, standing
+from pipeline.store.lease import Holder, current_lease
 from pipeline.store.storage import Storage
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
@@ -290,7 +290,7 @@ def test_who_drives_a_run_is_told_whatever_its_claims_hold(fuzz: Fuzz, sound: Ru
 
     def run_claims(example: Example) -> None:
         with changed_files(sound, example.changed):
-            ruler = standing(sound.storage, sound.path("claims"))
+            ruler = current_lease(sound.storage, sound.path("claims"))
             assert ruler is None or isinstance(ruler.text, str)
             assert ruler is None or ruler.holder is None or ruler.holder.is_dead_here() in (True, False)
             assert lease.is_live(sound) in (True, False)

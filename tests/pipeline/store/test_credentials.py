@@ -202,7 +202,7 @@ def test_a_conditional_write_that_met_another_is_made_again(
     left[:] = [(409, code)] * 2
     assert instance.replace(f"{url}/new", b"mine too", b"mine")
     left[:] = [(409, code)] * 2
-    with lease.claimed(instance, f"{url}/claims", "x", on_wait=pytest.fail) as held:
+    with lease.hold_lease(instance, f"{url}/claims", "x", on_wait=pytest.fail) as held:
         assert held.number == 1
     left[:] = [(409, code)] * 2
     target = parted_write.begin(instance, f"{url}/parts")
