@@ -26,7 +26,7 @@ import google_crc32c
 from jobs.errors import CheckpointError, DamagedCheckpointError, OvertakenError
 from jobs.run.directory import RunDirectory
 from jobs.run.rows import is_time
-from pipeline.store.crc_combine import CRC32C, combined
+from pipeline.store.combined_crc import CRC32C, combined_crc
 from pipeline.store.json_text import parsed_object
 from pipeline.store.lease import current_lease
 
@@ -322,6 +322,6 @@ def checksummed(name: str, chunks: Iterable[bytes], chunk_bytes: int) -> Checkpo
     size, whole, each = 0, 0, []
     for chunk in chunks:
         checksum = google_crc32c.value(chunk)
-        size, whole = size + len(chunk), combined(whole, checksum, len(chunk), CRC32C)
+        size, whole = size + len(chunk), combined_crc(whole, checksum, len(chunk), CRC32C)
         each.append(f"{checksum:08x}")
     return CheckpointFile(name, size, whole, chunk_bytes, "".join(each))

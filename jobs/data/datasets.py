@@ -162,7 +162,7 @@ def _resolved(place: str) -> str:
 
 
 def _say_passed_over(found: Sources | Tars) -> None:
-    names = found.passed_over
+    names = found.skipped_files
     if names:
         kind = "packed archives" if isinstance(found, Tars) else "files without an image's name"
         say(f"passing over {len(names)} {kind}: {_first(names)}")

@@ -23,7 +23,7 @@ from jobs.weights.reads import planned
 from jobs.weights.results import WrittenFile, recorded_sha256
 from pipeline.errors import LeaseHeldError, StorageError, UserError
 from pipeline.store import parted_write
-from pipeline.store.crc_combine import CRC32C, combined
+from pipeline.store.combined_crc import CRC32C, combined_crc
 from pipeline.store.parted_journal import PartedJournal
 from pipeline.store.parted_write import WrittenPart
 from pipeline.store.storage import Storage
@@ -226,7 +226,7 @@ class WeightWriter:
     def _take_hash(self, done: Done) -> None:
         sent = 0
         for part in sorted(self._made[done.url], key=lambda part: part.number):
-            sent = combined(sent, part.crc32c, part.bytes, CRC32C)
+            sent = combined_crc(sent, part.crc32c, part.bytes, CRC32C)
         journal = self._journals.pop(done.url, None)
         if done.crc32c != sent or done.bytes != self._files[done.url].bytes:
             self._storage.delete(done.url)

@@ -1,11 +1,12 @@
-"""Local files, as a person sees them: behind links too, pipes and devices left out."""
+"""Local files: listed as a person sees them, read in part, and written whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipeline.errors import RefusedError, StorageError
@@ -60,6 +61,21 @@ def read_part(path: str, offset: int, length: int | None) -> bytes:
         if wanted > 0:
             file.seek(offset)
         return file.read(max(0, wanted))
+
+
+def write_whole(target: Path, fill: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all: `fill` a temporary one beside it, then rename that over the target."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Not mkstemp, whose files their owner alone may read: who may read ours is up to the umask and the folder.
+    temporary = target.with_name(f".convmae-{secrets.token_hex(8)}")
+    temporary.touch(exist_ok=False)
+    try:
+        fill(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def umask_here(proc: Path = Path("/proc")) -> int:

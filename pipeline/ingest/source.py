@@ -63,7 +63,7 @@ class Sources:
     classes: tuple[str, ...]
     """Names of the labels; empty where they have none."""
     images: Sequence[Source]
-    passed_over: tuple[str, ...] = ()
+    skipped_files: tuple[str, ...] = ()
     """Files of the folder whose names are not those of images."""
     beside_classes: tuple[str, ...] = ()
     """Images that lie beside the class folders, for whose sake no image has a label."""
@@ -83,7 +83,7 @@ class Tars:
 
     root: str
     tars: tuple[Tar, ...]
-    passed_over: tuple[str, ...] = ()
+    skipped_files: tuple[str, ...] = ()
     """Packed archives in the folder."""
 
 

@@ -51,7 +51,7 @@ class SourceReader:
         host = urlsplit(url).netloc if is_web(url) else ""
         with self._lock:
             if host in self._dead:
-                raise _left_out(url, self._dead[host])
+                raise _unreachable(url, self._dead[host])
             patient = host not in self._failing and (host in self._answered or not self._answered)
         began = self._clock()
         try:
@@ -62,7 +62,7 @@ class SourceReader:
             with self._lock:
                 if host not in self._answered:
                     self._dead[host] = error
-            raise _left_out(url, error) from error
+            raise _unreachable(url, error) from error
         except (FileNotFoundError, RefusedError):
             self._note(host)
             raise
@@ -89,5 +89,5 @@ class SourceReader:
             (self._failing.add if failing else self._failing.discard)(host)
 
 
-def _left_out(url: str, error: UnreachableError) -> RefusedError:
+def _unreachable(url: str, error: UnreachableError) -> RefusedError:
     return RefusedError("address", "must be reachable", url, f"its server cannot be reached: {error.remedy}")

@@ -77,7 +77,7 @@ def _folder(storage: Storage, root: str) -> Sources | Tars:
     if not images:
         raise _nothing_there(root, list(sizes))
     others = tuple(path for path in shown if suffix(path) not in IMAGE_SUFFIXES)
-    return replace(_by_class(root, {path: sizes[path] for path in images}), passed_over=others)
+    return replace(_by_class(root, {path: sizes[path] for path in images}), skipped_files=others)
 
 
 def _is_hidden(part: str) -> bool:

@@ -15,7 +15,7 @@ from pipeline.load.bad_sample import BadSample
 from pipeline.load.block_cache import BlockCache, CachePlace
 from pipeline.load.read_counters import ReadCounters
 from pipeline.load.shard_reader import Sample, ShardReader, neighbours
-from pipeline.load.thread_activity import Activities
+from pipeline.load.thread_activity import ThreadActivities
 from pipeline.shard.index import ShardIndex
 from pipeline.shard.index_reader import INDEX_CACHE_BYTES, IndexReader, SampleRow
 from pipeline.shard.manifest import Manifest
@@ -64,7 +64,7 @@ class Dataset:
         self._indexes = IndexReader(storage, url, manifest.shards, index_cache_bytes)
         self._check_etags = check_etags
         self.counters = ReadCounters()
-        self.activities = Activities()
+        self.activities = ThreadActivities()
         self.cache = BlockCache(cache, self.digest) if cache else None
 
     @classmethod

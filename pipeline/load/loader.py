@@ -21,7 +21,7 @@ from pipeline.host.daemon_threads import DaemonThreads
 from pipeline.image.augment import crop_draws
 from pipeline.load.batch import Batch, StartedBatch
 from pipeline.load.dataset import Dataset
-from pipeline.load.device_copy import HandOver
+from pipeline.load.device_copy import DeviceCopy
 from pipeline.load.image_maker import BadSamplePolicy, ImageMaker, Substitution
 from pipeline.load.read_ahead import OPEN_BYTES, ReadAhead
 from pipeline.load.stall_watch import STALL_SECONDS, StallWatch
@@ -110,30 +110,30 @@ class Loader:
             return
         readers = DaemonThreads(READ_THREADS, "convmae-read")
         decoders = DaemonThreads(self._threads, "convmae-decode")
-        hand_over = HandOver(self._device)
+        device_copy = DeviceCopy(self._device)
         steps = range(start_step, stop_step)
         ahead = ReadAhead(self._dataset, self._order, self._lanes, steps, readers, whole_windows=self._whole_windows)
         started: deque[StartedBatch] = deque()
         bad_runs: Counter[int] = Counter()
         try:
             for step in steps:
-                started.append(self._start(step, ahead, decoders, hand_over))
+                started.append(self._start(step, ahead, decoders, device_copy))
                 if step == start_step:  # first of all comes the first batch; then what lies behind it may compete
                     self._watch.wait(started[0], time.monotonic())
                 if len(started) > self._prefetch_batches:
-                    yield self._finish(started.popleft(), hand_over, bad_runs)
+                    yield self._finish(started.popleft(), device_copy, bad_runs)
             while started:
-                yield self._finish(started.popleft(), hand_over, bad_runs)
+                yield self._finish(started.popleft(), device_copy, bad_runs)
         finally:
             # Decoders wait for readers, so what was not read yet is cancelled first.
             readers.shutdown(wait=False, cancel_futures=True)
             decoders.shutdown(cancel_futures=True)
             readers.shutdown()
 
-    def _start(self, step: int, ahead: ReadAhead, decoders: DaemonThreads, hand_over: HandOver) -> StartedBatch:
+    def _start(self, step: int, ahead: ReadAhead, decoders: DaemonThreads, device_copy: DeviceCopy) -> StartedBatch:
         pending = ahead.request(step)
         draws = crop_draws(self._seed, self._order.epoch(step), np.array([item.sample_id for item in pending]))
-        batch = StartedBatch(step, pending, draws, self._image_shape, hand_over)
+        batch = StartedBatch(step, pending, draws, self._image_shape, device_copy)
         for place in range(len(pending)):
             decoders.start(partial(self._fill, batch, place))
         return batch
@@ -147,10 +147,10 @@ class Loader:
         except BaseException as error:
             batch.fail(error)
 
-    def _finish(self, batch: StartedBatch, hand_over: HandOver, bad_runs: Counter[int]) -> Batch:
+    def _finish(self, batch: StartedBatch, device_copy: DeviceCopy, bad_runs: Counter[int]) -> Batch:
         began = time.monotonic()
         self._watch.wait(batch, began)
-        images = hand_over.finish(batch.moving.result())
+        images = device_copy.finish(batch.copy.result())
         self._count_bad(batch.substitutions, bad_runs)
         return Batch(
             batch.step,

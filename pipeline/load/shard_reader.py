@@ -10,7 +10,7 @@ from pipeline.errors import ReplacedError
 from pipeline.load.bad_sample import BadSample, Fault
 from pipeline.load.block_cache import BlockCache
 from pipeline.load.read_counters import ReadCounters
-from pipeline.load.thread_activity import Activities
+from pipeline.load.thread_activity import ThreadActivities
 from pipeline.shard.index import NO_LABEL
 from pipeline.shard.index_reader import SampleRow
 from pipeline.store.storage import Storage
@@ -54,7 +54,7 @@ class ShardReader:
         url: str,
         etag: str | None,
         counters: ReadCounters,
-        activities: Activities,
+        activities: ThreadActivities,
     ) -> None:
         """Do no I/O.
 

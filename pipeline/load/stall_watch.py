@@ -11,7 +11,7 @@ import traceback
 
 from pipeline.errors import StalledError
 from pipeline.load.batch import StartedBatch
-from pipeline.load.thread_activity import Activities, Stage
+from pipeline.load.thread_activity import Stage, ThreadActivities
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ STALL_SECONDS = 300.0
 class StallWatch:
     """Waits for batches of one loader."""
 
-    def __init__(self, stall_seconds: float, activities: Activities) -> None:
+    def __init__(self, stall_seconds: float, activities: ThreadActivities) -> None:
         """Decide how long to wait.
 
         Args:
@@ -43,7 +43,7 @@ class StallWatch:
             StalledError: Neither came in time.
         """
         warned = False
-        while not batch.moving.done():
+        while not batch.copy.done():
             waited = time.monotonic() - began
             if waited >= self._stall_seconds:
                 _log_stacks()
@@ -52,7 +52,7 @@ class StallWatch:
                 logger.warning("%s", self._told(batch, waited))
                 warned = True
             with contextlib.suppress(TimeoutError):
-                batch.moving.exception((self._stall_seconds if warned else self._stall_seconds / 2) - waited)
+                batch.copy.exception((self._stall_seconds if warned else self._stall_seconds / 2) - waited)
 
     def _told(self, batch: StartedBatch, waited: float) -> str:
         hanging = [item for item, done in zip(batch.pending, batch.done, strict=True) if not done]

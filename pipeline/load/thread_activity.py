@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 Stage = Literal["read", "decode"]
 
 
-class Activity(NamedTuple):
+class ThreadActivity(NamedTuple):
     """One thing that one thread is doing."""
 
     stage: Stage
@@ -20,19 +20,19 @@ class Activity(NamedTuple):
     """By the clock."""
 
 
-class Activities:
+class ThreadActivities:
     """What threads are doing now. Nothing here waits for a lock, since it is asked when something hangs."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
-        self._now: dict[int, Activity] = {}
+        self._now: dict[int, ThreadActivity] = {}
 
     @contextlib.contextmanager
     def doing(self, stage: Stage, what: str) -> Iterator[None]:
         """Note it while the block runs."""
         thread = threading.get_ident()
         outer = self._now.get(thread)
-        self._now[thread] = Activity(stage, what, self.clock())
+        self._now[thread] = ThreadActivity(stage, what, self.clock())
         try:
             yield
         finally:

@@ -94,7 +94,7 @@ def read_samples(file: RangedFile, *, salvage: bool, measure: Callable[[bytes], 
     for item in scan_tar(file, salvage=salvage):
         if isinstance(item, TarFault):
             collector.contents.faults.append(item)
-        elif not _is_passed_over(item.name):
+        elif not _is_ignored(item.name):
             collector.take(item)
             if len(collector.contents.skipped) > MOST_SKIPPED:
                 what = f"more than {MOST_SKIPPED} of its images cannot be used; the rest was not looked at"
@@ -115,7 +115,7 @@ def unread_kinds(skipped: Iterable[Skipped]) -> str:
     return f"{kinds.total()} samples have no image that is read ({', '.join(told + more)})"
 
 
-def _is_passed_over(name: str) -> bool:
+def _is_ignored(name: str) -> bool:
     return name.rpartition("/")[2].startswith(".") or _META.match(name) is not None
 
 

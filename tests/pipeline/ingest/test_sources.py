@@ -119,5 +119,5 @@ def test_files_that_are_no_images_by_name_are_told(tmp_path: Path) -> None:
     images = find_sources(Storage(), fill(tmp_path / "a", "1.jpg", "2.jp2", "3.heic", ".DS_Store"))
     tars = find_sources(Storage(), fill(tmp_path / "b", "1.tar", "2.tar.gz", "1.parquet"))
 
-    assert images.passed_over == ("2.jp2", "3.heic")
-    assert tars.passed_over == ("2.tar.gz",)
+    assert images.skipped_files == ("2.jp2", "3.heic")
+    assert tars.skipped_files == ("2.tar.gz",)

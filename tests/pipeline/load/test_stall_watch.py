@@ -14,7 +14,7 @@ from pipeline.errors import StalledError
 from pipeline.host import daemon_threads
 from pipeline.load import image_maker
 from pipeline.load.dataset import Dataset
-from pipeline.load.device_copy import HandOver
+from pipeline.load.device_copy import DeviceCopy
 from pipeline.load.loader import Loader
 from pipeline.order.sample_order import Order
 from pipeline.store.storage import Storage
@@ -85,13 +85,13 @@ def test_decoding_that_hangs_is_told(dataset: Dataset, monkeypatch: pytest.Monke
 
 
 def test_a_hand_over_that_hangs_is_told(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    start = HandOver.start
+    start = DeviceCopy.start
 
-    def slow(self: HandOver, host: torch.Tensor) -> Any:
+    def slow(self: DeviceCopy, host: torch.Tensor) -> Any:
         RELEASE.wait(30)
         return start(self, host)
 
-    monkeypatch.setattr(HandOver, "start", slow)
+    monkeypatch.setattr(DeviceCopy, "start", slow)
 
     assert "step 0 hangs in stage hand-over" in stalled(dataset)
 
