@@ -23,7 +23,7 @@ from host_door import Door
 from patience import done
 
 HOME = "/srv"
-"""Of whoever works on a host; Python installations may lie in the usual ones."""
+"""The home folder on every host; Python installations may lie in the usual ones."""
 NAMESPACES = ("--net", "--uts", "--mount", "--pid")
 _CLONE_NEWNET = 0x40000000
 _INIT = "echo up; while read -r _; do :; done"

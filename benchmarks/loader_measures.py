@@ -1,4 +1,4 @@
-"""What is measured, each in a fresh process: speed, time to the first batch, memory over epochs, pixels.
+"""Measurements of a loader, each in a fresh process: speed, time to the first batch, memory over epochs, pixels.
 
     echo '{"measure": "speed", "side": "ours", "place": {...}}' | python loader_measures.py
 
@@ -63,7 +63,7 @@ def webdataset_skip(place: Place, batches: int, *, decoded: bool) -> dict[str, f
     Args:
         place: Where the tars are.
         batches: To skip.
-        decoded: By iterating over the loader, as one does; else by passing over samples before they are decoded.
+        decoded: By iterating over the loader, as one does; else by skipping samples before they are decoded.
     """
     import webdataset  # noqa: F401
 

@@ -1,8 +1,8 @@
-"""What is timed against what: each side is a stream of batches of uint8 images from the same JPEGs.
+"""Sides of the loader benchmark: each is a stream of batches of uint8 images from the same JPEGs.
 
 The others run as their documentation shows it, in as many worker processes as there are cores, with the MAE recipe in
 PIL. PIL gets the crop as a box of `resize`, which spares it a copy; `draft` is not used, since torchvision's recipe
-does not use it either. Nobody normalises, and all hand over uint8. Side `bare` reads nothing: it decodes, crops and
+does not use it either. No side normalises, and all give uint8. Side `bare` reads nothing: it decodes, crops and
 resizes what lies in memory, in plain threads, each with a share of its own.
 """
 
@@ -129,7 +129,7 @@ def _from_bytes(data: bytes) -> torch.Tensor:
 
 
 def webdataset(place: Place, skip: int = 0) -> Iterator[int]:
-    """Tars, a shuffle buffer, PIL, WebLoader; each worker passes over `skip` samples before it decodes one."""
+    """Tars, a shuffle buffer, PIL, WebLoader; each worker skips `skip` samples before it decodes one."""
     import webdataset as wds
 
     dataset = (

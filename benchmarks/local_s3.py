@@ -21,7 +21,7 @@ START_SECONDS = 60.0
 
 @dataclass
 class LocalS3:
-    """The server, while it is up or down; its data stay."""
+    """The server, while it is up or down; its data is kept."""
 
     folder: Path
     settings: StackSettings

@@ -118,7 +118,7 @@ def count_bytes(config: ConvMAEConfig, images: int, dense: bool, dtype: torch.dt
     Args:
         config: The model's.
         images: In the micro-batch.
-        dense: Take the reference, most of which is not told apart: it calls no modules.
+        dense: Take the reference, most of which cannot be told apart: it calls no modules.
         dtype: Of parameters and activations.
     """
     model = ConvMAE(config, dense=dense).to(dtype)

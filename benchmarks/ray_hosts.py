@@ -161,7 +161,7 @@ class RayHosts:
         return host
 
     def remove(self, host: Host) -> None:
-        """Take a host's power, for ever."""
+        """Take a host's power, permanently."""
         if host in self.workers:
             self.workers.remove(host)
         self.nodes.pop(host, None)

@@ -138,7 +138,7 @@ class ConvMAEConfig:
         return self.depth[0] > 0
 
     def require_convolutions(self) -> None:
-        """Raise ModelConfigError unless there are stages of which feature maps can be had."""
+        """Raise ModelConfigError unless there are stages that give feature maps."""
         if not self.has_convolutions:
             rule = "must have convolution stages to give feature maps"
             raise ModelConfigError("embed_dim", rule, self.embed_dim, "MAE has none; take a ConvMAE, as preset('base')")

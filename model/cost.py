@@ -1,7 +1,7 @@
-"""What pretraining costs, counted by hand from the configuration: parameters, and multiply-adds of a micro-batch.
+"""The cost of pretraining, counted by hand from the configuration: parameters, and multiply-adds of a micro-batch.
 
 Counted are matrix products, convolutions and attention, two operations per multiply-add; norms, GELU and softmax are
-not, as is usual. `tests/model/test_cost.py` holds these numbers against PyTorch's own counter, operation by operation.
+not, as is usual. `tests/model/test_cost.py` compares these numbers with PyTorch's own counter, operation by operation.
 
 Counted is what is computed: visible tokens alone in the encoder, queries, keys and values of mask tokens once for a
 micro-batch, the end of the last block for predicted patches. The gradient of a depthwise kernel is computed as a

@@ -1,7 +1,9 @@
 """The model as the official code writes it: whole maps, multiplied by the mask inside each convolution block.
 
-What the sparse form is compared with, and what encodes whole images for downstream tasks. It reads the parameters of
-encoders and decoders and has none of its own. Letters: B images, C channels, H and W rows and columns of a stage's map.
+The sparse form is compared with this one, and whole images are encoded by it for downstream tasks. It reads the
+parameters of encoders and decoders and has none of its own.
+
+Letters: B images, C channels, H and W rows and columns of a stage's map.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Weights between our module tree and the flat names of the official implementation (github.com/Alpha-VL/ConvMAE).
+"""Names of weights: our module tree and the flat names of the official implementation (github.com/Alpha-VL/ConvMAE).
 
 Ours are ``encoder.<name>`` and ``decoder.<name>``; the official ones are ``<name>``. No name occurs in both parts.
 """
@@ -39,7 +39,7 @@ def check_names(given: Mapping[str, Any], expected: Mapping[str, Tensor], ignore
     Args:
         given: Weights by name.
         expected: Those of the model.
-        ignored: Beginnings of names that may be given beyond those.
+        ignored: Prefixes of names that may be given beyond those.
 
     Raises:
         WeightsError: If a name is missing or unexpected or a shape differs; its value lists all of them.

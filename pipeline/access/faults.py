@@ -76,7 +76,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def is_refused(error: BaseException, url: str) -> bool:
-    """Whether credentials are missing or were refused, so that others may do; a web server asks for none of ours."""
+    """Whether credentials are missing or were refused, so that others may help; a web server asks for none of ours."""
     code, status = _answer(error)
     if url.startswith(_WEB):
         return False
@@ -91,7 +91,7 @@ def is_precondition(error: BaseException) -> bool:
 
 
 def is_busy(error: BaseException) -> bool:
-    """Whether the store answered that it is asked for too much."""
+    """Whether the store answered that it gets too many requests."""
     code, status = _answer(error)
     return code in ("SlowDown", "Throttling", "RequestLimitExceeded", "ServiceUnavailable") or status in (429, 503)
 
@@ -160,7 +160,7 @@ def http_code(error: BaseException) -> str:
 
 
 def underlying(error: Exception) -> Exception:
-    """The fault behind fsspec's FileNotFoundError, which its http raises for all of them, also for a server that is down."""
+    """The fault behind a FileNotFoundError of fsspec's http, which raises it also for a server that is down."""
     known = aiohttp.ClientError | TimeoutError | StorageError
     hidden = isinstance(error, FileNotFoundError) and isinstance(error.__cause__, known)
     return error.__cause__ if hidden and isinstance(error.__cause__, Exception) else error

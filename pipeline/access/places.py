@@ -113,7 +113,7 @@ def normal(url: str) -> str:
 
 
 def is_place(text: str) -> bool:
-    """Whether a person means a path or URL by it, and no name of a run."""
+    """Whether a person means a path or URL by it, rather than a run's name."""
     return "/" in text or text in (".", "..", "~")
 
 

@@ -1,4 +1,4 @@
-"""What requests to S3 carry beside what they are about: who pays, how objects are encrypted, how buckets are named."""
+"""Options of requests to S3: who pays, how objects are encrypted, how buckets are addressed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class S3Options:
     """
 
     requester_pays: bool = False
-    """Accept to be charged for requests to a bucket whose owner wants that."""
+    """Accept charges for requests to a bucket whose owner wants that."""
     kms_key_id: str | None = None
     """Id, ARN or alias of the KMS key that encrypts what is written; None leaves it to the bucket."""
     kms_bucket_key: bool | None = None

@@ -18,8 +18,8 @@ MOST_LEVELS = 100
 def local_files(root: str) -> Iterator[tuple[str, int]]:
     """Path relative to `root` and bytes of every file; nothing where `root` is no folder.
 
-    Linked folders are gone into, which fsspec's own walk does not do; a link to a folder that it lies in has no end,
-    and is left out. A link to nowhere counts as a file of no bytes.
+    Linked folders are followed, unlike in fsspec's own walk; a link to a folder that it lies in has no end, and is
+    skipped. A link to nowhere counts as a file of no bytes.
 
     Raises:
         PermissionError: A folder cannot be read.
@@ -36,7 +36,7 @@ def local_files(root: str) -> Iterator[tuple[str, int]]:
         if folders and relative.count(os.sep) + 2 > MOST_LEVELS:
             rule, remedy = (
                 f"must be at most {MOST_LEVELS} levels deep",
-                f"it goes on below {relative[:40]}...; move it away",
+                f"it continues below {relative[:40]}...; move it away",
             )
             raise StorageError("folder", rule, root, remedy)
         for name in names:
@@ -89,7 +89,7 @@ def umask_here(proc: Path = Path("/proc")) -> int:
 
 
 def _refuse(error: OSError) -> None:
-    """os.walk passes over what it may not read."""
+    """Raise what os.walk would ignore: a folder that cannot be read."""
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error
 

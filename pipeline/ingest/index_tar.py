@@ -31,9 +31,9 @@ class IndexTask:
     root: str
     tar: Tar
     deep: bool
-    """Decode every image, and leave out those that do not; else their headers alone are looked at."""
+    """Decode every image, and skip those that do not decode; else only their headers are read."""
     salvage: bool
-    """Index what is left of a damaged tar; else it is left alone."""
+    """Index what is left of a damaged tar; else it is not indexed."""
 
     @property
     def name(self) -> str:
@@ -42,19 +42,19 @@ class IndexTask:
 
     @property
     def digest(self) -> str:
-        """Names the tar and how it is indexed."""
+        """Identifies the tar and how it is indexed."""
         parts = [INDEXING_VERSION, self.tar.path.text, self.tar.size_bytes, self.deep]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
     def salvage_digest(self) -> str:
-        """What the index of a damaged tar has in place of the digest: not kept by those who want whole tars."""
+        """The digest in the index of a damaged tar: an ingest that wants whole tars does not keep that index."""
         return hashlib.sha256(f"salvaged {self.digest}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class TarReport:
-    """What came of indexing a tar."""
+    """The result of indexing a tar."""
 
     name: str
     report: ShardReport | None

@@ -41,7 +41,7 @@ _SPACEX = "SpaceX, https://www.flickr.com/photos/spacexphotos/16511594820"
 _CHINA = "danielbuechele, https://www.flickr.com/photos/danielbuechele/6061409035"
 _FLOWER = "vultilion, https://www.flickr.com/photos/vultilion/6056698931"
 
-# Left out: textures, drawings and gray images; micrographs; and the motorcycle, whose licence is not stated.
+# Not included: textures, drawings and gray images; micrographs; and the motorcycle, whose licence is not stated.
 PHOTOGRAPHS = (
     Photograph("astronaut", "skimage", "data/astronaut.png", "public domain", _NASA),
     Photograph("cat", "skimage", "data/chelsea.png", "CC0", "Stefan van der Walt"),

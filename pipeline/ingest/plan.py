@@ -1,6 +1,6 @@
-"""Which images go into which shard: shuffled once by a seed, then cut by number or by bytes.
+"""The plan of which images go into which shard: shuffled once by a seed, then cut by number or by bytes.
 
-Shuffled here, neighbours in a shard are unrelated, so that a block read in one piece is already mixed.
+Since they are shuffled here, neighbours in a shard are unrelated, so that a block read in one piece is already mixed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Sharding:
     samples_per_shard: int | None = None
     """Images in a shard; the last one is smaller."""
     shard_bytes: int | None = None
-    """What a tar of images that keep their bytes has at most."""
+    """Most bytes of a tar, if its images keep theirs."""
     seed: int = 0
     """Of the shuffle."""
     encoding: Encoding = ORIGINAL
@@ -53,7 +53,7 @@ class Sharding:
 
 @dataclass(frozen=True)
 class Ingest:
-    """What a dataset is made from, and how."""
+    """The sources of a dataset, and how it is made of them."""
 
     found: Sources | Tars
     sharding: Sharding
@@ -74,7 +74,7 @@ class Ingest:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """What one task writes: some sources, in this order."""
+    """The work of one task: some sources, in this order."""
 
     name: str
     """Without a suffix, like ``shard-000012``."""
@@ -85,7 +85,7 @@ class ShardTask:
 
     @property
     def digest(self) -> str:
-        """Names the sources, their order and encoding; two tasks with one digest write the same shard."""
+        """Identifies the sources, their order and encoding; two tasks with one digest write the same shard."""
         rows = [[_identity(source.path), source.size_bytes, source.label, source.offset] for source in self.sources]
         parts = [SHARD_VERSION, self.first_key, asdict(self.encoding), rows]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

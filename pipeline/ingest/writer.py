@@ -1,4 +1,4 @@
-"""One shard of a dataset: writing it so that a killed ingest goes on where it was.
+"""One shard of a dataset: written so that a killed ingest resumes where it was.
 
 A shard is a plain WebDataset tar. Its index is uploaded last and commits it: a tar without an index is written again.
 """
@@ -28,7 +28,7 @@ from pipeline.shard.verify import tar_faults
 from pipeline.store.storage import Storage
 
 READ_THREADS = 8
-"""A task's images are read ahead by so many, since a single read of a far store takes longer than a decode."""
+"""Readers ahead of a task's decoding, since a single read from a far store takes longer than a decode."""
 READ_AHEAD = 16
 
 
@@ -93,7 +93,7 @@ def is_unchanged(storage: Storage, url: str, index: ShardIndex) -> bool:
 
 
 def _write_tar(storage: Storage, task: ShardTask, path: Path) -> ShardIndex:
-    import webdataset  # it imports torch: seconds, and 200 MB, that those spare who only index or verify
+    import webdataset  # it imports torch: seconds, and 200 MB, which those who only index or verify are spared
 
     rows = []
     skipped = []

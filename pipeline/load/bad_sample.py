@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pipeline.errors import DatasetError
 
 Fault = Literal["index", "missing", "replaced", "truncated", "header", "checksum", "undecodable"]
-"""In the order in which they are looked for."""
+"""In the order in which they are checked for."""
 
 _FIELDS: dict[Fault, str] = {"index": "shard index", "undecodable": "sample"}
 
@@ -34,7 +34,7 @@ class BadSample:
     def error(self) -> DatasetError:
         """The error that stops a run which does not skip."""
         rule = "must be a whole JPEG" if self.fault == "undecodable" else "must be as it was ingested"
-        remedy = f"{self.reason}; restore it, make the dataset again, or go on without it: on_bad_sample=skip"
+        remedy = f"{self.reason}; restore it, make the dataset again, or continue without it: on_bad_sample=skip"
         return DatasetError(_FIELDS.get(self.fault, "shard"), rule, self.url, remedy)
 
     def to_json(self) -> dict[str, Any]:

@@ -78,7 +78,7 @@ class StartedBatch:
                 self.fail(error)
 
     def fail(self, error: BaseException) -> None:
-        """Note that an image cannot be made; the first to say so is heard."""
+        """Note that an image cannot be made; only the first one counts."""
         with self._lock:
             if not self.copy.done():
                 self.copy.set_exception(error)

@@ -1,9 +1,9 @@
 """Blocks on the node's own disk: what was read once from the object store is read from there the next time.
 
-One file a block, its bytes as they lie in the tar; nobody but the index says whether they are right, so a file that was
-damaged, cut short or half written is found by the CRC32C of its images, like a damaged object. Files come into being
-by a rename. The only lock is a flock, which the kernel drops with the process that holds it; the sum of bytes that it
-guards may be off after a kill, and is counted anew before anything is evicted.
+One file a block, its bytes as they lie in the tar; only the index says whether they are right, so a file that was
+damaged, cut short or half written is found by the CRC32C of its images, like a damaged object. Files are put in
+place by a rename. The only lock is a flock, which the kernel drops with the process that holds it; the sum of bytes
+that it guards may be off after a kill, and is counted again before anything is evicted.
 
     <folder>/lock, <folder>/used              flock, and bytes used by all datasets
     <folder>/<digest>/<shard>-<start>-<bytes> a block; its mtime is when it was last used
@@ -31,17 +31,17 @@ logger = logging.getLogger(__name__)
 ORPHAN_SECONDS = 600.0
 """Age at which a half-written file belongs to a process that died."""
 SPARE_RATIO = 1 / 64
-"""Of the budget, freed beyond what is needed, so that counting anew stays rare."""
+"""Of the budget, freed beyond what is needed, so that counting again stays rare."""
 RECOUNT_SECONDS = 30.0
 """Least time between two counts that found nothing to evict."""
 LOCK_SECONDS = 5.0
-"""How long a block waits for the flock before it is not stored; a stopped process may hold it for ever."""
+"""How long a block waits for the flock before it is not stored; a stopped process may hold it permanently."""
 _USED_DIGITS = 20
 
 
 @dataclass(frozen=True)
 class CachePlace:
-    """Where a node keeps its blocks, and how many bytes of them."""
+    """The folder in which a node keeps its blocks, and its budget."""
 
     folder: str
     limit_bytes: int
@@ -148,7 +148,7 @@ class BlockCache:
             for last_used, size, path in sorted(files):
                 if used <= target:
                     break
-                # A budget that was lowered is kept to at any price.
+                # A lowered budget is kept to in any case.
                 if self._is_needed(path, last_used) and used <= self._limit_bytes:
                     continue
                 path.unlink(missing_ok=True)
@@ -194,7 +194,7 @@ class BlockCache:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[bool]:
-        """Hold the flock; False if somebody kept it for too long."""
+        """Hold the flock; False if another process kept it for too long."""
         deadline = time.monotonic() + LOCK_SECONDS
         with (self._root / "lock").open("ab") as file:
             held = False
@@ -208,14 +208,14 @@ class BlockCache:
 
     @contextlib.contextmanager
     def _or_off(self) -> Iterator[None]:
-        """A disk that fails ends the storing of blocks and nothing else."""
+        """Let a disk that fails end the storing of blocks and nothing else."""
         try:
             yield
         except OSError as error:
             with self._lock:
                 if self.storing:
                     logger.warning(
-                        "%s: no more blocks are stored there (%s: %s); the run goes on without",
+                        "%s: no more blocks are stored there (%s: %s); the run continues without",
                         self._root,
                         type(error).__name__,
                         error,

@@ -113,7 +113,7 @@ class Dataset:
     def read_each(
         self, sample_ids: Sequence[int] | Int64s, block: range | None = None, *, whole_block: bool = True
     ) -> list[Sample | BadSample]:
-        """Read samples, and tell of each that is not as it was ingested.
+        """Read samples, and report each that is not as it was ingested.
 
         A sample that comes damaged is read once more by itself before it counts as bad.
 
@@ -184,7 +184,7 @@ class Dataset:
             return []
 
     def rows(self, sample_ids: Sequence[int] | Int64s) -> list[SampleRow]:
-        """What the indexes say of some samples: key, place in the tar, CRC32C, size, label. No image byte is read.
+        """Rows of some samples: key, place in the tar, CRC32C, size, label. No image byte is read.
 
         Reads the pages of the indexes that hold these rows, those of several shards at once.
 
@@ -221,7 +221,7 @@ class Dataset:
         return [(int(shard[0]), held) for shard, held in groups if len(held)]
 
     def index(self, shard: int) -> ShardIndex:
-        """The whole index of the shard with that place in the manifest; read anew each time.
+        """The whole index of the shard with that place in the manifest; read again each time.
 
         Raises:
             DatasetError: It is missing, damaged, or not the one that the manifest names.

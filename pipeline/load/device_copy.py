@@ -1,7 +1,7 @@
 """Batches on their way to the device: pinned memory, and a copy on a stream of its own.
 
-The copy of a batch starts when its last image is ready, while the device still works on batches before it; nobody waits
-for it on the host. On the CPU the same calls hand the host's tensor on.
+The copy of a batch starts when its last image is ready, while the device still works on batches before it; the host
+does not wait for it. On the CPU the same calls pass the host's tensor on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class StartedCopy:
 
 
 class DeviceCopy:
-    """The way to one device.
+    """Copies to one device.
 
     Concurrency: start() is called from any thread; finish() from the one that uses the images.
     """

@@ -1,4 +1,4 @@
-"""One image of a batch: decode, crop, flip; and what happens where its sample cannot be used."""
+"""One image of a batch: decode, crop, flip; and its substitute where its sample cannot be used."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_CONSECUTIVE_BAD_SAMPLES = 100
 
 @dataclass(frozen=True)
 class BadSamplePolicy:
-    """What to do where a sample is not as it was ingested, or does not decode."""
+    """The response to a sample that is not as it was ingested, or does not decode."""
 
     on_bad_sample: OnBadSample = "fail"
     max_consecutive: int = MAX_CONSECUTIVE_BAD_SAMPLES
@@ -48,7 +48,7 @@ class Substitution:
 
 
 class ImageMaker:
-    """Turns samples into pixels.
+    """A maker of pixels from samples.
 
     Owns: which samples were found bad, so that a substitute is not looked for among them twice.
     Concurrency: safe to call from several threads. What is made of a sample depends on nothing but its arguments, and

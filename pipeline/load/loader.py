@@ -1,4 +1,4 @@
-"""Batches of one rank: read ahead, decode and augment in threads, hand over in order.
+"""The loader of one rank: reads ahead, decodes and augments in threads, and gives batches in order.
 
 Threads, not processes: simplejpeg and torch release the GIL, and neither s3fs nor DeepSpeed survives a fork. Batches
 stay uint8 until they are on the device. What a batch holds depends on (dataset, order, seed, step, rank,
@@ -33,7 +33,7 @@ READ_THREADS = 8
 
 
 class Loader:
-    """Makes one rank's batches.
+    """A source of one rank's batches.
 
     Owns: nothing between calls but which samples are known to be unusable; each batches() has its own threads.
     Failure: the first error of any thread surfaces where the batch would have been.
@@ -103,7 +103,7 @@ class Loader:
 
         Raises:
             DatasetError: A sample is not as it was ingested, and the policy is to fail; or too many are not.
-            StorageError: The storage stayed away for longer than Storage retries.
+            StorageError: The store was unreachable for longer than Storage retries.
             StalledError: No batch came for `stall_seconds`; names stage, shard and image.
         """
         if start_step >= stop_step:
@@ -118,7 +118,7 @@ class Loader:
         try:
             for step in steps:
                 started.append(self._start(step, ahead, decoders, device_copy))
-                if step == start_step:  # first of all comes the first batch; then what lies behind it may compete
+                if step == start_step:  # the first batch comes first; only then may what follows compete
                     self._watch.wait(started[0], time.monotonic())
                 if len(started) > self._prefetch_batches:
                     yield self._finish(started.popleft(), device_copy, bad_runs)

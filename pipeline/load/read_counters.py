@@ -1,4 +1,4 @@
-"""What one process read, and from where; counted up over its life."""
+"""Counters of what one process read, and from where, over its life."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reads samples of one shard by ranged requests, from the object store or the node's disk, and checks every one."""
+"""A reader of one shard's samples by ranged requests, from the object store or the node's disk; it checks every one."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Sample:
 
 
 class ShardReader:
-    """Reads samples of one shard."""
+    """A reader of one shard's samples."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ class ShardReader:
             url: Of its tar.
             etag: That the tar must have; None: any.
             counters: Count what is read.
-            activities: Are told what is being read.
+            activities: Note what is being read.
         """
         self._storage = storage
         self._number = number
@@ -148,7 +148,7 @@ class ShardReader:
         return found, data
 
     def _once_more(self, row: SampleRow) -> Sample | BadSample:
-        """What damaged it may have been the way here."""
+        """Read a sample again: it may have been damaged on its way here."""
         start, length = _span([row])
         try:
             return self._checked(row, self._ranged(start, length, [row]), start)

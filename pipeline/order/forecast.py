@@ -1,10 +1,10 @@
-"""What an order will cost and how well it will mix, computed from the plan alone: no index and no image is read.
+"""A forecast of what an order costs and how well it mixes, from the plan alone: no index and no image is read.
 
-Mixing is told as a design effect: chi-square per degree of freedom of a batch's histogram over shards, averaged over an
-epoch. It is 1.0 for independent draws, and says by how much the variance of the shares is inflated (Kish 1965).
+Mixing is given as a design effect: chi-square per degree of freedom of a batch's histogram over shards, averaged over
+an epoch. It is 1.0 for independent draws, and says by how much the variance of the shares is inflated (Kish 1965).
 
-Where does the excess come from? The keyed permutations make all blocks alike, so that two samples of a batch are either
-of one block, or of two blocks like any other two. With P the ordered pairs of one block in a batch of B,
+The excess comes from blocks. The keyed permutations make them all alike, so that two samples of a batch are either of
+one block, or of two blocks like any other two. With P the ordered pairs of one block in a batch of B,
 
     E[chi-square] = (B*C + P*G + (B*(B-1) - P)*H) / B - B,      DEFF = E[chi-square] / (C - 1)
 
@@ -15,7 +15,7 @@ smaller than the dataset,
 
     DEFF = 1 + (b-1)*(S-1) / (K*S-1)
 
-What follows takes in the smaller windows at the end of an epoch, steps that straddle windows, blocks that straddle
+The code below also covers the smaller windows at the end of an epoch, steps that straddle windows, blocks that straddle
 shards and small datasets, where drawing without replacement mixes better than independent draws.
 """
 
@@ -155,7 +155,7 @@ def _reads(order: Order, windows: _Windows, cuts_per_block: float) -> float:
     used = windows.used / held
     next_used = used * (windows.used - 1) / np.maximum(1, held - 1)  # a sample and the one after it
     runs = size * used - (size - 1) * next_used
-    longer = order.samples / order.blocks - size  # share of blocks with a sample more, which leave out another one
+    longer = order.samples / order.blocks - size  # share of blocks with a sample more, which omit another one
     apart = longer * (size - 1) / (size + 1) + cuts_per_block
     return float((windows.count * windows.blocks * (runs + apart * next_used)).sum())
 

@@ -21,7 +21,7 @@ from pipeline.store.json_text import parsed_object
 
 NO_LABEL = -1
 LARGEST_IMAGE_BYTES = 256 << 20
-"""Of an image as a file; larger ones are left out of datasets."""
+"""Of an image as a file; larger ones are skipped."""
 
 _TRAILER = struct.Struct("<II")
 _TAR_HEADER_BYTES = 512
@@ -61,9 +61,9 @@ class IndexRow(NamedTuple):
         return f"{self.key}.{self.extension}"
 
     def flaw(self, tar_bytes: int) -> str:
-        """What cannot be true of an image in a tar of that size; empty where all can.
+        """Why the row cannot be true of a tar of that size; empty where it can.
 
-        Readers ask before they read: a page's CRC32C says that a row is as it was written, not that it was honest.
+        Readers check before they read: a page's CRC32C says that a row is as it was written, not that it was honest.
         """
         if self.offset < _TAR_HEADER_BYTES or not 0 < self.length <= tar_bytes - self.offset:
             return f"its place, {self.length} bytes from byte {self.offset}, is not in the tar of {tar_bytes} bytes"
@@ -76,7 +76,7 @@ class IndexRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Skipped:
-    """An image that did not make it into a shard."""
+    """An image that was skipped, and why."""
 
     path: str
     reason: str
@@ -160,7 +160,7 @@ class ShardIndex:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all that it says of the shard's bytes: names the shard down to every image."""
+        """SHA-256 of all that it says of the shard's bytes: identifies the shard down to every image."""
         return hashlib.sha256(_canonical(self._content()) + self.table.tobytes()).hexdigest()
 
     def to_bytes(self) -> bytes:

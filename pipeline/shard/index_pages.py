@@ -1,4 +1,4 @@
-"""How rows lie in an index file, so that those of one block are found by arithmetic and read by one small request.
+"""Pages of an index file: rows of one block are found by arithmetic and read by one small request.
 
     head     16 bytes, names format and version
     page 0   PAGE_ROWS rows of fixed width, then the CRC32C of salt and rows

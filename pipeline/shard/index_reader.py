@@ -24,7 +24,7 @@ INDEX_CACHE_BYTES = 256 << 20
 PAGE_CACHE_BYTES = 32 << 20
 """Enough where indexes do not fit: an epoch needs the pages of a block in the first batch and in its window only."""
 NEAR_PAGES = 8
-"""Pages that are read though nobody asked for them, if that spares a request."""
+"""Pages that are read unasked, if that saves a request."""
 
 Int64s = npt.NDArray[np.int64]
 
@@ -68,7 +68,7 @@ class IndexReader:
         return all(self._cache.get((shard, page)) is not None for page in np.unique(places // PAGE_ROWS).tolist())
 
     def rows(self, shard: int, places: Int64s) -> list[IndexRow]:
-        """What the index says of some samples of one shard.
+        """Rows of some samples of one shard.
 
         Args:
             shard: Place in the manifest.
@@ -76,7 +76,7 @@ class IndexReader:
 
         Raises:
             DatasetError: The index is missing, damaged, or not the one that the manifest names, or says of one of these
-                samples what cannot be.
+                samples what is impossible.
         """
         numbers = places // PAGE_ROWS
         with self._turn(shard):
@@ -90,7 +90,9 @@ class IndexReader:
             if not (flaw := row.flaw(tar_bytes)):
                 continue
             remedy = f"of {row.member!r} {flaw}; restore it, or index the dataset again"
-            raise DatasetError("shard index", "must say what can be", self._shards[shard].index_url(self._url), remedy)
+            raise DatasetError(
+                "shard index", "must hold what is possible", self._shards[shard].index_url(self._url), remedy
+            )
         return rows
 
     def _pages(self, shard: int, numbers: Int64s) -> dict[int, Rows]:

@@ -31,7 +31,7 @@ class Made(Protocol):
 
     @property
     def digest(self) -> str:
-        """Names it, and what was done to it."""
+        """Identifies it, and what was done to it."""
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,11 @@ class Manifest:
 
     format_version: int
     sources_digest: str
-    """Names the images and options that it was made from; the same again is already done."""
+    """Identifies the images and options that it was made from; the same again is already done."""
     classes: tuple[str, ...]
     """Names of the labels; empty where there are none."""
     skipped: int
-    """Images that were left out; skipped.jsonl beside the manifest names them."""
+    """Images that were skipped; skipped.jsonl beside the manifest names them."""
     shards: ShardTable
 
     @functools.cached_property
@@ -59,10 +59,10 @@ class Manifest:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Names the dataset, down to every image's bytes: what checkpoints and caches know it by.
+        """Identifies the dataset, down to every image's bytes: checkpoints and caches know it by this.
 
         SHA-256 of the manifest's fields and of the columns that say what shards hold, each as one line of canonical
-        JSON. It leaves out `etag` and `tar`, so that a copy in another store has the same digest.
+        JSON. It omits `etag` and `tar`, so that a copy in another store has the same digest.
         """
         digest = hashlib.sha256(_canonical(self._fields()) + b"\n")
         for name in CONTENT_COLUMNS:  # one by one: 200,000 shards at once would take 100 MB
@@ -185,7 +185,7 @@ def _canonical(fields: dict[str, Any]) -> bytes:
 
 
 def sources_digest(tasks: Iterable[Made]) -> str:
-    """Names all sources of a dataset and how they were shuffled and cut."""
+    """Identifies all sources of a dataset and how they were shuffled and cut."""
     return hashlib.sha256("\n".join(task.digest for task in tasks).encode()).hexdigest()
 
 

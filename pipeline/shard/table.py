@@ -24,7 +24,7 @@ MOST_TAR_BYTES = 1 << 12
 MOST_COUNT = 1 << 60
 """Of samples or bytes over all shards: sums stay exact."""
 CONTENT_COLUMNS = ("extension_bytes", "index_sha256", "key_bytes", "name", "samples", "tar_bytes")
-"""What says what the shards hold, wherever they lie."""
+"""The columns that describe what the shards hold, wherever they lie."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class ShardEntry:
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What came of the task that makes a shard or its index."""
+    """The result of the task that makes a shard or its index."""
 
     entry: ShardEntry
     skipped: tuple[Skipped, ...]
@@ -182,7 +182,7 @@ class ShardTable(Sequence[ShardEntry]):
 
     @property
     def index_bytes(self) -> int:
-        """About what all indexes together take."""
+        """Approximate bytes of all indexes together."""
         widths = row_type(1, 1).itemsize - 2 + self.key_bytes + self.extension_bytes
         return int((self.samples * widths).sum())
 

@@ -28,7 +28,7 @@ _memory = threading.Lock()  # its objects are this process's own
 
 
 def refuse_unconditional(url: str) -> None:
-    """Say of a store without conditional writes that it has none.
+    """Refuse a store without conditional writes.
 
     Raises:
         StorageError: It is one.
@@ -88,7 +88,7 @@ def replace(filesystem: Any, protocol: str, path: str, data: bytes, expected: by
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Be the only one who replaces files in a local folder."""
+    """Be the only process that replaces files in a local folder."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)

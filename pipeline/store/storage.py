@@ -38,9 +38,9 @@ _RANGED = dict.fromkeys(S3, RangedRead) | dict.fromkeys(HTTP, HttpRangedRead)
 
 @dataclass(frozen=True)
 class Storage(StoreAccess):
-    """How to reach URLs. Travels as an argument, so that secrets stay out of logs and of Ray's runtime environment.
+    """Files and objects by URL; an argument, so that secrets stay out of logs and of Ray's runtime environment.
 
-    Every method raises FileNotFoundError where nothing lies at the URL, StorageError for what the user can mend
+    Every method raises FileNotFoundError where nothing lies at the URL, StorageError for what the user can fix
     (unreachable, credentials, missing bucket, full disk) and OSError naming the URL for the rest. Transient faults, and
     credentials that are missing or refused, are retried with backoff until `retry_seconds` have passed. Methods block
     and are safe to call from several threads.
@@ -70,8 +70,8 @@ class Storage(StoreAccess):
             url: What to read.
             offset: First byte.
             length: Bytes.
-            etag: The version that is meant, as etag() gave it; None: whatever lies there. S3 and web servers alone look
-                at it.
+            etag: The version that is meant, as etag() gave it; None: whatever lies there. Only S3 and web servers
+                check it.
 
         Raises:
             ReplacedError: The object has another ETag by now.
@@ -84,7 +84,7 @@ class Storage(StoreAccess):
 
     def read_start(self, url: str, length: int) -> bytes:
         """The first `length` bytes; fewer where there are no more. Also of web servers that know no ranges."""
-        if is_web(url):  # each attempt begins anew
+        if is_web(url):  # each attempt starts over
             return self.attempt(url, lambda fs, path: HttpRangedRead(0, length, None).attempt(fs, path))
         return self.read_range(url, 0, length)
 
@@ -163,7 +163,7 @@ class Storage(StoreAccess):
         return len(self.read(url)) if size is None else int(size)  # some web servers do not say
 
     def etag(self, url: str) -> str | None:
-        """What the store calls this version of an object, quotes and all; None where it has no such name."""
+        """The store's name for this version of an object, quotes included; None where it has none."""
         info = self.attempt(url, lambda fs, path: fs.info(path))
         return info.get("ETag") or info.get("etag") or None
 
@@ -204,7 +204,7 @@ class Storage(StoreAccess):
     def delete_all(self, urls: Iterable[str]) -> None:
         """Remove files or objects as `delete`, several at once: a request each, which every store knows.
 
-        Raises what the first raised that failed, when all others are gone.
+        Raises the first failure, once all others are deleted.
         """
         with ThreadPoolExecutor(DELETES_AT_ONCE) as threads:
             deletes = [threads.submit(self.delete, url) for url in urls]
@@ -221,7 +221,7 @@ class Storage(StoreAccess):
             write: Also put a small object under `url` and remove it again.
             shared: Other processes will work on it too.
             exclusive: Only one process at a time shall work on it.
-            is_patient: Wait for a store that is away as every other method does.
+            is_patient: Wait for an unreachable store as every other method does.
 
         Raises:
             StorageError: Unknown protocol, missing package, unreachable, refused credentials, missing bucket,
