@@ -63,7 +63,7 @@ USERS = [
 
 
 @pytest.mark.parametrize("error", TRANSIENT, ids=repr)
-def test_transient_faults_are_outlived(error: Exception) -> None:
+def test_transient_faults_are_survived(error: Exception) -> None:
     clock = Clock()
     outcomes = iter([error] * 8)
 

@@ -100,7 +100,7 @@ def test_no_more_requests_are_under_way_than_are_allowed() -> None:
 
 
 @pytest.mark.parametrize("error", [TimeoutError(), ConnectionResetError()])
-def test_a_store_that_is_away_is_not_a_busy_one(error: Exception) -> None:
+def test_a_store_that_is_unreachable_is_not_a_busy_one(error: Exception) -> None:
     throttle = Throttle(8)
     outcomes = iter([error])
 

@@ -1,4 +1,4 @@
-"""Images made by somebody who means harm: refused by name, in little time and memory; honest odd ones are not."""
+"""Images made to do harm: refused by name, in little time and memory; honest odd ones are not."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_jpeg_that_goes_over_its_pixels_too_often_is_refused(make: Callable[[i
 
 
 @pytest.mark.parametrize("hidden", [b"\xff" * 9, b"junk", b"\xff\x00\xff\xd3"])
-def test_what_libjpeg_passes_over_hides_no_scan(hidden: bytes) -> None:
+def test_what_libjpeg_skips_hides_no_scan(hidden: bytes) -> None:
     with pytest.raises(ValueError, match="more than 100 scans"):
         refuse_scan_bomb(many_scans(MOST_SCANS + 1).replace(b"\xff\xda", hidden + b"\xff\xda"))
 
@@ -148,11 +148,11 @@ def test_what_pil_warns_of_does_not_reach_the_terminal(jpeg: MakeJpeg, monkeypat
     rotated = jpeg(1)[:2] + segment(0xE1, exif) + jpeg(1)[2:]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
 
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         assert other_formats.size_of(tiff.getvalue()) == (8, 8)  # a decompression bomb, to PIL
         monkeypatch.undo()
         photo_from(rotated)
         decode(tiff.getvalue())
 
-    assert told == []
+    assert warned == []

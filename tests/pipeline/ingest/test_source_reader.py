@@ -1,4 +1,4 @@
-"""What a web server does not give costs its own images, and an outage is not taken for that."""
+"""Images that a web server does not serve are skipped, and an outage is not taken for that."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_dead_server_costs_its_own_images_and_is_waited_for_once(
     reader.check()
 
 
-def test_nothing_that_can_be_read_is_an_outage() -> None:
+def test_an_outage_is_when_nothing_can_be_read() -> None:
     reader = SourceReader(Storage(retry_seconds=0.5), "")
     with pytest.raises(RefusedError):
         reader.read(DEAD)

@@ -113,7 +113,7 @@ def test_stray_bytes_between_segments_cost_no_image(jpeg: MakeJpeg) -> None:
 
 @pytest.mark.parametrize("truncated_globally", [False, True])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_truncated_images_are_corrupt_whatever_pil_was_told(
+def test_truncated_images_are_corrupt_whatever_pil_is_set_to(
     kind: str, truncated_globally: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", truncated_globally)
@@ -241,7 +241,7 @@ def test_an_unfinished_shard_is_written_again(task: ShardTask, tmp_path: Path, d
     assert tar.read_bytes() == whole
 
 
-def test_a_full_temporary_disk_is_told(task: ShardTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_temporary_disk_is_reported(task: ShardTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: object, sample: object) -> None:
         raise OSError(28, "No space left on device")
 

@@ -14,7 +14,7 @@ from pipeline.store.storage import Storage
 
 @dataclass(frozen=True)
 class CountingStorage(Storage):
-    """Notes every ranged read."""
+    """A store that records every ranged read."""
 
     reads: list[tuple[str, int, int]] = field(default_factory=list, hash=False, compare=False)
 

@@ -23,7 +23,7 @@ from pipeline.store.storage import Storage
 
 @dataclass(frozen=True)
 class CountingStorage(Storage):
-    """Notes every ranged read."""
+    """A store that records every ranged read."""
 
     reads: list[tuple[str, int, int]] = field(default_factory=list, hash=False, compare=False)
 
@@ -87,7 +87,7 @@ def test_threads_prefetch_and_memory_change_nothing(
 
 
 @pytest.mark.parametrize("start", range(17))
-def test_a_run_resumed_at_any_step_goes_on_alike(dataset: Dataset, straight: list[Batch], start: int) -> None:
+def test_a_run_resumed_at_any_step_continues_alike(dataset: Dataset, straight: list[Batch], start: int) -> None:
     assert same(batches(dataset, start, 17), straight[start:])
 
 

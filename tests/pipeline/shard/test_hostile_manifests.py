@@ -1,4 +1,4 @@
-"""Manifests and indexes made by somebody who means harm, with sums that fit: refused by name, or one fault each."""
+"""Manifests and indexes made to do harm, with sums that fit: refused by name, or one fault each."""
 
 from __future__ import annotations
 

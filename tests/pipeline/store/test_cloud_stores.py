@@ -65,7 +65,7 @@ def test_what_is_written_can_be_read_listed_and_deleted(folder: str, tmp_path: P
 
 
 def winners(number: int, call: Callable[[int], bool]) -> list[int]:
-    """Which of so many threads that begin together are told that they were the one."""
+    """Which of so many threads that begin together learn that they were the one."""
     start, won = threading.Barrier(number), []
 
     def run(each: int) -> None:
@@ -115,10 +115,10 @@ def test_a_lease_is_held_by_one_and_taken_over_from_the_dead(folder: str) -> Non
             pytest.fail("two held it")
     silent = json.loads(STORAGE.read(f"{folder}/claim-000001.json")) | {"host": "elsewhere", "over": False}
     STORAGE.write(f"{folder}/claim-000002.json", json.dumps(silent).encode())
-    told: list[str] = []
-    with lease.hold_lease(STORAGE, folder, "drives", on_wait=told.append, keeps_number=True, dead_seconds=1) as held:
+    watched: list[str] = []
+    with lease.hold_lease(STORAGE, folder, "drives", on_wait=watched.append, keeps_number=True, dead_seconds=1) as held:
         held.check()
-        assert held.number == 3 and len(told) == 1
+        assert held.number == 3 and len(watched) == 1
 
 
 @pytest.mark.parametrize(

@@ -22,11 +22,11 @@ ELSEWHERE = "another-machine"
 
 
 def no_wait(_: str) -> None:
-    raise AssertionError("nobody else is there")
+    raise AssertionError("no other process is there")
 
 
 def holder_elsewhere(folder: Path, beat: int = 0, number: int = 1) -> Path:
-    """A lease of a process on another machine, of which nothing is known but its beat."""
+    """A lease of a process on another machine, of which only its beat is known."""
     content = {**asdict(Holder.here("convmae shard")), "host": ELSEWHERE, "token": "theirs", "beat": beat}
     path = folder / f"claim-{number:06d}.json"
     path.parent.mkdir(exist_ok=True)
@@ -35,7 +35,7 @@ def holder_elsewhere(folder: Path, beat: int = 0, number: int = 1) -> Path:
 
 
 class Clock:
-    """Time that passes only while somebody sleeps."""
+    """Time that passes only in sleep."""
 
     def __init__(self, on_sleep: Callable[[float], None] = lambda now: None) -> None:
         self.now = 0.0
@@ -62,16 +62,16 @@ def test_a_lease_is_held_while_the_context_is_open_and_leaves_nothing(tmp_path: 
 def test_a_second_process_learns_who_works_there_and_since_when(tmp_path: Path) -> None:
     clock = Clock(lambda now: holder_elsewhere(tmp_path, beat=int(now // 4)) and None)
     holder_elsewhere(tmp_path)
-    told: list[str] = []
+    watched: list[str] = []
 
     with (
         pytest.raises(LeaseHeldError, match="since 20") as caught,
-        hold_lease(Storage(), str(tmp_path), "convmae index", on_wait=told.append, clock=clock, sleep=clock.sleep),
+        hold_lease(Storage(), str(tmp_path), "convmae index", on_wait=watched.append, clock=clock, sleep=clock.sleep),
     ):
         pass
 
     assert f"@{ELSEWHERE} (process {os.getpid()}, convmae shard" in str(caught.value)
-    assert len(told) == 1 and ELSEWHERE in told[0]
+    assert len(watched) == 1 and ELSEWHERE in watched[0]
     assert clock.now < 10
 
 
@@ -273,7 +273,7 @@ def test_only_one_creates_a_file(tmp_path: Path) -> None:
     assert Storage().create(str(tmp_path / "new" / "x"), b"later") is False
 
 
-def test_a_number_that_is_kept_makes_the_next_one_higher_and_delays_nobody(tmp_path: Path) -> None:
+def test_a_number_that_is_kept_makes_the_next_one_higher_and_delays_no_process(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         with hold_lease(Storage(), str(tmp_path), "x", on_wait=no_wait, keeps_number=True) as lease:
             assert lease.number == number
