@@ -27,9 +27,16 @@ class SourceReader:
     Blocking: until the image is there, or `storage.retry_seconds` have passed.
     """
 
-    def __init__(self, storage: Storage, root: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        root: str,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        hasty_seconds: float = HASTY_SECONDS,
+    ) -> None:
         self._storage = storage
-        self._hasty = replace(storage, retry_seconds=min(HASTY_SECONDS, storage.retry_seconds))
+        self._hasty = replace(storage, retry_seconds=min(hasty_seconds, storage.retry_seconds))
         self._root = root
         self._clock = clock
         self._lock = threading.Lock()

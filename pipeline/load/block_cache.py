@@ -56,13 +56,21 @@ class BlockCache:
     Blocking: local disk; put() also waits for the flock.
     """
 
-    def __init__(self, place: CachePlace, digest: str, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        place: CachePlace,
+        digest: str,
+        clock: Callable[[], float] = time.time,
+        *,
+        lock_seconds: float = LOCK_SECONDS,
+    ) -> None:
         """Open the folder, and count what it holds.
 
         Args:
             place: Folder and budget.
             digest: The dataset's; other datasets' blocks share the budget alone.
             clock: Unix time.
+            lock_seconds: How long a block waits for the flock.
         """
         self.evictions = 0
         self.storing = True
@@ -71,6 +79,7 @@ class BlockCache:
         self._folder = self._root / digest[:32]
         self._limit_bytes = place.limit_bytes
         self._clock = clock
+        self._lock_seconds = lock_seconds
         self._opened_at = clock()
         self._epochs_began = (0.0, 0.0)
         self._full_until = 0.0
@@ -195,7 +204,7 @@ class BlockCache:
     @contextlib.contextmanager
     def _locked(self) -> Iterator[bool]:
         """Hold the flock; False if another process kept it for too long."""
-        deadline = time.monotonic() + LOCK_SECONDS
+        deadline = time.monotonic() + self._lock_seconds
         with (self._root / "lock").open("ab") as file:
             held = False
             while not held and time.monotonic() < deadline:

@@ -17,7 +17,7 @@ from pipeline.load.read_counters import ReadCounters
 from pipeline.load.shard_reader import Sample, ShardReader, neighbours
 from pipeline.load.thread_activity import ThreadActivities
 from pipeline.shard.index import ShardIndex
-from pipeline.shard.index_reader import INDEX_CACHE_BYTES, IndexReader, SampleRow
+from pipeline.shard.index_reader import IndexReader, SampleRow
 from pipeline.shard.manifest import Manifest
 from pipeline.store.storage import Storage
 
@@ -39,7 +39,6 @@ class Dataset:
         storage: Storage,
         url: str,
         manifest: Manifest,
-        index_cache_bytes: int = INDEX_CACHE_BYTES,
         *,
         cache: CachePlace | None = None,
         check_etags: bool = True,
@@ -50,7 +49,6 @@ class Dataset:
             storage: Reaches `url`.
             url: Of the dataset.
             manifest: What lies there.
-            index_cache_bytes: Memory for index pages.
             cache: Where blocks are kept on this node's disk; None: nowhere.
             check_etags: Refuse tars with another ETag than when they were indexed, where the store has ETags. A copy
                 of the dataset may have others for the same bytes; images are checked against the index in any case.
@@ -61,7 +59,7 @@ class Dataset:
         self.digest = manifest.digest
         self._ends = np.cumsum(manifest.shards.samples)
         self._starts = self._ends - manifest.shards.samples
-        self._indexes = IndexReader(storage, url, manifest.shards, index_cache_bytes)
+        self._indexes = IndexReader(storage, url, manifest.shards)
         self._check_etags = check_etags
         self.counters = ReadCounters()
         self.activities = ThreadActivities()

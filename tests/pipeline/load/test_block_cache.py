@@ -189,11 +189,8 @@ def test_a_sum_that_is_lost_is_counted_again(tmp_path: Path, clock: Clock, conte
     assert opened(tmp_path, clock).used_bytes <= 4 * KILOBYTE
 
 
-def test_a_lock_that_another_process_keeps_costs_seconds_and_no_block_is_stored(
-    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(block_cache, "LOCK_SECONDS", 0.05)
-    cache = opened(tmp_path, clock)
+def test_a_lock_that_another_process_keeps_costs_seconds_and_no_block_is_stored(tmp_path: Path, clock: Clock) -> None:
+    cache = BlockCache(CachePlace(str(tmp_path), 4 * KILOBYTE), "d" * 64, clock, lock_seconds=0.05)
 
     with (tmp_path / "lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

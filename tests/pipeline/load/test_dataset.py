@@ -9,6 +9,7 @@ import pytest
 from pipeline.errors import DatasetError
 from pipeline.ingest.writer import index_url, tar_url
 from pipeline.load.dataset import Dataset
+from pipeline.shard.index_reader import IndexReader
 from pipeline.store.storage import Storage
 
 
@@ -61,12 +62,13 @@ def test_only_the_indexes_that_are_needed_are_read(own_dataset: Dataset) -> None
 
 def test_the_index_cache_stays_within_its_bytes(dataset: Dataset) -> None:
     one = dataset.index(0).table.nbytes
-    small = Dataset(dataset.storage, dataset.url, dataset.manifest, index_cache_bytes=2 * one)
+    small = IndexReader(dataset.storage, dataset.url, dataset.manifest.shards, cache_bytes=2 * one)
 
     for _ in range(2):
-        small.read(np.arange(small.samples))
+        for shard, entry in enumerate(dataset.manifest.shards):
+            small.rows(shard, np.arange(entry.samples))
 
-    assert 0 < small._indexes.cached_bytes <= 2 * one
+    assert 0 < small.cached_bytes <= 2 * one
 
 
 def test_a_flipped_byte_is_found_and_named(own_dataset: Dataset) -> None:
