@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
-import numpy.typing as npt
 
 from pipeline.errors import DatasetError
 from pipeline.shard.index_pages import HEAD, INDEX_VERSION, Pages, Rows, row_type
@@ -119,41 +118,6 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.table)
 
-    @property
-    def keys(self) -> npt.NDArray[np.bytes_]:
-        """(n,) keys."""
-        return self._column("key")
-
-    @property
-    def offsets(self) -> npt.NDArray[np.int64]:
-        """(n,) bytes in the tar at which the images begin."""
-        return self._column("offset")
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """(n,) bytes of the images."""
-        return self._column("length")
-
-    @property
-    def crcs(self) -> npt.NDArray[np.uint32]:
-        """(n,) CRC32C of the images."""
-        return self._column("crc")
-
-    @property
-    def heights(self) -> npt.NDArray[np.int32]:
-        """(n,) pixels."""
-        return self._column("height")
-
-    @property
-    def widths(self) -> npt.NDArray[np.int32]:
-        """(n,) pixels."""
-        return self._column("width")
-
-    @property
-    def labels(self) -> npt.NDArray[np.int64]:
-        """(n,) labels; NO_LABEL where there is none."""
-        return self._column("label")
-
     def row(self, place: int) -> IndexRow:
         """The sample with that place in the shard."""
         return row_of(self.table[place])
@@ -219,9 +183,6 @@ class ShardIndex:
             "key_bytes": self.table.dtype["key"].itemsize,
             "extension_bytes": self.table.dtype["extension"].itemsize,
         }
-
-    def _column(self, name: str) -> npt.NDArray[Any]:
-        return self.table[name]
 
 
 def _check_footer(footer: Any) -> None:

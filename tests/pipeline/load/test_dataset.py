@@ -75,18 +75,20 @@ def test_a_flipped_byte_is_found_and_named(own_dataset: Dataset) -> None:
     index = own_dataset.index(2)
     path = Path(tar_url(own_dataset.url, "shard-000002"))
     data = bytearray(path.read_bytes())
-    data[int(index.offsets[4]) + 100] ^= 1
+    data[int(index.table["offset"][4]) + 100] ^= 1
     path.write_bytes(data)
 
     with pytest.raises(DatasetError) as caught:
         own_dataset.read(np.arange(own_dataset.samples))
-    assert all(part in str(caught.value) for part in ("shard-000002.tar", "00000030", str(index.offsets[4]), "CRC32C"))
+    assert all(
+        part in str(caught.value) for part in ("shard-000002.tar", "00000030", str(index.table["offset"][4]), "CRC32C")
+    )
     assert len(own_dataset.read([29, 31])) == 2
 
 
 def test_a_truncated_shard_is_found(own_dataset: Dataset) -> None:
     path = Path(tar_url(own_dataset.url, "shard-000001"))
-    path.write_bytes(path.read_bytes()[: int(own_dataset.index(1).offsets[9]) + 10])
+    path.write_bytes(path.read_bytes()[: int(own_dataset.index(1).table["offset"][9]) + 10])
 
     with pytest.raises(DatasetError, match="end early"):
         own_dataset.read([22])

@@ -104,7 +104,10 @@ def test_nothing_is_read_that_is_not_used_and_nothing_twice_in_an_epoch(
     places = {}
     for shard, entry in enumerate(dataset.manifest.shards):
         index = dataset.index(shard)
-        places |= {(entry.name, int(offset)): int(key) for key, offset in zip(index.keys, index.offsets, strict=True)}
+        places |= {
+            (entry.name, int(offset)): int(key)
+            for key, offset in zip(index.table["key"], index.table["offset"], strict=True)
+        }
     for url, offset, length in storage.reads:
         name = Path(url).stem
         covered.update(s for (shard, place), s in places.items() if shard == name and offset <= place < offset + length)
@@ -160,7 +163,7 @@ def test_an_error_in_a_thread_reaches_the_consumer(own_dataset: Dataset) -> None
     path = Path(tar_url(own_dataset.url, "shard-000002"))
     data = bytearray(path.read_bytes())
     index = own_dataset.index(2)
-    data[int(index.offsets[4]) + 100] ^= 1
+    data[int(index.table["offset"][4]) + 100] ^= 1
     path.write_bytes(data)
 
     with pytest.raises(DatasetError, match="00000030"):

@@ -391,7 +391,7 @@ def test_what_was_salvaged_of_a_hostile_tar_verifies(
     assert report is not None and report.samples == 1
     verdict = verify_shard(Storage(), str(tmp_path), report.entry, deep=True)
     assert verdict.faults == ()
-    assert ShardIndex.from_bytes((tmp_path / "t.index").read_bytes(), "t").labels.tolist() == [3]
+    assert ShardIndex.from_bytes((tmp_path / "t.index").read_bytes(), "t").table["label"].tolist() == [3]
 
 
 # Names of tars
