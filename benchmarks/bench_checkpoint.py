@@ -36,7 +36,7 @@ Found = dict[str, Any]
 
 
 def measure(recipe: Recipe, storage: Storage, run_url: str, rounds: int, folder: Path) -> Found:
-    """What rank 0 measured."""
+    """Figures that rank 0 measured."""
     settings = {
         "recipe": recipe.to_json(),
         "storage": storage.to_json(),

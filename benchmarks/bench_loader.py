@@ -159,7 +159,7 @@ def _speed(row: dict[str, float]) -> float:
 
 
 def _cpu_seconds(row: dict[str, float]) -> float:
-    """Of one image, that of the server counted in."""
+    """CPU seconds of one image, the server's included."""
     return (row["cpu_seconds"] + row["server_seconds"]) / row["images"]
 
 

@@ -129,7 +129,7 @@ print(json.dumps({"seconds": time.perf_counter() - began, "peak_bytes": peak_byt
 
 
 def _fresh(*arguments: str) -> tuple[str, str]:
-    """What a command prints, and its wall seconds and peak MB as text."""
+    """The output of a command, and its wall seconds and peak MB as text."""
     command = [sys.executable, "-c", _LAUNCHER, sys.executable, *arguments]
     output, measured = (
         subprocess.run(command, check=True, capture_output=True, text=True).stdout.rstrip().rsplit("\n", 1)

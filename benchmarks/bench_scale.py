@@ -109,7 +109,7 @@ def bench_layout() -> None:
 
 
 def as_it_was(words: torch.Tensor) -> tuple[Any, ...]:
-    """What every rank did in a step: its words as a list, sums as a list, and a tuple of each rank's figures."""
+    """Figures of a step as they were: each rank's words as a list, sums as a list, a tuple of each rank's figures."""
     from jobs.metrics.rank_figures import RankFigures
 
     summed = torch.tensor([0.0] * words.numel(), dtype=torch.float64).tolist()

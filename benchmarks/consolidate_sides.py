@@ -23,7 +23,7 @@ STEP = 100
 
 
 def stock(storage: Storage, run_url: str, result_url: str) -> dict[str, float]:
-    """What one does with DeepSpeed's own tool; returns the seconds of its stages."""
+    """Consolidate with DeepSpeed's own tool; returns the seconds of its stages."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     began = time.perf_counter()
     from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_state_dict

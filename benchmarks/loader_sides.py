@@ -40,7 +40,7 @@ SHUFFLED = 1000
 
 @dataclass(frozen=True)
 class Place:
-    """Where a side finds the images, and how much of the machine it may use."""
+    """The images of a side, and how much of the machine it may use."""
 
     paths: tuple[str, ...]
     """Of single files."""
@@ -146,7 +146,7 @@ def webdataset(place: Place, skip: int = 0) -> Iterator[int]:
 
 
 class _Folder(Dataset[torch.Tensor]):
-    """What torchvision's ImageFolder does."""
+    """A folder read as by torchvision's ImageFolder."""
 
     def __init__(self, paths: tuple[str, ...]) -> None:
         self._paths = paths

@@ -91,11 +91,11 @@ class Cluster:
 
     @property
     def address(self) -> str:
-        """For RAY_ADDRESS."""
+        """RAY_ADDRESS of the cluster."""
         return f"127.0.0.1:{self.ports['gcs']}"
 
     def environment(self) -> dict[str, str]:
-        """Of the nodes; those who submit to them have RAY_ADDRESS as well."""
+        """The environment of the nodes; those who submit to them have RAY_ADDRESS as well."""
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "RAY_", "CONVMAE_"))}
         storage = self.s3.storage
         assert storage.endpoint_url and storage.key and storage.secret and storage.region

@@ -58,7 +58,7 @@ class Backbone(nn.Module):
 
     @property
     def channels(self) -> tuple[int, int, int]:
-        """Of the three maps."""
+        """Channels of the three maps."""
         return self.config.embed_dim
 
     def forward(self, images: Tensor) -> Features:

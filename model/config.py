@@ -85,7 +85,7 @@ class ConvMAEConfig:
     """Whether stages 1 and 2 are added to stage 3 before the decoder."""
     position: str = "sincos"
     """Position embedding of stage 3: frozen sine-cosine, learned, or none. The decoder's is always sine-cosine:
-    without it the mask tokens could not be told apart."""
+    without it mask tokens would be indistinguishable."""
     loss: str = "mse"
     """``mse`` or ``l1``."""
     norm_pix: bool = True
@@ -166,7 +166,7 @@ class ConvMAEConfig:
 
     @property
     def kept(self) -> int:
-        """Of the draws, how many stay visible."""
+        """How many of the draws stay visible."""
         return int(self.mask_patches * (1 - self.mask_ratio))
 
 

@@ -61,7 +61,7 @@ class Parameters:
 
     @property
     def trainable(self) -> int:
-        """What the optimiser holds."""
+        """Parameters that the optimiser holds."""
         return self.encoder + self.decoder
 
 
@@ -145,7 +145,7 @@ def _dense(inputs: int, outputs: int) -> int:
 
 
 def _convolution_stages(config: ConvMAEConfig) -> int:
-    """Of stages 1 and 2, all embeddings, and fusion."""
+    """Operations of stages 1 and 2, all embeddings, and fusion."""
     dim1, dim2, dim3 = config.embed_dim
     pixels = CELL_PIXELS**2 * 3
     embeddings = sum(_dense(i, o) + 2 * o for i, o in ((pixels, dim1), (4 * dim1, dim2), (4 * dim2, dim3)))
@@ -173,7 +173,7 @@ def _conv_block_flops(tokens: int, dim: int, ratio: int, kernel_size: int) -> in
 
 
 def _kernel_gradient_flops(tokens: int, dim: int, side: int, kernel_size: int) -> int:
-    """What a depthwise kernel's gradient costs beyond the convolution: a token meets all its surroundings."""
+    """Cost of a depthwise kernel's gradient beyond the convolution: a token meets all its surroundings."""
     return 2 * tokens * dim * ((side + kernel_size - 1) ** 2 - kernel_size**2)
 
 

@@ -50,12 +50,12 @@ def features(encoder: Encoder, images: Tensor) -> Features:
 
 
 def encode(encoder: Encoder | ViTEncoder, images: Tensor, mask: Mask) -> Tensor:
-    """What ``encoder(images, mask.kept)`` returns, computed for all patches."""
+    """The result of ``encoder(images, mask.kept)``, computed for all patches."""
     return _encode(encoder, images, mask) if isinstance(encoder, Encoder) else _encode_vit(encoder, images, mask)
 
 
 def decode(decoder: Decoder, latent: Tensor, visible: Tensor) -> Tensor:
-    """What ``decoder(latent, visible, None)`` returns, each block computed for all tokens of all images."""
+    """The result of ``decoder(latent, visible, None)``, each block computed for all tokens of all images."""
     ahead = decoder.class_tokens
     places = functional.pad(visible + ahead, (ahead, 0))[..., None]
     x = decoder.decoder_embed(latent)

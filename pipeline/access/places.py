@@ -24,7 +24,7 @@ class Listed:
         return self.text
 
     def url(self, root: str) -> str:
-        """Where it lies.
+        """Its URL.
 
         Args:
             root: What was listed.
@@ -63,7 +63,7 @@ class Given:
         return self.text
 
     def url(self, folder: str) -> str:
-        """What it means, exactly: on a store two slashes in a row are not one.
+        """The URL that it means, exactly: on a store two slashes in a row are not one.
 
         Args:
             folder: What a relative path is relative to.

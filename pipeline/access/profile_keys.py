@@ -42,7 +42,7 @@ class ProfileKeys:
 
     @property
     def text(self) -> str:
-        """For people."""
+        """The profile and its file, for people."""
         has_config = os.path.exists(self.config_file)  # noqa: PTH110
         file = self.config_file if has_config else self.credentials_file
         return f"profile {self.name} of {file}"

@@ -68,7 +68,7 @@ class S3Options:
 
     @property
     def call_arguments(self) -> dict[str, Any]:
-        """For s3fs, which gives each to the operations that take it."""
+        """Arguments for s3fs, which gives each to the operations that take it."""
         if self.kms_key_id is None:
             return {}
         bucket_key = {} if self.kms_bucket_key is None else {"BucketKeyEnabled": self.kms_bucket_key}
@@ -76,5 +76,5 @@ class S3Options:
 
     @property
     def client_settings(self) -> dict[str, Any]:
-        """For botocore's configuration of a client."""
+        """Settings for botocore's configuration of a client."""
         return {} if self.addressing is None else {"s3": {"addressing_style": self.addressing}}

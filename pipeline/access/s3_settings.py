@@ -240,7 +240,7 @@ class _Lookup:
         return next((variable for variable in names if variable in self.environ), f"{name} of {self.profile_text}")
 
     def file_name(self, path: str) -> str:
-        """What a message calls a file: the variable that names it, if one does."""
+        """The name of a file in messages: the variable that names it, if one does."""
         named = (
             name for name in FILE_VARIABLES if name in self.environ and absolute(self.environ[name]) == absolute(path)
         )

@@ -42,7 +42,7 @@ class Crop:
 
 
 def crop_draws(seed: int, epoch: int, samples: npt.NDArray[np.int64]) -> Draws:
-    """What decides the crops of some samples in one epoch, once their sizes are known.
+    """Draws that decide the crops of some samples in one epoch, once their sizes are known.
 
     For many at once: NumPy's calls cost the same for one sample as for a batch.
 

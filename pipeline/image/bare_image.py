@@ -180,7 +180,7 @@ def _bare_avif(data: bytes) -> bytes:
 
 
 class _TiffLayout(NamedTuple):
-    """How a TIFF's directory is written."""
+    """The layout of a TIFF's directory."""
 
     order: str
     number: str

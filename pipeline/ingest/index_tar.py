@@ -37,7 +37,7 @@ class IndexTask:
 
     @property
     def name(self) -> str:
-        """Of the shard: the tar's path without its suffix."""
+        """Name of the shard: the tar's path without its suffix."""
         return self.tar.path.text[: -len(".tar")]
 
     @property
@@ -104,7 +104,7 @@ def index_tar(storage: Storage, destination: str, task: IndexTask) -> TarReport:
 
 
 def _place(destination: str, task: IndexTask) -> str:
-    """How the manifest finds the tar: by its name alone where it lies beside it, else by its URL."""
+    """The tar's place in the manifest: its name alone where it lies beside it, else its URL."""
     if destination.rstrip("/") != task.root.rstrip("/"):
         return task.tar.path.url(task.root)
     return "" if task.tar.path.text == f"{task.name}.tar" else task.tar.path.text

@@ -54,7 +54,7 @@ PHOTOGRAPHS = (
 
 
 def photograph_path(photograph: Photograph) -> Path:
-    """Where a photograph lies on this machine; imports nothing and asks no network.
+    """Path of a photograph on this machine; imports nothing and needs no network.
 
     Raises:
         SourceError: Its package is not installed.

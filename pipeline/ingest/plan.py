@@ -31,7 +31,7 @@ _HEADER_BYTES = tarfile.BLOCKSIZE
 
 @dataclass(frozen=True)
 class Sharding:
-    """How sources become shards. Exactly one of samples_per_shard and shard_bytes is given."""
+    """The way in which sources become shards. Exactly one of samples_per_shard and shard_bytes is given."""
 
     samples_per_shard: int | None = None
     """Images in a shard; the last one is smaller."""
@@ -131,7 +131,7 @@ class ShardPlan(Sequence[ShardTask]):
         return (self[number] for number in range(len(self)))
 
     def places(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Which images have the places [start, stop) of the shuffled order."""
+        """The images at places [start, stop) of the shuffled order."""
         return hashing.permuted(self._stream, self.samples, np.arange(start, stop))
 
 
@@ -147,7 +147,7 @@ def plan_shards(sources: Sources, sharding: Sharding) -> ShardPlan:
 
 
 def _starts(order: ShardPlan, shard_bytes: int) -> Iterator[int]:
-    """Where a new shard begins, so that none is larger; one image alone may be."""
+    """Places at which a new shard begins, so that none is larger; one image alone may be."""
     room = 0
     for first in range(0, order.samples, _MEASURED_AT_ONCE):
         places = order.places(first, min(order.samples, first + _MEASURED_AT_ONCE))
@@ -160,7 +160,7 @@ def _starts(order: ShardPlan, shard_bytes: int) -> Iterator[int]:
 
 
 def _tar_bytes(source: Source) -> int:
-    """What an image and its label take in a tar."""
+    """Bytes that an image and its label take in a tar."""
     assert source.size_bytes is not None
     image = _HEADER_BYTES + -(-source.size_bytes // _HEADER_BYTES) * _HEADER_BYTES
     return image + (0 if source.label is None else 2 * _HEADER_BYTES)

@@ -29,7 +29,7 @@ class Source:
 
     @property
     def name(self) -> str:
-        """Which one it is, for people."""
+        """The image's name for people."""
         return str(self.path) if self.offset is None else f"{self.path} at byte {self.offset}"
 
     def read(self, storage: Storage, root: str) -> bytes:

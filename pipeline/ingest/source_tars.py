@@ -116,7 +116,7 @@ def _matches(path: str, pattern: str) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class TarListing:
-    """Where the images of one tar lie."""
+    """Places of the images of one tar."""
 
     tar: Tar
     offsets: npt.NDArray[np.int64]
@@ -236,7 +236,7 @@ def list_tar(storage: Storage, folder: str, task: TarTask) -> TarSummary:
 
 
 def _kept_listing(storage: Storage, place: str) -> TarListing | None:
-    """What an earlier ingest found in a tar; None where nothing of it can be read."""
+    """The listing that an earlier ingest kept of a tar; None where it cannot be read."""
     try:
         data = storage.read(place)
     except FileNotFoundError:

@@ -33,12 +33,12 @@ READ_AHEAD = 16
 
 
 def tar_url(destination: str, name: str) -> str:
-    """Where a shard's images lie."""
+    """URL of a shard's tar."""
     return Storage.join(destination, f"{name}.tar")
 
 
 def index_url(destination: str, name: str) -> str:
-    """Where a shard's index lies."""
+    """URL of a shard's index."""
     return Storage.join(destination, f"{name}{INDEX_SUFFIX}")
 
 
@@ -72,7 +72,7 @@ def write_shard(storage: Storage, destination: str, task: ShardTask) -> ShardRep
 
 
 def _finished(storage: Storage, destination: str, task: ShardTask) -> ShardReport | None:
-    """What an earlier ingest finished, if every byte is still as it was."""
+    """The report of a shard that an earlier ingest finished, if every byte is still as it was."""
     url, tar = index_url(destination, task.name), tar_url(destination, task.name)
     try:
         index = ShardIndex.from_bytes(storage.read(url), url)

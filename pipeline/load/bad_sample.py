@@ -1,4 +1,4 @@
-"""A sample that cannot be used as it was ingested: what is wrong with it, and where it lies."""
+"""A sample that cannot be used as it was ingested: its fault, and where it lies."""
 
 from __future__ import annotations
 

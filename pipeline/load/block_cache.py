@@ -101,7 +101,7 @@ class BlockCache:
         return not self.storing or self._clock() < self._full_until
 
     def begin_epoch(self) -> None:
-        """What was used since the epoch before this one began will not be evicted by this process."""
+        """Begin an epoch: this process will not evict what was used since the epoch before it began."""
         self._epochs_began = (self._epochs_began[1], self._clock())
 
     def holds(self, name: str) -> bool:

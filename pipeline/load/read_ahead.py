@@ -23,7 +23,7 @@ from pipeline.load.shard_reader import Sample
 from pipeline.order.sample_order import Order
 
 OPEN_BYTES = 2 << 30
-"""Memory of one rank for images that were read and not used yet, unless the loader is told otherwise."""
+"""Memory of one rank for images that were read and not used yet, unless the loader is given another limit."""
 
 Int64s = npt.NDArray[np.int64]
 

@@ -1,4 +1,4 @@
-"""A wait for a batch that ends: what hangs is named, first in a warning, then in an error."""
+"""A wait for a batch, with a limit: what hangs is named, first in a warning, then in an error."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ def _reads(order: Order, windows: _Windows, cuts_per_block: float) -> float:
 
 @dataclass(frozen=True)
 class _Cuts:
-    """How shards cut blocks; arrays have one entry a shard that is not empty."""
+    """Cuts of blocks by shards; arrays have one entry a shard that is not empty."""
 
     shares: Floats
     """Of all samples."""
@@ -195,7 +195,7 @@ def _pair_share(held: Int64s, size: Int64s) -> Floats:
 
 
 def _design_effect(order: Order, cuts: _Cuts, pairs: float) -> float:
-    """Of the histogram over shards; 1.0 for a single shard, which has no histogram."""
+    """Design effect of the histogram over shards; 1.0 for a single shard, which has no histogram."""
     B, M, C = order.global_batch_size, order.blocks, len(cuts.shares)
     if C == 1:
         return 1.0

@@ -208,7 +208,7 @@ def _canonical(fields: dict[str, Any]) -> bytes:
 
 
 def _encoded(text: str) -> bytes:
-    """Names in a tar need not be UTF-8; tarfile's surrogates keep their bytes."""
+    """The bytes of a name: in a tar it need not be UTF-8, and tarfile's surrogates keep them."""
     return text.encode("utf-8", "surrogateescape")
 
 

@@ -60,7 +60,7 @@ class IndexReader:
 
     @property
     def cached_bytes(self) -> int:
-        """Of pages held now."""
+        """Bytes of pages held now."""
         return self._cache.bytes
 
     def holds(self, shard: int, places: Int64s) -> bool:

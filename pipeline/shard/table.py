@@ -62,16 +62,16 @@ class ShardEntry:
 
     @property
     def pages(self) -> Pages:
-        """How the index lies in its file."""
+        """The pages of the index in its file."""
         return Pages(self.samples, row_type(self.key_bytes, self.extension_bytes), self.index_sha256)
 
     def tar_url(self, url: str) -> str:
-        """Where the shard's images lie, in the dataset at `url`."""
+        """URL of the shard's tar, in the dataset at `url`."""
         place = self.tar or f"{self.name}.tar"
         return place if "://" in place or place.startswith("/") else Storage.join(url, place)
 
     def index_url(self, url: str) -> str:
-        """Where the shard's index lies, in the dataset at `url`."""
+        """URL of the shard's index, in the dataset at `url`."""
         return Storage.join(url, f"{self.name}{INDEX_SUFFIX}")
 
 

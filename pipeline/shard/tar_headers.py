@@ -37,7 +37,7 @@ _LENGTH_DIGITS = 20
 
 
 class BoundedTar(tarfile.TarFile):
-    """What `BoundedInfo` keeps between headers."""
+    """A tar, with what `BoundedInfo` keeps between headers."""
 
     extended_headers = 0
     """Read since the last member."""

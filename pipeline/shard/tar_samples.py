@@ -38,7 +38,7 @@ _META = re.compile(r"__[^/]*__($|/)")  # webdataset skips these too
 
 
 class Measured(NamedTuple):
-    """What an index keeps about an image's bytes."""
+    """Figures of an image's bytes that an index keeps."""
 
     crc: int
     height: int

@@ -225,7 +225,7 @@ def _end_fault(file: RangedFile, offset: int) -> tuple[TarFault | None, int]:
 
 
 def _next_header(file: RangedFile, offset: int) -> int | None:
-    """Where the first good header at or after `offset` begins; None where there is none."""
+    """The place of the first good header at or after `offset`; None where there is none."""
     for start in range(-(-offset // _BLOCK) * _BLOCK, file.size, _BLOCK):
         file.seek(start)
         block = file.read(_BLOCK)

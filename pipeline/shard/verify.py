@@ -74,7 +74,7 @@ def verify_shard(storage: Storage, url: str, entry: ShardEntry, *, deep: bool) -
 
 
 def tar_faults(storage: Storage, url: str, index: ShardIndex, *, deep: bool) -> list[Fault]:
-    """How a tar differs from its index: size, ETag, headers, names, labels and CRC32C of every sample."""
+    """Differences of a tar from its index: size, ETag, headers, names, labels and CRC32C of every sample."""
     name = index.shard
     try:
         size, etag = storage.size(url), storage.etag(url)

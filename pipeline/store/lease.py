@@ -94,7 +94,7 @@ class StoredLease:
 
     @property
     def text(self) -> str:
-        """Who holds it, and for how long, for people."""
+        """The holder and the age, for people."""
         return f"{self.holder.text if self.holder else 'an unknown process'}; the lease is {self.age_seconds:.0f} s old"
 
     @classmethod
@@ -149,12 +149,12 @@ class Lease:
 
     @property
     def url(self) -> str:
-        """Of the lease's object."""
+        """URL of the lease's object."""
         return _url(self._folder, self._number)
 
     @property
     def first_bytes(self) -> bytes:
-        """What the object begins with while this process holds the lease; no other holder's begins so."""
+        """The beginning of the object while this process holds the lease; no other holder's begins so."""
         content = self._content()
         return content[: content.index(self._holder.token.encode()) + len(self._holder.token)]
 

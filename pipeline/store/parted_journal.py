@@ -64,7 +64,7 @@ class PartedJournal:
 
     @property
     def written_bytes(self) -> int:
-        """Of the parts that are written."""
+        """Bytes of the parts that are written."""
         return sum(part.bytes for part in self.parts.values())
 
     def add(self, part: WrittenPart) -> None:
@@ -104,7 +104,7 @@ class PartedJournal:
         self.forget()
 
     def _found(self) -> tuple[PartedWrite, list[WrittenPart]] | None:
-        """What can be resumed: an upload, and those of its parts that the store still holds."""
+        """The upload that can be resumed, and those of its parts that the store still holds."""
         try:
             data = self._storage.read(self._place)
         except FileNotFoundError:
@@ -120,7 +120,7 @@ class PartedJournal:
         return (target, parts) if self.is_visible else None
 
     def _parsed(self, data: bytes) -> tuple[PartedWrite, list[WrittenPart]]:
-        """What `save` wrote: upload and parts."""
+        """Upload and parts, as `save` wrote them."""
         fields = parsed_object(data)
         if (fields["format"], fields["content"]) != (_FORMAT, self._content):
             raise ValueError("another content")

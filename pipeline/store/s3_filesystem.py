@@ -37,7 +37,7 @@ chain without environment variables."""
 
 
 def sources(storage: StoreAccess) -> tuple[Source, ...]:
-    """Where to look for credentials, again and again in this order while the store refuses them.
+    """Places to look for credentials, again and again in this order while the store refuses them.
 
     Keys without a session token do not expire, and stay what they are. A token does. Whoever gave it may have a newer
     one, and may be gone by then: what this process finds by itself comes next, and, since the environment of a process
@@ -150,7 +150,7 @@ class _Session(PlainSession):
         self._finds = finds
 
     async def get_credentials(self) -> Any:
-        """What is found; None where nothing is."""
+        """The credentials that are found; None where there are none."""
         return await self._finds.load() if self._finds else None
 
 
@@ -180,7 +180,7 @@ class _Chain:
         self._with_environment = with_environment
 
     async def load(self) -> _Credentials | None:
-        """What the chain finds; keys that belong to another endpoint are not sent to this one."""
+        """The keys that the chain finds; those that belong to another endpoint are not sent to this one."""
         with _about_credentials("chain"):
             session = ProcessSession(os.environ)
             if not self._with_environment:

@@ -60,7 +60,7 @@ class Tripwire(LoopbackServer):
 
 
 def odd_keys(secret: Path, tripwire: str) -> st.SearchStrategy[str]:
-    """Keys below a prefix, some of which spell a path or an address."""
+    """Keys below a prefix, some of which spell a path or an address; long, since it lists them."""
     odd = st.sampled_from(
         (
             "",
