@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from pipeline.errors import DatasetError
 
-Fault = Literal["index", "missing", "replaced", "truncated", "header", "checksum", "undecodable"]
+FaultKind = Literal["index", "missing", "replaced", "truncated", "header", "checksum", "undecodable"]
 """In the order in which they are checked for."""
 
-_FIELDS: dict[Fault, str] = {"index": "shard index", "undecodable": "sample"}
+_FIELDS: dict[FaultKind, str] = {"index": "shard index", "undecodable": "sample"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class BadSample:
     """Bytes of the image, as ingested."""
     url: str
     """Of the tar, or of the index where that is what is damaged."""
-    fault: Fault
+    fault: FaultKind
     reason: str
 
     def error(self) -> DatasetError:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import google_crc32c
 
 from pipeline.errors import ReplacedError
-from pipeline.load.bad_sample import BadSample, Fault
+from pipeline.load.bad_sample import BadSample, FaultKind
 from pipeline.load.block_cache import BlockCache
 from pipeline.load.read_counters import ReadCounters
 from pipeline.load.thread_activity import ThreadActivities
@@ -37,7 +37,7 @@ class Sample:
     url: str
     """Of the tar."""
 
-    def bad(self, fault: Fault, reason: str) -> BadSample:
+    def bad(self, fault: FaultKind, reason: str) -> BadSample:
         """This sample, found to be unusable after all."""
         return BadSample(self.id, self.shard, self.member, self.offset, len(self.data), self.url, fault, reason)
 
@@ -183,7 +183,7 @@ class ShardReader:
         why = f"it was replaced: its ETag is no longer {self._etag} (wanted: {row.member} at offset {row.offset})"
         return self._bad(sample, "replaced", why)
 
-    def _bad(self, sample: SampleRow, fault: Fault, reason: str) -> BadSample:
+    def _bad(self, sample: SampleRow, fault: FaultKind, reason: str) -> BadSample:
         row = sample.row
         return BadSample(sample.id, self._name, row.member, row.offset, row.length, self._url, fault, reason)
 
