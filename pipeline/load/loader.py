@@ -55,7 +55,7 @@ class Loader:
         policy: BadSamplePolicy | None = None,
         stall_seconds: float = STALL_SECONDS,
     ) -> None:
-        """Decide how to read; does no I/O.
+        """Decide how to read; does no I/O. Long by its arguments alone.
 
         Args:
             dataset: Where the images are.

@@ -106,7 +106,7 @@ class Fuzz:
         most_seconds: float = MOST_SECONDS,
         most_bytes: int = MOST_RESIDENT_BYTES,
     ) -> Hunt:
-        """Try a target until its time is over, or something is found.
+        """Try a target until its time is over, or something is found. Long by its arguments alone.
 
         Args:
             target: Ends in a value or a UserError.
