@@ -53,8 +53,8 @@ class Measured:
 def measured(side: str, server: LocalS3, run: RunDirectory, result_url: str) -> Measured:
     """Run one side in a process of its own and watch it."""
     store = psutil.Process(server.pid)
-    told = {"storage": server.storage.to_json(), "run": run.url, "result": result_url}
-    environment = {**os.environ, "BENCH_TOLD": json.dumps(told)}
+    settings = {"storage": server.storage.to_json(), "run": run.url, "result": result_url}
+    environment = {**os.environ, "BENCH_SETTINGS": json.dumps(settings)}
     before, began = _cpu(store), time.perf_counter()
     process = psutil.Popen(
         [sys.executable, str(SIDES), side],

@@ -26,9 +26,9 @@ import google_crc32c
 from jobs.errors import CheckpointError, DamagedCheckpointError, OvertakenError
 from jobs.run.directory import RunDirectory
 from jobs.run.rows import is_time
-from pipeline.store.crc_combine import CRC32C, combined
+from pipeline.store.combined_crc import CRC32C, combined_crc
 from pipeline.store.json_text import parsed_object
-from pipeline.store.lease import standing
+from pipeline.store.lease import current_lease
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +214,7 @@ def write_commit(run: RunDirectory, commit: Commit) -> None:
     Raises:
         OvertakenError: Another driver, or a later attempt, has taken over the run. Nothing was written.
     """
-    ruler = standing(run.storage, run.path(CLAIMS))
+    ruler = current_lease(run.storage, run.path(CLAIMS))
     if ruler and ruler.number > commit.claim:
         raise _overtaken(commit, f"is driven by {ruler.text}")
     attempt = run.read_heartbeat().get("attempt", 0)
@@ -322,6 +322,6 @@ def checksummed(name: str, chunks: Iterable[bytes], chunk_bytes: int) -> Checkpo
     size, whole, each = 0, 0, []
     for chunk in chunks:
         checksum = google_crc32c.value(chunk)
-        size, whole = size + len(chunk), combined(whole, checksum, len(chunk), CRC32C)
+        size, whole = size + len(chunk), combined_crc(whole, checksum, len(chunk), CRC32C)
         each.append(f"{checksum:08x}")
     return CheckpointFile(name, size, whole, chunk_bytes, "".join(each))

@@ -13,7 +13,7 @@ from jobs.checkpoint.checkpoint import CLAIMS, Commit
 from jobs.errors import CheckpointError
 from jobs.run.directory import RunDirectory
 from jobs.terminal import bytes_text
-from pipeline.store.lease import standing
+from pipeline.store.lease import current_lease
 
 _FILE = re.compile(r"(?P<folder>step-\d{8,})/(?:(?P<claim>\d{6,})-(?P<attempt>\d{4,})/)?[^/]+")
 
@@ -96,7 +96,7 @@ def carry_out(run: RunDirectory, pruning: Pruning) -> None:
 
 def leftovers(run: RunDirectory) -> dict[str, int]:
     """Bytes of each file below `checkpoints/` that no commit names and nobody may be uploading."""
-    ruler = standing(run.storage, run.path(CLAIMS))
+    ruler = current_lease(run.storage, run.path(CLAIMS))
     living = ruler.number if ruler and not ruler.is_over and not (ruler.holder and ruler.holder.is_dead_here()) else 0
     return {path: size for path, (claim, _), size in _unnamed(run) if not living or claim < living}
 

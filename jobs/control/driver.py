@@ -27,13 +27,13 @@ from jobs.run.directory import RunDirectory
 from jobs.run.patience import persevere
 from jobs.run.shared_folder import run_landmarks
 from jobs.weights.results import Consolidated
-from pipeline.errors import ClaimedError, UserError
-from pipeline.store.lease import Claim
+from pipeline.errors import LeaseHeldError, UserError
+from pipeline.store.lease import Lease
 
 logger = logging.getLogger(__name__)
 
 
-def train(session: Session, plan: RunPlan, claim: Claim, on_status: Callable[[Mapping[str, Any]], None]) -> str:
+def train(session: Session, plan: RunPlan, claim: Lease, on_status: Callable[[Mapping[str, Any]], None]) -> str:
     """Run `plan` on the connected cluster until it is `finished` or `stopped` (the outcome returned).
 
     SIGINT and SIGTERM stop it gracefully: a checkpoint is saved first.
@@ -68,7 +68,7 @@ def train(session: Session, plan: RunPlan, claim: Claim, on_status: Callable[[Ma
                     break  # there are no ranks that could save
             except RayError:
                 logger.warning("the run's monitor is being restarted")
-            except ClaimedError as error:  # the run directory is the other's: nothing more may be written to it
+            except LeaseHeldError as error:  # the run directory is the other's: nothing more may be written to it
                 ray.kill(monitor)
                 raise overtaken(plan.run, error) from None
     if failure:
@@ -81,7 +81,7 @@ def train(session: Session, plan: RunPlan, claim: Claim, on_status: Callable[[Ma
     return outcome
 
 
-def _start_monitor(session: Session, plan: RunPlan, claim: Claim) -> Any:
+def _start_monitor(session: Session, plan: RunPlan, claim: Lease) -> Any:
     import ray
     from ray.exceptions import ActorUnavailableError, RayActorError
     from ray.util import get_node_ip_address
@@ -110,7 +110,7 @@ def _start_monitor(session: Session, plan: RunPlan, claim: Claim) -> Any:
     return monitor
 
 
-def _new_monitor(run: RunDirectory, config: MonitorConfig, claim: Claim) -> Any:
+def _new_monitor(run: RunDirectory, config: MonitorConfig, claim: Lease) -> Any:
     """The actor, on this node; ends that of a driver before this one, which Ray may not have noticed to be dead.
 
     Raises:
@@ -130,7 +130,7 @@ def _new_monitor(run: RunDirectory, config: MonitorConfig, claim: Claim) -> Any:
         try:
             claim.beat()
             claim.check()
-        except ClaimedError as lost:
+        except LeaseHeldError as lost:
             raise overtaken(run, lost) from None
         with contextlib.suppress(ValueError):  # it is gone meanwhile
             ray.kill(ray.get_actor(name))
@@ -157,7 +157,7 @@ def _consolidator(plan: RunPlan, monitor: Any) -> MilestoneConsolidator:
     return MilestoneConsolidator(plan.run, done, failed)
 
 
-def _fit(plan: RunPlan, claim: Claim, monitor: Any, failure: list[BaseException]) -> None:
+def _fit(plan: RunPlan, claim: Lease, monitor: Any, failure: list[BaseException]) -> None:
     from jobs.control.worker_group import fit
 
     try:
@@ -167,7 +167,7 @@ def _fit(plan: RunPlan, claim: Claim, monitor: Any, failure: list[BaseException]
         failure.append(error)
 
 
-def _failed(run: RunDirectory, claim: Claim, monitor: Any, reason: str) -> OvertakenError | RunFailedError:
+def _failed(run: RunDirectory, claim: Lease, monitor: Any, reason: str) -> OvertakenError | RunFailedError:
     """The end of a run that was given up, told to its monitor; or of this driver alone, if the run has another."""
     import ray
     from ray.exceptions import RayActorError
@@ -179,7 +179,7 @@ def _failed(run: RunDirectory, claim: Claim, monitor: Any, reason: str) -> Overt
             claim.beat()  # waits for a store that is away
         try:
             claim.check()
-        except ClaimedError as error:
+        except LeaseHeldError as error:
             return overtaken(run, error)
     return RunFailedError(reason)
 

@@ -19,7 +19,7 @@ from jobs.run.trace import check_trace
 from jobs.weights.initial import pinned
 from pipeline.access.places import normal
 from pipeline.shard.manifest import Manifest
-from pipeline.store.lease import Claim
+from pipeline.store.lease import Lease
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def plan_run(
     return RunPlan(recipe, run, Schedule.of(recipe, order.steps_per_epoch), trace_url, patience_seconds, first_tar)
 
 
-def check_folders(plan: RunPlan, claim: Claim) -> None:
+def check_folders(plan: RunPlan, claim: Lease) -> None:
     """Refuse folders on local disks that some node of the connected cluster which may have ranks does not see.
 
     Raises:

@@ -162,7 +162,7 @@ def _resolved(place: str) -> str:
 
 
 def _say_passed_over(found: Sources | Tars) -> None:
-    names = found.passed_over
+    names = found.skipped_files
     if names:
         kind = "packed archives" if isinstance(found, Tars) else "files without an image's name"
         say(f"passing over {len(names)} {kind}: {_first(names)}")
@@ -177,7 +177,7 @@ def _first(names: Sequence[str]) -> str:
 
 
 def _say_waiting(holder: str) -> None:
-    say(f"a claim is held by {holder}; watching for up to 30 s whether it still works")
+    say(f"a lease is held by {holder}; watching for up to 30 s whether it still works")
 
 
 @contextmanager

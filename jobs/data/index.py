@@ -18,7 +18,7 @@ from pipeline.shard.index import Skipped
 from pipeline.shard.manifest import Manifest, existing_manifest
 from pipeline.shard.table import leads_away
 from pipeline.shard.tar_samples import unread_kinds
-from pipeline.store.lease import Claim, claimed
+from pipeline.store.lease import Lease, hold_lease
 from pipeline.store.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def index_dataset(
         DamagedTarsError: Names every damaged tar with the offset; those that are whole are indexed, and kept next time.
         SourceError: No image in any tar.
         DatasetError: The destination holds another data set.
-        ClaimedError: Another process works there.
+        LeaseHeldError: Another process works there.
     """
     began = time.monotonic()
     destination = normal(destination)
@@ -74,7 +74,7 @@ def index_dataset(
     work = Storage.join(destination, WORK_FOLDER)
     manifest, done, skipped = existing_manifest(storage, destination, tasks), [], list[Skipped]()
     if manifest is None:
-        with claimed(storage, work, "convmae index", on_wait=on_wait) as claim:
+        with hold_lease(storage, work, "convmae index", on_wait=on_wait) as claim:
             # Whoever held the claim before may have finished the data set, or made another one.
             manifest = existing_manifest(storage, destination, tasks)
             if manifest is None:
@@ -101,7 +101,7 @@ def _task(tars: Tars, tar: Tar, *, deep: bool, salvage: bool) -> IndexTask:
 
 
 def _indexed(
-    storage: Storage, destination: str, tasks: list[IndexTask], claim: Claim, on_progress: Show, *, landmarks: Landmarks
+    storage: Storage, destination: str, tasks: list[IndexTask], claim: Lease, on_progress: Show, *, landmarks: Landmarks
 ) -> list[TarReport]:
     """What came of every tar, by name."""
     progress = Progress(total=len(tasks))

@@ -25,7 +25,7 @@ from pipeline.shard.index import Skipped
 from pipeline.shard.manifest import Manifest, existing_manifest
 from pipeline.shard.table import ShardReport
 from pipeline.shard.tar_samples import unread_kinds
-from pipeline.store.lease import Claim, claimed
+from pipeline.store.lease import Lease, hold_lease
 from pipeline.store.storage import Storage, is_local
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ def ingest(
         SourceError: No image there that decodes, or damaged tars.
         StorageError: Either place cannot be used; found before any work starts where possible.
         DatasetError: The destination holds another data set.
-        ClaimedError: Another ingest works there.
+        LeaseHeldError: Another ingest works there.
     """
     began = time.monotonic()
     destination = normal(destination)
@@ -91,7 +91,7 @@ def ingest(
     reports: list[ShardReport] = []
     manifest, bad_labels, unread = existing_manifest(storage, destination, [job]), 0, ""
     if manifest is None:
-        with claimed(storage, work, "convmae shard", on_wait=on_wait) as claim:
+        with hold_lease(storage, work, "convmae shard", on_wait=on_wait) as claim:
             # Whoever held the claim before may have finished the data set, or made another one.
             manifest = existing_manifest(storage, destination, [job])
             if manifest is None:
@@ -115,7 +115,7 @@ def _keep_apart(job: Ingest, destination: str) -> None:
 
 
 def _made(
-    storage: Storage, job: Ingest, destination: str, claim: Claim, on_progress: Show, *, salvage: bool
+    storage: Storage, job: Ingest, destination: str, claim: Lease, on_progress: Show, *, salvage: bool
 ) -> tuple[Manifest, list[ShardReport], _Resolved]:
     """Write everything; returns the manifest, what came of each shard, and of what."""
 

@@ -19,7 +19,7 @@ from jobs.errors import NotSharedError
 from jobs.run.directory import RunDirectory
 from pipeline.errors import UserError
 from pipeline.shard.manifest import MANIFEST_NAME
-from pipeline.store.lease import Claim
+from pipeline.store.lease import Lease
 from pipeline.store.storage import Storage, is_local
 
 if TYPE_CHECKING:  # it imports torch, which tasks that only copy should not wait for
@@ -60,7 +60,7 @@ class Landmark:
 Landmarks = tuple[Landmark, ...]
 
 
-def run_landmarks(recipe: Recipe, run: RunDirectory, claim: Claim) -> Landmarks:
+def run_landmarks(recipe: Recipe, run: RunDirectory, claim: Lease) -> Landmarks:
     """Of what every rank needs for as long as the run trains, where it lies on a local disk."""
     return (*claim_landmarks("run_root", run.url, claim), *manifest_landmarks(run.storage, recipe.data))
 
@@ -85,7 +85,7 @@ def file_landmarks(storage: Storage, field: str, folder: str, url: str) -> Landm
     return ()
 
 
-def claim_landmarks(field: str, folder: str, claim: Claim) -> Landmarks:
+def claim_landmarks(field: str, folder: str, claim: Lease) -> Landmarks:
     """The claim that this process holds on a folder on a local disk."""
     return (Landmark(field, folder, claim.url, claim.first_bytes),) if is_local(folder) else ()
 

@@ -29,7 +29,7 @@ from jobs.run.directory import RunDirectory
 from jobs.weights.file_layout import DTYPES, PART_BYTES, WeightFile, one_file, several_files
 from jobs.weights.results import ONE_FILE, Consolidated, Wanted
 from jobs.weights.writer import FanOut, Show, WeightWriter
-from pipeline.store.lease import claimed
+from pipeline.store.lease import hold_lease
 from pipeline.store.storage import Storage, is_local
 
 logger = logging.getLogger(__name__)
@@ -92,7 +92,7 @@ def consolidate(
     Raises:
         CheckpointError: There is no such checkpoint, the result exists, or a value does not fit the type.
         DamagedCheckpointError: A file of it is missing or altered.
-        ClaimedError: Another consolidation works at that place.
+        LeaseHeldError: Another consolidation works at that place.
     """
     began = time.monotonic()
     commit = commit_of(run, step)
@@ -103,7 +103,7 @@ def consolidate(
     if (found := _existing(storage, wanted, url, commit.step, if_exists)) is not None:
         return found
     claim_folder = f"{url.rpartition('/')[0]}/.{url.rpartition('/')[2]}.claims"
-    with _swept(claim_folder), claimed(storage, claim_folder, "convmae consolidate", on_wait=on_wait) as claim:
+    with _swept(claim_folder), hold_lease(storage, claim_folder, "convmae consolidate", on_wait=on_wait) as claim:
         # Whoever held the claim before may have finished it.
         if (found := _existing(storage, wanted, url, commit.step, if_exists)) is not None:
             return found

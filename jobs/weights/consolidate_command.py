@@ -45,7 +45,7 @@ def consolidate_and_say(session: Session, run: RunDirectory, commit: Commit, wan
             if_exists="replace" if force else "refuse",
             fan_out=fan_out,
             on_progress=show,
-            on_wait=lambda holder: say(f"a claim is held by {holder}; watching for up to 30 s whether it still works"),
+            on_wait=lambda holder: say(f"a lease is held by {holder}; watching for up to 30 s whether it still works"),
         )
     say(result_line(result))
 

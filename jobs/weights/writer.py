@@ -21,9 +21,9 @@ from jobs.weights.copy_tasks import Done, HashFile, MakeFile, MakePart, Task, wo
 from jobs.weights.file_layout import INDEX_NAME, WeightFile, index_of
 from jobs.weights.reads import planned
 from jobs.weights.results import WrittenFile, recorded_sha256
-from pipeline.errors import ClaimedError, StorageError, UserError
+from pipeline.errors import LeaseHeldError, StorageError, UserError
 from pipeline.store import parted_write
-from pipeline.store.crc_combine import CRC32C, combined
+from pipeline.store.combined_crc import CRC32C, combined_crc
 from pipeline.store.parted_journal import PartedJournal
 from pipeline.store.parted_write import WrittenPart
 from pipeline.store.storage import Storage
@@ -86,7 +86,7 @@ class WeightWriter:
             files: To make.
             fan_out: Where tasks run.
             show: Told of progress.
-            check: Raises ClaimedError if the claim on the target was lost.
+            check: Raises LeaseHeldError if the claim on the target was lost.
         """
         self.kept = 0
         """Files that were there already and whole."""
@@ -226,7 +226,7 @@ class WeightWriter:
     def _take_hash(self, done: Done) -> None:
         sent = 0
         for part in sorted(self._made[done.url], key=lambda part: part.number):
-            sent = combined(sent, part.crc32c, part.bytes, CRC32C)
+            sent = combined_crc(sent, part.crc32c, part.bytes, CRC32C)
         journal = self._journals.pop(done.url, None)
         if done.crc32c != sent or done.bytes != self._files[done.url].bytes:
             self._storage.delete(done.url)
@@ -242,7 +242,7 @@ class WeightWriter:
 
     def _clean(self, error: BaseException) -> None:
         """Remove what nobody goes on with; if somebody else has taken over, all is theirs."""
-        if isinstance(error, ClaimedError):
+        if isinstance(error, LeaseHeldError):
             return
         is_bad_input = isinstance(error, CheckpointError)
         with contextlib.suppress(OSError, UserError):

@@ -21,7 +21,7 @@ from jobs.run.directory import RunDirectory
 from jobs.weights.consolidate import consolidate
 from jobs.weights.results import is_consolidated
 from pipeline.ingest.photographs import cut_tiles
-from pipeline.store.lease import claimed
+from pipeline.store.lease import hold_lease
 from pipeline.store.storage import Storage
 
 EPOCHS = 20
@@ -65,7 +65,7 @@ def test_commits_are_fenced_and_what_was_committed_is_found_and_consolidated(
         write_commit(run, replace(first, claim=1))
 
     assert committed_steps(run) == [5] and latest_commit(run) == second
-    with claimed(run.storage, run.path(CLAIMS), "drives", on_wait=pytest.fail) as ruler:
+    with hold_lease(run.storage, run.path(CLAIMS), "drives", on_wait=pytest.fail) as ruler:
         write_commit(run, replace(second, claim=ruler.number + 1, driver="a third"))
         with pytest.raises(OvertakenError, match="is driven by"):
             write_commit(run, replace(second, claim=ruler.number - 1))

@@ -33,7 +33,7 @@ from pipeline.ingest.plan import Sharding, plan_shards
 from pipeline.ingest.sources import find_sources
 from pipeline.ingest.writer import write_shard
 from pipeline.shard.manifest import Manifest
-from pipeline.store.lease import claimed
+from pipeline.store.lease import hold_lease
 from pipeline.store.storage import Storage
 
 HELD_SECONDS = 3.0
@@ -219,7 +219,9 @@ def test_the_monitor_of_the_driver_before_is_ended_and_its_name_and_port_taken(c
         port = port_of(probe)
     old = left_behind(config_of(run, port))
 
-    with claimed(run.storage, run.path("claims"), "drives the run", on_wait=lambda _: None, keeps_number=True) as claim:
+    with hold_lease(
+        run.storage, run.path("claims"), "drives the run", on_wait=lambda _: None, keeps_number=True
+    ) as claim:
         new = persevere(lambda: driver._new_monitor(run, config_of(run, port), claim), MonitorLivesError, 60)
 
         assert ray.get(new.status.remote())["metrics_url"].endswith(f":{port}/metrics")
@@ -233,7 +235,7 @@ def test_a_driver_that_was_overtaken_as_it_started_ends_nobodys_monitor(cluster:
     run = RunDirectory.of(Storage(), str(tmp_path), "second")
     monitor = left_behind(config_of(run))
     folder = run.path("claims")
-    with claimed(run.storage, folder, "drives the run", on_wait=lambda _: None, keeps_number=True) as claim:
+    with hold_lease(run.storage, folder, "drives the run", on_wait=lambda _: None, keeps_number=True) as claim:
         (tmp_path / "second" / "claims" / "claim-000002.json").write_bytes(Path(claim.url).read_bytes())
 
         with pytest.raises(OvertakenError, match="was taken over"):

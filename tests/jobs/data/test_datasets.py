@@ -21,7 +21,7 @@ from pipeline.ingest.source import Sources
 from pipeline.ingest.sources import find_sources
 from pipeline.ingest.writer import write_shard
 from pipeline.load.dataset import Dataset
-from pipeline.store.lease import claimed
+from pipeline.store.lease import hold_lease
 from pipeline.store.storage import Storage
 
 ROOT = "s3://convmae/test-datasets"
@@ -174,12 +174,12 @@ def test_no_task_runs_files_of_the_folder_in_which_a_command_is_typed(
 
 def test_a_second_ingest_is_told_who_works_there(convmae: Command, s3: Storage, photographs: Path) -> None:
     url = f"{ROOT}/claimed"
-    with claimed(s3, f"{url}/.ingest", "convmae shard", on_wait=print) as claim:
+    with hold_lease(s3, f"{url}/.ingest", "convmae shard", on_wait=print) as claim:
         out, err = convmae("shard", str(photographs), url, code=2)
         claim.check()
 
-    assert "a claim is held by" in out
-    assert "must not be worked on by" in err and "convmae shard, since 20" in err
+    assert "a lease is held by" in out
+    assert "must not be in use by" in err and "convmae shard, since 20" in err
     assert not s3.exists(f"{url}/manifest.json")
 
 

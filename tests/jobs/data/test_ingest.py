@@ -23,7 +23,7 @@ from pipeline.ingest.sources import find_sources
 from pipeline.ingest.writer import write_shard
 from pipeline.load.dataset import Dataset
 from pipeline.shard.manifest import MANIFEST_NAME, SKIPPED_NAME
-from pipeline.store.lease import Claim, claimed
+from pipeline.store.lease import Lease, hold_lease
 from pipeline.store.storage import Storage
 
 
@@ -205,12 +205,12 @@ def test_damaged_source_tars_are_all_named_and_salvaged_when_asked(
 def test_what_another_finished_while_one_waited_is_not_overwritten(
     cluster: None, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def claimed_late(*arguments: Any, **options: Any) -> AbstractContextManager[Claim]:
+    def claimed_late(*arguments: Any, **options: Any) -> AbstractContextManager[Lease]:
         monkeypatch.undo()
         run(photographs, str(tmp_path / "out"), samples_per_shard=6)
-        return claimed(*arguments, **options)
+        return hold_lease(*arguments, **options)
 
-    monkeypatch.setattr(ingest_module, "claimed", claimed_late)
+    monkeypatch.setattr(ingest_module, "hold_lease", claimed_late)
 
     with pytest.raises(DatasetError, match="other images or options"):
         run(photographs, str(tmp_path / "out"))

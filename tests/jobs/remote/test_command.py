@@ -71,7 +71,7 @@ def test_output_errors_and_exit_codes_are_those_of_the_command(laptop: Laptop, d
     out, err = laptop("verify", "s3://convmae/datasets/none-such", code=2)
     assert out == ""
     (line,) = err.splitlines()
-    assert line.startswith("error: data set: must hold a manifest.json")
+    assert line.startswith("error: dataset: must hold a manifest.json")
 
 
 @pytest.mark.slow
