@@ -1,16 +1,17 @@
-"""Many small tasks over the cluster, a bounded number in flight, with their results as they come."""
+"""Many small tasks at once, on a Ray cluster or in threads of this process: a bounded number in flight, results as they
+come.
+
+Ray is imported by what runs on a cluster, and by nothing else here.
+"""
 
 from __future__ import annotations
 
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
-
-import ray
-from ray.exceptions import RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.errors import RunFailedError
 from jobs.run.shared_folder import Landmark, Landmarks, check_seen_here
@@ -22,12 +23,13 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 TASKS_PER_CPU = 2
-"""In flight: enough that no core waits for the driver, few enough that a full disk stops the rest."""
+"""In flight: enough that no core waits for the driver, and so few that a full disk stops the rest."""
 COPIES_PER_NODE = 4
 """In flight, of tasks that copy: they fill a node's network before its memory."""
 TICK_SECONDS = 1.0
 INGEST_RESOURCE = "ingest"
-"""What a node offers that is there for ingests alone, which have rights of their own: so many tasks at once."""
+"""What a node offers that is reserved for ingests, which have rights of their own: its amount is how many tasks run there
+at once."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +67,9 @@ def fan_out(
     copying: bool = False,
     landmarks: Sequence[Landmark] = (),
 ) -> Iterator[Result]:
-    """Run `work(storage, url, task)` for each task; results come in any order.
+    """Run `work(storage, url, task)` on the cluster for each task; results come in any order.
 
-    A task takes a CPU, or INGEST_RESOURCE where a node offers that: then no other node is bothered.
+    A task takes a CPU, or INGEST_RESOURCE where a node offers that: then no other node is used.
 
     Args:
         work: A function of this project, found by its name on every node.
@@ -83,6 +85,8 @@ def fan_out(
         UserError, OSError: One that a task met, as itself; the other tasks are cancelled.
         RunFailedError: A task's process died again and again.
     """
+    import ray
+
     remote: Any = ray.remote(_worked)
     places = _copying_places() if copying else itertools.repeat(_needs())
     shared, guards = ray.put(storage), (tuple(landmarks), umask_here())
@@ -107,6 +111,43 @@ def fan_out(
             ray.cancel(reference)
 
 
+def fan_out_locally(
+    work: Callable[[Storage, str, Task], Result],
+    storage: Storage,
+    url: str,
+    tasks: Iterable[Task],
+    *,
+    on_tick: Callable[[], None],
+    width: int,
+) -> Iterator[Result]:
+    """Run `work(storage, url, task)` in threads of this process for each task; results come in any order.
+
+    Args:
+        work: Safe to call from several threads.
+        storage: Reaches what the tasks read and write.
+        url: Handed to every task.
+        tasks: Made one by one, as they are started, in the caller's thread.
+        on_tick: Called at the start and about every second, also while no task ends. What it raises ends the fan-out.
+        width: Tasks at once.
+
+    Raises:
+        Exception: What a task raised, when the tasks that had begun have ended.
+    """
+    waiting = iter(tasks)
+    running: set[Future[Result]] = set()
+    on_tick()
+    with ThreadPoolExecutor(width, "convmae-task") as threads:
+        while True:
+            started = itertools.islice(waiting, width - len(running))
+            running |= {threads.submit(work, storage, url, task) for task in started}
+            if not running:
+                return
+            done, running = wait(running, TICK_SECONDS, FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+            on_tick()
+
+
 def _worked(
     work: Callable[[Storage, str, Task], Result],
     storage: Storage,
@@ -127,9 +168,11 @@ def _needs() -> dict[str, Any]:
 
 
 def _copying_places() -> Iterator[dict[str, Any]]:
-    """Over all nodes, but those for ingests, which may not write what is copied."""
+    """All nodes except those for ingests, which may not write what is copied."""
     if not _offered(INGEST_RESOURCE):
         return itertools.repeat({"num_cpus": 0, "scheduling_strategy": "SPREAD"})
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     nodes = [node["NodeID"] for node in _nodes() if not node["Resources"].get(INGEST_RESOURCE)]
     places = [NodeAffinitySchedulingStrategy(node, soft=True) for node in nodes]
     return itertools.cycle({"num_cpus": 0, "scheduling_strategy": place} for place in places)
@@ -143,15 +186,22 @@ def _width(copying: bool) -> int:
 
 
 def _nodes() -> list[Mapping[str, Any]]:
+    import ray
+
     return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
 def _offered(resource: str) -> float:
     """By all nodes together, whether it is in use or not."""
+    import ray
+
     return float(ray.cluster_resources().get(resource, 0.0))  # type: ignore[no-untyped-call]
 
 
 def _result(reference: Any) -> Any:
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
     try:
         return ray.get(reference)
     except RayTaskError as error:
@@ -159,4 +209,6 @@ def _result(reference: Any) -> Any:
             raise error.cause from None
         raise
     except RayError as error:  # the process died four times, as when memory runs out
-        raise RunFailedError(f"a task died: {str(error).strip().splitlines()[0]}; the same command goes on") from error
+        raise RunFailedError(
+            f"a task died: {str(error).strip().splitlines()[0]}; the same command resumes it"
+        ) from error

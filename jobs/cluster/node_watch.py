@@ -1,19 +1,19 @@
-"""Notices that a node with ranks has fallen silent, long before Ray does, and ends their group.
+"""Which nodes of the Ray cluster answer, and a watch that ends a worker group when a node with its ranks falls silent.
 
-A host that loses its power or its network resets no connection: Ray asks five times and waits for each answer, a minute
-in all, and the other ranks would wait in their collective for half an hour.
+Ray notices late: a host that loses its power or its network resets no connection, so Ray asks five times and waits for
+each answer, a minute in all, and the other ranks would wait in their collective for half an hour.
 """
 
 from __future__ import annotations
 
 import logging
+import socket
 import threading
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
-
-from jobs.cluster.node_view import answering_nodes
 
 logger = logging.getLogger(__name__)
 
@@ -25,6 +25,8 @@ SILENT_SECONDS = 5.5
 ALONE_SECONDS = 20.0
 """While no other node answers it is most likely this one that is cut off: longer than a switch takes to restart."""
 CALL_SECONDS = 5.0
+PROBE_SECONDS = 1.0
+PROBES_AT_ONCE = 64
 RANK_CLASS = "RayTrainWorker"
 
 
@@ -122,6 +124,46 @@ class NodeWatch:
         end_actors(self._gcs_address, sorted(ranks, key=lambda rank: ranks[rank] not in gone))
 
 
+def unusable_nodes() -> set[str]:
+    """Ids of nodes that Ray counts as alive, though they are being drained or do not answer."""
+    import ray
+    from ray._private.state import state
+
+    nodes: Any = ray.nodes()  # type: ignore[no-untyped-call]
+    return set(state.get_draining_nodes()) | silent_nodes(nodes)
+
+
+def raylet_addresses() -> dict[str, tuple[str, int]]:
+    """Host and port of the raylet of every living node, by the node's id."""
+    import ray
+
+    nodes: Any = ray.nodes()  # type: ignore[no-untyped-call]
+    return {node["NodeID"]: _address(node) for node in nodes if node["Alive"]}
+
+
+def silent_nodes(nodes: Iterable[Mapping[str, Any]]) -> set[str]:
+    """Ids of the nodes whose raylet takes no connection; Ray's own health check needs many seconds to say so.
+
+    Args:
+        nodes: As `ray.nodes()` tells of them.
+    """
+    return {node for node, answers in answering_nodes(nodes).items() if not answers}
+
+
+def answering_nodes(nodes: Iterable[Mapping[str, Any]]) -> dict[str, bool]:
+    """Whether the raylet of each living node takes a connection, by the node's id. Blocks for PROBE_SECONDS at most.
+
+    A raylet that has no time answers all the same, since its host does so for it.
+
+    Args:
+        nodes: As `ray.nodes()` tells of them.
+    """
+    alive = [node for node in nodes if node["Alive"]]
+    with ThreadPoolExecutor(PROBES_AT_ONCE) as probes:
+        answers = list(probes.map(_answers, alive))
+    return {node["NodeID"]: answered for node, answered in zip(alive, answers, strict=True)}
+
+
 def living_actors(class_name: str, job_id: str = "") -> dict[str, str]:
     """Actors of a class, also those that are yet to start, and on which node.
 
@@ -168,3 +210,15 @@ def end_actors(gcs_address: str, actors: Iterable[str]) -> None:
         ]
         for answer in asked:
             answer.result()
+
+
+def _address(node: Mapping[str, Any]) -> tuple[str, int]:
+    return node["NodeManagerAddress"], node["NodeManagerPort"]
+
+
+def _answers(node: Mapping[str, Any]) -> bool:
+    try:
+        socket.create_connection(_address(node), timeout=PROBE_SECONDS).close()
+    except OSError:
+        return False
+    return True

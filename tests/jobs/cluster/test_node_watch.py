@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterator
 
 import pytest
 
-from jobs.cluster.node_watch import ALONE_SECONDS, SILENT_SECONDS, Silence
+from jobs.cluster.node_watch import ALONE_SECONDS, SILENT_SECONDS, Silence, silent_nodes
 
 NODES = ("head", "one", "two", "three")
 
@@ -76,3 +77,16 @@ def test_a_node_that_ray_forgot_is_judged_no_more() -> None:
 
     assert silence.look({"head": True, "one": True}, 20.0) == {}
     assert silence.look({"head": True, "one": True, "two": False}, 21.0) == {}
+
+
+def test_a_node_whose_raylet_takes_no_connection_is_silent_though_ray_counts_it_as_alive() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as raylet, socket.create_server(("127.0.0.1", 0)) as killed:
+        ports = {"there": raylet.getsockname()[1], "killed": killed.getsockname()[1]}
+        killed.close()
+        nodes = [
+            {"NodeID": name, "Alive": True, "NodeManagerAddress": "127.0.0.1", "NodeManagerPort": port}
+            for name, port in ports.items()
+        ]
+
+        assert silent_nodes(nodes) == {"killed"}
+        assert silent_nodes([{**nodes[1], "Alive": False}]) == set(), "known to be dead"
