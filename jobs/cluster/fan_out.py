@@ -1,7 +1,6 @@
-"""Many small tasks at once, on a Ray cluster or in threads of this process: a bounded number in flight, results as they
-come.
+"""Many small tasks on a Ray cluster, or in threads of this process: a bounded number in flight, results as they come.
 
-Ray is imported by what runs on a cluster, and by nothing else here.
+Ray is imported only by what runs on a cluster.
 """
 
 from __future__ import annotations
@@ -28,8 +27,7 @@ COPIES_PER_NODE = 4
 """In flight, of tasks that copy: they fill a node's network before its memory."""
 TICK_SECONDS = 1.0
 INGEST_RESOURCE = "ingest"
-"""What a node offers that is reserved for ingests, which have rights of their own: its amount is how many tasks run there
-at once."""
+"""What a node offers that is reserved for ingests, which have rights of their own; its amount is the tasks at once."""
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def test_other_photographs_make_another_run_and_the_same_ones_the_same(tmp_path:
 def test_a_folder_without_photographs_is_refused_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo.stack, "up", None)
+    monkeypatch.setattr(demo.local_stack, "up", None)
 
     with pytest.raises(SourceError, match="must be a folder with images"):
         demo.run_demo({"CONVMAE_HOME": str(tmp_path / "home")}, str(tmp_path / "nothing"))
