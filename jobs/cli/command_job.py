@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
-from jobs.cluster import store_parcel
+from jobs.cluster import job_store
 from jobs.errors import ClusterError
 from jobs.remote.frames import CALLER_VARIABLE, FrameStream, FrameWriter
 from pipeline.host.scratch import scratch_folder
@@ -35,7 +35,7 @@ def run_command(arguments: list[str], caller: Mapping[str, object], writer: Fram
     sys.argv = ["convmae", *arguments]
     signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever Ray was started with
     try:
-        os.environ.update(store_parcel.received(os.environ))
+        os.environ.update(job_store.received(os.environ))
         from jobs.cli import main as convmae
 
         convmae.main()

@@ -162,8 +162,8 @@ def pretrain(
 @app.command(hidden=True)
 def drive(run_url: str, trace: TraceOption = "") -> None:
     """What a submitted job runs: the run whose directory is `run_url`."""
-    from jobs.control.early_end import end_noted
     from jobs.control.run_plan import plan_run
+    from jobs.control.unreported_end import end_noted
     from jobs.control.workflow import train_here
 
     session = open_session(verbose=True)  # the job's log is the only one of the ranks that a user has
@@ -279,7 +279,7 @@ def logs(
     With --json, one object a line: the job, and a line of what it printed.
     """
     from jobs.cluster import submission
-    from jobs.cluster.foreign_lines import own_lines
+    from jobs.cluster.log_filter import own_lines
 
     session = open_session()
     directory = existing_run(session, run, run_root)

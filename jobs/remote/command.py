@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from jobs.cluster import store_parcel
+from jobs.cluster import job_store
 from jobs.cluster.session import VERBOSE_VARIABLE, Session
 from jobs.cluster.submission import ENDED_JOB_STATES, STOP_WAIT_SECONDS, hand_over, job_client, job_state, tail_log
 from jobs.errors import RunFailedError
@@ -60,7 +60,7 @@ def run_there(
     """
     client = job_client(session)
     job = _job(session, arguments, files or {}, run_root)
-    job["runtime_env"]["env_vars"] |= store_parcel.send(session, client)
+    job["runtime_env"]["env_vars"] |= job_store.send(session, client)
     job_id = hand_over(client, job, session.cluster.text)
     with Replay(sys.stdout, sys.stderr) as replay:
         foreign = _follow(client, job_id, replay, show_foreign=session.is_verbose)

@@ -38,7 +38,7 @@ def test_the_head_is_started_with_settings_that_doctor_finds_quick_enough(enviro
 
     assert set_there == RAY_SETTINGS
     (finding,) = ray_settings(set_there)
-    assert (finding.level, finding.detail) == ("ok", "a host that falls silent is dead to Ray after 36 s")
+    assert (finding.level, finding.detail) == ("ok", "Ray declares a host that falls silent dead after 36 s")
 
 
 def test_a_head_that_is_cut_off_for_fifteen_seconds_has_not_given_up_when_tcp_tries_again() -> None:
