@@ -12,7 +12,8 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from jobs.stack.local_stack import Stack, down, up
+from jobs.stack.local_stack import down, up
+from jobs.stack.record import Stack
 from pipeline.store.storage import Storage
 
 STACK_FILES = frozenset(

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 
 from jobs.run.directory import RunDirectory
-from jobs.stack.local_stack import Stack
+from jobs.stack.record import Stack
 from pipeline.store.storage import Storage
 
 SMALL: dict[str, object] = {

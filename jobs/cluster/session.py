@@ -24,7 +24,7 @@ from jobs.errors import ClusterError
 from jobs.run import roots
 from jobs.run.directory import RunDirectory
 from jobs.run.own_code import PROJECT
-from jobs.stack.local_stack import Stack
+from jobs.stack.record import Stack
 from pipeline.access.aws_session import configured_session
 from pipeline.access.places import is_place, normal
 from pipeline.access.proxies import without_loopback

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from jobs.cluster.job_store import STORE_VARIABLE
 from jobs.cluster.key_renewal import KeyRenewal
-from jobs.stack.local_stack import Stack
+from jobs.stack.record import Stack
 from jobs.stack.services import REGION
 from pipeline.access.proxies import Proxies
 from pipeline.access.s3_options import S3Options

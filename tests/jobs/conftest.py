@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from testbed import TILES, Command
 
-from jobs.stack.local_stack import Stack
+from jobs.stack.record import Stack
 from pipeline.ingest.photographs import cut_tiles
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from testbed import SMALL, Command, small_recipe
 
-from jobs.stack.local_stack import Stack
+from jobs.stack.record import Stack
 from pipeline.ingest.photographs import cut_tiles
 from pipeline.load.dataset import Dataset
 from pipeline.store.storage import Storage

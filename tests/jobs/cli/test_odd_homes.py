@@ -7,9 +7,10 @@ import pytest
 
 from jobs.cluster.session import Session, home_folder
 from jobs.run import roots
-from jobs.stack import local_stack, services
-from jobs.stack.local_stack import ServiceRecord, Stack, down, up
+from jobs.stack import services
+from jobs.stack.local_stack import down, up
 from jobs.stack.ports import choose
+from jobs.stack.record import ServiceRecord, Stack, read_stack
 from jobs.stack.services import StackSettings
 from pipeline.errors import UserError
 
@@ -32,7 +33,7 @@ def test_a_stack_with_any_home_is_written_and_read(tmp_path: Path) -> None:
     written = Stack(settings, None, {name: ServiceRecord() for name in settings.service_names})
     written.save()
 
-    assert local_stack.read_stack(home) == written
+    assert read_stack(home) == written
     assert Stack.load(home) is None
 
 
@@ -53,7 +54,7 @@ def test_a_damaged_record_of_a_stack_is_refused_by_all_that_read_it(tmp_path: Pa
     (tmp_path / "stack.json").write_text(content)
 
     for work in (up, down, Stack.load, lambda home: Session.open({"CONVMAE_HOME": str(home)})):
-        with pytest.raises(UserError, match=r"CONVMAE_HOME: must hold a sound stack\.json"):
+        with pytest.raises(UserError, match=r"CONVMAE_HOME: must hold an intact stack\.json"):
             work(tmp_path)
     assert (tmp_path / "stack.json").read_text() == content
 

@@ -11,8 +11,8 @@ import pytest
 from jobs.cluster.job_store import STORE_VARIABLE
 from jobs.cluster.session import Session
 from jobs.cluster.store_choice import STACK_ORIGIN, chosen_store, is_of_stack
-from jobs.stack.local_stack import Stack
 from jobs.stack.ports import Ports
+from jobs.stack.record import Stack
 from jobs.stack.services import StackSettings, service_environment
 from pipeline.errors import StorageError
 from pipeline.store.storage import Storage
