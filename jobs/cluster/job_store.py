@@ -71,7 +71,9 @@ def received(environ: Mapping[str, str]) -> dict[str, str]:
     taking = subprocess.run(command, env=dict(environ), capture_output=True, text=True, check=False)
     if taking.returncode or not taking.stdout:
         why = (taking.stderr.strip().splitlines() or ["it is gone"])[-1]
-        raise ClusterError(VARIABLE, f"must be there for the job ({why})", environ[VARIABLE], "submit it again")
+        raise ClusterError(
+            VARIABLE, f"must exist when the job starts ({why})", environ[VARIABLE], "submit the job again"
+        )
     return {**environ, STORE_VARIABLE: taking.stdout}
 
 

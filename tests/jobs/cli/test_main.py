@@ -562,4 +562,4 @@ def test_a_folder_that_is_gone_is_told_before_anything_is_looked_up_in_it(
     ended = convmae("list")
 
     assert ended.code == 2
-    assert ended.error.startswith("error: current folder: must be there") and ended.error.count("\n") == 1
+    assert ended.error.startswith("error: current folder: must exist") and ended.error.count("\n") == 1

@@ -82,5 +82,5 @@ def test_a_job_whose_parcel_is_gone_fails_with_one_line(tmp_path: Path) -> None:
 
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
-    assert line.startswith("failed: CONVMAE_STORE_PARCEL: must be there for the job")
+    assert line.startswith("failed: CONVMAE_STORE_PARCEL: must exist when the job starts")
     assert job_store.received({"A": "b"}) == {"A": "b"}
