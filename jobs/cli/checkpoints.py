@@ -60,7 +60,7 @@ def prune(
     yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only show what would be deleted.")] = False,
     run_root: RunRoot = "",
 ) -> None:
-    """Show which checkpoints and left-over files can be deleted; with --yes, delete them.
+    """Show which checkpoints and leftover files can be deleted; with --yes, delete them.
 
     The newest intact checkpoint and all milestones are kept, and whatever a live run may be uploading.
     """
@@ -178,7 +178,7 @@ def import_command(
     source: Annotated[
         str, typer.Argument(metavar="FILE", help="A .pth file of the official code, or safetensors, as a path or URL.")
     ],
-    out: Annotated[str, typer.Argument(help="The .safetensors file to write, as a path or URL.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The .safetensors file to write, as a path or URL.")],
     overrides: Overrides = None,
     *,
     recipe: Annotated[str, typer.Option(help="Recipe whose model takes the weights.")] = "convmae_base_official",

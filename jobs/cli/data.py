@@ -32,11 +32,14 @@ def shard(
     source: Annotated[
         str,
         typer.Argument(
+            metavar="SOURCE",
             help="Folder of images or of class folders; a tar, a folder of tars, a pattern like `00{000..123}.tar`; "
-            "or a text file with one path or URL per line, each optionally followed by a tab and a label."
+            "or a text file with one path or URL per line, each optionally followed by a tab and a label.",
         ),
     ],
-    dest: Annotated[str, typer.Argument(help="URL of the data set to make: s3://bucket/path, or a folder.")],
+    dest: Annotated[
+        str, typer.Argument(metavar="DEST", help="URL of the data set to make: s3://bucket/path, or a folder.")
+    ],
     *,
     samples_per_shard: Annotated[
         int | None, typer.Option(min=1, help="Images in a tar; default: 1000.", show_default=False)
@@ -94,7 +97,10 @@ def shard(
 @app.command(cls=at_cluster("url", "out"))
 def index(
     url: Annotated[
-        str, typer.Argument(help="A folder of WebDataset tars, one tar, or a pattern like `s3://b/x/00{000..123}.tar`.")
+        str,
+        typer.Argument(
+            metavar="URL", help="A folder of WebDataset tars, one tar, or a pattern like `s3://b/x/00{000..123}.tar`."
+        ),
     ],
     out: Annotated[
         str, typer.Option(help="URL for indexes and manifest; default: beside the tars.", show_default=False)
@@ -116,7 +122,7 @@ def index(
 
 @app.command(cls=at_cluster("url"))
 def verify(
-    url: Annotated[str, typer.Argument(help="URL of a data set.")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="URL of a data set.")],
     deep: Annotated[bool, typer.Option("--deep", help="Also decode every image.")] = False,
     as_json: AsJson = False,
 ) -> None:

@@ -56,7 +56,7 @@ def pretrain(
 ) -> None:
     """Train in the foreground, on the cluster that RAY_ADDRESS names or on the local stack.
 
-    Ctrl-C or SIGTERM saves a checkpoint and stops. The same command resumes.
+    Ctrl-C or SIGTERM saves a checkpoint and stops. The same command resumes the run.
     """
     from jobs.control.run_plan import plan_run
     from jobs.control.workflow import train_here, train_supervised
@@ -98,7 +98,7 @@ def submit(
     strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train as a Ray job, which continues when this terminal is closed. The same command resumes."""
+    """Train as a Ray job, which continues when this terminal is closed. The same command resumes the run."""
     from jobs.control.run_plan import plan_run
     from jobs.control.workflow import train_as_job
 
@@ -206,7 +206,7 @@ def logs(
 
 @app.command(cls=at_run())
 def stop(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
-    """Ask a run to save a checkpoint and end; returns when it has."""
+    """Ask a run to save a checkpoint and end; returns when it has ended."""
     from jobs.control.lease import is_live
     from jobs.control.workflow import outcome
     from jobs.run.directory import FINAL_STATES
@@ -244,8 +244,10 @@ def history(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> No
 
 @app.command(cls=at_store("url", "other"))
 def trace(
-    url: Annotated[str, typer.Argument(help="URL that was given to `--trace`.")],
-    other: Annotated[str, typer.Argument(help="Another one, to compare with.", show_default=False)] = "",
+    url: Annotated[str, typer.Argument(metavar="URL", help="URL that was given to `--trace`.")],
+    other: Annotated[
+        str, typer.Argument(metavar="[OTHER]", help="Another one, to compare with.", show_default=False)
+    ] = "",
 ) -> None:
     """Print what each rank consumed, one JSON object for each step and rank; or compare two traces.
 

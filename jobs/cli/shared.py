@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 RecipeName = Annotated[
-    str, typer.Argument(help="Name of a recipe, or a .toml file that amends one.", show_default=False)
+    str, typer.Argument(metavar="RECIPE", help="Name of a recipe, or a .toml file that amends one.", show_default=False)
 ]
 Overrides = Annotated[
     list[str] | None,

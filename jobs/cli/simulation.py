@@ -45,8 +45,8 @@ def simulate(
 ) -> None:
     """Predict how long a recipe takes on nodes that fail, with a fixed and with an elastic number of workers.
 
-    Shows wall-clock time, goodput, lost steps and GPU hours at the recipe's checkpoint interval and at the best one, on
-    on-demand nodes and, with --spot-mtbf-hours, on spot nodes. Starts nothing.
+    Shows wall time, goodput, lost steps and GPU hours at the recipe's checkpoint interval and at the best one, for
+    on-demand nodes and, with --spot-mtbf-hours, for spot nodes. Starts nothing.
     """
     from dataclasses import asdict, replace
 
