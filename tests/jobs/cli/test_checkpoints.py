@@ -18,7 +18,7 @@ from pipeline.store.storage import Storage
 
 
 def commit(run: RunDirectory, step: int, folder: Path, milestone: bool = False) -> Path:
-    """Save a checkpoint of one file; returns where that is."""
+    """Save a checkpoint of one file; returns the file's path."""
     folder.mkdir(exist_ok=True)
     (folder / "weights.pt").write_bytes(b"weights of %d" % step)
     files = tuple(checkpoint.upload_files(run, step, folder, checkpoint.owner_name(1, 1)))
@@ -59,7 +59,7 @@ def test_checkpoints_are_listed_and_every_fault_is_named(typed: Typed, root: str
     assert typed(*arguments).code == 1, "an unreadable commit object is seen without --verify"
 
 
-def test_prune_shows_what_would_go_and_needs_yes(typed: Typed, root: str, tmp_path: Path) -> None:
+def test_prune_shows_what_it_would_delete_and_needs_yes(typed: Typed, root: str, tmp_path: Path) -> None:
     run = RunDirectory.of(Storage(), root, "first")
     for step in (2, 4, 6, 8):
         commit(run, step, tmp_path / "local")
@@ -78,7 +78,7 @@ def test_prune_shows_what_would_go_and_needs_yes(typed: Typed, root: str, tmp_pa
     assert_refused(typed("prune", "frist", "--run-root", root), "did you mean first?")
 
 
-def test_export_and_import_take_weights_out_and_in(typed: Typed, root: str, tmp_path: Path) -> None:
+def test_weights_are_exported_and_imported(typed: Typed, root: str, tmp_path: Path) -> None:
     run = RunDirectory.of(Storage(), root, "first")
     config = run.read_recipe().model
     weights = Path(run.path("consolidated", "step-00000005.safetensors"))

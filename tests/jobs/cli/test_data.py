@@ -31,7 +31,7 @@ def test_bad_data_is_refused(typed: Typed, root: str, data: str, tmp_path: Path)
     assert not [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
 
 
-def test_numbers_that_make_no_order_are_refused(typed: Typed, data: str) -> None:
+def test_numbers_that_define_no_order_are_refused(typed: Typed, data: str) -> None:
     order = ("order", data, "--batch", "24", "--lanes", "6")
 
     assert_refused(typed("order", data, "--batch", "24", "--lanes", "7"), "lanes", "must divide", "24")
@@ -58,7 +58,7 @@ def test_inspect_shows_a_data_set(typed: Typed, data: str) -> None:
     assert "1,025" in ended.output
 
 
-def test_order_prints_one_json_object_a_line_for_each_step_and_rank(typed: Typed, indexed_data: str) -> None:
+def test_order_prints_one_json_object_per_line_for_each_step_and_rank(typed: Typed, indexed_data: str) -> None:
     arguments = ("--batch", "12", "--lanes", "6", "--block", "8", "--window", "2", "--seed", "5", "--step", "7")
     order = Order(100, 12, 6, 5, 8, 2)
 
@@ -79,7 +79,7 @@ def test_order_prints_one_json_object_a_line_for_each_step_and_rank(typed: Typed
     assert alone.output.split()[-len(parts[2]["keys"]) :] == parts[2]["keys"]
 
 
-def test_inspect_plans_the_reading_of_a_data_set(typed: Typed, indexed_data: str) -> None:
+def test_inspect_shows_how_a_data_set_would_be_read(typed: Typed, indexed_data: str) -> None:
     options = ("--batch", "12", "--lanes", "6", "--block", "8", "--window", "2", "--world", "3", "--labels")
 
     text = typed("inspect", indexed_data, *options)

@@ -1,4 +1,4 @@
-"""The demonstration's choices; that it runs end to end is what `make pretrain` shows."""
+"""The demonstration's choices; `make pretrain` shows that it runs end to end."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_folder_without_photographs_is_refused_before_anything_starts(
     assert not (tmp_path / "home").exists()
 
 
-def test_the_command_is_named_as_it_is_typed(tmp_path: Path) -> None:
+def test_the_command_is_shown_as_one_types_it(tmp_path: Path) -> None:
     command = tmp_path / ".venv" / "bin" / "convmae"
 
     assert demo._own_command(command, tmp_path) == ".venv/bin/convmae"

@@ -12,13 +12,13 @@ from command_line import Ended, Typed, assert_refused
 
 import jobs
 
-NOWHERE = "127.0.0.1:9"  # the discard port: nobody listens
+NOWHERE = "127.0.0.1:9"  # the discard port, on which nothing listens
 
 
 pytestmark = pytest.mark.usefixtures("no_stack")
 
 
-def test_an_unreachable_object_store_is_told_in_seconds(typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_object_store_is_reported_in_seconds(typed: Typed, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{NOWHERE}")
 
     assert_refused(typed("inspect", "tiny", "data=s3://bucket/data"), "must be reachable", "AWS_ENDPOINT_URL")
@@ -54,7 +54,7 @@ def test_bad_input_ends_a_process_with_one_line() -> None:
     assert_refused(Ended(ended.returncode, ended.stdout, ended.stderr), "did you mean epochs?")
 
 
-def test_a_folder_that_is_gone_is_told_before_anything_is_looked_up_in_it(
+def test_a_deleted_current_folder_is_reported_before_anything_is_looked_up_in_it(
     typed: Typed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gone = tmp_path / "gone"

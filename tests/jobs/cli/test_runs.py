@@ -16,7 +16,7 @@ from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
 from pipeline.store.storage import Storage
 
-NOWHERE = "127.0.0.1:9"  # the discard port: nobody listens
+NOWHERE = "127.0.0.1:9"  # the discard port, on which nothing listens
 
 
 def test_bad_recipes_are_refused(typed: Typed, tmp_path: Path) -> None:
@@ -32,14 +32,14 @@ def test_bad_recipes_are_refused(typed: Typed, tmp_path: Path) -> None:
     assert_refused(typed("inspect", str(tmp_path / "bad.toml")), "must be a readable TOML file")
 
 
-def test_without_stack_a_place_for_runs_is_asked_for(typed: Typed, data: str) -> None:
+def test_without_stack_a_run_root_is_required(typed: Typed, data: str) -> None:
     assert_refused(typed("pretrain", "tiny", f"data={data}"), "run_root", "convmae up")
     assert_refused(typed("list"), "run_root", "convmae up")
     assert_refused(typed("status", "first"), "run_root", "convmae up")
 
 
 @pytest.mark.parametrize("command", ["pretrain", "submit"])
-def test_without_cluster_no_run_begins(
+def test_without_cluster_no_run_starts(
     typed: Typed, root: str, data: str, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     arguments = (command, "tiny", f"data={data}", f"run_root={root}", "--run", "second")
@@ -76,7 +76,7 @@ def test_an_unknown_run_is_answered_with_the_nearest(typed: Typed, root: str) ->
     assert_refused(typed("status", "No Name", "--run-root", root), "lower-case")
 
 
-def test_what_does_not_fit_the_run_is_refused(typed: Typed, root: str) -> None:
+def test_requests_that_do_not_fit_the_run_are_refused(typed: Typed, root: str) -> None:
     assert_refused(typed("stop", "first", "--run-root", root), "first (finished)", "nothing to stop")
     assert_refused(typed("consolidate", "first", "--run-root", root), "committed checkpoint", "first")
     assert_refused(typed("consolidate", "first", "--step", "3", "--run-root", root), "step", "none yet")
@@ -86,7 +86,7 @@ def test_what_does_not_fit_the_run_is_refused(typed: Typed, root: str) -> None:
     assert_refused(typed("consolidate", "first", *several), "--out", "must be a folder")
 
 
-def test_strict_refuses_damaged_checkpoints_when_it_resumes(
+def test_strict_refuses_to_skip_damaged_checkpoints_on_resume(
     typed: Typed, root: str, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = []
@@ -119,7 +119,7 @@ def test_resume_takes_the_runs_own_recipe_and_changes_only_where_it_executes(
     assert (plan.run.url, plan.recipe, follow) == (run.url, recipe.amended({"max_workers": 4}), True)
 
 
-def test_a_failed_run_is_one_line_and_exit_code_1(
+def test_a_failed_run_is_reported_in_one_line_with_exit_code_1(
     typed: Typed, root: str, data: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(session: object, plan: object) -> None:
@@ -132,7 +132,7 @@ def test_a_failed_run_is_one_line_and_exit_code_1(
     assert (ended.code, ended.error) == (1, "failed: rank 1: ValueError: boom\n")
 
 
-def test_inspect_shows_what_overrides_make_of_a_recipe(typed: Typed, data: str) -> None:
+def test_inspect_shows_a_recipe_with_its_overrides(typed: Typed, data: str) -> None:
     ended = typed("inspect", "tiny", f"data={data}", "epochs=3", "model.mask_ratio=0.5")
 
     lines = [line.split() for line in ended.output.splitlines()]
@@ -160,7 +160,7 @@ def test_status_shows_a_run_and_its_events(typed: Typed, root: str) -> None:
     assert text.splitlines()[-1].endswith("attempt 1  finished: step 5")
 
 
-def test_history_is_one_line_a_step(typed: Typed, root: str) -> None:
+def test_history_is_one_line_per_step(typed: Typed, root: str) -> None:
     rows = [json.loads(line) for line in typed("history", "first", "--run-root", root, "--json").output.splitlines()]
     assert rows == RunDirectory.of(Storage(), root, "first").read_history()
 
