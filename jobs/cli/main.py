@@ -71,7 +71,7 @@ def _run(arguments: Sequence[str]) -> int:
     from jobs.stack.local_stack import StackError
 
     try:
-        return int(app(_verbose_first(arguments), standalone_mode=False) or 0)
+        return int(app(verbose_first(arguments), standalone_mode=False) or 0)
     except SystemExit as ended:  # from a command that sets its exit code
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except (typer.Abort, KeyboardInterrupt):
@@ -93,7 +93,7 @@ def _tell(line: str) -> None:
             write_line(sys.stderr, line)
 
 
-def _verbose_first(arguments: Sequence[str]) -> list[str]:
+def verbose_first(arguments: Sequence[str]) -> list[str]:
     """The arguments with --verbose moved to the front; after `--` there are names, which stay as they are."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options, names = list(arguments[:end]), list(arguments[end:])

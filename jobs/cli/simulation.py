@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +14,7 @@ from pipeline.errors import UserError
 
 if TYPE_CHECKING:
     from jobs.recipe.recipe import Recipe
+    from jobs.recipe.simulation import Prediction, Scenario
 
 app = typer.Typer()
 
@@ -48,10 +50,10 @@ def simulate(
     Shows wall time, goodput, lost steps and GPU hours at the recipe's checkpoint interval and at the best one, for
     on-demand nodes and, with --spot-mtbf-hours, for spot nodes. Starts nothing.
     """
-    from dataclasses import asdict, replace
+    from dataclasses import replace
 
     from jobs.recipe.checkpoint_interval import IntervalRule
-    from jobs.recipe.simulation import Scenario, prediction_row, predictions, scenario_lines
+    from jobs.recipe.simulation import Scenario, predictions
 
     resolved = amended_recipe(recipe, overrides)
     steps = _total_steps(resolved)
@@ -80,16 +82,26 @@ def simulate(
         interval = rule.simulated_steps(one.step_seconds, one.stall_seconds, one.group_mtbf_seconds)
         markets[market] = replace(one, interval_steps=interval)
     found = {market: predictions(one, trials=trials, seed=seed) for market, one in markets.items()}
-    if as_json:
-        print_json(
-            {
-                "scenarios": {market: asdict(one) for market, one in markets.items()},
-                "step_seconds_estimated": step_seconds is None,
-                "predictions": [{"market": market, **asdict(one)} for market in found for one in found[market]],
-            }
-        )
-        return
-    print_pairs(scenario_lines(markets, is_estimate=step_seconds is None))
+    is_estimate = step_seconds is None
+    _print_json(markets, found, is_estimate) if as_json else _print_table(markets, found, is_estimate)
+
+
+def _print_json(markets: Mapping[str, Scenario], found: Mapping[str, Sequence[Prediction]], is_estimate: bool) -> None:
+    from dataclasses import asdict
+
+    print_json(
+        {
+            "scenarios": {market: asdict(one) for market, one in markets.items()},
+            "step_seconds_estimated": is_estimate,
+            "predictions": [{"market": market, **asdict(one)} for market in found for one in found[market]],
+        }
+    )
+
+
+def _print_table(markets: Mapping[str, Scenario], found: Mapping[str, Sequence[Prediction]], is_estimate: bool) -> None:
+    from jobs.recipe.simulation import prediction_row, scenario_lines
+
+    print_pairs(scenario_lines(markets, is_estimate=is_estimate))
     columns = ("nodes", "policy", "interval", "wall", "goodput", "lost", "restarts", "waiting", "GPU-h")
     print_table(columns, [(market, *prediction_row(one)) for market, ones in found.items() for one in ones])
 

@@ -86,14 +86,14 @@ def fan_out(
     import ray
 
     remote: Any = ray.remote(_worked)
-    places = _copying_places() if copying else itertools.repeat(_needs())
+    places = copying_places() if copying else itertools.repeat(task_needs())
     shared, guards = ray.put(storage), (tuple(landmarks), umask_here())
     waiting = iter(tasks)
     running: list[Any] = []
     on_tick()
     try:
         while True:
-            started = itertools.islice(waiting, max(0, _width(copying) - len(running)))
+            started = itertools.islice(waiting, max(0, task_limit(copying) - len(running)))
             running += [
                 remote.options(name=work.__name__, **next(places)).remote(work, shared, url, task, guards)
                 for task in started
@@ -159,14 +159,15 @@ def _worked(
     return work(storage, url, task)
 
 
-def _needs() -> dict[str, Any]:
+def task_needs() -> dict[str, Any]:
+    """Ray's options for a task that computes."""
     if _offered(INGEST_RESOURCE):
         return {"num_cpus": 0, "resources": {INGEST_RESOURCE: 1}}
     return {"num_cpus": 1}
 
 
-def _copying_places() -> Iterator[dict[str, Any]]:
-    """All nodes except those for ingests, which may not write what is copied."""
+def copying_places() -> Iterator[dict[str, Any]]:
+    """Ray's options for tasks that copy, in turn: not on nodes for ingests, which may not write what is copied."""
     if not _offered(INGEST_RESOURCE):
         return itertools.repeat({"num_cpus": 0, "scheduling_strategy": "SPREAD"})
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -176,8 +177,8 @@ def _copying_places() -> Iterator[dict[str, Any]]:
     return itertools.cycle({"num_cpus": 0, "scheduling_strategy": place} for place in places)
 
 
-def _width(copying: bool) -> int:
-    """How many tasks may be in flight now: nodes come and go."""
+def task_limit(copying: bool) -> int:
+    """How many tasks may be in flight; may change at any time, as nodes come and go."""
     if copying:
         return COPIES_PER_NODE * max(1, sum(not node["Resources"].get(INGEST_RESOURCE) for node in _nodes()))
     return max(1, TASKS_PER_CPU * int(_offered(INGEST_RESOURCE) or _offered("CPU") or 1))

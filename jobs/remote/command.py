@@ -59,7 +59,7 @@ def run_there(
         RunFailedError: The job ended without reporting the command's exit code: it was killed, or the head died.
     """
     client = job_client(session)
-    job = _job(session, arguments, files or {}, run_root)
+    job = job_of_command(session, arguments, files or {}, run_root)
     job["runtime_env"]["env_vars"] |= job_store.send(session, client)
     job_id = hand_over(client, job, session.cluster.text)
     with Replay(sys.stdout, sys.stderr) as replay:
@@ -72,7 +72,9 @@ def run_there(
     raise RunFailedError(f"job {job_id} ended without an exit code ({state.lower()}); the same command resumes it")
 
 
-def _job(session: Session, arguments: Sequence[str], files: Mapping[str, str], run_root: str) -> dict[str, Any]:
+def job_of_command(
+    session: Session, arguments: Sequence[str], files: Mapping[str, str], run_root: str
+) -> dict[str, Any]:
     """The job that Ray is asked to run."""
     terminals = [name for name, stream in (("out", sys.stdout), ("err", sys.stderr)) if stream.isatty()]
     variables = {

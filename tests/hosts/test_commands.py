@@ -47,7 +47,10 @@ def named_in_readme() -> set[str]:
 
 
 def work_through(convmae: Shell, root: str, place: str) -> dict[str, str]:
-    """The README's commands in its order, on data and runs of one place; returns what both places must print alike."""
+    """The README's commands in its order, on data and runs of one place; returns what both places must print alike.
+
+    Long, because the README is one sequence of commands.
+    """
     bucket = root.rpartition("/")[0]
     data, run = f"{bucket}/{place}", place
     alike = {}

@@ -137,9 +137,9 @@ def test_a_recipe_is_inspected_there_by_its_name_or_its_file(sent: Any, tmp_path
 
 
 def test_verbose_may_be_given_anywhere() -> None:
-    assert main._verbose_first(["list", "--verbose", "--json"]) == ["--verbose", "list", "--json"]
-    assert main._verbose_first(["shard", "--", "--verbose"]) == ["shard", "--", "--verbose"]
-    assert main._verbose_first(["list"]) == ["list"]
+    assert main.verbose_first(["list", "--verbose", "--json"]) == ["--verbose", "list", "--json"]
+    assert main.verbose_first(["shard", "--", "--verbose"]) == ["shard", "--", "--verbose"]
+    assert main.verbose_first(["list"]) == ["list"]
 
 
 def test_every_command_that_takes_a_run_can_be_sent_there() -> None:

@@ -26,9 +26,9 @@ def command(tmp_path: Path) -> Path:
 def folder(tmp_path: Path) -> Path:
     """A folder with files of our packages' names, each of which leaves a trace when it runs."""
     folder = tmp_path / "mine"
-    (folder / "jobs").mkdir(parents=True)
     trace = f"open({str(tmp_path / 'ran')!r}, 'a').write(__name__)\n"
     for name in ("pipeline.py", "model.py", "jobs/__init__.py", "jobs/cli/main.py", "jobs/stack/keeper.py", "typer.py"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(trace)
     return folder
 
