@@ -66,7 +66,7 @@ def pretrain(
     name = run or resolved.name
     if supervised and CALLER_VARIABLE in session.environ:
         remedy = "use `convmae submit`, whose job is supervised"
-        raise UserError("--supervised", "must be given where the cluster is", "a command from elsewhere", remedy)
+        raise UserError("--supervised", "must be given on a node of the cluster", "a command from elsewhere", remedy)
     if supervised:
         train_supervised(session, plan_run(session, resolved, name, trace, drives=False, is_patient=True))
     else:

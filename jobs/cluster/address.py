@@ -122,7 +122,9 @@ class ClusterAddress:
             logs = Path(node.session_dir or "/", "logs")
             if node.session_dir and node.node_manager_address in here and not os.access(logs, os.W_OK | os.X_OK):
                 rule = f"must be a cluster whose logs on this machine, in {logs}, this user may write"
-                remedy = "be the user who started it, or name its dashboard, http://HOST:8265: commands then run there"
+                remedy = (
+                    "run as the user who started it, or name its dashboard, http://HOST:8265: commands then run there"
+                )
                 raise ClusterError(VARIABLE, rule, self.text, remedy)
 
 

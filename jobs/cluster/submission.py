@@ -83,7 +83,7 @@ def hand_over(client: Any, job: dict[str, Any], address: str, patience_seconds: 
                 continue  # Ray itself has waited for seconds before this answer
             lines = str(error).rstrip(" .").splitlines() or [type(error).__name__]
             remedy = "look at the cluster with `convmae doctor`; the same command submits again"
-            raise ClusterError("RAY_ADDRESS", f"must take the job ({lines[-1]})", address, remedy) from error
+            raise ClusterError("RAY_ADDRESS", f"must accept the job ({lines[-1]})", address, remedy) from error
 
 
 def job_state(client: JobSubmissionClient, submission_id: str) -> str:

@@ -36,11 +36,13 @@ def test_a_cluster_that_has_only_just_started_is_waited_for() -> None:
 def test_a_cluster_that_stays_without_an_agent_is_reported_in_one_line() -> None:
     head = Head(NOT_READY, NOT_READY)
 
-    with pytest.raises(ClusterError, match=r"RAY_ADDRESS: must take the job \(.*No available agent.*head:8265") as told:
+    with pytest.raises(
+        ClusterError, match=r"RAY_ADDRESS: must accept the job \(.*No available agent.*head:8265"
+    ) as caught:
         hand_over(head, JOB, "http://head:8265", patience_seconds=0)
 
     assert head.asked == 1
-    assert "convmae doctor" in str(told.value)
+    assert "convmae doctor" in str(caught.value)
 
 
 def test_a_job_that_is_refused_is_not_submitted_again() -> None:

@@ -146,7 +146,7 @@ def test_a_supervisor_is_not_started_from_elsewhere(tmp_path: Path) -> None:
     ended = subprocess.run(command, env=clean | variables, capture_output=True, text=True, check=False)
 
     assert ended.returncode == 2
-    assert "error: --supervised: must be given where the cluster is" in ended.stderr
+    assert "error: --supervised: must be given on a node of the cluster" in ended.stderr
     assert "convmae submit" in ended.stderr
 
 
