@@ -90,7 +90,7 @@ class NodeProbe:
         )
 
     def ray_settings(self) -> Mapping[str, int]:
-        """The health check settings of this node's Ray processes, by name; they matter on the head."""
+        """How this node's Ray processes were set to look after others, by the setting's name; matters on the head."""
         from ray import _config
 
         return {name: int(getattr(_config, name)()) for name in RAY_SETTINGS}

@@ -17,6 +17,8 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
+PROBE_SECONDS = 1.0
+PROBES_AT_ONCE = 64
 LOOK_SECONDS = 1.0
 LONGEST_LOOK_SECONDS = 2.0
 """What one look counts at most, so that an overloaded machine does not judge a node by a single one."""
@@ -25,8 +27,6 @@ SILENT_SECONDS = 5.5
 ALONE_SECONDS = 20.0
 """If no other node answers, it is most likely this one that is cut off; longer than a switch takes to restart."""
 CALL_SECONDS = 5.0
-PROBE_SECONDS = 1.0
-PROBES_AT_ONCE = 64
 RANK_CLASS = "RayTrainWorker"
 
 
@@ -62,6 +62,58 @@ class Silence:
         counted = spent if heard else 0.0
         self._seconds = {node: before.get(node, 0.0) + counted for node, answers in others.items() if not answers}
         return {node: seconds for node, seconds in self._seconds.items() if seconds >= SILENT_SECONDS}
+
+
+def unusable_nodes() -> set[str]:
+    """Ids of nodes that Ray counts as alive, though they are being drained or do not answer."""
+    import ray
+    from ray._private.state import state
+
+    nodes: Any = ray.nodes()  # type: ignore[no-untyped-call]
+    return set(state.get_draining_nodes()) | silent_nodes(nodes)
+
+
+def raylet_addresses() -> dict[str, tuple[str, int]]:
+    """Host and port of the raylet of every living node, by the node's id."""
+    import ray
+
+    nodes: Any = ray.nodes()  # type: ignore[no-untyped-call]
+    return {node["NodeID"]: _address(node) for node in nodes if node["Alive"]}
+
+
+def silent_nodes(nodes: Iterable[Mapping[str, Any]]) -> set[str]:
+    """Ids of the nodes whose raylet accepts no connection; Ray's own health check needs many seconds to find out.
+
+    Args:
+        nodes: As `ray.nodes()` lists them.
+    """
+    return {node for node, answers in answering_nodes(nodes).items() if not answers}
+
+
+def answering_nodes(nodes: Iterable[Mapping[str, Any]]) -> dict[str, bool]:
+    """Whether the raylet of each living node accepts a connection, by node id. Blocks for PROBE_SECONDS at most.
+
+    A busy raylet answers all the same, since its host accepts connections for it.
+
+    Args:
+        nodes: As `ray.nodes()` lists them.
+    """
+    alive = [node for node in nodes if node["Alive"]]
+    with ThreadPoolExecutor(PROBES_AT_ONCE) as probes:
+        answers = list(probes.map(_answers, alive))
+    return {node["NodeID"]: answered for node, answered in zip(alive, answers, strict=True)}
+
+
+def _address(node: Mapping[str, Any]) -> tuple[str, int]:
+    return node["NodeManagerAddress"], node["NodeManagerPort"]
+
+
+def _answers(node: Mapping[str, Any]) -> bool:
+    try:
+        socket.create_connection(_address(node), timeout=PROBE_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 class NodeWatch:
@@ -124,52 +176,12 @@ class NodeWatch:
         end_actors(self._gcs_address, sorted(ranks, key=lambda rank: ranks[rank] not in gone))
 
 
-def unusable_nodes() -> set[str]:
-    """Ids of nodes that Ray counts as alive, though they are being drained or do not answer."""
-    import ray
-    from ray._private.state import state
-
-    nodes: Any = ray.nodes()  # type: ignore[no-untyped-call]
-    return set(state.get_draining_nodes()) | silent_nodes(nodes)
-
-
-def raylet_addresses() -> dict[str, tuple[str, int]]:
-    """Host and port of the raylet of every living node, by the node's id."""
-    import ray
-
-    nodes: Any = ray.nodes()  # type: ignore[no-untyped-call]
-    return {node["NodeID"]: _address(node) for node in nodes if node["Alive"]}
-
-
-def silent_nodes(nodes: Iterable[Mapping[str, Any]]) -> set[str]:
-    """Ids of the nodes whose raylet accepts no connection; Ray's own health check needs many seconds to find out.
-
-    Args:
-        nodes: As `ray.nodes()` lists them.
-    """
-    return {node for node, answers in answering_nodes(nodes).items() if not answers}
-
-
-def answering_nodes(nodes: Iterable[Mapping[str, Any]]) -> dict[str, bool]:
-    """Whether the raylet of each living node accepts a connection, by node id. Blocks for PROBE_SECONDS at most.
-
-    A busy raylet answers all the same, since its host accepts connections for it.
-
-    Args:
-        nodes: As `ray.nodes()` lists them.
-    """
-    alive = [node for node in nodes if node["Alive"]]
-    with ThreadPoolExecutor(PROBES_AT_ONCE) as probes:
-        answers = list(probes.map(_answers, alive))
-    return {node["NodeID"]: answered for node, answered in zip(alive, answers, strict=True)}
-
-
 def living_actors(class_name: str, job_id: str = "") -> dict[str, str]:
-    """Actors of a class, including those yet to start, with their nodes.
+    """Actors of a class, also those that are yet to start, and on which node.
 
     Args:
         class_name: As Ray knows it; the ranks of a group are of RANK_CLASS.
-        job_id: Ray's id of their driver's job; empty for any.
+        job_id: Ray's, of their driver; empty for any.
 
     Returns:
         Node id by actor id.
@@ -186,9 +198,9 @@ def living_actors(class_name: str, job_id: str = "") -> dict[str, str]:
 
 
 def end_actors(gcs_address: str, actors: Iterable[str]) -> None:
-    """Have Ray's head count actors as dead at once; their processes are killed as soon as their nodes can be reached.
+    """Have Ray's head count actors as dead at once; their processes are killed as soon as their nodes can be told.
 
-    `ray.kill` would do, but needs handles, which only the controller has.
+    `ray.kill` would do, but asks for handles, which the controller alone has.
 
     Args:
         gcs_address: Host and port of the head's GCS.
@@ -210,15 +222,3 @@ def end_actors(gcs_address: str, actors: Iterable[str]) -> None:
         ]
         for answer in asked:
             answer.result()
-
-
-def _address(node: Mapping[str, Any]) -> tuple[str, int]:
-    return node["NodeManagerAddress"], node["NodeManagerPort"]
-
-
-def _answers(node: Mapping[str, Any]) -> bool:
-    try:
-        socket.create_connection(_address(node), timeout=PROBE_SECONDS).close()
-    except OSError:
-        return False
-    return True

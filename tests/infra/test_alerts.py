@@ -72,7 +72,7 @@ def test_an_alert_links_to_its_section_which_says_what_to_do(alert: dict[str, An
     assert alert["labels"]["severity"] in ("critical", "warning")
 
 
-def test_no_section_is_about_an_alert_that_no_longer_exists() -> None:
+def test_there_is_no_section_of_an_alert_that_is_gone() -> None:
     headings = set(re.findall(r"^#### (Convmae\w+)$", (ROOT / "docs" / "operate.md").read_text(), flags=re.MULTILINE))
 
     assert headings == {alert["alert"] for alert in alerts()}
