@@ -1,4 +1,4 @@
-"""A run with one checkpoint of made-up ZeRO files, to consolidate, to damage, and to look at."""
+"""A run with one checkpoint of made-up ZeRO files, to consolidate, damage and inspect."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEP = 7
 PART_BYTES = 4096
 """So small that every tensor lies in several parts, and every part in several tensors or ranks."""
 CHUNK_BYTES = 1000
-"""So small that moments, which are not read, have chunks of their own; no multiple of any type's size."""
+"""So small that moments, which are not read, have chunks of their own; not a multiple of any type's size."""
 MATERIAL = random_material(9000, tensor_elements=2500)
 
 Damage = Callable[[Path], None]
@@ -65,7 +65,7 @@ def archives(run: RunDirectory, suffix: str) -> list[Path]:
 
 
 def left_behind(run: RunDirectory) -> list[str]:
-    """Everything in the folder of results, however hidden."""
+    """Everything in the folder of results, including hidden files."""
     folder = Path(run.path("consolidated"))
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 

@@ -27,8 +27,7 @@ from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_cli
 from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-from jobs.cluster.node_view import raylet_addresses, unusable_nodes
-from jobs.cluster.node_watch import NodeWatch, end_actors, living_actors
+from jobs.cluster.node_watch import NodeWatch, end_actors, living_actors, raylet_addresses, unusable_nodes
 from jobs.control.failure_cause import Failure, describe_failure, describe_start_failure
 from jobs.errors import RunFailedError
 from jobs.rank.instruction import PAUSE_SECONDS

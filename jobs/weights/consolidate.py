@@ -23,7 +23,7 @@ from jobs.checkpoint import checkpoint
 from jobs.checkpoint.checked_files import CheckedFiles, with_chunks
 from jobs.checkpoint.checkpoint import Commit
 from jobs.checkpoint.zero_layout import ZeroFiles
-from jobs.cluster.local_fan_out import fan_out_locally
+from jobs.cluster.fan_out import fan_out_locally
 from jobs.errors import CheckpointError
 from jobs.run.directory import RunDirectory
 from jobs.weights.file_layout import DTYPES, PART_BYTES, WeightFile, one_file, several_files

@@ -26,8 +26,8 @@ from jobs.recipe.named_recipes import named_recipe
 from jobs.report.report import write_report
 from jobs.run import roots
 from jobs.run.directory import RunDirectory
-from jobs.stack.local_stack import Stack
 from jobs.stack.ports import Ports
+from jobs.stack.record import Stack
 from pipeline.store.lease import Holder, current_lease
 from pipeline.store.storage import Storage
 

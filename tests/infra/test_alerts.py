@@ -30,7 +30,7 @@ def promtool(*arguments: str, folder: Path = RULES.parent) -> subprocess.Complet
 
 
 @pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed")
-def test_alerts_fire_where_they_must_and_nowhere_else() -> None:
+def test_alerts_fire_when_they_must_and_at_no_other_time() -> None:
     checked = promtool("check", "rules", RULES.name)
     tried = promtool("test", "rules", CASES.name)
 
@@ -49,7 +49,7 @@ def test_every_alert_has_a_case_in_which_it_fires_and_one_in_which_it_does_not()
 
 @pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed")
 @pytest.mark.parametrize("expression", ["vector(0) > 1", "vector(1)"])
-def test_the_cases_find_alerts_that_never_or_always_fire(expression: str, tmp_path: Path) -> None:
+def test_the_cases_detect_alerts_that_never_or_always_fire(expression: str, tmp_path: Path) -> None:
     changed = yaml.safe_load(RULES.read_text())
     for group in changed["groups"]:
         for rule in group["rules"]:
@@ -78,7 +78,7 @@ def test_there_is_no_section_of_an_alert_that_is_gone() -> None:
     assert headings == {alert["alert"] for alert in alerts()}
 
 
-def test_rules_ask_for_series_that_are_served() -> None:
+def test_rules_query_series_that_are_served() -> None:
     """A misspelt name would parse, and never fire."""
     recorded = {rule["record"] for rule in rules() if "record" in rule}
     foreign = {"DCGM_FI_DEV_XID_ERRORS"}
@@ -87,7 +87,7 @@ def test_rules_ask_for_series_that_are_served() -> None:
         assert names <= recorded | foreign | served_names(), rule["expr"]
 
 
-def test_a_cause_that_an_alert_asks_for_has_a_series_from_the_start() -> None:
+def test_a_cause_that_an_alert_queries_has_a_series_from_the_start() -> None:
     """`increase` does not see a series that appears with its first failure."""
     for rule in rules():
         for cause in re.findall(r'cause="(\w+)"', rule["expr"]):

@@ -12,7 +12,7 @@ from chaos_proxy import ChaosProxy, Request
 from testbed import Command, losses, small_recipe
 
 from jobs.checkpoint.checkpoint import committed_steps
-from jobs.stack.local_stack import Stack
+from jobs.stack.record import Stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 

@@ -86,7 +86,7 @@ def test_a_port_that_is_taken_here_says_nothing_of_the_cluster(
     wanted = recipe(data, tmp_path, port_of(taken))
 
     assert plan_run(laptop, wanted, "first", drives=False).recipe.metrics_port == port_of(taken)
-    with pytest.raises(PortTakenError, match="must be a port that can be listened on"):
+    with pytest.raises(PortTakenError, match="must be a port on which this process can listen"):
         plan_run(laptop, wanted, "first")
 
 
@@ -124,7 +124,7 @@ def test_an_exporter_waits_for_the_port_of_one_that_ends(taken: socket.socket) -
 
 
 def test_an_exporter_without_patience_says_what_is_wrong(taken: socket.socket) -> None:
-    with pytest.raises(PortTakenError, match="metrics_port: must be a port that can be listened on"):
+    with pytest.raises(PortTakenError, match="metrics_port: must be a port on which this process can listen"):
         RunExporter("first", "127.0.0.1", port_of(taken))
 
 
@@ -146,7 +146,7 @@ def test_a_supervisor_is_not_started_from_elsewhere(tmp_path: Path) -> None:
     ended = subprocess.run(command, env=clean | variables, capture_output=True, text=True, check=False)
 
     assert ended.returncode == 2
-    assert "error: --supervised: must be given where the cluster is" in ended.stderr
+    assert "error: --supervised: must be given on a node of the cluster" in ended.stderr
     assert "convmae submit" in ended.stderr
 
 

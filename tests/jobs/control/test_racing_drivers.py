@@ -15,7 +15,7 @@ from testbed import Command, small_recipe
 
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.check import faults_of
-from jobs.stack.local_stack import Stack
+from jobs.stack.record import Stack
 
 STEPS = 8
 DRIVERS = 3

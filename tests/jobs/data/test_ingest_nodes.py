@@ -18,7 +18,7 @@ from testbed import TILES
 from jobs.cluster import fan_out
 from jobs.cluster.fan_out import COPIES_PER_NODE, INGEST_RESOURCE, TASKS_PER_CPU
 from jobs.cluster.session import Session
-from jobs.remote.command import RESOURCES_VARIABLE, _job, entrypoint_resources
+from jobs.remote.command import RESOURCES_VARIABLE, entrypoint_resources, job_of_command
 from pipeline.errors import UserError
 from pipeline.ingest.photographs import cut_tiles
 from pipeline.shard.manifest import Manifest
@@ -55,19 +55,19 @@ def test_tasks_take_what_nodes_for_ingests_offer_where_there_are_some(
 ) -> None:
     given(monkeypatch, *nodes)
 
-    assert fan_out._needs() == needs
-    assert fan_out._width(copying=False) == width
+    assert fan_out.task_needs() == needs
+    assert fan_out.task_limit(copying=False) == width
 
 
 def test_what_copies_goes_to_all_nodes_but_those(monkeypatch: pytest.MonkeyPatch) -> None:
     given(monkeypatch, HEAD, GPU)
-    assert next(fan_out._copying_places())["scheduling_strategy"] == "SPREAD"
+    assert next(fan_out.copying_places())["scheduling_strategy"] == "SPREAD"
 
     given(monkeypatch, HEAD, GPU, INGEST, GONE)
-    places = fan_out._copying_places()
+    places = fan_out.copying_places()
     chosen = [next(places)["scheduling_strategy"].node_id for _ in range(4)]
     assert chosen == [HEAD_ID, GPU_ID, HEAD_ID, GPU_ID]
-    assert fan_out._width(copying=True) == 2 * COPIES_PER_NODE
+    assert fan_out.task_limit(copying=True) == 2 * COPIES_PER_NODE
 
 
 @pytest.mark.parametrize(("text", "wanted"), [("", {}), ('{"ingest": 0.01}', {"ingest": 0.01}), ('{"a": 2}', {"a": 2})])
@@ -79,7 +79,7 @@ def test_a_command_from_elsewhere_is_a_job_that_asks_for_it(tmp_path: Path) -> N
     variables = {"RAY_ADDRESS": "http://10.0.0.1:8265", RESOURCES_VARIABLE: '{"ingest": 0.01}'}
     session = Session(variables, tmp_path, None, Storage())
 
-    assert _job(session, ["verify", "s3://b/data"], {}, "")["entrypoint_resources"] == {"ingest": 0.01}
+    assert job_of_command(session, ["verify", "s3://b/data"], {}, "")["entrypoint_resources"] == {"ingest": 0.01}
 
 
 @pytest.mark.parametrize("text", ["ingest", "[1]", '{"ingest": "much"}', '{"ingest": null}', "3"])

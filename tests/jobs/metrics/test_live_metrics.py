@@ -11,7 +11,7 @@ from patience import wait_until
 from prometheus_server import PROMETHEUS, asked, wait_for_series
 from testbed import Command, ranks, small_recipe
 
-from jobs.stack.local_stack import Stack
+from jobs.stack.record import Stack
 
 pytestmark = [
     pytest.mark.slow,

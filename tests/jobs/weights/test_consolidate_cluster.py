@@ -20,7 +20,7 @@ from zero_material import commit_zero_files, random_material, write_zero_files
 
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
-from jobs.stack.local_stack import Stack
+from jobs.stack.record import Stack
 from jobs.weights.results import consolidated_url
 from pipeline.store.storage import Storage
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from chaos_proxy import ChaosProxy
 
-from jobs.stack.local_stack import Stack
+from jobs.stack.record import Stack
 from pipeline.errors import DatasetError, StalledError
 from pipeline.host import daemon_threads
 from pipeline.ingest.plan import Sharding, plan_shards
