@@ -79,8 +79,6 @@ def drive(
         on_status: As for `train`.
         kill: Ends the monitor.
     """
-    import ray
-
     weights = _consolidator(plan, monitor)
     training = _Training(fit)
     with _StopOnSignal(monitor):
@@ -96,12 +94,19 @@ def drive(
             raise overtaken(plan.run, error) from None
     if training.failure:
         raise _failed(plan.run, claim, monitor, root_cause(training.failure)) from training.failure
-    outcome = "finished" if is_committed_to_the_end(plan) else "stopped"
-    weights.finish(plan.schedule.total_steps if outcome == "finished" else None)
-    ray.get(monitor.end.remote(outcome))
-    on_status(ray.get(monitor.status.remote()))
+    is_finished = is_committed_to_the_end(plan)
+    weights.finish(plan.schedule.total_steps if is_finished else None)
+    on_status(_final_status(monitor, outcome := "finished" if is_finished else "stopped"))
     kill(monitor)
     return outcome
+
+
+def _final_status(monitor: Any, outcome: str) -> Mapping[str, Any]:
+    import ray
+
+    ray.get(monitor.end.remote(outcome))
+    status: Mapping[str, Any] = ray.get(monitor.status.remote())
+    return status
 
 
 class _Training(threading.Thread):

@@ -61,11 +61,14 @@ def supervise(
         quick_deaths = quick_deaths + 1 if time.monotonic() - started < quick_death_seconds else 1
         if quick_deaths > MAX_QUICK_DEATHS:
             return 1
-        name = signal.Signals(-code).name
-        sys.stderr.write(f"the driver was killed ({name}); starting it again\n")
-        sys.stderr.flush()
+        _report_death(signal.Signals(-code).name)
         time.sleep(pause_seconds)
     return 1
+
+
+def _report_death(signal_name: str) -> None:
+    sys.stderr.write(f"the driver was killed ({signal_name}); starting it again\n")
+    sys.stderr.flush()
 
 
 def drive(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
