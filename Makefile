@@ -9,8 +9,13 @@ VERSIONS := 3.11 3.12 3.13
 PYTHONS ?= $(foreach version,3.12 3.13,$(firstword $(wildcard \
 	/usr/bin/python$(version) /usr/local/bin/python$(version) $(HOME)/.pyenv/versions/$(version).*/bin/python$(version))))
 
+# The door of each, and what stands right behind it: the scaling policy, the process group, an engine of every stage.
+NEWEST_TESTS := tests/jobs/cluster/test_ray_internals.py tests/jobs/checkpoint/test_deepspeed_internals.py \
+	tests/jobs/control/test_node_policy.py tests/jobs/rank/test_process_group.py tests/jobs/rank/test_standby.py \
+	tests/jobs/checkpoint/test_zero_state.py
+
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain down fix check test test-pythons test-slow test-hosts soak fuzz bench-recovery bench-hosts bench-plan bench-model bench-loader bench-checkpoint bench-consolidate bench-scale
+.PHONY: help install pretrain down fix check test test-pythons test-newest test-slow test-hosts soak fuzz bench-recovery bench-hosts bench-plan bench-model bench-loader bench-checkpoint bench-consolidate bench-scale
 
 help:  ## Show these lines
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -55,6 +60,13 @@ test-pythons:  ## The fast tests on each other Python that is found, or in PYTHO
 		$(MAKE) --no-print-directory install PYTHON=$$python VENV=$$venv && \
 		$$venv/bin/python -m pytest -n 2 -m 'not slow and not soak and not stack' || exit 1; \
 	done
+
+test-newest:  ## What is used of the insides of Ray and DeepSpeed, against the newest of both; see docs/private-api.md
+	@rm -rf .venv-newest && $(PYTHON) -m venv .venv-newest
+	@grep -vE '^(ray|deepspeed)==' constraints.txt >.venv-newest/constraints.txt
+	@.venv-newest/bin/pip install -qq --no-compile --disable-pip-version-check -c .venv-newest/constraints.txt -e '.[local,export,dev]'
+	@.venv-newest/bin/pip list --format=freeze | grep -E '^(ray|deepspeed)=='
+	@.venv-newest/bin/python -m pytest -k 'not pinned_version' $(NEWEST_TESTS)
 
 test-slow: $(INSTALLED)  ## The tests that take minutes
 	$(BIN)/python -m pytest -m slow

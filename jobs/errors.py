@@ -7,8 +7,23 @@
 from __future__ import annotations
 
 import os
+from importlib.metadata import PackageNotFoundError, version
 
 from pipeline.errors import UserError
+
+
+class DependencyError(UserError):
+    """A version of a package that lacks what is used of its insides."""
+
+    @classmethod
+    def missing(cls, package: str, name: str, pinned: str) -> DependencyError:
+        """What to say where the installed version lacks something that the pinned one has."""
+        try:
+            installed = version(package)
+        except PackageNotFoundError:
+            installed = "none"
+        remedy = f"install the pinned version: pip install -c constraints.txt {package}"
+        return cls(package, f"must have {name}, as version {pinned} has", installed, remedy)
 
 
 class RecipeError(UserError):

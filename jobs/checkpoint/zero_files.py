@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from jobs.checkpoint import deepspeed_internals as keys
 from jobs.checkpoint.checkpoint import Commit, file_url
 from jobs.checkpoint.torch_archive import Files, LazyTensor, TensorPlace, damaged, read_archive
 from jobs.errors import CheckpointError
@@ -25,8 +26,6 @@ _THREADS = 8
 """Files that are looked into at once."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter."""
-_MASTERS = {True: "fp32_flat_groups", False: "single_partition_of_fp32_groups"}
-"""Where the fp32 masters are: in ZeRO 3, and else."""
 _SCALARS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
 
 Shape = tuple[int, ...]
@@ -75,7 +74,7 @@ def file_names(commit: Commit) -> tuple[list[str], list[str]]:
     Raises:
         CheckpointError: There are none.
     """
-    models, optimizers = (_by_rank(commit, suffix) for suffix in ("_model_states.pt", "_optim_states.pt"))
+    models, optimizers = (_by_rank(commit, suffix) for suffix in (keys.MODEL_SUFFIX, keys.OPTIMIZER_SUFFIX))
     if not models or not optimizers:
         raise CheckpointError("checkpoint", "must hold ZeRO files", f"step {commit.step}", "choose another --step")
     return models, optimizers
@@ -165,30 +164,31 @@ def _by_rank(commit: Commit, suffix: str) -> list[str]:
 
 
 def _model_file(run: RunDirectory, contents: Mapping[str, Any], *, is_first: bool) -> ModelFile:
-    places = {_text(name): tensor.place() for name, tensor in (contents.get("frozen_param_fragments") or {}).items()}
+    places = {_text(name): tensor.place() for name, tensor in (contents.get(keys.FROZEN_FRAGMENTS) or {}).items()}
     if not is_first:
         return ModelFile(places)
     _check_kind(run, contents)
-    shapes = tuple(_shapes(group) for group in contents["param_shapes"])
-    frozen = _shapes(contents.get("frozen_param_shapes") or {})
+    shapes = tuple(_shapes(group) for group in contents[keys.SHAPES])
+    frozen = _shapes(contents.get(keys.FROZEN_SHAPES) or {})
     elsewhere = {*frozen, *(name for group in shapes for name in group)}
     fixed = {
         _text(name): tensor.place()
-        for name, tensor in contents["module"].items()
+        for name, tensor in contents[keys.MODULE].items()
         if name not in elsewhere and isinstance(tensor, LazyTensor)
     }
-    aliases = {_text(alias): _text(name) for alias, name in contents.get("shared_params", {}).items()}
+    aliases = {_text(alias): _text(name) for alias, name in contents.get(keys.ALIASES, {}).items()}
     return ModelFile(places if frozen else {}, shapes, frozen, fixed, aliases)
 
 
 def _optimizer_file(
     run: RunDirectory, contents: Mapping[str, Any], files: Files, *, moments: bool, is_first: bool
 ) -> OptimizerFile:
-    state = contents["optimizer_state_dict"]
-    is_stage_3 = _MASTERS[True] in state
-    if _MASTERS[is_stage_3] not in state:
+    state = contents[keys.STATE]
+    is_stage_3 = keys.MASTERS_OF_STAGE_3 in state
+    where = keys.MASTERS_OF_STAGE_3 if is_stage_3 else keys.MASTERS
+    if where not in state:
         raise CheckpointError("checkpoint", "must be of ZeRO 1, 2 or 3", run.name, "choose another --step")
-    masters = tuple(tensor.place() for tensor in state[_MASTERS[is_stage_3]])
+    masters = tuple(tensor.place() for tensor in state[where])
     inner = _inner_states(state)
     found: dict[str, tuple[TensorPlace, ...]] = {}
     if moments:
@@ -196,7 +196,7 @@ def _optimizer_file(
         found = {moment: tuple(inner[group][moment].place() for group in sorted(inner)) for moment in MOMENTS}
     if not is_first:
         return OptimizerFile(is_stage_3, masters, found)
-    counts, paddings = state.get("partition_count", 0), state.get("param_alignment_paddings")
+    counts, paddings = state.get(keys.RANKS, 0), state.get(keys.PADDINGS)
     ranks = operator.index(max(counts) if isinstance(counts, list) else counts)
     behind = paddings and tuple(tuple(operator.index(count) for count in group) for group in paddings)
     step = _number(files, inner[min(inner)]["step"]) if moments else 0.0
@@ -205,7 +205,7 @@ def _optimizer_file(
 
 def _inner_states(state: Mapping[str, Any]) -> Mapping[int, Mapping[str, Any]]:
     """AdamW's own state: flat vectors by number of their group."""
-    inner = state.get("optimizer_state_dict" if _MASTERS[True] in state else "base_optimizer_state")
+    inner = state.get(keys.STATE if keys.MASTERS_OF_STAGE_3 in state else keys.INNER_STATE)
     found = inner.get("state") if isinstance(inner, Mapping) else None
     return found if isinstance(found, Mapping) else {}
 
@@ -232,13 +232,13 @@ def _text(name: object) -> str:
 
 def _check_kind(run: RunDirectory, first: Mapping[str, Any]) -> None:
     """Refuse what DeepSpeed can save and nothing here was made for."""
-    config = first.get("ds_config")
+    config = first.get(keys.CONFIG)
     zero = config.get("zero_optimization") if isinstance(config, Mapping) else None
     offloads = [zero.get(what) for what in ("offload_optimizer", "offload_param")] if isinstance(zero, Mapping) else []
     kinds = {
         "without offload": any(isinstance(to, Mapping) and to.get("device", "none") != "none" for to in offloads),
-        "without tensor parallelism": first.get("mp_world_size", 1) != 1,
-        "without mixture of experts": bool(first.get("num_experts")),
+        "without tensor parallelism": first.get(keys.TENSOR_PARALLEL_RANKS, 1) != 1,
+        "without mixture of experts": bool(first.get(keys.EXPERTS)),
     }
     for rule, is_broken in kinds.items():
         if is_broken:

@@ -1,11 +1,10 @@
-"""A run's state out of a checkpoint of any world size and ZeRO stage, and into the engine that goes on.
+"""A run's state out of a checkpoint of any world size and ZeRO stage, and into the engine that resumes it.
 
 DeepSpeed 0.19.8 loads a checkpoint only at the world size that wrote it. Here its files are read by ranges, through the
 layout of whoever wrote them (zero_layout): of the weights, which each rank's module needs whole, each rank reads a
 part and the ranks add the parts up; of AdamW's moments each reads what it will own. What a rank owns follows from
 parameter groups, stage, rank and world size alone, so that a checkpoint is read and found whole before an engine is
-built; the engine must then agree. This leans on private fields of DeepSpeed: its version is pinned, and the exactness
-test must stay green.
+built; the engine must then agree. That leans on what DeepSpeed does not document: jobs.checkpoint.deepspeed_internals.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import functools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from jobs.checkpoint.checked_files import CheckedFiles, Copy
+from jobs.checkpoint.deepspeed_internals import PINNED, adam_slots, owned_slices
 from jobs.checkpoint.rank_group import BUCKET_BYTES, RankGroup, Room
 from jobs.checkpoint.torch_archive import ITEM_BYTES, TensorPlace
 from jobs.checkpoint.zero_files import MOMENTS
@@ -116,17 +117,13 @@ def restore_optimizer(engine: deepspeed.DeepSpeedEngine, state: ZeroState) -> No
     Raises:
         CheckpointError: The engine owns other ranges than were read: DeepSpeed is not the version that is pinned.
     """
-    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
-    optimizer = engine.optimizer
-    stage = engine.zero_optimization_stage()
-    cut = _whole_slices(optimizer, names) if stage == 3 else _group_slices(optimizer, names)
-    slices = list(cut)
+    slices = owned_slices(engine)
     found = {piece.name: range(piece.start, piece.start + piece.length) for _, pieces in slices for piece in pieces}
     if found != {name: values for name, values in state.owned.items() if values}:
-        rule, remedy = "must share out the optimizer's state as 0.19.8 does", "install the version that is pinned"
-        raise CheckpointError("deepspeed", rule, _version(), remedy)
+        rule, remedy = f"must share out the optimizer's state as {PINNED} does", "install the version that is pinned"
+        raise CheckpointError("deepspeed", rule, version("deepspeed"), remedy)
     for flat, pieces in slices:
-        slots = optimizer.optimizer.state[flat]
+        slots = adam_slots(engine, flat)
         slots["step"] = torch.tensor(state.optimizer_step, dtype=torch.float32)
         for moment in MOMENTS:
             slots[moment] = torch.zeros_like(flat)
@@ -266,47 +263,3 @@ def _copies(source: SourceTensor, wanted: range, room: Tensor) -> Iterator[Copy]
     for extent in source.extents(wanted.start, wanted.stop):
         yield Copy(extent.record.url, extent.record.offset + extent.start, target[position : position + extent.bytes])
         position += extent.bytes
-
-
-def _version() -> str:
-    import deepspeed
-
-    version: str = deepspeed.__version__
-    return version
-
-
-@dataclass(frozen=True)
-class _Piece:
-    """`length` values of parameter `name` from `start` on, which lie at `offset` of a rank's flat vector."""
-
-    name: str
-    start: int
-    length: int
-    offset: int
-
-
-def _group_slices(optimizer: Any, names: Mapping[int, str]) -> Iterator[tuple[Tensor, list[_Piece]]]:
-    """ZeRO 1 and 2: this rank's range of each group, as pieces of parameters."""
-    for index, flat in enumerate(optimizer.single_partition_of_fp32_groups):
-        rank = torch.distributed.get_rank(optimizer.real_dp_process_group[index])
-        begin, pieces, position = rank * flat.numel(), [], 0
-        for parameter in optimizer.round_robin_bit16_groups[index]:
-            low, high = max(begin, position), min(begin + flat.numel(), position + parameter.numel())
-            if low < high:
-                pieces.append(_Piece(names[id(parameter)], low - position, high - low, low - begin))
-            position += parameter.numel()
-        yield flat, pieces
-
-
-def _whole_slices(optimizer: Any, names: Mapping[int, str]) -> Iterator[tuple[Tensor, list[_Piece]]]:
-    """ZeRO 3: this rank's range of each parameter."""
-    rank = torch.distributed.get_rank(optimizer.dp_process_group)
-    for flat, parameters in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
-        pieces, offset = [], 0
-        for parameter in parameters:
-            share = parameter.ds_tensor.ds_numel
-            length = max(0, min(share, parameter.ds_numel - rank * share))
-            if length:
-                pieces.append(_Piece(names[id(parameter)], rank * share, length, offset))
-            offset += share
-        yield flat, pieces

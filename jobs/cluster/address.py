@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from jobs.errors import ClusterError
+from jobs.errors import ClusterError, DependencyError
 from pipeline.access.proxies import Proxies
 
 VARIABLE = "RAY_ADDRESS"
@@ -167,12 +167,15 @@ def own_addresses() -> set[str]:
 
 
 def _nodes(address: ClusterAddress) -> list[Any]:
-    """What Ray's head tells of each node."""
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
+    """What Ray's head says of each node."""
     from ray.exceptions import RayError
 
+    from jobs.cluster.ray_internals.core import nodes_of
+
     try:
-        return list(GcsClient(address=address.text).get_all_node_info(timeout=CONNECT_SECONDS).values())
+        return nodes_of(address.text, CONNECT_SECONDS)
+    except DependencyError:
+        raise
     except (RayError, RuntimeError, OSError, ValueError) as error:
         raise refusal(address.text, error) from error
 

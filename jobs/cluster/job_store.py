@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from jobs.cluster.ray_internals.core import put_package, take_package
 from jobs.errors import ClusterError
 from jobs.run.own_code import module_command
 
@@ -47,10 +48,10 @@ def send(session: Session, client: Any) -> dict[str, str]:
     if storage.is_of_machines or session.is_on_stack:
         return {}
     name = f"convmae-{secrets.token_hex(16)}.zip"
-    answer = client._do_request("PUT", f"/api/packages/gcs/{name}", data=json.dumps(storage.to_json()).encode())
-    if answer.status_code != 200:
+    status = put_package(client, name, json.dumps(storage.to_json()).encode())
+    if status != 200:
         remedy = "look at the cluster with `convmae doctor`"
-        raise ClusterError("RAY_ADDRESS", f"must take settings ({answer.status_code})", session.cluster.text, remedy)
+        raise ClusterError("RAY_ADDRESS", f"must take settings ({status})", session.cluster.text, remedy)
     return {VARIABLE: name}
 
 
@@ -77,15 +78,5 @@ def received(environ: Mapping[str, str]) -> dict[str, str]:
     return {**environ, STORE_VARIABLE: taking.stdout}
 
 
-def _taken(name: str, address: str) -> bytes:
-    """A parcel's content, which is gone by then."""
-    from ray._raylet import GcsClient  # type: ignore[attr-defined]  # compiled
-
-    gcs, key = GcsClient(address=address), f"gcs://{name}".encode()
-    content: bytes = gcs.internal_kv_get(key, None, timeout=SECONDS) or b""
-    gcs.internal_kv_del(key, False, None, timeout=SECONDS)
-    return content
-
-
 if __name__ == "__main__":
-    sys.stdout.buffer.write(_taken(os.environ[VARIABLE], os.environ["RAY_ADDRESS"]))
+    sys.stdout.buffer.write(take_package(os.environ["RAY_ADDRESS"], os.environ[VARIABLE], SECONDS))

@@ -19,6 +19,7 @@ from pathlib import Path
 import psutil
 
 from jobs.cluster.interfaces import choose_interface
+from jobs.cluster.ray_internals.core import health_settings
 from pipeline.store.storage import Storage
 
 PACKAGES = ("torch", "deepspeed", "ray", "numpy", "simplejpeg", "s3fs", "webdataset")
@@ -91,9 +92,7 @@ class NodeProbe:
 
     def ray_settings(self) -> Mapping[str, int]:
         """How this node's Ray processes were set to look after others, by the setting's name; matters on the head."""
-        from ray import _config
-
-        return {name: int(getattr(_config, name)()) for name in RAY_SETTINGS}
+        return health_settings(RAY_SETTINGS)
 
     def read_bytes_per_second(self, storage: Storage, url: str, size_bytes: int) -> float:
         """Read an object by ranges, as a loader does, on several threads.

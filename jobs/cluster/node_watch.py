@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
+from jobs.cluster.ray_internals.core import RANK_CLASS, draining_nodes, end_actors, living_actors
+
 logger = logging.getLogger(__name__)
 
 PROBE_SECONDS = 1.0
@@ -27,7 +29,6 @@ SILENT_SECONDS = 5.5
 ALONE_SECONDS = 20.0
 """If no other node answers, it is most likely this one that is cut off; longer than a switch takes to restart."""
 CALL_SECONDS = 5.0
-RANK_CLASS = "RayTrainWorker"
 
 
 @dataclass
@@ -67,10 +68,9 @@ class Silence:
 def unusable_nodes() -> set[str]:
     """Ids of nodes that Ray counts as alive, though they are being drained or do not answer."""
     import ray
-    from ray._private.state import state
 
     nodes: Any = ray.nodes()  # type: ignore[no-untyped-call]
-    return set(state.get_draining_nodes()) | silent_nodes(nodes)
+    return draining_nodes() | silent_nodes(nodes)
 
 
 def raylet_addresses() -> dict[str, tuple[str, int]]:
@@ -174,51 +174,3 @@ class NodeWatch:
         ray.get(self._monitor.unreachable.remote(hosts, min(gone.values())), timeout=CALL_SECONDS)
         # All of them: ranks on other nodes hang in a collective, and would be waited for.
         end_actors(self._gcs_address, sorted(ranks, key=lambda rank: ranks[rank] not in gone))
-
-
-def living_actors(class_name: str, job_id: str = "") -> dict[str, str]:
-    """Actors of a class, also those that are yet to start, and on which node.
-
-    Args:
-        class_name: As Ray knows it; the ranks of a group are of RANK_CLASS.
-        job_id: Ray's, of their driver; empty for any.
-
-    Returns:
-        Node id by actor id.
-    """
-    import ray
-    from ray._private.state import actors
-
-    table: Any = actors(job_id=ray.JobID.from_hex(job_id) if job_id else None)
-    return {
-        actor: facts["Address"]["NodeID"]
-        for actor, facts in table.items()
-        if facts["ActorClassName"] == class_name and facts["State"] != "DEAD"
-    }
-
-
-def end_actors(gcs_address: str, actors: Iterable[str]) -> None:
-    """Have Ray's head count actors as dead at once; their processes are killed as soon as their nodes can be told.
-
-    `ray.kill` would do, but asks for handles, which the controller alone has.
-
-    Args:
-        gcs_address: Host and port of the head's GCS.
-        actors: Ids.
-    """
-    from ray._private.grpc_utils import init_grpc_channel
-    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
-
-    messages: Any = gcs_service_pb2
-    services: Any = gcs_service_pb2_grpc
-    with init_grpc_channel(gcs_address) as channel:
-        service = services.ActorInfoGcsServiceStub(channel)
-        asked = [
-            service.KillActorViaGcs.future(
-                messages.KillActorViaGcsRequest(actor_id=bytes.fromhex(actor), force_kill=True, no_restart=True),
-                timeout=CALL_SECONDS,
-            )
-            for actor in actors
-        ]
-        for answer in asked:
-            answer.result()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +19,9 @@ from jobs.cluster import address as cluster_address
 from jobs.cluster.address import ClusterAddress
 from jobs.cluster.job_store import STORE_VARIABLE
 from jobs.cluster.key_renewal import start_renewal
+from jobs.cluster.ray_internals.core import printable_command_line
 from jobs.cluster.store_choice import chosen_store, is_of_stack, naming_variable
-from jobs.errors import ClusterError
+from jobs.errors import ClusterError, DependencyError
 from jobs.run import roots
 from jobs.run.directory import RunDirectory
 from jobs.run.own_code import PROJECT
@@ -41,20 +42,6 @@ JOB_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 def home_folder(environ: Mapping[str, str]) -> Path:
     """The local stack's folder: $CONVMAE_HOME, or `.convmae` in the current folder."""
     return Path(normal(environ.get(HOME_VARIABLE) or ".convmae"))
-
-
-@contextlib.contextmanager
-def _own_words_as_text() -> Iterator[None]:
-    """Ray tells its head this process's command line as text, which names of files that are no UTF-8 are not."""
-    import ray._private.utils
-
-    utils: Any = ray._private.utils
-    words = utils.get_entrypoint_name
-    utils.get_entrypoint_name = lambda: words().encode("utf-8", "backslashreplace").decode()
-    try:
-        yield
-    finally:
-        utils.get_entrypoint_name = words
 
 
 @dataclass(frozen=True)
@@ -221,7 +208,7 @@ class Session:
         self.quiet_ray()
         try:
             # Ray puts the driver's current folder first on its workers' path, and the user's may hold a pipeline.py.
-            with contextlib.chdir(PROJECT), _own_words_as_text():
+            with contextlib.chdir(PROJECT), printable_command_line():
                 ray.init(
                     self.cluster.text,
                     namespace=NAMESPACE,
@@ -230,6 +217,8 @@ class Session:
                     log_to_driver=self.is_verbose,
                     runtime_env={} if self.is_in_job else self.code(),
                 )
+        except DependencyError:
+            raise
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise cluster_address.refusal(self.cluster.text, error) from error
         start_renewal(self.storage)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.cluster import job_store
 from jobs.cluster.address import http_proxy, refusal
+from jobs.cluster.ray_internals.core import dashboard_address
 from jobs.cluster.session import Session
 from jobs.errors import ClusterError, RunError
 from jobs.run.directory import RunDirectory
@@ -137,7 +138,7 @@ async def tail_log(client: Any, submission_id: str) -> AsyncIterator[str]:
     Ray's own way is a WebSocket, which supports no proxy, and which few proxies let through; behind one, the log is
     polled.
     """
-    if not http_proxy(client._address):
+    if not http_proxy(dashboard_address(client)):
         async for piece in client.tail_job_logs(submission_id):
             yield piece
         return

@@ -1,4 +1,4 @@
-"""What keeps a run going: driver, monitor, worker group, supervisor, lease, and what is done at its end.
+"""What keeps a run alive: driver, monitor, worker group, supervisor, lease, and what is done at its end.
 
 Of `jobs` all may be imported but `jobs.cli`.
 """

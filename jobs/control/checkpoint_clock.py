@@ -1,4 +1,4 @@
-"""When the ranks should save, where the interval is one of time.
+"""The clock of checkpoints: when the ranks should save, where the interval is one of time.
 
 The ranks' own clocks differ, and all must save after the same step. So the monitor keeps the time, and its instruction
 travels with the next step's sum.
@@ -20,7 +20,7 @@ DIFFERENT_RATIO = 0.1
 
 
 class CheckpointClock:
-    """Says after which step a save is due, and how far apart saves are.
+    """The steps after which a save is due, and how far apart saves are.
 
     It learns from the run's events: those that earlier attempts left, and each new one. Saves that steps, milestones or
     a drain bring count as well.
@@ -90,7 +90,7 @@ class CheckpointClock:
         return self._under_way is None and now - self._counts_from >= self._seconds
 
     def decide(self, *, failures: int, worker_seconds: float, world_size: int) -> Decision | None:
-        """Look at the interval anew, with `auto`; what is returned is in force from now on.
+        """Choose the interval again, with `auto`; what is returned is in force from now on.
 
         Args:
             failures: Of the worker group, since the run began.

@@ -1,6 +1,6 @@
 """The driver of a run: starts the monitor, and lets Ray Train run workers until the end.
 
-What fails is restarted by Ray Train from the newest committed checkpoint; a failure that restarts cannot mend, or too
+What fails is restarted by Ray Train from the newest committed checkpoint; a failure that restarts cannot fix, or too
 many without progress, end the run with the root cause.
 """
 
@@ -10,17 +10,19 @@ import contextlib
 import logging
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
 
+from jobs.cluster.ray_internals.table import check_ray
 from jobs.cluster.session import Session
 from jobs.control.failure_cause import root_cause
 from jobs.control.lease import is_committed_to_the_end, overtaken
 from jobs.control.milestones import MilestoneConsolidator
-from jobs.control.monitor import MonitorConfig, RunMonitor
+from jobs.control.monitor import RunMonitor
+from jobs.control.run_memory import MonitorConfig
 from jobs.control.run_plan import RunPlan
-from jobs.errors import MonitorLivesError, OvertakenError, RunFailedError
+from jobs.errors import DependencyError, MonitorLivesError, OvertakenError, RunFailedError
 from jobs.rank.trainer import TrainJob
 from jobs.recipe.checkpoint_interval import IntervalRule
 from jobs.run.directory import RunDirectory
@@ -48,37 +50,98 @@ def train(session: Session, plan: RunPlan, claim: Lease, on_status: Callable[[Ma
         OvertakenError: Another driver took over, since this one did not reach the store for too long.
         RunFailedError: With the root cause, if the run had to be given up.
     """
-    import ray
-    from ray.exceptions import RayError
-
     monitor = _start_monitor(session, plan, claim)
+    return drive(plan, claim, monitor, lambda: _fit(plan, claim, monitor), on_status)
+
+
+def _kill(actor: Any) -> None:
+    import ray
+
+    ray.kill(actor)
+
+
+def drive(
+    plan: RunPlan,
+    claim: Lease,
+    monitor: Any,
+    fit: Callable[[], None],
+    on_status: Callable[[Mapping[str, Any]], None],
+    *,
+    kill: Callable[[Any], None] = _kill,
+) -> str:
+    """`train`, for a run whose monitor lives.
+
+    Args:
+        plan: As for `train`.
+        claim: As for `train`.
+        monitor: Its handle.
+        fit: Trains to the end, on a thread of its own.
+        on_status: As for `train`.
+        kill: Ends the monitor.
+    """
     weights = _consolidator(plan, monitor)
-    failure: list[BaseException] = []
-    fit = threading.Thread(target=_fit, args=(plan, claim, monitor, failure), name="ray-train", daemon=True)
+    training = _Training(fit)
     with _StopOnSignal(monitor):
-        fit.start()
-        while fit.is_alive():
-            fit.join(timeout=1.0)
-            try:
-                claim.check()
-                status: Any = ray.get(monitor.status.remote())
+        training.start()
+        try:
+            for status in _statuses(training, claim, monitor):
                 weights.look(status.get("checkpoint_step"))
                 on_status(status)
                 if status["state"] == "stopping" and status["waiting"]:
                     break  # there are no ranks that could save
-            except RayError:
-                logger.warning("the run's monitor is being restarted")
-            except LeaseHeldError as error:  # the run directory is the other's: nothing more may be written to it
-                ray.kill(monitor)
-                raise overtaken(plan.run, error) from None
-    if failure:
-        raise _failed(plan.run, claim, monitor, root_cause(failure[0])) from failure[0]
-    outcome = "finished" if is_committed_to_the_end(plan) else "stopped"
-    weights.finish(plan.schedule.total_steps if outcome == "finished" else None)
-    ray.get(monitor.end.remote(outcome))
-    on_status(ray.get(monitor.status.remote()))
-    ray.kill(monitor)
+        except LeaseHeldError as error:  # the run directory is the other's: nothing more may be written to it
+            kill(monitor)
+            raise overtaken(plan.run, error) from None
+    if training.failure:
+        raise _failed(plan.run, claim, monitor, root_cause(training.failure)) from training.failure
+    is_finished = is_committed_to_the_end(plan)
+    weights.finish(plan.schedule.total_steps if is_finished else None)
+    on_status(_final_status(monitor, outcome := "finished" if is_finished else "stopped"))
+    kill(monitor)
     return outcome
+
+
+def _final_status(monitor: Any, outcome: str) -> Mapping[str, Any]:
+    import ray
+
+    ray.get(monitor.end.remote(outcome))
+    status: Mapping[str, Any] = ray.get(monitor.status.remote())
+    return status
+
+
+class _Training(threading.Thread):
+    """The thread in which Ray Train works, and what it ended with."""
+
+    def __init__(self, fit: Callable[[], None]) -> None:
+        super().__init__(name="ray-train", daemon=True)
+        self._fit = fit
+        self.failure: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self._fit()
+        except BaseException as error:  # for the main thread, which raises it
+            self.failure = error
+
+
+def _statuses(training: _Training, claim: Lease, monitor: Any) -> Iterator[Mapping[str, Any]]:
+    """What the monitor says, about once a second while the run trains.
+
+    Raises:
+        LeaseHeldError: Another driver has taken the run over.
+    """
+    import ray
+    from ray.exceptions import RayError
+
+    while training.is_alive():
+        training.join(timeout=1.0)
+        claim.check()
+        try:
+            status: Mapping[str, Any] = ray.get(monitor.status.remote())
+        except RayError:
+            logger.warning("the run's monitor is being restarted")
+            continue
+        yield status
 
 
 def _start_monitor(session: Session, plan: RunPlan, claim: Lease) -> Any:
@@ -101,6 +164,11 @@ def _start_monitor(session: Session, plan: RunPlan, claim: Lease) -> Any:
     )
     patience_seconds = plan.run.storage.retry_seconds
     monitor = persevere(lambda: _new_monitor(plan.run, config, claim), MonitorLivesError, patience_seconds)
+    try:
+        check_ray()
+    except DependencyError:
+        ray.kill(monitor)
+        raise
     import jobs.control.worker_group  # noqa: F401  as long as the monitor's process imports, too
 
     try:
@@ -144,31 +212,28 @@ def _consolidator(plan: RunPlan, monitor: Any) -> MilestoneConsolidator:
     import ray
     from ray.exceptions import RayError
 
-    def tell(method: Any, **facts: Any) -> None:
+    def report(method: Any, **facts: Any) -> None:
         with contextlib.suppress(RayError):  # a monitor that has just died misses the event, not the weights
             ray.get(method.remote(**facts))  # not waited for, it might be overtaken by the run's end
 
     def done(result: Consolidated) -> None:
-        tell(monitor.consolidated, step=result.step, url=result.url, size_bytes=result.bytes, seconds=result.seconds)
+        report(monitor.consolidated, step=result.step, url=result.url, size_bytes=result.bytes, seconds=result.seconds)
 
     def failed(step: int, error: str) -> None:
-        tell(monitor.consolidation_failed, step=step, error=error)
+        report(monitor.consolidation_failed, step=step, error=error)
 
     return MilestoneConsolidator(plan.run, done, failed)
 
 
-def _fit(plan: RunPlan, claim: Lease, monitor: Any, failure: list[BaseException]) -> None:
+def _fit(plan: RunPlan, claim: Lease, monitor: Any) -> None:
     from jobs.control.worker_group import fit
 
-    try:
-        marks = run_landmarks(plan.recipe, plan.run, claim)
-        fit(TrainJob(plan.recipe, plan.run, monitor, claim.number, claim.holder.text, plan.trace_url, marks))
-    except BaseException as error:  # handed to the main thread, which raises it
-        failure.append(error)
+    marks = run_landmarks(plan.recipe, plan.run, claim)
+    fit(TrainJob(plan.recipe, plan.run, monitor, claim.number, claim.holder.text, plan.trace_url, marks))
 
 
 def _failed(run: RunDirectory, claim: Lease, monitor: Any, reason: str) -> OvertakenError | RunFailedError:
-    """The end of a run that was given up, told to its monitor; or of this driver alone, if the run has another."""
+    """The error of a run that was given up, which its monitor is told; of this driver alone, if the run has another."""
     import ray
     from ray.exceptions import RayActorError
 
@@ -176,7 +241,7 @@ def _failed(run: RunDirectory, claim: Lease, monitor: Any, reason: str) -> Overt
         ray.get(monitor.end.remote("failed", reason))
     except RayActorError:  # who takes over ends the monitor, also of a driver that cannot read yet that it has lost
         with contextlib.suppress(OSError, UserError):
-            claim.beat()  # waits for a store that is away
+            claim.beat()  # waits for a store that is unreachable
         try:
             claim.check()
         except LeaseHeldError as error:

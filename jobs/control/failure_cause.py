@@ -1,4 +1,4 @@
-"""What ended a worker group, in one line: its root cause among the errors of all ranks."""
+"""The cause of the end of an attempt, in one line: the root cause among the errors of all ranks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ or nothing, since the same would be met again."""
 
 
 class Failure(NamedTuple):
-    """Why a worker group ended."""
+    """Why an attempt ended."""
 
     cause: str
     """In one line."""
@@ -39,7 +39,7 @@ class Failure(NamedTuple):
 
 
 def describe_failure(worker_exceptions: Mapping[int, Exception]) -> Failure:
-    """The root cause among the errors of a worker group.
+    """The root cause among the errors of an attempt.
 
     When one rank dies its peers fail too, in their collectives; those are named only if there is nothing else.
     """
@@ -57,7 +57,7 @@ def describe_failure(worker_exceptions: Mapping[int, Exception]) -> Failure:
 
 
 def describe_start_failure(error: Exception) -> Failure:
-    """The same of a worker group that could not be started."""
+    """The same of an attempt that could not be started."""
     cause = _cause(error)
     return Failure(f"start of the ranks: {_line(cause)}", _remedy(cause))
 
@@ -72,7 +72,7 @@ def _line(cause: BaseException) -> str:
 
 
 def _remedy(cause: BaseException) -> Remedy:
-    """An object store that is away may come back. One that refuses us, or is full, did not when the run began."""
+    """An unreachable object store may come back. One that refuses us, or is full, did not when the run began."""
     if not isinstance(cause, UserError) or isinstance(cause, UnreachableError | NotCommittedError):
         return "restart"
     is_about_the_store = isinstance(cause, StorageError) and not isinstance(cause, ReplacedError)

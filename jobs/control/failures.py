@@ -1,4 +1,4 @@
-"""Why the worker groups of a run ended, as its monitor knows it, and when that is reason enough to give it up."""
+"""The failures of a run, as its monitor knows them, and when they are reason enough to give it up."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Failures:
         self.failed_at: float | None = None
         """Unix seconds."""
         self.cause = ""
-        """What ends the group, where that is known better than from the errors of its ranks."""
+        """What ends the attempt, where that is known better than from the errors of its ranks."""
         self._most = most_without_progress
         self._in_a_row = 0
         self._label = ""
@@ -30,13 +30,13 @@ class Failures:
         self.failed_at = None
 
     def know_cause(self, label: str, text: str) -> None:
-        """Note what ends the group before its ranks' errors tell of it, or in their place."""
+        """Note what ends the attempt before the errors of its ranks say so, or in their place."""
         self._label, self.cause = label, text
         if self.reason:
             self.reason = text
 
     def add(self, error: str, now: float) -> str:
-        """Note that the group ended of `error`, in one line; returns a label with few values for it."""
+        """Note that the attempt ended with `error`, in one line; returns a label with few values for it."""
         self.reason = self.cause or error  # what the others died of
         self.failed_at = now
         self._in_a_row += 1

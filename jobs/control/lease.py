@@ -9,7 +9,7 @@ from typing import Literal
 
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.checkpoint import CLAIMS
-from jobs.control.monitor import FLUSH_INTERVAL_SECONDS
+from jobs.control.run_memory import FLUSH_INTERVAL_SECONDS
 from jobs.control.run_plan import RunPlan
 from jobs.errors import OvertakenError, RunError
 from jobs.run.directory import FINAL_STATES, REPORT_NAME, RunDirectory
@@ -41,7 +41,7 @@ def sole_driver(
 
     Args:
         run: Whose directory will be written to.
-        on_wait: Told who is watched, where it must be seen whether a driver still lives.
+        on_wait: Is given who is watched, where it must be seen whether a driver still lives.
         beat_seconds: Between two beats of this driver.
 
     Raises:
@@ -83,7 +83,7 @@ def claim_run(plan: RunPlan, *, is_sole_driver: bool = False) -> Literal["new", 
             ruler = current_lease(run.storage, run.path(CLAIMS))
             held = f" ({ruler.text})" if ruler and not ruler.is_over else ""
             raise RunError("run", f"must not be running already{held}", run.name, _ask_the_other(run))
-        run.take_stop_request()  # one that nobody heard is not meant for this attempt
+        run.take_stop_request()  # one that nobody read is not meant for this attempt
     return "new" if run.claim(plan.recipe) else "resumes"
 
 
@@ -94,6 +94,6 @@ def is_committed_to_the_end(plan: RunPlan) -> bool:
 
 
 def overtaken(run: RunDirectory, error: LeaseHeldError) -> OvertakenError:
-    """What a driver is told that was silent for too long, and whose run has another one now."""
+    """The error of a driver that was silent for too long, and whose run has another one now."""
     remedy = f"this driver was silent for too long; {_ask_the_other(run)}"
     return OvertakenError("run", error.rule, run.name, remedy)

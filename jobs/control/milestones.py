@@ -23,7 +23,7 @@ class MilestoneConsolidator:
 
     Owns: one thread, and which steps it has looked at.
     Concurrency: called by one thread.
-    Failure: what goes wrong with a step is told and logged, and the next one is looked at; nothing is raised. A driver
+    Failure: what goes wrong with a step is reported and logged, and the next one is tried; nothing is raised. A driver
         that died is made up for by the next one, which looks at all commits first.
     Blocking: `look` never; `finish` until all is done.
     """
@@ -38,8 +38,8 @@ class MilestoneConsolidator:
 
         Args:
             run: The run.
-            on_done: Is told, in the thread, of each step that was made.
-            on_failure: Is told of a step, and why it could not be.
+            on_done: Is called, in the thread, with each step that was consolidated.
+            on_failure: Is called with a step, and why it could not be.
         """
         self._run, self._on_done, self._on_failure = run, on_done, on_failure
         self._looked_at: set[int] = set()

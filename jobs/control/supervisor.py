@@ -24,12 +24,20 @@ MAX_QUICK_DEATHS = 3
 PAUSE_SECONDS = 1.0
 
 
-def supervise(command: Sequence[str], environ: Mapping[str, str] | None = None) -> int:
+def supervise(
+    command: Sequence[str],
+    environ: Mapping[str, str] | None = None,
+    *,
+    quick_death_seconds: float = QUICK_DEATH_SECONDS,
+    pause_seconds: float = PAUSE_SECONDS,
+) -> int:
     """Run `command` until it ends by itself; returns its exit code.
 
     Args:
         command: Of the driver.
         environ: Its environment; None: that of this process.
+        quick_death_seconds: A driver that is killed earlier counts as one that cannot start.
+        pause_seconds: Before the next is started.
     """
     quick_deaths = 0
     stop_asked = False
@@ -50,14 +58,17 @@ def supervise(command: Sequence[str], environ: Mapping[str, str] | None = None) 
         code = child.wait()
         if code >= 0 or stop_asked:
             return code if code >= 0 else 1
-        quick_deaths = quick_deaths + 1 if time.monotonic() - started < QUICK_DEATH_SECONDS else 1
+        quick_deaths = quick_deaths + 1 if time.monotonic() - started < quick_death_seconds else 1
         if quick_deaths > MAX_QUICK_DEATHS:
             return 1
-        name = signal.Signals(-code).name
-        sys.stderr.write(f"the driver was killed ({name}); starting it again\n")
-        sys.stderr.flush()
-        time.sleep(PAUSE_SECONDS)
+        _report_death(signal.Signals(-code).name)
+        time.sleep(pause_seconds)
     return 1
+
+
+def _report_death(signal_name: str) -> None:
+    sys.stderr.write(f"the driver was killed ({signal_name}); starting it again\n")
+    sys.stderr.flush()
 
 
 def drive(arguments: Sequence[str], environ: Mapping[str, str]) -> int:

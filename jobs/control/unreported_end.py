@@ -1,4 +1,4 @@
-"""The end of a run whose driver ended before the run's monitor could tell it: else the run stays `submitted`."""
+"""The end of a run whose driver ended before the run's monitor could report it: else the run stays `submitted`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def end_noted(run: RunDirectory) -> Iterator[None]:
-    """Note what ends the context as the run's end, if nobody has told anything of the run since it was entered."""
+    """Note what ends the context as the run's end, if nobody has reported anything of the run since it was entered."""
     began = time.time()
     try:
         yield
-    except OvertakenError:  # another driver has the run, and tells of it
+    except OvertakenError:  # another driver has the run, and reports its end
         raise
     except Exception as error:
         note_end(run, began, str(error) or type(error).__name__)

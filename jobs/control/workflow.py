@@ -77,11 +77,11 @@ def train_as_job(session: Session, plan: RunPlan, *, follow: bool, as_json: bool
     submission.job_client(session)  # a cluster that does not answer is found before the run is claimed
     claimed = claim_run(plan)
     job = "" if claimed == "finished" else submission.submit(session, plan.run, plan.trace_url)
-    told = {"run": plan.run.name, "url": plan.run.url, "job": job, "begins": claimed}
+    begun = {"run": plan.run.name, "url": plan.run.url, "job": job, "begins": claimed}
     if as_json:
         if job and follow:
             follow_job(session, plan.run, job, sys.stderr)
-        print_json(told | (outcome(plan.run.read_heartbeat()) if follow else {}))
+        print_json(begun | (outcome(plan.run.read_heartbeat()) if follow else {}))
     elif not job:
         say_finished(session, plan.run)
     else:
@@ -119,7 +119,7 @@ def follow_job(session: Session, run: RunDirectory, job: str, stream: TextIO | N
         raise RunFailedError(f"the Ray head died, and job {job} with it; the same command resumes {run.name}")
     if state != "SUCCEEDED":
         reason = _last_word(session, run, client.get_job_info(job).message)
-        note_end(run, 0.0, reason)  # a job that Ray could not start has told nothing
+        note_end(run, 0.0, reason)  # a job that Ray could not start has reported nothing
         raise RunFailedError(f"job {job} {state.lower()}: {reason}")
     return now
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,14 @@ class RunFigures:
     """
 
     def __init__(
-        self, fixed: Mapping[str, Any], before: Mapping[str, Any], exporter: RunExporter, *, global_batch_size: int
+        self,
+        fixed: Mapping[str, Any],
+        before: Mapping[str, Any],
+        exporter: RunExporter,
+        *,
+        global_batch_size: int,
+        wall: Callable[[], float] = time.time,
+        monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
         """Go on from the last heartbeat.
 
@@ -43,11 +50,14 @@ class RunFigures:
             before: The last heartbeat; empty for a new run.
             exporter: Serves what can be served of it.
             global_batch_size: Images in a step.
+            wall: Unix seconds.
+            monotonic: Seconds that never go back.
         """
         self._exporter = exporter
         self._global_batch_size = global_batch_size
+        self._wall, self._monotonic = wall, monotonic
         self._step_times: deque[tuple[float, float]] = deque(maxlen=RATE_WINDOW_STEPS)
-        self._workers_seen_at = time.monotonic()
+        self._workers_seen_at = monotonic()
         self._stop_asked = False
         self._totals = saved_counters(before)
         self._served: dict[str, float] = {}
@@ -80,7 +90,7 @@ class RunFigures:
 
     def heartbeat(self) -> dict[str, Any]:
         """All of it, as the heartbeat has it."""
-        return {**self._status, **self._totals, "updated_at_seconds": time.time()}
+        return {**self._status, **self._totals, "updated_at_seconds": self._wall()}
 
     def tell(self, **changes: Any) -> None:
         """Take new values; None: not known now."""
@@ -120,7 +130,7 @@ class RunFigures:
         """Ranks are about to train on from a checkpoint of `resume_step` steps; returns how many will be redone."""
         steps_redone = max(0, int(self._status["step"]) - resume_step)
         self.count("steps_redone", steps_redone)
-        self._workers_seen_at = time.monotonic()
+        self._workers_seen_at = self._monotonic()
         self._step_times.clear()
         self._exporter.update_ranks(())
         self.tell(
@@ -171,7 +181,9 @@ class RunFigures:
         norm = {"gradient_norm": gradient_norm} if math.isfinite(gradient_norm) else {}
         step = int(row["step"])
         is_ending = self._stop_asked or step >= self._status["total_steps"]
-        self.tell(**row, **levels, **norm, **self._rates(step), ending=int(is_ending), last_step_at_seconds=time.time())
+        self.tell(
+            **row, **levels, **norm, **self._rates(step), ending=int(is_ending), last_step_at_seconds=self._wall()
+        )
         self._exporter.update_ranks(ranks)
 
     def _rates(self, step: int) -> dict[str, float]:

@@ -1,4 +1,4 @@
-"""The one file that speaks DeepSpeed's configuration: recipe in, engine out.
+"""DeepSpeed's engine, and the one place for its configuration: recipe in, engine out.
 
 The same lines build the engine on CPU (gloo) and on GPU (NCCL); only the device differs.
 """
@@ -14,6 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from jobs.checkpoint.deepspeed_internals import (
+    check_deepspeed,
+    check_engine,
+    overflow_looked_for,
+    reduced_gradients,
+    use_no_kernels,
+)
 from jobs.recipe.recipe import Recipe
 from model import ConvMAE
 
@@ -31,15 +38,16 @@ def initialize_deepspeed(device: str) -> None:
         device: `cpu` or `cuda`; DeepSpeed would guess, and warn that it did.
 
     DeepSpeed compiles its own kernels when it finds a compiler, for minutes, and fails without ninja; torch's AdamW
-    and collectives serve as well here, so it is told that there are none.
+    and collectives serve as well here, so it is made to believe that there are none.
     """
     os.environ["DS_ACCELERATOR"] = device
     import deepspeed
 
+    check_deepspeed()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    deepspeed.ops.__compatible_ops__ = {}
+    use_no_kernels()
     deepspeed.init_distributed()
 
 
@@ -85,6 +93,7 @@ def build_engine(
         "steps_per_print": 2**62,
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    check_engine(engine)
     return engine
 
 
@@ -99,7 +108,7 @@ def has_finite_gradients(engine: deepspeed.DeepSpeedEngine) -> bool:
 
     Call after the last `backward` of a step. A gradient that was not finite on any rank is so in somebody's share.
     """
-    gradients = _reduced_gradients(engine)
+    gradients = reduced_gradients(engine)
     return bool(nn.utils.get_total_norm(gradients, norm_type=math.inf).isfinite()) if gradients else True
 
 
@@ -109,16 +118,8 @@ def discard_step(engine: deepspeed.DeepSpeedEngine) -> None:
     Weights, moments and AdamW's step count stay as they are, bit by bit; gradients are forgotten. It is DeepSpeed's own
     path for gradients that overflow, which each ZeRO stage has: a gradient of NaN leads there.
     """
-    for gradient in _reduced_gradients(engine):
+    for gradient in reduced_gradients(engine):
         gradient.view(-1)[:1].fill_(math.nan)
-    optimizer = engine.optimizer
-    # ZeRO 1 and 2 look for overflow in bf16 only if told to, at the price of a collective in every step.
-    checks, optimizer.check_grad_overflow = getattr(optimizer, "check_grad_overflow", False), True
-    engine.step()
-    optimizer.check_grad_overflow = checks
+    with overflow_looked_for(engine):
+        engine.step()
     assert not engine.was_step_applied()
-
-
-def _reduced_gradients(engine: deepspeed.DeepSpeedEngine) -> list[torch.Tensor]:
-    by_group = engine.optimizer.averaged_gradients.values()
-    return [gradient for group in by_group if group is not None for gradient in group if gradient.numel()]

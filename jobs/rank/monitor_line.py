@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.metrics.rank_figures import FigureTable
 from jobs.rank.instruction import Instruction
-from jobs.rank.non_finite import LeftOut
+from jobs.rank.non_finite import SkippedSteps
 from jobs.rank.step_reading import StepReading
 from jobs.rank.watchdog import RankPulse
 
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
 
 class MonitorLine:
-    """Calls of a rank to the monitor.
+    """The calls of one rank to the monitor.
 
-    Owns: replies that are not there yet. Concurrency: the training thread's alone. Failure: a monitor that died raises
-    where a reply is waited for, and the restart does again what it took along. Blocking: as each method says.
+    Owns: replies that have not come yet. Concurrency: the training thread's alone. Failure: a monitor that died raises
+    where a reply is waited for, and the restart repeats what was lost with it. Blocking: as each method says.
     """
 
     def __init__(self, monitor: ActorHandle[Any]) -> None:
@@ -92,19 +92,19 @@ class MonitorLine:
         return counters
 
     def paused(self) -> None:
-        """Report that the ranks have saved and stand still; waits."""
+        """Report that the ranks have saved and wait; waits for the answer."""
         self._answer(self._monitor.paused.remote())
 
-    def leave_out(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Report steps that are passed over without being trained."""
-        self._monitor.leave_out.remote(rows)
+    def skip(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Report steps that are skipped: not trained, but done."""
+        self._monitor.skip.remote(rows)
 
-    def roll_back(self, window: LeftOut, reason: str) -> None:
-        """Report steps that all attempts to come leave out; waits until storage has it."""
+    def roll_back(self, window: SkippedSteps, reason: str) -> None:
+        """Report steps that all later attempts skip; waits until storage has it."""
         self._answer(self._monitor.roll_back.remote(**window.to_json(), reason=reason))
 
     def checkpoint_damaged(self, step: int, reason: str) -> None:
-        """Report a checkpoint that is passed over; waits."""
+        """Report a checkpoint that is skipped; waits."""
         self._answer(self._monitor.checkpoint_damaged.remote(step=step, reason=reason))
 
     @staticmethod

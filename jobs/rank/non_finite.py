@@ -1,9 +1,9 @@
-"""What to do with a step whose loss or gradient is not finite: how ranks agree on it, and which steps are left out.
+"""Steps whose loss or gradient is not finite: how ranks agree on them, and which steps are skipped for them.
 
 `stop` ends the attempt before the update. `skip_batch` makes no update: weights, moments and AdamW's count stay, the
 step counts as done, and the next batch follows at its own learning rate. `rollback` restarts from the newest
-checkpoint and leaves out all steps from there to the bad one. Which steps are left out is a ledger in the run
-directory, so that every later attempt leaves out the same ones.
+checkpoint and skips all steps from there to the bad one. Which steps are skipped is a ledger in the run directory, so
+that every later attempt skips the same ones.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class NonFiniteLossError(RuntimeError):
 
 
 class RolledBackError(RuntimeError):
-    """A loss or gradient was not finite, and the steps since the newest checkpoint are left out: restart from there."""
+    """A loss or gradient was not finite, and the steps since the newest checkpoint are skipped: restart from there."""
 
 
 def fault_words(rank: int, *, loss_is_finite: bool, gradients_are_finite: bool) -> list[float]:
@@ -40,14 +40,14 @@ def fault_of(words: Sequence[float]) -> str:
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class SkippedSteps:
     """Steps without an update after a rollback; both from 1, and both among them."""
 
     first_step: int
     last_step: int
 
     @classmethod
-    def from_json(cls, fields: dict[str, Any]) -> LeftOut:
+    def from_json(cls, fields: dict[str, Any]) -> SkippedSteps:
         """Read a row of the ledger."""
         return cls(fields["first_step"], fields["last_step"])
 
@@ -56,7 +56,7 @@ class LeftOut:
         return dataclasses.asdict(self)
 
 
-def rollbacks_in_a_row(ledger: Sequence[LeftOut], last: LeftOut) -> int:
+def rollbacks_in_a_row(ledger: Sequence[SkippedSteps], last: SkippedSteps) -> int:
     """How many rollbacks, `last` among them, follow each other without a step trained and kept between them."""
     count, first_step = 1, last.first_step
     for window in reversed(ledger):
@@ -70,11 +70,11 @@ class Stretch(NamedTuple):
     """Consecutive steps, from 0 as the order counts them."""
 
     steps: range
-    left_out: bool
+    skipped: bool
 
 
-def stretches(start: int, stop: int, ledger: Sequence[LeftOut]) -> Iterator[Stretch]:
-    """Cut steps [start, stop) into those to train and those that are left out.
+def stretches(start: int, stop: int, ledger: Sequence[SkippedSteps]) -> Iterator[Stretch]:
+    """Cut steps [start, stop) into those to train and those that are skipped.
 
     Args:
         start: Steps that are done.
@@ -86,8 +86,8 @@ def stretches(start: int, stop: int, ledger: Sequence[LeftOut]) -> Iterator[Stre
         if first >= end:
             continue
         if start < first:
-            yield Stretch(range(start, first), left_out=False)
-        yield Stretch(range(first, end), left_out=True)
+            yield Stretch(range(start, first), skipped=False)
+        yield Stretch(range(first, end), skipped=True)
         start = end
     if start < stop:
-        yield Stretch(range(start, stop), left_out=False)
+        yield Stretch(range(start, stop), skipped=False)

@@ -7,12 +7,15 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
-from ray.train.torch import TorchConfig
-from ray.train.torch.config import _shutdown_torch, _TorchBackend
-from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.util import get_node_ip_address
 
 from jobs.cluster.interfaces import choose_interface
+from jobs.cluster.ray_internals.train import (
+    TorchBackend,
+    TorchConfig,
+    WorkerGroupStartupFailedError,
+    shutdown_torch,
+)
 
 LEAVE_SECONDS = 2.0
 
@@ -26,7 +29,7 @@ class RanksOverNodes(TorchConfig):
         return RanksBackend
 
 
-class RanksBackend(_TorchBackend):
+class RanksBackend(TorchBackend):
     """Ray Train's backend, with the interface chosen on each node before the ranks connect."""
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
@@ -43,7 +46,7 @@ class RanksBackend(_TorchBackend):
 
     def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:  # noqa: ARG002
         """Leave the process group. A rank that hangs is not waited for: its process ends next."""
-        left = worker_group.execute_async(_shutdown_torch, destroy_process_group=len(worker_group) > 1)
+        left = worker_group.execute_async(shutdown_torch, destroy_process_group=len(worker_group) > 1)
         ray.wait(left, num_returns=len(left), timeout=LEAVE_SECONDS)
 
 

@@ -1,17 +1,19 @@
-"""Processes that have imported all that a rank needs, and wait beside it to take the place of its group's next life.
+"""Processes that have imported all that a rank needs, and wait beside it to become workers of the next attempt.
 
 A rank's imports take 12 s of CPU time. Ray's raylet can start idle worker processes in advance, and gives one to the
 next actor that has the same runtime environment; a hook in that environment has them import. Ray offers this to its
-own core only, so what is called here is its protocol; a cluster that refuses costs nothing but the seconds.
+own core only (jobs.cluster.ray_internals). Whatever goes wrong is a warning, and costs nothing but the seconds.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping
-from typing import Any
+
+from jobs.cluster.ray_internals.core import own_environment, own_raylet, prestart_workers, setup_hook_variable
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +22,6 @@ KEEP_SECONDS = 10 * 365 * 86_400
 """How long a process waits at most; it ends with the run's driver anyway."""
 WARM_SECONDS = 20
 """What a process is given to import before a group is ended for its sake."""
-CALL_SECONDS = 10.0
 IMPORTS = (
     "aiobotocore.session",
     "deepspeed",
@@ -32,11 +33,11 @@ IMPORTS = (
     "s3fs",
     "torch._dynamo",
 )
-"""What a rank has imported when its first step is done, as far as it takes long."""
+"""What a rank has imported by the end of its first step, as far as it takes long."""
 
 
 class Newcomers:
-    """Has processes import where a group would grow, before it is ended so that it can.
+    """Standbys on nodes where a group would grow, started before it is ended so that it can.
 
     Owns: which nodes were asked for how many since the group was started.
     """
@@ -53,13 +54,13 @@ class Newcomers:
         start: Callable[[str, int], bool],
         now: float,
     ) -> bool:
-        """Ask what was not asked yet; whether all that was has had the time it needs.
+        """Ask for the standbys that were not asked for yet; returns whether all have had the time they need.
 
         Args:
             here: Workers of the group on each node.
             room: Workers that each node could have.
             num_workers: Those of the group to come.
-            start: Starts processes on a node that wait; whether it could.
+            start: Starts standbys on a node; returns whether it could.
             now: Monotonic seconds.
         """
         missing = num_workers - sum(here.values()) - sum(self._asked.values())
@@ -76,21 +77,23 @@ class Newcomers:
 
 
 def rank_environment(environ: Mapping[str, str], device: str, cpus: float) -> dict[str, str]:
-    """Variables with which a rank's process, and those that wait for its place, are started.
+    """Variables with which a rank's process, and the standbys for its place, are started.
 
     Args:
         environ: The driver's.
         device: `cpu` or `cuda`.
         cpus: Of a rank.
     """
-    from ray._private.ray_constants import WORKER_PROCESS_SETUP_HOOK_ENV_VAR
-
-    return {
-        WORKER_PROCESS_SETUP_HOOK_ENV_VAR: HOOK,
+    variables = {
         "DS_ACCELERATOR": device,
         # Ray sets it when a process is given its work, and by then torch has looked.
         "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS") or str(max(1, int(cpus))),
     }
+    try:
+        return {setup_hook_variable(): HOOK, **variables}
+    except Exception as error:
+        _warn(f"standbys cannot import anything in advance: {error}")
+        return variables
 
 
 def import_all() -> None:
@@ -103,28 +106,24 @@ def import_all() -> None:
         try:
             importlib.import_module(name)
         except Exception:
-            logger.warning("a waiting process could not import %s", name, exc_info=True)
+            logger.warning("a standby could not import %s", name, exc_info=True)
 
 
-def ask_for_successor() -> None:
-    """Have the raylet of this rank's node start a process that could take this one's place."""
-    from ray._private.worker import global_worker
+def ask_for_successor() -> bool:
+    """Have the raylet of this rank's node start a standby that could take this rank's place.
 
-    node: Any = global_worker.node
-    start_standbys((node.node_ip_address, node.node_manager_port), own_environment(), count=1)
-
-
-def own_environment() -> str:
-    """This process's runtime environment, as Ray compares it."""
-    from ray._private.worker import global_worker
-
-    worker: Any = global_worker
-    environment: str = worker.core_worker.get_current_runtime_env()
-    return environment
+    Returns:
+        Whether the raylet agreed.
+    """
+    try:
+        return start_standbys(own_raylet(), own_environment(), count=1)
+    except Exception as error:
+        _warn(f"no standby waits for this rank's place: {error}")
+        return False
 
 
 def start_standbys(address: tuple[str, int], environment: str, count: int) -> bool:
-    """Have a raylet start processes that wait. Does not wait for them.
+    """Have a raylet start standbys. Does not wait for them.
 
     Args:
         address: Of the raylet.
@@ -134,27 +133,15 @@ def start_standbys(address: tuple[str, int], environment: str, count: int) -> bo
     Returns:
         Whether the raylet agreed.
     """
-    import grpc
-    from ray._private.grpc_utils import init_grpc_channel
-    from ray._private.worker import global_worker
-    from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_grpc, runtime_environment_pb2
-
-    common: Any = common_pb2
-    messages: Any = node_manager_pb2
-    services: Any = node_manager_pb2_grpc
-    environments: Any = runtime_environment_pb2
-    request = messages.PrestartWorkersRequest(
-        language=common.PYTHON,
-        job_id=global_worker.current_job_id.binary(),
-        runtime_env_info=environments.RuntimeEnvInfo(serialized_runtime_env=environment),
-        keep_alive_duration_secs=KEEP_SECONDS,
-        num_workers=count,
-    )
-    host, port = address
     try:
-        with init_grpc_channel(f"{host}:{port}") as channel:
-            services.NodeManagerServiceStub(channel).PrestartWorkers(request, timeout=CALL_SECONDS)
-    except grpc.RpcError as error:
-        logger.warning("no processes wait on %s: %s", host, error)
+        prestart_workers(address, environment, count, KEEP_SECONDS)
+    except Exception as error:  # of gRPC, of the network, or of a version of Ray that has another protocol
+        _warn(f"no standbys wait on {address[0]}: {error}")
         return False
     return True
+
+
+@functools.cache
+def _warn(text: str) -> None:
+    """Log a warning, once in this process."""
+    logger.warning("%s", text)

@@ -43,7 +43,7 @@ class StepReading(NamedTuple):
 
 
 class RankReading:
-    """One rank's part in it; remembers what it told last."""
+    """One rank's part in it; remembers what it reported last."""
 
     def __init__(
         self,
@@ -57,7 +57,7 @@ class RankReading:
         """Start the clock of the first step.
 
         Args:
-            dataset: Whose counters are told.
+            dataset: Whose counters are reported.
             rank: Of this process.
             device: Where it trains.
             folders: What it writes to on the node's own disks; they exist, or a folder above them does.

@@ -1,16 +1,12 @@
-"""What one rank does: restore, train, save. Ray Train starts it on every worker of every attempt."""
+"""One rank's training: restore, train, save. Ray Train starts it on every worker of every attempt."""
 
 from __future__ import annotations
 
 import logging
-import os
-import platform
 import tempfile
 import time
-from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,23 +20,19 @@ from jobs.checkpoint.restore import restore_newest
 from jobs.checkpoint.saver import CheckpointSaver
 from jobs.checkpoint.zero_state import ZeroState, owned_ranges, restore_optimizer
 from jobs.errors import CheckpointError, DamagedCheckpointError
-from jobs.rank.engine import (
-    build_engine,
-    build_model,
-    initialize_deepspeed,
-    parameter_groups,
-)
+from jobs.rank.engine import build_engine, build_model, initialize_deepspeed, parameter_groups
+from jobs.rank.history_row import done_row, skipped_row
 from jobs.rank.instruction import PAUSE_SECONDS
 from jobs.rank.monitor_line import MonitorLine
-from jobs.rank.non_finite import LeftOut, NonFiniteLossError, RolledBackError, rollbacks_in_a_row, stretches
+from jobs.rank.non_finite import NonFiniteLossError, RolledBackError, SkippedSteps, rollbacks_in_a_row, stretches
+from jobs.rank.resumable import check_resumable, software_versions
 from jobs.rank.standby import ask_for_successor
-from jobs.rank.step_reading import RankReading, slowest
-from jobs.rank.training_step import Place, SharedStep, TrainingStep
+from jobs.rank.step_reading import RankReading
+from jobs.rank.training_step import RankPlace, SharedStep, TrainingStep
 from jobs.rank.watchdog import COMPILE_ALLOWED_SECONDS, SAVE_ALLOWED_SECONDS
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import Schedule, micro_batches, order_of
 from jobs.run.directory import RunDirectory
-from jobs.run.own_code import git_commit
 from jobs.run.shared_folder import Landmarks, check_seen_here
 from jobs.run.trace import TraceWriter, begin_trace
 from jobs.weights.initial import load_initial_weights
@@ -50,7 +42,7 @@ from pipeline.load.block_cache import CachePlace
 from pipeline.load.dataset import Dataset
 from pipeline.load.image_maker import BadSamplePolicy
 from pipeline.load.loader import Loader
-from pipeline.order.sample_order import ORDER_VERSION, ConsumedDigest
+from pipeline.order.sample_order import ORDER_VERSION
 from pipeline.store.storage import Storage
 
 if TYPE_CHECKING:
@@ -62,7 +54,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TrainJob:
-    """All that a worker is told."""
+    """What a worker is given."""
 
     recipe: Recipe
     run: RunDirectory
@@ -77,14 +69,19 @@ class TrainJob:
     """Of what lies on local disks: also nodes that come later must see it."""
 
 
-def train_worker(job: TrainJob) -> None:
-    """Train `job` from its newest checkpoint to its end, or until the monitor asks to stop."""
+def train_worker(job: TrainJob, step_of: type[TrainingStep] = TrainingStep) -> None:
+    """Train `job` from its newest checkpoint to its end, or until the monitor asks to stop.
+
+    Args:
+        job: What to train.
+        step_of: Does each step.
+    """
     import ray.train
     import ray.train.torch
 
     context = ray.train.get_context()
     device = ray.train.torch.get_device() if job.recipe.device == "cuda" else torch.device("cpu")
-    Trainer(job, Place(context.get_world_rank(), context.get_world_size(), device)).run()
+    Trainer(job, RankPlace(context.get_world_rank(), context.get_world_size(), device), step_of).run()
 
 
 def open_dataset(storage: Storage, recipe: Recipe) -> Dataset:
@@ -96,7 +93,7 @@ def open_dataset(storage: Storage, recipe: Recipe) -> Dataset:
 class Trainer:
     """One rank's engine, data and place in the run."""
 
-    def __init__(self, job: TrainJob, place: Place) -> None:
+    def __init__(self, job: TrainJob, place: RankPlace, step_of: type[TrainingStep] = TrainingStep) -> None:
         """Restore the newest committed checkpoint; every rank must come here together."""
         self._started_at_seconds = time.time()
         self.job, self.recipe, self.run_directory, self.place = job, job.recipe, job.run, place
@@ -114,11 +111,11 @@ class Trainer:
             job.run,
             self._owned_ranges(model),
             self._group,
-            check=self._check_commit,
-            on_damage=self._pass_over,
+            check=lambda commit: check_resumable(commit, self.dataset.manifest.digest),
+            on_damage=self._skip_checkpoint,
         )
         self.done_steps = found.commit.step if found else 0
-        self.attempt, self.left_out = self._begin_attempt(found.commit if found else None)
+        self.attempt, self.skipped = self._begin_attempt(found.commit if found else None)
         self.pulse = self.line.begin_pulse(self.attempt, place.rank, self.recipe.hang_seconds)
         self.engine = self._restored_engine(model, found.state if found else None)
         if place.rank == 0:
@@ -127,16 +124,16 @@ class Trainer:
             job.run, job.monitor, rank=place.rank, world_size=place.world_size, keep=self.recipe.keep_checkpoints
         )
         self.trace = self._begin_trace() if job.trace_url else None
-        self.step = self._training_step()
+        self.step = self._training_step(step_of)
         self._skipped_in_a_row = 0
         self._has_successor = False
         self._quarantined: set[int] = set()
 
     def run(self) -> None:
         """Train to the end of the schedule; saves on the way, at the end, and when asked to stop."""
-        for stretch in stretches(self.done_steps, self.schedule.total_steps, self.left_out):
-            if stretch.left_out:
-                self._leave_out(stretch.steps)
+        for stretch in stretches(self.done_steps, self.schedule.total_steps, self.skipped):
+            if stretch.skipped:
+                self._skip(stretch.steps)
             elif self._train(stretch.steps):
                 break
         self.pulse.at("end", SAVE_ALLOWED_SECONDS)
@@ -166,35 +163,21 @@ class Trainer:
         return False
 
     def _stand_still(self) -> None:
-        """Commit, say so, and wait to be ended; go on if nobody comes. Collective."""
+        """Commit, report it, and wait to be ended; continue training if nobody comes. Collective."""
         self.pulse.at("pause", SAVE_ALLOWED_SECONDS + PAUSE_SECONDS)
         self.saver.settle()
         if self.place.rank == 0:
             self.line.paused()
         time.sleep(PAUSE_SECONDS)
         self.line.forget_reply()
-        logger.warning("the worker group was not ended; training goes on")
+        logger.warning("the worker group was not ended; training continues")
 
-    def _leave_out(self, steps: range) -> None:
-        """Pass over steps that an earlier attempt rolled back."""
+    def _skip(self, steps: range) -> None:
+        """Skip steps that an earlier attempt rolled back."""
         if self.place.rank == 0:
-            rows = [
-                {
-                    "step": step + 1,
-                    "epoch": self.order.epoch(step),
-                    "loss": None,
-                    "learning_rate": self.schedule.learning_rate(step),
-                    "world_size": self.place.world_size,
-                    "attempt": self.attempt,
-                    "samples": str(ConsumedDigest.of(self.order.batch(step))),
-                    "substitutions": 0,
-                    "step_seconds": 0.0,
-                    "data_wait_seconds": 0.0,
-                    "skipped": "left out by a rollback",
-                }
-                for step in steps
-            ]
-            self.line.leave_out(rows)
+            place = {"world_size": self.place.world_size, "attempt": self.attempt}
+            rows = [skipped_row(step, self.order, self.schedule, **place) for step in steps]
+            self.line.skip(rows)
         self.done_steps = steps.stop
         if any(self._is_due(step + 1) for step in steps):
             self._save()
@@ -234,19 +217,8 @@ class Trainer:
         if not shared.figures:
             return
         reading, ranks = shared.figures
-        row = {
-            "step": self.done_steps,
-            "epoch": epoch,
-            "loss": None if shared.fault else shared.loss,
-            "learning_rate": learning_rate,
-            "world_size": self.place.world_size,
-            "attempt": self.attempt,
-            "samples": shared.samples,
-            "substitutions": int(reading.substitutions),
-            # Of the slowest rank: since the last step, or since the attempt could read.
-            "step_seconds": round(slowest(ranks, "step_seconds"), 6),
-            "data_wait_seconds": round(slowest(ranks, "data_wait_seconds"), 6),
-        } | ({"skipped": shared.fault} if shared.fault else {})
+        place = {"world_size": self.place.world_size, "attempt": self.attempt}
+        row = done_row(self.done_steps, epoch, learning_rate, shared, **place)
         self.line.report_step(row, self.step.gradient_norm, reading, ranks)
 
     def _update(self, step: int, fault: str) -> None:
@@ -265,32 +237,32 @@ class Trainer:
         self.step.discard()
 
     def _roll_back(self, step: int, reason: str) -> None:
-        """Leave out the steps from the newest checkpoint up to `step`, and end the attempt. Collective."""
-        with suppress(CheckpointError):  # the one under way: if it fails, the one before is gone back to
+        """Skip the steps from the newest checkpoint up to `step`, and end the attempt. Collective."""
+        with suppress(CheckpointError):  # the one under way: if it fails, the one before counts
             self.saver.close()
         newest = checkpoint.latest_commit(self.run_directory) if self.place.rank == 0 else None
         done = [newest.step if newest else 0]
         dist.broadcast_object_list(done, src=0)
-        window = LeftOut(done[0] + 1, step)
-        if rollbacks_in_a_row(self.left_out, window) > self.recipe.max_nonfinite_in_a_row:
+        window = SkippedSteps(done[0] + 1, step)
+        if rollbacks_in_a_row(self.skipped, window) > self.recipe.max_nonfinite_in_a_row:
             raise NonFiniteLossError(f"{reason}, after {self.recipe.max_nonfinite_in_a_row} rollbacks in a row")
         if self.place.rank == 0:
             self.line.roll_back(window, reason)
         dist.barrier()  # a rank that fails ends the others; the ledger comes first
-        raise RolledBackError(f"{reason}; steps {window.first_step} to {step} are left out")
+        raise RolledBackError(f"{reason}; steps {window.first_step} to {step} are skipped")
 
     def _quarantine(self, batch: Batch) -> None:
-        """Tell the monitor of samples that were replaced, each once; the replies are awaited before a commit."""
+        """Report samples that were replaced, each once; the replies are awaited before a commit."""
         new = [item for item in batch.substitutions if item.bad.id not in self._quarantined]
         if new:
             self._quarantined |= {item.bad.id for item in new}
             self.line.quarantine([{**item.to_json(), "step": batch.step + 1} for item in new])
 
-    def _training_step(self) -> TrainingStep:
+    def _training_step(self, step_of: type[TrainingStep]) -> TrainingStep:
         folders = [Path(tempfile.gettempdir()), *([Path(self.recipe.cache_dir)] if self.recipe.cache_dir else [])]
         reading = RankReading(self.dataset, self.place.rank, device=self.place.device, folders=folders)
         on_mask = self.trace.note_masks if self.trace else None
-        return TrainingStep(self.engine, self.recipe, self.place, self.sizes, reading=reading, on_mask=on_mask)
+        return step_of(self.engine, self.recipe, self.place, self.sizes, reading=reading, on_mask=on_mask)
 
     def _is_due(self, step: int) -> bool:
         return self.schedule.ends_in_a_checkpoint(step, self.recipe)
@@ -335,24 +307,15 @@ class Trainer:
             driver=self.job.driver,
         )
 
-    def _check_commit(self, commit: Commit) -> None:
-        if commit.order_version != ORDER_VERSION:
-            remedy = "resume with the version of convmae-pretrain that began the run"
-            raise CheckpointError("order_version", f"must be {ORDER_VERSION}", commit.order_version, remedy)
-        if commit.dataset_digest != self.dataset.manifest.digest:
-            rule = f"must be the data set that the run began with ({commit.dataset_digest[:12]})"
-            found_digest = self.dataset.manifest.digest[:12]
-            raise CheckpointError("data", rule, found_digest, "restore it, or start a new run")
-
-    def _pass_over(self, step: int, damage: str) -> None:
+    def _skip_checkpoint(self, step: int, damage: str) -> None:
         if self.recipe.on_damaged_checkpoint == "fail":
-            remedy = "resume with on_damaged_checkpoint=previous to go on from the checkpoint before"
+            remedy = "resume with on_damaged_checkpoint=previous to resume from the checkpoint before"
             raise DamagedCheckpointError("checkpoint", "must be as it was written", damage, remedy)
         self.line.checkpoint_damaged(step, damage)
 
-    def _begin_attempt(self, commit: Commit | None) -> tuple[int, list[LeftOut]]:
+    def _begin_attempt(self, commit: Commit | None) -> tuple[int, list[SkippedSteps]]:
         """The attempt's number, and the steps that earlier ones rolled back."""
-        told: list[Any] = [0, []]
+        begun: list[Any] = [0, []]
         if self.place.rank == 0:
             number = self.line.begin_attempt(
                 world_size=self.place.world_size,
@@ -360,9 +323,9 @@ class Trainer:
                 counters=dict(commit.counters) if commit else {},
                 started_at_seconds=self._started_at_seconds,
             )
-            told = [number, [LeftOut.from_json(row) for row in self.run_directory.read_left_out()]]
-        dist.broadcast_object_list(told, src=0)
-        return told[0], told[1]
+            begun = [number, [SkippedSteps.from_json(row) for row in self.run_directory.read_left_out()]]
+        dist.broadcast_object_list(begun, src=0)
+        return begun[0], begun[1]
 
     def _owned_ranges(self, model: ConvMAE) -> dict[str, range]:
         """Of each trained parameter, what this rank updates."""
@@ -382,14 +345,3 @@ class Trainer:
         if state:
             restore_optimizer(engine, state)
         return engine
-
-
-def software_versions() -> Mapping[str, str]:
-    """Versions that a checkpoint was made with."""
-    packages = ("convmae-pretrain", "torch", "deepspeed", "ray", "webdataset")
-    git = git_commit(os.environ)
-    return {
-        "python": platform.python_version(),
-        **{package: version(package) for package in packages},
-        **({"git": git} if git else {}),
-    }

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where this worker stands in its group."""
+class RankPlace:
+    """The place of a worker in its group."""
 
     rank: int
     world_size: int
@@ -64,7 +64,7 @@ class TrainingStep:
         self,
         engine: deepspeed.DeepSpeedEngine,
         recipe: Recipe,
-        place: Place,
+        place: RankPlace,
         sizes: Sequence[int],
         *,
         reading: RankReading,
@@ -81,7 +81,7 @@ class TrainingStep:
             on_mask: Is given the mask of each micro-batch.
         """
         self.engine = engine
-        self._recipe, self._place, self._sizes, self._reading, self._on_mask = recipe, place, sizes, reading, on_mask
+        self._recipe, self.place, self._sizes, self._reading, self._on_mask = recipe, place, sizes, reading, on_mask
 
     def gradients(self, batch: Batch, learning_rate: float, *, instruction: Instruction, uploading: bool) -> SharedStep:
         """Gradients of the mean loss over the global batch. Collective.
@@ -96,7 +96,7 @@ class TrainingStep:
             uploading: Whether this rank uploads a checkpoint.
         """
         set_learning_rate(self.engine, learning_rate)
-        place, words_from = self._place, 3 + FAULT_WORDS
+        place, words_from = self.place, 3 + FAULT_WORDS
         total = torch.zeros(words_from + word_count(place.world_size), device=place.device, dtype=torch.float64)
         total[0] = self._backward(batch)
         total[1] = float(INSTRUCTIONS.index(instruction) if place.rank == 0 else 0)
@@ -142,11 +142,11 @@ class TrainingStep:
 
     def _backward(self, batch: Batch) -> Tensor:
         """Run every micro-batch; returns this rank's part of the mean loss."""
-        recipe, place = self._recipe, self._place
+        recipe, place = self._recipe, self.place
         loss_sum, first = torch.zeros((), device=place.device, dtype=torch.float64), 0
         for index, size in enumerate(self._sizes):
             # A rank without images for this micro-batch still takes part in the reduction, with weight 0.
-            output = self._forward(batch, slice(first, first + size) if size else slice(0, 1))
+            output = self.forward(batch, slice(first, first + size) if size else slice(0, 1))
             if self._on_mask and size:
                 self._on_mask(output.mask)
             weight = size * place.world_size * len(self._sizes) / recipe.global_batch_size
@@ -157,8 +157,14 @@ class TrainingStep:
                 self.engine.step()
         return loss_sum
 
-    def _forward(self, batch: Batch, chosen: slice) -> Output:
-        device = self._place.device
+    def forward(self, batch: Batch, chosen: slice) -> Output:
+        """The model's output for one micro-batch, with its loss.
+
+        Args:
+            batch: This rank's part of the global batch.
+            chosen: The images of the micro-batch.
+        """
+        device = self.place.device
         sample_ids = batch.sample_ids[chosen].to(device, non_blocking=True)
         noise = mask_noise(self._recipe.seed, batch.epoch, sample_ids, self._recipe.model.mask_patches, device)
         output: Output = self.engine(normalise(batch.images[chosen]), noise=noise)

@@ -1,6 +1,6 @@
-"""Finds ranks that stand still: stopped processes, and ranks that hang in a collective, a kernel or a lock.
+"""The watch for ranks that stand still: stopped processes, and ranks that hang in a collective, a kernel or a lock.
 
-Every rank tells the monitor now and then, from a thread of its own, how far it is. The monitor judges: a rank that
+Every rank reports to the monitor now and then, from a thread of its own, how far it is. The monitor judges: a rank that
 does not speak is stopped, or holds the interpreter's lock; of ranks that speak and do not move, those furthest behind
 hold up the others. What is found is looked at on its own node (state, Python stack) and killed, so that the attempt
 restarts.
@@ -65,10 +65,10 @@ class Pulse:
 
 
 class RankPulse:
-    """One rank's thread that tells the monitor how far it is.
+    """One rank's thread that reports to the monitor how far it is.
 
     Owns: the thread, and the file for stacks. Concurrency: `at` is called by the training thread. Failure: a monitor
-    that is away is not waited for. Blocking: nothing but `close`, for a moment.
+    that is unreachable is not waited for. Blocking: nothing but `close`, for a moment.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class _Rank:
 
 @dataclass
 class HangWatch:
-    """Judges which ranks stand still. Pure: the clock is an argument of every method.
+    """The judge of which ranks stand still. Pure: the clock is an argument of every method.
 
     Owns: the last pulse of each rank of the attempt. Concurrency: none; its owner locks.
     """
@@ -194,7 +194,7 @@ class Examined:
 def examine_and_kill(pulse: Pulse) -> Examined:
     """Find out where a process stands, and kill it. Runs on its node.
 
-    A process that was stopped goes on for as long as it takes to write its stacks, which is the first that it does.
+    A process that was stopped continues for as long as it takes to write its stacks, which it does first.
     """
     try:
         process = pulse.process.process()
@@ -256,5 +256,5 @@ def examined_on_its_node(pulse: Pulse) -> Examined:
             task.options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(pulse), timeout=EXAMINE_SECONDS
         )
     except Exception as error:  # the node is gone, or cut off
-        return Examined(f"not to be reached ({type(error).__name__})", "")
+        return Examined(f"unreachable ({type(error).__name__})", "")
     return found

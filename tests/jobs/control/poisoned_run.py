@@ -22,16 +22,14 @@ def poisoned(job: TrainJob) -> None:
     from jobs.rank import trainer  # the worker's own, in which `train_worker` is what it was
     from jobs.rank.training_step import TrainingStep
 
-    forward = TrainingStep._forward
+    class PoisonedStep(TrainingStep):
+        def forward(self, batch: Batch, chosen: slice) -> Output:
+            output = super().forward(batch, chosen)
+            if batch.step + 1 in STEPS and self.place.rank == self.place.world_size - 1:
+                return output._replace(loss=output.loss * math.nan)
+            return output
 
-    def poison(self: TrainingStep, batch: Batch, chosen: slice) -> Output:
-        output = forward(self, batch, chosen)
-        if batch.step + 1 in STEPS and self._place.rank == self._place.world_size - 1:
-            return output._replace(loss=output.loss * math.nan)
-        return output
-
-    TrainingStep._forward = poison  # type: ignore[method-assign]
-    trainer.train_worker(job)
+    trainer.train_worker(job, PoisonedStep)
 
 
 if __name__ == "__main__":

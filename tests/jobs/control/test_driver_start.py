@@ -17,7 +17,8 @@ import ray
 
 from jobs.cluster.session import Session
 from jobs.control import driver, workflow
-from jobs.control.monitor import MonitorConfig, RunMonitor
+from jobs.control.monitor import RunMonitor
+from jobs.control.run_memory import MonitorConfig
 from jobs.control.run_plan import RunPlan, plan_run
 from jobs.errors import ClusterError, MonitorLivesError, OvertakenError, PortTakenError
 from jobs.metrics.exporter import RunExporter

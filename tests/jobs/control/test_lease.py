@@ -128,9 +128,7 @@ class LostClaim:
         raise LeaseHeldError("destination", "was taken over by somebody", "claims", "wait")
 
 
-def test_a_driver_that_lost_its_lease_ends_and_writes_nothing_more(
-    plan: RunPlan, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_driver_that_lost_its_lease_ends_and_writes_nothing_more(plan: RunPlan) -> None:
     calls: list[str] = []
 
     class Monitor:
@@ -140,21 +138,22 @@ def test_a_driver_that_lost_its_lease_ends_and_writes_nothing_more(
 
     released = threading.Event()
     monitor = Monitor()
-    monkeypatch.setattr(driver, "_start_monitor", lambda session, plan, claim: monitor)
-    monkeypatch.setattr(driver, "_fit", lambda *_: released.wait(30))
-    monkeypatch.setattr("ray.kill", lambda actor: calls.append("kill" if actor is monitor else "?"))
+
+    def fit() -> None:
+        released.wait(30)
+
+    def kill(actor: object) -> None:
+        calls.append("kill" if actor is monitor else "?")
 
     with pytest.raises(OvertakenError, match="run: was taken over by somebody, got 'first'"):
-        driver.train(None, plan, LostClaim(), lambda status: None)  # type: ignore[arg-type]
+        driver.drive(plan, LostClaim(), monitor, fit, lambda status: None, kill=kill)  # type: ignore[arg-type]
     released.set()
 
     assert calls == ["kill"]
 
 
 @pytest.mark.parametrize("is_overtaken", [True, False])
-def test_a_driver_whose_monitor_another_one_has_ended_asks_the_store_why(
-    plan: RunPlan, monkeypatch: pytest.MonkeyPatch, is_overtaken: bool
-) -> None:
+def test_a_driver_whose_monitor_another_one_has_ended_asks_the_store_why(plan: RunPlan, is_overtaken: bool) -> None:
     """The other has ended the monitor, and with it the ranks, before this one reaches the store again."""
 
     class Method:
@@ -165,8 +164,9 @@ def test_a_driver_whose_monitor_another_one_has_ended_asks_the_store_why(
     class Monitor:
         status = end = Method
 
-    monkeypatch.setattr(driver, "_start_monitor", lambda *_: Monitor())
-    monkeypatch.setattr(driver, "_fit", lambda plan, claim, monitor, failure: failure.append(ValueError("no monitor")))
+    def fit() -> None:
+        raise ValueError("no monitor")
+
     with sole_driver(plan.run, lambda _: None) as claim:
         if is_overtaken:
             other = plan.run.path(f"{checkpoint.CLAIMS}/claim-000002.json")
@@ -175,7 +175,7 @@ def test_a_driver_whose_monitor_another_one_has_ended_asks_the_store_why(
             )
         error = OvertakenError if is_overtaken else RunFailedError
         with pytest.raises(error, match="was taken over by .*, rules the run" if is_overtaken else "no monitor"):
-            driver.train(None, plan, claim, lambda status: None)  # type: ignore[arg-type]
+            driver.drive(plan, claim, Monitor(), fit, lambda status: None)
 
 
 def test_a_newest_commit_that_cannot_be_read_does_not_keep_a_run_from_resuming(plan: RunPlan) -> None:

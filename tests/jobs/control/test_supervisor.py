@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -12,15 +13,16 @@ import pytest
 
 import jobs
 from jobs.control import supervisor
-from jobs.control.supervisor import MAX_QUICK_DEATHS, supervise
+from jobs.control.supervisor import MAX_QUICK_DEATHS
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
 from pipeline.store.storage import Storage
 
+supervise = functools.partial(supervisor.supervise, pause_seconds=0.01)
+
 
 @pytest.fixture(autouse=True)
-def quick_and_without_traces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(supervisor, "PAUSE_SECONDS", 0.01)
+def without_traces() -> Iterator[None]:
     handler = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, handler)
@@ -56,19 +58,18 @@ def test_quick_deaths_in_a_row_are_given_up(tmp_path: Path) -> None:
     assert starts(tmp_path) == MAX_QUICK_DEATHS + 1
 
 
-def test_deaths_after_a_long_life_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "QUICK_DEATH_SECONDS", 0.0)
+def test_deaths_after_a_long_life_are_not_counted(tmp_path: Path) -> None:
     lives = 2 * MAX_QUICK_DEATHS
 
-    assert supervise(child(tmp_path, f"[ $starts = {lives} ] && exit 0; kill -KILL $$")) == 0
+    assert supervise(child(tmp_path, f"[ $starts = {lives} ] && exit 0; kill -KILL $$"), quick_death_seconds=0.0) == 0
 
     assert starts(tmp_path) == lives
 
 
 def supervised(command: list[str], pause_seconds: float) -> subprocess.Popen[str]:
     code = (
-        "import sys; from jobs import supervisor; supervisor.PAUSE_SECONDS = float(sys.argv[1]);"
-        "sys.exit(supervisor.supervise(sys.argv[2:]))"
+        "import sys; from jobs.control.supervisor import supervise;"
+        "sys.exit(supervise(sys.argv[2:], pause_seconds=float(sys.argv[1])))"
     )
     environment = os.environ | {"PYTHONPATH": str(Path(jobs.__file__).parent.parent)}
     arguments = [sys.executable, "-c", code, str(pause_seconds), *command]

@@ -1,10 +1,10 @@
-"""What ranks agree on, and which steps are left out. Real engines: test_zero_state; whole runs: test_poisoned_runs."""
+"""What ranks agree on, and which steps are skipped. Real engines: test_zero_state; whole runs: test_poisoned_runs."""
 
 from __future__ import annotations
 
 import pytest
 
-from jobs.rank.non_finite import LeftOut, fault_of, fault_words, rollbacks_in_a_row, stretches
+from jobs.rank.non_finite import SkippedSteps, fault_of, fault_words, rollbacks_in_a_row, stretches
 
 
 def agreed(*found: tuple[bool, bool]) -> str:
@@ -31,8 +31,8 @@ def test_the_ranks_agree_on_what_is_not_finite(found: list[tuple[bool, bool]], f
 
 
 def cut(start: int, stop: int, *ledger: tuple[int, int]) -> list[tuple[int, int, bool]]:
-    found = stretches(start, stop, [LeftOut(*window) for window in ledger])
-    return [(stretch.steps.start, stretch.steps.stop, stretch.left_out) for stretch in found]
+    found = stretches(start, stop, [SkippedSteps(*window) for window in ledger])
+    return [(stretch.steps.start, stretch.steps.stop, stretch.skipped) for stretch in found]
 
 
 def test_a_run_without_rollbacks_is_one_stretch() -> None:
@@ -40,7 +40,7 @@ def test_a_run_without_rollbacks_is_one_stretch() -> None:
     assert cut(30, 30) == []
 
 
-def test_a_window_is_left_out_from_wherever_a_run_resumes() -> None:
+def test_a_window_is_skipped_from_wherever_a_run_resumes() -> None:
     """Steps 11 to 14 lie at 10 to 13 for the order."""
     assert cut(10, 30, (11, 14)) == [(10, 14, True), (14, 30, False)]
     assert cut(5, 30, (11, 14)) == [(5, 10, False), (10, 14, True), (14, 30, False)]
@@ -59,9 +59,9 @@ def test_windows_may_overlap_and_reach_to_the_end() -> None:
 
 
 def test_rollbacks_count_until_something_was_trained_and_kept_between_them() -> None:
-    ledger = [LeftOut(1, 5), LeftOut(11, 14), LeftOut(11, 17)]
+    ledger = [SkippedSteps(1, 5), SkippedSteps(11, 14), SkippedSteps(11, 17)]
 
-    assert rollbacks_in_a_row([], LeftOut(11, 14)) == 1
-    assert rollbacks_in_a_row(ledger[:2], LeftOut(11, 17)) == 2
-    assert rollbacks_in_a_row(ledger, LeftOut(18, 18)) == 3
-    assert rollbacks_in_a_row(ledger, LeftOut(21, 24)) == 1
+    assert rollbacks_in_a_row([], SkippedSteps(11, 14)) == 1
+    assert rollbacks_in_a_row(ledger[:2], SkippedSteps(11, 17)) == 2
+    assert rollbacks_in_a_row(ledger, SkippedSteps(18, 18)) == 3
+    assert rollbacks_in_a_row(ledger, SkippedSteps(21, 24)) == 1

@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 from ray.exceptions import RayTaskError
-from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, create_failure_policy
 from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import ControllerError
 
 from jobs.cluster.interfaces import UNREACHED_REMEDY
+from jobs.cluster.ray_internals.train import WorkerGroupStartupFailedError
 from jobs.control.failure_cause import describe_start_failure
 from jobs.rank.process_group import RanksBackend, RanksOverNodes, choose_own_interface
 

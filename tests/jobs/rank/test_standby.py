@@ -5,8 +5,11 @@ import subprocess
 import sys
 
 import pytest
+from ray._private import ray_constants
+from ray.core.generated import node_manager_pb2
 
-from jobs.rank.standby import WARM_SECONDS, Newcomers, rank_environment
+from jobs.rank import standby
+from jobs.rank.standby import WARM_SECONDS, Newcomers, ask_for_successor, rank_environment, start_standbys
 
 WITHOUT_CUDA = """
 import sys, torch
@@ -75,3 +78,46 @@ def test_importing_asks_cuda_nothing_and_leaves_nothing_out() -> None:
 def test_torch_computes_on_the_cpus_of_a_rank(environ: dict[str, str], cpus: float, threads: str) -> None:
     """Ray says so when an actor starts, which is after a process that waits has imported torch."""
     assert rank_environment(environ, "cpu", cpus)["OMP_NUM_THREADS"] == threads
+
+
+class Warned:
+    """What a test's process was warned of."""
+
+    def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
+        self._caplog = caplog
+
+    @property
+    def lines(self) -> list[str]:
+        return [record.getMessage() for record in self._caplog.records if record.name == standby.__name__]
+
+
+@pytest.fixture
+def warned(caplog: pytest.LogCaptureFixture) -> Warned:
+    return Warned(caplog)
+
+
+def test_a_ray_that_cannot_start_processes_costs_one_warning(warned: Warned, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(node_manager_pb2, "PrestartWorkersRequest")
+
+    assert not any(start_standbys(("127.0.0.1", 1), "{}", 1) for _ in range(3))
+
+    (line,) = warned.lines
+    assert line.startswith("no standbys wait on 127.0.0.1: ray: must have ray.core.generated.node_manager_pb2.Prestart")
+
+
+def test_a_rank_without_a_successor_is_warned_once(warned: Warned) -> None:
+    """Here there is no raylet: this process is not connected."""
+    assert not ask_for_successor()
+    assert not ask_for_successor()
+
+    (line,) = warned.lines
+    assert line.startswith("no standby waits for this rank's place: ")
+
+
+def test_a_ray_without_the_hook_starts_ranks_all_the_same(warned: Warned, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(ray_constants, "WORKER_PROCESS_SETUP_HOOK_ENV_VAR")
+
+    assert rank_environment({}, "cuda", 2.0) == {"DS_ACCELERATOR": "cuda", "OMP_NUM_THREADS": "2"}
+
+    (line,) = warned.lines
+    assert line.startswith("standbys cannot import anything in advance: ray: must have ray._private.ray_constants.")

@@ -1,0 +1,222 @@
+"""The reports of ranks to the run's monitor: attempts, steps, samples and checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from jobs.control.run_memory import RunMemory
+from jobs.metrics.rank_figures import FigureTable, RankFigures
+from jobs.metrics.recovery import Recovery
+from jobs.rank.instruction import Instruction
+from jobs.rank.watchdog import Pulse
+
+
+class RankReports(RunMemory):
+    """The part of the monitor that ranks call. Concurrency and failure: as `RunMemory`.
+
+    Blocking: `begin_attempt`, `roll_back` and `checkpoint_damaged` wait for storage; `record` is O(1).
+    """
+
+    def begin_attempt(
+        self, *, world_size: int, resume_step: int, counters: dict[str, float], host: str, started_at_seconds: float
+    ) -> int:
+        """Number a new attempt. Rank 0 calls it before it restores anything.
+
+        Args:
+            world_size: Ranks that are about to train.
+            resume_step: Steps that the checkpoint to restore holds; 0 for none.
+            counters: Run-level counters of that checkpoint.
+            host: Where rank 0 runs.
+            started_at_seconds: Unix time at which it began.
+        """
+        self.flush()
+        with self._lock:
+            self._record.begin_attempt()
+            number = self._record.attempt
+            if number == self._first_attempt_here:
+                # The last heartbeat is newer than the commit, unless it was lost.
+                self._figures.catch_up(counters)
+            before = self._figures["world_size"]
+            kind, reason = self._start_kind(before, world_size)
+            self._count_start(kind, started_at_seconds)
+            self._watch.begin(number)
+            self._instructions.begin_attempt()
+            self._failures.begin_attempt()
+            steps_redone = self._figures.group_began(attempt=number, world_size=world_size, resume_step=resume_step)
+            self._add_event(
+                kind,
+                reason=reason,
+                step=resume_step,
+                world_size=world_size,
+                world_size_before=before,
+                steps_redone=steps_redone,
+                host=host,
+            )
+            self._decide_interval()
+        self.flush()
+        return number
+
+    def restored(self) -> None:
+        """Note that the attempt's engine holds the checkpoint."""
+        with self._lock:
+            if self._recovery:
+                self._recovery.restored_at = self._clock.wall()
+
+    def record(
+        self,
+        row: dict[str, Any],
+        gradient_norm: float,
+        reading: Mapping[str, float],
+        ranks: FigureTable | Sequence[RankFigures],
+    ) -> Instruction:
+        """Note one finished step; returns what the ranks should do.
+
+        Args:
+            row: The history row (docs/data-format.md).
+            gradient_norm: Before clipping; a diagnostic that is not kept in the history.
+            reading: The fields of `StepReading`: what all ranks read for the step.
+            ranks: How each rank fared.
+        """
+        with self._lock:
+            self._instructions.trains()
+            self._add_row(row)
+            self._report_recovery(int(row["step"]))
+            if "skipped" in row:
+                self._add_event("skipped", step=row["step"], reason=f"{row['skipped']} is not finite")
+            now = self._clock.monotonic()
+            self._figures.step_done(row, gradient_norm, reading, ranks, now)
+            return self._instructions.after_step(now, save_is_due=self._saves.is_due(now))
+
+    def skip(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Note the history rows of steps that are skipped: not trained, but done."""
+        with self._lock:
+            for row in rows:
+                self._add_row(row)
+            self._figures.tell(step=rows[-1]["step"])
+
+    def roll_back(self, *, first_step: int, last_step: int, reason: str) -> None:
+        """Note, for all later attempts, that steps are skipped; returns when storage has it.
+
+        Args:
+            first_step: The first of them, from 1.
+            last_step: The one whose loss or gradient was not finite.
+            reason: For people.
+        """
+        with self._lock:
+            window = {
+                "first_step": first_step,
+                "last_step": last_step,
+                "attempt": self._record.attempt,
+                "reason": reason,
+            }
+            self._left_out.append(window)
+            self._figures.count("rollbacks")
+            self._add_event("rollback", step=last_step, first_step=first_step, reason=reason)
+            windows = list(self._left_out)
+        self._config.run.write_left_out(windows)
+        self.flush()
+
+    def quarantine(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Note samples that were found unusable; each is kept once in the run's life.
+
+        Args:
+            rows: As `Substitution.to_json` gives them, and the step.
+        """
+        with self._lock:
+            self._record.quarantine(rows)
+            self._figures.tell(quarantined=self._record.quarantined)
+
+    def paused(self) -> None:
+        """Note that the ranks have saved, and stand still; if nobody ends them, they continue."""
+        with self._lock:
+            self._instructions.paused()
+
+    def save_began(self, step: int) -> dict[str, float]:
+        """Note that the ranks save after `step`.
+
+        Returns:
+            What the commit keeps so that counters continue after a restart.
+        """
+        with self._lock:
+            self._instructions.saved()
+            self._saves.save_began(step, self._clock.monotonic())
+            return {**self._figures.totals, "restarts": self._figures["restarts"]}
+
+    def checkpoint_committed(
+        self, *, step: int, stall_seconds: float, duration_seconds: float, size_bytes: int, milestone: bool
+    ) -> None:
+        """Note a committed checkpoint.
+
+        Args:
+            step: Its steps.
+            stall_seconds: How long training stood still for it.
+            duration_seconds: From there until it was committed.
+            size_bytes: Of its files.
+            milestone: Whether it is kept permanently.
+        """
+        with self._lock:
+            self._figures.tell(
+                checkpoint_step=step,
+                checkpoint_at_seconds=self._clock.wall(),
+                checkpoint_bytes=size_bytes,
+                checkpoint_seconds=duration_seconds,
+                checkpoint_stall_seconds=stall_seconds,
+            )
+            self._figures.count("checkpoints")
+            self._figures.count("checkpoint_stall_seconds", stall_seconds)
+            self._failures.progressed()
+            self._add_event(
+                "checkpoint",
+                step=step,
+                stall_seconds=round(stall_seconds, 3),
+                duration_seconds=round(duration_seconds, 3),
+                bytes=size_bytes,
+                milestone=milestone,
+            )
+            self._decide_interval()
+
+    def checkpoint_failed(self, *, step: int, error: str) -> None:
+        """Note a checkpoint that could not be uploaded or committed; training continues."""
+        with self._lock:
+            self._figures.count("checkpoint_failures")
+            self._add_event("checkpoint-failed", step=step, reason=error)
+
+    def checkpoint_damaged(self, *, step: int, reason: str) -> None:
+        """Note a checkpoint that is skipped since it is not as it was written."""
+        with self._lock:
+            self._add_event("checkpoint-damaged", step=step, reason=reason)
+        self.flush()
+
+    def pulse(self, pulse: Pulse) -> None:
+        """Note how far a rank is (jobs.rank.watchdog)."""
+        with self._lock:
+            self._watch.hear(pulse, self._clock.monotonic())
+
+    def _start_kind(self, before: int | None, now: int) -> tuple[str, str]:
+        if self._record.attempt == 1:
+            return "start", "new run"
+        if self._record.attempt == self._first_attempt_here:
+            return "restart", "resumed by a new driver"
+        if self._failures.reason:
+            return "restart", self._failures.reason
+        return "resize", f"workers {before} -> {now}"
+
+    def _count_start(self, kind: str, started_at_seconds: float) -> None:
+        """Count what led to an attempt, and note when its recovery began."""
+        if self._driver_died and not self._failures.reason:
+            self._figures.count("failures", label="DriverDied")
+        self._driver_died = False
+        if kind == "start":
+            self._recovery = None
+            return
+        last_step_at, failed_at = self._figures["last_step_at_seconds"], self._failures.failed_at
+        self._recovery = Recovery(last_step_at, failed_at, started_at_seconds, self._clock.wall())
+        self._figures.restarted(kind)
+
+    def _report_recovery(self, step: int) -> None:
+        """After the first step of an attempt: how long the run stood still, and what for."""
+        if self._recovery:
+            spent, self._recovery = self._recovery.seconds(self._clock.wall()), None
+            self._figures.recovered(spent)
+            self._add_event("recovered", step=step, **{f"{phase}_seconds": value for phase, value in spent.items()})

@@ -1,0 +1,145 @@
+"""The memory of a live run, in the monitor's process: its record, figures and instructions, under one lock."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from jobs.control.checkpoint_clock import CheckpointClock
+from jobs.control.failures import Failures
+from jobs.metrics.exporter import RunExporter
+from jobs.metrics.recovery import Recovery
+from jobs.metrics.run_figures import RunFigures
+from jobs.rank.instruction import Instructions
+from jobs.rank.watchdog import HangWatch
+from jobs.recipe.checkpoint_interval import IntervalRule
+from jobs.recipe.schedule import Schedule
+from jobs.run.directory import RunDirectory
+from jobs.run.record import RunRecord
+
+FLUSH_INTERVAL_SECONDS = 2.0
+"""Between heartbeats; each is one PUT."""
+
+
+@dataclass(frozen=True)
+class Clock:
+    """The time; a test gives another."""
+
+    wall: Callable[[], float] = time.time
+    """Unix seconds."""
+    monotonic: Callable[[], float] = time.monotonic
+    """Seconds that never go back."""
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    """What a monitor needs to know of its run."""
+
+    run: RunDirectory
+    schedule: Schedule
+    global_batch_size: int
+    max_restarts_without_progress: int
+    target_world_size: int
+    """Ranks that the run takes where there is room for them."""
+    checkpoint_interval: IntervalRule
+    device: str
+    """`cuda` or `cpu`: what a rank-hour is an hour of."""
+    hang_seconds: float
+    host: str
+    metrics_port: int
+    targets_folder: str
+    """Folder that the local Prometheus watches; empty: none."""
+    flush_seconds: float = FLUSH_INTERVAL_SECONDS
+    """Between two writes to storage."""
+
+
+class RunMemory:
+    """What is known of one run while it is live.
+
+    Owns: `RunFigures`, what the heartbeat and the metrics say; `RunRecord`, what is to be written; never weights.
+    Concurrency: methods may run in parallel; a lock guards the state, and storage is written outside of it.
+    Failure: dies with its process; a new one continues from the run directory.
+    Blocking: `flush` waits for storage; nothing else does.
+    """
+
+    def __init__(self, config: MonitorConfig, clock: Clock) -> None:
+        """Open the run directory and start serving metrics."""
+        self._config, self._clock = config, clock
+        self._lock = threading.Lock()
+        self._flushing = threading.Lock()
+        before = config.run.read_heartbeat()
+        events = config.run.read_events()
+        self._record = RunRecord(config.run, events)
+        self._saves = CheckpointClock(config.checkpoint_interval, events)
+        self._instructions = Instructions()
+        self._failures = Failures(config.max_restarts_without_progress)
+        self._watch = HangWatch(config.hang_seconds)
+        self._recovery: Recovery | None = None
+        self._first_attempt_here = self._record.attempt + 1
+        self._driver_died = before.get("state") == "running"  # and nobody ended it
+        self._left_out = config.run.read_left_out()
+        every_steps = None if self._saves.seconds is not None else config.checkpoint_interval.every_steps
+        fixed = {
+            "run": config.run.name,
+            "state": "starting",
+            "waiting": False,
+            "total_steps": config.schedule.total_steps,
+            "target_world_size": config.target_world_size,
+            "checkpoint_every_steps": every_steps,
+            "checkpoint_interval_seconds": self._saves.seconds,
+            "device": config.device,
+            "steps_per_epoch": config.schedule.steps_per_epoch,
+            "quarantined": self._record.quarantined,
+        }
+        exporter = RunExporter(config.run.name, config.host, config.metrics_port, config.run.storage.retry_seconds)
+        self._figures = RunFigures(
+            fixed,
+            before,
+            exporter,
+            global_batch_size=config.global_batch_size,
+            wall=clock.wall,
+            monotonic=clock.monotonic,
+        )
+
+    def status(self) -> dict[str, Any]:
+        """What the heartbeat says, fresh."""
+        with self._lock:
+            return self._figures.heartbeat()
+
+    def flush(self) -> None:
+        """Write history, events and heartbeat; returns when storage has them."""
+        with self._flushing:
+            with self._lock:  # at once: a heartbeat that is seen is of what is written
+                tail, heartbeat = self._record.tail(), self._figures.heartbeat()
+            try:
+                tail.write(self._config.run)
+                self._config.run.write_heartbeat(heartbeat)
+            except BaseException:
+                with self._lock:
+                    self._record.touch()
+                raise
+            with self._lock:
+                self._record.written(tail)
+                self._figures.saved(heartbeat)
+
+    def _add_event(self, kind: str, **fields: Any) -> None:
+        self._saves.see(self._record.add_event(kind, fields))
+
+    def _add_row(self, row: dict[str, Any]) -> None:
+        self._record.add_row(row)
+        if "skipped" in row:
+            self._figures.count("skipped_steps")
+
+    def _decide_interval(self) -> None:
+        decision = self._saves.decide(
+            failures=self._figures.failures,
+            worker_seconds=self._figures.totals["worker_seconds_total"],
+            world_size=int(self._figures["world_size"] or self._config.target_world_size),
+        )
+        if decision:
+            seconds = round(decision.seconds, 3)
+            self._add_event("checkpoint-interval", step=self._figures["step"], seconds=seconds, reason=decision.reason)
+            self._figures.tell(checkpoint_interval_seconds=self._saves.seconds)
