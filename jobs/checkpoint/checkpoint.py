@@ -17,15 +17,16 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import google_crc32c
+from pydantic import ConfigDict, Field, SkipValidation, Strict, TypeAdapter, ValidationError, with_config
 
 from jobs.errors import CheckpointError, DamagedCheckpointError, OvertakenError
 from jobs.run.directory import RunDirectory
-from jobs.run.rows import is_time
+from jobs.run.rows import LARGEST, Text, Time, fault_rule
 from pipeline.store.crc_combine import CRC32C, combined
 from pipeline.store.json_text import parsed_object
 from pipeline.store.lease import standing
@@ -41,33 +42,28 @@ what is needed, and a gigabyte of checkpoint takes 32 KB of its commit object.""
 FORMAT_VERSION = 2
 
 
-_LARGEST = 2**53
-"""Beyond what is counted here."""
+Count = Annotated[int, Strict(), Field(ge=0, lt=LARGEST)]
+Total = Annotated[float, Strict(), Field(ge=0, lt=LARGEST)]
 
 
-def _is_count(number: object) -> bool:
-    return type(number) is int and 0 <= number < _LARGEST
-
-
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class CheckpointFile:
     """One uploaded file."""
 
-    name: str
+    name: SkipValidation[str]
     """Path below the folder of its step: `<claim>-<attempt>/<file>`."""
-    bytes: int
-    crc32c: int
-    chunk_bytes: int = 0
+    bytes: Count
+    crc32c: Count
+    chunk_bytes: Count = 0
     """Length of the chunks that have a CRC32C of their own, but for the last one; 0: there are none."""
-    chunk_crc32cs: str = ""
+    chunk_crc32cs: Text = ""
     """Theirs in order, eight hexadecimal digits each."""
 
     def __post_init__(self) -> None:
         # Files are read from, and deleted at, where this says: nothing else than a file of the checkpoint.
         if not isinstance(self.name, str) or "\0" in self.name or {"", ".", ".."} & {*self.name.split("/")}:
             raise ValueError(f"{self.name!r} is no path below the folder of a step")
-        if not all(_is_count(number) for number in (self.bytes, self.crc32c, self.chunk_bytes)):
-            raise ValueError(f"{self.name} has sizes and a checksum that are no numbers of bytes")
         if self.chunk_bytes and len(self.chunk_checksums()) != -(-self.bytes // self.chunk_bytes):
             raise ValueError(f"{self.name} has a checksum for each {self.chunk_bytes} of {self.bytes} bytes")
 
@@ -77,52 +73,36 @@ class CheckpointFile:
         return [int(words[at : at + 8], 16) for at in range(0, len(words), 8)]
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Commit:
     """What makes a checkpoint exist, and all that is needed to resume from it."""
 
-    step: int
+    step: Count
     """Optimizer steps done; the next one to do."""
-    epoch: int
+    epoch: Count
     """Epochs finished."""
-    world_size: int
-    zero_stage: int
-    precision: str
-    recipe_digest: str
-    dataset_digest: str
-    order_version: int
+    world_size: Count
+    zero_stage: Count
+    precision: Text
+    recipe_digest: Text
+    dataset_digest: Text
+    order_version: Count
     """Of the rules by which samples are dealt to steps; with digest, seed and step it is the state of the data."""
-    seed: int
-    attempt: int
-    created_at_seconds: float
-    """Unix time."""
-    milestone: bool
-    """Kept for ever."""
-    counters: Mapping[str, float]
-    """Run-level metrics that go on counting after a restart."""
-    versions: Mapping[str, str]
+    seed: Annotated[int, Strict()]
+    attempt: Count
+    created_at_seconds: Time
+    milestone: Annotated[bool, Strict()]
+    """Kept permanently."""
+    counters: Mapping[str, Total]
+    """Run-level metrics that continue to count after a restart."""
+    versions: Mapping[str, Text]
     files: tuple[CheckpointFile, ...]
-    claim: int = 0
+    claim: Count = 0
     """Number of the claim under which its driver worked; higher than those of all drivers before. 0: unknown."""
-    driver: str = ""
+    driver: Text = ""
     """Who that was, for people."""
-    format_version: int = field(default=FORMAT_VERSION)
-
-    def __post_init__(self) -> None:
-        for name in ("step", "epoch", "world_size", "zero_stage", "order_version", "attempt", "claim"):
-            if not _is_count(getattr(self, name)):
-                raise ValueError(f"{name} is no count: {getattr(self, name)!r}")
-        for name in ("precision", "recipe_digest", "dataset_digest", "driver"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} is no text: {getattr(self, name)!r}")
-        if type(self.seed) is not int or type(self.milestone) is not bool:
-            raise ValueError(f"seed or milestone is of another type: {self.seed!r}, {self.milestone!r}")
-        if not all(type(number) in (int, float) and 0 <= number < _LARGEST for number in self.counters.values()):
-            raise ValueError("a counter is no number")
-        if not is_time(self.created_at_seconds):
-            raise ValueError("created_at_seconds is no Unix time")
-        if not all(isinstance(text, str) for text in self.versions.values()):
-            raise ValueError("versions are no texts")
+    format_version: Count = FORMAT_VERSION
 
     @property
     def bytes(self) -> int:
@@ -134,8 +114,8 @@ class Commit:
         """Read a commit object, also one of an older format.
 
         Raises:
-            CheckpointError: If it was written in a format that is not known.
-            DamagedCheckpointError: If fields are missing or unknown.
+            CheckpointError: It was written in a format that is not known.
+            DamagedCheckpointError: A field is missing, unknown or of another type; names it.
         """
         version = fields.get("format_version")
         migrated = dict(fields)
@@ -147,10 +127,14 @@ class Commit:
             remedy = "use the version of convmae-pretrain that wrote it"
             raise CheckpointError("format_version", f"must be {known}", version, remedy)
         try:
-            return cls(**{**migrated, "files": tuple(CheckpointFile(**file) for file in migrated["files"])})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            rule, remedy = f"must have the fields of format {version} ({error})", _OTHERS
+            return _COMMIT.validate_python(migrated)
+        except ValidationError as error:
+            rule, remedy = f"must have the fields of format {version} ({fault_rule(error)})", _OTHERS
             raise DamagedCheckpointError("commit", rule, f"step {fields.get('step')}", remedy) from None
+
+
+_COMMIT = TypeAdapter(Commit)
+"""Checks what is read, never what is built here."""
 
 
 def _from_format_1(fields: Mapping[str, Any]) -> dict[str, Any]:
