@@ -19,7 +19,7 @@ import pickletools
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from jobs.errors import DamagedCheckpointError
 from pipeline.errors import UserError, clipped
@@ -49,6 +49,14 @@ STORAGE_DTYPES = {
 ITEM_BYTES = {
     "F64": 8, "I64": 8, "C64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
 }  # fmt: skip
+
+
+class ByteRange(NamedTuple):
+    """Bytes that lie together in one file or object."""
+
+    url: str
+    offset: int
+    length: int
 
 
 class Files(Protocol):
@@ -84,6 +92,12 @@ class TensorPlace:
     def elements(self) -> int:
         """How many."""
         return math.prod(self.shape)
+
+    @property
+    def byte_range(self) -> ByteRange:
+        """Its bytes in the file."""
+        item = ITEM_BYTES[self.dtype]
+        return ByteRange(self.record.url, self.record.offset + self.first * item, self.elements * item)
 
 
 class Opaque:

@@ -215,8 +215,8 @@ def _number(files: Files, told: LazyTensor | float) -> float:
         return float(told)
     place = told.place()
     kind = np.dtype(_SCALARS[place.dtype])
-    offset = place.record.offset + place.first * kind.itemsize
-    return float(np.frombuffer(files.read_range(place.record.url, offset, kind.itemsize), kind)[0])
+    url, offset, _ = place.byte_range
+    return float(np.frombuffer(files.read_range(url, offset, kind.itemsize), kind)[0])
 
 
 def _shapes(found: Mapping[Any, Any]) -> dict[str, Shape]:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from jobs.checkpoint.checkpoint import Commit
-from jobs.checkpoint.torch_archive import ITEM_BYTES, Files, Record, TensorPlace
+from jobs.checkpoint.torch_archive import ITEM_BYTES, ByteRange, Files, TensorPlace
 from jobs.checkpoint.zero_files import (
     MOMENTS,
     FilesFound,
@@ -32,16 +32,6 @@ from jobs.errors import CheckpointError
 from jobs.run.directory import RunDirectory
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
-
-
-@dataclass(frozen=True)
-class Extent:
-    """Bytes that lie together in one record."""
-
-    record: Record
-    start: int
-    """Within the record."""
-    bytes: int
 
 
 class Held(NamedTuple):
@@ -61,14 +51,15 @@ class Vector:
         self.dtype = places[0].dtype if places else "F32"
         self.elements = self._ends[-1] if places else 0
 
-    def extents(self, start: int, stop: int) -> Iterator[Extent]:
-        """The bytes of elements [start, stop), in order."""
+    def byte_ranges(self, start: int, stop: int) -> Iterator[ByteRange]:
+        """Where elements [start, stop) lie, in order."""
         item = ITEM_BYTES[self.dtype]
         index = bisect.bisect_right(self._ends, start)
         while start < stop:
             place, begin = self.places[index], self._ends[index] - self.places[index].elements
             end = min(stop, self._ends[index])
-            yield Extent(place.record, (place.first + start - begin) * item, (end - start) * item)
+            offset = place.record.offset + (place.first + start - begin) * item
+            yield ByteRange(place.record.url, offset, (end - start) * item)
             start, index = end, index + 1
 
     def held(self, urls: Set[str]) -> Iterator[tuple[int, int]]:
@@ -112,12 +103,12 @@ class SourceTensor:
         """How many."""
         return math.prod(self.shape)
 
-    def extents(self, start: int, stop: int) -> Iterator[Extent]:
-        """The bytes of its elements [start, stop), in order."""
+    def byte_ranges(self, start: int, stop: int) -> Iterator[ByteRange]:
+        """Where its elements [start, stop) lie, in order."""
         while start < stop:
             index, within = divmod(start, self.share)
             end = min(stop, (index + 1) * self.share)
-            yield from self.vectors[index].extents(self.offset + within, self.offset + within + end - start)
+            yield from self.vectors[index].byte_ranges(self.offset + within, self.offset + within + end - start)
             start = end
 
     def ranges(self, held: Sequence[Held]) -> Iterator[range]:

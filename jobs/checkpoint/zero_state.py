@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from jobs.checkpoint.checked_files import CheckedFiles, Copy
 from jobs.checkpoint.rank_group import BUCKET_BYTES, RankGroup, Room
-from jobs.checkpoint.torch_archive import ITEM_BYTES, TensorPlace
+from jobs.checkpoint.torch_archive import ITEM_BYTES
 from jobs.checkpoint.zero_files import MOMENTS
 from jobs.checkpoint.zero_layout import Held, SourceTensor, ZeroFiles
 from jobs.errors import CheckpointError
@@ -168,8 +168,9 @@ class WholeTensors:
 
     def mine(self) -> list[Copy]:
         """What this rank reads."""
-        places = [place for vectors in self._vectors.values() for vector in vectors for place in vector.places]
-        chunks = np.array_split(self._files.holding(map(_span, places)), self._group.world_size)[self._group.rank]
+        places = (place for vectors in self._vectors.values() for vector in vectors for place in vector.places)
+        held_chunks = self._files.holding(place.byte_range for place in places)
+        chunks = np.array_split(held_chunks, self._group.world_size)[self._group.rank]
         if not len(chunks):
             return []
         urls = self._files.urls(chunks)
@@ -216,12 +217,12 @@ def _is_read_by_owners(
     """
     by_vectors = {id(source.vectors): source.vectors for moment in sources.values() for source in moment.values()}
     places = (place for vectors in by_vectors.values() for vector in vectors for place in vector.places)
-    there = files.holding(map(_span, places))
-    mine = files.holding((copy.url, copy.offset, len(copy.target)) for copy in copies)
-    allowed = _REQUESTS * group.world_size + sum(1 for _ in files.runs(there))
+    there = files.holding(place.byte_range for place in places)
+    mine = files.holding(copy.source for copy in copies)
+    allowed = _REQUESTS * group.world_size + sum(1 for _ in files.requests(there))
     return (
         group.total(len(mine)) <= _READ_AGAIN * len(there)
-        and group.total(sum(1 for _ in files.runs(mine))) <= allowed
+        and group.total(sum(1 for _ in files.requests(mine))) <= allowed
     )  # fmt: skip
 
 
@@ -254,18 +255,12 @@ def _buckets(sources: Iterable[SourceTensor]) -> Iterator[list[SourceTensor]]:
         yield bucket
 
 
-def _span(place: TensorPlace) -> tuple[str, int, int]:
-    """URL, offset and bytes of a tensor in a file."""
-    item = ITEM_BYTES[place.dtype]
-    return place.record.url, place.record.offset + place.first * item, place.elements * item
-
-
 def _copies(source: SourceTensor, wanted: range, room: Tensor) -> Iterator[Copy]:
     """What is to be copied so that `room`, of bytes, holds some elements of a tensor."""
     target, position = room.numpy().data, 0
-    for extent in source.extents(wanted.start, wanted.stop):
-        yield Copy(extent.record.url, extent.record.offset + extent.start, target[position : position + extent.bytes])
-        position += extent.bytes
+    for url, offset, length in source.byte_ranges(wanted.start, wanted.stop):
+        yield Copy(url, offset, target[position : position + length])
+        position += length
 
 
 def _version() -> str:

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import google_crc32c
 
 from jobs.weights.dtypes import converted
-from jobs.weights.reads import PartPlan, PartRead, Take
+from jobs.weights.file_layout import TensorPiece
+from jobs.weights.reads import PartPlan, PartRead
 from pipeline.store import parted_write
 from pipeline.store.parted_write import PartedWrite, WrittenPart
 from pipeline.store.storage import Storage
@@ -99,22 +100,23 @@ def made(storage: Storage, plan: PartPlan) -> bytes:
 
 
 def _pieces(storage: Storage, read: PartRead) -> list[tuple[int, bytes | memoryview]]:
-    """What is taken of one read, as it is written, each with its place in the part."""
-    data = memoryview(read.range.read(storage))
-    is_mostly_taken = 2 * sum(take.bytes for take in read.takes) >= len(data)
-    pieces: list[tuple[int, bytes | memoryview]] = []
-    for take in read.takes:
-        values = data[take.start : take.start + take.bytes]
-        if take.source_dtype != take.dtype:
-            pieces.append((take.offset, _converted(take, values)))
+    """The values that are taken from one read, as they are written, each with its place in the part."""
+    data = memoryview(read.source.read(storage))
+    is_mostly_taken = 2 * sum(piece.source.length for piece in read.pieces) >= len(data)
+    found: list[tuple[int, bytes | memoryview]] = []
+    for piece in read.pieces:
+        start = piece.source.offset - read.source.range.offset
+        values = data[start : start + piece.source.length]
+        if piece.source_dtype != piece.dtype:
+            found.append((piece.offset, _converted(piece, values)))
         else:  # a copy, where a view would keep much more than is needed
-            pieces.append((take.offset, values if is_mostly_taken else bytes(values)))
-    return pieces
+            found.append((piece.offset, values if is_mostly_taken else bytes(values)))
+    return found
 
 
-def _converted(take: Take, values: memoryview) -> bytes:
+def _converted(piece: TensorPiece, values: memoryview) -> bytes:
     chunks = (values[start : start + _CONVERT_BYTES] for start in range(0, len(values), _CONVERT_BYTES))
-    return b"".join(converted(take.tensor, chunk, take.source_dtype, take.dtype) for chunk in chunks)
+    return b"".join(converted(piece.tensor, chunk, piece.source_dtype, piece.dtype) for chunk in chunks)
 
 
 def _streamed(storage: Storage, url: str, plans: Sequence[PartPlan]) -> Done:

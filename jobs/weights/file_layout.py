@@ -12,11 +12,11 @@ from __future__ import annotations
 import bisect
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-from jobs.checkpoint.torch_archive import ITEM_BYTES
-from jobs.checkpoint.zero_layout import Extent, SourceTensor
+from jobs.checkpoint.torch_archive import ITEM_BYTES, ByteRange
+from jobs.checkpoint.zero_layout import SourceTensor
 from jobs.errors import CheckpointError
 from pipeline.store.parted_write import MOST_PARTS
 
@@ -32,25 +32,35 @@ DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
 
 
 @dataclass(frozen=True)
-class Slice:
-    """Some values of one tensor, and where they lie."""
+class TensorPiece:
+    """Some values of one tensor: where they lie in the checkpoint, and where they belong in a part."""
 
+    source: ByteRange
+    offset: int
+    """Within the part, where they are `dtype`."""
     tensor: str
     source_dtype: str
     dtype: str
-    extents: tuple[Extent, ...]
+
+    def cut(self, most_bytes: int) -> Iterator[TensorPiece]:
+        """The same values in pieces of at most `most_bytes` in the checkpoint, a multiple of every type's size."""
+        url, start, length = self.source
+        for done in range(0, length, most_bytes):
+            offset = self.offset + done // ITEM_BYTES[self.source_dtype] * ITEM_BYTES[self.dtype]
+            source = ByteRange(url, start + done, min(most_bytes, length - done))
+            yield replace(self, source=source, offset=offset)
 
 
 @dataclass(frozen=True)
-class Part:
-    """A range of one file: literal bytes, then slices of tensors."""
+class WeightPart:
+    """A byte range of one file that is to be made: literal bytes, then pieces of tensors."""
 
     url: str
     number: int
-    """From 1 on."""
+    """From 1."""
     offset: int
     literal: bytes
-    slices: tuple[Slice, ...]
+    pieces: tuple[TensorPiece, ...]
     bytes: int
 
 
@@ -116,26 +126,27 @@ class WeightFile:
         """In how many parts it is made."""
         return -(-self.bytes // self.part_bytes)
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[WeightPart]:
         """Its parts, in order."""
         for index in range(self.part_count):
             offset = index * self.part_bytes
             end = min(offset + self.part_bytes, self.bytes)
             literal = self.header[offset:end]
             begin = max(offset, len(self.header)) - len(self.header)
-            slices = tuple(self._slices(begin, max(begin, end - len(self.header))))
-            yield Part(self.url, index + 1, offset, literal, slices, end - offset)
+            pieces = tuple(self._pieces(begin, max(begin, end - len(self.header)), len(literal)))
+            yield WeightPart(self.url, index + 1, offset, literal, pieces, end - offset)
 
-    def _slices(self, start: int, stop: int) -> Iterator[Slice]:
-        """The values at bytes [start, stop) behind the header."""
+    def _pieces(self, start: int, stop: int, offset: int) -> Iterator[TensorPiece]:
+        """The values at bytes [start, stop) after the header, which belong at `offset` of a part."""
         index = max(0, bisect.bisect_right(self._starts, start) - 1)
         while start < stop:
             tensor, begin = self.ordered[index], self._starts[index]
             end = min(stop, self._starts[index + 1])
             dtype = self.dtype_of(tensor)
             first, last = ((edge - begin) // ITEM_BYTES[dtype] for edge in (start, end))
-            if last > first:
-                yield Slice(tensor.name, tensor.dtype, dtype, tuple(tensor.extents(first, last)))
+            for source in tensor.byte_ranges(first, last):
+                yield TensorPiece(source, offset, tensor.name, tensor.dtype, dtype)
+                offset += source.length // ITEM_BYTES[tensor.dtype] * ITEM_BYTES[dtype]
             start, index = end, index + 1
 
 

@@ -216,7 +216,7 @@ def test_a_missing_rank_is_refused(run: RunDirectory) -> None:
 def test_neither_torch_nor_deepspeed_is_imported(run: RunDirectory, tmp_path: Path) -> None:
     program = (
         "import sys\n"
-        "from jobs import consolidate, consolidate_command\n"
+        "from jobs.weights import consolidate, consolidate_command\n"
         "from jobs.run.directory import RunDirectory\n"
         "from pipeline.store.storage import Storage\n"
         f"consolidate.consolidate(RunDirectory(Storage(), {run.url!r}))\n"
