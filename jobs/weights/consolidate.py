@@ -27,7 +27,7 @@ from jobs.cluster.local_fan_out import fan_out_locally
 from jobs.errors import CheckpointError
 from jobs.run.directory import RunDirectory
 from jobs.weights.file_layout import DTYPES, PART_BYTES, WeightFile, one_file, several_files
-from jobs.weights.results import ONE_FILE, Consolidated, Wanted
+from jobs.weights.target import ONE_FILE, ConsolidatedWeights, Target
 from jobs.weights.writer import FanOut, Show, WeightWriter
 from pipeline.store.lease import claimed
 from pipeline.store.storage import Storage, is_local
@@ -66,14 +66,14 @@ def commit_of(run: RunDirectory, step: int | None) -> Commit:
 def consolidate(
     run: RunDirectory,
     step: int | None = None,
-    wanted: Wanted = ONE_FILE,
+    target: Target = ONE_FILE,
     *,
     if_exists: IfExists = "keep",
     fan_out: FanOut | None = None,
     part_bytes: int = PART_BYTES,
     on_progress: Show = lambda *_: None,
     on_wait: Callable[[str], None] = logger.warning,
-) -> Consolidated:
+) -> ConsolidatedWeights:
     """Write the weights of a checkpoint, frozen parameters and buffers included, as safetensors.
 
     Each file has a `.sha256` beside it. The same call again goes on where it was cut off.
@@ -81,7 +81,7 @@ def consolidate(
     Args:
         run: The run; it may be training.
         step: A committed step; None for the newest.
-        wanted: Type, size and place of what is made.
+        target: Type, size and place of what is made.
         if_exists: What becomes of a finished result at that place: it is `refuse`d, `keep`: returned as it is, or
             `replace`d.
         fan_out: Where tasks run; None: in threads of this process.
@@ -96,51 +96,51 @@ def consolidate(
     """
     began = time.monotonic()
     commit = commit_of(run, step)
-    url = wanted.url(run, commit.step)
+    url = target.url(run, commit.step)
     storage = run.storage
-    if wanted.out:
+    if target.out:
         storage.check(url.rpartition("/")[0], write=True, exclusive=True)
-    if (found := _existing(storage, wanted, url, commit.step, if_exists)) is not None:
+    if (found := _existing(storage, target, url, commit.step, if_exists)) is not None:
         return found
     claim_folder = f"{url.rpartition('/')[0]}/.{url.rpartition('/')[2]}.claims"
     with _swept(claim_folder), claimed(storage, claim_folder, "convmae consolidate", on_wait=on_wait) as claim:
         # Whoever held the claim before may have finished it.
-        if (found := _existing(storage, wanted, url, commit.step, if_exists)) is not None:
+        if (found := _existing(storage, target, url, commit.step, if_exists)) is not None:
             return found
         if if_exists == "replace":
-            for mark in wanted.marks(url):
+            for mark in target.marks(url):
                 storage.delete(mark)
         source = CheckedFiles(run, replace(commit, files=tuple(with_chunks(run, commit.step, commit.files))))
-        files = _planned(source, wanted, url, part_bytes)
-        tasks = fan_out or in_threads(part_bytes, dtype=wanted.dtype)
+        files = _planned(source, target, url, part_bytes)
+        tasks = fan_out or in_threads(part_bytes, dtype=target.dtype)
         writer = WeightWriter(source, url, files, tasks, show=on_progress, check=claim.check)
         written = tuple(writer.run(keep=if_exists != "replace"))
-        if if_exists == "replace" and wanted.shard_bytes is not None:
+        if if_exists == "replace" and target.shard_bytes is not None:
             _delete_others(storage, url, files)
-    return Consolidated(url, commit.step, written, writer.kept, writer.kept_bytes, time.monotonic() - began)
+    return ConsolidatedWeights(url, commit.step, written, writer.kept, writer.kept_bytes, time.monotonic() - began)
 
 
-def _existing(storage: Storage, wanted: Wanted, url: str, step: int, if_exists: IfExists) -> Consolidated | None:
-    if if_exists == "replace" or not wanted.is_finished(storage, url):
+def _existing(storage: Storage, target: Target, url: str, step: int, if_exists: IfExists) -> ConsolidatedWeights | None:
+    if if_exists == "replace" or not target.is_finished(storage, url):
         return None
     if if_exists == "refuse":
         remedy = "it is there and whole; replace it with --force, or write to another place with --out"
         raise CheckpointError("target", "must not exist", url, remedy)
-    return wanted.found(storage, url, step)
+    return target.found(storage, url, step)
 
 
-def _planned(source: CheckedFiles, wanted: Wanted, url: str, part_bytes: int) -> list[WeightFile]:
+def _planned(source: CheckedFiles, target: Target, url: str, part_bytes: int) -> list[WeightFile]:
     run, commit = source.run, source.commit
     tensors = ZeroFiles.read(run, commit, source).weights()
-    metadata, dtype = _metadata(run, commit, wanted), DTYPES[wanted.dtype]
-    if wanted.shard_bytes is None:
+    metadata, dtype = _metadata(run, commit, target), DTYPES[target.dtype]
+    if target.shard_bytes is None:
         files = [one_file(url, tensors, metadata, dtype)]
     else:
-        files = several_files(url, tensors, metadata, dtype, wanted.shard_bytes)
+        files = several_files(url, tensors, metadata, dtype, target.shard_bytes)
     return [replace(file, least_part_bytes=part_bytes) for file in files]
 
 
-def _metadata(run: RunDirectory, commit: Commit, wanted: Wanted) -> dict[str, str]:
+def _metadata(run: RunDirectory, commit: Commit, target: Target) -> dict[str, str]:
     # Read as it is written: `read_recipe` would import torch, which needs more memory than all else here.
     model = run.read_recipe_fields()["model"]
     git = commit.versions.get("git")
@@ -149,7 +149,7 @@ def _metadata(run: RunDirectory, commit: Commit, wanted: Wanted) -> dict[str, st
         "run": run.name,
         "step": str(commit.step),
         "epoch": str(commit.epoch),
-        "dtype": wanted.dtype,
+        "dtype": target.dtype,
         "recipe_digest": commit.recipe_digest,
         "dataset_digest": commit.dataset_digest,
         "model": json.dumps(model, sort_keys=True),

@@ -15,8 +15,9 @@ from jobs.checkpoint.checkpoint import folder_name
 from jobs.errors import ExportError
 from jobs.run.directory import RunDirectory
 from jobs.weights import onnx_export
-from jobs.weights.consolidated import Weights, model_json, sha256_of, write_tensors
+from jobs.weights.consolidated import Weights
 from jobs.weights.model_card import write_card
+from jobs.weights.weight_files import model_json, sha256_of, write_tensors
 from model import Backbone, ConvMAE, ConvMAEConfig
 from model.config import PATCH_PIXELS
 from model.errors import ModelConfigError

@@ -24,13 +24,10 @@ from jobs.checkpoint.torch_archive import LARGEST_PICKLE_BYTES, check_directory
 from jobs.errors import WeightsFileError
 from jobs.recipe.recipe import Recipe
 from jobs.run.directory import RunDirectory
-from jobs.weights.consolidated import (
+from jobs.weights.names import WeightNames, described, fresh_tensors, weight_names
+from jobs.weights.weight_checks import check_dtypes, check_finite, check_header, check_heads, check_values
+from jobs.weights.weight_files import (
     SUFFIX,
-    check_dtypes,
-    check_finite,
-    check_header,
-    check_heads,
-    check_values,
     local_copy,
     model_config,
     model_json,
@@ -39,7 +36,6 @@ from jobs.weights.consolidated import (
     shapes_of,
     write_tensors,
 )
-from jobs.weights.names import WeightNames, described, fresh_tensors, weight_names
 from model import ConvMAEConfig
 from pipeline.errors import clipped
 from pipeline.host.scratch import scratch_folder

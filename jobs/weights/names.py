@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from jobs.errors import WeightsFileError
-from jobs.weights.consolidated import check_against
+from jobs.weights.weight_checks import check_against
 from model import ConvMAE, ConvMAEConfig
 from model.weights import to_official
 from pipeline.errors import clipped

@@ -20,7 +20,7 @@ from jobs.errors import CheckpointError
 from jobs.weights.copy_tasks import Done, HashFile, MakeFile, MakePart, Task, work
 from jobs.weights.file_layout import INDEX_NAME, WeightFile, index_of
 from jobs.weights.reads import planned
-from jobs.weights.results import WrittenFile, recorded_sha256
+from jobs.weights.target import WrittenFile, recorded_sha256
 from pipeline.errors import ClaimedError, StorageError, UserError
 from pipeline.store import parted_write
 from pipeline.store.crc_combine import CRC32C, combined
@@ -30,7 +30,7 @@ from pipeline.store.storage import Storage
 
 
 @dataclass(frozen=True)
-class Progress:
+class ConsolidationProgress:
     """How far a consolidation has come."""
 
     done: int = 0
@@ -40,7 +40,7 @@ class Progress:
     """Of the done: those that an earlier run had written."""
 
 
-Show = Callable[[str, Progress], None]
+Show = Callable[[str, ConsolidationProgress], None]
 """Called with a stage's name and how far it has come, after each task and about every second."""
 
 
@@ -101,7 +101,7 @@ class WeightWriter:
         """Of each file that this call made: its parts."""
         self._to_hash: deque[HashFile] = deque()
         self._hashed: dict[str, WrittenFile] = {}
-        self._progress = Progress(total=sum(file.part_count for file in files))
+        self._progress = ConsolidationProgress(total=sum(file.part_count for file in files))
 
     def run(self, *, keep: bool) -> list[WrittenFile]:
         """Make all files.

@@ -19,7 +19,7 @@ from jobs.errors import OvertakenError
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
 from jobs.weights.consolidate import consolidate
-from jobs.weights.results import is_consolidated
+from jobs.weights.target import is_consolidated
 from pipeline.ingest.photographs import cut_tiles
 from pipeline.store.lease import claimed
 from pipeline.store.storage import Storage

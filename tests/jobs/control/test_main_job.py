@@ -20,7 +20,7 @@ from testbed import TILES, Command, losses, small_recipe
 from jobs.checkpoint import checkpoint
 from jobs.stack.local_stack import Stack
 from jobs.weights import consolidated
-from jobs.weights.results import is_consolidated
+from jobs.weights.target import is_consolidated
 from model import ConvMAE
 
 EPOCHS = 10

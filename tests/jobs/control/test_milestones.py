@@ -9,7 +9,7 @@ from jobs.checkpoint import checkpoint
 from jobs.control.milestones import MilestoneConsolidator
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
-from jobs.weights.results import Consolidated, is_consolidated
+from jobs.weights.target import ConsolidatedWeights, is_consolidated
 from pipeline.store.storage import Storage
 
 
@@ -35,7 +35,7 @@ class Told:
         self.done: list[int] = []
         self.failed: dict[int, str] = {}
 
-    def on_done(self, result: Consolidated) -> None:
+    def on_done(self, result: ConsolidatedWeights) -> None:
         self.done.append(result.step)
 
     def on_failure(self, step: int, error: str) -> None:

@@ -26,8 +26,8 @@ from jobs.errors import DamagedCheckpointError, WeightsFileError
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
 from jobs.weights import consolidated, initial
-from jobs.weights.consolidated import model_json
 from jobs.weights.initial import import_weights, pinned
+from jobs.weights.weight_files import model_json
 from model import ConvMAE, ConvMAEConfig
 from pipeline.errors import StorageError
 from pipeline.store.storage import Storage

@@ -21,7 +21,7 @@ class WrittenFile:
 
 
 @dataclass(frozen=True)
-class Consolidated:
+class ConsolidatedWeights:
     """A consolidated step."""
 
     url: str
@@ -41,7 +41,7 @@ class Consolidated:
 
 
 @dataclass(frozen=True)
-class Wanted:
+class Target:
     """What a consolidation shall make, checked.
 
     Raises:
@@ -82,19 +82,19 @@ class Wanted:
             return False
         return any(storage.exists(mark) for mark in self.marks(url))
 
-    def found(self, storage: Storage, url: str, step: int) -> Consolidated:
+    def found(self, storage: Storage, url: str, step: int) -> ConsolidatedWeights:
         """A result that is finished."""
         urls = [url]
         if self.shard_bytes is not None:
             names = [name for name in storage.list_names(url) if name.endswith(".safetensors")]
             urls = [Storage.join(url, name) for name in names]
         files = tuple(WrittenFile(file, storage.size(file), recorded_sha256(storage, file)) for file in urls)
-        return Consolidated(url, step, files, kept=len(files))
+        return ConsolidatedWeights(url, step, files, kept=len(files))
 
 
-ONE_FILE = Wanted()
+ONE_FILE = Target()
 """All weights in fp32, in the run directory."""
-SEVERAL_FILES = Wanted(shard_bytes=0)
+SEVERAL_FILES = Target(shard_bytes=0)
 """The same as a folder of files of any size: enough to ask whether it is there."""
 
 
