@@ -107,38 +107,73 @@ def simulate(scenario: Scenario, policy: Policy, rng: random.Random) -> Outcome:
     Raises:
         NoHeadwayError: Nodes fail faster than a checkpoint is reached.
     """
-    least = scenario.nodes if policy == "fixed" else scenario.min_nodes
-    now, kept, alive, arrivals = 0.0, 0, scenario.nodes, list[float]()
-    lost, restarts, waited, node_seconds = 0.0, -1, 0.0, 0.0
-    idle = 0
-    while idle < MAX_IDLE_EVENTS:
-        idle += 1
-        failure = now + rng.expovariate(alive / scenario.mtbf_seconds) if alive else math.inf
-        event = min(failure, arrivals[0]) if arrivals else failure
-        if alive < least:
-            waited += event - now
-        elif event > now:
-            restarts += 1
-            stretch = _trained(scenario, alive, event - now - scenario.restart_seconds, scenario.steps - kept)
-            kept, lost = kept + stretch.kept, lost + stretch.lost
-            idle = 0 if stretch.kept else idle
-            if kept >= scenario.steps:
-                now += scenario.restart_seconds + stretch.seconds
-                node_seconds += alive * (scenario.restart_seconds + stretch.seconds)
-                hours = node_seconds * scenario.gpus_per_node / 3600
-                return Outcome(now, scenario.ideal_seconds / now, lost, restarts, waited, hours)
-        node_seconds += alive * (event - now)
-        now = event
-        if arrivals and event == arrivals[0]:
-            heapq.heappop(arrivals)
-            alive += 1
+    run = _SimulatedRun(scenario, policy, rng)
+    while not run.is_done:
+        if run.idle_events >= MAX_IDLE_EVENTS:
+            done = f"{run.kept:,} of {scenario.steps:,} steps after {run.now / 86_400:,.0f} days"
+            remedy = "save more often, or take nodes that fail less"
+            raise NoHeadwayError(
+                "interval_steps", f"must let the run make headway ({done})", scenario.interval_steps, remedy
+            )
+        run.advance()
+    return run.outcome
+
+
+class _SimulatedRun:
+    """One run on nodes that fail, from one failure or arrival of a node to the next."""
+
+    def __init__(self, scenario: Scenario, policy: Policy, rng: random.Random) -> None:
+        self._scenario, self._rng = scenario, rng
+        self._least = scenario.nodes if policy == "fixed" else scenario.min_nodes
+        self._alive, self._arrivals = scenario.nodes, list[float]()
+        self._lost, self._restarts, self._waited, self._node_seconds = 0.0, -1, 0.0, 0.0
+        self.now, self.kept, self.idle_events = 0.0, 0, 0
+
+    @property
+    def is_done(self) -> bool:
+        return self.kept >= self._scenario.steps
+
+    @property
+    def outcome(self) -> Outcome:
+        hours = self._node_seconds * self._scenario.gpus_per_node / 3600
+        goodput = self._scenario.ideal_seconds / self.now
+        return Outcome(self.now, goodput, self._lost, self._restarts, self._waited, hours)
+
+    def advance(self) -> None:
+        """Come to the next event, or to the end of the run before it."""
+        self.idle_events += 1
+        rate = self._alive / self._scenario.mtbf_seconds
+        failure = self.now + self._rng.expovariate(rate) if rate else math.inf
+        event = min(failure, self._arrivals[0]) if self._arrivals else failure
+        if self._alive < self._least:
+            self._waited += event - self.now
+        elif event > self.now:
+            self._train(event - self.now)
+            if self.is_done:
+                return
+        self._pass(event - self.now, event)
+        if self._arrivals and event == self._arrivals[0]:
+            heapq.heappop(self._arrivals)
+            self._alive += 1
         else:
-            heapq.heappush(arrivals, now + scenario.replace_seconds)
-            alive -= 1
-    rule = f"must let the run make headway ({kept:,} of {scenario.steps:,} steps after {now / 86_400:,.0f} days)"
-    raise NoHeadwayError(
-        "interval_steps", rule, scenario.interval_steps, "save more often, or take nodes that fail less"
-    )
+            heapq.heappush(self._arrivals, event + self._scenario.replace_seconds)
+            self._alive -= 1
+
+    def _train(self, seconds: float) -> None:
+        """Train for `seconds`, restart included, or until all steps are done."""
+        scenario = self._scenario
+        self._restarts += 1
+        stretch = _trained(scenario, self._alive, seconds - scenario.restart_seconds, scenario.steps - self.kept)
+        self.kept, self._lost = self.kept + stretch.kept, self._lost + stretch.lost
+        if stretch.kept:
+            self.idle_events = 0
+        if self.is_done:
+            needed = scenario.restart_seconds + stretch.seconds
+            self._pass(needed, self.now + needed)
+
+    def _pass(self, seconds: float, until: float) -> None:
+        self._node_seconds += self._alive * seconds
+        self.now = until
 
 
 @dataclass(frozen=True)
