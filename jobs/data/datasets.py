@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from jobs.data.verify import Verification
 
 
-def make_dataset(
+def shard_and_say(
     session: Session, source: str, destination: str, sharding: Sharding, *, salvage: bool = False
 ) -> Manifest:
     """Shard what lies at `source`, and say what became of it.
@@ -51,7 +51,7 @@ def make_dataset(
     return result.manifest
 
 
-def index_foreign(session: Session, url: str, out: str, *, deep: bool, salvage: bool) -> Manifest:
+def index_and_say(session: Session, url: str, out: str, *, deep: bool, salvage: bool) -> Manifest:
     """Index the tars at `url`, and say what became of it.
 
     Raises:
@@ -78,7 +78,7 @@ def index_foreign(session: Session, url: str, out: str, *, deep: bool, salvage: 
     return result.manifest
 
 
-def verify(session: Session, url: str, *, deep: bool, as_json: bool) -> None:
+def verify_and_say(session: Session, url: str, *, deep: bool, as_json: bool) -> None:
     """Verify a data set, and list its faults.
 
     Raises:

@@ -86,17 +86,10 @@ def measured_goodput(events: Sequence[Mapping[str, Any]]) -> Goodput | None:
     stretches = [(a, b) for a, b in pairwise(saves) if a.attempt == b.attempt and a.step < b.step]
     if not stretches or not attempts:
         return None
-    most = max(a.world_size for a, _ in stretches)
-    paces = [
-        (b.began_at - a.began_at - a.stall_seconds) / (b.step - a.step) for a, b in stretches if a.world_size == most
-    ]
-    step_seconds, last = median(paces), saves[-1]
+    step_seconds, last, resumed = _step_seconds(stretches), saves[-1], _resumed(events)
     restarts = [event for event in attempts[1:] if event["at_seconds"] <= last.began_at]
-    down = [
-        event["down_seconds"]
-        for event in events
-        if event["kind"] == "recovered" and event["attempt"] not in _resumed(events)
-    ]
+    recovered = (event for event in events if event["kind"] == "recovered")
+    down = [event["down_seconds"] for event in recovered if event["attempt"] not in resumed]
     ended_at = last.began_at + last.stall_seconds
     wall_seconds = ended_at - attempts[0]["at_seconds"] - _stopped_seconds(events)
     if wall_seconds <= 0:  # times of a clock that was set back, or of somebody else's making
@@ -109,8 +102,16 @@ def measured_goodput(events: Sequence[Mapping[str, Any]]) -> Goodput | None:
         stall_seconds=fmean(save.stall_seconds for save in saves),
         # The first step of the new attempt is work.
         restart_seconds=max(0.0, fmean(down) - step_seconds) if down else 0.0,
-        restarts=len([event for event in restarts if event["attempt"] not in _resumed(events)]),
+        restarts=len([event for event in restarts if event["attempt"] not in resumed]),
         lost_steps=sum(event["steps_redone"] for event in restarts),
+    )
+
+
+def _step_seconds(stretches: Sequence[tuple[_Save, _Save]]) -> float:
+    """Of a step between two saves, on the most workers."""
+    most = max(a.world_size for a, _ in stretches)
+    return median(
+        (b.began_at - a.began_at - a.stall_seconds) / (b.step - a.step) for a, b in stretches if a.world_size == most
     )
 
 

@@ -117,7 +117,8 @@ def consolidate(
         written = tuple(writer.run(keep=if_exists != "replace"))
         if if_exists == "replace" and target.shard_bytes is not None:
             _delete_others(storage, url, files)
-    return ConsolidatedWeights(url, commit.step, written, writer.kept, writer.kept_bytes, time.monotonic() - began)
+    seconds = time.monotonic() - began
+    return ConsolidatedWeights(url, commit.step, written, writer.kept, writer.kept_bytes, seconds)
 
 
 def _existing(storage: Storage, target: Target, url: str, step: int, if_exists: IfExists) -> ConsolidatedWeights | None:

@@ -11,6 +11,7 @@ import argparse
 import io
 import warnings
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -90,27 +91,29 @@ def import_weights(
     storage.check(out.rpartition("/")[0] or ".", write=True)
     if storage.exists(out) and not force:
         raise WeightsFileError("OUT", "must not exist yet", out, "take another place, or replace it with --force")
-    with local_copy(storage, source) as path, scratch_folder() as scratch:
-        source_sha256 = sha256_of(path)
+    with local_copy(storage, source) as path:
+        metadata = {"format": "pt", "model": model_json(config), "imported_from": source}
+        metadata["source_sha256"] = sha256_of(path)
         tensors, names = _taken(path, source, config, fresh_decoder=fresh_decoder_seed is not None)
         check_finite(tensors.items(), source)
-        target = Path(scratch, "weights")
-        metadata = {
-            "format": "pt",
-            "model": model_json(config),
-            "imported_from": source,
-            "source_sha256": source_sha256,
-        }
         notes = names.notes
         if fresh_decoder_seed is not None:
             tensors |= fresh_tensors(names.fresh, config, fresh_decoder_seed)
             metadata["fresh_decoder_seed"] = str(fresh_decoder_seed)
             notes += (f"fresh from seed {fresh_decoder_seed}: {described(names.fresh)}",)
-        write_tensors({name: value.float() for name, value in tensors.items()}, target, metadata)
-        storage.upload(target, out)
-        sha256 = sha256_of(target)
+        return _written(storage, out, tensors, metadata, notes)
+
+
+def _written(
+    storage: Storage, out: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], notes: tuple[str, ...]
+) -> Imported:
+    with scratch_folder() as scratch:
+        path = Path(scratch, "weights")
+        write_tensors({name: value.float() for name, value in tensors.items()}, path, metadata)
+        storage.upload(path, out)
+        sha256 = sha256_of(path)
         storage.write(f"{out}.sha256", f"{sha256}  {out.rpartition('/')[2]}\n".encode())
-        return Imported(out, target.stat().st_size, sha256, source_sha256, notes)
+        return Imported(out, path.stat().st_size, sha256, metadata["source_sha256"], notes)
 
 
 def _taken(
