@@ -1,10 +1,10 @@
-"""A checkpoint's files, of which only bytes come out that are as they were written.
+"""Checked reads of a checkpoint's files: bytes that are not as they were written are never returned.
 
-Whoever reads a range gets whole chunks from the store, each compared with its CRC32C in the commit. So a rank needs to
-read what it uses and nothing else, and what has been compared is known to the chunk: the rest can be dealt to others.
+A read fetches whole chunks from the store and compares each with its CRC32C in the commit. So a rank reads what it
+uses and nothing else, and it is known for each chunk whether it was compared: the rest can be dealt to other ranks.
 
-Imports no torch. Memory is bounded: THREADS reads of READ_BYTES, twice while a read is put together, and some chunks in
-which directories lie.
+Imports no torch. Memory is bounded: THREADS reads of READ_BYTES, twice while a read is assembled, and some chunks that
+hold directories.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ READ_BYTES = 8 << 20
 THREADS = 8
 """Requests at once."""
 _KEPT_CHUNKS = 64
-"""Of those in which directories and headers lie: they are read piece by piece."""
+"""Chunks with directories and headers, which are read piece by piece."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Copy:
-    """Bytes of a file, and where they are to go."""
+    """Bytes of a file, and where they are copied to."""
 
     url: str
     offset: int
     target: memoryview
-    """As long as what is wanted."""
+    """Its length is that of what is read."""
 
     @property
     def source(self) -> ByteRange:
@@ -106,11 +106,11 @@ class ChunkRequest:
 class CheckedFiles:
     """The files of one checkpoint.
 
-    Owns: a bit for each chunk, that it was read and is as it was written.
+    Owns: a bit for each chunk: it was read, and is as it was written.
     Concurrency: `read_range` is safe to call from several threads; the other methods belong to one.
-    Failure: whatever reads raises DamagedCheckpointError that names a file which is missing, truncated or altered, and
-        what Storage raises.
-    Blocking: all that reads.
+    Failure: every read raises DamagedCheckpointError that names the missing, truncated or altered file, and what
+        Storage raises.
+    Blocking: every read.
     """
 
     def __init__(self, run: RunDirectory, commit: Commit) -> None:
@@ -133,17 +133,17 @@ class CheckedFiles:
 
     @property
     def checked(self) -> NDArray[np.bool_]:
-        """Of each chunk whether it was read here, and is as it was written; in the order of the commit's files."""
+        """For each chunk, in the order of the commit's files: whether it was read here and is as it was written."""
         return self._checked.copy()
 
     def read_range(self, url: str, offset: int, length: int) -> bytes:
-        """A few bytes, of one chunk, which is kept for a while for the next few."""
+        """A few bytes of one chunk, which is kept for a while: the next read is often of the same one."""
         file = self._numbers[url]
         chunk, start = divmod(offset, self._files[file].chunk_bytes)
         return self._chunk(file, self._firsts[file] + chunk)[start : start + length]
 
     def chunk_bytes(self, url: str) -> int:
-        """What has a checksum of its own in a file."""
+        """Length of the chunks of a file."""
         return self._files[self._numbers[url]].chunk_bytes
 
     def covering(self, wanted: ByteRange) -> CheckedRange:
@@ -165,7 +165,7 @@ class CheckedFiles:
         return {self._urls[file] for file in np.unique(np.searchsorted(self._firsts, chunks, "right") - 1).tolist()}
 
     def clipped(self, copies: Iterable[Copy], first: int, last: int) -> Iterator[Copy]:
-        """What of copies lies in chunks [first, last]."""
+        """The parts of copies that lie in chunks [first, last]."""
         for copy in copies:
             file = self._numbers[copy.url]
             begin, size = self._firsts[file], self._files[file].chunk_bytes
@@ -243,7 +243,7 @@ class CheckedFiles:
 
 
 def with_chunks(run: RunDirectory, step: int, files: Sequence[CheckpointFile]) -> list[CheckpointFile]:
-    """The same files with checksums of chunks; those of older commits, which have none, are read whole.
+    """The same files with checksums of chunks; files of older commits, which have none, are read whole.
 
     Raises:
         DamagedCheckpointError: One that was read is missing, or not what its CRC32C says.
@@ -253,7 +253,7 @@ def with_chunks(run: RunDirectory, step: int, files: Sequence[CheckpointFile]) -
     def measure(file: CheckpointFile) -> None:
         url = checkpoint.file_url(run, step, file.name)
         try:
-            # First of all: a size that is made up would be read to its end, long after the file's.
+            # First, since a made-up size would otherwise be read to its end, long after that of the file.
             if (size := run.storage.size(url)) != file.bytes:
                 raise damaged(url, f"it has {size} bytes, not {file.bytes}")
             found = checksummed(file.name, _chunks_of(run, url, file.bytes), CHUNK_BYTES)
@@ -278,7 +278,7 @@ def _chunks_of(run: RunDirectory, url: str, size: int) -> Iterator[bytes]:
 
 
 def in_threads(work: Callable[[T], Any], items: Sequence[T]) -> None:
-    """Do `work` on every item; after the first that raises, none is begun."""
+    """Do `work` on every item; after the first that raises, no other is started."""
     threads = ThreadPoolExecutor(THREADS)
     try:
         for _ in threads.map(work, items):

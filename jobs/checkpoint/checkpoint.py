@@ -1,14 +1,14 @@
-"""Checkpoints that are either complete or invisible.
+"""Checkpoints, which are either complete or invisible.
 
 Every rank writes its native ZeRO files to local disk and uploads them; when all have, rank 0 writes the commit object,
 which lists each file with its size and CRC32C. Without the commit object a checkpoint does not exist: a kill at any
-moment leaves at most files that nobody looks at, and that are deleted after a later commit (jobs.checkpoint.retention).
+moment leaves at most files that nothing reads, which are deleted after a later commit (jobs.checkpoint.retention).
 Checkpoints are found by their commit objects, never by listing their files: object stores list deleted names for a
 while.
 
 Every driver and every attempt of its workers uploads into a folder of its own, and the commit object is written under a
-condition. So two drivers that work on one run, one of which was thought dead, never mix their files, and the one with
-the newer claim has the last word.
+condition. So two drivers of one run, one of which was thought dead, never mix their files, and the one with the newer
+claim prevails.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ CLAIMS = "claims"
 """Folder of the run's claims (pipeline.store.lease): who drives it."""
 COMMIT_NAME = re.compile(r"step-(\d{8,12})\.json")
 CHUNK_BYTES = 1 << 18
-"""What has a checksum of its own, so that a range can be checked without the rest of its file: little is read beside
-what is needed, and a gigabyte of checkpoint takes 32 KB of its commit object."""
+"""Each chunk has its own checksum, so that a byte range can be checked without the rest of its file: little is read
+beyond what is needed, and a gigabyte of checkpoint takes 32 KB of the commit object."""
 FORMAT_VERSION = 2
 
 
@@ -56,12 +56,12 @@ class CheckpointFile:
     bytes: Count
     crc32c: Count
     chunk_bytes: Count = 0
-    """Length of the chunks that have a CRC32C of their own, but for the last one; 0: there are none."""
+    """Length of the chunks, each with its own CRC32C; the last may be shorter. 0: there are none."""
     chunk_crc32cs: Text = ""
-    """Theirs in order, eight hexadecimal digits each."""
+    """The CRC32C of each chunk in order, eight hexadecimal digits each."""
 
     def __post_init__(self) -> None:
-        # Files are read from, and deleted at, where this says: nothing else than a file of the checkpoint.
+        # Files are read and deleted by this path, so it must not lead out of the checkpoint.
         if not isinstance(self.name, str) or "\0" in self.name or {"", ".", ".."} & {*self.name.split("/")}:
             raise ValueError(f"{self.name!r} is no path below the folder of a step")
         if self.chunk_bytes and len(self.chunk_checksums()) != -(-self.bytes // self.chunk_bytes):
@@ -79,7 +79,7 @@ class Commit:
     """What makes a checkpoint exist, and all that is needed to resume from it."""
 
     step: Count
-    """Optimizer steps done; the next one to do."""
+    """Optimizer steps done, which is also the index of the next one."""
     epoch: Count
     """Epochs finished."""
     world_size: Count
@@ -88,7 +88,7 @@ class Commit:
     recipe_digest: Text
     dataset_digest: Text
     order_version: Count
-    """Of the rules by which samples are dealt to steps; with digest, seed and step it is the state of the data."""
+    """Version of the rules that deal samples to steps; with digest, seed and step it is the state of the data."""
     seed: Annotated[int, Strict()]
     attempt: Count
     created_at_seconds: Time
@@ -99,9 +99,9 @@ class Commit:
     versions: Mapping[str, Text]
     files: tuple[CheckpointFile, ...]
     claim: Count = 0
-    """Number of the claim under which its driver worked; higher than those of all drivers before. 0: unknown."""
+    """Number of the claim under which its driver worked; higher than that of every earlier driver. 0: unknown."""
     driver: Text = ""
-    """Who that was, for people."""
+    """Which driver that was, for people."""
     format_version: Count = FORMAT_VERSION
 
     @property
@@ -138,7 +138,7 @@ _COMMIT = TypeAdapter(Commit)
 
 
 def _from_format_1(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Format 1 did not know who wrote a checkpoint, and had one folder for all files of a step."""
+    """Format 1 did not record the writer of a checkpoint, and had one folder for all files of a step."""
     return {**fields, "claim": 0, "driver": "", "format_version": 2}
 
 
@@ -170,14 +170,14 @@ def commit_url(run: RunDirectory, step: int) -> str:
 def upload_files(
     run: RunDirectory, step: int, folder: Path, owner: str = "", *, chunk_bytes: int = CHUNK_BYTES
 ) -> list[CheckpointFile]:
-    """Upload every file of `folder` into the checkpoint of `step`; nothing of it is visible yet.
+    """Upload every file of `folder` into the checkpoint of `step`, which stays invisible.
 
     Args:
         run: Whose checkpoint it is.
         step: Of the checkpoint.
         folder: Local.
         owner: From `owner_name`: no other process uploads under it.
-        chunk_bytes: What gets a checksum of its own.
+        chunk_bytes: Length of a chunk.
     """
     uploaded = []
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
@@ -191,9 +191,9 @@ def upload_files(
 def write_commit(run: RunDirectory, commit: Commit) -> None:
     """Make the checkpoint visible. Call once every rank has uploaded its files.
 
-    A commit of this step that is there already was left by a predecessor whose checkpoint was passed over or not seen;
-    it is replaced, unless it was made under a newer claim, or in a later attempt of this one: a rank whose node was cut
-    off may come to its commit when the others have long gone on without it.
+    An existing commit of this step was left by a predecessor, whose checkpoint was skipped or not seen. It is
+    replaced, unless it was made under a newer claim or in a later attempt: a rank whose node was cut off may reach its
+    commit long after the others have continued without it.
 
     Raises:
         OvertakenError: Another driver, or a later attempt, has taken over the run. Nothing was written.
@@ -218,7 +218,7 @@ def write_commit(run: RunDirectory, commit: Commit) -> None:
 
 
 def _made_by(data: bytes) -> tuple[tuple[int, int], str]:
-    """Claim and attempt, and driver of a commit object; of one that cannot be read 0, so that it can be replaced."""
+    """Claim and attempt, and driver of a commit object; zeros for one that cannot be read, so that it is replaced."""
     try:
         commit = Commit.from_json(parsed_object(data))
     except ValueError:
@@ -273,14 +273,14 @@ def prune(run: RunDirectory, keep: int, newest: int | None = None) -> list[int]:
     Args:
         run: Whose checkpoints.
         keep: How many to keep.
-        newest: The step that was just committed. Later ones do not count and stay: they were passed over as damaged.
+        newest: The step that was just committed. Later ones are not counted and stay: they were skipped as damaged.
     """
     steps = [step for step in committed_steps(run) if newest is None or step <= newest]
     deleted = []
     for step in steps[:-keep]:
         try:
             commit = read_commit(run, step)
-        except CheckpointError:  # whether it is a milestone, and what its files are, cannot be known
+        except CheckpointError:  # it may be a milestone, and its files are unknown
             logger.warning("the checkpoint of step %d is not deleted: its commit object cannot be read", step)
             continue
         if not commit.milestone:
@@ -300,7 +300,7 @@ def checksummed(name: str, chunks: Iterable[bytes], chunk_bytes: int) -> Checkpo
 
     Args:
         name: Of the file.
-        chunks: All of `chunk_bytes` bytes but the last, which may be shorter.
+        chunks: Each of `chunk_bytes` bytes; the last may be shorter.
         chunk_bytes: Their length.
     """
     size, whole, each = 0, 0, []

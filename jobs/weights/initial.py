@@ -174,7 +174,7 @@ def load_initial_weights(storage: Storage, recipe: Recipe, group: RankGroup) -> 
             return dict(load_file(path))
 
     state = group.together(lambda: read() if group.rank == 0 else {})
-    kinds = group.told({name: (value.shape, value.dtype) for name, value in state.items()})
+    kinds = group.broadcast({name: (value.shape, value.dtype) for name, value in state.items()})
     shared = Room(kinds)
     for name, value in state.items():
         shared.tensors[name].copy_(value)

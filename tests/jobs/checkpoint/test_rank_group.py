@@ -34,7 +34,7 @@ def on_all(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[RankGroup], A
 
 
 def test_values_of_one_rank_and_of_all_reach_all(on_all: Any) -> None:
-    assert on_all(lambda group: group.told(f"of {group.rank}", by=1)) == ["of 1"] * WORLD_SIZE
+    assert on_all(lambda group: group.broadcast(f"of {group.rank}", source=1)) == ["of 1"] * WORLD_SIZE
     assert on_all(lambda group: group.gathered(group.rank * 10)) == [[0, 10, 20]] * WORLD_SIZE
     assert on_all(lambda group: group.total(group.rank + 1)) == [6] * WORLD_SIZE
 

@@ -175,7 +175,7 @@ def test_a_difference_is_named_by_step_and_sample(url: str, train: Train) -> Non
 
     assert len(lines) == 4
     assert lines[1] == f"step 2: crops of sample 100 are {(2, 0, 9, 8)!r} and {(3, 0, 9, 8)!r}"
-    assert lines[3] == "steps differ from here on: 4 and no step"
+    assert lines[3] == "steps differ from here: 4 and no step"
 
 
 def row(step: int, **changes: Any) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def test_whole_files_that_hold_something_else_are_damage(tmp_path: Path, suffix:
     run = RunDirectory.of(Storage(), str(tmp_path / "runs"), "first")
     commit_zero_files(run, named_recipe("tiny"), files, step=7, stage=2, world_size=1, chunk_bytes=CHUNK_BYTES)
 
-    with pytest.raises(DamagedCheckpointError, match="hold something else than DeepSpeed writes"):
+    with pytest.raises(DamagedCheckpointError, match="hold something other than what DeepSpeed writes"):
         made(run)
 
 

@@ -204,7 +204,7 @@ def test_records_that_lie_over_each_other_are_refused() -> None:
     data[start:end] = entries
     data[-22 + 12 : -22 + 16] = len(entries).to_bytes(4, "little")
 
-    with pytest.raises(DamagedCheckpointError, match="its records lie over each other"):
+    with pytest.raises(DamagedCheckpointError, match="its records overlap"):
         contents(data)
 
 
