@@ -1,4 +1,4 @@
-"""Consolidated weights, in one safetensors file or several: configuration, tensors, and whether they are as written."""
+"""Reading of consolidated weights, in one safetensors file or several, verified against their checksums and model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _RESULT = re.compile(r"step-(\d+)(\.safetensors)?")
 
 @dataclass(frozen=True)
 class Weights:
-    """A whole pretraining model: `ConvMAE(config).load_state_dict(tensors)` takes it."""
+    """A whole pretraining model, for `ConvMAE(config).load_state_dict(tensors)`."""
 
     config: ConvMAEConfig
     tensors: Mapping[str, Tensor]
@@ -59,8 +59,8 @@ def of_file(storage: Storage, url: str) -> Weights:
     Each file is compared with the SHA-256 beside it where there is one.
 
     Raises:
-        WeightsFileError: A file is missing, altered, no safetensors file, not of one of our models, or not one of those
-            that the index was written for.
+        WeightsFileError: A file is missing, altered, not a safetensors file, not of one of our models, or not one that
+            the index names.
     """
     if url.endswith(SUFFIX):
         with _checked_copy(storage, url) as path:
@@ -75,14 +75,14 @@ def of_file(storage: Storage, url: str) -> Weights:
 
 
 def is_weights(storage: Storage, url: str) -> bool:
-    """Whether `of_file` is meant by a place: a file, an index, or a folder that holds one of them."""
+    """Whether `of_file` can read a place: a file, an index, or a folder that holds one of them."""
     if url.endswith((SUFFIX, INDEX_SUFFIX)):
         return True
     return "/" in url and any(storage.exists(Storage.join(url, name)) for name in (INDEX_NAME, FILE_NAME))
 
 
 def folder_beside(url: str) -> str:
-    """Where what is made of weights goes: the folder of a file; for several, the one in which theirs lies."""
+    """The default place for exports of weights: the folder of a single file, or the parent of the folder of several."""
     place = url.removesuffix(f"/{INDEX_NAME}").rstrip("/")
     return place.rpartition("/")[0]
 
@@ -138,7 +138,7 @@ def _check_same(url: str, before: Mapping[str, str], theirs: Mapping[str, str]) 
 
 
 def of_run(run: RunDirectory, step: int | None = None) -> Weights:
-    """The weights of a run: what was consolidated, or else what its checkpoint holds.
+    """The weights of a run: consolidated ones, or else those of its checkpoint.
 
     Args:
         run: It may be training.
@@ -177,7 +177,7 @@ def _of_checkpoint(run: RunDirectory, commit: Commit) -> Weights:
 
 
 def urls_by_step(run: RunDirectory) -> dict[int, str]:
-    """Where each step's fp32 weights are: the file, or else the folder of several that are finished."""
+    """URL of each step's consolidated fp32 weights: the file, or else the folder of several, if finished."""
     found: dict[int, str] = {}
     for name in sorted(run.storage.list_names(run.path("consolidated"))):  # a folder comes before its file
         match = _RESULT.fullmatch(name)
@@ -198,8 +198,8 @@ def read_weights(path: Path, url: str) -> Weights:
 
 
 def _weights(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], url: str) -> Weights:
-    told = {name: value for name, value in metadata.items() if name not in ("model", "format")}
-    weights = Weights(model_config(metadata, url), tensors, told)
+    others = {name: value for name, value in metadata.items() if name not in ("model", "format")}
+    weights = Weights(model_config(metadata, url), tensors, others)
     weights.check(url)
     return weights
 

@@ -1,4 +1,4 @@
-"""What one task of a consolidation does: make one part of a file, or read a finished file through.
+"""Tasks of a consolidation: make one part of a file, or read a finished file back.
 
 Imports neither torch nor DeepSpeed: a task's memory is that of the interpreter, the storage client, and a few parts.
 """
@@ -21,15 +21,15 @@ from pipeline.store.parted_write import PartedWrite, WrittenPart
 from pipeline.store.storage import Storage
 
 _READS = 4
-"""Ranges that a task reads at once."""
+"""Byte ranges that a task reads at once."""
 _STREAM_BYTES = 4 << 20
 _CONVERT_BYTES = 1 << 20
-"""Converted at once: rounding holds several copies of what it works on. A multiple of every type's size."""
+"""Converted at a time, since rounding holds several copies. A multiple of every type's size."""
 
 
 @dataclass(frozen=True)
 class MakePart:
-    """Make one part and put it into the object that it belongs to."""
+    """Make one part and upload it into its object."""
 
     plan: PartPlan
     target: PartedWrite
@@ -37,7 +37,7 @@ class MakePart:
 
 @dataclass(frozen=True)
 class MakeFile:
-    """Make a whole file, part after part, where the store takes no parts from several writers."""
+    """Make a whole file, part by part, for a store that takes no parts from several writers."""
 
     url: str
     plans: tuple[PartPlan, ...]
@@ -53,25 +53,25 @@ class HashFile:
 
 @dataclass(frozen=True)
 class Done:
-    """What came of a task."""
+    """The outcome of a task."""
 
     url: str
     bytes: int = 0
-    """That were added to the file, or read back."""
+    """Bytes that were added to the file, or read back."""
     parts: tuple[WrittenPart, ...] = ()
     sha256: str = ""
     crc32c: int = 0
-    """Of the whole file; with `sha256`."""
+    """Of the whole file, if `sha256` is set."""
 
 
 Task = MakePart | MakeFile | HashFile
 
 
-def work(storage: Storage, url: str, task: Task) -> Done:  # noqa: ARG001 (a fan-out hands it to every task)
+def work(storage: Storage, url: str, task: Task) -> Done:  # noqa: ARG001 (a fan-out passes it to every task)
     """Do one task.
 
     Raises:
-        CheckpointError: A value does not fit the type that was asked for; names the tensor.
+        CheckpointError: A value does not fit the requested type; names the tensor.
         DamagedCheckpointError: A file is missing, truncated or altered; names it and the place.
     """
     match task:
@@ -109,7 +109,7 @@ def _pieces(storage: Storage, read: PartRead) -> list[tuple[int, bytes | memoryv
         values = data[start : start + piece.source.length]
         if piece.source_dtype != piece.dtype:
             found.append((piece.offset, _converted(piece, values)))
-        else:  # a copy, where a view would keep much more than is needed
+        else:  # a copy, if a view would keep much more than needed in memory
             found.append((piece.offset, values if is_mostly_taken else bytes(values)))
     return found
 
@@ -134,7 +134,7 @@ def _streamed(storage: Storage, url: str, plans: Sequence[PartPlan]) -> Done:
 
 
 def _hashed(storage: Storage, url: str, size: int) -> Done:
-    """SHA-256 and CRC32C of a file as the store gives it back; one range is read while another is hashed."""
+    """SHA-256 and CRC32C of a file as the store returns it; byte ranges are read while others are hashed."""
     sha256, crc32c, received = hashlib.sha256(), 0, 0
     with ThreadPoolExecutor(_READS) as threads:
         starts = iter(range(0, size, _STREAM_BYTES))

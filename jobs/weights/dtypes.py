@@ -1,4 +1,4 @@
-"""Values of one floating-point type as values of another, without torch: numpy has no bfloat16."""
+"""Conversion of floating-point types without torch; numpy has no bfloat16."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""How a consolidated state dict lies in safetensors files, before a byte of it is read.
+"""Layout of consolidated weights in safetensors files, known before any weight is read.
 
-A file is eight bytes with the header's length, the header (JSON), and the tensors without gaps. All is known from
-names, shapes and types alone, so a file can be cut into parts that are made independently of each other. Tensors keep
-the order in which they lie in the checkpoint, wider types first so that all are aligned: a part then reads few ranges.
+A file is eight bytes with the header's length, the header (JSON), and the tensors without gaps. All follows from names,
+shapes and types alone, so a file can be cut into parts that are made independently. Tensors keep the order in which
+they lie in the checkpoint, wider types first so that all are aligned: a part then reads few byte ranges.
 
 Source: https://huggingface.co/docs/safetensors/index#format; for several files, the index of Hugging Face's models.
 """
@@ -28,7 +28,7 @@ FILE_NAME = "model.safetensors"
 _ALIGNMENT = 8
 
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
-"""Types of floating-point tensors that can be asked for, and their names in safetensors."""
+"""Types that can be requested for floating-point tensors, and their names in safetensors."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ class WeightFile:
     least_part_bytes: int = PART_BYTES
 
     def dtype_of(self, tensor: SourceTensor) -> str:
-        """What `tensor` is stored as; what is not floating-point keeps its type."""
+        """The type as which `tensor` is stored; what is not floating-point keeps its type."""
         return self.dtype if tensor.is_floating_point else tensor.dtype
 
     def bytes_of(self, tensor: SourceTensor) -> int:
-        """What `tensor` takes in the file."""
+        """Size of `tensor` in the file."""
         return tensor.elements * ITEM_BYTES[self.dtype_of(tensor)]
 
     @cached_property
@@ -104,7 +104,7 @@ class WeightFile:
 
     @cached_property
     def _starts(self) -> list[int]:
-        """Where each tensor's bytes begin behind the header, and where the last one's end."""
+        """Where each tensor's bytes begin after the header, and where the last one's end."""
         starts = [0]
         for tensor in self.ordered:
             starts.append(starts[-1] + self.bytes_of(tensor))
@@ -123,7 +123,7 @@ class WeightFile:
 
     @property
     def part_count(self) -> int:
-        """In how many parts it is made."""
+        """Number of its parts."""
         return -(-self.bytes // self.part_bytes)
 
     def parts(self) -> Iterator[WeightPart]:
@@ -167,10 +167,10 @@ def one_file(url: str, tensors: Sequence[SourceTensor], metadata: Mapping[str, s
 def several_files(
     folder: str, tensors: Sequence[SourceTensor], metadata: Mapping[str, str], dtype: str, most_bytes: int
 ) -> list[WeightFile]:
-    """The tensors in as many files as it takes for none to be larger than `most_bytes`; one keeps the plain name.
+    """The tensors in as many files as needed for none to exceed `most_bytes`; a single file keeps the plain name.
 
     Raises:
-        CheckpointError: A tensor alone is larger, or a file of that size cannot be made.
+        CheckpointError: One tensor alone is larger, or a file of that size cannot be made.
     """
     empty = WeightFile(f"{folder}/{FILE_NAME}", (), metadata, dtype)
     least = empty.bytes + _ALIGNMENT
@@ -193,7 +193,7 @@ def several_files(
 
 
 def _entry_bytes(tensor: SourceTensor) -> int:
-    """What a tensor takes in a header, at most."""
+    """Most bytes that a tensor takes in a header."""
     entry = {tensor.name: {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [1 << 60, 1 << 60]}}
     return len(json.dumps(entry, ensure_ascii=False).encode())
 

@@ -1,4 +1,4 @@
-"""The dense encoder as ONNX: whole images in, three maps out, compared with PyTorch before anybody gets it."""
+"""The dense encoder as ONNX: whole images in, three maps out, compared with PyTorch before it is released."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _Maps(nn.Module):
 
 
 def check_packages() -> None:
-    """Find out before any work whether the export can be made.
+    """Check before any work that the export can be made.
 
     Raises:
         ExportError: A package is missing; names the extra that brings it.
@@ -58,7 +58,7 @@ def write(backbone: Backbone, path: Path, image_size: tuple[int, int]) -> None:
         image_size: Height and width in pixels.
 
     Raises:
-        ExportError: ONNX Runtime computes something else than PyTorch.
+        ExportError: ONNX Runtime computes something other than PyTorch.
     """
     images = torch.randn(2, 3, *image_size, generator=torch.Generator().manual_seed(0))
     maps = _Maps(backbone.float()).eval()

@@ -30,11 +30,11 @@ def check_against(
     Args:
         tensors: Anything with a shape, by name.
         config: Of the model.
-        value: What the tensors come from, for the message.
+        value: Where the tensors come from, for the message.
         absent: Names of the model that need not be there.
 
     Raises:
-        WeightsFileError: A name is missing or unexpected, or a shape is another; names them.
+        WeightsFileError: A name is missing or unexpected, or a shape differs; names them.
     """
     with torch.device("meta"):
         expected = ConvMAE(config).state_dict()
@@ -47,10 +47,10 @@ def check_against(
 
 
 def check_dtypes(dtypes: Mapping[str, object], value: str) -> None:
-    """Compare types, by name, torch's or as safetensors calls them, with those that weights may be of.
+    """Compare types by name, torch's or those of safetensors, with those that weights may have.
 
     Raises:
-        WeightsFileError: One is no floating-point type of 16 bits or more, so that its values are no weights.
+        WeightsFileError: One is not a floating-point type of 16 bits or more, so its values are not weights.
     """
     for name, dtype in dtypes.items():
         if dtype not in _FLOATS and dtype not in _FLOATS.values():
@@ -60,10 +60,10 @@ def check_dtypes(dtypes: Mapping[str, object], value: str) -> None:
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], value: str) -> None:
-    """Look for values with which no training can begin.
+    """Look for values from which no training can start.
 
     Raises:
-        WeightsFileError: One is infinite or not a number, perhaps only in fp32; names the first tensor.
+        WeightsFileError: One is infinite or not a number, possibly only in fp32; names the first tensor.
     """
     for name, tensor in tensors:
         if not tensor.float().isfinite().all():
@@ -85,10 +85,10 @@ def check_header(path: Path, url: str, config: ConvMAEConfig) -> None:
 
 
 def check_heads(theirs: ConvMAEConfig, config: ConvMAEConfig, url: str) -> None:
-    """Compare what shapes do not tell of two models.
+    """Compare what shapes do not show of two models.
 
     Raises:
-        WeightsFileError: A number of heads is another; names it.
+        WeightsFileError: A number of heads differs; names it.
     """
     for name in _NOT_IN_SHAPES:
         if getattr(theirs, name) != getattr(config, name):
@@ -97,7 +97,8 @@ def check_heads(theirs: ConvMAEConfig, config: ConvMAEConfig, url: str) -> None:
 
 
 def check_values(path: Path, url: str) -> None:
-    """Read a local file, one tensor at a time, for values with which no training can begin; call after `check_header`.
+    """Read a local file, one tensor at a time, for values from which no training can start; call after
+    `check_header`.
 
     Raises:
         WeightsFileError: As `check_finite`.

@@ -24,7 +24,7 @@ from pipeline.store.storage import Storage
 
 SUFFIX = ".safetensors"
 _LENGTH_BYTES = 8
-"""Of a safetensors header's length, which stands before it."""
+"""Of the length of a safetensors header, which precedes it."""
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def opened_file(path: Path, url: str) -> Iterator[Any]:
     """A safetensors file, open for reading.
 
     Raises:
-        WeightsFileError: It is none, or not whole; also what reading from it raises.
+        WeightsFileError: It is not one or not whole, also if this shows only when it is read.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -50,20 +50,20 @@ def tensors_in(file: Any, url: str) -> dict[str, Tensor]:
     """
     try:
         return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
-    except (TypeError, RuntimeError):  # a hostile header names shapes that torch cannot make
+    except (TypeError, RuntimeError):  # a hostile header may name shapes that torch cannot make
         rule, remedy = "must hold tensors that can be made", "get the file again from where it was written"
         raise WeightsFileError("weights", rule, url, remedy) from None
 
 
 def shapes_of(file: Any) -> dict[str, SimpleNamespace]:
-    """Shapes by name, without tensors, which torch cannot make of all."""
+    """Shapes by name, without tensors, which torch cannot make of every type."""
     return {name: SimpleNamespace(shape=tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
 
 
 def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
     """Write a local file; the same tensors and metadata give the same bytes."""
     save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata=dict(metadata))
-    with path.open("r+b") as file:  # safetensors writes metadata in an order that changes from one call to the next
+    with path.open("r+b") as file:  # safetensors writes metadata in an order that varies from call to call
         length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
         header = json.loads(file.read(length))
         header["__metadata__"] = dict(sorted(metadata.items()))
@@ -74,10 +74,10 @@ def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[s
 
 
 def model_config(metadata: Mapping[str, str], url: str) -> ConvMAEConfig:
-    """The configuration that a file was made with.
+    """The configuration with which a file was made.
 
     Raises:
-        WeightsFileError: It has none, or one that is not of a known model.
+        WeightsFileError: It has none, or not one of a known model.
     """
     remedy = "give a file that `convmae consolidate` or `convmae import` wrote"
     if "model" not in metadata:
@@ -90,7 +90,7 @@ def model_config(metadata: Mapping[str, str], url: str) -> ConvMAEConfig:
 
 
 def model_json(config: ConvMAEConfig) -> str:
-    """What a file's metadata says of its model."""
+    """The configuration of a model, for the metadata of a file."""
     return json.dumps(asdict(config), sort_keys=True)
 
 
@@ -112,6 +112,6 @@ def local_copy(storage: Storage, url: str) -> Iterator[Path]:
 
 
 def sha256_of(path: Path) -> str:
-    """Of a local file, in hexadecimal."""
+    """SHA-256 of a local file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -276,7 +276,7 @@ def test_the_command_tells_what_it_did_in_a_line_each(tmp_path: Path) -> None:
     assert ended.exit_code == 0, ended.output
     assert ended.output.splitlines()[:3] == [
         f"without their prefix module.: {len(encoder)} names",
-        "left out: 1 tensors of a head (module.head.bias)",
+        "skipped: 1 tensors of a head (module.head.bias)",
         f"fresh from seed 5: the decoder, {len(state) - len(encoder)} tensors",
     ]
     torch.manual_seed(5)
