@@ -248,9 +248,9 @@ class RunMonitor:
             needed: min_workers.
         """
         with self._lock:
-            self._figures.tell(waiting=True)
+            self._figures.update(waiting=True)
             if not self._instructions.stop_reason:
-                self._figures.tell(state="waiting")
+                self._figures.update(state="waiting")
             reason = f"there is room for {possible} workers, and min_workers is {needed}; waits for nodes"
             self._add_event("waiting", step=self._figures["step"], reason=reason)
 
@@ -258,7 +258,7 @@ class RunMonitor:
         """Note that Ray Train gave the worker group up, for whatever reason."""
         with self._lock:
             if self._figures["state"] == "running":
-                self._figures.tell(state="restarting")
+                self._figures.update(state="restarting")
 
     def _add_row(self, row: dict[str, Any]) -> None:
         self._record.add_row(row)
@@ -292,7 +292,7 @@ class RunMonitor:
         with self._lock:
             for row in rows:
                 self._add_row(row)
-            self._figures.tell(step=rows[-1]["step"])
+            self._figures.update(step=rows[-1]["step"])
 
     def quarantine(self, rows: Sequence[dict[str, Any]]) -> None:
         """Note samples that were found unusable; each is kept once in the run's life.
@@ -302,7 +302,7 @@ class RunMonitor:
         """
         with self._lock:
             self._record.quarantine(rows)
-            self._figures.tell(quarantined=self._record.quarantined)
+            self._figures.update(quarantined=self._record.quarantined)
 
     def checkpoint_committed(
         self, *, step: int, stall_seconds: float, duration_seconds: float, size_bytes: int, milestone: bool
@@ -317,7 +317,7 @@ class RunMonitor:
             milestone: Whether it is kept for ever.
         """
         with self._lock:
-            self._figures.tell(
+            self._figures.update(
                 checkpoint_step=step,
                 checkpoint_at_seconds=time.time(),
                 checkpoint_bytes=size_bytes,
@@ -346,7 +346,7 @@ class RunMonitor:
         if decision:
             seconds = round(decision.seconds, 3)
             self._add_event("checkpoint-interval", step=self._figures["step"], seconds=seconds, reason=decision.reason)
-            self._figures.tell(checkpoint_interval_seconds=self._clock.seconds)
+            self._figures.update(checkpoint_interval_seconds=self._clock.seconds)
 
     def checkpoint_failed(self, *, step: int, error: str) -> None:
         """Note a checkpoint that could not be uploaded or committed; training goes on."""

@@ -1,7 +1,7 @@
-"""The report of a run: one HTML file that needs nothing beside it, for a screen, a phone, paper and a dark room.
+"""The report of a run: one self-contained HTML file, for screens, phones, print and dark mode.
 
 It is written from the run directory alone, at any time: a run that is still training, was cut off or never made a step
-reports what there is. The same directory gives the same bytes.
+is reported as far as it came. The same directory gives the same bytes.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from jobs.terminal import duration_text
 MOST_ATTEMPTS = 400
 """Newest events of attempts that are listed."""
 MOST_CHECKPOINTS = 40
-"""Newest checkpoints that are listed, beside those that still exist."""
+"""Newest checkpoints that are listed, in addition to those that still exist."""
 MOST_FAULTS = 50
 """Samples found unusable that are named."""
 MOST_BARS = 60
-"""Newest attempts that the timeline shows; narrower bars could not be told apart on a phone."""
+"""Newest attempts that the timeline shows; narrower bars could not be distinguished on a phone."""
 MOST_SKIPPED = 20
 """Skipped images that are named."""
 _ENDINGS = frozenset({"finished", "stopped", "failed"})
@@ -48,7 +48,7 @@ def write_report(run: RunDirectory) -> str:
 
 
 def report_html(run: ReportedRun) -> str:
-    """The page as HTML. Whatever came from outside (names, reasons, paths) is escaped."""
+    """The page as HTML. All outside text (names, reasons, paths) is escaped."""
     sections = [
         _section("Training", _charts(run)),
         _section("Reconstructions", _picture(run)),
@@ -87,7 +87,7 @@ def _facts(run: ReportedRun) -> Iterable[tuple[str, str]]:
         redone = sum(event["steps_redone"] for event in attempts)
         yield "Restarts", f"{kinds.count('restart'):,}"
         yield "Resizes", f"{kinds.count('resize'):,}"
-        yield "Steps done again", f"{redone:,}"
+        yield "Steps redone", f"{redone:,}"
         yield "Workers", _world_sizes([event["world_size"] for event in attempts])
         if goodput := measured_goodput(run.events):
             yield "Goodput", f"{goodput.ratio:.1%}"
@@ -95,7 +95,7 @@ def _facts(run: ReportedRun) -> Iterable[tuple[str, str]]:
 
 
 def _world_sizes(sizes: Iterable[int]) -> str:
-    """The sizes in turn; only their range where there were many."""
+    """The sizes in order; only their range if there were many."""
     turns = [size for size, _ in itertools.groupby(sizes)]
     return " → ".join(map(str, turns)) if len(turns) <= 6 else f"{min(turns)} to {max(turns)}"
 
@@ -115,7 +115,7 @@ def _charts(run: ReportedRun) -> str:
         )
         for canvas in CANVASES
     )
-    return charts + (_paragraph("Dashed lines: the step from which a later attempt went on.") if restarts else "")
+    return charts + (_paragraph("Dashed lines: the step from which a later attempt resumed.") if restarts else "")
 
 
 def _picture(run: ReportedRun) -> str:
@@ -131,7 +131,7 @@ def _picture(run: ReportedRun) -> str:
 
 
 def _bars(run: ReportedRun) -> str:
-    """The attempts over wall time: as wide as they lasted, with their workers, a mark where a failure ended one."""
+    """The attempts over wall time: as wide as they lasted, with their workers, and a mark after a failure."""
     attempts = run.attempts
     if not attempts:
         return ""
@@ -167,7 +167,7 @@ def _timeline(run: ReportedRun) -> str:
         for event in turns[-MOST_ATTEMPTS:]
     ]
     head = ("attempt", "time (UTC)", "what", "workers", "at step", "steps redone", "reason")
-    return _left_out(len(turns) - len(rows)) + _table(head, rows)
+    return _unlisted(len(turns) - len(rows)) + _table(head, rows)
 
 
 def _checkpoints(run: ReportedRun) -> str:
@@ -176,7 +176,7 @@ def _checkpoints(run: ReportedRun) -> str:
         return _paragraph("No checkpoint was committed yet.")
     stalls = [event["stall_seconds"] for event in saved]
     written_bytes = _bytes_text(sum(event["bytes"] for event in saved))
-    stall = f"in {sum(stalls):,.1f} s that training stood still for them, {max(stalls):.2f} s the longest"
+    stall = f"for which training paused {sum(stalls):,.1f} s, {max(stalls):.2f} s at most"
     rows = [
         (
             f"{event['step']:,}",
@@ -191,7 +191,7 @@ def _checkpoints(run: ReportedRun) -> str:
     ]
     head = ("step", "time (UTC)", "size", "stall (s)", "still there", "milestone")
     total = _paragraph(f"{len(saved):,} written, {written_bytes}, {stall}.")
-    return total + _left_out(len(saved) - len(rows)) + _table(head, rows)
+    return total + _unlisted(len(saved) - len(rows)) + _table(head, rows)
 
 
 def _faults(run: ReportedRun) -> str:
@@ -248,7 +248,7 @@ def _pairs(pairs: Iterable[tuple[str, object]]) -> str:
     return f'<dl class="pairs">{"".join(rows)}</dl>'
 
 
-def _left_out(count: int) -> str:
+def _unlisted(count: int) -> str:
     return _paragraph(f"{count:,} older ones are not listed.") if count else ""
 
 

@@ -1,4 +1,4 @@
-"""All that a report says of a run, read from its directory."""
+"""Contents of a report: what is known of a run, read from its directory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.store.json_text import parsed_object
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """All that a report tells of."""
+    """A run as its report shows it."""
 
     name: str
     url: str
@@ -33,9 +33,9 @@ class ReportedRun:
     commit: Commit | None
     """The newest of them."""
     faults: Sequence[Mapping[str, Any]]
-    """Samples that the run found unusable, in the order in which it found them."""
+    """Samples that the run found unusable, in the order of discovery."""
     skipped: Sequence[Mapping[str, str]] | None
-    """Images that the data set left out; None where its list is gone."""
+    """Images that the data set skipped; None if its list is gone."""
     picture: bytes | None
     """A PNG of reconstructions."""
 
@@ -64,7 +64,7 @@ class ReportedRun:
 
     @property
     def state(self) -> str:
-        """What the run last said it was doing."""
+        """The latest state of the run."""
         return str(self.heartbeat.get("state", "not started"))
 
     @property
@@ -81,7 +81,7 @@ class ReportedRun:
 
     @property
     def heard_at(self) -> float:
-        """When the run last said something, as Unix time; 0 where it never did."""
+        """When the run was last heard of, as Unix time; 0 if never."""
         said = self.events[-1]["at_seconds"] if self.events else 0.0
         return float(self.heartbeat.get("updated_at_seconds", said))
 
@@ -92,7 +92,7 @@ class ReportedRun:
 
 
 def _skipped_rows(data: bytes) -> Iterator[Mapping[str, str]]:
-    """Rows of a data set's list of skipped images; what is none is passed over: the report is the run's."""
+    """Rows of a data set's list of skipped images; invalid ones are ignored, since this is a report of the run."""
     for line in data.splitlines():
         with contextlib.suppress(ValueError):
             row = parsed_object(line)

@@ -190,7 +190,7 @@ def test_headline_states_the_facts_of_the_run(tmp_path: Path) -> None:
         "Attempts": "3",
         "Restarts": "1",
         "Resizes": "1",
-        "Steps done again": "8",
+        "Steps redone": "8",
         "Workers": "2 → 1 → 2",
         "Goodput": "2.8%",  # of 0.975 s a step, in 2,059 s until the last checkpoint
         "Wall time": "1h 02m",
