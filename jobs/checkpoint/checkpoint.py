@@ -65,7 +65,7 @@ class CheckpointFile:
         if not isinstance(self.name, str) or "\0" in self.name or {"", ".", ".."} & {*self.name.split("/")}:
             raise ValueError(f"{self.name!r} is no path below the folder of a step")
         if self.chunk_bytes and len(self.chunk_checksums()) != -(-self.bytes // self.chunk_bytes):
-            raise ValueError(f"{self.name} has a checksum for each {self.chunk_bytes} of {self.bytes} bytes")
+            raise ValueError(f"{self.name} lacks a checksum for each {self.chunk_bytes} of its {self.bytes} bytes")
 
     def chunk_checksums(self) -> list[int]:
         """The CRC32C of each chunk."""
@@ -227,7 +227,7 @@ def _made_by(data: bytes) -> tuple[tuple[int, int], str]:
 
 
 def _overtaken(commit: Commit, what: str) -> OvertakenError:
-    remedy = "this one was thought dead and must end; the other's checkpoints count"
+    remedy = "this driver was presumed dead and must end; the other's checkpoints count"
     rule = f"must not be committed to by two drivers or attempts, and {what}"
     return OvertakenError("run", rule, f"step {commit.step}", remedy)
 
@@ -257,7 +257,7 @@ def read_commit(run: RunDirectory, step: int) -> Commit:
         raise DamagedCheckpointError("commit", rule, f"step {step}", _OTHERS) from None
     commit = Commit.from_json(fields)
     if commit.step != step:
-        raise DamagedCheckpointError("commit", f"must be of the step of its name, {step}", commit.step, _OTHERS)
+        raise DamagedCheckpointError("commit", f"must be of the step in its name, {step}", commit.step, _OTHERS)
     return commit
 
 

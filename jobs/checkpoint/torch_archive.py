@@ -225,7 +225,7 @@ class _Sealed:
     """Refuses state from a pickle, which would replace fields that were checked."""
 
     def __setstate__(self, state: object) -> None:
-        raise pickle.UnpicklingError("a state for a tensor, which has none")
+        raise pickle.UnpicklingError("state for a tensor, which has none")
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,7 @@ class _Unpickler(pickle.Unpickler):
     ) -> LazyTensor:
         numbers = (first, *shape, *stride)
         if not all(type(number) is int and number >= 0 for number in numbers) or len(shape) != len(stride):
-            raise pickle.UnpicklingError("a tensor whose place, shape and stride are no numbers")
+            raise pickle.UnpicklingError("a tensor whose place, shape and stride are not numbers")
         if not isinstance(stored, _StorageOnDemand):
             raise pickle.UnpicklingError("a tensor without a storage")
         return LazyTensor(tuple(shape), stored.dtype, lambda: self._record(stored.key), first, tuple(stride))

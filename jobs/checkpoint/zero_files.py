@@ -198,9 +198,9 @@ def _optimizer_file(
         return OptimizerFile(is_stage_3, masters, found)
     counts, paddings = state.get("partition_count", 0), state.get("param_alignment_paddings")
     ranks = operator.index(max(counts) if isinstance(counts, list) else counts)
-    behind = paddings and tuple(tuple(operator.index(count) for count in group) for group in paddings)
+    padded = paddings and tuple(tuple(operator.index(count) for count in group) for group in paddings)
     step = _number(files, inner[min(inner)]["step"]) if moments else 0.0
-    return OptimizerFile(is_stage_3, masters, found, ranks, behind or None, step)
+    return OptimizerFile(is_stage_3, masters, found, ranks, padded or None, step)
 
 
 def _inner_states(state: Mapping[str, Any]) -> Mapping[int, Mapping[str, Any]]:
@@ -242,7 +242,7 @@ def _check_kind(run: RunDirectory, first: Mapping[str, Any]) -> None:
     }
     for rule, is_broken in kinds.items():
         if is_broken:
-            raise CheckpointError("checkpoint", f"must be {rule}", run.name, "choose another run; no recipe makes such")
+            raise CheckpointError("checkpoint", f"must be {rule}", run.name, "choose another run; no recipe makes this")
 
 
 def _check_adamw(run: RunDirectory, inner: Mapping[int, Mapping[str, Any]], vectors: int) -> None:
@@ -250,4 +250,4 @@ def _check_adamw(run: RunDirectory, inner: Mapping[int, Mapping[str, Any]], vect
     if len(inner) != vectors or found != [*MOMENTS, "step"]:
         rule = f"must be of AdamW, with a state of {', '.join(MOMENTS)} and step for each vector"
         value = f"{', '.join(found) or 'nothing'} for {len(inner)} of {vectors} in {run.name}"
-        raise CheckpointError("checkpoint", rule, value, "choose another run; no recipe makes such")
+        raise CheckpointError("checkpoint", rule, value, "choose another run; no recipe makes this")

@@ -123,7 +123,7 @@ def restore_optimizer(engine: deepspeed.DeepSpeedEngine, state: ZeroState) -> No
     slices = list(cut)
     found = {piece.name: range(piece.start, piece.start + piece.length) for _, pieces in slices for piece in pieces}
     if found != {name: values for name, values in state.owned.items() if values}:
-        rule, remedy = "must share out the optimizer's state as 0.19.8 does", "install the version that is pinned"
+        rule, remedy = "must partition the optimizer's state as 0.19.8 does", "install the pinned version"
         raise CheckpointError("deepspeed", rule, _version(), remedy)
     for flat, pieces in slices:
         slots = optimizer.optimizer.state[flat]

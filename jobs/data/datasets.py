@@ -153,7 +153,7 @@ def _refuse_within(source: str, destination: str) -> None:
     """Refuse a destination inside the sources: what is written there would be a source the next time."""
     outer, inner = (_resolved(place).rstrip("/") + "/" for place in (source, destination))
     if inner.startswith(outer):
-        raise SourceError("destination", "must not lie in the source's folder", destination, "take another place")
+        raise SourceError("destination", "must not lie in the source's folder", destination, "choose another place")
 
 
 def _resolved(place: str) -> str:

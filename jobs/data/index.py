@@ -129,5 +129,5 @@ def _manifest(tars: Tars, tasks: list[IndexTask], done: list[TarReport]) -> tupl
         why = (
             f"the first of {len(skipped)} skipped is {skipped[0].path}: {skipped[0].reason}" if skipped else "none has"
         )
-        raise SourceError("tars", "must have an image that is read", tars.root, why)
+        raise SourceError("tars", "must have a supported image", tars.root, why)
     return manifest, skipped

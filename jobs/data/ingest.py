@@ -111,7 +111,7 @@ def _keep_apart(job: Ingest, destination: str) -> None:
     """
     tars = job.found.tars if isinstance(job.found, Tars) else ()
     if any(tar.path.url(job.found.root).rpartition("/")[0] == destination.rstrip("/") for tar in tars):
-        raise SourceError("destination", "must not be the source tars' own folder", destination, "take another place")
+        raise SourceError("destination", "must not be the source tars' own folder", destination, "choose another place")
 
 
 def _made(

@@ -189,9 +189,7 @@ class RunExporter:
         self._counters = {
             name: Counter(f"convmae_{name}", text, labels, registry=registry) for name, text in COUNTERS.items()
         }
-        text = (
-            "Seconds of the last restart, from the last step before it to the first after it, by phase and down (all)."
-        )
+        text = "Seconds of the last restart, from the last step before to the first after, by phase and down (all)."
         self._recovery = Gauge("convmae_last_recovery_seconds", text, ["run", "phase"], registry=registry)
         for counter in self._counters.values():
             counter.labels(run)

@@ -116,7 +116,7 @@ def file_fields(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise RecipeError("recipe", "must be a readable TOML file", str(path), str(error)) from error
     if len(data) > LARGEST_FILE_BYTES:
-        remedy = "a recipe has some dozens of short lines"
+        remedy = "a recipe has a few dozen short lines"
         raise RecipeError("recipe", f"must be at most {LARGEST_FILE_BYTES} bytes", str(path), remedy)
     try:
         return tomllib.loads(data.decode("utf-8-sig"))  # Windows editors may write a BOM first

@@ -254,7 +254,9 @@ class Recipe(BaseModel):
             remedy = f"set checkpoint_max_seconds={self.checkpoint_min_seconds:g} or a smaller checkpoint_min_seconds"
             raise RecipeError("checkpoint_min_seconds", rule, self.checkpoint_min_seconds, remedy)
         if self.model.kept == self.model.mask_patches:
-            rule = f"must hide at least one of {self.model.mask_patches} patches, else there is no loss to train with"
+            rule = (
+                f"must hide at least one of {self.model.mask_patches} patches, otherwise there is no loss to train with"
+            )
             raise RecipeError("model.mask_ratio", rule, self.model.mask_ratio, "the paper uses 0.75")
         if self.compile and self.zero_stage == 3:
             rule = "must be false with zero_stage = 3, which gathers parameters between operations"
@@ -325,7 +327,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if not equals or not key.strip():
-            raise RecipeError("argument", "must be field=value", clipped(argument), "write for example epochs=400")
+            raise RecipeError("argument", "must be field=value", clipped(argument), "write, for example, epochs=400")
         if len(argument) > LONGEST_ARGUMENT:
             rule = f"must be at most {LONGEST_ARGUMENT} characters"
             raise RecipeError(key[:40], rule, f"{text[:40]}...", "put it into a .toml file, or correct it")

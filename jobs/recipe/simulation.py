@@ -111,7 +111,7 @@ def simulate(scenario: Scenario, policy: Policy, rng: random.Random) -> Outcome:
     while not run.is_done:
         if run.idle_events >= MAX_IDLE_EVENTS:
             done = f"{run.kept:,} of {scenario.steps:,} steps after {run.now / 86_400:,.0f} days"
-            remedy = "save more often, or take nodes that fail less"
+            remedy = "save more often, or use nodes that fail less"
             raise NoHeadwayError(
                 "interval_steps", f"must let the run make headway ({done})", scenario.interval_steps, remedy
             )

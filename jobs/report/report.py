@@ -176,7 +176,7 @@ def _checkpoints(run: ReportedRun) -> str:
         return _paragraph("No checkpoint was committed yet.")
     stalls = [event["stall_seconds"] for event in saved]
     written_bytes = _bytes_text(sum(event["bytes"] for event in saved))
-    stall = f"for which training paused {sum(stalls):,.1f} s, {max(stalls):.2f} s at most"
+    stall = f"in {sum(stalls):,.1f} s of paused training, {max(stalls):.2f} s the longest"
     rows = [
         (
             f"{event['step']:,}",
@@ -189,7 +189,7 @@ def _checkpoints(run: ReportedRun) -> str:
         for number, event in enumerate(reversed(saved))
         if number < MOST_CHECKPOINTS or event["step"] in run.kept_steps
     ]
-    head = ("step", "time (UTC)", "size", "stall (s)", "still there", "milestone")
+    head = ("step", "time (UTC)", "size", "stall (s)", "still exists", "milestone")
     total = _paragraph(f"{len(saved):,} written, {written_bytes}, {stall}.")
     return total + _unlisted(len(saved) - len(rows)) + _table(head, rows)
 

@@ -1,4 +1,4 @@
-"""The run directory: everything that a run leaves behind, on any fsspec URL.
+"""The run directory: everything that a run leaves behind, at any fsspec URL.
 
     <run_root>/<run>/
         recipe.json                 the resolved recipe; its presence makes the run exist

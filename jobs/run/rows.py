@@ -1,4 +1,4 @@
-"""Rows of a run directory's JSON files, validated when they are read: a file may be damaged, or somebody else's.
+"""Rows of a run directory's JSON files, validated when they are read: a file may be damaged, or written by another program.
 
 A row is only checked, never converted: what was read is what a caller gets. Over 100,000 rows of a history pydantic
 takes 0.15 s, where checks by hand took 0.69 s; parsing the JSON takes 0.66 s.
@@ -20,9 +20,9 @@ from pipeline.store.json_text import parsed_json
 Row = dict[str, Any]
 
 LARGEST = 2**53
-"""No count is beyond it."""
+"""No count reaches it."""
 _LAST_SECOND = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
-"""Of times; `datetime` has none behind it."""
+"""Latest time; `datetime` has none after it."""
 
 Integer = Annotated[int, Strict(), Field(gt=-LARGEST, lt=LARGEST)]
 Number = Annotated[float, Strict(), Field(gt=-LARGEST, lt=LARGEST)]

@@ -71,27 +71,27 @@ def input_landmarks(storage: Storage, recipe: Recipe, first_tar: str) -> Landmar
 
 
 def manifest_landmarks(storage: Storage, url: str) -> Landmarks:
-    """Of a data set."""
+    """A landmark of a data set, if it lies on a local disk."""
     return file_landmarks(storage, "data", url, Storage.join(url, MANIFEST_NAME))
 
 
 def file_landmarks(storage: Storage, field: str, folder: str, url: str) -> Landmarks:
-    """A file on a local disk, if it is one that can be read."""
+    """A landmark of a file, if it lies on a local disk and can be read."""
     if not is_local(url):
         return ()
-    with contextlib.suppress(OSError, UserError):  # whoever needs it says what is wrong with it
+    with contextlib.suppress(OSError, UserError):  # its reader reports what is wrong with it
         return (Landmark.of(storage, field, folder, url),)
     return ()
 
 
 def claim_landmarks(field: str, folder: str, claim: Claim) -> Landmarks:
-    """The claim that this process holds on a folder on a local disk."""
+    """A landmark of this process's claim on a folder, if that is on a local disk."""
     return (Landmark(field, folder, claim.url, claim.first_bytes),) if is_local(folder) else ()
 
 
 @contextlib.contextmanager
 def planted(storage: Storage, field: str, folder: str) -> Iterator[Landmarks]:
-    """A file of its own in a folder on a local disk, while the context is open."""
+    """A landmark that is written into a folder on a local disk, while the context is open."""
     if not folder or not is_local(folder):
         yield ()
         return

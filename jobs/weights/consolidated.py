@@ -125,7 +125,7 @@ def _check_shard(url: str, index_url: str, expected: set[str], found: set[str]) 
     faults = [f"missing {name}" for name in sorted(expected - found)]
     faults += [f"unexpected {name}" for name in sorted(found - expected)]
     if faults:
-        rule = f"must hold the tensors that {index_url.rpartition('/')[2]} says ({listed(faults)})"
+        rule = f"must hold the tensors that {index_url.rpartition('/')[2]} lists ({listed(faults)})"
         raise WeightsFileError("weights", rule, url, "consolidate the checkpoint again with --force")
 
 

@@ -106,7 +106,7 @@ def export(source: Source, name: str, storage: Storage, out: str, *, force: bool
     target = storage.join(folder, file_name) if form.suffix else folder
     storage.check(folder, write=True)
     if not force and _exists(storage, target, is_folder=not form.suffix):
-        raise ExportError("--out", "must not exist yet", target, "take another place, or replace it with --force")
+        raise ExportError("--out", "must not exist yet", target, "choose another place, or replace it with --force")
     with scratch_folder() as scratch:
         form.write(source, Path(scratch), file_name)
         exported = []
@@ -218,7 +218,7 @@ def _backbone(weights: Weights) -> Backbone:
     try:
         backbone = Backbone(weights.config)
     except ModelConfigError as error:
-        raise ExportError(f"model.{error.field}", error.rule, error.value, "take --format official or hf") from None
+        raise ExportError(f"model.{error.field}", error.rule, error.value, "use --format official or hf") from None
     backbone.load(weights.tensors)
     return backbone.eval()
 

@@ -179,7 +179,7 @@ def several_files(
     for tensor in sorted(tensors, key=lambda tensor: -ITEM_BYTES[empty.dtype_of(tensor)]):
         needed = empty.bytes_of(tensor) + _entry_bytes(tensor)
         if needed > most_bytes - least:
-            rule, remedy = f"must hold the largest tensor, {tensor.name}", f"take {needed + least} or more"
+            rule, remedy = f"must hold the largest tensor, {tensor.name}", f"give {needed + least} or more"
             raise CheckpointError("--shard-bytes", rule, most_bytes, remedy)
         if needed > room:
             bins.append([])

@@ -90,7 +90,7 @@ def import_weights(
         raise WeightsFileError("OUT", f"must end in {SUFFIX}", out, f"write it as {out.rstrip('/')}/weights{SUFFIX}")
     storage.check(out.rpartition("/")[0] or ".", write=True)
     if storage.exists(out) and not force:
-        raise WeightsFileError("OUT", "must not exist yet", out, "take another place, or replace it with --force")
+        raise WeightsFileError("OUT", "must not exist yet", out, "choose another place, or replace it with --force")
     with local_copy(storage, source) as path:
         metadata = {"format": "pt", "model": model_json(config), "imported_from": source}
         metadata["source_sha256"] = sha256_of(path)
@@ -185,7 +185,7 @@ def load_initial_weights(storage: Storage, recipe: Recipe, group: RankGroup) -> 
 def _checked_sha256(path: Path, recipe: Recipe) -> str:
     found = sha256_of(path)
     if recipe.init_sha256 not in ("", found):
-        rule = f"must be the file with SHA-256 {recipe.init_sha256[:16]}…, and that there has {found[:16]}…"
+        rule = f"must be the file with SHA-256 {recipe.init_sha256[:16]}…, but the file there has {found[:16]}…"
         raise WeightsFileError("init_from", rule, recipe.init_from, "restore it, or start another run")
     return found
 
@@ -197,7 +197,7 @@ def _loaded(path: Path, url: str) -> dict[str, Tensor]:
     # The file is not trusted, and torch.load raises whatever a pickle makes it raise. Its message is not shown, since
     # it advises loading the file without checks.
     except Exception as error:
-        rule = f"must be a PyTorch file of tensors alone, and whole ({_reason(error)})"
+        rule = f"must be a whole PyTorch file of tensors alone ({_reason(error)})"
         raise WeightsFileError("weights", rule, url, remedy) from None
     if state is None:
         raise WeightsFileError("weights", 'must hold a state dict, or one under "model" or "state_dict"', url, remedy)

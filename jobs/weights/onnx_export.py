@@ -80,7 +80,7 @@ def write(backbone: Backbone, path: Path, image_size: tuple[int, int]) -> None:
     difference = largest_difference(maps, path, [images, images[:1], torch.cat([images, images.flip(0)])])
     if not difference <= TOLERANCE:
         rule = f"must agree with PyTorch within {TOLERANCE:g} of the largest value"
-        remedy = "export on another machine, or take --format backbone"
+        remedy = "export on another machine, or use --format backbone"
         raise ExportError("--format onnx", rule, f"{difference:.2g}", remedy)
 
 

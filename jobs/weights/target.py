@@ -59,7 +59,7 @@ class Target:
         if self.dtype not in DTYPES:
             raise CheckpointError("--dtype", "must be fp32, bf16 or fp16", self.dtype, "correct it")
         if self.shard_bytes is not None and self.out.endswith(".safetensors"):
-            raise CheckpointError("--out", "must be a folder when --shard-bytes is given", self.out, "take a folder")
+            raise CheckpointError("--out", "must be a folder when --shard-bytes is given", self.out, "give a folder")
 
     def url(self, run: RunDirectory, step: int) -> str:
         """Of the one file, or of the folder of several."""

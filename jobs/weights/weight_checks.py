@@ -68,7 +68,7 @@ def check_finite(tensors: Iterable[tuple[str, Tensor]], value: str) -> None:
     for name, tensor in tensors:
         if not tensor.float().isfinite().all():
             rule = f"must be finite in fp32 ({clipped(name)} is not)"
-            raise WeightsFileError("weights", rule, value, "take an earlier checkpoint, from before the loss diverged")
+            raise WeightsFileError("weights", rule, value, "use an earlier checkpoint, from before the loss diverged")
 
 
 def check_header(path: Path, url: str, config: ConvMAEConfig) -> None:

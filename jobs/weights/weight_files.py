@@ -81,11 +81,11 @@ def model_config(metadata: Mapping[str, str], url: str) -> ConvMAEConfig:
     """
     remedy = "give a file that `convmae consolidate` or `convmae import` wrote"
     if "model" not in metadata:
-        raise WeightsFileError("weights", "must say in its metadata of which model it is", url, remedy)
+        raise WeightsFileError("weights", "must name its model in its metadata", url, remedy)
     try:
         return ConvMAEConfig(**parsed_object(metadata["model"]))
     except (ValueError, TypeError) as error:
-        rule = f"must be of a model that is known ({clipped(str(error))})"
+        rule = f"must be of a known model ({clipped(str(error))})"
         raise WeightsFileError("weights", rule, url, remedy) from None
 
 

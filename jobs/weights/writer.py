@@ -146,7 +146,7 @@ class WeightWriter:
         found = self._storage.read_range(file.url, 0, len(file.header))
         if found != file.header:
             raise CheckpointError(
-                "target", "must not exist", file.url, "replace it with --force, or take another --out"
+                "target", "must not exist", file.url, "replace it with --force, or choose another --out"
             )
         return self._storage.size(file.url) == file.bytes
 
@@ -233,7 +233,7 @@ class WeightWriter:
             if journal:
                 journal.forget()
             remedy = "check the storage, then run the same command again"
-            raise StorageError("storage", "must give back what was written", done.url, remedy)
+            raise StorageError("storage", "must return what was written", done.url, remedy)
         name = done.url.rpartition("/")[2]
         self._storage.write(f"{done.url}.sha256", f"{done.sha256}  {name}\n".encode())
         self._hashed[done.url] = WrittenFile(done.url, done.bytes, done.sha256)

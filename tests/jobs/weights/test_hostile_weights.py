@@ -163,7 +163,7 @@ def test_pickles_made_by_hand_are_refused(tmp_path: Path, name: str, form: str) 
     path = tmp_path / "a.pth"
     path.write_bytes(packed(PICKLES[name]) if form == "archive" else PICKLES[name])
 
-    assert "must be a PyTorch file of tensors alone" in refused(path)
+    assert "must be a whole PyTorch file of tensors alone" in refused(path)
 
 
 def test_attributes_that_a_file_gives_its_dict_are_not_used(tmp_path: Path) -> None:
@@ -260,10 +260,10 @@ def with_metadata(path: Path, model: str) -> Path:
     [
         (json.dumps({**asdict(CONFIG), "decoder_depth": 10**7}), "decoder_depth: must be at most 1000, got 10000000"),
         (json.dumps({**asdict(CONFIG), "image_size": 16 * 10**6}), "image_size: each must be at most 16384"),
-        ("[" * 100_000, "must be of a model that is known"),
-        ('{"a":' * 100_000, "must be of a model that is known"),
-        (json.dumps({"masking": "x" * 100_000}), "must be of a model that is known"),
-        *[(f'{{"depth": {"[" * n}{"]" * n}}}', "must be of a model that is known") for n in range(900, 1000, 9)],
+        ("[" * 100_000, "must be of a known model"),
+        ('{"a":' * 100_000, "must be of a known model"),
+        (json.dumps({"masking": "x" * 100_000}), "must be of a known model"),
+        *[(f'{{"depth": {"[" * n}{"]" * n}}}', "must be of a known model") for n in range(900, 1000, 9)],
     ],
     ids=lambda value: str(value)[:30],
 )
@@ -271,7 +271,7 @@ def test_a_model_that_nobody_could_build_is_refused_at_once(tmp_path: Path, mode
     path = with_metadata(tmp_path / "a.safetensors", model)
 
     assert what in refused(path)
-    with pytest.raises(WeightsFileError, match="must be of a model that is known"):
+    with pytest.raises(WeightsFileError, match="must be of a known model"):
         consolidated.of_file(Storage(), str(path))
 
 
@@ -367,7 +367,7 @@ STORAGE = (
     ids=["a shape of text", "a stride that is shorter", "a negative length", "a place of text"],
 )
 def test_tensors_that_cannot_be_are_damage(rest: bytes) -> None:
-    with pytest.raises(DamagedCheckpointError, match="a tensor whose place, shape and stride are no numbers"):
+    with pytest.raises(DamagedCheckpointError, match="a tensor whose place, shape and stride are not numbers"):
         contents(packed(b"\x80\x02" + STORAGE + rest + b"R."))
 
 
