@@ -76,7 +76,7 @@ class CheckpointFile:
 @with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Commit:
-    """What makes a checkpoint exist, and all that is needed to resume from it."""
+    """The commit object: it makes a checkpoint exist, and has all that is needed to resume from it."""
 
     step: Count
     """Optimizer steps done, which is also the index of the next one."""
@@ -134,7 +134,7 @@ class Commit:
 
 
 _COMMIT = TypeAdapter(Commit)
-"""Checks what is read, never what is built here."""
+"""Validates commits that are read, not those that are built here."""
 
 
 def _from_format_1(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class Restored(NamedTuple):
-    """A checkpoint that is whole, and what this rank needs of it."""
+    """A checkpoint that is whole, and the part of it that this rank needs."""
 
     commit: Commit
     state: ZeroState

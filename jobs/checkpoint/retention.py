@@ -20,7 +20,7 @@ _FILE = re.compile(r"(?P<folder>step-\d{8,})/(?:(?P<claim>\d{6,})-(?P<attempt>\d
 
 @dataclass(frozen=True)
 class Pruning:
-    """What `convmae prune` would delete."""
+    """The plan of `convmae prune`: what it would delete."""
 
     old: tuple[Commit, ...]
     """Older than those that are kept, whole or not."""

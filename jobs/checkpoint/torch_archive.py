@@ -79,7 +79,7 @@ class Record:
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """Where a contiguous tensor lies."""
+    """The place of a contiguous tensor in a file."""
 
     record: Record
     dtype: str
@@ -90,7 +90,7 @@ class TensorPlace:
 
     @property
     def elements(self) -> int:
-        """How many."""
+        """Their number."""
         return math.prod(self.shape)
 
     @property
@@ -248,11 +248,11 @@ class LazyTensor(_Sealed):
 
     @property
     def elements(self) -> int:
-        """How many."""
+        """Their number."""
         return math.prod(self.shape)
 
     def place(self) -> TensorPlace:
-        """Where it lies.
+        """Its place.
 
         Raises:
             DamagedCheckpointError: It is not contiguous, or its storage is shorter than it.

@@ -104,7 +104,7 @@ class SourceTensor:
 
     @property
     def elements(self) -> int:
-        """How many."""
+        """Their number."""
         return math.prod(self.shape)
 
     def byte_ranges(self, start: int, stop: int) -> Iterator[ByteRange]:

@@ -58,7 +58,7 @@ class ZeroState:
 def owned_ranges(
     model: nn.Module, groups: Sequence[Mapping[str, Any]], *, stage: int, rank: int, world_size: int
 ) -> dict[str, range]:
-    """Which values of each trained parameter, flattened, this rank will update.
+    """The values of each trained parameter, flattened, that this rank will update.
 
     Args:
         model: Has the parameters' names.
@@ -167,7 +167,7 @@ class WholeTensors:
         return self._room.tensors
 
     def mine(self) -> list[Copy]:
-        """What this rank reads."""
+        """The copies that this rank reads."""
         places = (place for vectors in self._vectors.values() for vector in vectors for place in vector.places)
         held_chunks = self._files.holding(place.byte_range for place in places)
         chunks = np.array_split(held_chunks, self._group.world_size)[self._group.rank]
@@ -272,7 +272,7 @@ def _version() -> str:
 
 @dataclass(frozen=True)
 class _Piece:
-    """`length` values of parameter `name` from `start` on, which lie at `offset` of a rank's flat vector."""
+    """`length` values of parameter `name` from `start`, which lie at `offset` of a rank's flat vector."""
 
     name: str
     start: int

@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class IndexingReport:
-    """What an indexing did."""
+    """The result of indexing."""
 
     manifest: Manifest
     tars_read: int

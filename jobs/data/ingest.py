@@ -41,7 +41,7 @@ Show = Callable[[str, Progress], None]
 
 @dataclass(frozen=True)
 class IngestReport:
-    """What an ingest did."""
+    """The result of an ingest."""
 
     manifest: Manifest
     shards_written: int

@@ -204,7 +204,7 @@ class RunExporter:
 
     @property
     def url(self) -> str:
-        """Where Prometheus scrapes."""
+        """URL that Prometheus scrapes."""
         return f"http://{self.address}/metrics"
 
     def update(self, status: Mapping[str, Any]) -> None:

@@ -254,9 +254,7 @@ class Recipe(BaseModel):
             remedy = f"set checkpoint_max_seconds={self.checkpoint_min_seconds:g} or a smaller checkpoint_min_seconds"
             raise RecipeError("checkpoint_min_seconds", rule, self.checkpoint_min_seconds, remedy)
         if self.model.kept == self.model.mask_patches:
-            rule = (
-                f"must hide at least one of {self.model.mask_patches} patches, otherwise there is no loss to train with"
-            )
+            rule = f"must hide at least one of {self.model.mask_patches} patches, or there is no loss to train with"
             raise RecipeError("model.mask_ratio", rule, self.model.mask_ratio, "the paper uses 0.75")
         if self.compile and self.zero_stage == 3:
             rule = "must be false with zero_stage = 3, which gathers parameters between operations"

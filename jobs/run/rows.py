@@ -1,4 +1,4 @@
-"""Rows of a run directory's JSON files, validated when they are read: a file may be damaged, or written by another program.
+"""Rows of a run directory's JSON files, validated when they are read: a file may be damaged, or foreign.
 
 A row is only checked, never converted: what was read is what a caller gets. Over 100,000 rows of a history pydantic
 takes 0.15 s, where checks by hand took 0.69 s; parsing the JSON takes 0.66 s.

@@ -173,7 +173,7 @@ def test_prune_keeps_the_newest_and_the_milestones(run: RunDirectory, local: Pat
     assert checkpoint.prune(run, keep=2) == []
 
 
-def test_ones_that_were_passed_over_do_not_push_out_the_newest_good_one(run: RunDirectory, local: Path) -> None:
+def test_skipped_ones_do_not_displace_the_newest_good_one(run: RunDirectory, local: Path) -> None:
     """30 was damaged, so the run went on from 20 and has just committed 25."""
     for step in (10, 20, 30, 25):
         save(run, local, step)
@@ -204,7 +204,7 @@ def test_a_commit_of_a_driver_that_was_taken_over_from_is_refused_by_name(run: R
     assert checkpoint.committed_steps(run) == [5]
 
 
-def test_a_commit_of_an_attempt_that_others_went_on_without_is_refused(run: RunDirectory, local: Path) -> None:
+def test_a_commit_of_an_attempt_that_others_continued_without_is_refused(run: RunDirectory, local: Path) -> None:
     """As by a rank whose node was cut off while it committed."""
     first = by(save(run, local, 5), 1)
     later = dataclasses.replace(first, attempt=first.attempt + 1)
@@ -223,7 +223,7 @@ def test_a_commit_of_an_attempt_that_others_went_on_without_is_refused(run: RunD
     assert checkpoint.committed_steps(run) == [5, 7]
 
 
-def test_a_commit_that_was_passed_over_is_replaced(run: RunDirectory, local: Path) -> None:
+def test_a_commit_that_was_skipped_is_replaced(run: RunDirectory, local: Path) -> None:
     commit = save(run, local, 5)
     Path(run.path("commits", "step-00000005.json")).write_text('{"step": 5')
 

@@ -105,5 +105,5 @@ def test_weights_that_a_run_starts_from_are_read_by_one_rank(
 
 
 @pytest.mark.parametrize(("workers", "seconds"), [(1, 0.5), (512, 0.5), (1024, 1.0), (4096, 4.0)])
-def test_many_workers_are_asked_less_often_how_they_are(workers: int, seconds: float) -> None:
+def test_many_workers_are_polled_less_often(workers: int, seconds: float) -> None:
     assert health_check_seconds(workers) == seconds

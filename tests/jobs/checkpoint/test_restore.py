@@ -246,7 +246,7 @@ def test_it_is_the_newest_where_all_are_whole(run: RunDirectory, together: Any) 
     assert passed_over == []
 
 
-def test_damaged_ones_are_passed_over_and_told(run: RunDirectory, together: Any) -> None:
+def test_damaged_ones_are_skipped_and_reported(run: RunDirectory, together: Any) -> None:
     flip(files_of(run, 30)[-1], 5000)
     commit_of(run, 20).write_text(commit_of(run, 20).read_text()[:-9])
 
@@ -259,7 +259,7 @@ def test_damaged_ones_are_passed_over_and_told(run: RunDirectory, together: Any)
     assert "must be a JSON object" in passed_over[1][1]
 
 
-def test_where_none_is_whole_nothing_is_started_from_zero(run: RunDirectory, together: Any) -> None:
+def test_if_none_is_whole_no_run_starts_from_zero(run: RunDirectory, together: Any) -> None:
     for step in STEPS:
         files_of(run, step)[0].unlink()
 
@@ -267,7 +267,7 @@ def test_where_none_is_whole_nothing_is_started_from_zero(run: RunDirectory, tog
         together(run)
 
 
-def test_another_format_is_refused_not_passed_over(run: RunDirectory, together: Any) -> None:
+def test_another_format_is_refused_not_skipped(run: RunDirectory, together: Any) -> None:
     fields = dataclasses.asdict(checkpoint.read_commit(run, 30)) | {"format_version": 9}
     commit_of(run, 30).write_text(json.dumps(fields))
 
@@ -328,7 +328,7 @@ def padded(contents: Any) -> None:
         inner[index] |= {"exp_avg": flat * 0.5, "exp_avg_sq": flat.square()}
 
 
-def test_padding_between_parameters_is_left_out(tmp_path: Path, together: Any) -> None:
+def test_padding_between_parameters_is_skipped(tmp_path: Path, together: Any) -> None:
     run = make_run(tmp_path, world_size=1)
     amended(run, tmp_path, OPTIMIZER_STATES, padded, world_size=1)
 

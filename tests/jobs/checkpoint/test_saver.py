@@ -92,7 +92,7 @@ def scratch(tmp_path: Path) -> list[Path]:
     return list((tmp_path / "tmp").iterdir())
 
 
-def test_training_goes_on_while_the_files_are_on_their_way(
+def test_training_continues_during_the_upload(
     saver: CheckpointSaver, run: RunDirectory, monitor: Monitor, tmp_path: Path
 ) -> None:
     saver.begin(commit(5), write)
@@ -131,7 +131,7 @@ def test_the_next_checkpoint_waits_for_the_one_before(
 
 
 @pytest.mark.parametrize("broken", ["000000-0001/weights.pt", "commits"])
-def test_one_that_fails_is_told_and_stays_invisible_and_the_next_is_saved(
+def test_one_that_fails_is_reported_and_stays_invisible_and_the_next_is_saved(
     saver: CheckpointSaver, run: RunDirectory, monitor: Monitor, tmp_path: Path, broken: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip

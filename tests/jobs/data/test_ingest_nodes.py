@@ -83,7 +83,7 @@ def test_a_command_from_elsewhere_is_a_job_that_asks_for_it(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("text", ["ingest", "[1]", '{"ingest": "much"}', '{"ingest": null}', "3"])
-def test_what_is_no_object_of_amounts_is_refused(text: str) -> None:
+def test_what_is_not_an_object_of_amounts_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="CONVMAE_COMMAND_RESOURCES: must be a JSON object"):
         entrypoint_resources(text)
 

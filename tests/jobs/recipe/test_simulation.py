@@ -202,7 +202,7 @@ def test_the_command_prints_a_table_or_json(
     assert "spot" in said("--spot-mtbf-hours", "24")
 
 
-def test_a_step_that_nobody_measured_is_estimated_as_in_the_guide() -> None:
+def test_a_step_that_was_not_measured_is_estimated_as_in_the_guide() -> None:
     """docs/cluster.md: 4096 images in a step, 23,838 and 91,563 images/s on one node and on four, by EFA."""
     recipe, node = named_recipe("convmae_base"), NodeType(8, H100_FLOPS_PER_SECOND)
 

@@ -38,7 +38,7 @@ def test_a_landmark_is_seen_where_its_file_begins_alike(tmp_path: Path) -> None:
     assert not landmark.is_seen(Storage())
 
 
-def test_what_cannot_be_read_here_is_no_landmark(tmp_path: Path) -> None:
+def test_what_cannot_be_read_here_is_not_a_landmark(tmp_path: Path) -> None:
     """Whoever needs it says what is wrong, as a skipped image or a fault."""
     assert file_landmarks(Storage(), "source", str(tmp_path), str(tmp_path)) == ()
 

@@ -79,7 +79,7 @@ def raw_rows(url: str) -> list[dict[str, Any]]:
     return [json.loads(line) for path in Path(url).glob("*.jsonl") for line in path.read_text().splitlines()]
 
 
-def test_a_row_tells_what_a_rank_consumed(url: str, train: Train) -> None:
+def test_a_row_records_what_a_rank_consumed(url: str, train: Train) -> None:
     train(range(2, 3))
 
     row = list(read_trace(STORAGE, url))[1]
@@ -107,7 +107,7 @@ def test_parts_are_written_on_the_way(url: str, train: Train) -> None:
     assert places(url) == [(step, 0, 1) for step in range(1, 2 * PART_STEPS + 6)]
 
 
-def test_steps_that_are_done_again_are_there_once(url: str, train: Train) -> None:
+def test_steps_that_are_redone_are_there_once(url: str, train: Train) -> None:
     train(range(20))
     train(range(20, 30))  # written, but the checkpoint behind it was not committed
 
@@ -119,7 +119,7 @@ def test_steps_that_are_done_again_are_there_once(url: str, train: Train) -> Non
     assert sorted((row["step"], row["rank"], row["attempt"]) for row in raw_rows(url)) == expected
 
 
-def test_a_part_that_reaches_behind_the_checkpoint_is_cut(url: str, train: Train) -> None:
+def test_a_part_that_extends_past_the_checkpoint_is_cut(url: str, train: Train) -> None:
     train(range(30))
 
     train(range(20, 25), attempt=2)
@@ -219,7 +219,7 @@ def test_a_missing_trace_or_one_of_another_version_is_refused(
         list(read_trace(STORAGE, url))
 
 
-def test_a_part_that_cannot_be_written_is_told_before_the_commit(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_cannot_be_written_is_reported_before_the_commit(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = TraceWriter(STORAGE, url, rank=0, world_size=1, attempt=1)
     writer.add(batch(0, 0, 1), learning_rate=0.1)
     monkeypatch.setattr(Storage, "write", lambda *_: (_ for _ in ()).throw(OSError("the store is gone")))

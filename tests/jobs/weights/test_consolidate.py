@@ -138,7 +138,7 @@ def test_files_of_another_size_are_replaced_whole(run: RunDirectory) -> None:
     assert there == {*names, "model.safetensors.index.json"}
 
 
-def test_a_file_of_somebody_else_is_not_replaced_unless_forced(run: RunDirectory, tmp_path: Path) -> None:
+def test_a_foreign_file_is_not_replaced_unless_forced(run: RunDirectory, tmp_path: Path) -> None:
     target = Target(out=f"{tmp_path}/mine.safetensors")
     Path(target.out).write_bytes(b"my own")
 

@@ -32,7 +32,7 @@ def run(tmp_path: Path) -> RunDirectory:
     return make_run(tmp_path, 2, 2)
 
 
-def test_whole_files_of_an_interrupted_call_are_kept_and_others_made_anew(run: RunDirectory) -> None:
+def test_whole_files_of_an_interrupted_call_are_kept_and_others_remade(run: RunDirectory) -> None:
     target = Target(shard_bytes=12_000)
     first = made(run, target)
     Path(first.url, "model.safetensors.index.json").unlink()
@@ -70,7 +70,7 @@ def test_a_fault_leaves_finished_files_and_nothing_that_looks_complete(run: RunD
     assert made(run, target).kept > 0
 
 
-def test_a_kill_in_the_middle_is_gone_on_from(run: RunDirectory) -> None:
+def test_a_call_resumes_after_a_kill_in_the_middle(run: RunDirectory) -> None:
     program = (
         "import sys, time\n"
         "from jobs.weights import consolidate\n"
@@ -159,7 +159,7 @@ class Traffic:
         return made(counted, **options), sorted(self.sent), CountingStorage.read_bytes
 
 
-def test_a_single_file_on_s3_is_gone_on_with_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_file_on_s3_is_resumed_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     traffic = Traffic(monkeypatch)
     files, part_bytes = tmp_path / "files", 5 << 20
     write_zero_files(files, random_material(5_000_000, tensor_elements=1 << 20), 1, 2)
@@ -205,7 +205,7 @@ def open_uploads(storage: Storage, url: str) -> list[str]:
     return storage.attempt(url, listed)
 
 
-def test_a_single_local_file_is_gone_on_with_after_a_kill(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_local_file_is_resumed_after_a_kill(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     traffic = Traffic(monkeypatch)
     whole, sent_at_first, _ = traffic.of(run, target=Target(out=f"{run.url}/whole.safetensors"))
     kept = cut_off(run, PART_BYTES, 4)

@@ -93,7 +93,7 @@ class Exploit:
 
 
 @pytest.mark.parametrize("key", [1, ("a",), None], ids=str)
-def test_names_that_are_no_text_are_refused(tmp_path: Path, key: object) -> None:
+def test_names_that_are_not_strings_are_refused(tmp_path: Path, key: object) -> None:
     path = saved(tmp_path / "a.pth", {"model": {**OFFICIAL, key: torch.zeros(1)}})
 
     assert "must hold a state dict" in refused(path)
@@ -114,7 +114,7 @@ def test_names_that_are_no_text_are_refused(tmp_path: Path, key: object) -> None
     ],
     ids=["sparse", "meta", "quantized", "complex", "bool", "int64", "nan", "inf", "too large for fp32"],
 )
-def test_tensors_that_are_no_weights_are_refused(tmp_path: Path, value: Tensor, what: str) -> None:
+def test_tensors_that_are_not_weights_are_refused(tmp_path: Path, value: Tensor, what: str) -> None:
     line = refused(saved(tmp_path / "a.pth", {"model": {**OFFICIAL, NAME: value}}))
 
     assert what in line.replace("encoder.", "")
@@ -196,7 +196,7 @@ def test_archives_that_would_unpack_to_more_than_they_are_are_refused(
         contents(data)
 
 
-def test_records_that_lie_over_each_other_are_refused() -> None:
+def test_records_that_overlap_are_refused() -> None:
     data = packed(b"\x80\x02N.", more=(("data/0", bytes(1000)),))
     start = data.index(b"PK\x01\x02")
     end = data.index(b"PK\x05\x06")
@@ -267,7 +267,7 @@ def with_metadata(path: Path, model: str) -> Path:
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_a_model_that_nobody_could_build_is_refused_at_once(tmp_path: Path, model: str, what: str) -> None:
+def test_a_model_that_cannot_be_built_is_refused_at_once(tmp_path: Path, model: str, what: str) -> None:
     path = with_metadata(tmp_path / "a.safetensors", model)
 
     assert what in refused(path)
@@ -275,7 +275,7 @@ def test_a_model_that_nobody_could_build_is_refused_at_once(tmp_path: Path, mode
         consolidated.of_file(Storage(), str(path))
 
 
-def test_weights_that_are_no_numbers_are_refused_before_a_run_starts(tmp_path: Path) -> None:
+def test_weights_that_are_not_numbers_are_refused_before_a_run_starts(tmp_path: Path) -> None:
     run = RunDirectory.of(Storage(), str(tmp_path / "runs"), "first")
     model = {f"model.{name}": value for name, value in asdict(CONFIG).items()}
     path = tmp_path / "a.safetensors"
@@ -383,7 +383,7 @@ def test_a_tensor_takes_no_state_and_one_without_a_record_is_damage() -> None:
     assert contents(packed(b"\x80\x02" + tensor + b".", more=(("data/0", bytes(16)),))).place().elements == 4
 
 
-def test_a_store_that_does_not_answer_is_no_damage() -> None:
+def test_a_store_that_does_not_answer_is_not_damage() -> None:
     class Unreachable:
         def read_range(self, url: str, offset: int, length: int) -> bytes:  # noqa: ARG002
             raise StorageError("storage", "must answer", url, "wait")

@@ -254,14 +254,14 @@ def test_norms_of_another_decoder_are_not_taken_for_the_encoders(tmp_path: Path)
     assert "missing encoder.norm.weight" in line and "unexpected decoder.norm.weight" in line
 
 
-def test_heads_of_attention_are_compared_where_a_file_tells_them(tmp_path: Path) -> None:
+def test_heads_of_attention_are_compared_if_a_file_states_them(tmp_path: Path) -> None:
     other = ConvMAEConfig(num_heads=2)
     path = safetensors(tmp_path / "a.safetensors", ours(OFFICIAL), {"model": model_json(other)})
 
     assert "must be of a model with num_heads = 4, not 2" in refused(path, fresh_decoder_seed=SEED)
 
 
-def test_the_command_tells_what_it_did_in_a_line_each(tmp_path: Path) -> None:
+def test_the_command_says_what_it_did_in_a_line_each(tmp_path: Path) -> None:
     model = named_recipe("tiny").model
     torch.manual_seed(3)
     state = ConvMAE(model).official_state_dict()
