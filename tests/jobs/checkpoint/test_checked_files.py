@@ -1,4 +1,4 @@
-"""Ranges of files, chunk by chunk."""
+"""Checked reads of byte ranges, chunk by chunk."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run whose newest checkpoint is damaged goes on from the one before, or is refused; its weights start another."""
+"""A run whose newest checkpoint is damaged resumes from the previous one, or is refused; its weights start another."""
 
 from __future__ import annotations
 

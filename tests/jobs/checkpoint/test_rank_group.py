@@ -1,4 +1,4 @@
-"""What ranks tell each other, with ranks in threads."""
+"""Exchanges between ranks, with ranks in threads."""
 
 from __future__ import annotations
 

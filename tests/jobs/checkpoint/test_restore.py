@@ -1,4 +1,4 @@
-"""Which checkpoint is gone on from and what of it each rank gets, with ranks in threads; with real ones in
+"""Which checkpoint is resumed from and what each rank gets of it, with ranks in threads; with real ones in
 test_zero_state."""
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MODEL_STATES, OPTIMIZER_STATES = "_model_states.pt", "_optim_states.pt"
 
 @pytest.fixture
 def together(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[Restored | None], list[tuple[int, str]]]]:
-    """Restores on all ranks: what each got, and what rank 0 was told."""
+    """Restores on all ranks: what each got, and what was reported on rank 0."""
 
     def restored(
         run: RunDirectory, world_size: int = 2, stage: int = 2, material: Material = MATERIAL
@@ -182,7 +182,7 @@ def test_all_ranks_together_read_little_more_than_the_checkpoint(
 def test_a_flipped_byte_anywhere_is_found_by_some_rank(
     tmp_path: Path, together: Any, caplog: pytest.LogCaptureFixture, stage: int, before: int
 ) -> None:
-    """Pickles, masters, moments, padding, module weights that nobody restores, zip headers and directories."""
+    """Pickles, masters, moments, padding, module weights that are never restored, zip headers and directories."""
     run = make_run(tmp_path, stage, before)
     places = [
         (path, offset)
@@ -285,7 +285,7 @@ def test_before_the_first_commit_there_is_none(tmp_path: Path, together: Any) ->
 def test_a_commit_without_checksums_of_chunks_is_restored_and_its_files_are_checked(
     run: RunDirectory, together: Any
 ) -> None:
-    """As the release before wrote them."""
+    """As the previous release wrote them."""
     for step in STEPS:
         fields = json.loads(commit_of(run, step).read_text()) | {"format_version": 1}
         del fields["claim"], fields["driver"]
@@ -315,7 +315,7 @@ def amended(run: RunDirectory, folder: Path, suffix: str, amend: Callable[[Any],
 
 
 def padded(contents: Any) -> None:
-    """With `parameter_alignment`, DeepSpeed pads behind each parameter of a group but the last."""
+    """With `parameter_alignment`, DeepSpeed pads after each parameter of a group but the last."""
     state = contents["optimizer_state_dict"]
     paddings = [[3 + number % 5 for number in range(len(group) - 1)] + [0] for group in MATERIAL.groups]
     state["param_alignment_paddings"] = paddings

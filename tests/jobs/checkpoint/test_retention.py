@@ -48,7 +48,7 @@ def weights(run: RunDirectory, step: int, owner: str = "000001-0001") -> Path:
 
 
 def holder(run: RunDirectory, number: int, pid: int | None = None, **changes: object) -> None:
-    """Somebody drives the run under claim `number`."""
+    """A driver of the run under claim `number`."""
     content = {**dataclasses.asdict(Holder.here("drives the run")), "beat": 1, **changes}
     if pid is not None:
         content["process"] |= {"pid": pid}

@@ -20,7 +20,7 @@ SIZES = [300, 211, 89, 400]
 
 
 def make_indexes(folder: Path, labels: np.ndarray | None = None) -> Dataset:
-    """A data set without tars: whoever touches an image fails."""
+    """A data set without tars: reading an image fails."""
     entries, first = [], 0
     for shard, size in enumerate(SIZES):
         rows = [

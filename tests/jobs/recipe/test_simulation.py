@@ -1,4 +1,4 @@
-"""The simulation against closed forms, and what must hold whatever happens."""
+"""The simulation against closed forms, and its invariants."""
 
 from __future__ import annotations
 

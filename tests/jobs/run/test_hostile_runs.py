@@ -1,4 +1,4 @@
-"""Run directories and recipes that are damaged, or made by somebody who means harm: refused by name, in one line."""
+"""Run directories and recipes that are damaged or malicious: refused by name, in one line."""
 
 from __future__ import annotations
 

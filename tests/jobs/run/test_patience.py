@@ -9,7 +9,7 @@ from jobs.run.patience import persevere
 
 
 class Away:
-    """Raises until `back_at`, by a clock that moves only while somebody sleeps."""
+    """Raises until `back_at`, by a clock that moves only during sleeps."""
 
     def __init__(self, error: Exception, back_at: float) -> None:
         self.error, self.back_at, self.now, self.attempts = error, back_at, 0.0, 0

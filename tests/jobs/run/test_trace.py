@@ -1,4 +1,4 @@
-"""What ranks consumed: written, taken up after restarts, read and compared."""
+"""Traces: written, continued after restarts, read and compared."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Train = Callable[..., None]
 
 @pytest.fixture
 def train(url: str) -> Iterator[Train]:
-    """Writes the trace of some steps of an attempt; `killed` leaves out what was not written yet."""
+    """Writes the trace of some steps of an attempt; `killed` drops what was not written yet."""
     writers: list[TraceWriter] = []
 
     def steps(
@@ -75,7 +75,7 @@ def places(url: str) -> list[tuple[int, int, int]]:
 
 
 def raw_rows(url: str) -> list[dict[str, Any]]:
-    """Every line that lies there, as a reader who knows no rule finds it."""
+    """Every line that is there, as a reader without rules finds it."""
     return [json.loads(line) for path in Path(url).glob("*.jsonl") for line in path.read_text().splitlines()]
 
 

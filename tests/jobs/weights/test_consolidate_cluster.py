@@ -1,4 +1,4 @@
-"""Consolidation from and to a real S3 server: by tasks of a real Ray cluster, and what it takes for a large model."""
+"""Consolidation from and to a real S3 server: by tasks of a real Ray cluster, and its memory for a large model."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_tasks_of_a_cluster_make_the_same_files_also_where_training_has_every_cp
 
 
 class Watch:
-    """The most resident memory of each process below one, looked at from outside."""
+    """The most resident memory of each process below one, measured from outside."""
 
     def __init__(self, process: psutil.Popen) -> None:
         self.peaks: dict[str, int] = defaultdict(int)

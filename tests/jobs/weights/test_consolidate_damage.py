@@ -1,4 +1,4 @@
-"""Damaged checkpoints in consolidation: what is read and not as it was written is named, and nothing is left behind."""
+"""Damaged checkpoints in consolidation: whatever is read and was altered is named, and nothing is left behind."""
 
 from __future__ import annotations
 

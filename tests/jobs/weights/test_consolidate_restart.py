@@ -1,4 +1,4 @@
-"""Consolidations that are cut off, and what the same call does afterwards."""
+"""Consolidations that are interrupted, and repeated calls that resume them."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ consolidate(run, part_bytes=int(sys.argv[2]), on_progress=stop)
 
 
 def cut_off(run: RunDirectory, part_bytes: int, written_parts: int) -> list[dict[str, Any]]:
-    """Consolidate in another process, kill that when so many parts are noted, and give what is noted."""
+    """Consolidate in another process, kill that when its journal has so many parts, and return them."""
     environment = {**os.environ, "STORAGE": json.dumps(run.storage.to_json())}
     command = [sys.executable, "-c", HALF_WAY, run.url, str(part_bytes), str(written_parts)]
     process = subprocess.Popen(command, env=environment)

@@ -1,4 +1,4 @@
-"""Weights and checkpoints made by somebody who means harm: each ends in one line, in bounded time and memory."""
+"""Malicious weights and checkpoints: each ends in one line, in bounded time and memory."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ WEIGHT = OFFICIAL[NAME]
 
 
 def refused(path: Path) -> str:
-    """The line with which an import is refused; Python says nothing beside it."""
+    """The line with which an import is refused; Python prints nothing else."""
     with warnings.catch_warnings(record=True) as told, pytest.raises(WeightsFileError) as caught:
         import_weights(Storage(), str(path), f"{path}.out.safetensors", CONFIG)
     line = str(caught.value)
@@ -209,7 +209,7 @@ def test_records_that_overlap_are_refused() -> None:
 
 
 def test_a_second_directory_that_only_torch_would_read_is_refused(tmp_path: Path) -> None:
-    """Its end gives the place of the first; Python looks right before the end."""
+    """Its end gives the offset of the first; Python reads right before the end."""
     large = packed(b"(" * 1000, compression=zipfile.ZIP_DEFLATED)
     path = tmp_path / "a.pth"
     path.write_bytes(large + packed(b"\x80\x02N."))
@@ -397,7 +397,7 @@ def test_a_store_that_does_not_answer_is_not_damage() -> None:
 
 @dataclass(frozen=True)
 class CountingStorage(Storage):
-    """Gives up where a file is read over and over."""
+    """Fails if a file is read again and again."""
 
     def read_range(self, url: str, offset: int, length: int, etag: str | None = None) -> bytes:
         assert offset < 1 << 30, "long after its end"

@@ -1,4 +1,4 @@
-"""Weights as people hold them: each form of the official weights becomes the same file, or is refused with a remedy."""
+"""Weights as people have them: each form of the official weights becomes the same file, or is refused with a remedy."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def imported(path: Path, **options: Any) -> Imported:
 
 
 def taken(path: Path, **options: Any) -> State:
-    """What a run would start from, by official names."""
+    """The initial weights of a run, by official names."""
     model = ConvMAE(CONFIG)
     model.load_state_dict(dict(consolidated.of_file(Storage(), imported(path, **options).url).tensors), strict=True)
     return model.official_state_dict()
