@@ -225,7 +225,7 @@ class _Sealed:
     """Refuses state from a pickle, which would replace fields that were checked."""
 
     def __setstate__(self, state: object) -> None:
-        raise pickle.UnpicklingError("state for a tensor, which has none")
+        raise pickle.UnpicklingError("a state for a tensor, which has none")
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,7 @@ def test_another_format_is_refused(run: RunDirectory, local: Path) -> None:
 
 
 def test_a_commit_of_format_1_is_migrated(run: RunDirectory, local: Path) -> None:
-    """As the previous release wrote them: no claim, no driver, no chunks, files directly in the folder of their step."""
+    """As earlier releases wrote them: no claim, no driver, no chunks, files directly in the folder of their step."""
     commit = save(run, local, 5)
     fields = dataclasses.asdict(commit) | {"format_version": 1}
     del fields["claim"], fields["driver"]
