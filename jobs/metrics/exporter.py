@@ -26,7 +26,7 @@ RANKS_SILENT_SECONDS = 20.0
 """Series of ranks end when no step was reported for this long, or for RANKS_SILENT_STEPS of the slowest rank's."""
 RANKS_SILENT_STEPS = 3
 
-_GAUGES = {
+GAUGES = {
     "step": ("convmae_step", "Optimizer steps done."),
     "total_steps": ("convmae_total_steps", "Optimizer steps that the run will make."),
     "epoch": ("convmae_epoch", "Epoch of the last step, from 0."),
@@ -90,7 +90,7 @@ KNOWN_LABELS = {
 }
 """Their series start at zero, since `increase` does not see one that appears with its first event."""
 
-_RANK_GAUGES = {
+RANK_GAUGES = {
     "step_seconds": "Seconds between the last two steps of the rank.",
     "data_wait_seconds": "Of these, seconds without a batch.",
     "storage_requests": "Ranged reads of images since the worker started.",
@@ -101,18 +101,7 @@ _RANK_GAUGES = {
     "device_memory_bytes": "Most memory that PyTorch held on the GPU; 0 on a CPU.",
     "disk_free_ratio": "Free share of the fullest disk to which the worker writes.",
 }
-assert tuple(_RANK_GAUGES) == RankFigures._fields
-
-
-def served_names() -> set[str]:
-    """Names of all series that a run serves."""
-    counters = {f"convmae_{name}_total" for name in (*COUNTERS, *LABELLED_COUNTERS)}
-    return counters | {name for name, _ in _GAUGES.values()} | {f"convmae_rank_{name}" for name in _RANK_GAUGES}
-
-
-def status_keys() -> tuple[str, ...]:
-    """Keys of the monitor's status that `RunExporter.update` reads."""
-    return tuple(_GAUGES)
+assert tuple(RANK_GAUGES) == RankFigures._fields
 
 
 def saved_counters(saved: Mapping[str, Any]) -> dict[str, float]:
@@ -150,7 +139,7 @@ class RankSeries(Collector):
         slowest = float(ranks[:, RankFigures._fields.index("step_seconds")].max(initial=0.0))
         patience = max(RANKS_SILENT_SECONDS, RANKS_SILENT_STEPS * slowest)
         alive = ranks if self._clock() - at <= patience else _table(())
-        for (name, text), column in zip(_RANK_GAUGES.items(), alive.T.tolist(), strict=True):
+        for (name, text), column in zip(RANK_GAUGES.items(), alive.T.tolist(), strict=True):
             family = GaugeMetricFamily(f"convmae_rank_{name}", text, labels=["run", "rank"])
             for rank, figure in enumerate(column):
                 family.add_metric([self._run, str(rank)], figure)
@@ -185,7 +174,7 @@ class RunExporter:
         registry = CollectorRegistry()
         labels = ["run"]
         self._run = run
-        self._gauges = {key: Gauge(name, text, labels, registry=registry) for key, (name, text) in _GAUGES.items()}
+        self._gauges = {key: Gauge(name, text, labels, registry=registry) for key, (name, text) in GAUGES.items()}
         self._counters = {
             name: Counter(f"convmae_{name}", text, labels, registry=registry) for name, text in COUNTERS.items()
         }

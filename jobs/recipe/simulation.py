@@ -217,16 +217,6 @@ def daly_interval_seconds(stall_seconds: float, mtbf_seconds: float) -> float:
     return young * (1 + math.sqrt(ratio) / 3 + ratio / 9) - stall_seconds
 
 
-def daly_wall_seconds(scenario: Scenario) -> float:
-    """Expected wall-clock on all nodes if failed ones are replaced at once (Daly's equation 20): the closed form.
-
-    For whole intervals. Restarts may fail as well.
-    """
-    mtbf, interval_seconds = scenario.group_mtbf_seconds, scenario.interval_steps * scenario.step_seconds
-    per_interval = mtbf * math.expm1((interval_seconds + scenario.stall_seconds) / mtbf)
-    return math.exp(scenario.restart_seconds / mtbf) * per_interval * scenario.steps / scenario.interval_steps
-
-
 def best_interval_steps(scenario: Scenario) -> int:
     """Daly's interval in steps: at least one, at most the whole run."""
     seconds = daly_interval_seconds(scenario.stall_seconds, scenario.group_mtbf_seconds)

@@ -103,11 +103,6 @@ def consolidated_url(run: RunDirectory, step: int) -> str:
     return ONE_FILE.url(run, step)
 
 
-def is_consolidated(run: RunDirectory, step: int) -> bool:
-    """Whether the consolidated fp32 weights of `step` exist."""
-    return ONE_FILE.is_finished(run.storage, consolidated_url(run, step))
-
-
 def recorded_sha256(storage: Storage, url: str) -> str:
     """The checksum in the `.sha256` beside a file; empty if there is none."""
     try:

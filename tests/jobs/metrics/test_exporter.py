@@ -11,12 +11,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jobs.metrics.exporter import (
     COUNTERS,
+    GAUGES,
     LABELLED_COUNTERS,
     RANKS_SILENT_SECONDS,
     RANKS_SILENT_STEPS,
     RankSeries,
     RunExporter,
-    status_keys,
 )
 from jobs.metrics.rank_figures import RankFigures
 
@@ -32,7 +32,7 @@ def families(exporter: RunExporter) -> Iterator[Metric]:
 def full() -> RunExporter:
     """An exporter with a value in every series."""
     exporter = RunExporter("first", "127.0.0.1", 0)
-    exporter.update(dict.fromkeys(status_keys(), 1.0))
+    exporter.update(dict.fromkeys(GAUGES, 1.0))
     exporter.update_ranks([RankFigures(), RankFigures()])
     for name in COUNTERS:
         exporter.count(name, 1)

@@ -20,7 +20,6 @@ from jobs.recipe.simulation import (
     Scenario,
     best_interval_steps,
     daly_interval_seconds,
-    daly_wall_seconds,
     mean_outcome,
     prediction_row,
     predictions,
@@ -37,6 +36,16 @@ QUIET = Scenario(
     restart_seconds=60.0, stall_seconds=2.0, interval_steps=100, gpus_per_node=4,
 )  # fmt: skip
 ROUGH = replace(QUIET, mtbf_seconds=8 * HOUR, replace_seconds=0.0)
+
+
+def daly_wall_seconds(scenario: Scenario) -> float:
+    """Expected wall-clock on all nodes if failed ones are replaced at once (Daly's equation 20): the closed form.
+
+    For whole intervals. Restarts may fail as well.
+    """
+    mtbf, interval_seconds = scenario.group_mtbf_seconds, scenario.interval_steps * scenario.step_seconds
+    per_interval = mtbf * math.expm1((interval_seconds + scenario.stall_seconds) / mtbf)
+    return math.exp(scenario.restart_seconds / mtbf) * per_interval * scenario.steps / scenario.interval_steps
 
 
 @pytest.mark.parametrize("policy", POLICIES)

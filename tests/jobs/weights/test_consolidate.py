@@ -16,6 +16,7 @@ import torch
 from made_up_run import MATERIAL, STEP, assert_bit_equal, left_behind, made, make_run, tensors_of
 from safetensors import safe_open
 from safetensors.torch import load_file
+from testbed import is_consolidated
 from torch import Tensor
 from zero_material import Material
 
@@ -24,7 +25,7 @@ from jobs.checkpoint.checkpoint import Commit
 from jobs.errors import CheckpointError
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
-from jobs.weights.target import Target, consolidated_url, is_consolidated
+from jobs.weights.target import Target, consolidated_url
 from pipeline.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -16,12 +16,13 @@ import pytest
 from counting_storage import CountingStorage
 from local_s3 import local_s3
 from made_up_run import PART_BYTES, STEP, assert_bit_equal, flip, left_behind, made, make_run, tensors_of
+from testbed import is_consolidated
 from zero_material import commit_zero_files, random_material, write_zero_files
 
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
 from jobs.weights.copy_tasks import Done, HashFile, Task
-from jobs.weights.target import ConsolidatedWeights, Target, consolidated_url, is_consolidated
+from jobs.weights.target import ConsolidatedWeights, Target, consolidated_url
 from jobs.weights.writer import ConsolidationProgress
 from pipeline.store import parted_journal, parted_write
 from pipeline.store.storage import Storage
