@@ -1,4 +1,4 @@
-"""Restoring the newest checkpoint that is whole, which is verified while it is read.
+"""Restore of the newest checkpoint that is whole, which is verified while it is read.
 
 Rank 0 reads the commit. Each rank looks into a part of the files and shares what it found; then each reads its part of
 the weights and the moments that it will own, and notes the chunks that it compared. Chunks that no rank needed are

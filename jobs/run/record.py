@@ -1,4 +1,4 @@
-"""What a live run has yet to write: the tail of its history, the attempt's events, and its quarantine."""
+"""Rows that a live run has yet to write: the tail of its history, the attempt's events, and its quarantine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is read of a checkpoint for one part of a weight file, in whole chunks that carry their checksums."""
+"""Reads of a checkpoint for one part of a weight file, in whole chunks with their checksums."""
 
 from __future__ import annotations
 
