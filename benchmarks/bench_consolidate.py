@@ -30,7 +30,7 @@ from zero_material import commit_zero_files, model_material, write_zero_files
 from jobs.checkpoint.checkpoint import Commit
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
-from jobs.weights.results import consolidated_url
+from jobs.weights.target import consolidated_url
 from pipeline.store.storage import Storage
 
 GOAL = 3.0

@@ -133,7 +133,7 @@ def figure_costs(ranks: int) -> dict[str, float]:
     parsed = tuple(RankFigures(*row) for row in table.tolist())
     series, registry = RankSeries("run", clock=lambda: 0.0), CollectorRegistry()
     registry.register(series)
-    series.tell(table)
+    series.update(table)
     watch = HangWatch(600.0)
     watch.begin(1)
     pulses = [Pulse(1, rank, "host", "node", 1, 0.0, "", "step", 5, 0.0) for rank in range(ranks)]
@@ -146,7 +146,7 @@ def figure_costs(ranks: int) -> dict[str, float]:
             lambda: (slowest(from_words(words.numpy())[1], "step_seconds"), pickle.dumps(table))
         ),
         "as it was: pack tuples": cpu_of(lambda: pickle.dumps(parsed)),
-        "monitor, a step: unpack and keep": cpu_of(lambda: series.tell(pickle.loads(pickle.dumps(table)))),
+        "monitor, a step: unpack and keep": cpu_of(lambda: series.update(pickle.loads(pickle.dumps(table)))),
         "monitor, a scrape": cpu_of(lambda: generate_latest(registry), 2),
         "monitor, pulses of all ranks, each 10 s": cpu_of(lambda: [watch.hear(pulse, 0.0) for pulse in pulses], 5),
         "monitor, who hangs? each second": cpu_of(lambda: watch.hangs(1.0), 5),

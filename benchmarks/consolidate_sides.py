@@ -58,12 +58,12 @@ def ours(storage: Storage, run_url: str) -> dict[str, float]:
     began = time.perf_counter()
     from jobs.weights.consolidate import consolidate, in_threads
     from jobs.weights.file_layout import PART_BYTES
-    from jobs.weights.results import Wanted
-    from jobs.weights.writer import Progress
+    from jobs.weights.target import Target
+    from jobs.weights.writer import ConsolidationProgress
 
     entered, stage = {"import": began}, "import"
 
-    def note(name: str, _: Progress) -> None:
+    def note(name: str, _: ConsolidationProgress) -> None:
         nonlocal stage
         if name != stage:
             entered[name], stage = time.perf_counter(), name
@@ -71,7 +71,7 @@ def ours(storage: Storage, run_url: str) -> dict[str, float]:
     entered["plan"] = time.perf_counter()
     fan_out = in_threads(PART_BYTES, most=2 * (os.cpu_count() or 1))
     run = RunDirectory(storage, run_url)
-    consolidate(run, STEP, Wanted(), if_exists="replace", fan_out=fan_out, on_progress=note)
+    consolidate(run, STEP, Target(), if_exists="replace", fan_out=fan_out, on_progress=note)
     entered["end"] = time.perf_counter()
     names = list(entered)
     return {name: entered[after] - entered[name] for name, after in itertools.pairwise(names)}

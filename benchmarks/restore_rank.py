@@ -53,7 +53,7 @@ def crc_of(tensors: Iterable[tuple[str, Tensor]]) -> int:
 def restored_alone(run: RunDirectory, owned: Mapping[str, range], group: RankGroup) -> ZeroState:
     """As it was before: every rank looks at every file and reads all weights; only the rest is dealt."""
     (step,) = checkpoint.committed_steps(run) if group.rank == 0 else (0,)
-    commit = group.told(checkpoint.read_commit(run, step) if group.rank == 0 else None)
+    commit = group.broadcast(checkpoint.read_commit(run, step) if group.rank == 0 else None)
     assert commit
     files = CheckedFiles(run, commit)
     check_sizes(run, commit)

@@ -19,7 +19,7 @@ from restore_rank import Shapes, owned_of
 from jobs.checkpoint.checked_files import CheckedFiles
 from jobs.checkpoint.checkpoint import CHUNK_BYTES, CheckpointFile, Commit, file_url
 from jobs.checkpoint.rank_group import RankGroup
-from jobs.checkpoint.torch_archive import Record, TensorPlace
+from jobs.checkpoint.torch_archive import ByteRange, Record, TensorPlace
 from jobs.checkpoint.zero_files import MOMENTS, FilesFound, ModelFile, OptimizerFile
 from jobs.checkpoint.zero_layout import ZeroFiles
 from jobs.checkpoint.zero_state import WholeTensors, rooms_of_moments
@@ -93,14 +93,15 @@ def restoring(groups: list[Shapes], stage: int, before: int, now: int) -> Restor
     """The cost of restoring, where `before` ranks wrote and `now` ranks read."""
     files, found = made_up(groups, stage, before)
     url_sizes = {file_url(files.run, files.commit.step, file.name): file.bytes for file in files.commit.files}
-    ends = [(url, at, 1) for url, size in url_sizes.items() for at in (0, size - 1)]
+    ends = [ByteRange(url, at, 1) for url, size in url_sizes.items() for at in (0, size - 1)]
     optimizers = [file for file in found.values() if isinstance(file, OptimizerFile)]
     places = [place for file in optimizers for place in (*file.masters, *itertools.chain(*file.moments.values()))]
     # A look reads the chunk of every vector's header.
-    looks = files.holding([*ends, *((place.record.url, place.record.offset - 1, 1) for place in places)])
-    needed = files.holding([*ends, *((place.record.url, place.record.offset, place.record.bytes) for place in places)])
-    left = np.setdiff1d(files.holding((url, 0, size) for url, size in url_sizes.items()), needed)
-    requests = len(looks) + sum(sum(1 for _ in files.runs(part)) for part in np.array_split(left, now)) + 2
+    headers = (ByteRange(place.record.url, place.record.offset - 1, 1) for place in places)
+    looks = files.holding([*ends, *headers])
+    needed = files.holding([*ends, *(place.byte_range for place in places)])
+    left = np.setdiff1d(files.holding(ByteRange(url, 0, size) for url, size in url_sizes.items()), needed)
+    requests = len(looks) + sum(sum(1 for _ in files.requests(part)) for part in np.array_split(left, now)) + 2
     read_chunks = float(len(looks) + len(left))
     sent = pickle.dumps(files.commit), pickle.dumps(dict(found))
     ranks = sorted({round(at * (now - 1) / (SHOWN_RANKS - 1)) for at in range(SHOWN_RANKS)})
@@ -111,8 +112,8 @@ def restoring(groups: list[Shapes], stage: int, before: int, now: int) -> Restor
         owned = owned_of(groups, stage, rank, now)
         weights = WholeTensors(layout.weights(), files, RankGroup(rank, now)).mine()
         _, copies = rooms_of_moments(layout.moments(), owned, "made-up")
-        chunks = files.holding((copy.url, copy.offset, len(copy.target)) for copy in [*weights, *copies])
-        mine = list(files.runs(chunks))
+        chunks = files.holding(copy.source for copy in [*weights, *copies])
+        mine = list(files.requests(chunks))
         seconds += time.process_time() - began
         requests += len(mine) * now / len(ranks)
         read_chunks += len(chunks) * now / len(ranks)

@@ -16,7 +16,7 @@ from jobs.checkpoint import checkpoint
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
 from jobs.weights.consolidate import consolidate
-from jobs.weights.results import ONE_FILE, Consolidated, Wanted
+from jobs.weights.target import ONE_FILE, ConsolidatedWeights, Target
 from pipeline.store.storage import Storage
 
 STEP = 7
@@ -41,12 +41,12 @@ def make_run(
     return run
 
 
-def made(run: RunDirectory, wanted: Wanted = ONE_FILE, **options: Any) -> Consolidated:
+def made(run: RunDirectory, target: Target = ONE_FILE, **options: Any) -> ConsolidatedWeights:
     """Consolidate it in small parts."""
-    return consolidate(run, wanted=wanted, **{"part_bytes": PART_BYTES, **options})
+    return consolidate(run, target=target, **{"part_bytes": PART_BYTES, **options})
 
 
-def tensors_of(result: Consolidated) -> dict[str, Tensor]:
+def tensors_of(result: ConsolidatedWeights) -> dict[str, Tensor]:
     """All tensors of a result."""
     return {name: tensor for file in result.files for name, tensor in load_file(file.url).items()}
 

@@ -13,6 +13,7 @@ import psutil
 
 from jobs.run.directory import RunDirectory
 from jobs.stack.record import Stack
+from jobs.weights.target import ONE_FILE, consolidated_url
 from pipeline.store.storage import Storage
 
 SMALL: dict[str, object] = {
@@ -101,3 +102,8 @@ def processes(title: str, among: Iterable[psutil.Process]) -> list[psutil.Proces
 def ranks(stack: Stack) -> list[psutil.Process]:
     """Processes of ranks, of all runs of a stack."""
     return processes("ray::RayTrainWorker", family(stack))
+
+
+def is_consolidated(run: RunDirectory, step: int) -> bool:
+    """Whether the consolidated fp32 weights of `step` exist."""
+    return ONE_FILE.is_finished(run.storage, consolidated_url(run, step))

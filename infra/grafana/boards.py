@@ -299,7 +299,7 @@ RECOVERY = Board(
                     [_of("convmae_step"), Query(f"convmae_checkpoint_step{{{RUN}}}", "{{run}} saved")],
                     12,
                 ),
-                Graph("Steps done again", "Since the run began.", "short", [_of("convmae_steps_redone_total")], 12),
+                Graph("Steps redone", "Since the run began.", "short", [_of("convmae_steps_redone_total")], 12),
             ],
         ),
         Section(
@@ -341,7 +341,7 @@ RECOVERY = Board(
                 ),
                 Graph(
                     "Stall",
-                    "Seconds that training stood still for the newest one.",
+                    "Seconds that training paused for the newest one.",
                     "s",
                     [_of("convmae_checkpoint_last_stall_seconds")],
                     6,

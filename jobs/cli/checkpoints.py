@@ -106,16 +106,16 @@ def consolidate(
     from jobs.terminal import parsed_bytes
     from jobs.weights.consolidate import commit_of
     from jobs.weights.consolidate_command import consolidate_and_say, needs_cluster
-    from jobs.weights.results import Wanted
+    from jobs.weights.target import Target
     from pipeline.access.places import normal
 
-    wanted = Wanted(dtype, parsed_bytes("--shard-bytes", shard_bytes) if shard_bytes else None, out and normal(out))
+    target = Target(dtype, parsed_bytes("--shard-bytes", shard_bytes) if shard_bytes else None, out and normal(out))
     session = open_session()
     directory = existing_run(session, run, run_root)
     commit = commit_of(directory, step or None)
     if needs_cluster(session, commit) and session.is_away:
         sys.exit(go_there(session, ctx, ("out",), step=commit.step))
-    consolidate_and_say(session, directory, commit, wanted, force=force)
+    consolidate_and_say(session, directory, commit, target, force=force)
 
 
 @app.command(cls=at_run("out"))

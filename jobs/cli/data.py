@@ -80,12 +80,12 @@ def shard(
         refuse_own_path("source", source, "`--upload s3://bucket/folder` copies it there first")
         refuse_own_path("dest", dest)
         sys.exit(go_there(session, ctx, source=source, upload=""))
-    from jobs.data.datasets import make_dataset
+    from jobs.data.datasets import shard_and_say
 
     if samples_per_shard is None and not shard_bytes:
         samples_per_shard = 1000
     size = parsed_bytes("--shard-bytes", shard_bytes) if shard_bytes else None
-    make_dataset(
+    shard_and_say(
         session,
         source,
         normal(dest),
@@ -115,9 +115,9 @@ def index(
     Each tar is read once, in parallel Ray tasks. A tar that ends early or has a damaged header is reported with the
     offset. If it is interrupted, the same command resumes it.
     """
-    from jobs.data.datasets import index_foreign
+    from jobs.data.datasets import index_and_say
 
-    index_foreign(open_session(), url, out and normal(out), deep=deep, salvage=salvage)
+    index_and_say(open_session(), url, out and normal(out), deep=deep, salvage=salvage)
 
 
 @app.command(cls=at_cluster("url"))
@@ -130,7 +130,7 @@ def verify(
 
     Checks sizes, ETags, indexes, tar headers, labels and the CRC32C of every image. Exit code 1 if there is a fault.
     """
-    from jobs.data.datasets import verify as verify_and_say
+    from jobs.data.datasets import verify_and_say
 
     verify_and_say(open_session(), normal(url), deep=deep, as_json=as_json)
 

@@ -15,7 +15,7 @@ from jobs.cluster.session import Session, home_folder
 from jobs.control.lease import is_live
 from jobs.control.run_plan import plan_run
 from jobs.control.workflow import follow_job, say_outcome, train_as_job
-from jobs.data.datasets import make_dataset
+from jobs.data.datasets import shard_and_say
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
 from jobs.stack import local_stack
@@ -56,7 +56,7 @@ def run_demo(environ: Mapping[str, str], images: str) -> None:
     if not images:
         say(f"photographs: {', '.join(photograph.name for photograph in PHOTOGRAPHS)}, cut into {TILES} images")
         cut_tiles(source, TILES, SEED)
-    manifest = make_dataset(session, str(source), data, SHARDING)
+    manifest = shard_and_say(session, str(source), data, SHARDING)
 
     overrides = {"data": data, **length_fields(manifest)}
     arguments = " ".join(shlex.quote(f"{field}={value}") for field, value in overrides.items())

@@ -28,7 +28,7 @@ from jobs.recipe.checkpoint_interval import IntervalRule
 from jobs.run.directory import RunDirectory
 from jobs.run.patience import persevere
 from jobs.run.shared_folder import run_landmarks
-from jobs.weights.results import Consolidated
+from jobs.weights.target import ConsolidatedWeights
 from pipeline.errors import LeaseHeldError, UserError
 from pipeline.store.lease import Lease
 
@@ -216,7 +216,7 @@ def _consolidator(plan: RunPlan, monitor: Any) -> MilestoneConsolidator:
         with contextlib.suppress(RayError):  # a monitor that has just died misses the event, not the weights
             ray.get(method.remote(**facts))  # not waited for, it might be overtaken by the run's end
 
-    def done(result: Consolidated) -> None:
+    def done(result: ConsolidatedWeights) -> None:
         report(monitor.consolidated, step=result.step, url=result.url, size_bytes=result.bytes, seconds=result.seconds)
 
     def failed(step: int, error: str) -> None:

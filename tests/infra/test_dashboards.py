@@ -13,7 +13,7 @@ from prometheus_server import PROMETHEUS, asked, prometheus, wait_for_series
 
 from infra.grafana.boards import BOARDS
 from infra.grafana.build import FOLDER, board_json
-from jobs.metrics.exporter import COUNTERS, RunExporter, status_keys
+from jobs.metrics.exporter import COUNTERS, GAUGES, RunExporter
 from jobs.metrics.rank_figures import RankFigures
 
 ROOT = Path(__file__).parents[2]
@@ -121,7 +121,7 @@ def test_panels_have_identities_titles_and_explanations_and_do_not_overlap(name:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Prometheus with our rules; it scrapes the real exporter, with a value in every series, and two nodes' GPUs."""
     exporter = RunExporter("first", "127.0.0.1", 0)
-    exporter.update(dict.fromkeys(status_keys(), 1.0))
+    exporter.update(dict.fromkeys(GAUGES, 1.0))
     exporter.update_ranks([RankFigures(step_seconds=600.0), RankFigures(step_seconds=600.0)])
     for name in COUNTERS:
         exporter.count(name, 1)

@@ -1,4 +1,4 @@
-"""One rank of a process group that trains a tiny ConvMAE through jobs.rank.engine, as test_zero_state tells it.
+"""One rank of a process group that trains a tiny ConvMAE through jobs.rank.engine, as test_zero_state directs it.
 
 Reads one JSON case a line from standard input: {recipe, resume, steps}. `resume` is the URL of a run, or empty. `steps`
 is a list of "train", of "loss" and "gradient" (a step in which that is NaN on the last rank, and which is discarded),

@@ -74,7 +74,7 @@ def test_foreign_tars_are_indexed_trained_from_and_verified(
 
 
 @pytest.mark.slow
-def test_samples_of_tars_without_an_image_that_is_read_are_told(
+def test_samples_of_tars_without_a_supported_image_are_reported(
     convmae: Command, s3: Storage, images: list[tuple[str, bytes]]
 ) -> None:
     data = images[0][1]
@@ -115,7 +115,7 @@ def test_a_whole_data_set_has_no_fault(convmae: Command, data: str) -> None:
 
 
 @pytest.mark.slow
-def test_an_ingest_that_is_killed_goes_on_and_ends_in_the_same_bytes(
+def test_an_ingest_that_is_killed_resumes_and_ends_in_the_same_bytes(
     convmae: Command, s3: Storage, photographs: Path, tmp_path: Path
 ) -> None:
     url = f"{ROOT}/killed"
@@ -141,7 +141,7 @@ def test_an_ingest_that_is_killed_goes_on_and_ends_in_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_an_ingest_that_is_interrupted_says_nothing_of_its_tasks_and_goes_on(
+def test_an_ingest_that_is_interrupted_says_nothing_of_its_tasks_and_resumes(
     convmae: Command, s3: Storage, photographs: Path
 ) -> None:
     url = f"{ROOT}/interrupted"

@@ -1,4 +1,4 @@
-"""Nodes that are there for ingests alone: an ingest takes them and no other, and nothing else takes them."""
+"""Nodes that are reserved for ingests: an ingest uses them and no other, and nothing else uses them."""
 
 from __future__ import annotations
 
@@ -83,12 +83,12 @@ def test_a_command_from_elsewhere_is_a_job_that_asks_for_it(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("text", ["ingest", "[1]", '{"ingest": "much"}', '{"ingest": null}', "3"])
-def test_what_is_no_object_of_amounts_is_refused(text: str) -> None:
+def test_what_is_not_an_object_of_amounts_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="CONVMAE_COMMAND_RESOURCES: must be a JSON object"):
         entrypoint_resources(text)
 
 
-def told(cluster: Cluster, path: str) -> Any:
+def answer_of(cluster: Cluster, path: str) -> Any:
     """What the dashboard answers."""
     headers = {"Authorization": f"Bearer {(cluster.folder / 'token').read_text()}"}
     request = urllib.request.Request(f"http://127.0.0.1:{cluster.ports['dashboard']}{path}", headers=headers)
@@ -99,14 +99,14 @@ def told(cluster: Cluster, path: str) -> Any:
 def tasks_by_node(cluster: Cluster, name: str) -> set[str]:
     """Ids of the nodes on which tasks of a name ran."""
     query = "limit=1000&detail=1&filter_keys=name&filter_predicates=%3D&filter_values=" + name
-    tasks = told(cluster, f"/api/v0/tasks?{query}")["data"]["result"]["result"]
+    tasks = answer_of(cluster, f"/api/v0/tasks?{query}")["data"]["result"]["result"]
     assert tasks, name
     return {task["node_id"] for task in tasks}
 
 
 def jobs_by_node(cluster: Cluster) -> dict[str, str]:
     """Id of the node on which each job's own process ran, by what was submitted."""
-    jobs = [job for job in told(cluster, "/api/jobs/") if job["type"] == "SUBMISSION"]
+    jobs = [job for job in answer_of(cluster, "/api/jobs/") if job["type"] == "SUBMISSION"]
     return {job["entrypoint"]: job["driver_node_id"] for job in jobs}
 
 

@@ -1,4 +1,4 @@
-"""A run that loses a worker, as Prometheus sees it: what the dashboards and alerts stand on."""
+"""A run that loses a worker, as Prometheus sees it: the basis of dashboards and alerts."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def live(convmae: Command, data: str, local_stack: Stack) -> Iterator[tuple[str,
 
 @pytest.mark.parametrize(("query", "legend"), panel_queries())
 def test_a_live_run_answers_every_panel(live: tuple[str, str], query: str, legend: str) -> None:
-    """But those of GPUs, which are only parsed."""
+    """Except those of GPUs, which are only parsed."""
     found = asked(live[1], query)
 
     if GPU not in query:

@@ -1,4 +1,4 @@
-"""Folders on local disks: taken where all nodes see them, refused by name where one has a disk of its own there."""
+"""Folders on local disks: accepted if all nodes see them, refused by name if one node has its own disk there."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def test_a_landmark_is_seen_where_its_file_begins_alike(tmp_path: Path) -> None:
     assert not landmark.is_seen(Storage())
 
 
-def test_what_cannot_be_read_here_is_no_landmark(tmp_path: Path) -> None:
-    """Whoever needs it says what is wrong, as a skipped image or a fault."""
+def test_what_cannot_be_read_here_is_not_a_landmark(tmp_path: Path) -> None:
+    """Its reader reports what is wrong, as a skipped image or a fault."""
     assert file_landmarks(Storage(), "source", str(tmp_path), str(tmp_path)) == ()
 
 
@@ -125,7 +125,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 
 
 def ended(process: subprocess.Popen[str], code: int = 0) -> str:
-    """All that a command printed, after it has ended with `code`."""
+    """The output of a command, after it has ended with `code`."""
     return "".join(done(process, code, PATIENCE_SECONDS))
 
 
