@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jobs.rank.training_step import Place, TrainingStep
+from jobs.rank.training_step import RankPlace, TrainingStep
 from jobs.recipe.named_recipes import named_recipe
 from jobs.recipe.schedule import Schedule, micro_batches, order_of
 from model.convmae import Output
@@ -139,7 +139,7 @@ def test_the_weighted_gradient_is_the_exact_mean_over_the_global_batch(
         recipe = RECIPE.amended({"global_batch_size": sum(sizes), "lanes": lanes, "max_workers": 1})
         parts = micro_batches(sizes[rank], max(sizes), micro_batch_size)
         losses.append(
-            backward_of_rank(recipe, Place(rank, world_size, torch.device("cpu")), parts, rank_images, weights)
+            backward_of_rank(recipe, RankPlace(rank, world_size, torch.device("cpu")), parts, rank_images, weights)
         )
 
     assert weights.grad is not None
@@ -147,7 +147,7 @@ def test_the_weighted_gradient_is_the_exact_mean_over_the_global_batch(
     assert sum(losses) == pytest.approx(mean.item(), rel=1e-12)
 
 
-def backward_of_rank(recipe: Any, place: Place, parts: list[int], images: Tensor, weights: Tensor) -> float:
+def backward_of_rank(recipe: Any, place: RankPlace, parts: list[int], images: Tensor, weights: Tensor) -> float:
     """The step's gradients on one rank, with its engine and model replaced."""
     stand_ins: Any = SimpleNamespace(write=lambda words, batch: None)
     engine: Any = FakeEngine(len(parts))
