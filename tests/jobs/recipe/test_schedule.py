@@ -152,7 +152,7 @@ def backward_of_rank(recipe: Any, place: RankPlace, parts: list[int], images: Te
     stand_ins: Any = SimpleNamespace(write=lambda words, batch: None)
     engine: Any = FakeEngine(len(parts))
     step: Any = TrainingStep(engine, recipe, place, parts, reading=stand_ins)
-    step._forward = lambda batch, chosen: Output(sample_losses(weights, batch.images[chosen]).mean(), chosen)
+    step.forward = lambda batch, chosen: Output(sample_losses(weights, batch.images[chosen]).mean(), chosen)
     batch: Any = SimpleNamespace(images=images, sample_ids=torch.arange(len(images)))
     loss: float = step.gradients(batch, 0.1, instruction="", uploading=False).loss
     return loss
