@@ -37,7 +37,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 pretrain: $(INSTALLED)  ## The main job, end to end; IMAGES=DIR takes your own photographs
 	@$(BIN)/convmae demo $(if $(IMAGES),--images "$(IMAGES)")
 
-down: $(INSTALLED)  ## Stop the local stack; data stay
+down: $(INSTALLED)  ## Stop the local stack; data is kept
 	@$(BIN)/convmae down
 
 fix: $(INSTALLED)  ## Format, and mend what can be mended

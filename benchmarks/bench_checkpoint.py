@@ -1,9 +1,9 @@
-"""How long training stands still for a checkpoint, beside DeepSpeed's own synchronous save: `make bench-checkpoint`.
+"""The pause of training for a checkpoint, against DeepSpeed's own synchronous save: `make bench-checkpoint`.
 
 Two ranks train ConvMAE-Base on noise under gloo and save to a local S3 server. Ours writes local files, and uploads
-while steps go on; the other side is `engine.save_checkpoint` and an upload of the same files before the next step,
+while steps continue; the other side is `engine.save_checkpoint` and an upload of the same files before the next step,
 since DeepSpeed writes no objects. Both sides take turns in the same processes. Printed are medians over rounds of what
-rank 0 stood still, of the time until the checkpoint was in the store, and how much slower steps were meanwhile.
+rank 0 paused, of the time until the checkpoint was in the store, and how much slower steps were meanwhile.
 
     python benchmarks/bench_checkpoint.py [--preset base] [--stages 1 3] [--rounds 3]
 """
@@ -28,7 +28,7 @@ from jobs.run.directory import RunDirectory
 from pipeline.store.storage import Storage
 
 GOAL = 0.02
-"""Share of the interval between checkpoints that training may stand still."""
+"""Share of the interval between checkpoints that training may pause."""
 WORLD_SIZE = 2
 _RANK = Path(__file__).with_name("checkpoint_rank.py")
 
@@ -36,15 +36,15 @@ Found = dict[str, Any]
 
 
 def measure(recipe: Recipe, storage: Storage, run_url: str, rounds: int, folder: Path) -> Found:
-    """What rank 0 measured."""
-    told = {
+    """Figures that rank 0 measured."""
+    settings = {
         "recipe": recipe.to_json(),
         "storage": storage.to_json(),
         "run": run_url,
         "rounds": rounds,
         "meeting_point": (folder / f"meet-{recipe.zero_stage}").as_uri(),
     }
-    environment = {**os.environ, "BENCH_TOLD": json.dumps(told), "WORLD_SIZE": str(WORLD_SIZE)}
+    environment = {**os.environ, "BENCH_SETTINGS": json.dumps(settings), "WORLD_SIZE": str(WORLD_SIZE)}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-W", "ignore", str(_RANK)],
@@ -72,7 +72,7 @@ def report(recipe: Recipe, found: Found) -> list[str]:
     return [
         f"ZeRO-{recipe.zero_stage}: {found['bytes'] / 1e6:.0f} MB, a step takes {step:.2f} s",
         *(
-            f"  {side:<6} training stands still {stall[side]:6.2f} s, stored after {stored[side]:6.2f} s ({each[side]})"
+            f"  {side:<6} training pauses {stall[side]:6.2f} s, stored after {stored[side]:6.2f} s ({each[side]})"
             for side in ("ours", "stock")
         ),
         f"  stock / ours: {stall['stock'] / stall['ours']:.1f} times the stall; steps during an upload take "

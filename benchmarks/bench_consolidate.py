@@ -30,7 +30,7 @@ from zero_material import commit_zero_files, model_material, write_zero_files
 from jobs.checkpoint.checkpoint import Commit
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
-from jobs.weights.results import consolidated_url
+from jobs.weights.target import consolidated_url
 from pipeline.store.storage import Storage
 
 GOAL = 3.0
@@ -53,8 +53,8 @@ class Measured:
 def measured(side: str, server: LocalS3, run: RunDirectory, result_url: str) -> Measured:
     """Run one side in a process of its own and watch it."""
     store = psutil.Process(server.pid)
-    told = {"storage": server.storage.to_json(), "run": run.url, "result": result_url}
-    environment = {**os.environ, "BENCH_TOLD": json.dumps(told)}
+    settings = {"storage": server.storage.to_json(), "run": run.url, "result": result_url}
+    environment = {**os.environ, "BENCH_SETTINGS": json.dumps(settings)}
     before, began = _cpu(store), time.perf_counter()
     process = psutil.Popen(
         [sys.executable, str(SIDES), side],

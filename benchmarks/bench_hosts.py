@@ -1,4 +1,4 @@
-"""From a host that falls silent to the next step: `make bench-hosts`. As root, with iproute2.
+"""Time from a host that falls silent to the next step: `make bench-hosts`. As root, with iproute2.
 
 Store, head and two workers of one CPU are hosts of their own on this machine. By turns a worker's cable is pulled, so
 that no reset arrives anywhere, and a new worker takes its place: once on a cluster that was started plainly, and once

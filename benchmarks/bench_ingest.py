@@ -106,7 +106,7 @@ class Rounds:
         self.processes = processes
 
     def shard(self, sources: Sources, samples_per_shard: int) -> int:
-        """Make a data set from nothing."""
+        """Make a dataset from nothing."""
         place = self.folder / "ours"
         shutil.rmtree(place, ignore_errors=True)
         job = Ingest(sources, Sharding(samples_per_shard))

@@ -1,12 +1,12 @@
-"""Images a second of our loader beside others', on one machine and the same JPEGs: `make bench-loader`.
+"""Images a second of our loader and of others, on one machine and the same JPEGs: `make bench-loader`.
 
 Every figure is measured in a fresh process. Rounds are interleaved, so that what else the machine does meets all sides
 alike; printed are medians over rounds, of wall and of CPU time. `loader_sides.py` says what each side does.
 
     python benchmarks/bench_loader.py [--images DIR] [--quick]
 
-Without --images the photographs of the demonstration are cut into tiles. They are small, so that all that is not
-decoding weighs more than it does with photographs of the usual size. Loaders that are not installed are left out.
+Without --images the photographs of the demonstration are cut into tiles. They are small, so that everything but
+decoding weighs more than it does with photographs of the usual size. Loaders that are not installed are skipped.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ def _speed(row: dict[str, float]) -> float:
 
 
 def _cpu_seconds(row: dict[str, float]) -> float:
-    """Of one image, that of the server counted in."""
+    """CPU seconds of one image, the server's included."""
     return (row["cpu_seconds"] + row["server_seconds"]) / row["images"]
 
 

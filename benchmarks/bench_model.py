@@ -43,7 +43,7 @@ class Goal:
     """Where it is not the same."""
 
     def line(self, seconds: dict[tuple[str, str], float]) -> str | None:
-        """What was reached; None where a side was not measured."""
+        """The goal and the figure reached; None where a side was not measured."""
         over, under = (self.over_precision or self.precision, self.over), (self.precision, self.under)
         if over not in seconds or under not in seconds:
             return None
@@ -95,7 +95,7 @@ class Side:
         self.model.zero_grad(set_to_none=True)
 
     def peak_bytes(self) -> int:
-        """Of a step, beyond what model and gradients take."""
+        """Peak of a step, beyond what model and gradients take."""
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter).fill_(0) if parameter.requires_grad else None
         if self.device.type == "cuda":

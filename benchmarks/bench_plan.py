@@ -1,4 +1,4 @@
-"""What a plan over 2,000,000,000 samples in 200,000 shards costs: `make bench-plan`.
+"""The cost of a plan over 2,000,000,000 samples in 200,000 shards: `make bench-plan`.
 
 Makes a manifest of that size (29 MB), then measures, each in a fresh process: `convmae inspect` on it, and opening a
 rank's stream at an arbitrary step, from the manifest to the index rows of the first batch and to those of the windows
@@ -40,7 +40,7 @@ SEED = 0
 
 
 def write_manifest(url: str, shards: int) -> None:
-    """A data set whose indexes nobody wrote."""
+    """A dataset whose indexes were never written."""
     numbers = range(shards)
     table = ShardTable(
         names=[f"part/{n:06d}" for n in numbers],
@@ -57,7 +57,7 @@ def write_manifest(url: str, shards: int) -> None:
 
 @dataclass(frozen=True)
 class IndexStandIn(Storage):
-    """Serves the manifest from disk, and any page of any index from a formula, after a store's latency."""
+    """A store that serves the manifest from disk, and any page of any index from a formula, after a store's latency."""
 
     latency_seconds: float = 0.0
     requests: list[int] = field(default_factory=list, hash=False, compare=False)
@@ -92,7 +92,7 @@ def _digest(shard: int) -> str:
 
 
 class _IndexOnly(Dataset):
-    """Stops where image bytes would be read."""
+    """A store that stops where image bytes would be read."""
 
     def read_each(self, sample_ids: Any, *_: Any, **__: Any) -> list[Any]:
         return [
@@ -129,7 +129,7 @@ print(json.dumps({"seconds": time.perf_counter() - began, "peak_bytes": peak_byt
 
 
 def _fresh(*arguments: str) -> tuple[str, str]:
-    """What a command prints, and its wall seconds and peak MB as text."""
+    """The output of a command, and its wall seconds and peak MB as text."""
     command = [sys.executable, "-c", _LAUNCHER, sys.executable, *arguments]
     output, measured = (
         subprocess.run(command, check=True, capture_output=True, text=True).stdout.rstrip().rsplit("\n", 1)

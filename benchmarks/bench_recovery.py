@@ -1,4 +1,4 @@
-"""From a failure to the first new step: `make bench-recovery`.
+"""Time from a failure to the first new step: `make bench-recovery`.
 
 A head and nodes of one CPU each run the recipe `tiny` on photographs, on a real Ray cluster on this machine. By turns a
 rank's process is killed, a node is killed, a node is added and a node is drained. Printed are, over all rounds, the
@@ -96,8 +96,8 @@ def settle(run: RunDirectory) -> None:
 
     def saved() -> bool:
         now = run.read_heartbeat()
-        told = [event for event in run.read_events() if event["attempt"] == now.get("attempt")]
-        return now.get("attempt") == attempt and any(event["kind"] == "checkpoint" for event in told)
+        events = [event for event in run.read_events() if event["attempt"] == now.get("attempt")]
+        return now.get("attempt") == attempt and any(event["kind"] == "checkpoint" for event in events)
 
     wait_until("a run", lambda: bool(run.read_heartbeat().get("attempt")), PATIENCE_SECONDS)
     attempt = run.read_heartbeat()["attempt"]
@@ -110,9 +110,9 @@ def alive(cluster: Cluster) -> list[Node]:
 
 
 def recovered(run: RunDirectory, attempt: int) -> dict[str, Any] | None:
-    """The event that the attempt after this one has done its first step."""
-    told = (event for event in run.read_events() if event["kind"] == "recovered" and event["attempt"] > attempt)
-    return next(told, None)
+    """The event by which the attempt after this one has done its first step."""
+    events = (event for event in run.read_events() if event["kind"] == "recovered" and event["attempt"] > attempt)
+    return next(events, None)
 
 
 def report(found: Found, goals: Mapping[str, float]) -> list[str]:

@@ -1,9 +1,10 @@
-"""What a thousand ranks cost: measured where one machine can, laid out on paper where it cannot: `make bench-scale`.
+"""The cost of a thousand ranks: measured where one machine can, laid out on paper where it cannot: `make bench-scale`.
 
 `restore`: ConvMAE-Base from a local S3 server at other world sizes than wrote it, on gloo; the ranks together, and each
 for itself as it was before, in turn in the same processes. `layout`: requests and bytes of up to 1,024 ranks by the
-same rules on files that nobody wrote. `figures`: what the figures of ranks cost in a step and a scrape. `deletes`: a
-checkpoint of 1,024 ranks. `polls`: what Ray Train's controller spends on asking a worker, by stand-in actors.
+same rules on files that were never written. `figures`: what the figures of ranks cost in a step and a scrape.
+`deletes`: a checkpoint of 1,024 ranks. `polls`: what Ray Train's controller spends on asking a worker, by stand-in
+actors.
 
     python benchmarks/bench_scale.py [restore layout figures deletes polls]
 """
@@ -102,13 +103,13 @@ def bench_layout() -> None:
             print(
                 f"ZeRO {stage}, {before:>4} -> {now:>4} ranks: {found.requests:7,.0f} requests, "
                 f"{found.read_bytes / found.checkpoint_bytes:.2f} times the {found.checkpoint_bytes / 1e6:,.0f} MB; "
-                f"a rank is told {found.told_bytes / 1e3:,.0f} kB and plans for {found.plan_seconds:.2f} CPU s",
+                f"a rank is sent {found.sent_bytes / 1e3:,.0f} kB and plans for {found.plan_seconds:.2f} CPU s",
                 flush=True,
             )
 
 
 def as_it_was(words: torch.Tensor) -> tuple[Any, ...]:
-    """What every rank did in a step: its words as a list, sums as a list, and a tuple of each rank's figures."""
+    """Figures of a step as they were: each rank's words as a list, sums as a list, a tuple of each rank's figures."""
     from jobs.metrics.rank_figures import RankFigures
 
     summed = torch.tensor([0.0] * words.numel(), dtype=torch.float64).tolist()
@@ -132,7 +133,7 @@ def figure_costs(ranks: int) -> dict[str, float]:
     parsed = tuple(RankFigures(*row) for row in table.tolist())
     series, registry = RankSeries("run", clock=lambda: 0.0), CollectorRegistry()
     registry.register(series)
-    series.tell(table)
+    series.update(table)
     watch = HangWatch(600.0)
     watch.begin(1)
     pulses = [Pulse(1, rank, "host", "node", 1, 0.0, "", "step", 5, 0.0) for rank in range(ranks)]
@@ -145,7 +146,7 @@ def figure_costs(ranks: int) -> dict[str, float]:
             lambda: (slowest(from_words(words.numpy())[1], "step_seconds"), pickle.dumps(table))
         ),
         "as it was: pack tuples": cpu_of(lambda: pickle.dumps(parsed)),
-        "monitor, a step: unpack and keep": cpu_of(lambda: series.tell(pickle.loads(pickle.dumps(table)))),
+        "monitor, a step: unpack and keep": cpu_of(lambda: series.update(pickle.loads(pickle.dumps(table)))),
         "monitor, a scrape": cpu_of(lambda: generate_latest(registry), 2),
         "monitor, pulses of all ranks, each 10 s": cpu_of(lambda: [watch.hear(pulse, 0.0) for pulse in pulses], 5),
         "monitor, who hangs? each second": cpu_of(lambda: watch.hangs(1.0), 5),

@@ -1,6 +1,6 @@
 """One rank of bench_checkpoint: trains on noise, and saves in turn as we do and as DeepSpeed's own call would.
 
-Told by the environment (RANK, WORLD_SIZE, BENCH_TOLD); rank 0 prints one JSON object.
+Configured by the environment (RANK, WORLD_SIZE, BENCH_SETTINGS); rank 0 prints one JSON object.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PLAIN_STEPS = 5
 
 
 class Monitor:
-    """Stands for the run's monitor, which costs the ranks no time; notes when a checkpoint was committed."""
+    """A stand-in for the run's monitor, which costs the ranks no time; notes when a checkpoint was committed."""
 
     def __init__(self) -> None:
         self.committed: list[dict[str, Any]] = []
@@ -70,7 +70,7 @@ class Rank:
         return time.perf_counter() - began, bool(words.item())
 
     def save_ours(self) -> dict[str, float]:
-        """Save in the background while steps go on, until it is committed."""
+        """Save in the background while steps continue, until it is committed."""
         monitor = Monitor()
         saver = CheckpointSaver(self.run, monitor, rank=RANK, world_size=WORLD_SIZE, keep=1)  # type: ignore[arg-type]
         began = time.perf_counter()
@@ -132,19 +132,19 @@ class Rank:
 
 def main() -> None:
     """Measure steps alone, then both ways to save in turn."""
-    told = json.loads(os.environ["BENCH_TOLD"])
-    recipe = Recipe.from_json(told["recipe"])
-    run = RunDirectory(Storage.from_json(told["storage"]), told["run"])
+    settings = json.loads(os.environ["BENCH_SETTINGS"])
+    recipe = Recipe.from_json(settings["recipe"])
+    run = RunDirectory(Storage.from_json(settings["storage"]), settings["run"])
     ray.get = lambda reply: reply  # type: ignore[assignment,method-assign]
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=told["meeting_point"], rank=RANK, world_size=WORLD_SIZE)
+    dist.init_process_group("gloo", init_method=settings["meeting_point"], rank=RANK, world_size=WORLD_SIZE)
     initialize_deepspeed("cpu")
     rank = Rank(recipe, run)
     rank.step(uploading=False)
     plain = [rank.step(uploading=False)[0] for _ in range(PLAIN_STEPS)]
     sides: dict[str, Callable[[], dict[str, float]]] = {"ours": rank.save_ours, "stock": rank.save_stock}
     found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-    for _ in range(told["rounds"]):
+    for _ in range(settings["rounds"]):
         for side, save in sides.items():
             found[side].append(save())
     size = checkpoint.read_commit(run, checkpoint.committed_steps(run)[-1]).bytes

@@ -23,7 +23,7 @@ STEP = 100
 
 
 def stock(storage: Storage, run_url: str, result_url: str) -> dict[str, float]:
-    """What one does with DeepSpeed's own tool; returns the seconds of its stages."""
+    """Consolidate with DeepSpeed's own tool; returns the seconds of its stages."""
     os.environ["DS_ACCELERATOR"] = "cpu"
     began = time.perf_counter()
     from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_state_dict
@@ -58,12 +58,12 @@ def ours(storage: Storage, run_url: str) -> dict[str, float]:
     began = time.perf_counter()
     from jobs.weights.consolidate import consolidate, in_threads
     from jobs.weights.file_layout import PART_BYTES
-    from jobs.weights.results import Wanted
-    from jobs.weights.writer import Progress
+    from jobs.weights.target import Target
+    from jobs.weights.writer import ConsolidationProgress
 
     entered, stage = {"import": began}, "import"
 
-    def note(name: str, _: Progress) -> None:
+    def note(name: str, _: ConsolidationProgress) -> None:
         nonlocal stage
         if name != stage:
             entered[name], stage = time.perf_counter(), name
@@ -71,7 +71,7 @@ def ours(storage: Storage, run_url: str) -> dict[str, float]:
     entered["plan"] = time.perf_counter()
     fan_out = in_threads(PART_BYTES, most=2 * (os.cpu_count() or 1))
     run = RunDirectory(storage, run_url)
-    consolidate(run, STEP, Wanted(), if_exists="replace", fan_out=fan_out, on_progress=note)
+    consolidate(run, STEP, Target(), if_exists="replace", fan_out=fan_out, on_progress=note)
     entered["end"] = time.perf_counter()
     names = list(entered)
     return {name: entered[after] - entered[name] for name, after in itertools.pairwise(names)}
@@ -89,10 +89,12 @@ class _timed:  # noqa: N801 (reads as a verb)
 
 
 def main() -> None:
-    """Run the side that the command line names, on what the environment tells, and print its stages."""
-    told = json.loads(os.environ["BENCH_TOLD"])  # not in the command line: it has a secret
-    storage = Storage.from_json(told["storage"])
-    stages = ours(storage, told["run"]) if sys.argv[1] == "ours" else stock(storage, told["run"], told["result"])
+    """Run the side that the command line names, on what the environment says, and print its stages."""
+    settings = json.loads(os.environ["BENCH_SETTINGS"])  # not in the command line: it has a secret
+    storage = Storage.from_json(settings["storage"])
+    stages = (
+        ours(storage, settings["run"]) if sys.argv[1] == "ours" else stock(storage, settings["run"], settings["result"])
+    )
     print(json.dumps(stages))
 
 

@@ -1,4 +1,4 @@
-"""Storage that knows how much was asked of it in this process."""
+"""Storage that counts what is requested of it in this process."""
 
 from __future__ import annotations
 

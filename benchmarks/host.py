@@ -23,14 +23,14 @@ from host_door import Door
 from patience import done
 
 HOME = "/srv"
-"""Of whoever works on a host; Python installations may lie in the usual ones."""
+"""The home folder on every host; Python installations may lie in the usual ones."""
 NAMESPACES = ("--net", "--uts", "--mount", "--pid")
 _CLONE_NEWNET = 0x40000000
 _INIT = "echo up; while read -r _; do :; done"
 
 
 class Names(enum.Enum):
-    """What a host makes of names."""
+    """The way in which a host resolves names."""
 
     DEBIAN = "debian"
     """As Debian's and Ubuntu's installers leave it: its own name is 127.0.1.1, those of others are unknown."""
@@ -68,7 +68,7 @@ class Host:
 
     @property
     def pid(self) -> int:
-        """Of its process 1, as this process sees it."""
+        """Pid of its process 1, as this process sees it."""
         return int(self._first.pid)
 
     @property
@@ -113,7 +113,7 @@ class Host:
         return self._dialer.submit(socket.socket, socket.AF_INET, socket.SOCK_STREAM).result()
 
     def listens(self, port: int) -> bool:
-        """Whether a server is at a port of its address."""
+        """Whether a server listens on a port of its address."""
         with self.socket() as probe:
             probe.settimeout(1.0)
             return probe.connect_ex((self.address, port)) == 0

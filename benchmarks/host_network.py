@@ -85,7 +85,7 @@ class Network:
         return host
 
     def cut(self, host: Host) -> None:
-        """Pull its cable: nothing arrives any more, and nobody is told."""
+        """Pull its cable: nothing arrives any more, and nothing is reported."""
         self.switch.ip("link", "set", self._port(host), "down")
 
     def join(self, host: Host) -> None:
@@ -93,7 +93,7 @@ class Network:
         self.switch.ip("link", "set", self._port(host), "up")
 
     def separate(self, one: Host, other: Host) -> None:
-        """Let two hosts send to each other in vain; both hear all others."""
+        """Cut the link between two hosts alone; both hear all others."""
         for sender, receiver in ((one, other), (other, one)):
             neighbour = ("lladdr", _NOWHERE, "dev", sender.interface, "nud", "permanent")
             sender.ip("neigh", "replace", receiver.address, *neighbour)

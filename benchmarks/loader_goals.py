@@ -1,4 +1,4 @@
-"""What the loader is to reach, and whether it does."""
+"""Goals of the loader, and whether they are reached."""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ SIGNED_SECONDS = 6 * 3600
 
 @dataclass(frozen=True)
 class Material:
-    """Where the images lie, in every form."""
+    """Places of the images, in every form."""
 
     folder: str
     """Of files, in class folders or flat."""
@@ -37,7 +37,7 @@ class Material:
 
     @property
     def shards(self) -> str:
-        """Our data set, which webdataset reads too."""
+        """Our dataset, which webdataset reads too."""
         return str(self.root / "shards")
 
     @property
@@ -51,7 +51,7 @@ class Material:
         return str(self.root / "litdata")
 
     def paths(self) -> list[str]:
-        """Of the files."""
+        """Paths of the files."""
         return [str(Path(self.folder, file)) for file in self.files]
 
 
@@ -80,7 +80,7 @@ def make_material(images: str | None, count: int, root: Path) -> Material:
 
 
 def write_shards(storage: Storage, sources: Sources, url: str) -> None:
-    """Our data set, in this process: what `convmae shard` does in Ray tasks."""
+    """Our dataset, in this process: what `convmae shard` does in Ray tasks."""
     tasks = plan_shards(sources, Sharding(SAMPLES_PER_SHARD))
     reports = [write_shard(storage, url, task) for task in tasks]
     Manifest.of(tasks, reports, sources.classes).save(storage, url, [])
@@ -99,7 +99,7 @@ def copy_to(storage: Storage, folder: str, url: str) -> None:
 
 
 def s3_environment(storage: Storage) -> Mapping[str, str]:
-    """What the other loaders find the object store by."""
+    """Variables by which the other loaders find the object store."""
     assert storage.endpoint_url and storage.key and storage.secret
     return {
         "S3_ENDPOINT_URL": storage.endpoint_url,  # Streaming's name for it

@@ -1,4 +1,4 @@
-"""What is measured, each in a fresh process: speed, time to the first batch, memory over epochs, pixels.
+"""Measurements of a loader, each in a fresh process: speed, time to the first batch, memory over epochs, pixels.
 
     echo '{"measure": "speed", "side": "ours", "place": {...}}' | python loader_measures.py
 
@@ -63,7 +63,7 @@ def webdataset_skip(place: Place, batches: int, *, decoded: bool) -> dict[str, f
     Args:
         place: Where the tars are.
         batches: To skip.
-        decoded: By iterating over the loader, as one does; else by passing over samples before they are decoded.
+        decoded: By iterating over the loader, as one does; else by skipping samples before they are decoded.
     """
     import webdataset  # noqa: F401
 
@@ -112,7 +112,7 @@ MEASURES: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def request(measure: str, place: Place, **arguments: Any) -> str:
-    """What this file reads from standard input to measure something."""
+    """The JSON that this file reads from standard input for a measurement."""
     return json.dumps({"measure": measure, "place": asdict(place), **arguments})
 
 
@@ -123,7 +123,7 @@ def _warm_up(place: Place) -> None:
 
 
 def _cpu_seconds() -> float:
-    """Of this process and of all that it started and that still run."""
+    """CPU seconds of this process and of those that it started and that still run."""
     process = psutil.Process()
     total = 0.0
     for one in [process, *process.children(recursive=True)]:

@@ -1,8 +1,8 @@
-"""What is timed against what: each side is a stream of batches of uint8 images from the same JPEGs.
+"""Sides of the loader benchmark: each is a stream of batches of uint8 images from the same JPEGs.
 
 The others run as their documentation shows it, in as many worker processes as there are cores, with the MAE recipe in
 PIL. PIL gets the crop as a box of `resize`, which spares it a copy; `draft` is not used, since torchvision's recipe
-does not use it either. Nobody normalises, and all hand over uint8. Side `bare` reads nothing: it decodes, crops and
+does not use it either. No side normalises, and all give uint8. Side `bare` reads nothing: it decodes, crops and
 resizes what lies in memory, in plain threads, each with a share of its own.
 """
 
@@ -40,12 +40,12 @@ SHUFFLED = 1000
 
 @dataclass(frozen=True)
 class Place:
-    """Where a side finds the images, and how much of the machine it may use."""
+    """The images of a side, and how much of the machine it may use."""
 
     paths: tuple[str, ...]
     """Of single files."""
     shards: str
-    """Our data set, on disk or on S3."""
+    """Our dataset, on disk or on S3."""
     tars: tuple[str, ...]
     """Its tars, as webdataset opens them."""
     streaming: str
@@ -129,7 +129,7 @@ def _from_bytes(data: bytes) -> torch.Tensor:
 
 
 def webdataset(place: Place, skip: int = 0) -> Iterator[int]:
-    """Tars, a shuffle buffer, PIL, WebLoader; each worker passes over `skip` samples before it decodes one."""
+    """Tars, a shuffle buffer, PIL, WebLoader; each worker skips `skip` samples before it decodes one."""
     import webdataset as wds
 
     dataset = (
@@ -146,7 +146,7 @@ def webdataset(place: Place, skip: int = 0) -> Iterator[int]:
 
 
 class _Folder(Dataset[torch.Tensor]):
-    """What torchvision's ImageFolder does."""
+    """A folder read as by torchvision's ImageFolder."""
 
     def __init__(self, paths: tuple[str, ...]) -> None:
         self._paths = paths

@@ -21,7 +21,7 @@ START_SECONDS = 60.0
 
 @dataclass
 class LocalS3:
-    """The server, while it is up or down; its data stay."""
+    """The server, while it is up or down; its data is kept."""
 
     folder: Path
     settings: StackSettings
@@ -29,18 +29,18 @@ class LocalS3:
 
     @property
     def url(self) -> str:
-        """Of its bucket, which is empty at first."""
+        """URL of its bucket, which is empty at first."""
         return f"s3://{BUCKET}"
 
     @property
     def storage(self) -> Storage:
-        """How to reach it."""
+        """Access to it."""
         endpoint = f"http://127.0.0.1:{self.settings.ports.s3}"
         return Storage(endpoint, self.settings.access_key, self.settings.secret_key, region=REGION)
 
     @property
     def pid(self) -> int:
-        """Of the process that runs."""
+        """Pid of the server."""
         assert self.process, "it is up"
         return self.process.pid
 

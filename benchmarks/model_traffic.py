@@ -40,7 +40,7 @@ _NO_KERNEL = frozenset({torch.ops.aten.empty.memory_format, torch.ops.aten._unsa
 
 
 class ByteCounter(TorchDispatchMode):
-    """Counts what the kernels inside it read and write, by part of the model that is at work.
+    """A counter of what the kernels inside it read and write, by the part of the model that is running.
 
     Matrix products, convolutions and attention apart from all else: these are bound by arithmetic where they are
     large, the others by memory.
@@ -107,18 +107,18 @@ def part_of(modules: Iterable[str]) -> str:
 
 
 def _stored_bytes(tensor: Tensor) -> int:
-    """Of an expanded tensor, what is there."""
+    """Bytes of a tensor; of an expanded one, those that are stored."""
     shape = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
     return torch.Size(shape).numel() * tensor.element_size()
 
 
 def count_bytes(config: ConvMAEConfig, images: int, dense: bool, dtype: torch.dtype) -> ByteCounter:
-    """What one forward and backward pass reads and writes.
+    """Count what one forward and backward pass reads and writes.
 
     Args:
         config: The model's.
         images: In the micro-batch.
-        dense: Take the reference, most of which is not told apart: it calls no modules.
+        dense: Take the reference, most of which cannot be attributed: it calls no modules.
         dtype: Of parameters and activations.
     """
     model = ConvMAE(config, dense=dense).to(dtype)

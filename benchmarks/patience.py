@@ -1,4 +1,4 @@
-"""Waiting for what another process does."""
+"""Waits, with a limit, for what another process does."""
 
 from __future__ import annotations
 

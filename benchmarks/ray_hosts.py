@@ -8,7 +8,7 @@ on a machine of its own. From a test or a script (as root; `PYTHONPATH=benchmark
         worker = cluster.add_worker()
         with cluster.network.without(worker, seconds=3): ...    # its link is cut; host_network has more
         cluster.run("first").read_heartbeat()                   # read by this process, past every cut
-        cluster.leftovers()                                     # what is at work and no service
+        cluster.leftovers()                                     # what runs and is no service
 
 `ray_hosts` takes 20 to 30 seconds until the workers have joined, on two cores.
 """
@@ -75,26 +75,26 @@ class RayHosts:
 
     @property
     def http_address(self) -> str:
-        """For RAY_ADDRESS on the laptop."""
+        """RAY_ADDRESS on the laptop."""
         return f"http://{self.place(self.head)}:{DASHBOARD_PORT}"
 
     @property
     def address(self) -> str:
-        """For RAY_ADDRESS on a node."""
+        """RAY_ADDRESS on a node."""
         return f"{self.place(self.head)}:{GCS_PORT}"
 
     @property
     def url(self) -> str:
-        """Of the store's bucket."""
+        """URL of the store's bucket."""
         return f"s3://{BUCKET}"
 
     @property
     def storage(self) -> Storage:
-        """How this process reaches the store, whatever is cut."""
+        """Access of this process to the store, whatever is cut."""
         return Storage(self._doors["s3"], *self._keys, region=REGION)
 
     def place(self, host: Host) -> str:
-        """What others call a host: its name where there are names, else its address."""
+        """A host as others call it: by its name where there are names, else by its address."""
         return f"{host.name}.cluster.internal" if self.names is Names.DNS else host.address
 
     def convmae(self, host: Host, *arguments: str, **changes: str) -> Any:
@@ -121,7 +121,7 @@ class RayHosts:
         return {node["node_ip"] for node in nodes if node["state"] == "ALIVE"}
 
     def ask_ray(self, path: str) -> Any:
-        """What the head's dashboard answers."""
+        """The answer of the head's dashboard."""
         request = urllib.request.Request(
             self._doors["dashboard"] + path, headers={"Authorization": f"Bearer {self._token}"}
         )
@@ -161,7 +161,7 @@ class RayHosts:
         return host
 
     def remove(self, host: Host) -> None:
-        """Take a host's power, for ever."""
+        """Take a host's power, permanently."""
         if host in self.workers:
             self.workers.remove(host)
         self.nodes.pop(host, None)

@@ -85,17 +85,17 @@ class Cluster:
     s3: LocalS3
     ports: dict[str, int]
     variables: Mapping[str, str]
-    """Of the nodes' environment beside what every node has; an empty one is left out."""
+    """Of the nodes' environment beside what every node has; an empty one is omitted."""
     head: Node = field(init=False)
     nodes: list[Node] = field(default_factory=list)
 
     @property
     def address(self) -> str:
-        """For RAY_ADDRESS."""
+        """RAY_ADDRESS of the cluster."""
         return f"127.0.0.1:{self.ports['gcs']}"
 
     def environment(self) -> dict[str, str]:
-        """Of the nodes; those who submit to them have RAY_ADDRESS as well."""
+        """The environment of the nodes; those who submit to them have RAY_ADDRESS as well."""
         clean = {key: value for key, value in os.environ.items() if not key.startswith(("AWS_", "RAY_", "CONVMAE_"))}
         storage = self.s3.storage
         assert storage.endpoint_url and storage.key and storage.secret and storage.region
@@ -226,7 +226,7 @@ def ray_cluster(folder: Path, variables: Callable[[LocalS3], Mapping[str, str]] 
 
     Args:
         folder: Empty; for logs, data and the token that every node and client must show.
-        variables: Of the nodes' environment, given the server; an empty one is left out.
+        variables: Of the nodes' environment, given the server; an empty one is omitted.
     """
     (folder / "s3").mkdir()
     with local_s3(folder / "s3") as s3, tempfile.TemporaryDirectory(prefix="ray-") as sockets:
@@ -241,7 +241,7 @@ def ray_cluster(folder: Path, variables: Callable[[LocalS3], Mapping[str, str]] 
 
 
 def free_port() -> int:
-    """A port that nobody listens on now."""
+    """A port on which no process listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

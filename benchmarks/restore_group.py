@@ -24,7 +24,7 @@ Answer = dict[str, Any]
 
 
 def shapes_of(material: Material) -> list[Shapes]:
-    """Of the parameters of each group."""
+    """Shapes of the parameters of each group."""
     return [{name: tuple(value.shape) for name, value in group.items()} for group in material.groups]
 
 
@@ -35,7 +35,7 @@ class RestoreGroup:
         self._ranks, self._logs = ranks, logs
 
     def restore(self, run: RunDirectory, groups: Sequence[Shapes], stage: int, *, together: bool) -> list[Answer]:
-        """What each rank says of restoring the run's one checkpoint."""
+        """Restore the run's one checkpoint; returns each rank's figures."""
         storage = run.storage.to_json()
         case = {"run": run.url, "storage": storage, "groups": groups, "stage": stage, "together": together}
         for rank in self._ranks:

@@ -35,7 +35,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def owned_of(groups: Iterable[Shapes], stage: int, rank: int, world_size: int) -> dict[str, range]:
-    """What a rank owns of a model of these parameters."""
+    """The parts of a model of these parameters that a rank owns."""
     tensors = [{name: torch.empty(shape, device="meta") for name, shape in group.items()} for group in groups]
     model: Any = SimpleNamespace(named_parameters=lambda: [pair for group in tensors for pair in group.items()])
     params = [{"params": list(group.values())} for group in tensors]
@@ -43,7 +43,7 @@ def owned_of(groups: Iterable[Shapes], stage: int, rank: int, world_size: int) -
 
 
 def crc_of(tensors: Iterable[tuple[str, Tensor]]) -> int:
-    """Of the bytes of named tensors."""
+    """CRC-32 of the bytes of named tensors."""
     found = 0
     for _, tensor in sorted(tensors, key=lambda pair: pair[0]):
         found = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy(), found)
@@ -53,7 +53,7 @@ def crc_of(tensors: Iterable[tuple[str, Tensor]]) -> int:
 def restored_alone(run: RunDirectory, owned: Mapping[str, range], group: RankGroup) -> ZeroState:
     """As it was before: every rank looks at every file and reads all weights; only the rest is dealt."""
     (step,) = checkpoint.committed_steps(run) if group.rank == 0 else (0,)
-    commit = group.told(checkpoint.read_commit(run, step) if group.rank == 0 else None)
+    commit = group.broadcast(checkpoint.read_commit(run, step) if group.rank == 0 else None)
     assert commit
     files = CheckedFiles(run, commit)
     check_sizes(run, commit)

@@ -1,4 +1,4 @@
-"""A checkpoint of a thousand ranks that nobody wrote: where everything would lie, and what each rank would read of it.
+"""A checkpoint of a thousand ranks that was never written: where everything would lie, and what each rank would read.
 
 Places and sizes are made up as DeepSpeed lays them out; the rules are those of zero_layout and zero_state, which are
 run on them rank by rank.
@@ -19,7 +19,7 @@ from restore_rank import Shapes, owned_of
 from jobs.checkpoint.checked_files import CheckedFiles
 from jobs.checkpoint.checkpoint import CHUNK_BYTES, CheckpointFile, Commit, file_url
 from jobs.checkpoint.rank_group import RankGroup
-from jobs.checkpoint.torch_archive import Record, TensorPlace
+from jobs.checkpoint.torch_archive import ByteRange, Record, TensorPlace
 from jobs.checkpoint.zero_files import MOMENTS, FilesFound, ModelFile, OptimizerFile
 from jobs.checkpoint.zero_layout import ZeroFiles
 from jobs.checkpoint.zero_state import WholeTensors, rooms_of_moments
@@ -35,13 +35,13 @@ SHOWN_RANKS = 8
 
 @dataclass(frozen=True)
 class Restoring:
-    """What all ranks together would do."""
+    """The work of all ranks together."""
 
     requests: float
     read_bytes: float
     checkpoint_bytes: int
-    told_bytes: int
-    """To each rank: commit and places."""
+    sent_bytes: int
+    """Bytes sent to each rank: commit and places."""
     plan_seconds: float
     """CPU, of each rank."""
 
@@ -90,19 +90,20 @@ def _file(name: str, size: int) -> CheckpointFile:
 
 
 def restoring(groups: list[Shapes], stage: int, before: int, now: int) -> Restoring:
-    """What restoring takes, where `before` ranks wrote and `now` ranks read."""
+    """The cost of restoring, where `before` ranks wrote and `now` ranks read."""
     files, found = made_up(groups, stage, before)
     url_sizes = {file_url(files.run, files.commit.step, file.name): file.bytes for file in files.commit.files}
-    ends = [(url, at, 1) for url, size in url_sizes.items() for at in (0, size - 1)]
+    ends = [ByteRange(url, at, 1) for url, size in url_sizes.items() for at in (0, size - 1)]
     optimizers = [file for file in found.values() if isinstance(file, OptimizerFile)]
     places = [place for file in optimizers for place in (*file.masters, *itertools.chain(*file.moments.values()))]
     # A look reads the chunk of every vector's header.
-    looks = files.holding([*ends, *((place.record.url, place.record.offset - 1, 1) for place in places)])
-    needed = files.holding([*ends, *((place.record.url, place.record.offset, place.record.bytes) for place in places)])
-    left = np.setdiff1d(files.holding((url, 0, size) for url, size in url_sizes.items()), needed)
-    requests = len(looks) + sum(sum(1 for _ in files.runs(part)) for part in np.array_split(left, now)) + 2
+    headers = (ByteRange(place.record.url, place.record.offset - 1, 1) for place in places)
+    looks = files.holding([*ends, *headers])
+    needed = files.holding([*ends, *(place.byte_range for place in places)])
+    left = np.setdiff1d(files.holding(ByteRange(url, 0, size) for url, size in url_sizes.items()), needed)
+    requests = len(looks) + sum(sum(1 for _ in files.requests(part)) for part in np.array_split(left, now)) + 2
     read_chunks = float(len(looks) + len(left))
-    told = pickle.dumps(files.commit), pickle.dumps(dict(found))
+    sent = pickle.dumps(files.commit), pickle.dumps(dict(found))
     ranks = sorted({round(at * (now - 1) / (SHOWN_RANKS - 1)) for at in range(SHOWN_RANKS)})
     seconds = 0.0
     for rank in ranks:
@@ -111,9 +112,9 @@ def restoring(groups: list[Shapes], stage: int, before: int, now: int) -> Restor
         owned = owned_of(groups, stage, rank, now)
         weights = WholeTensors(layout.weights(), files, RankGroup(rank, now)).mine()
         _, copies = rooms_of_moments(layout.moments(), owned, "made-up")
-        chunks = files.holding((copy.url, copy.offset, len(copy.target)) for copy in [*weights, *copies])
-        mine = list(files.runs(chunks))
+        chunks = files.holding(copy.source for copy in [*weights, *copies])
+        mine = list(files.requests(chunks))
         seconds += time.process_time() - began
         requests += len(mine) * now / len(ranks)
         read_chunks += len(chunks) * now / len(ranks)
-    return Restoring(requests, read_chunks * CHUNK_BYTES, files.commit.bytes, sum(map(len, told)), seconds / len(ranks))
+    return Restoring(requests, read_chunks * CHUNK_BYTES, files.commit.bytes, sum(map(len, sent)), seconds / len(ranks))

@@ -1,4 +1,4 @@
-"""What both examples share: the backbone, pretrained where a file is given, else of a size that a laptop trains."""
+"""The backbone of both examples: pretrained where a file is given, else of a size that a laptop trains."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What can go wrong in a run, on top of what can be wrong with data (pipeline.errors).
+"""Errors of runs, clusters, checkpoints and weights; those of data are in pipeline.errors.
 
-`UserError` and its children are the user's to mend: the command line prints them as one line and exits 2.
-`RunFailedError` is a run that could not go on: one line, exit 1.
+`UserError` and its subclasses are for the user to fix: the command line prints them as one line and exits with 2.
+`RunFailedError` is a run that could not continue: one line, exit code 1.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ class RecipeError(UserError):
 
 
 class PortTakenError(RecipeError):
-    """A port that another process listens on, which may be about to end."""
+    """A port on which another process listens, which may be about to end."""
 
     @classmethod
     def of(cls, port: int, error: OSError) -> PortTakenError:
-        """What to tell of a metrics port that cannot be listened on."""
-        rule = f"must be a port that can be listened on ({os.strerror(error.errno or 0)})"
+        """The error for a metrics port on which this process cannot listen."""
+        rule = f"must be a port on which this process can listen ({os.strerror(error.errno or 0)})"
         return cls("metrics_port", rule, port, "choose another, or 0 for any free one")
 
 
 class RunError(UserError):
-    """A run that cannot be addressed as asked: unknown name, other recipe under the same name, already running."""
+    """A run that cannot be used as asked: unknown name, another recipe under the same name, already running."""
 
 
 class ClusterError(UserError):
-    """No Ray cluster to work on, or not the one that was asked for."""
+    """No Ray cluster to work on, or one that cannot be used as asked."""
 
 
 class NotSharedError(UserError):
-    """A folder on a local disk that not every node which works on it sees."""
+    """A folder on a local disk that not every node which uses it sees."""
 
 
 class CheckpointError(UserError):
@@ -57,11 +57,11 @@ class CheckpointError(UserError):
 
 
 class TraceError(UserError):
-    """A trace that is another run's, or that is not there."""
+    """A trace that belongs to another run, or does not exist."""
 
 
 class NotCommittedError(CheckpointError):
-    """A last checkpoint that the store did not take; the steps since the one before can be done again."""
+    """A final checkpoint that the store did not accept; the steps since the previous one can be repeated."""
 
 
 class DamagedCheckpointError(CheckpointError):
@@ -69,19 +69,19 @@ class DamagedCheckpointError(CheckpointError):
 
 
 class WeightsFileError(UserError):
-    """A file of weights that cannot be taken: missing, altered, unreadable, or of another model."""
+    """A file of weights that cannot be used: missing, altered, unreadable, or of another model."""
 
 
 class ExportError(UserError):
-    """An export that cannot be made: a target that exists, a package that is missing, a model that the format lacks."""
+    """An export that cannot be made: an existing target, a missing package, a model that the format cannot hold."""
 
 
 class OvertakenError(RunError):
-    """A driver that was silent for too long and finds that another one has taken over its run."""
+    """A driver that was silent too long, so that another one has taken over its run."""
 
 
 class MonitorLivesError(RunError):
-    """The monitor of a driver before this one, which Ray has yet to end."""
+    """The monitor of an earlier driver, which Ray has yet to end."""
 
 
 class RunFailedError(Exception):

@@ -1,4 +1,4 @@
-"""What commands print: lines, tables of two columns, JSON, and progress (a bar on a terminal, lines in a log)."""
+"""Terminal output of commands: lines, tables, JSON, and progress (a bar on a terminal, lines in a log)."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ from pipeline.printable import printable
 
 LOG_INTERVAL_SECONDS = 10.0
 MOST_BYTES = 2**60
-"""Of an option: no store has more for one object."""
+"""Largest number of bytes in an option; no store has a larger object."""
 ShowProgress = Callable[[int, int, str], None]
 """`show(done, total, text)`."""
 ShowStatus = Callable[[Mapping[str, Any]], None]
 _PLAIN = {"→": "->", "·": "-", "…": "...", "\N{EM DASH}": "-", "\N{BULLET}": "*"}
-"""Signs of our own texts, for terminals that have letters alone."""
+"""Plain replacements of the symbols in our own texts, for terminals that have only ASCII."""
 _BYTE_UNITS = ("B", "kB", "MB", "GB", "TB", "PB")
 
 
 @runtime_checkable
 class DrawnElsewhere(Protocol):
-    """A stream whose reader draws what moves: that of a command that runs as a job (jobs.remote.frames)."""
+    """A stream whose reader draws live output: that of a command that runs as a job (jobs.remote.frames)."""
 
     def progress_bar(self, title: str) -> AbstractContextManager[ShowProgress]:
         """Show progress there."""
@@ -49,10 +49,10 @@ class DrawnElsewhere(Protocol):
 
 
 def open_streams() -> None:
-    """Make the standard streams fit to be written to, whatever they are; call it before anything else.
+    """Make the standard streams writable, whatever they are; call it before anything else.
 
-    A stream that was closed leads nowhere: else the next file that is opened would have its number, and get what is
-    meant for it. What a terminal's encoding lacks is replaced.
+    A closed stream is replaced by one that discards what is written; else the next file to be opened would get its
+    number, and its output. Characters that a terminal's encoding lacks are replaced.
     """
     for number in (0, 1, 2):
         try:
@@ -67,26 +67,26 @@ def open_streams() -> None:
 
 
 def fit_signs(stream: TextIO) -> None:
-    """Have a stream show all that is written to it by whomever, as `shown` does."""
+    """Have a stream replace, as `shown` does, the characters that it cannot show, whatever writes to it."""
     if isinstance(stream, io.TextIOWrapper):
         stream.reconfigure(errors=_replacing())
 
 
 def close_streams() -> bool:
-    """Write out what is left for them; False if a reader has gone, or their disk is full. Call it last."""
+    """Flush the standard streams; False if a reader is gone or a disk is full. Call it last."""
     is_written = True
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
         except (OSError, ValueError):
             is_written = False
-            with contextlib.suppress(OSError, ValueError):  # Python flushes once more when it ends
+            with contextlib.suppress(OSError, ValueError):  # Python flushes once more at exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return is_written
 
 
 def has_reader(stream: TextIO) -> bool:
-    """Whether somebody reads what is written there; False for a pipe whose other end was closed, as by `head`."""
+    """Whether a stream has a reader; False for a pipe whose other end was closed, as by `head`."""
     try:
         poll = select.poll()
         poll.register(stream.fileno(), 0)
@@ -96,14 +96,14 @@ def has_reader(stream: TextIO) -> bool:
 
 
 def shown(text: str, stream: TextIO) -> str:
-    """`text` as the stream can show it: with its other signs as plain ones, or as escapes."""
+    """`text` as the stream can show it: other characters become plain ones, or escapes."""
     encoding = stream.encoding or "utf-8"
     return text.encode(encoding, _replacing()).decode(encoding)
 
 
 @cache
 def _replacing() -> str:
-    """The name under which Python knows what to do with signs that an encoding lacks."""
+    """The name of the registered error handler for characters that an encoding lacks."""
 
     def replaced(error: UnicodeError) -> tuple[str | bytes, int]:
         assert isinstance(error, UnicodeEncodeError)
@@ -122,13 +122,13 @@ def say(line: str) -> None:
 
 
 def write_line(stream: TextIO, line: str) -> None:
-    """Write one line, without control characters, and as the stream can show it."""
+    """Write one line as the stream can show it, without control characters."""
     stream.write(shown(printable(line), stream) + "\n")
     stream.flush()
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print rows below their columns' names; cells are text, whatever they hold."""
+    """Print rows below the names of their columns; cells are plain text, whatever they contain."""
     table = Table(*columns, box=None, padding=(0, 1, 0, 0))
     for row in rows:
         table.add_row(*(Text(printable(cell)) for cell in row))
@@ -145,13 +145,13 @@ def print_pairs(pairs: Iterable[tuple[str, str]]) -> None:
 
 
 def print_json(value: object) -> None:
-    """Print one JSON document, in which control characters are escapes."""
+    """Print one JSON document, with control characters escaped."""
     sys.stdout.write(json.dumps(value, indent=1) + "\n")
     sys.stdout.flush()
 
 
 def whole_lines(pieces: Iterable[str]) -> Iterator[str]:
-    """The lines of a text that comes in pieces, without their ends; each as soon as it is whole."""
+    """The lines of a text that comes in pieces, without their ends; each as soon as it is complete."""
     rest = ""
     for piece in pieces:
         *lines, rest = (rest + piece).split("\n")
@@ -161,7 +161,7 @@ def whole_lines(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def figure(value: float | None, form: str) -> str:
-    """A number in a format, or `-` where there is none yet."""
+    """A number in a format, or `-` if there is none yet."""
     return "-" if value is None else format(value, form)
 
 
@@ -192,7 +192,7 @@ def parsed_bytes(field: str, text: str) -> int:
     """`256MB`, `1GiB` or `100000` as a number of bytes.
 
     Raises:
-        UserError: It is none of these.
+        UserError: It has none of these forms.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([kKMGT])(i?))?B?", text.strip())
     if not match:
@@ -205,7 +205,7 @@ def parsed_bytes(field: str, text: str) -> int:
 
 
 def status_text(status: Mapping[str, Any]) -> str:
-    """The figures of a live run in one line."""
+    """The state and figures of a run in one line."""
     parts = [str(status.get("state", "unknown"))]
     if (loss := status.get("loss")) is not None:
         parts.append(f"loss {loss:.4f}")
@@ -222,9 +222,9 @@ def status_text(status: Mapping[str, Any]) -> str:
 
 @contextmanager
 def progress_bar(title: str, stream: TextIO | None = None) -> Iterator[ShowProgress]:
-    """Show progress while open; gives `show(done, total, text)`.
+    """Show progress while the context is open; yields `show(done, total, text)`.
 
-    On a terminal a bar is redrawn in place; elsewhere a line is written every ten seconds and when all is done.
+    On a terminal, a bar is redrawn in place; elsewhere, a line is written every ten seconds and at the end.
 
     Args:
         title: What progresses.

@@ -25,7 +25,7 @@ _NOT_OF_THE_MAPS = (
     *("decoder_", "mask_token", "stage1_output_decode.", "stage2_output_decode.", "norm."),
     *("fc_norm.", "head."),
 )
-"""Beginnings of official names of what follows the maps: in pretraining, and in a fine-tuned classifier."""
+"""Prefixes of official names of what follows the maps: in pretraining, and in a fine-tuned classifier."""
 
 
 class Backbone(nn.Module):
@@ -58,14 +58,14 @@ class Backbone(nn.Module):
 
     @property
     def channels(self) -> tuple[int, int, int]:
-        """Of the three maps."""
+        """Channels of the three maps."""
         return self.config.embed_dim
 
     def forward(self, images: Tensor) -> Features:
         """Maps at strides 4, 8 and 16; ``.pooled`` of the result is one at stride 32.
 
         Args:
-            images: (B, 3, H, W) float, normalised, of any size. Sides that are no multiple of 16 are filled up with
+            images: (B, 3, H, W) float, normalised, of any size. Sides that are no multiple of 16 are padded with
                 zeros at the bottom and right, and the maps are of the filled size.
 
         Raises:
@@ -85,7 +85,7 @@ class Backbone(nn.Module):
 
         Args:
             state: A consolidated checkpoint's tensors, ``ConvMAE(...).state_dict()``, or an official state dict, also
-                of a fine-tuned classifier. What belongs to the decoder or to a head is left out.
+                of a fine-tuned classifier. What belongs to the decoder or to a head is ignored.
 
         Raises:
             WeightsError: If a name of the encoder is missing, a name is unknown or a shape differs; lists all of them.

@@ -201,7 +201,7 @@ class TransformerBlock(nn.Module):
         return out
 
     def advance(self, x_BNC: Tensor, qkv_BND: Tensor, wanted: Tensor | None) -> Tensor:
-        """What ``forward`` does, given the tokens' ``qkv``."""
+        """Do what ``forward`` does, given the tokens' ``qkv``."""
         mixed = self.attn(qkv_BND, wanted)
         if wanted is not None:
             x_BNC = select(x_BNC, wanted)
@@ -224,7 +224,7 @@ def run(block: Callable[..., Tensor], *args: Tensor | None, recompute: bool) -> 
 
 
 def initialise_linear(module: nn.Module) -> None:
-    """For ``apply``: as the official code, which leaves convolutions and norms as PyTorch initialises them."""
+    """Initialise linear layers, for ``apply``; the official code leaves others as PyTorch initialises them."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         nn.init.zeros_(module.bias)

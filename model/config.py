@@ -85,7 +85,7 @@ class ConvMAEConfig:
     """Whether stages 1 and 2 are added to stage 3 before the decoder."""
     position: str = "sincos"
     """Position embedding of stage 3: frozen sine-cosine, learned, or none. The decoder's is always sine-cosine:
-    without it the mask tokens could not be told apart."""
+    without it mask tokens would be indistinguishable."""
     loss: str = "mse"
     """``mse`` or ``l1``."""
     norm_pix: bool = True
@@ -138,7 +138,7 @@ class ConvMAEConfig:
         return self.depth[0] > 0
 
     def require_convolutions(self) -> None:
-        """Raise ModelConfigError unless there are stages of which feature maps can be had."""
+        """Raise ModelConfigError unless there are stages that give feature maps."""
         if not self.has_convolutions:
             rule = "must have convolution stages to give feature maps"
             raise ModelConfigError("embed_dim", rule, self.embed_dim, "MAE has none; take a ConvMAE, as preset('base')")
@@ -166,7 +166,7 @@ class ConvMAEConfig:
 
     @property
     def kept(self) -> int:
-        """Of the draws, how many stay visible."""
+        """How many of the draws stay visible."""
         return int(self.mask_patches * (1 - self.mask_ratio))
 
 

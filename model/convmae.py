@@ -24,7 +24,7 @@ from model.weights import from_official, to_official
 
 
 class Output(NamedTuple):
-    """What a step of pretraining needs."""
+    """The result of a forward pass that pretraining needs."""
 
     loss: Tensor
     """Scalar float32, the mean over all masked patches: every image counts the same."""

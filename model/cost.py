@@ -1,7 +1,7 @@
-"""What pretraining costs, counted by hand from the configuration: parameters, and multiply-adds of a micro-batch.
+"""The cost of pretraining, counted by hand from the configuration: parameters, and multiply-adds of a micro-batch.
 
 Counted are matrix products, convolutions and attention, two operations per multiply-add; norms, GELU and softmax are
-not, as is usual. `tests/model/test_cost.py` holds these numbers against PyTorch's own counter, operation by operation.
+not, as is usual. `tests/model/test_cost.py` compares these numbers with PyTorch's own counter, operation by operation.
 
 Counted is what is computed: visible tokens alone in the encoder, queries, keys and values of mask tokens once for a
 micro-batch, the end of the last block for predicted patches. The gradient of a depthwise kernel is computed as a
@@ -61,7 +61,7 @@ class Parameters:
 
     @property
     def trainable(self) -> int:
-        """What the optimiser holds."""
+        """Parameters that the optimiser holds."""
         return self.encoder + self.decoder
 
 
@@ -145,7 +145,7 @@ def _dense(inputs: int, outputs: int) -> int:
 
 
 def _convolution_stages(config: ConvMAEConfig) -> int:
-    """Of stages 1 and 2, all embeddings, and fusion."""
+    """Operations of stages 1 and 2, all embeddings, and fusion."""
     dim1, dim2, dim3 = config.embed_dim
     pixels = CELL_PIXELS**2 * 3
     embeddings = sum(_dense(i, o) + 2 * o for i, o in ((pixels, dim1), (4 * dim1, dim2), (4 * dim2, dim3)))
@@ -173,7 +173,7 @@ def _conv_block_flops(tokens: int, dim: int, ratio: int, kernel_size: int) -> in
 
 
 def _kernel_gradient_flops(tokens: int, dim: int, side: int, kernel_size: int) -> int:
-    """What a depthwise kernel's gradient costs beyond the convolution: a token meets all its surroundings."""
+    """Cost of a depthwise kernel's gradient beyond the convolution: a token meets all its surroundings."""
     return 2 * tokens * dim * ((side + kernel_size - 1) ** 2 - kernel_size**2)
 
 

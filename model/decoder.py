@@ -41,7 +41,7 @@ class Decoder(nn.Module):
     def forward(self, latent_BKC: Tensor, visible: Tensor, wanted: Tensor | None) -> Tensor:
         """Predict patches.
 
-        Two things are spared. Before the first block mixes tokens, a mask token depends on its place alone: its
+        Two things are saved. Before the first block mixes tokens, a mask token depends on its place alone: its
         queries, keys and values are computed once for the batch. The last block mixes from all tokens, but what
         follows is computed for wanted patches only.
 

@@ -1,7 +1,9 @@
 """The model as the official code writes it: whole maps, multiplied by the mask inside each convolution block.
 
-What the sparse form is compared with, and what encodes whole images for downstream tasks. It reads the parameters of
-encoders and decoders and has none of its own. Letters: B images, C channels, H and W rows and columns of a stage's map.
+The sparse form is compared with this one, and whole images are encoded by it for downstream tasks. It reads the
+parameters of encoders and decoders and has none of its own.
+
+Letters: B images, C channels, H and W rows and columns of a stage's map.
 """
 
 from __future__ import annotations
@@ -48,12 +50,12 @@ def features(encoder: Encoder, images: Tensor) -> Features:
 
 
 def encode(encoder: Encoder | ViTEncoder, images: Tensor, mask: Mask) -> Tensor:
-    """What ``encoder(images, mask.kept)`` returns, computed for all patches."""
+    """The result of ``encoder(images, mask.kept)``, computed for all patches."""
     return _encode(encoder, images, mask) if isinstance(encoder, Encoder) else _encode_vit(encoder, images, mask)
 
 
 def decode(decoder: Decoder, latent: Tensor, visible: Tensor) -> Tensor:
-    """What ``decoder(latent, visible, None)`` returns, each block computed for all tokens of all images."""
+    """The result of ``decoder(latent, visible, None)``, each block computed for all tokens of all images."""
     ahead = decoder.class_tokens
     places = functional.pad(visible + ahead, (ahead, 0))[..., None]
     x = decoder.decoder_embed(latent)

@@ -37,7 +37,7 @@ class DepthwiseConv(nn.Conv2d):
 
 
 def surrounding_tokens(units: Tensor, grid: tuple[int, int], side: int, kernel_size: int) -> Tensor:
-    """Which visible tokens lie around each unit.
+    """Find the visible tokens around each unit.
 
     Args:
         units: (B, K) visible units by raster position.

@@ -1,4 +1,4 @@
-"""What can be wrong with what a user asks of the model: one small tree, readable as documentation."""
+"""Errors in what a user asks of the model: one small tree, readable as documentation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _LONGEST = 200
 
 
 class ModelConfigError(ValueError):
-    """A model, a batch or a number that cannot be: names the field, the rule, the value and the remedy."""
+    """A model, a batch or a number that is impossible: names the field, the rule, the value and the remedy."""
 
     def __init__(self, field: str, rule: str, value: object, remedy: str) -> None:
         super().__init__(field, rule, value, remedy)
@@ -43,11 +43,11 @@ def listed(faults: Sequence[str]) -> str:
     kinds: dict[str, list[str]] = {"missing": [], "unexpected": [], "misshapen": []}
     for fault in faults:
         kinds.get(fault.partition(" ")[0], kinds["misshapen"]).append(fault)
-    told = []
+    listed = []
     for kind, those in kinds.items():
-        told += [_shortened(fault) for fault in those[:MOST_LISTED]]
-        told += [f"and {len(those) - MOST_LISTED} more {kind}"] if len(those) > MOST_LISTED else []
-    return "; ".join(told)
+        listed += [_shortened(fault) for fault in those[:MOST_LISTED]]
+        listed += [f"and {len(those) - MOST_LISTED} more {kind}"] if len(those) > MOST_LISTED else []
+    return "; ".join(listed)
 
 
 def _shortened(text: str) -> str:

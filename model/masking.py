@@ -1,4 +1,4 @@
-"""Which patches the encoder sees.
+"""Masks: which patches the encoder sees.
 
 Letters: B images, L patches (or cells, with random masking), K of them kept.
 """

@@ -22,7 +22,7 @@ def mask_noise(seed: int, epoch: int, sample_ids: Tensor, draws: int, device: to
     Args:
         seed: Seed of the run, in [0, 2**64).
         epoch: In [0, 2**32).
-        sample_ids: (B,) integers that name the samples in the data set.
+        sample_ids: (B,) integers that name the samples in the dataset.
         draws: Values per sample, ``config.mask_patches``.
         device: Where to compute.
 

@@ -1,4 +1,4 @@
-"""Between images and what the model reads and predicts: normalisation, patches, targets.
+"""Conversions between images and what the model reads and predicts: normalisation, patches, targets.
 
 Letters: B images, L patches, P = 768 values of a patch, laid out (row, column, channel).
 """

@@ -1,4 +1,4 @@
-"""Weights between our module tree and the flat names of the official implementation (github.com/Alpha-VL/ConvMAE).
+"""Names of weights: our module tree and the flat names of the official implementation (github.com/Alpha-VL/ConvMAE).
 
 Ours are ``encoder.<name>`` and ``decoder.<name>``; the official ones are ``<name>``. No name occurs in both parts.
 """
@@ -33,19 +33,19 @@ def from_official(official: Mapping[str, Tensor], ours: Mapping[str, Tensor]) ->
     return {name: official[short] for name, short in zip(ours, expected, strict=True)}
 
 
-def check_names(given: Mapping[str, Any], expected: Mapping[str, Tensor], left_out: tuple[str, ...] = ()) -> None:
+def check_names(given: Mapping[str, Any], expected: Mapping[str, Tensor], ignored: tuple[str, ...] = ()) -> None:
     """Compare a state dict with the one that it shall replace.
 
     Args:
         given: Weights by name.
         expected: Those of the model.
-        left_out: Beginnings of names that may be given beyond those.
+        ignored: Prefixes of names that may be given beyond those.
 
     Raises:
         WeightsError: If a name is missing or unexpected or a shape differs; its value lists all of them.
     """
     faults = [f"missing {name}" for name in expected if name not in given]
-    faults += [f"unexpected {name}" for name in given if name not in expected and not name.startswith(left_out)]
+    faults += [f"unexpected {name}" for name in given if name not in expected and not name.startswith(ignored)]
     faults += [
         f"{name} has shape {tuple(given[name].shape)} where the model has {tuple(tensor.shape)}"
         for name, tensor in expected.items()

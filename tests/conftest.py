@@ -1,4 +1,4 @@
-"""Fixtures that several parts share."""
+"""Fixtures that several parts of the tests share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import boto3
 import pytest
 from moto.server import ThreadedMotoServer
 
-from jobs.stack.local_stack import Stack, down, up
+from jobs.stack.local_stack import down, up
+from jobs.stack.record import Stack
 from pipeline.store.storage import Storage
 
 STACK_FILES = frozenset(
@@ -41,23 +42,23 @@ STACK_FILES = frozenset(
         "pipeline/load/test_chaos",
     )
 )
-"""Files with tests of the local stack: they share one, and take turns, while others run beside them (`pytest -n 2`)."""
+"""Files with tests of the local stack: they share one and run in turn, while others run beside them (`pytest -n 2`)."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of the local stack, and hold STACK_FILES to what it says."""
+    """Mark the tests of the local stack, and check that STACK_FILES lists their files."""
     for item in items:
         file = item.nodeid.partition("::")[0]
         if "local_stack" in getattr(item, "fixturenames", ()):
             item.add_marker("stack")
             if file not in STACK_FILES:
-                told = f"{file} has tests of the local stack: add it to STACK_FILES in tests/conftest.py"
-                raise pytest.UsageError(told)
+                rule = f"{file} has tests of the local stack: add it to STACK_FILES in tests/conftest.py"
+                raise pytest.UsageError(rule)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Deal out single tests, but those of the stack as one.
+    """Distribute single tests, but those of the stack as one group.
 
     pytest-xdist 3.8's own groups, which are marks, are not seen by pytest 9.2.
     """
@@ -72,25 +73,25 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(scope="session", autouse=True)
 def heard_interrupts() -> None:
-    """Commands that tests interrupt inherit it; a shell starts what it puts in the background deaf to SIGINT."""
+    """Let commands that tests interrupt receive SIGINT, which a shell has its background processes ignore."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
 def token_of_this_process() -> str:
-    """For Ray clusters that tests start in it; Ray keeps the first token that it sees for a process's life."""
+    """Token of the Ray clusters that tests start; Ray keeps the first token that a process sees for its whole life."""
     return secrets.token_hex(32)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def state_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What commands remember of clusters is not the user's who runs the tests."""
+    """A state folder for the tests, so that commands do not use that of the user who runs them."""
     os.environ["XDG_STATE_HOME"] = str(tmp_path_factory.mktemp("state"))
 
 
 @pytest.fixture(scope="session")
 def local_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """The embedded stack, with real services, in a home of its own; one for the whole test session."""
+    """The local stack, with real services, in a home of its own; one for the whole test session."""
     home = tmp_path_factory.mktemp("stack")
     yield up(home, num_cpus=4)
     down(home)
@@ -98,7 +99,7 @@ def local_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 @pytest.fixture(scope="module")
 def open_s3() -> Iterator[Storage]:
-    """An S3 server that takes any keys, with the bucket `bucket`."""
+    """An S3 server that accepts any keys, with the bucket `bucket`."""
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     moto.start()
     host, port = moto.get_host_and_port()

@@ -1,4 +1,4 @@
-"""Runs on a cluster of several nodes, as tests follow them: a recipe for them, what they do, and what they said."""
+"""Runs on a cluster of several nodes, as tests follow them: their recipe, their progress, and their events."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SPREAD: dict[str, object] = {
 def until(
     run: RunDirectory, what: str, holds: Callable[[dict[str, Any]], bool], seconds: float = PATIENCE_SECONDS
 ) -> dict[str, Any]:
-    """Wait for what the heartbeat tells; returns it.
+    """Wait for a heartbeat that fulfils a condition; returns it.
 
     Raises:
         AssertionError: It does not in time; quotes the heartbeat and the newest events.
@@ -49,14 +49,14 @@ def until(
 
 
 def trains(workers: int, after: int = 0) -> Callable[[dict[str, Any]], bool]:
-    """Whether so many ranks are past a step."""
+    """Whether that many ranks train, past a step."""
     return lambda now: (
         now["state"] == "running" and now.get("world_size") == workers and bool(now.get("loss")) and now["step"] > after
     )
 
 
 def has_trained(run: RunDirectory, attempt: int, after: int = 0) -> dict[str, Any]:
-    """Wait until an attempt itself has trained, past a step: its heartbeat begins with the loss of the one before."""
+    """Wait until an attempt has trained past a step itself: its first heartbeat repeats the previous attempt's loss."""
 
     def holds(now: dict[str, Any]) -> bool:
         if now.get("attempt", 0) < attempt or not now.get("loss") or now["step"] <= after:
@@ -72,7 +72,7 @@ def has_checkpoint(now: dict[str, Any]) -> bool:
 
 
 def continues(run: RunDirectory, workers: int, steps: int = 20) -> dict[str, Any]:
-    """Wait for so many steps more, by so many ranks; returns the heartbeat."""
+    """Wait until that many ranks have trained that many more steps; returns the heartbeat."""
     return until(run, f"{steps} steps of {workers} ranks", trains(workers, after=run.read_heartbeat()["step"] + steps))
 
 

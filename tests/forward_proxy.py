@@ -1,4 +1,4 @@
-"""A forwarding HTTP proxy on the loopback address. It knows names that nobody else does, and notes what it is asked."""
+"""A forwarding HTTP proxy on the loopback address that resolves names of its own and records its requests."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class ForwardProxy(LoopbackServer):
     """Listens while the `with` block runs."""
 
     hosts: dict[str, str] = field(default_factory=dict)
-    """HOST:PORT behind each name; a name that is not here leads nowhere."""
+    """HOST:PORT behind each name; other names do not resolve."""
     authorization: str = ""
-    """That must come with each request; empty: none is asked for."""
+    """Required with each request; empty if none is."""
     asked: list[tuple[str, str]] = field(default_factory=list)
-    """Method and URL of each request, of a tunnel CONNECT and HOST:PORT."""
+    """Method and URL of each request; CONNECT and HOST:PORT for a tunnel."""
 
     def __post_init__(self) -> None:
         super().__init__()

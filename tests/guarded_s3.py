@@ -29,25 +29,25 @@ KMS_HEADERS = (
 _NOT_PASSED_ON = {
     *("host", "authorization", "connection", "expect", "content-length", "accept-encoding", "proxy-connection"),
     *("x-amz-date", "x-amz-content-sha256", "x-amz-security-token", "x-amz-request-payer"),
-    *KMS_HEADERS,  # the server behind has no KMS
+    *KMS_HEADERS,  # the real server has no KMS
 }
 
 
 @dataclass
 class Principal:
-    """Somebody with a key."""
+    """The owner of a key."""
 
     token: str = ""
-    """That must come with it; empty: none may."""
+    """Session token that must come with the key; empty if none may."""
     policies: tuple[Policy, ...] | None = None
-    """What they may do; None: everything."""
+    """What the owner may do; None for everything."""
     refusal: str = ""
-    """S3's code, where the key is not accepted any more."""
+    """S3's error code, if the key is no longer accepted."""
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A request, and what became of it."""
+    """A request and its result."""
 
     call: Call
     headers: Mapping[str, str]
@@ -56,7 +56,7 @@ class Seen:
     path: str
     key_id: str
     refused: str
-    """S3's code; empty where it was let through."""
+    """S3's error code; empty if it was passed on."""
 
 
 @dataclass
@@ -66,16 +66,16 @@ class GuardedS3(LoopbackServer):
     server: Storage
     """How to reach the real one."""
     principals: dict[str, Principal] = field(default_factory=dict)
-    """By access key id; the others are unknown."""
+    """By access key id; other keys are unknown."""
     domain: str = ""
     """Whose subdomains are buckets."""
     kms_key: str = ""
-    """ARN of the key by which everything is encrypted; empty: nothing is."""
+    """ARN of the key with which everything is encrypted; empty if nothing is."""
     meddle: Callable[[Call, Mapping[str, str]], tuple[int, str] | None] = lambda call, headers: None
     """Called before a request is passed on; a status and code that it returns are the answer."""
     seen: list[Seen] = field(default_factory=list)
     used: set[Grant] = field(default_factory=set)
-    """What of the policies was needed."""
+    """The parts of the policies that were needed."""
     denied: list[Need] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Runs on a cluster of hosts: begun, watched, disturbed, and compared with one that nobody disturbed."""
+"""Runs on a cluster of hosts: started, watched, disturbed, and compared with an undisturbed one."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FIELDS = {**SPREAD, "checkpoint_every_steps": 20, "standby": True}
 class Runs:
     """Runs of one recipe and data set on a cluster, each with a trace.
 
-    The one that nobody disturbs is trained as far as it is asked for, on one rank.
+    The undisturbed one is trained as far as a test needs it, on one rank.
     """
 
     def __init__(self, cluster: RayHosts, data: str) -> None:
@@ -42,23 +42,21 @@ class Runs:
         return self.cluster.run(name)
 
     def stop(self, run: RunDirectory) -> None:
-        """End a run with a checkpoint, and see that nothing of it is left."""
+        """End a run with a checkpoint, and check that nothing of it is left."""
         done(self.cluster.convmae(self.cluster.laptop, "stop", run.url))
         self.cluster.wait_for_nothing_left()
 
     def end(self) -> None:
-        """Have every run stop that is still at work, without seeing to it that nothing is left."""
+        """Stop every run that is still at work, without checking that nothing is left."""
         for run in list_runs(self.cluster.storage, f"{self.cluster.url}/runs"):
             if is_live(run):
                 run.write_stop_request()
                 until(run, "its end", lambda now: now["state"] in FINAL_STATES)
 
     def assert_undisturbed(self, run: RunDirectory) -> None:
-        """Its history and its samples, crops, flips and masks are those of the run that nobody disturbed."""
+        """Check that its history and its samples, crops, flips and masks are those of the undisturbed run."""
         found = losses(run)
-        if len(self.cluster.run("undisturbed").read_history()) < len(
-            found
-        ):  # else an earlier test has asked for as much
+        if len(self.cluster.run("undisturbed").read_history()) < len(found):  # else an earlier test needed as much
             trace = f"{self.cluster.url}/traces/undisturbed"
             recipe = self.recipe(max_steps=len(found), max_workers=1, checkpoint_every_steps=500)
             pretrain = ("pretrain", *recipe, "--run", "undisturbed", "--trace", trace)
@@ -75,11 +73,11 @@ class Runs:
 
 
 def is_under_way(run: RunDirectory, workers: int) -> dict[str, Any]:
-    """Wait until so many ranks train behind the first checkpoint; returns the heartbeat."""
+    """Wait until that many ranks train past the first checkpoint; returns the heartbeat."""
     after_the_first = trains(workers, after=int(str(FIELDS["checkpoint_every_steps"])))
     return until(run, "a checkpoint", lambda now: after_the_first(now) and has_checkpoint(now))
 
 
 def newest_claims(run: RunDirectory) -> list[int]:
-    """Which driver's commit each checkpoint is, by step."""
+    """The driver that committed each checkpoint, by step."""
     return [read_commit(run, step).claim for step in committed_steps(run)]

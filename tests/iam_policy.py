@@ -1,4 +1,4 @@
-"""What AWS would want of a policy for a call to S3, and whether a policy grants it.
+"""IAM policies: the rights that AWS requires for a call to S3, and whether a policy grants them.
 
 Sources: Amazon S3 User Guide, "Required permissions for Amazon S3 API operations"; Service Authorization Reference,
 "Actions, resources, and condition keys for Amazon S3" (s3:prefix is known to s3:ListBucket alone); GetObject and
@@ -35,17 +35,17 @@ _OF_BUCKETS = {
 
 @dataclass(frozen=True)
 class Call:
-    """One operation of S3, as a request means it."""
+    """The S3 operation of a request."""
 
     operation: str
     bucket: str
     key: str = ""
     prefix: str | None = None
-    """Of a listing; None where the request names none."""
+    """Of a listing; None if the request names none."""
 
     @classmethod
     def of(cls, method: str, path: str, query: str) -> Call:
-        """What a request in path style means; fails on what none of ours should be.
+        """The operation of a request in path style; fails on requests that we should never send.
 
         Args:
             method: Of HTTP.
@@ -58,10 +58,10 @@ class Call:
         return cls(operation, bucket, key, names.get("prefix", [None])[0] if operation in _OF_BUCKETS else None)
 
     def needs(self, *, is_missing: bool = False, kms_key: str = "") -> list[Need]:
-        """The rights that AWS wants for it.
+        """The rights that AWS requires for it.
 
         Args:
-            is_missing: Whether nothing lies there, and that is to be told.
+            is_missing: Whether the object does not exist, which is to be reported.
             kms_key: ARN of the key by which the object is encrypted; empty: by none.
         """
         bucket = f"arn:aws:s3:::{self.bucket}"
@@ -113,7 +113,7 @@ class Need:
 
 @dataclass(frozen=True)
 class Grant:
-    """One action of one statement on one resource, under one value of its condition: what can be left out by itself."""
+    """One action of one statement on one resource, under one value of its condition: the smallest removable part."""
 
     sid: str
     action: str
@@ -144,7 +144,7 @@ class Policy:
         self.grants = list(_grants(json.loads(text)))
 
     def granting(self, need: Need) -> list[Grant]:
-        """What of it allows `need`; empty where it is denied."""
+        """Its parts that allow `need`; empty if it is denied."""
         return [grant for grant in self.grants if grant.covers(need)]
 
 
@@ -167,5 +167,5 @@ def _list(value: Any) -> list[Any]:
 
 
 def _literal(pattern: str) -> str:
-    """IAM knows * and ? alone."""
+    """IAM knows only * and ?."""
     return pattern.replace("[", "[[]")

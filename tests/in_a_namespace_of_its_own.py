@@ -17,7 +17,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 
 @cache
 def is_allowed() -> bool:
-    """Whether this machine lets this user make such namespaces."""
+    """Whether this user may make such namespaces on this machine."""
     try:
         return subprocess.run([*UNSHARE, "true"], capture_output=True, check=False, timeout=10).returncode == 0
     except OSError:
@@ -26,7 +26,7 @@ def is_allowed() -> bool:
 
 @contextmanager
 def running(script: str, *arguments: str, unshare: tuple[str, ...] = UNSHARE) -> Iterator[subprocess.Popen[str]]:
-    """A script that runs there for as long as the context is open; its namespace ends with it."""
+    """Run a script there while the context is open; its namespace ends with it."""
     command = [*unshare, sys.executable, "-c", script, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     pipe = subprocess.PIPE

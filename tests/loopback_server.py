@@ -1,4 +1,4 @@
-"""An HTTP server on the loopback address for as long as a block runs: what stand-ins for stores and services are."""
+"""An HTTP server on the loopback address while a block runs: the base of stand-ins for stores and services."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Self
 
 
 class LoopbackServer(ABC):
-    """Hands every request to `serve`, each in a thread of its own."""
+    """Passes every request to `serve`, each in a thread of its own."""
 
     def __init__(self) -> None:
         server = self
         self.closed = threading.Event()
-        """Set when the block ends: requests that are held back until then can go."""
+        """Set when the block ends, for requests that are held until then."""
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
@@ -27,7 +27,7 @@ class LoopbackServer(ABC):
             do_HEAD = do_PUT = do_POST = do_DELETE = do_CONNECT = do_GET  # noqa: N815
 
             def handle(self) -> None:
-                with contextlib.suppress(ConnectionError):  # who asked was killed
+                with contextlib.suppress(ConnectionError):  # the client was killed
                     super().handle()
 
             def log_message(self, format: str, *args: object) -> None:  # noqa: A002

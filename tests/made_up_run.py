@@ -1,4 +1,4 @@
-"""A run with one checkpoint of made-up ZeRO files, to consolidate, to damage, and to look at."""
+"""A run with one checkpoint of made-up ZeRO files, to consolidate, damage and inspect."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from jobs.checkpoint import checkpoint
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
 from jobs.weights.consolidate import consolidate
-from jobs.weights.results import ONE_FILE, Consolidated, Wanted
+from jobs.weights.target import ONE_FILE, ConsolidatedWeights, Target
 from pipeline.store.storage import Storage
 
 STEP = 7
 PART_BYTES = 4096
 """So small that every tensor lies in several parts, and every part in several tensors or ranks."""
 CHUNK_BYTES = 1000
-"""So small that moments, which are not read, have chunks of their own; no multiple of any type's size."""
+"""So small that moments, which are not read, have chunks of their own; not a multiple of any type's size."""
 MATERIAL = random_material(9000, tensor_elements=2500)
 
 Damage = Callable[[Path], None]
@@ -41,12 +41,12 @@ def make_run(
     return run
 
 
-def made(run: RunDirectory, wanted: Wanted = ONE_FILE, **options: Any) -> Consolidated:
+def made(run: RunDirectory, target: Target = ONE_FILE, **options: Any) -> ConsolidatedWeights:
     """Consolidate it in small parts."""
-    return consolidate(run, wanted=wanted, **{"part_bytes": PART_BYTES, **options})
+    return consolidate(run, target=target, **{"part_bytes": PART_BYTES, **options})
 
 
-def tensors_of(result: Consolidated) -> dict[str, Tensor]:
+def tensors_of(result: ConsolidatedWeights) -> dict[str, Tensor]:
     """All tensors of a result."""
     return {name: tensor for file in result.files for name, tensor in load_file(file.url).items()}
 
@@ -65,7 +65,7 @@ def archives(run: RunDirectory, suffix: str) -> list[Path]:
 
 
 def left_behind(run: RunDirectory) -> list[str]:
-    """Everything in the folder of results, however hidden."""
+    """Everything in the folder of results, including hidden files."""
     folder = Path(run.path("consolidated"))
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 

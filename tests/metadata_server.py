@@ -32,7 +32,7 @@ class MetadataServer(LoopbackServer):
     """Listens while the `with` block runs. Issues one pair of keys at a time, or none."""
 
     now: Issued | None = None
-    """None: the service has no credentials yet."""
+    """None while the service has no credentials."""
     late_seconds: float = 0.0
     """Before each answer."""
     asked: list[str] = field(default_factory=list)
@@ -43,17 +43,17 @@ class MetadataServer(LoopbackServer):
         self._numbers = count(1)
 
     def environment(self) -> dict[str, str]:
-        """Of a process on an instance of this cloud, with nothing else to find."""
+        """Environment of a process on an instance of this cloud, with no other credentials to find."""
         nowhere = {"AWS_CONFIG_FILE": "/nonexistent/config", "AWS_SHARED_CREDENTIALS_FILE": "/nonexistent/credentials"}
         return {"AWS_EC2_METADATA_SERVICE_ENDPOINT": self.endpoint, "AWS_REGION": "us-east-1", **nowhere}
 
     def container_environment(self) -> dict[str, str]:
-        """Of a process in a container of it."""
+        """Environment of a process in a container of this cloud."""
         own = {"AWS_CONTAINER_CREDENTIALS_FULL_URI": f"{self.endpoint}/container", "AWS_EC2_METADATA_DISABLED": "true"}
         return {**self.environment(), **own}
 
     def rotate(self, guard: GuardedS3, *, refusal: str = "InvalidAccessKeyId", lasts_seconds: float = HOUR) -> Issued:
-        """Issue new keys, which alone the store accepts from now on.
+        """Issue new keys, the only ones that the store accepts from now on.
 
         Args:
             guard: Of the store.

@@ -1,4 +1,4 @@
-"""The queries of the dashboards that are checked in, as a reader of them would send them."""
+"""The queries of the checked-in dashboards, as Grafana would send them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def panel_queries() -> list[Any]:
 
 
 def legends(legend: str, found: list[dict[str, Any]]) -> list[str]:
-    """What Grafana writes below a graph for the series that were found: a label that one lacks is empty."""
+    """What Grafana writes below a graph for the series found; a label that one lacks is empty."""
     return [_filled(legend, series["metric"]) for series in found]
 
 

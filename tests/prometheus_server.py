@@ -31,7 +31,7 @@ scrape_configs:
 
 @contextmanager
 def prometheus(folder: Path, rules: Path, *targets: str) -> Iterator[str]:
-    """Run one that scrapes `targets` and evaluates `rules` every second; gives its URL."""
+    """Run one that scrapes `targets` and evaluates `rules` every second; yields its URL."""
     assert PROMETHEUS
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -54,7 +54,7 @@ def _is_ready(url: str) -> bool:
     try:
         with urlopen(f"{url}/-/ready", timeout=20):
             return True
-    except OSError:  # 503 is one, too
+    except OSError:  # includes 503
         return False
 
 

@@ -1,4 +1,4 @@
-"""Ranks in threads, and what jobs.checkpoint.rank_group needs of torch.distributed between them."""
+"""Ranks in threads, with the parts of torch.distributed that jobs.checkpoint.rank_group needs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 class Ranks:
-    """As many threads as there are ranks; stands for the module torch.distributed."""
+    """One thread per rank; stands in for the module torch.distributed."""
 
     ReduceOp = SimpleNamespace(SUM=torch.add, MIN=torch.minimum, MAX=torch.maximum)
 
@@ -48,7 +48,7 @@ class Ranks:
         got.copy_(torch.cat(parts))
 
     def run(self, work: Callable[[int], Any]) -> list[Any]:
-        """What `work` returns on each rank; raises what it raised on one."""
+        """The results of `work` on all ranks; raises what it raised on any."""
 
         def rank_work(rank: int) -> Any:
             self._mine.rank = rank

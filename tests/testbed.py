@@ -1,4 +1,4 @@
-"""What the tests of the whole line share: the command as a user runs it, and a recipe small enough for seconds."""
+"""The testbed of end-to-end tests: the command as a user runs it, and a recipe that takes seconds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pathlib import Path
 import psutil
 
 from jobs.run.directory import RunDirectory
-from jobs.stack.local_stack import Stack
+from jobs.stack.record import Stack
+from jobs.weights.target import ONE_FILE, consolidated_url
 from pipeline.store.storage import Storage
 
 SMALL: dict[str, object] = {
@@ -40,7 +41,7 @@ class Command:
     home: Path
 
     def environment(self, **changes: str) -> dict[str, str]:
-        """Of a shell in which `convmae up` was run."""
+        """The environment of a shell in which `convmae up` was run."""
         foreign = ("AWS_", "RAY_", "CONVMAE_S3_")
         clean = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
         return {**clean, "CONVMAE_HOME": str(self.home), **changes}
@@ -79,7 +80,7 @@ def losses(run: RunDirectory) -> list[float]:
 
 
 def family(stack: Stack) -> list[psutil.Process]:
-    """All processes of a stack, those of its jobs among them; somebody else's Ray on this machine is not touched."""
+    """All processes of a stack, those of its jobs among them; no other Ray on this machine."""
     now = Stack.load(stack.settings.home) or stack  # its keeper may have restarted a service
     roots = [process for record in now.records() if (process := record.process())]
     found = {*roots, *(child for root in roots for child in root.children(recursive=True))}
@@ -87,7 +88,7 @@ def family(stack: Stack) -> list[psutil.Process]:
 
 
 def processes(title: str, among: Iterable[psutil.Process]) -> list[psutil.Process]:
-    """Those whose command line holds `title`."""
+    """Those whose command line contains `title`."""
     found = []
     for process in among:
         try:
@@ -101,3 +102,8 @@ def processes(title: str, among: Iterable[psutil.Process]) -> list[psutil.Proces
 def ranks(stack: Stack) -> list[psutil.Process]:
     """Processes of ranks, of all runs of a stack."""
     return processes("ray::RayTrainWorker", family(stack))
+
+
+def is_consolidated(run: RunDirectory, step: int) -> bool:
+    """Whether the consolidated fp32 weights of `step` exist."""
+    return ONE_FILE.is_finished(run.storage, consolidated_url(run, step))

@@ -12,7 +12,7 @@ from aiohttp import web
 
 
 class WebServer:
-    """Serves the files of a folder; `address` is known once it runs."""
+    """Serves the files of a folder; `address` is set once it runs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -20,7 +20,7 @@ class WebServer:
         self.knows_ranges = True
         self.knows_if_match = True
         self.cut_bodies = 0
-        """So many of the next bodies break off half way."""
+        """How many of the next bodies break off half-way."""
         self.ranges: list[str] = []
         """Range of every GET, in order."""
 

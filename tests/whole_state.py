@@ -1,4 +1,4 @@
-"""The whole state in DeepSpeed's ZeRO files as named tensors, by `torch.load` and nothing of `jobs` that reads them.
+"""The whole state in DeepSpeed's ZeRO files as named tensors, read by `torch.load` without the readers of `jobs`.
 
 Another way to the same values, so that tests do not compare the code with itself.
 """

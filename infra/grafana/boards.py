@@ -1,6 +1,6 @@
 """The four dashboards: what each panel asks, and what good looks like there.
 
-Every series is in the table of docs/operate.md. Names with colons are recorded by infra/prometheus/convmae.rules.yml.
+Every series is in the table of docs/reference.md. Names with colons are recorded by infra/prometheus/convmae.rules.yml.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ OVERVIEW = Board(
                 ),
                 Figure(
                     "Alerts",
-                    "That fire now; docs/operate.md says what to do about each.",
+                    "Firing now; docs/runbook.md says what to do about each.",
                     "short",
                     Query('count(ALERTS{alertname=~"Convmae.*", alertstate="firing"}) or vector(0)', "alerts"),
                     {1: "red"},
@@ -299,7 +299,7 @@ RECOVERY = Board(
                     [_of("convmae_step"), Query(f"convmae_checkpoint_step{{{RUN}}}", "{{run}} saved")],
                     12,
                 ),
-                Graph("Steps done again", "Since the run began.", "short", [_of("convmae_steps_redone_total")], 12),
+                Graph("Steps redone", "Since the run began.", "short", [_of("convmae_steps_redone_total")], 12),
             ],
         ),
         Section(
@@ -341,7 +341,7 @@ RECOVERY = Board(
                 ),
                 Graph(
                     "Stall",
-                    "Seconds that training stood still for the newest one.",
+                    "Seconds that training paused for the newest one.",
                     "s",
                     [_of("convmae_checkpoint_last_stall_seconds")],
                     6,

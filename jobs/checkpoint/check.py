@@ -1,4 +1,4 @@
-"""Whether checkpoints are as they were written: each byte compared with the commit, in parallel, in little memory."""
+"""Verification of checkpoints: each byte is compared with the commit, in parallel and in little memory."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Listed:
     """None where the commit object cannot be read."""
     faults: tuple[str, ...]
     verified: bool | None
-    """Whether every byte is as it was written; None where nobody looked."""
+    """Whether every byte is as it was written; None if it was not verified."""
 
     def to_json(self) -> dict[str, Any]:
         """For programs."""
@@ -63,19 +63,19 @@ class Listed:
 
 
 def kind_of(commit: Commit) -> str:
-    """`milestone` stays for ever, `last` until newer ones push it out."""
+    """`milestone` is kept permanently, `last` until newer ones replace it."""
     return "milestone" if commit.milestone else "last"
 
 
 def list_checkpoints(
     run: RunDirectory, *, verify: bool = False, on_progress: Callable[[int, int, str], None] = lambda *_: None
 ) -> list[Listed]:
-    """Every checkpoint of a run, by step. One that is pruned meanwhile is left out.
+    """Every checkpoint of a run, by step. One that is pruned meanwhile is skipped.
 
     Args:
         run: It may be training.
         verify: Read every byte.
-        on_progress: Told bytes read, all bytes, and the step that is read.
+        on_progress: Called with bytes read, all bytes, and the step that is being read.
     """
     commits, unreadable = read_commits(run)
     faults = _all_faults(run, commits, on_progress) if verify else {}
@@ -89,7 +89,7 @@ def list_checkpoints(
 
 
 def read_commits(run: RunDirectory) -> tuple[list[Commit], dict[int, str]]:
-    """The commit objects by step, ascending; and of those that cannot be read what is wrong, by step."""
+    """The commit objects by step, ascending; and what is wrong with those that cannot be read, by step."""
     commits, unreadable = [], {}
     for step in checkpoint.committed_steps(run):
         try:
@@ -101,7 +101,7 @@ def read_commits(run: RunDirectory) -> tuple[list[Commit], dict[int, str]]:
 
 
 def faults_of(run: RunDirectory, commit: Commit) -> list[str]:
-    """What is wrong with the files of a checkpoint, one line each; empty where each is as it was written."""
+    """The faults of a checkpoint's files, one line each; empty if every file is as it was written."""
     return _all_faults(run, [commit], lambda *_: None)[commit.step]
 
 

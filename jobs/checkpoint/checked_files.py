@@ -1,10 +1,10 @@
-"""A checkpoint's files, of which only bytes come out that are as they were written.
+"""Checked reads of a checkpoint's files: bytes that are not as they were written are never returned.
 
-Whoever reads a range gets whole chunks from the store, each compared with its CRC32C in the commit. So a rank needs to
-read what it uses and nothing else, and what has been compared is known to the chunk: the rest can be dealt to others.
+A read fetches whole chunks from the store and compares each with its CRC32C in the commit. So a rank reads what it
+uses and nothing else, and it is known for each chunk whether it was compared: the rest can be dealt to other ranks.
 
-Imports no torch. Memory is bounded: THREADS reads of READ_BYTES, twice while a read is put together, and some chunks in
-which directories lie.
+Imports no torch. Memory is bounded: THREADS reads of READ_BYTES, twice while a read is assembled, and some chunks that
+hold directories.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.checkpoint import CHUNK_BYTES, CheckpointFile, Commit, checksummed
-from jobs.checkpoint.torch_archive import damaged
+from jobs.checkpoint.torch_archive import ByteRange, damaged
 from jobs.run.directory import RunDirectory
 from pipeline.store.storage import Storage
 
@@ -33,32 +33,31 @@ READ_BYTES = 8 << 20
 THREADS = 8
 """Requests at once."""
 _KEPT_CHUNKS = 64
-"""Of those in which directories and headers lie: they are read piece by piece."""
+"""Chunks with directories and headers, which are read piece by piece."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Copy:
-    """Bytes of a file, and where they are to go."""
+    """Bytes of a file, and where they are copied to."""
 
     url: str
     offset: int
     target: memoryview
-    """As long as what is wanted."""
+    """Its length is that of what is read."""
+
+    @property
+    def source(self) -> ByteRange:
+        """What is read."""
+        return ByteRange(self.url, self.offset, len(self.target))
 
 
 @dataclass(frozen=True)
 class CheckedRange:
-    """Whole chunks of one file that lie together, and their checksums: a picklable value.
+    """A byte range of whole chunks, and their checksums: a picklable value, which any process can read."""
 
-    Any process can read it.
-    """
-
-    url: str
-    offset: int
-    length: int
-    """In bytes."""
+    range: ByteRange
     chunk_bytes: int
     """Of each chunk but the file's last."""
     checksums: tuple[int, ...]
@@ -72,30 +71,30 @@ class CheckedRange:
         Raises:
             DamagedCheckpointError: The file is missing, truncated or altered; names it and the chunk.
         """
+        url, offset, length = self.range
         try:
             # One byte more at the file's end, so that a file that is longer is seen without asking for its size.
-            over = self.offset + self.length == self.file_bytes
-            data = storage.read_range(self.url, self.offset, self.length + over)
-            if len(data) != self.length:
-                raise damaged(self.url, self._length_fault(storage))
+            data = storage.read_range(url, offset, length + (offset + length == self.file_bytes))
+            if len(data) != length:
+                raise damaged(url, self._length_fault(storage))
         except FileNotFoundError:
-            raise damaged(self.url, "it is missing") from None
+            raise damaged(url, "it is missing") from None
         for number, checksum in enumerate(self.checksums):
             start = number * self.chunk_bytes
             if google_crc32c.value(data[start : start + self.chunk_bytes]) != checksum:
-                place = f"at {self.offset + start} or in the {self.chunk_bytes} bytes from there"
-                raise damaged(self.url, f"it was altered {place}")
+                place = f"at {offset + start} or in the {self.chunk_bytes} bytes from there"
+                raise damaged(url, f"it was altered {place}")
         return data
 
     def _length_fault(self, storage: Storage) -> str:
-        size = storage.size(self.url)
+        size = storage.size(self.range.url)
         if size != self.file_bytes:
             return f"it has {size} bytes, not {self.file_bytes}"
-        return f"it ends before byte {self.offset + self.length}"
+        return f"it ends before byte {self.range.offset + self.range.length}"
 
 
 @dataclass(frozen=True)
-class ChunkRun:
+class ChunkRequest:
     """Chunks of one file that one request reads."""
 
     file: int
@@ -107,11 +106,11 @@ class ChunkRun:
 class CheckedFiles:
     """The files of one checkpoint.
 
-    Owns: a bit for each chunk, that it was read and is as it was written.
+    Owns: a bit for each chunk: it was read, and is as it was written.
     Concurrency: `read_range` is safe to call from several threads; the other methods belong to one.
-    Failure: whatever reads raises DamagedCheckpointError that names a file which is missing, truncated or altered, and
-        what Storage raises.
-    Blocking: all that reads.
+    Failure: every read raises DamagedCheckpointError that names the missing, truncated or altered file, and what
+        Storage raises.
+    Blocking: every read.
     """
 
     def __init__(self, run: RunDirectory, commit: Commit) -> None:
@@ -130,36 +129,35 @@ class CheckedFiles:
         self._checksums = [np.array(file.chunk_checksums(), np.uint32) for file in self._files]
         self._firsts = [0, *itertools.accumulate(len(checksums) for checksums in self._checksums)]
         self._checked = np.zeros(self._firsts[-1], np.bool_)
-        self._chunk = functools.lru_cache(_KEPT_CHUNKS)(lambda file, chunk: self._read(ChunkRun(file, chunk, 1)))
+        self._chunk = functools.lru_cache(_KEPT_CHUNKS)(lambda file, chunk: self._read(ChunkRequest(file, chunk, 1)))
 
     @property
     def checked(self) -> NDArray[np.bool_]:
-        """Of each chunk whether it was read here, and is as it was written; in the order of the commit's files."""
+        """For each chunk, in the order of the commit's files: whether it was read here and is as it was written."""
         return self._checked.copy()
 
     def read_range(self, url: str, offset: int, length: int) -> bytes:
-        """A few bytes, of one chunk, which is kept for a while for the next few."""
+        """A few bytes of one chunk, which is kept for a while: the next read is often of the same one."""
         file = self._numbers[url]
         chunk, start = divmod(offset, self._files[file].chunk_bytes)
         return self._chunk(file, self._firsts[file] + chunk)[start : start + length]
 
     def chunk_bytes(self, url: str) -> int:
-        """What has a checksum of its own in a file."""
+        """Length of the chunks of a file."""
         return self._files[self._numbers[url]].chunk_bytes
 
-    def covering(self, url: str, offset: int, length: int) -> CheckedRange:
-        """The whole chunks that hold a range of a file, for another process to read; `checked` does not hear of it."""
-        file = self._numbers[url]
-        size = self._files[file].chunk_bytes
-        first, after = offset // size, -(-(offset + length) // size)
-        return self._range(file, first, after - first)
+    def covering(self, wanted: ByteRange) -> CheckedRange:
+        """The whole chunks that hold a byte range, for another process to read; it does not count as checked here."""
+        file = self._numbers[wanted.url]
+        first, after = self._chunks(wanted)
+        return self._range(file, first - self._firsts[file], after - first)
 
-    def holding(self, ranges: Iterable[tuple[str, int, int]]) -> NDArray[np.intp]:
-        """Numbers of the chunks that hold some of the ranges (URL, offset, length), ascending."""
+    def holding(self, ranges: Iterable[ByteRange]) -> NDArray[np.intp]:
+        """Numbers of the chunks that hold some of the byte ranges, ascending."""
         needed = np.zeros_like(self._checked)
-        for url, offset, length in ranges:
-            if length:
-                needed[slice(*self._chunks(url, offset, length))] = True
+        for wanted in ranges:
+            if wanted.length:
+                needed[slice(*self._chunks(wanted))] = True
         return np.flatnonzero(needed)
 
     def urls(self, chunks: NDArray[np.intp]) -> set[str]:
@@ -167,7 +165,7 @@ class CheckedFiles:
         return {self._urls[file] for file in np.unique(np.searchsorted(self._firsts, chunks, "right") - 1).tolist()}
 
     def clipped(self, copies: Iterable[Copy], first: int, last: int) -> Iterator[Copy]:
-        """What of copies lies in chunks [first, last]."""
+        """The parts of copies that lie in chunks [first, last]."""
         for copy in copies:
             file = self._numbers[copy.url]
             begin, size = self._firsts[file], self._files[file].chunk_bytes
@@ -179,59 +177,60 @@ class CheckedFiles:
     def read_into(self, copies: Iterable[Copy]) -> None:
         """Copy many ranges, in as few requests as the chunks allow."""
         wanted = [copy for copy in copies if len(copy.target)]
-        needed = self.holding((copy.url, copy.offset, len(copy.target)) for copy in wanted)
-        runs = list(self.runs(needed))
-        firsts = [run.first for run in runs]
-        by_run: list[list[Copy]] = [[] for _ in runs]
+        requests = list(self.requests(self.holding(copy.source for copy in wanted)))
+        firsts = [request.first for request in requests]
+        by_request: list[list[Copy]] = [[] for _ in requests]
         for copy in wanted:
-            first, after = self._chunks(copy.url, copy.offset, len(copy.target))
-            for index in range(bisect.bisect_right(firsts, first) - 1, len(runs)):
-                if runs[index].first >= after:
+            first, after = self._chunks(copy.source)
+            for index in range(bisect.bisect_right(firsts, first) - 1, len(requests)):
+                if requests[index].first >= after:
                     break
-                by_run[index].append(copy)
+                by_request[index].append(copy)
 
         def read(index: int) -> None:
-            data, start = memoryview(self._read(runs[index])), self._offset(runs[index])
-            for copy in by_run[index]:
+            data, start = memoryview(self._read(requests[index])), self._offset(requests[index])
+            for copy in by_request[index]:
                 low, high = max(copy.offset, start), min(copy.offset + len(copy.target), start + len(data))
                 copy.target[low - copy.offset : high - copy.offset] = data[low - start : high - start]
 
-        in_threads(read, range(len(runs)))
+        in_threads(read, range(len(requests)))
 
     def check(self, chunks: NDArray[np.intp]) -> None:
         """Read chunks, by number, for their checksums alone."""
-        in_threads(self._read, list(self.runs(chunks)))
+        in_threads(self._read, list(self.requests(chunks)))
 
-    def _chunks(self, url: str, offset: int, length: int) -> tuple[int, int]:
-        """Numbers of the first chunk of a range, and of the one behind its last."""
+    def _chunks(self, wanted: ByteRange) -> tuple[int, int]:
+        """Numbers of the first chunk of a byte range, and of the one after its last."""
+        url, offset, length = wanted
         file = self._numbers[url]
         first, size = self._firsts[file], self._files[file].chunk_bytes
         return first + offset // size, first - (-(offset + length) // size)
 
-    def runs(self, chunks: NDArray[np.intp]) -> Iterator[ChunkRun]:
-        """Ascending chunks as requests."""
-        run: ChunkRun | None = None
+    def requests(self, chunks: NDArray[np.intp]) -> Iterator[ChunkRequest]:
+        """The requests that read ascending chunks."""
+        request: ChunkRequest | None = None
         for chunk in map(int, chunks):
-            if run and chunk == run.first + run.count and self._takes_one_more(run):
-                run = dataclasses.replace(run, count=run.count + 1)
+            if request and chunk == request.first + request.count and self._takes_one_more(request):
+                request = dataclasses.replace(request, count=request.count + 1)
                 continue
-            if run:
-                yield run
-            run = ChunkRun(bisect.bisect_right(self._firsts, chunk) - 1, chunk, 1)
-        if run:
-            yield run
+            if request:
+                yield request
+            request = ChunkRequest(bisect.bisect_right(self._firsts, chunk) - 1, chunk, 1)
+        if request:
+            yield request
 
-    def _takes_one_more(self, run: ChunkRun) -> bool:
-        in_file = run.first + run.count < self._firsts[run.file + 1]
-        return in_file and (run.count + 1) * self._files[run.file].chunk_bytes <= READ_BYTES
+    def _takes_one_more(self, request: ChunkRequest) -> bool:
+        in_file = request.first + request.count < self._firsts[request.file + 1]
+        return in_file and (request.count + 1) * self._files[request.file].chunk_bytes <= READ_BYTES
 
-    def _offset(self, run: ChunkRun) -> int:
-        return (run.first - self._firsts[run.file]) * self._files[run.file].chunk_bytes
+    def _offset(self, request: ChunkRequest) -> int:
+        return (request.first - self._firsts[request.file]) * self._files[request.file].chunk_bytes
 
-    def _read(self, run: ChunkRun) -> bytes:
-        """The bytes of a run, compared with the commit."""
-        data = self._range(run.file, run.first - self._firsts[run.file], run.count).read(self._storage)
-        self._checked[run.first : run.first + run.count] = True
+    def _read(self, request: ChunkRequest) -> bytes:
+        """The bytes of a request, compared with the commit."""
+        first = request.first - self._firsts[request.file]
+        data = self._range(request.file, first, request.count).read(self._storage)
+        self._checked[request.first : request.first + request.count] = True
         return data
 
     def _range(self, number: int, first: int, count: int) -> CheckedRange:
@@ -239,11 +238,12 @@ class CheckedFiles:
         file, offset = self._files[number], first * self._files[number].chunk_bytes
         wanted = min(count * file.chunk_bytes, file.bytes - offset)
         checksums = self._checksums[number][first : first + count].tolist()
-        return CheckedRange(self._urls[number], offset, wanted, file.chunk_bytes, tuple(checksums), file.bytes)
+        bytes_there = ByteRange(self._urls[number], offset, wanted)
+        return CheckedRange(bytes_there, file.chunk_bytes, tuple(checksums), file.bytes)
 
 
 def with_chunks(run: RunDirectory, step: int, files: Sequence[CheckpointFile]) -> list[CheckpointFile]:
-    """The same files with checksums of chunks; those of older commits, which have none, are read whole.
+    """The same files with checksums of chunks; files of older commits, which have none, are read whole.
 
     Raises:
         DamagedCheckpointError: One that was read is missing, or not what its CRC32C says.
@@ -253,7 +253,7 @@ def with_chunks(run: RunDirectory, step: int, files: Sequence[CheckpointFile]) -
     def measure(file: CheckpointFile) -> None:
         url = checkpoint.file_url(run, step, file.name)
         try:
-            # First of all: a size that is made up would be read to its end, long after the file's.
+            # First, since a made-up size would otherwise be read to its end, long after that of the file.
             if (size := run.storage.size(url)) != file.bytes:
                 raise damaged(url, f"it has {size} bytes, not {file.bytes}")
             found = checksummed(file.name, _chunks_of(run, url, file.bytes), CHUNK_BYTES)
@@ -278,7 +278,7 @@ def _chunks_of(run: RunDirectory, url: str, size: int) -> Iterator[bytes]:
 
 
 def in_threads(work: Callable[[T], Any], items: Sequence[T]) -> None:
-    """Do `work` on every item; after the first that raises, none is begun."""
+    """Do `work` on every item; after the first that raises, no other is started."""
     threads = ThreadPoolExecutor(THREADS)
     try:
         for _ in threads.map(work, items):

@@ -1,14 +1,14 @@
-"""Checkpoints that are either complete or invisible.
+"""Checkpoints, which are either complete or invisible.
 
 Every rank writes its native ZeRO files to local disk and uploads them; when all have, rank 0 writes the commit object,
 which lists each file with its size and CRC32C. Without the commit object a checkpoint does not exist: a kill at any
-moment leaves at most files that nobody looks at, and that are deleted after a later commit (jobs.checkpoint.retention).
+moment leaves at most files that nothing reads, which are deleted after a later commit (jobs.checkpoint.retention).
 Checkpoints are found by their commit objects, never by listing their files: object stores list deleted names for a
 while.
 
 Every driver and every attempt of its workers uploads into a folder of its own, and the commit object is written under a
-condition. So two drivers that work on one run, one of which was thought dead, never mix their files, and the one with
-the newer claim has the last word.
+condition. So two drivers of one run, one of which was thought dead, never mix their files, and the one with the newer
+claim prevails.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import google_crc32c
+from pydantic import ConfigDict, Field, SkipValidation, Strict, TypeAdapter, ValidationError, with_config
 
 from jobs.errors import CheckpointError, DamagedCheckpointError, OvertakenError
 from jobs.run.directory import RunDirectory
-from jobs.run.rows import is_time
-from pipeline.store.crc_combine import CRC32C, combined
+from jobs.run.rows import LARGEST, Text, Time, fault_rule
+from pipeline.store.combined_crc import CRC32C, combined_crc
 from pipeline.store.json_text import parsed_object
-from pipeline.store.lease import standing
+from pipeline.store.lease import current_lease
 
 logger = logging.getLogger(__name__)
 
@@ -36,40 +37,35 @@ CLAIMS = "claims"
 """Folder of the run's claims (pipeline.store.lease): who drives it."""
 COMMIT_NAME = re.compile(r"step-(\d{8,12})\.json")
 CHUNK_BYTES = 1 << 18
-"""What has a checksum of its own, so that a range can be checked without the rest of its file: little is read beside
-what is needed, and a gigabyte of checkpoint takes 32 KB of its commit object."""
+"""Each chunk has its own checksum, so that a byte range can be checked without the rest of its file: little is read
+beyond what is needed, and a gigabyte of checkpoint takes 32 KB of the commit object."""
 FORMAT_VERSION = 2
 
 
-_LARGEST = 2**53
-"""Beyond what is counted here."""
+Count = Annotated[int, Strict(), Field(ge=0, lt=LARGEST)]
+Total = Annotated[float, Strict(), Field(ge=0, lt=LARGEST)]
 
 
-def _is_count(number: object) -> bool:
-    return type(number) is int and 0 <= number < _LARGEST
-
-
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class CheckpointFile:
     """One uploaded file."""
 
-    name: str
+    name: SkipValidation[str]
     """Path below the folder of its step: `<claim>-<attempt>/<file>`."""
-    bytes: int
-    crc32c: int
-    chunk_bytes: int = 0
-    """Length of the chunks that have a CRC32C of their own, but for the last one; 0: there are none."""
-    chunk_crc32cs: str = ""
-    """Theirs in order, eight hexadecimal digits each."""
+    bytes: Count
+    crc32c: Count
+    chunk_bytes: Count = 0
+    """Length of the chunks, each with its own CRC32C; the last may be shorter. 0: there are none."""
+    chunk_crc32cs: Text = ""
+    """The CRC32C of each chunk in order, eight hexadecimal digits each."""
 
     def __post_init__(self) -> None:
-        # Files are read from, and deleted at, where this says: nothing else than a file of the checkpoint.
+        # Files are read and deleted by this path, so it must not lead out of the checkpoint.
         if not isinstance(self.name, str) or "\0" in self.name or {"", ".", ".."} & {*self.name.split("/")}:
             raise ValueError(f"{self.name!r} is no path below the folder of a step")
-        if not all(_is_count(number) for number in (self.bytes, self.crc32c, self.chunk_bytes)):
-            raise ValueError(f"{self.name} has sizes and a checksum that are no numbers of bytes")
         if self.chunk_bytes and len(self.chunk_checksums()) != -(-self.bytes // self.chunk_bytes):
-            raise ValueError(f"{self.name} has a checksum for each {self.chunk_bytes} of {self.bytes} bytes")
+            raise ValueError(f"{self.name} lacks a checksum for each {self.chunk_bytes} of its {self.bytes} bytes")
 
     def chunk_checksums(self) -> list[int]:
         """The CRC32C of each chunk."""
@@ -77,54 +73,38 @@ class CheckpointFile:
         return [int(words[at : at + 8], 16) for at in range(0, len(words), 8)]
 
 
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class Commit:
-    """What makes a checkpoint exist, and all that is needed to resume from it."""
+    """The commit object: it makes a checkpoint exist, and has all that is needed to resume from it."""
 
-    step: int
-    """Optimizer steps done; the next one to do."""
-    epoch: int
+    step: Count
+    """Optimizer steps done, which is also the index of the next one."""
+    epoch: Count
     """Epochs finished."""
-    world_size: int
-    zero_stage: int
-    precision: str
-    recipe_digest: str
-    dataset_digest: str
-    order_version: int
-    """Of the rules by which samples are dealt to steps; with digest, seed and step it is the state of the data."""
-    seed: int
-    attempt: int
-    created_at_seconds: float
-    """Unix time."""
-    milestone: bool
-    """Kept for ever."""
-    counters: Mapping[str, float]
-    """Run-level metrics that go on counting after a restart."""
-    versions: Mapping[str, str]
+    world_size: Count
+    zero_stage: Count
+    precision: Text
+    recipe_digest: Text
+    dataset_digest: Text
+    order_version: Count
+    """Version of the rules that deal samples to steps; with digest, seed and step it is the state of the data."""
+    seed: Annotated[int, Strict()]
+    attempt: Count
+    created_at_seconds: Time
+    milestone: Annotated[bool, Strict()]
+    """Kept permanently."""
+    counters: Mapping[str, Total]
+    """Run-level metrics that continue to count after a restart."""
+    versions: Mapping[str, Text]
     files: tuple[CheckpointFile, ...]
-    claim: int = 0
-    """Number of the claim under which its driver worked; higher than those of all drivers before. 0: unknown."""
-    driver: str = ""
-    """Who that was, for people."""
-    digest: str = ""
-    """Of all weights and moments, the same at any world size; empty where there is no such thing."""
-    format_version: int = field(default=FORMAT_VERSION)
-
-    def __post_init__(self) -> None:
-        for name in ("step", "epoch", "world_size", "zero_stage", "order_version", "attempt", "claim"):
-            if not _is_count(getattr(self, name)):
-                raise ValueError(f"{name} is no count: {getattr(self, name)!r}")
-        for name in ("precision", "recipe_digest", "dataset_digest", "driver", "digest"):
-            if not isinstance(getattr(self, name), str):
-                raise ValueError(f"{name} is no text: {getattr(self, name)!r}")
-        if type(self.seed) is not int or type(self.milestone) is not bool:
-            raise ValueError(f"seed or milestone is of another type: {self.seed!r}, {self.milestone!r}")
-        if not all(type(number) in (int, float) and 0 <= number < _LARGEST for number in self.counters.values()):
-            raise ValueError("a counter is no number")
-        if not is_time(self.created_at_seconds):
-            raise ValueError("created_at_seconds is no Unix time")
-        if not all(isinstance(text, str) for text in self.versions.values()):
-            raise ValueError("versions are no texts")
+    claim: Count = 0
+    """Number of the claim under which its driver worked; higher than that of every earlier driver. 0: unknown."""
+    driver: Text = ""
+    """Which driver that was, for people."""
+    digest: Text = ""
+    """Digest of all weights and moments, the same at any world size; empty if they depend on it."""
+    format_version: Count = FORMAT_VERSION
 
     @property
     def bytes(self) -> int:
@@ -136,8 +116,8 @@ class Commit:
         """Read a commit object, also one of an older format.
 
         Raises:
-            CheckpointError: If it was written in a format that is not known.
-            DamagedCheckpointError: If fields are missing or unknown.
+            CheckpointError: It was written in a format that is not known.
+            DamagedCheckpointError: A field is missing, unknown or of another type; names it.
         """
         version = fields.get("format_version")
         migrated = dict(fields)
@@ -149,14 +129,18 @@ class Commit:
             remedy = "use the version of convmae-pretrain that wrote it"
             raise CheckpointError("format_version", f"must be {known}", version, remedy)
         try:
-            return cls(**{**migrated, "files": tuple(CheckpointFile(**file) for file in migrated["files"])})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            rule, remedy = f"must have the fields of format {version} ({error})", _OTHERS
+            return _COMMIT.validate_python(migrated)
+        except ValidationError as error:
+            rule, remedy = f"must have the fields of format {version} ({fault_rule(error)})", _OTHERS
             raise DamagedCheckpointError("commit", rule, f"step {fields.get('step')}", remedy) from None
 
 
+_COMMIT = TypeAdapter(Commit)
+"""Validates commits that are read, not those that are built here."""
+
+
 def _from_format_1(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Format 1 did not know who wrote a checkpoint, and had one folder for all files of a step."""
+    """Format 1 did not record the writer of a checkpoint, and had one folder for all files of a step."""
     return {**fields, "claim": 0, "driver": "", "format_version": 2}
 
 
@@ -188,14 +172,14 @@ def commit_url(run: RunDirectory, step: int) -> str:
 def upload_files(
     run: RunDirectory, step: int, folder: Path, owner: str = "", *, chunk_bytes: int = CHUNK_BYTES
 ) -> list[CheckpointFile]:
-    """Upload every file of `folder` into the checkpoint of `step`; nothing of it is visible yet.
+    """Upload every file of `folder` into the checkpoint of `step`, which stays invisible.
 
     Args:
         run: Whose checkpoint it is.
         step: Of the checkpoint.
         folder: Local.
         owner: From `owner_name`: no other process uploads under it.
-        chunk_bytes: What gets a checksum of its own.
+        chunk_bytes: Length of a chunk.
     """
     uploaded = []
     for path in sorted(path for path in folder.iterdir() if path.is_file()):
@@ -209,14 +193,14 @@ def upload_files(
 def write_commit(run: RunDirectory, commit: Commit) -> None:
     """Make the checkpoint visible. Call once every rank has uploaded its files.
 
-    A commit of this step that is there already was left by a predecessor whose checkpoint was passed over or not seen;
-    it is replaced, unless it was made under a newer claim, or in a later attempt of this one: a rank whose node was cut
-    off may come to its commit when the others have long gone on without it.
+    An existing commit of this step was left by a predecessor, whose checkpoint was skipped or not seen. It is
+    replaced, unless it was made under a newer claim or in a later attempt: a rank whose node was cut off may reach its
+    commit long after the others have continued without it.
 
     Raises:
         OvertakenError: Another driver, or a later attempt, has taken over the run. Nothing was written.
     """
-    ruler = standing(run.storage, run.path(CLAIMS))
+    ruler = current_lease(run.storage, run.path(CLAIMS))
     if ruler and ruler.number > commit.claim:
         raise _overtaken(commit, f"is driven by {ruler.text}")
     attempt = run.read_heartbeat().get("attempt", 0)
@@ -236,7 +220,7 @@ def write_commit(run: RunDirectory, commit: Commit) -> None:
 
 
 def _made_by(data: bytes) -> tuple[tuple[int, int], str]:
-    """Claim and attempt, and driver of a commit object; of one that cannot be read 0, so that it can be replaced."""
+    """Claim and attempt, and driver of a commit object; zeros for one that cannot be read, so that it is replaced."""
     try:
         commit = Commit.from_json(parsed_object(data))
     except ValueError:
@@ -245,7 +229,7 @@ def _made_by(data: bytes) -> tuple[tuple[int, int], str]:
 
 
 def _overtaken(commit: Commit, what: str) -> OvertakenError:
-    remedy = "this one was thought dead and must end; the other's checkpoints count"
+    remedy = "this driver was presumed dead and must end; the other's checkpoints count"
     rule = f"must not be committed to by two drivers or attempts, and {what}"
     return OvertakenError("run", rule, f"step {commit.step}", remedy)
 
@@ -275,7 +259,7 @@ def read_commit(run: RunDirectory, step: int) -> Commit:
         raise DamagedCheckpointError("commit", rule, f"step {step}", _OTHERS) from None
     commit = Commit.from_json(fields)
     if commit.step != step:
-        raise DamagedCheckpointError("commit", f"must be of the step of its name, {step}", commit.step, _OTHERS)
+        raise DamagedCheckpointError("commit", f"must be of the step in its name, {step}", commit.step, _OTHERS)
     return commit
 
 
@@ -291,14 +275,14 @@ def prune(run: RunDirectory, keep: int, newest: int | None = None) -> list[int]:
     Args:
         run: Whose checkpoints.
         keep: How many to keep.
-        newest: The step that was just committed. Later ones do not count and stay: they were passed over as damaged.
+        newest: The step that was just committed. Later ones are not counted and stay: they were skipped as damaged.
     """
     steps = [step for step in committed_steps(run) if newest is None or step <= newest]
     deleted = []
     for step in steps[:-keep]:
         try:
             commit = read_commit(run, step)
-        except CheckpointError:  # whether it is a milestone, and what its files are, cannot be known
+        except CheckpointError:  # it may be a milestone, and its files are unknown
             logger.warning("the checkpoint of step %d is not deleted: its commit object cannot be read", step)
             continue
         if not commit.milestone:
@@ -318,12 +302,12 @@ def checksummed(name: str, chunks: Iterable[bytes], chunk_bytes: int) -> Checkpo
 
     Args:
         name: Of the file.
-        chunks: All of `chunk_bytes` bytes but the last, which may be shorter.
+        chunks: Each of `chunk_bytes` bytes; the last may be shorter.
         chunk_bytes: Their length.
     """
     size, whole, each = 0, 0, []
     for chunk in chunks:
         checksum = google_crc32c.value(chunk)
-        size, whole = size + len(chunk), combined(whole, checksum, len(chunk), CRC32C)
+        size, whole = size + len(chunk), combined_crc(whole, checksum, len(chunk), CRC32C)
         each.append(f"{checksum:08x}")
     return CheckpointFile(name, size, whole, chunk_bytes, "".join(each))

@@ -1,7 +1,7 @@
-"""The ranks that restore together, and what they tell each other: values, errors, bits, and sums in place.
+"""The ranks that restore together, and what they exchange: values, errors, bits, and sums in place.
 
-Every method is collective: all ranks call the same ones in the same order, also when one of them found damage. That is
-what `together` is for. What a rank is told does not grow with the number of ranks, but for `gathered`.
+Every method is collective: all ranks call the same ones in the same order, even when one of them found damage, for
+which `together` exists. What a rank receives does not grow with the number of ranks, except by `gathered`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from pipeline.errors import UserError
 
 BUCKET_BYTES = 64 << 20
-"""Added up at once: what NCCL has on the device, and gloo in buffers."""
+"""Added up at a time: what NCCL holds on the device, and gloo in buffers."""
 WORD_BYTES = 8
 """What is added up in place is a multiple of this."""
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class RankGroup:
-    """One rank's place in torch's default process group; alone, nothing is communicated."""
+    """One rank's place in torch's default process group; a single rank communicates nothing."""
 
     rank: int = 0
     world_size: int = 1
@@ -41,7 +41,7 @@ class RankGroup:
         """Do this rank's part of something.
 
         Raises:
-            UserError: What `work` raised on a rank, of the lowest if on several; the same on all.
+            UserError: What `work` raised on the lowest rank on which it did; the same on all.
         """
         result: T | None = None
         error: UserError | None = None
@@ -50,33 +50,33 @@ class RankGroup:
         except UserError as raised:
             error = raised
         first = self._lowest(self.rank if error else self.world_size)
-        if first < self.world_size and (found := self.told(error, by=first)):
+        if first < self.world_size and (found := self.broadcast(error, source=first)):
             raise found
         return cast(T, result)
 
-    def told(self, value: T, by: int = 0) -> T:
-        """The value of rank `by`."""
+    def broadcast(self, value: T, source: int = 0) -> T:
+        """The value of rank `source`."""
         values = [value]
         if self.world_size > 1:
-            dist.broadcast_object_list(values, src=by)
+            dist.broadcast_object_list(values, src=source)
         return values[0]
 
     def gathered(self, value: T) -> list[T]:
-        """The values of all ranks, by rank; as many bytes each as the longest has."""
+        """The values of all ranks, by rank; each takes as many bytes as the longest."""
         by_rank: list[Any] = [value] * self.world_size
         if self.world_size > 1:
             dist.all_gather_object(by_rank, value)
         return by_rank
 
     def add_up(self, values: Tensor) -> None:
-        """Fill in place what each rank has a part of, and zeros elsewhere.
+        """Fill in place a tensor of which each rank has a part, and zeros elsewhere.
 
         Args:
             values: (n,) bytes on the CPU, n a multiple of WORD_BYTES.
         """
         if self.world_size == 1:
             return
-        # Sums of whole words: of each byte all ranks but one have zero, so that nothing is carried over.
+        # Sums of whole words: all ranks but one have zero in each byte, so nothing is carried over.
         for bucket in torch.split(values.view(torch.int64), BUCKET_BYTES // WORD_BYTES):
             moved = bucket.to(self.device)
             dist.all_reduce(moved)
@@ -104,10 +104,10 @@ class RankGroup:
 
 
 class Room:
-    """Room for tensors, in one piece that ranks can add up; of zeros at first."""
+    """Room for tensors, in one piece that ranks can add up; initially zeros."""
 
     def __init__(self, kinds: Mapping[str, tuple[Sequence[int], torch.dtype]]) -> None:
-        """Make it.
+        """Allocate it.
 
         Args:
             kinds: Shape and type of each tensor, by name.

@@ -1,9 +1,9 @@
-"""Which checkpoint a worker group goes on from: the newest that is whole, found out while it is read.
+"""Restore of the newest checkpoint that is whole, which is verified while it is read.
 
-Rank 0 reads the commit. Each rank looks into a part of the files and tells the others what it found; then each reads
-its part of the weights and the moments that it will own, and knows of which chunks. What no rank has needed is dealt
-out and read for its checksums. So all ranks together have compared every byte, and read few of them twice, before
-training starts.
+Rank 0 reads the commit. Each rank looks into a part of the files and shares what it found; then each reads its part of
+the weights and the moments that it will own, and notes the chunks that it compared. Chunks that no rank needed are
+dealt out and read for their checksums. So before training starts, all ranks together have compared every byte, and
+read few of them twice.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 class Restored(NamedTuple):
-    """A checkpoint that is whole, and what this rank needs of it."""
+    """A checkpoint that is whole, and the part of it that this rank needs."""
 
     commit: Commit
     state: ZeroState
@@ -49,17 +49,17 @@ def restore_newest(
         run: Where checkpoints are.
         owned: The values whose moments this rank needs, from `zero_state.owned_ranges`.
         group: The ranks that restore together.
-        check: Raises if a checkpoint, though whole, is not to be resumed from.
-        on_damage: Is told, on rank 0, of each step that was passed over and why; may raise.
+        check: Raises if a checkpoint that is whole must not be resumed from.
+        on_damage: Called on rank 0 with each step that was skipped, and why; may raise.
 
     Returns:
         None where none was committed yet.
 
     Raises:
-        CheckpointError: Some were committed, and none is whole; or one is of a kind that is not handled.
+        CheckpointError: Some were committed and none is whole, or one is of a kind that is not handled.
     """
     # Rank 0 decides: listings may differ from rank to rank for a moment.
-    steps = group.told(group.together(lambda: checkpoint.committed_steps(run) if group.rank == 0 else []))
+    steps = group.broadcast(group.together(lambda: checkpoint.committed_steps(run) if group.rank == 0 else []))
     for step in reversed(steps):
         try:
             restored = _restore(run, step, owned, group)
@@ -68,11 +68,11 @@ def restore_newest(
         else:
             check(restored.commit)
             return restored
-        logger.error("the checkpoint of step %d is passed over: %s", step, damage)
+        logger.error("the checkpoint of step %d is skipped: %s", step, damage)
         if group.rank == 0:
             on_damage(step, damage)
     if steps:
-        remedy = "bring one of them back from a copy, or start a new run"
+        remedy = "restore one of them from a copy, or start a new run"
         raise CheckpointError("checkpoint", "must be whole, and none is", ", ".join(map(str, steps)), remedy)
     return None
 
@@ -84,7 +84,7 @@ def _restore(run: RunDirectory, step: int, owned: Mapping[str, range], group: Ra
         CheckpointError: It is damaged, or not handled; the same on every rank.
     """
     found = group.together(lambda: checkpoint.read_commit(run, step) if group.rank == 0 else None)
-    commit = group.told(found)
+    commit = group.broadcast(found)
     assert commit
     commit = _with_chunks(run, commit, group)
     files = CheckedFiles(run, commit)
@@ -96,7 +96,7 @@ def _restore(run: RunDirectory, step: int, owned: Mapping[str, range], group: Ra
 
 
 def _with_chunks(run: RunDirectory, commit: Commit, group: RankGroup) -> Commit:
-    """The commit with checksums of chunks; of an older one, each rank reads some of the files for them."""
+    """The commit with checksums of chunks; for an older one, each rank reads some of the files."""
     if all(file.chunk_bytes for file in commit.files):
         return commit
     mine = commit.files[group.rank :: group.world_size]
@@ -106,14 +106,14 @@ def _with_chunks(run: RunDirectory, commit: Commit, group: RankGroup) -> Commit:
 
 
 def _layout(files: CheckedFiles, group: RankGroup, *, moments: bool) -> ZeroFiles:
-    """Where the values lie: each rank looks into some of the files, and all tell each other."""
+    """Where the values lie: each rank looks into some of the files, and all share what they found."""
     run, commit = files.run, files.commit
     found = group.together(
         lambda: look_into(run, commit, files, moments=moments, part=group.rank, parts=group.world_size)
     )
-    # The first files have the names and shapes of all that the others have values of. They are told apart from these,
-    # since every rank's answer takes as many bytes as the longest.
+    # The first files have the names and shapes of all values in the others. They are sent separately, since the answer
+    # of every rank takes as many bytes as the longest.
     firsts = {names[0] for names in file_names(commit)}
-    shared = group.told({name: file for name, file in found.items() if name in firsts})
+    shared = group.broadcast({name: file for name, file in found.items() if name in firsts})
     others = group.gathered([(name, file) for name, file in found.items() if name not in firsts])
     return ZeroFiles(run, commit, shared | dict(pair for pairs in others for pair in pairs))

@@ -1,4 +1,4 @@
-"""What of a run's checkpoints can go: old ones, damaged ones, and files that no commit names."""
+"""Retention of checkpoints: old ones, damaged ones, and files that no commit names can be deleted."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from jobs.checkpoint.checkpoint import CLAIMS, Commit
 from jobs.errors import CheckpointError
 from jobs.run.directory import RunDirectory
 from jobs.terminal import bytes_text
-from pipeline.store.lease import standing
+from pipeline.store.lease import current_lease
 
 _FILE = re.compile(r"(?P<folder>step-\d{8,})/(?:(?P<claim>\d{6,})-(?P<attempt>\d{4,})/)?[^/]+")
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """What `convmae prune` would delete; nothing was deleted yet."""
+    """The plan of `convmae prune`: what it would delete."""
 
     old: tuple[Commit, ...]
-    """Whole or not, older than those that are kept."""
+    """Older than those that are kept, whole or not."""
     damaged: tuple[tuple[Commit, str], ...]
-    """Newer than the newest whole one, each with its first fault."""
+    """Newer than the newest that is whole, each with its first fault."""
     leftovers: Mapping[str, int]
     """Bytes of each file that no commit names, by its path below `checkpoints/`."""
     kept: tuple[int, ...]
@@ -38,22 +38,22 @@ class Pruning:
 
     @property
     def bytes(self) -> int:
-        """What would be freed."""
+        """How much would be freed."""
         return sum(commit.bytes for commit in self.commits) + sum(self.leftovers.values())
 
 
 def plan_pruning(run: RunDirectory, keep: int) -> Pruning:
-    """Find what can go. Reads the newest checkpoints whole, until one is good.
+    """Find what can be deleted. Reads the newest checkpoints, one after another, until one is whole.
 
-    Milestones stay, and so does whatever a live driver may be uploading; commits of another format stay with their
-    files.
+    Milestones are kept, and so is whatever a live driver may be uploading; commits of another format are kept with
+    their files.
 
     Args:
         run: It may be training.
-        keep: How many checkpoints stay, the newest whole one and those before it; at least 1.
+        keep: How many checkpoints to keep, the newest whole one and those before it; at least 1.
 
     Raises:
-        CheckpointError: There are checkpoints, and none is whole: none can be spared.
+        CheckpointError: There are checkpoints, and none is whole, so none may be deleted.
     """
     left = leftovers(run)
     commits, _ = read_commits(run)
@@ -63,7 +63,7 @@ def plan_pruning(run: RunDirectory, keep: int) -> Pruning:
             break
         damaged.append((commit, faults[0]))
     if commits and len(damaged) == len(commits):
-        remedy = "bring one of them back from a copy; `convmae checkpoints --verify` lists every fault"
+        remedy = "restore one of them from a copy; `convmae checkpoints --verify` lists every fault"
         raise CheckpointError("checkpoint", "must be whole, and none is", damaged[0][1], remedy)
     older = commits[: len(commits) - len(damaged)][:-keep]
     old = tuple(commit for commit in older if not commit.milestone)
@@ -73,7 +73,7 @@ def plan_pruning(run: RunDirectory, keep: int) -> Pruning:
 
 
 def pruning_lines(pruning: Pruning) -> Iterator[str]:
-    """What would be deleted, and what stays, for people."""
+    """What would be deleted and what would be kept, for people."""
     for commit in pruning.old:
         yield f"step {commit.step}: {bytes_text(commit.bytes)}, older than those that are kept"
     for commit, fault in pruning.damaged:
@@ -95,20 +95,20 @@ def carry_out(run: RunDirectory, pruning: Pruning) -> None:
 
 
 def leftovers(run: RunDirectory) -> dict[str, int]:
-    """Bytes of each file below `checkpoints/` that no commit names and nobody may be uploading."""
-    ruler = standing(run.storage, run.path(CLAIMS))
+    """Bytes of each file below `checkpoints/` that no commit names and no live driver may be uploading."""
+    ruler = current_lease(run.storage, run.path(CLAIMS))
     living = ruler.number if ruler and not ruler.is_over and not (ruler.holder and ruler.holder.is_dead_here()) else 0
     return {path: size for path, (claim, _), size in _unnamed(run) if not living or claim < living}
 
 
 def delete_leftovers_before(run: RunDirectory, claim: int, attempt: int) -> None:
-    """Delete what earlier attempts, and drivers before this one, uploaded and never committed."""
+    """Delete what earlier attempts and earlier drivers uploaded and never committed."""
     _delete_files(run, [path for path, owner, _ in _unnamed(run) if owner < (claim, attempt)])
 
 
 def _unnamed(run: RunDirectory) -> list[tuple[str, tuple[int, int], int]]:
     """Path, owner (claim and attempt) and bytes of each file that no commit names."""
-    # Files first: what is committed in between is then named.
+    # Files first, so that whatever is committed in between is named.
     try:
         files = run.storage.list_files(run.path("checkpoints"))
     except FileNotFoundError:

@@ -1,9 +1,9 @@
-"""Saving while training goes on: the step loop waits for local disk, a thread uploads, another step commits.
+"""Saving in the background of training: the step loop waits for local disk, a thread uploads, a later step commits.
 
-A checkpoint passes through three hands. Every rank writes its files to local disk; training stands still for that.
-Every rank uploads them in a thread. When the ranks have seen, by a word that travels with their loss, that all uploads
-have ended, they tell rank 0 what they uploaded, and a thread of rank 0 writes the commit object. Until then the
-checkpoint is invisible, and a kill at any moment leaves the one before.
+A checkpoint takes three stages. Every rank writes its files to local disk, for which training pauses. Every rank
+uploads them in a thread. When the ranks have seen, by a flag that travels with their loss, that all uploads have ended,
+they report to rank 0 what they uploaded, and a thread of rank 0 writes the commit object. Until then the checkpoint is
+invisible, and a kill at any moment leaves the previous one.
 """
 
 from __future__ import annotations
@@ -38,9 +38,9 @@ class CheckpointSaver:
     Owns: the local files of the checkpoint that is under way, and the thread that uploads and commits it.
     Concurrency: called by the training thread. `begin` and `finish` are collective: every rank calls them after the
         same step.
-    Failure: an upload or commit that fails after Storage's retries is logged and told to the monitor; training goes
-        on, nothing became visible, and the next checkpoint is saved when it is due. Only `close` raises.
-    Blocking: `begin` for local disk and for a checkpoint that is still under way, `finish` for uploads.
+    Failure: an upload or commit that fails after Storage's retries is logged and reported to the monitor; training
+        continues, nothing became visible, and the next checkpoint is saved when it is due. Only `close` raises.
+    Blocking: `begin` waits for local disk and for a checkpoint that is still under way, `finish` for uploads.
     """
 
     def __init__(self, run: RunDirectory, monitor: ActorHandle[Any], *, rank: int, world_size: int, keep: int) -> None:
@@ -48,10 +48,10 @@ class CheckpointSaver:
 
         Args:
             run: Where checkpoints go.
-            monitor: Is told of each one that was committed, or failed.
+            monitor: Receives a report of each one that was committed or failed.
             rank: Of this process.
             world_size: Number of processes that save together.
-            keep: Newest checkpoints that are not pruned.
+            keep: How many of the newest checkpoints are not pruned.
         """
         self._run, self._monitor, self._keep = run, monitor, keep
         self._rank, self._world_size = rank, world_size
@@ -64,7 +64,7 @@ class CheckpointSaver:
 
     @property
     def is_under_way(self) -> bool:
-        """Whether a checkpoint has begun and not been finished; the same on every rank."""
+        """Whether a checkpoint was begun and is not finished; the same on every rank."""
         return self._commit is not None
 
     @property
@@ -76,7 +76,7 @@ class CheckpointSaver:
         """Write this rank's files to local disk and start their upload.
 
         Args:
-            commit: What will be committed, but for its files. Rank 0's counts; claim and attempt are the same on all.
+            commit: What will be committed, without its files. Rank 0's is used; claim and attempt are the same on all.
             write: Writes this rank's files into a folder; collective.
         """
         self._began = time.monotonic()
@@ -104,7 +104,7 @@ class CheckpointSaver:
             return
         began = time.monotonic()
         by_rank: list[Any] = [None] * self._world_size if self._rank == 0 else []
-        # To rank 0 alone: with their checksums the files of all ranks are megabytes, as many from each as the longest.
+        # To rank 0 alone: with checksums the files of all ranks take megabytes, and each answer as much as the longest.
         dist.gather_object(_outcome(self._upload), by_rank or None)
         errors = [f"rank {rank}: {found}" for rank, found in enumerate(by_rank) if isinstance(found, str)]
         commit, self._commit, self._upload = self._commit, None, None
@@ -119,12 +119,12 @@ class CheckpointSaver:
             self._committing = self._thread.submit(self._make_visible, whole, self._began, self._stall_seconds)
 
     def settle(self) -> None:
-        """Finish what is under way and wait until it is committed, or has failed. Collective."""
+        """Finish what is under way, and wait until it is committed or has failed. Collective."""
         self.finish()
         self._await_commit()
 
     def close(self) -> None:
-        """Settle for good. Collective.
+        """Settle, and end the thread. Collective.
 
         Raises:
             NotCommittedError: The last checkpoint was not committed; on every rank.
@@ -134,7 +134,7 @@ class CheckpointSaver:
         dist.broadcast_object_list(failure, src=0)
         self._thread.shutdown()
         if failure[0]:
-            remedy = "mend the storage and resume; the checkpoint before this one is whole"
+            remedy = "fix the storage and resume; the checkpoint before this one is whole"
             raise NotCommittedError("checkpoint", "must be committed before the run ends", failure[0], remedy)
 
     def _make_visible(self, commit: Commit, began: float, stall_seconds: float) -> None:
@@ -148,7 +148,7 @@ class CheckpointSaver:
         except Exception as error:
             self._fail(commit.step, f"{type(error).__name__}: {error}")
             return
-        told = self._monitor.checkpoint_committed.remote(
+        reported = self._monitor.checkpoint_committed.remote(
             step=commit.step,
             stall_seconds=stall_seconds,
             duration_seconds=time.monotonic() - began,
@@ -156,7 +156,7 @@ class CheckpointSaver:
             milestone=commit.milestone,
         )
         with contextlib.suppress(RayError):  # a monitor that has just died misses the event, not the commit
-            ray.get(told)  # not waited for, it might be overtaken by the run's end
+            ray.get(reported)  # else the end of the run might overtake it
         try:
             checkpoint.prune(self._run, self._keep, newest=commit.step)
             retention.delete_leftovers_before(self._run, commit.claim, commit.attempt)
@@ -176,7 +176,7 @@ class CheckpointSaver:
 
 
 def _outcome(upload: Future[list[CheckpointFile]]) -> list[CheckpointFile] | str:
-    """What was uploaded, or why it was not, as the ranks tell each other."""
+    """What was uploaded, or why it was not, as it is sent to rank 0."""
     try:
         return upload.result()
     except Exception as error:

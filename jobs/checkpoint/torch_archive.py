@@ -1,12 +1,12 @@
-"""A file of `torch.save`, looked into by ranged reads: what it holds, and where each tensor's bytes lie.
+"""Files of `torch.save`, read by ranges: what a file holds, and where the bytes of each tensor lie.
 
 Such a file is a zip archive of stored (not compressed) records: `data.pkl` has the objects, `data/<key>` the bytes of
 each storage. Nothing is executed: the pickle's tensors become `LazyTensor`s, plain containers themselves, and whatever
 else it names, DeepSpeed's classes for example, an inert `Opaque`. That is stricter than `weights_only`, which refuses
 such files. Neither torch nor DeepSpeed is imported: a process that only copies bytes needs a fifth of their memory.
 
-Nor is the file trusted: what its directory or its pickle asks for is compared with its size before it is done, and
-whatever goes wrong in a pickle is damage.
+The file is not trusted either: what its directory or its pickle asks for is compared with the file's size first, and
+any error in a pickle is damage.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import pickletools
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from jobs.errors import DamagedCheckpointError
 from pipeline.errors import UserError, clipped
@@ -27,9 +27,9 @@ from pipeline.errors import UserError, clipped
 _BUFFER_BYTES = 1 << 16
 _LOCAL_HEADER_BYTES = 30
 LARGEST_PICKLE_BYTES = 8 << 20
-"""Of the objects beside the tensors' bytes. ConvMAE-Base has 48 KB; one byte can become an object of a hundred."""
+"""Of the objects without the tensors' bytes: 48 KB for ConvMAE-Base. One byte can become an object of a hundred."""
 _PUTS = ("PUT", "BINPUT", "LONG_BINPUT")
-"""Opcodes that name a place in the unpickler's table."""
+"""Opcodes that name a place in the unpickler's memo."""
 
 STORAGE_DTYPES = {
     "DoubleStorage": "F64",
@@ -51,11 +51,19 @@ ITEM_BYTES = {
 }  # fmt: skip
 
 
+class ByteRange(NamedTuple):
+    """Bytes that lie together in one file or object."""
+
+    url: str
+    offset: int
+    length: int
+
+
 class Files(Protocol):
-    """Where archives lie: a `Storage`, or what checks the bytes that it gives."""
+    """Where archives lie: a `Storage`, or a wrapper that checks its bytes."""
 
     def read_range(self, url: str, offset: int, length: int) -> bytes:
-        """As `Storage.read_range`; may give fewer bytes, though never none, before the file's end."""
+        """As `Storage.read_range`; may return fewer bytes before the file's end, though at least one."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,7 @@ class Record:
 
 @dataclass(frozen=True)
 class TensorPlace:
-    """Where a contiguous tensor lies."""
+    """The place of a contiguous tensor in a file."""
 
     record: Record
     dtype: str
@@ -82,12 +90,18 @@ class TensorPlace:
 
     @property
     def elements(self) -> int:
-        """How many."""
+        """Their number."""
         return math.prod(self.shape)
+
+    @property
+    def byte_range(self) -> ByteRange:
+        """Its bytes in the file."""
+        item = ITEM_BYTES[self.dtype]
+        return ByteRange(self.record.url, self.record.offset + self.first * item, self.elements * item)
 
 
 class Opaque:
-    """Stands for an object of a class that is not needed; takes whatever a pickle does to it, and does nothing."""
+    """Stand-in for an object of a class that is not needed; accepts whatever a pickle does to it, and does nothing."""
 
     def __init__(self, *arguments: object, **named: object) -> None: ...
 
@@ -109,15 +123,15 @@ class Opaque:
 
 
 def read_archive(files: Files, url: str, size: int) -> Any:
-    """What `torch.load` would give, with tensors as `LazyTensor`s, other than plain objects as `Opaque`s.
+    """What `torch.load` would return, with `LazyTensor`s for tensors and `Opaque`s for all but plain objects.
 
     Args:
-        files: Reach the file; asked for places later, too.
+        files: Reads the file; also later, when places are looked up.
         url: Of the file.
         size: Its bytes, as they were when it was written.
 
     Raises:
-        DamagedCheckpointError: It is missing, truncated, or its directory or pickle is not as it was written.
+        DamagedCheckpointError: It is missing or truncated, or its directory or pickle is not as it was written.
     """
     file: io.BufferedReader[Any] = io.BufferedReader(_RangedFile(files, url, size), _BUFFER_BYTES)
     try:
@@ -133,19 +147,19 @@ def read_archive(files: Files, url: str, size: int) -> Any:
         raise damaged(url, f"its directory cannot be read: {clipped(str(e))}") from e
     try:
         return reader.contents(pickled)
-    except Exception as e:  # a pickle can be made to raise anything, and here nothing but its bytes is looked at
+    except Exception as e:  # a pickle can be made to raise anything, and only its bytes are read here
         raise damaged(url, f"its pickle cannot be read: {type(e).__name__}: {clipped(str(e))}") from e
 
 
 def check_directory(archive: zipfile.ZipFile, size: int) -> None:
-    """Refuse what torch.save never writes, before anything is unpacked: it could be a thousand times the file.
+    """Refuse what torch.save never writes before anything is unpacked, which could be a thousand times the file.
 
     Args:
-        archive: Of which the directory alone was read.
+        archive: Only its directory was read.
         size: Bytes of the file.
 
     Raises:
-        zipfile.BadZipFile: A record is compressed, encrypted or too long, or together they are longer than the file.
+        zipfile.BadZipFile: A record is compressed, encrypted or too long, or all together are longer than the file.
     """
     for info in archive.infolist():
         is_plain = info.compress_type == zipfile.ZIP_STORED and info.file_size == info.compress_size
@@ -155,7 +169,7 @@ def check_directory(archive: zipfile.ZipFile, size: int) -> None:
             what = f"has {info.file_size} bytes, more than {LARGEST_PICKLE_BYTES}"
             raise zipfile.BadZipFile(f"{clipped(info.filename)} {what}")
     if sum(info.file_size for info in archive.infolist()) > size:
-        raise zipfile.BadZipFile("its records lie over each other")
+        raise zipfile.BadZipFile("its records overlap")
 
 
 def damaged(url: str, what: str) -> DamagedCheckpointError:
@@ -175,11 +189,11 @@ class _Reader:
 
     def pickled(self) -> bytes:
         if self._archive.read(f"{self._root}/byteorder") != b"little":
-            raise damaged(self._url, "it is not of a little-endian machine")
+            raise damaged(self._url, "it was not written on a little-endian machine")
         return self._archive.read(f"{self._root}/data.pkl")  # checked against its CRC-32
 
     def contents(self, pickled: bytes) -> Any:
-        # The unpickler makes room for the highest place that a pickle names, which may be 32 GB for an object.
+        # The unpickler allocates up to the highest place that a pickle names, which may be 32 GB for one object.
         for opcode, argument, _ in pickletools.genops(pickled):
             if opcode.name in _PUTS and int(argument or 0) >= len(pickled):
                 raise pickle.UnpicklingError(f"place {argument} of at most {len(pickled)} objects")
@@ -193,12 +207,12 @@ class _Reader:
                 raise damaged(self._url, f"it has no record data/{clipped(key)}") from None
             offset = self._data_offset(info) if info.file_size else info.header_offset
             if offset + info.file_size > self._size:
-                raise damaged(self._url, f"{clipped(info.filename)} goes on behind its end")
+                raise damaged(self._url, f"{clipped(info.filename)} extends past its end")
             self._records[key] = Record(self._url, info.filename, offset, info.file_size)
         return self._records[key]
 
     def _data_offset(self, info: zipfile.ZipInfo) -> int:
-        """Behind the local header, whose padding the directory does not tell."""
+        """After the local header, whose padding is not in the directory."""
         self._file.seek(info.header_offset)
         header = self._file.read(_LOCAL_HEADER_BYTES)
         if header[:4] != b"PK\x03\x04":
@@ -208,7 +222,7 @@ class _Reader:
 
 
 class _Sealed:
-    """Takes no state of a pickle, which would replace fields that were checked."""
+    """Refuses state from a pickle, which would replace fields that were checked."""
 
     def __setstate__(self, state: object) -> None:
         raise pickle.UnpicklingError("a state for a tensor, which has none")
@@ -216,7 +230,7 @@ class _Sealed:
 
 @dataclass(frozen=True)
 class _StorageOnDemand(_Sealed):
-    """A storage that the pickle names; its place is looked up when a tensor that somebody wants lies in it."""
+    """A storage that the pickle names; its place is looked up when a tensor in it is needed."""
 
     dtype: str
     key: str
@@ -224,7 +238,7 @@ class _StorageOnDemand(_Sealed):
 
 @dataclass(frozen=True)
 class LazyTensor(_Sealed):
-    """A tensor of the pickle. `place()` finds where it lies, which may take a read."""
+    """A tensor of the pickle. `place()` finds where it lies, which may need a read."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -234,11 +248,11 @@ class LazyTensor(_Sealed):
 
     @property
     def elements(self) -> int:
-        """How many."""
+        """Their number."""
         return math.prod(self.shape)
 
     def place(self) -> TensorPlace:
-        """Where it lies.
+        """Its place.
 
         Raises:
             DamagedCheckpointError: It is not contiguous, or its storage is shorter than it.
@@ -259,7 +273,7 @@ class LazyTensor(_Sealed):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes plain containers, tensors and opaque objects; no name of the pickle is ever imported or called."""
+    """Makes plain containers, tensors and opaque objects; names in the pickle are never imported or called."""
 
     def __init__(self, file: io.BytesIO, record: Callable[[str], Record]) -> None:
         super().__init__(file)
@@ -286,7 +300,7 @@ class _Unpickler(pickle.Unpickler):
     ) -> LazyTensor:
         numbers = (first, *shape, *stride)
         if not all(type(number) is int and number >= 0 for number in numbers) or len(shape) != len(stride):
-            raise pickle.UnpicklingError("a tensor whose place, shape and stride are no numbers")
+            raise pickle.UnpicklingError("a tensor whose place, shape and stride are not numbers")
         if not isinstance(stored, _StorageOnDemand):
             raise pickle.UnpicklingError("a tensor without a storage")
         return LazyTensor(tuple(shape), stored.dtype, lambda: self._record(stored.key), first, tuple(stride))
@@ -307,7 +321,7 @@ def _from_type(rebuild: Callable[..., Any], _: object, arguments: tuple[Any, ...
 
 
 class _RangedFile(io.RawIOBase):
-    """A file in storage, read by ranges; reads that follow each other are left to a buffer above."""
+    """A file in storage, read by ranges; a buffer above it combines consecutive reads."""
 
     def __init__(self, files: Files, url: str, size: int) -> None:
         super().__init__()

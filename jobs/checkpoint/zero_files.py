@@ -1,6 +1,6 @@
-"""What single ZeRO files say of themselves, as values that processes can tell each other: names, shapes and places.
+"""Contents of single ZeRO files, as values that processes can exchange: names, shapes and places.
 
-Imports no torch, and moves no weight.
+Imports no torch, and reads no weights.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class ModelFile:
-    """A file of model states. All have fragments; the rest is told by that of the first rank."""
+    """A file of model states. All have fragments; only that of the first rank has the rest."""
 
     fragments: Mapping[str, TensorPlace]
     """In ZeRO 2 and 3: this rank's range of each frozen parameter."""
@@ -42,7 +42,7 @@ class ModelFile:
     frozen: Mapping[str, Shape] = field(default_factory=dict)
     """Of the parameters in fragments."""
     fixed: Mapping[str, TensorPlace] = field(default_factory=dict)
-    """What lies in the module's state alone: buffers, and below ZeRO 2 frozen parameters."""
+    """What only the module's state holds: buffers, and below ZeRO 2 frozen parameters."""
     aliases: Mapping[str, str] = field(default_factory=dict)
     """Further names of trained parameters."""
 
@@ -53,15 +53,15 @@ class OptimizerFile:
 
     is_stage_3: bool
     masters: tuple[TensorPlace, ...]
-    """fp32, one vector a group; in ZeRO 3 maybe several."""
+    """fp32, one vector per group; in ZeRO 3 possibly several."""
     moments: Mapping[str, tuple[TensorPlace, ...]] = field(default_factory=dict)
-    """Each of MOMENTS as the masters; empty where nobody looked."""
+    """Each of MOMENTS, laid out as the masters; empty if they were not looked for."""
     ranks: int = 0
-    """That wrote the checkpoint; this and what follows is told by the first rank's file."""
+    """That wrote the checkpoint; this and the following fields are only in the first rank's file."""
     paddings: tuple[tuple[int, ...], ...] | None = None
-    """Values behind each parameter of each group, in ZeRO 1 and 2."""
+    """Values of padding after each parameter of each group, in ZeRO 1 and 2."""
     step: float = 0.0
-    """AdamW's count, for its bias correction; where its state was looked for."""
+    """AdamW's step count, for its bias correction, if its state was looked for."""
 
 
 FilesFound = Mapping[str, ModelFile | OptimizerFile]
@@ -83,7 +83,7 @@ def file_names(commit: Commit) -> tuple[list[str], list[str]]:
 def look_into(
     run: RunDirectory, commit: Commit, files: Files, *, moments: bool, part: int = 0, parts: int = 1
 ) -> dict[str, ModelFile | OptimizerFile]:
-    """What the files of a checkpoint hold; of several processes each looks into a part of them.
+    """What the files of a checkpoint hold; each of several processes looks into a part of them.
 
     Args:
         run: Whose checkpoint it is.
@@ -91,7 +91,7 @@ def look_into(
         files: What the archives are read through.
         moments: Whether to look for AdamW's moments and step.
         part: Which part, in [0, parts); the first ranks' files are in part 0.
-        parts: Into how many the files are dealt.
+        parts: How many parts the files are dealt into.
 
     Raises:
         DamagedCheckpointError: A file is missing, truncated, or not as it was written.
@@ -114,7 +114,7 @@ def look_into(
 
 
 def check_size(run: RunDirectory, commit: Commit, name: str, size: int) -> None:
-    """Compare a file's size with the commit's; a request.
+    """Compare a file's size with the commit's, in one request.
 
     Raises:
         DamagedCheckpointError: It is missing, or has another size.
@@ -129,14 +129,14 @@ def check_size(run: RunDirectory, commit: Commit, name: str, size: int) -> None:
 
 
 def check_sizes(run: RunDirectory, commit: Commit, *, part: int = 0, parts: int = 1, empty: bool = False) -> None:
-    """Compare sizes of files with the commit's, a request each.
+    """Compare sizes of files with the commit's, in one request each.
 
     Args:
         run: Whose checkpoint it is.
         commit: Of the checkpoint.
         part: Which part of them, in [0, parts).
-        parts: Into how many they are dealt.
-        empty: Of files without bytes alone, for those who read all others.
+        parts: How many parts they are dealt into.
+        empty: Only of empty files, if all others are read anyway.
 
     Raises:
         DamagedCheckpointError: One is missing, or has another size.
@@ -148,13 +148,13 @@ def check_sizes(run: RunDirectory, commit: Commit, *, part: int = 0, parts: int 
 
 @contextlib.contextmanager
 def of_deepspeed(run: RunDirectory) -> Iterator[None]:
-    """Files that are whole need not hold what DeepSpeed writes: whatever cannot be looked up in them is damage."""
+    """A reading of contents: whole files may hold something else, and what cannot be found in them is damage."""
     try:
         yield
     except UserError:
         raise
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as error:
-        what = f"its files hold something else than DeepSpeed writes: {type(error).__name__}"
+        what = f"its files hold something other than what DeepSpeed writes: {type(error).__name__}"
         raise damaged(run.url, what) from error
 
 
@@ -198,9 +198,9 @@ def _optimizer_file(
         return OptimizerFile(is_stage_3, masters, found)
     counts, paddings = state.get(keys.RANKS, 0), state.get(keys.PADDINGS)
     ranks = operator.index(max(counts) if isinstance(counts, list) else counts)
-    behind = paddings and tuple(tuple(operator.index(count) for count in group) for group in paddings)
+    padded = paddings and tuple(tuple(operator.index(count) for count in group) for group in paddings)
     step = _number(files, inner[min(inner)]["step"]) if moments else 0.0
-    return OptimizerFile(is_stage_3, masters, found, ranks, behind or None, step)
+    return OptimizerFile(is_stage_3, masters, found, ranks, padded or None, step)
 
 
 def _inner_states(state: Mapping[str, Any]) -> Mapping[int, Mapping[str, Any]]:
@@ -210,13 +210,13 @@ def _inner_states(state: Mapping[str, Any]) -> Mapping[int, Mapping[str, Any]]:
     return found if isinstance(found, Mapping) else {}
 
 
-def _number(files: Files, told: LazyTensor | float) -> float:
-    if not isinstance(told, LazyTensor):
-        return float(told)
-    place = told.place()
+def _number(files: Files, value: LazyTensor | float) -> float:
+    if not isinstance(value, LazyTensor):
+        return float(value)
+    place = value.place()
     kind = np.dtype(_SCALARS[place.dtype])
-    offset = place.record.offset + place.first * kind.itemsize
-    return float(np.frombuffer(files.read_range(place.record.url, offset, kind.itemsize), kind)[0])
+    url, offset, _ = place.byte_range
+    return float(np.frombuffer(files.read_range(url, offset, kind.itemsize), kind)[0])
 
 
 def _shapes(found: Mapping[Any, Any]) -> dict[str, Shape]:
@@ -224,14 +224,14 @@ def _shapes(found: Mapping[Any, Any]) -> dict[str, Shape]:
 
 
 def _text(name: object) -> str:
-    """A name, of which no other kind may reach other processes."""
+    """A name; nothing else may be sent to other processes as one."""
     if not isinstance(name, str):
-        raise TypeError("a name that is no text")
+        raise TypeError("a name that is not a string")
     return name
 
 
 def _check_kind(run: RunDirectory, first: Mapping[str, Any]) -> None:
-    """Refuse what DeepSpeed can save and nothing here was made for."""
+    """Refuse what DeepSpeed can save and is not handled here."""
     config = first.get(keys.CONFIG)
     zero = config.get("zero_optimization") if isinstance(config, Mapping) else None
     offloads = [zero.get(what) for what in ("offload_optimizer", "offload_param")] if isinstance(zero, Mapping) else []
@@ -242,7 +242,7 @@ def _check_kind(run: RunDirectory, first: Mapping[str, Any]) -> None:
     }
     for rule, is_broken in kinds.items():
         if is_broken:
-            raise CheckpointError("checkpoint", f"must be {rule}", run.name, "choose another run; no recipe makes such")
+            raise CheckpointError("checkpoint", f"must be {rule}", run.name, "choose another run; no recipe makes this")
 
 
 def _check_adamw(run: RunDirectory, inner: Mapping[int, Mapping[str, Any]], vectors: int) -> None:
@@ -250,4 +250,4 @@ def _check_adamw(run: RunDirectory, inner: Mapping[int, Mapping[str, Any]], vect
     if len(inner) != vectors or found != [*MOMENTS, "step"]:
         rule = f"must be of AdamW, with a state of {', '.join(MOMENTS)} and step for each vector"
         value = f"{', '.join(found) or 'nothing'} for {len(inner)} of {vectors} in {run.name}"
-        raise CheckpointError("checkpoint", rule, value, "choose another run; no recipe makes such")
+        raise CheckpointError("checkpoint", rule, value, "choose another run; no recipe makes this")

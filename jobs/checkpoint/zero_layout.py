@@ -1,4 +1,8 @@
-"""Where in DeepSpeed's ZeRO files the values of each named tensor lie; reads metadata, moves no weight.
+"""Layout of DeepSpeed's ZeRO files: where the values of each named tensor lie. Reads metadata, no weights.
+
+It is hand-written since no library reads these files by ranges and at another world size: DeepSpeed 0.19.8 loads them
+only at the world size that wrote them, its universal checkpoints restore neither frozen parameters nor buffers, and
+`zero_to_fp32` forgets frozen parameters of ZeRO 1 and holds the fp32 weights in memory (docs/decisions/0001, 0022).
 
 ZeRO 1 and 2 cut the concatenation of a group's parameters into as many equal ranges as there were ranks; ZeRO 3 cuts
 each parameter, the last range padded, and a rank's ranges lie one after the other. Either way element i of a tensor
@@ -16,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from jobs.checkpoint.checkpoint import Commit
-from jobs.checkpoint.torch_archive import ITEM_BYTES, Files, Record, TensorPlace
+from jobs.checkpoint.torch_archive import ITEM_BYTES, ByteRange, Files, TensorPlace
 from jobs.checkpoint.zero_files import (
     MOMENTS,
     FilesFound,
@@ -34,16 +38,6 @@ from jobs.run.directory import RunDirectory
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
-@dataclass(frozen=True)
-class Extent:
-    """Bytes that lie together in one record."""
-
-    record: Record
-    start: int
-    """Within the record."""
-    bytes: int
-
-
 class Held(NamedTuple):
     """Elements [start, stop) of one of a tensor's vectors."""
 
@@ -53,7 +47,7 @@ class Held(NamedTuple):
 
 
 class Vector:
-    """Tensors of one type, one behind the other, in any number of files."""
+    """Tensors of one type, one after the other, in any number of files."""
 
     def __init__(self, places: Sequence[TensorPlace]) -> None:
         self.places = tuple(places)
@@ -61,18 +55,19 @@ class Vector:
         self.dtype = places[0].dtype if places else "F32"
         self.elements = self._ends[-1] if places else 0
 
-    def extents(self, start: int, stop: int) -> Iterator[Extent]:
-        """The bytes of elements [start, stop), in order."""
+    def byte_ranges(self, start: int, stop: int) -> Iterator[ByteRange]:
+        """Where elements [start, stop) lie, in order."""
         item = ITEM_BYTES[self.dtype]
         index = bisect.bisect_right(self._ends, start)
         while start < stop:
             place, begin = self.places[index], self._ends[index] - self.places[index].elements
             end = min(stop, self._ends[index])
-            yield Extent(place.record, (place.first + start - begin) * item, (end - start) * item)
+            offset = place.record.offset + (place.first + start - begin) * item
+            yield ByteRange(place.record.url, offset, (end - start) * item)
             start, index = end, index + 1
 
     def held(self, urls: Set[str]) -> Iterator[tuple[int, int]]:
-        """Its longest ranges of elements that lie in some of the files."""
+        """The longest ranges of its elements that lie in some of the files."""
         begin = None
         for place, end in zip(self.places, self._ends, strict=True):
             is_there = place.record.url in urls
@@ -95,7 +90,7 @@ class SourceTensor:
     offset: int
     """Of its first element in each vector."""
     share: int
-    """Elements that a vector holds of it, at most."""
+    """Most of its elements that one vector holds."""
 
     @property
     def dtype(self) -> str:
@@ -104,24 +99,24 @@ class SourceTensor:
 
     @property
     def is_floating_point(self) -> bool:
-        """Whether it is converted to the dtype that is asked for."""
+        """Whether it is converted to the requested dtype."""
         return self.dtype in _FLOATS
 
     @property
     def elements(self) -> int:
-        """How many."""
+        """Their number."""
         return math.prod(self.shape)
 
-    def extents(self, start: int, stop: int) -> Iterator[Extent]:
-        """The bytes of its elements [start, stop), in order."""
+    def byte_ranges(self, start: int, stop: int) -> Iterator[ByteRange]:
+        """Where its elements [start, stop) lie, in order."""
         while start < stop:
             index, within = divmod(start, self.share)
             end = min(stop, (index + 1) * self.share)
-            yield from self.vectors[index].extents(self.offset + within, self.offset + within + end - start)
+            yield from self.vectors[index].byte_ranges(self.offset + within, self.offset + within + end - start)
             start = end
 
     def ranges(self, held: Sequence[Held]) -> Iterator[range]:
-        """Its elements in parts of its vectors."""
+        """Its elements in ranges of its vectors."""
         for index, start, stop in held:
             first = index * self.share
             count = min(self.share, self.elements - first)
@@ -131,7 +126,7 @@ class SourceTensor:
 
 
 class ZeroFiles:
-    """What the files of one checkpoint say of themselves. Holds places, no values."""
+    """The layout of one checkpoint, from its files. Holds places, no values."""
 
     def __init__(self, run: RunDirectory, commit: Commit, found: FilesFound) -> None:
         """Put together what was found in the files.
@@ -158,7 +153,7 @@ class ZeroFiles:
 
     @classmethod
     def read(cls, run: RunDirectory, commit: Commit, files: Files) -> ZeroFiles:
-        """Look into every file for the weights, and at its size.
+        """Find the weights in every file, and check its size.
 
         Args:
             run: Whose checkpoint it is.
@@ -180,8 +175,8 @@ class ZeroFiles:
         Trained parameters come first, in the order in which they lie in the files.
 
         Raises:
-            DamagedCheckpointError: A tensor does not lie as it should.
-            CheckpointError: There are more values than the parameters have, or fewer.
+            DamagedCheckpointError: A tensor does not lie where it should.
+            CheckpointError: There are more or fewer values than the parameters have.
         """
         with of_deepspeed(self._run):
             known = {tensor.name: tensor for tensor in self._cut([file.masters for file in self._optimizers])}
@@ -231,7 +226,7 @@ def _cut_groups(
     groups: Sequence[Sequence[TensorPlace]],
     paddings: Sequence[Sequence[int]] | None,
 ) -> Iterator[SourceTensor]:
-    """ZeRO 1 and 2. DeepSpeed aligns groups to twice the ranks, and may pad behind each parameter."""
+    """ZeRO 1 and 2. DeepSpeed aligns groups to twice the number of ranks, and may pad after each parameter."""
     align = 2 * len(groups)
     for index, group in enumerate(shapes):
         vector, offset = Vector([rank[index] for rank in groups]), 0

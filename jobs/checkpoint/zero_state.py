@@ -1,10 +1,11 @@
-"""A run's state out of a checkpoint of any world size and ZeRO stage, and into the engine that resumes it.
+"""Resharding: a run's state from a checkpoint of any world size and ZeRO stage, put into the engine that resumes.
 
-DeepSpeed 0.19.8 loads a checkpoint only at the world size that wrote it. Here its files are read by ranges, through the
-layout of whoever wrote them (zero_layout): of the weights, which each rank's module needs whole, each rank reads a
-part and the ranks add the parts up; of AdamW's moments each reads what it will own. What a rank owns follows from
-parameter groups, stage, rank and world size alone, so that a checkpoint is read and found whole before an engine is
-built; the engine must then agree. That leans on what DeepSpeed does not document: jobs.checkpoint.deepspeed_internals.
+It is hand-written since DeepSpeed 0.19.8 loads a checkpoint only at the world size that wrote it, and no other library
+reads its files (zero_layout). They are read by ranges, by the layout of the ranks that wrote them. Each rank's module
+needs the weights whole: each rank reads a part, and the ranks add the parts up. Of AdamW's moments each rank reads what
+it will own, which follows from parameter groups, stage, rank and world size alone. So a checkpoint is read and verified
+before an engine is built; the engine must then agree. This depends on what DeepSpeed does not document:
+jobs.checkpoint.deepspeed_internals.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from jobs.checkpoint.checked_files import CheckedFiles, Copy
 from jobs.checkpoint.deepspeed_internals import PINNED, adam_slots, owned_slices
 from jobs.checkpoint.rank_group import BUCKET_BYTES, RankGroup, Room
-from jobs.checkpoint.torch_archive import ITEM_BYTES, TensorPlace
+from jobs.checkpoint.torch_archive import ITEM_BYTES
 from jobs.checkpoint.zero_files import MOMENTS
 from jobs.checkpoint.zero_layout import Held, SourceTensor, ZeroFiles
 from jobs.errors import CheckpointError
@@ -32,10 +33,10 @@ if TYPE_CHECKING:
     import deepspeed
 
 _ALIGNED = 2
-"""ZeRO 1 and 2 make each rank's range of a group a multiple of so many values."""
+"""In ZeRO 1 and 2 each rank's range of a group is a multiple of this many values."""
 _READ_AGAIN, _REQUESTS = 4, 16
-"""Moments are read by their owners if all of these together read at most so many times what there is, in at most so
-many requests a rank beside those that would read each byte once."""
+"""Moments are read by their owners if all owners together read at most this many times what there is, in at most this
+many requests per rank in addition to those that would read each byte once."""
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -44,12 +45,12 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class ZeroState:
-    """What one rank needs to go on. Holds the model's weights once, and this rank's share of the moments."""
+    """What one rank needs to resume. Holds the model's weights once, and this rank's share of the moments."""
 
     weights: Mapping[str, Tensor]
     """The model's whole state dict: fp32 masters, frozen parameters, buffers."""
     owned: Mapping[str, range]
-    """Of each trained parameter, flattened: the values whose moments are here."""
+    """The values of each trained parameter, flattened, whose moments are here."""
     moments: Mapping[str, Mapping[str, Tensor]]
     """`exp_avg` and `exp_avg_sq`: the owned values of each parameter."""
     optimizer_step: float
@@ -59,7 +60,7 @@ class ZeroState:
 def owned_ranges(
     model: nn.Module, groups: Sequence[Mapping[str, Any]], *, stage: int, rank: int, world_size: int
 ) -> dict[str, range]:
-    """Which values of each trained parameter, flattened, this rank will update.
+    """The values of each trained parameter, flattened, that this rank will update.
 
     Args:
         model: Has the parameters' names.
@@ -89,7 +90,7 @@ def read_zero_state(files: CheckedFiles, layout: ZeroFiles, owned: Mapping[str, 
     Args:
         files: Of the checkpoint.
         layout: Of the same files.
-        owned: From `owned_ranges`; empty where weights are all that is wanted.
+        owned: From `owned_ranges`; empty to read weights alone.
         group: The ranks that read together.
 
     Raises:
@@ -115,12 +116,12 @@ def restore_optimizer(engine: deepspeed.DeepSpeedEngine, state: ZeroState) -> No
     Every rank copies the ranges that it owns, and nothing is communicated.
 
     Raises:
-        CheckpointError: The engine owns other ranges than were read: DeepSpeed is not the version that is pinned.
+        CheckpointError: The engine owns other ranges than were read: this is not the pinned version of DeepSpeed.
     """
     slices = owned_slices(engine)
     found = {piece.name: range(piece.start, piece.start + piece.length) for _, pieces in slices for piece in pieces}
     if found != {name: values for name, values in state.owned.items() if values}:
-        rule, remedy = f"must share out the optimizer's state as {PINNED} does", "install the version that is pinned"
+        rule, remedy = f"must partition the optimizer's state as {PINNED} does", "install the pinned version"
         raise CheckpointError("deepspeed", rule, version("deepspeed"), remedy)
     for flat, pieces in slices:
         slots = adam_slots(engine, flat)
@@ -136,21 +137,21 @@ def restore_optimizer(engine: deepspeed.DeepSpeedEngine, state: ZeroState) -> No
 
 
 class WholeTensors:
-    """Tensors that every rank gets whole, and each reads a part of.
+    """Tensors that every rank gets whole, and of which each rank reads a part.
 
-    The chunks that hold them are dealt, neighbours to one rank; so all ranks together read each byte once.
+    The chunks that hold them are dealt out, neighbours to one rank, so all ranks together read each byte once.
 
-    Owns: one room for all, of zeros where nothing was read.
+    Owns: one room for all, with zeros where nothing was read.
     """
 
     def __init__(
         self, sources: Sequence[SourceTensor], files: CheckedFiles, group: RankGroup, among: Sequence[SourceTensor] = ()
     ) -> None:
-        """Make room; does no I/O.
+        """Allocate the room; does no I/O.
 
         Args:
-            sources: Which tensors.
-            files: Which hold them.
+            sources: The tensors.
+            files: The files that hold them.
             group: The ranks that get them.
             among: Deal the chunks as if these were read; `sources` if empty.
         """
@@ -164,9 +165,10 @@ class WholeTensors:
         return self._room.tensors
 
     def mine(self) -> list[Copy]:
-        """What this rank reads."""
-        places = [place for vectors in self._vectors.values() for vector in vectors for place in vector.places]
-        chunks = np.array_split(self._files.holding(map(_span, places)), self._group.world_size)[self._group.rank]
+        """The copies that this rank reads."""
+        places = (place for vectors in self._vectors.values() for vector in vectors for place in vector.places)
+        held_chunks = self._files.holding(place.byte_range for place in places)
+        chunks = np.array_split(held_chunks, self._group.world_size)[self._group.rank]
         if not len(chunks):
             return []
         urls = self._files.urls(chunks)
@@ -189,7 +191,7 @@ class WholeTensors:
 def rooms_of_moments(
     sources: Mapping[str, Mapping[str, SourceTensor]], owned: Mapping[str, range], run_name: str
 ) -> tuple[dict[str, dict[str, Tensor]], list[Copy]]:
-    """Room for the moments that a rank owns, and what is to be copied there."""
+    """Room for the moments that a rank owns, and the copies that fill it."""
     moments: dict[str, dict[str, Tensor]] = {moment: {} for moment in MOMENTS}
     copies: list[Copy] = []
     for moment, tensors in sources.items():
@@ -206,19 +208,19 @@ def rooms_of_moments(
 def _is_read_by_owners(
     sources: Mapping[str, Mapping[str, SourceTensor]], copies: Sequence[Copy], files: CheckedFiles, group: RankGroup
 ) -> bool:
-    """Whether each rank reads the moments that it owns: whole chunks, of which others own parts. The same on all.
+    """Whether each rank reads the moments that it owns, in whole chunks of which others own parts. The same on all.
 
-    They would read too much, in too many requests, where ZeRO 3 deals each parameter of a few large files to many
-    ranks.
+    Ranks would read too much, in too many requests, where ZeRO 3 deals each parameter of a few large files to many of
+    them.
     """
     by_vectors = {id(source.vectors): source.vectors for moment in sources.values() for source in moment.values()}
     places = (place for vectors in by_vectors.values() for vector in vectors for place in vector.places)
-    there = files.holding(map(_span, places))
-    mine = files.holding((copy.url, copy.offset, len(copy.target)) for copy in copies)
-    allowed = _REQUESTS * group.world_size + sum(1 for _ in files.runs(there))
+    there = files.holding(place.byte_range for place in places)
+    mine = files.holding(copy.source for copy in copies)
+    allowed = _REQUESTS * group.world_size + sum(1 for _ in files.requests(there))
     return (
         group.total(len(mine)) <= _READ_AGAIN * len(there)
-        and group.total(sum(1 for _ in files.runs(mine))) <= allowed
+        and group.total(sum(1 for _ in files.requests(mine))) <= allowed
     )  # fmt: skip
 
 
@@ -229,7 +231,7 @@ def _fill_together(
     files: CheckedFiles,
     group: RankGroup,
 ) -> None:
-    """Have all of a moment pass by every rank, a bounded part at a time; each takes what it owns. Collective."""
+    """Send a whole moment past every rank, a bounded part at a time; each takes what it owns. Collective."""
     for some in _buckets(sources):
         whole = WholeTensors(some, files, group, among=sources)
         copies = whole.mine()
@@ -251,15 +253,9 @@ def _buckets(sources: Iterable[SourceTensor]) -> Iterator[list[SourceTensor]]:
         yield bucket
 
 
-def _span(place: TensorPlace) -> tuple[str, int, int]:
-    """URL, offset and bytes of a tensor in a file."""
-    item = ITEM_BYTES[place.dtype]
-    return place.record.url, place.record.offset + place.first * item, place.elements * item
-
-
 def _copies(source: SourceTensor, wanted: range, room: Tensor) -> Iterator[Copy]:
-    """What is to be copied so that `room`, of bytes, holds some elements of a tensor."""
+    """The copies that fill `room`, of bytes, with some elements of a tensor."""
     target, position = room.numpy().data, 0
-    for extent in source.extents(wanted.start, wanted.stop):
-        yield Copy(extent.record.url, extent.record.offset + extent.start, target[position : position + extent.bytes])
-        position += extent.bytes
+    for url, offset, length in source.byte_ranges(wanted.start, wanted.stop):
+        yield Copy(url, offset, target[position : position + length])
+        position += length

@@ -1,1 +1,1 @@
-"""The `convmae` command: what is typed is checked, one function called, its result printed. Nothing imports it."""
+"""The `convmae` command: its input is checked, one function is called, and its result printed. Nothing imports it."""

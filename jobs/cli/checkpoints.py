@@ -18,14 +18,16 @@ app = typer.Typer()
 @app.command(cls=at_run())
 def checkpoints(
     run: RunName,
-    verify: Annotated[bool, typer.Option("--verify", help="Compare size and CRC32C of every file.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare the size and CRC32C of every file with its commit.")
+    ] = False,
     run_root: RunRoot = "",
     as_json: AsJson = False,
 ) -> None:
-    """List a run's checkpoints: step, epoch, time, world size, ZeRO stage, bytes, kind, and whether they are whole.
+    """List a run's checkpoints: step, epoch, time, world size, ZeRO stage, bytes, kind, and whether they are intact.
 
-    Milestones stay for ever, the last ones until newer ones push them out. Exit code 1 if there is a fault; each is
-    listed.
+    Milestones are kept permanently, the last checkpoints until newer ones replace them. Exit code 1 if there is a
+    fault; each is listed.
     """
     from jobs.checkpoint.check import list_checkpoints
 
@@ -50,14 +52,17 @@ def checkpoints(
 def prune(
     run: RunName,
     keep: Annotated[
-        int | None, typer.Option(min=1, help="Newest checkpoints that stay; default: the recipe's.", show_default=False)
+        int | None,
+        typer.Option(
+            min=1, help="How many of the newest checkpoints to keep; default: the recipe's.", show_default=False
+        ),
     ] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only show what would be deleted.")] = False,
     run_root: RunRoot = "",
 ) -> None:
-    """Show which checkpoints and left-over files can go; with --yes, delete them.
+    """Show which checkpoints and leftover files can be deleted; with --yes, delete them.
 
-    The newest whole checkpoint and all milestones stay, and what a live run may be uploading.
+    The newest intact checkpoint and all milestones are kept, and whatever a live run may be uploading.
     """
     from jobs.checkpoint.retention import carry_out, plan_pruning, pruning_lines
 
@@ -77,35 +82,40 @@ def consolidate(
     ctx: typer.Context,
     run: RunName,
     *,
-    step: Annotated[int, typer.Option(help="A committed step; default: the newest.", show_default=False)] = 0,
-    dtype: Annotated[str, typer.Option(help="Of floating-point tensors: fp32, bf16 or fp16.")] = "fp32",
+    step: Annotated[
+        int, typer.Option(help="Step of a committed checkpoint; default: the newest.", show_default=False)
+    ] = 0,
+    dtype: Annotated[str, typer.Option(help="Type of floating-point tensors: fp32, bf16 or fp16.")] = "fp32",
     shard_bytes: Annotated[
-        str, typer.Option(help="Several files of at most this size, like 5GB, and an index; default: one file.")
+        str, typer.Option(help="Write several files of at most this size, like 5GB, and an index; default: one file.")
     ] = "",
     out: Annotated[
-        str, typer.Option(help="A .safetensors file or a folder; default: in the run directory.", show_default=False)
+        str,
+        typer.Option(
+            help="A .safetensors file or a folder to write; default: in the run directory.", show_default=False
+        ),
     ] = "",
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
     run_root: RunRoot = "",
 ) -> None:
     """Write a checkpoint's weights as safetensors, without holding them in memory. The run may be training meanwhile.
 
-    Large checkpoints are copied by Ray tasks, small ones here. A result is checked while it is made and read back for
-    its SHA-256. The same command again goes on where it was cut off.
+    Large checkpoints are copied by Ray tasks, small ones here. The result is checked while it is made, and read back
+    for its SHA-256. If it is interrupted, the same command resumes it.
     """
     from jobs.terminal import parsed_bytes
     from jobs.weights.consolidate import commit_of
     from jobs.weights.consolidate_command import consolidate_and_say, needs_cluster
-    from jobs.weights.results import Wanted
+    from jobs.weights.target import Target
     from pipeline.access.places import normal
 
-    wanted = Wanted(dtype, parsed_bytes("--shard-bytes", shard_bytes) if shard_bytes else None, out and normal(out))
+    target = Target(dtype, parsed_bytes("--shard-bytes", shard_bytes) if shard_bytes else None, out and normal(out))
     session = open_session()
     directory = existing_run(session, run, run_root)
     commit = commit_of(directory, step or None)
     if needs_cluster(session, commit) and session.is_away:
         sys.exit(go_there(session, ctx, ("out",), step=commit.step))
-    consolidate_and_say(session, directory, commit, wanted, force=force)
+    consolidate_and_say(session, directory, commit, target, force=force)
 
 
 @app.command(cls=at_run("out"))
@@ -118,20 +128,21 @@ def export(
         ),
     ],
     *,
-    name: Annotated[str, typer.Option("--format", help="official, backbone, hf or onnx.")],
+    name: Annotated[str, typer.Option("--format", help="Format: official, backbone, hf or onnx.")],
     step: Annotated[
-        int | None, typer.Option(min=1, help="A step of the run; default: the newest.", show_default=False)
+        int | None,
+        typer.Option(min=1, help="Step of one of the run's checkpoints; default: the newest.", show_default=False),
     ] = None,
     out: Annotated[
-        str, typer.Option(help="Folder, or file; default: `exports` in the run directory.", show_default=False)
+        str, typer.Option(help="Folder or file to write; default: `exports` in the run directory.", show_default=False)
     ] = "",
     image_size: Annotated[
-        str, typer.Option(help="Of the ONNX model's images: 512, or 512x768; default: the pretraining's.")
+        str, typer.Option(help="Size of the ONNX model's images: 512, or 512x768; default: that of the pretraining.")
     ] = "",
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
     run_root: RunRoot = "",
 ) -> None:
-    """Write a checkpoint in the format of others.
+    """Write a checkpoint in the format of another tool.
 
     `official`: a .pth for the official ConvMAE code, for pretraining and fine-tuning. `backbone`: safetensors that
     `model.Backbone` loads. `hf`: a folder with config.json, model.safetensors and a model card. `onnx`: the dense
@@ -165,22 +176,22 @@ def export(
 @app.command(name="import", cls=at_store("source", "out"))
 def import_command(
     source: Annotated[
-        str, typer.Argument(metavar="FILE", help="A .pth of the official code, or safetensors, as a path or URL.")
+        str, typer.Argument(metavar="FILE", help="A .pth file of the official code, or safetensors, as a path or URL.")
     ],
-    out: Annotated[str, typer.Argument(help="The .safetensors file to write, as a path or URL.")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="The .safetensors file to write, as a path or URL.")],
     overrides: Overrides = None,
     *,
-    recipe: Annotated[str, typer.Option(help="Whose model takes the weights.")] = "convmae_base_official",
+    recipe: Annotated[str, typer.Option(help="Recipe whose model takes the weights.")] = "convmae_base_official",
     fresh_decoder: Annotated[
         bool,
-        typer.Option("--fresh-decoder", help="Take the encoder alone, with a decoder made from the recipe's seed."),
+        typer.Option("--fresh-decoder", help="Take only the encoder, with a new decoder made from the recipe's seed."),
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
 ) -> None:
-    """Bring weights in that a new run can start from, with `init_from=OUT`.
+    """Import weights from which a new run can start, with `init_from=OUT`.
 
-    The file is read without running any code in it. Weights of another architecture are refused with every name that
-    is missing or unexpected. An encoder without decoder, as the released files are, needs --fresh-decoder.
+    The file is read without running any code in it. Weights of another architecture are refused, with every name that
+    is missing or unexpected. An encoder without a decoder, as in the released files, needs --fresh-decoder.
     """
     from jobs.weights.initial import import_weights
     from pipeline.access.places import normal

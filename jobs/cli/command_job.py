@@ -1,7 +1,7 @@
-"""What a cluster runs for a command that was typed elsewhere: the same command, its output as frames in the job's log.
+"""The job of a command that was typed elsewhere: the same command, with its output as frames in the job's log.
 
-The job's environment says what the command would have seen where it was typed: whether it prints to a terminal and of
-which width, the caller's run root, and small files that it names.
+The job's environment holds what the command would have seen where it was typed: whether it prints to a terminal and how
+wide that is, the caller's run root, and the small files that the command names.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
-from jobs.cluster import store_parcel
+from jobs.cluster import job_store
 from jobs.errors import ClusterError
 from jobs.remote.frames import CALLER_VARIABLE, FrameStream, FrameWriter
 from pipeline.host.scratch import scratch_folder
@@ -24,24 +24,24 @@ def run_command(arguments: list[str], caller: Mapping[str, object], writer: Fram
     """Run `convmae ARGUMENTS` in this process; returns its exit code.
 
     Args:
-        arguments: Of the command.
+        arguments: The command's.
         caller: `terminals`, the streams that are terminals; `files`, name and content of each small file.
-        writer: Where its output goes.
+        writer: Takes its output.
     """
     terminals = caller["terminals"]
     assert isinstance(terminals, list)
     sys.stdout = FrameStream(writer, "out", is_terminal="out" in terminals)
     sys.stderr = FrameStream(writer, "err", is_terminal="err" in terminals)
     sys.argv = ["convmae", *arguments]
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever Ray was started with
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever handler Ray was started with
     try:
-        os.environ.update(store_parcel.received(os.environ))
+        os.environ.update(job_store.received(os.environ))
         from jobs.cli import main as convmae
 
         convmae.main()
     except SystemExit as ended:
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
-    except ClusterError as error:  # the store did not come; all others are the command's own to tell
+    except ClusterError as error:  # the store's settings did not arrive; the command reports all other errors itself
         sys.stderr.write(f"failed: {error}\n")
         return 1
     except KeyboardInterrupt:

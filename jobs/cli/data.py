@@ -1,4 +1,4 @@
-"""Data sets: made, indexed, verified, and how they would be read."""
+"""Commands on data sets: make, index and verify them, and show how they would be read."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from pipeline.errors import UserError
 app = typer.Typer()
 
 World = Annotated[int, typer.Option(help="Ranks; at most as many as lanes.")]
-OrderSeed = Annotated[int, typer.Option(help="Of the order; a recipe's `seed`.")]
+OrderSeed = Annotated[int, typer.Option(help="Seed of the order; a recipe's `seed`.")]
 Block = Annotated[int, typer.Option(help="Samples in a block; a recipe's `block_samples`.")]
 Window = Annotated[int, typer.Option(help="Blocks in a lane's window; a recipe's `window_blocks`.")]
-Salvage = Annotated[bool, typer.Option("--salvage", help="Take what is left of damaged tars; else they are refused.")]
+Salvage = Annotated[
+    bool, typer.Option("--salvage", help="Use what is intact in damaged tars; without it, they are refused.")
+]
 
 
 @app.command()
@@ -30,37 +32,40 @@ def shard(
     source: Annotated[
         str,
         typer.Argument(
+            metavar="SOURCE",
             help="Folder of images or of class folders; a tar, a folder of tars, a pattern like `00{000..123}.tar`; "
-            "or a text file with one path or URL a line, each with a label behind a tab or without."
+            "or a text file with one path or URL per line, each optionally followed by a tab and a label.",
         ),
     ],
-    dest: Annotated[str, typer.Argument(help="URL of the data set to make: s3://bucket/path, or a folder.")],
+    dest: Annotated[
+        str, typer.Argument(metavar="DEST", help="URL of the data set to make: s3://bucket/path, or a folder.")
+    ],
     *,
     samples_per_shard: Annotated[
-        int | None, typer.Option(min=1, help="Images in one tar; default: 1000.", show_default=False)
+        int | None, typer.Option(min=1, help="Images in a tar; default: 1000.", show_default=False)
     ] = None,
     shard_bytes: Annotated[
-        str, typer.Option(help="Bytes in one tar instead, like 256MB, counted before images are encoded again.")
+        str, typer.Option(help="Bytes in a tar instead, like 256MB, counted before images are re-encoded.")
     ] = "",
     max_side: Annotated[
         int | None, typer.Option(help="Shrink larger images to this many pixels on the longer side.")
     ] = None,
     quality: Annotated[
-        int | None, typer.Option(help="Encode every image again at this JPEG quality; default: keep original bytes.")
+        int | None, typer.Option(help="Re-encode every image at this JPEG quality; default: keep the original bytes.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the shuffle before images are dealt to shards.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffle before images are dealt to shards.")] = 0,
     salvage: Salvage = False,
     upload: Annotated[
         str,
         typer.Option(
-            help="URL to copy SOURCE, a folder or a tar of this machine, to first; the data set is made of that."
+            help="URL to which SOURCE, a folder or a tar on this machine, is copied first, and then read from."
         ),
     ] = "",
 ) -> None:
     """Make a data set: WebDataset tars, their indexes, and a manifest, in parallel Ray tasks.
 
     JPEGs keep their bytes, other formats become JPEG. An image that does not decode is skipped, counted and listed.
-    The same command again goes on where it was cut off, or says that there is nothing to do.
+    If it is interrupted, the same command resumes it; once it is done, it says that there is nothing to do.
     """
     from jobs.terminal import parsed_bytes
     from pipeline.image.photo import Encoding
@@ -75,12 +80,12 @@ def shard(
         refuse_own_path("source", source, "`--upload s3://bucket/folder` copies it there first")
         refuse_own_path("dest", dest)
         sys.exit(go_there(session, ctx, source=source, upload=""))
-    from jobs.data.datasets import make_dataset
+    from jobs.data.datasets import shard_and_say
 
     if samples_per_shard is None and not shard_bytes:
         samples_per_shard = 1000
     size = parsed_bytes("--shard-bytes", shard_bytes) if shard_bytes else None
-    make_dataset(
+    shard_and_say(
         session,
         source,
         normal(dest),
@@ -92,27 +97,32 @@ def shard(
 @app.command(cls=at_cluster("url", "out"))
 def index(
     url: Annotated[
-        str, typer.Argument(help="A folder of WebDataset tars, a tar, or a pattern like `s3://b/x/00{000..123}.tar`.")
+        str,
+        typer.Argument(
+            metavar="URL", help="A folder of WebDataset tars, one tar, or a pattern like `s3://b/x/00{000..123}.tar`."
+        ),
     ],
     out: Annotated[
         str, typer.Option(help="URL for indexes and manifest; default: beside the tars.", show_default=False)
     ] = "",
-    deep: Annotated[bool, typer.Option("--deep", help="Decode every image, and leave out those that do not.")] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Decode every image, and skip those that do not decode.")
+    ] = False,
     salvage: Salvage = False,
 ) -> None:
-    """Make a data set of tars that were made elsewhere, without rewriting them: indexes and a manifest.
+    """Make a data set from tars that were made elsewhere, without rewriting them: indexes and a manifest.
 
-    Each tar is read once, in parallel Ray tasks. A tar that ends early or has a damaged header is named with the
-    offset. The same command again goes on where it was cut off.
+    Each tar is read once, in parallel Ray tasks. A tar that ends early or has a damaged header is reported with the
+    offset. If it is interrupted, the same command resumes it.
     """
-    from jobs.data.datasets import index_foreign
+    from jobs.data.datasets import index_and_say
 
-    index_foreign(open_session(), url, out and normal(out), deep=deep, salvage=salvage)
+    index_and_say(open_session(), url, out and normal(out), deep=deep, salvage=salvage)
 
 
 @app.command(cls=at_cluster("url"))
 def verify(
-    url: Annotated[str, typer.Argument(help="URL of a data set.")],
+    url: Annotated[str, typer.Argument(metavar="URL", help="URL of a data set.")],
     deep: Annotated[bool, typer.Option("--deep", help="Also decode every image.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -120,7 +130,7 @@ def verify(
 
     Checks sizes, ETags, indexes, tar headers, labels and the CRC32C of every image. Exit code 1 if there is a fault.
     """
-    from jobs.data.datasets import verify as verify_and_say
+    from jobs.data.datasets import verify_and_say
 
     verify_and_say(open_session(), normal(url), deep=deep, as_json=as_json)
 
@@ -133,16 +143,18 @@ def inspect(
     batch: Annotated[int | None, typer.Option(help="Global batch size; default: by the data set's size.")] = None,
     lanes: Annotated[int | None, typer.Option(help="Lanes; default: by the batch.")] = None,
     world: Annotated[int | None, typer.Option(help="Ranks; default: 1.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the order; default: 0.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of the order; default: 0.")] = None,
     block: Annotated[int | None, typer.Option(help="Samples in a block; default: 32.")] = None,
     window: Annotated[int | None, typer.Option(help="Blocks in a lane's window; default: 64.")] = None,
-    labels: Annotated[bool, typer.Option("--labels", help="Read some index rows, to tell how labels mix.")] = False,
+    labels: Annotated[
+        bool, typer.Option("--labels", help="Read some index rows, to show how well labels are mixed.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show a recipe as it would run (parameters, FLOPs, steps, order, GETs), or a data set and how it would be read.
 
-    A recipe is changed by FIELD=VALUE, the plan of a data set by options. The design effect says how well batches are
-    mixed: 1.0 for independent draws.
+    FIELD=VALUE changes a recipe, and options change the plan of a data set. The design effect shows how well batches
+    are mixed: 1.0 for independent draws.
     """
     given = {"batch": batch, "lanes": lanes, "world": world, "seed": seed, "block": block, "window": window}
     numbers = {name: value for name, value in given.items() if value is not None}
@@ -173,7 +185,7 @@ def order(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="URL of a data set.")],
     *,
     batch: Annotated[int, typer.Option(help="Global batch size.")],
-    lanes: Annotated[int, typer.Option(help="Lanes; divides the batch.")],
+    lanes: Annotated[int, typer.Option(help="Lanes; must divide the batch.")],
     world: World = 1,
     rank: Annotated[int | None, typer.Option(help="Only this rank; default: all.", show_default=False)] = None,
     seed: OrderSeed = 0,
@@ -181,13 +193,13 @@ def order(
     steps: Annotated[int, typer.Option(help="How many steps.")] = 1,
     block: Block = 32,
     window: Window = 64,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: one object a line.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON: one object per line.")] = False,
 ) -> None:
-    """Print which samples make up each step, rank by rank, in order. Reads indexes, no image.
+    """Print which samples make up each step, rank by rank, in order. Reads indexes but no images.
 
     With --json, each line is one object for a step and rank: step, epoch, rank, world_size, keys, shards, samples. The
-    last three are lists in the order in which the rank's batch holds the samples, `samples` their numbers in the data
-    set.
+    last three are lists in the order in which the rank's batch holds the samples; `samples` are their numbers in the
+    data set.
     """
     from jobs.recipe.reading_plan import listed_steps
     from pipeline.load.dataset import Dataset
@@ -205,7 +217,7 @@ def order(
 
 
 def _is_dataset(target: str) -> bool:
-    """Whether `target` is a place; a name, or a .toml file, is a recipe."""
+    """Whether `target` is a path or URL of a data set; a name or a .toml file is a recipe."""
     if target.endswith(".toml"):
         return False
     if "/" in target or not Path(target).is_dir():

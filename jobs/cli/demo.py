@@ -1,4 +1,4 @@
-"""The main job on one machine: `make pretrain`. Each step prints the command that does the same."""
+"""The demonstration: the main job on one machine, `make pretrain`. Each step prints the command that does the same."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jobs.cluster.session import Session, home_folder
 from jobs.control.lease import is_live
 from jobs.control.run_plan import plan_run
 from jobs.control.workflow import follow_job, say_outcome, train_as_job
-from jobs.data.datasets import make_dataset
+from jobs.data.datasets import shard_and_say
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
 from jobs.stack import local_stack
@@ -35,14 +35,14 @@ STEPS = 400
 
 
 def run_demo(environ: Mapping[str, str], images: str) -> None:
-    """From photographs to a report; run again, it resumes, or says that all is done.
+    """From photographs to a report; when it is run again, it resumes, or says that everything is done.
 
     Args:
-        environ: Where the local stack's folder is named; other clusters and object stores in it are not used.
-        images: Folder of photographs; empty for those that Python packages ship.
+        environ: Names the local stack's folder; other clusters and object stores in it are not used.
+        images: Folder of photographs; empty for those that come with Python packages.
     """
     home = home_folder(environ)
-    run_name, source = _names(images, home)
+    run_name, source = run_and_source(images, home)
     say("$ convmae up")
     local_stack.up(home, on_event=say)
     session = Session.open(
@@ -56,9 +56,9 @@ def run_demo(environ: Mapping[str, str], images: str) -> None:
     if not images:
         say(f"photographs: {', '.join(photograph.name for photograph in PHOTOGRAPHS)}, cut into {TILES} images")
         cut_tiles(source, TILES, SEED)
-    manifest = make_dataset(session, str(source), data, SHARDING)
+    manifest = shard_and_say(session, str(source), data, SHARDING)
 
-    overrides = {"data": data, **_length(manifest)}
+    overrides = {"data": data, **length_fields(manifest)}
     arguments = " ".join(shlex.quote(f"{field}={value}") for field, value in overrides.items())
     say("")
     say(f"$ convmae submit tiny {arguments} --run {run_name} --follow")
@@ -68,14 +68,14 @@ def run_demo(environ: Mapping[str, str], images: str) -> None:
         say_outcome(plan.run, follow_job(session, plan.run, job))
     else:
         train_as_job(session, plan, follow=True)
-    if plan.run.read_heartbeat().get("state") != "finished":  # somebody stopped it
+    if plan.run.read_heartbeat().get("state") != "finished":  # it was stopped
         say("the same command resumes it")
         return
     _show_results(plan.run, home / "results" / run_name, session)
 
 
-def _names(images: str, home: Path) -> tuple[str, Path]:
-    """The run's name, and the folder of its photographs. Other photographs make another run.
+def run_and_source(images: str, home: Path) -> tuple[str, Path]:
+    """The run's name and the folder of its photographs. Other photographs make another run.
 
     Raises:
         SourceError: If there are none; nothing was started.
@@ -88,7 +88,7 @@ def _names(images: str, home: Path) -> tuple[str, Path]:
     return f"demo-{slug}-{job.digest[:6]}", folder
 
 
-def _length(manifest: Manifest) -> dict[str, Any]:
+def length_fields(manifest: Manifest) -> dict[str, Any]:
     """Fields that make the run about `STEPS` long on any data set, with early milestones for the picture."""
     recipe = named_recipe("tiny")
     batch = min(recipe.global_batch_size, manifest.samples // recipe.lanes * recipe.lanes)
@@ -105,7 +105,7 @@ def _length(manifest: Manifest) -> dict[str, Any]:
 
 
 def _show_results(run: RunDirectory, folder: Path, session: Session) -> None:
-    """Copy what a person looks at out of the object store, and say where everything is."""
+    """Copy the results that people look at from the object store, and say where everything is."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("report.html", "reconstructions.png"):
         run.storage.download(run.path(name), folder / name)
@@ -120,10 +120,10 @@ def _show_results(run: RunDirectory, folder: Path, session: Session) -> None:
     say(f"Ray dashboard    {session.stack.dashboard_url}")
     if session.stack.prometheus_url:
         say(f"Prometheus       {session.stack.prometheus_url}")
-    command = _own_command(Path(sys.argv[0]).absolute(), Path.cwd())
+    command = own_command(Path(sys.argv[0]).absolute(), Path.cwd())
     say(f"next             {command} status {run.name}, {command} history {run.name}, {command} down")
 
 
-def _own_command(executable: Path, folder: Path) -> str:
-    """How to type this command from `folder`: by its path there if it lies below, as in a clone's `.venv`."""
+def own_command(executable: Path, folder: Path) -> str:
+    """How to type this command in `folder`: by its relative path if it lies below, as in a clone's `.venv`."""
     return str(executable.relative_to(folder)) if executable.is_relative_to(folder) else executable.name

@@ -1,7 +1,7 @@
-"""Commands that go to the cluster, as a job, where this machine cannot do their work: a laptop that is no node of it.
+"""Commands that run on the cluster, as a job, because this machine cannot do their work: a laptop that is not a node.
 
-A command that needs the cluster goes there from every machine that is none of its nodes. One that needs no more than
-the store goes there from a machine without credentials for it.
+A command that needs the cluster is sent there from every machine that is not one of its nodes. One that needs only the
+store is sent there from a machine without credentials for it.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
     from jobs.cluster.session import Session
 
 RECIPES = ("recipe", "target")
-"""Parameters that name a recipe; the second one may be a data set instead."""
+"""Parameters that name a recipe; the second may name a data set instead."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What a command needs to be done where it is typed."""
+    """What a command needs in order to run where it is typed."""
 
     places: tuple[str, ...] = ()
     """Parameters that are paths or URLs."""
     cluster: bool = False
     """To connect to the cluster as a driver."""
     run: bool = False
-    """To reach the directory of a run."""
+    """To reach a run's directory."""
 
 
 def at_cluster(*places: str) -> type[TyperCommand]:
-    """The kind of a command that starts tasks on the cluster.
+    """The class of a command that starts tasks on the cluster.
 
     Args:
         places: Its parameters that are paths or URLs.
@@ -49,7 +49,7 @@ def at_cluster(*places: str) -> type[TyperCommand]:
 
 
 def at_store(*places: str) -> type[TyperCommand]:
-    """The kind of a command that works on what lies at some URLs, and needs no cluster for it.
+    """The class of a command that works on data at some URLs, for which it needs no cluster.
 
     Args:
         places: Its parameters that are paths or URLs.
@@ -58,7 +58,7 @@ def at_store(*places: str) -> type[TyperCommand]:
 
 
 def at_run(*places: str) -> type[TyperCommand]:
-    """The kind of a command that works on a run's directory, and needs no cluster for it.
+    """The class of a command that works on a run's directory, for which it needs no cluster.
 
     Args:
         places: Its other parameters that are paths or URLs.
@@ -68,7 +68,7 @@ def at_run(*places: str) -> type[TyperCommand]:
 
 def _kind(needs: Needs) -> type[TyperCommand]:
     class Elsewhere(TyperCommand):
-        """A command that looks where its work can be done before it does it."""
+        """A command that first finds out where its work can be done."""
 
         def invoke(self, ctx: Any) -> Any:
             from jobs.cli.shared import open_session
@@ -91,10 +91,10 @@ def _goes_there(session: Session, parameters: Mapping[str, Any], needs: Needs) -
 
 
 def _urls(session: Session, parameters: Mapping[str, Any], needs: Needs) -> Iterator[str]:
-    """Where a command works.
+    """The paths and URLs on which a command works.
 
     Raises:
-        UserError: It works on a run, and nobody knows where that lies.
+        UserError: It works on a run, and no run root is known.
     """
     fields = dict(_url_fields(parameters))
     yield from (str(parameters[name]) for name in needs.places if parameters[name])
@@ -115,14 +115,14 @@ def go_there(
     """Run a command on the cluster, with its parameters as they were understood; returns its exit code.
 
     Args:
-        session: Says which cluster.
-        ctx: Of the command.
+        session: Names the cluster.
+        ctx: The command's.
         places: Its parameters that are paths or URLs.
-        files: Small files that travel along, by name.
+        files: Small files to send along, by name.
         changed: Parameters that have another value there.
 
     Raises:
-        UserError: A path is of this machine's disk.
+        UserError: A path is on this machine's disk.
     """
     from jobs.remote.command import run_there
 
@@ -143,7 +143,7 @@ def go_there(
 
 
 def _own_words(parameters: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """What the current folder or the home folder may decide, beside what `refuse_own_path` looks at."""
+    """Values that may depend on the current folder or the home folder, besides those that `refuse_own_path` checks."""
     yield "--run-root", str(parameters.get("run_root") or "")
     run = str(parameters.get("run") or "")
     yield "run", run if is_place(run) else ""
@@ -155,7 +155,7 @@ def _own_words(parameters: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _refuse_unless_absolute(field: str, place: str) -> None:
     if place and not _is_absolute(place):
-        remedy = "write a URL, or a path from / on that is the same on its nodes"
+        remedy = "write a URL, or an absolute path that is the same on its nodes"
         raise UserError(field, "must mean the same on the cluster as here", place, remedy)
 
 
@@ -164,11 +164,11 @@ def _is_absolute(place: str) -> bool:
     return not is_local(normal(place)) or with_known_scheme(place).startswith(("/", "file:///"))
 
 
-def refuse_own_path(field: str, place: str, remedy: str = "take s3://bucket/folder") -> None:
-    """Refuse a path that is meant for this machine's disk; an absolute one that is not here may be the cluster's.
+def refuse_own_path(field: str, place: str, remedy: str = "use s3://bucket/folder") -> None:
+    """Refuse a path on this machine's disk; an absolute one that does not exist here may be the cluster's.
 
     Raises:
-        UserError: It is relative, or something lies there.
+        UserError: It is relative, or it exists here.
     """
     found = normal(place) if place else ""
     if found and is_local(found) and (not _is_absolute(place) or Path(found).exists()):
@@ -176,7 +176,7 @@ def refuse_own_path(field: str, place: str, remedy: str = "take s3://bucket/fold
 
 
 def arguments(ctx: Context, parameters: Mapping[str, Any]) -> list[str]:
-    """The words with which the command would be typed with these parameters."""
+    """The words with which one would type the command with these parameters."""
     words, positional = [str(ctx.info_name)], []
     for parameter in ctx.command.params:
         value = parameters[str(parameter.name)]
@@ -190,7 +190,7 @@ def arguments(ctx: Context, parameters: Mapping[str, Any]) -> list[str]:
 
 
 def _url_fields(parameters: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Fields of a recipe that are URLs, as FIELD=VALUE gives them."""
+    """Fields of a recipe that are URLs, as given by FIELD=VALUE."""
     from jobs.recipe.recipe import URL_FIELDS
 
     for override in parameters.get("overrides") or ():
@@ -200,17 +200,17 @@ def _url_fields(parameters: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _is_recipe(value: object) -> bool:
-    """Whether a parameter's value names a recipe, and no place."""
+    """Whether a parameter's value names a recipe, not a path or URL."""
     from jobs.recipe.named_recipes import recipe_names
 
     return str(value).endswith(".toml") or value in recipe_names()
 
 
 def _attached_recipe(name: str, overrides: Iterable[str] | None, attached: dict[str, str]) -> str:
-    """The recipe's name there; a file travels along. One that cannot be read or trained is refused here.
+    """The recipe's name there; a file is sent along. One that cannot be read or trained is refused here.
 
     Raises:
-        RecipeError: It is none.
+        RecipeError: It is not a valid recipe.
     """
     from jobs.cli.shared import amended_recipe
     from jobs.recipe.named_recipes import file_fields
@@ -227,7 +227,7 @@ def _attached_recipe(name: str, overrides: Iterable[str] | None, attached: dict[
 
 
 def known_run_root(session: Session, given: str = "") -> str:
-    """The run root that a command works with; empty where none is known, and it may need none."""
+    """The run root that a command works with; empty if none is known, since it may need none."""
     try:
         return session.run_root(given)
     except UserError:

@@ -1,10 +1,10 @@
 #!python
 """The `convmae` command as it is installed.
 
-Our packages have the names that others like, too: `pipeline`, `model`, `jobs`. Whoever stands before ours on Python's
-path would be imported, and run, instead of them. So nothing of ours is imported here until it is known to be ours:
-installed as a script (pyproject.toml), this file needs no package to be found first. The folder in which a command is
-typed is never on the path: an installed script puts its own there, and `jobs.run.own_code.module_command` none.
+Our packages have common names: `pipeline`, `model`, `jobs`. A package of the same name that precedes ours on Python's
+path would be imported, and run, instead. So this file imports none of them before it knows that it is ours: it is
+installed as a script (pyproject.toml), which needs no package to be found first. The folder in which a command is typed
+is never on the path: an installed script adds its own folder, and `jobs.run.own_code.module_command` adds none.
 """
 
 import os
@@ -15,14 +15,14 @@ from pathlib import Path
 
 PACKAGES = ("jobs", "pipeline", "model")
 _LANDMARKS = ("jobs/stack/keeper.py", "pipeline/shard/index.py", "model/convmae.py")
-"""Files by which a folder is known to hold the packages of this project."""
+"""Files that show that a folder holds this project's packages."""
 
 
 def strange_package(path: Sequence[str] | None = None) -> tuple[str, str] | None:
-    """The first of our packages that Python would take from elsewhere: its name, and the file or folder of others.
+    """The first of our packages that Python would import from elsewhere: its name, and that file or folder.
 
     Args:
-        path: Where it looks; default: `sys.path`. Nothing is imported.
+        path: Where Python looks; default: `sys.path`. Nothing is imported.
     """
     places = {name: _place(name, path) for name in PACKAGES}
     for name, place in places.items():
@@ -32,7 +32,7 @@ def strange_package(path: Sequence[str] | None = None) -> tuple[str, str] | None
 
 
 def _place(name: str, path: Sequence[str] | None) -> Path | None:
-    """What would be imported under a name: a package's folder, or a file; None where there is nothing."""
+    """What would be imported under a name: a package's folder or a file; None if there is nothing."""
     spec = PathFinder.find_spec(name, path)
     if spec is None:
         return None
@@ -42,7 +42,7 @@ def _place(name: str, path: Sequence[str] | None) -> Path | None:
 
 
 def main() -> None:
-    """Run the command, unless it would not be ours that runs."""
+    """Run the command, unless another package would run instead of ours."""
     found = strange_package()
     if found and sys.stderr:
         name, place = found

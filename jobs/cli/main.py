@@ -1,4 +1,4 @@
-"""The `convmae` command. Each command checks its input, calls one function, and prints what it did.
+"""The `convmae` command: its help, its exit codes, and its errors as single lines.
 
 Exit codes: 0 done, 1 failed, 2 bad input (one line on standard error, nothing started, nothing left behind).
 """
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-from jobs.cli import checkpoints, data, runs, stack
+from jobs.cli import checkpoints, data, runs, simulation, stack
 from jobs.errors import RunFailedError
 from jobs.terminal import close_streams, has_reader, open_streams, write_line
 from pipeline.errors import UserError
@@ -33,7 +33,7 @@ On one machine, from nothing: `convmae up`, `convmae shard PHOTOS s3://convmae/d
 
 On a cluster, set RAY_ADDRESS and the AWS_* variables; the commands are the same.""",
 )
-for part in (stack, data, runs, checkpoints):
+for part in (stack, data, simulation, runs, checkpoints):
     app.add_typer(part.app)
 
 
@@ -43,10 +43,10 @@ VERBOSE = "--verbose"
 @app.callback()
 def options(
     verbose: Annotated[
-        bool, typer.Option(VERBOSE, help="Also show lines of Ray and of workers; may stand anywhere.")
+        bool, typer.Option(VERBOSE, help="Also show the lines of Ray and of workers. May be given anywhere.")
     ] = False,
 ) -> None:
-    """What all commands take."""
+    """Options of all commands."""
     if verbose:
         from jobs.cluster.session import VERBOSE_VARIABLE
 
@@ -54,47 +54,47 @@ def options(
     try:
         Path.cwd()
     except OSError as error:
-        told = os.strerror(error.errno or 0)
-        raise UserError("current folder", f"must be there ({told})", "", "go to another one with `cd`") from None
+        reason = os.strerror(error.errno or 0)
+        raise UserError("current folder", f"must exist ({reason})", "", "change to another one with `cd`") from None
 
 
 def main() -> None:
     """Entry point: bad input ends in one line and exit code 2, a failed run in one line and exit code 1."""
     open_streams()
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # of folders that it would like to have
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # about folders that it cannot write
     code = _run(sys.argv[1:])
     sys.exit(code if close_streams() else code or 1)
 
 
 def _run(arguments: Sequence[str]) -> int:
-    """Run a command; returns its exit code. What ends it badly is told on standard error."""
+    """Run a command; returns its exit code. Errors are reported on standard error."""
     from jobs.stack.local_stack import StackError
 
     try:
-        return int(app(_verbose_first(arguments), standalone_mode=False) or 0)
-    except SystemExit as ended:  # of a command that knows its exit code
+        return int(app(verbose_first(arguments), standalone_mode=False) or 0)
+    except SystemExit as ended:  # from a command that sets its exit code
         return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
     except (typer.Abort, KeyboardInterrupt):
         return 1
-    except (TyperException, UserError) as error:  # Typer refuses an unknown option, or text where a number should be
+    except (TyperException, UserError) as error:  # Typer refuses unknown options, or text for a number
         _tell(_usage_text(error) if isinstance(error, TyperException) else f"error: {error}")
         return 2
     except (RunFailedError, StackError, OSError) as error:
         if not isinstance(error, BrokenPipeError) or has_reader(sys.stdout):
-            for line in f"failed: {error}".splitlines():  # the end of a service's log may follow
+            for line in f"failed: {error}".splitlines():  # the tail of a service's log may follow
                 _tell(line)
         return 1
 
 
 def _tell(line: str) -> None:
-    """One line on standard error, if there is one and somebody reads it."""
+    """Write one line to standard error, if there is one and it is open."""
     if line:
         with contextlib.suppress(OSError):
             write_line(sys.stderr, line)
 
 
-def _verbose_first(arguments: Sequence[str]) -> list[str]:
-    """The arguments with --verbose before the command, wherever it was typed; not behind `--`, where names are."""
+def verbose_first(arguments: Sequence[str]) -> list[str]:
+    """The arguments with --verbose moved to the front; after `--` there are names, which stay as they are."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     options, names = list(arguments[:end]), list(arguments[end:])
     if VERBOSE not in options:
@@ -103,7 +103,7 @@ def _verbose_first(arguments: Sequence[str]) -> list[str]:
 
 
 def _usage_text(error: Any) -> str:
-    """One line; nothing where the help was printed, because the command was given nothing at all."""
+    """One line; empty if the help was printed because no arguments were given."""
     message: str = error.format_message()
     return f"error: {message}" if message else ""
 

@@ -1,4 +1,4 @@
-"""Runs: planned, begun, watched, stopped."""
+"""Commands on runs: start, resume, watch and stop them, and read what they recorded."""
 
 from __future__ import annotations
 
@@ -30,99 +30,15 @@ from pipeline.errors import UserError
 app = typer.Typer()
 
 TraceOption = Annotated[
-    str, typer.Option("--trace", help="URL at which to note the samples, crops and masks of each step and rank.")
+    str, typer.Option("--trace", help="URL at which to record the samples, crops and masks of each step and rank.")
 ]
 RunOption = Annotated[
-    str, typer.Option("--run", help="Name of the run; default: the recipe's. The same name resumes it.")
+    str, typer.Option("--run", help="Name of the run; default: the recipe's. The same name resumes that run.")
 ]
 Strict = Annotated[
     bool,
-    typer.Option("--strict", help="Refuse to resume past a damaged checkpoint: on_damaged_checkpoint=fail."),
+    typer.Option("--strict", help="Do not skip a damaged checkpoint when resuming: on_damaged_checkpoint=fail."),
 ]
-
-
-@app.command(cls=at_store())
-def simulate(
-    recipe: RecipeName,
-    overrides: Overrides = None,
-    *,
-    nodes: Annotated[int, typer.Option(min=1, help="Nodes that the run is given.")],
-    mtbf_hours: Annotated[float, typer.Option(help="Mean hours between failures of one node on demand.")],
-    step_seconds: Annotated[
-        float | None,
-        typer.Option(help="Of one step on all nodes; a short run's history tells. Default: estimated for H100 GPUs."),
-    ] = None,
-    min_nodes: Annotated[int, typer.Option(min=1, help="Fewest that an elastic run trains with.")] = 1,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs in a node.")] = 8,
-    replace_minutes: Annotated[float, typer.Option(help="Until a failed node is replaced.")] = 10.0,
-    spot_mtbf_hours: Annotated[
-        float | None, typer.Option(help="Mean hours until a spot node is taken back; shows spot nodes too.")
-    ] = None,
-    spot_replace_minutes: Annotated[float, typer.Option(help="Until another spot node is there.")] = 30.0,
-    restart_seconds: Annotated[float, typer.Option(help="From a failure to the first step after it.")] = 60.0,
-    stall_seconds: Annotated[float, typer.Option(help="Training stands still for one checkpoint.")] = 1.0,
-    trials: Annotated[int, typer.Option(min=1, help="Runs to simulate; means are shown.")] = 20,
-    seed: Annotated[int, typer.Option(help="Of the failures.")] = 0,
-    as_json: AsJson = False,
-) -> None:
-    """Predict how long a recipe takes on nodes that fail, with a fixed and with an elastic number of workers.
-
-    Shows wall-clock, goodput, lost steps and GPU hours at the recipe's checkpoint interval and at the best one, on
-    nodes on demand and, where --spot-mtbf-hours is given, on spot nodes. Starts nothing.
-    """
-    from dataclasses import asdict, replace
-
-    from jobs.recipe.checkpoint_interval import IntervalRule
-    from jobs.recipe.plan import DatasetSize
-    from jobs.recipe.schedule import Schedule, order_of
-    from jobs.recipe.simulation import Scenario, prediction_row, predictions, scenario_lines
-    from jobs.recipe.sizing import H100_FLOPS_PER_SECOND, NodeType, estimated_step_seconds
-
-    resolved = amended_recipe(recipe, overrides)
-    size = DatasetSize.of(open_session().storage, resolved)
-    steps = Schedule.of(resolved, order_of(resolved, size.samples).steps_per_epoch).total_steps
-    rule = IntervalRule.of(resolved)
-    for option, hours in (("--mtbf-hours", mtbf_hours), ("--spot-mtbf-hours", spot_mtbf_hours)):
-        if hours is not None and not hours > 0:
-            raise UserError(option, "must be above 0", hours, "give a larger one")
-    scenario = Scenario(
-        steps=steps,
-        step_seconds=estimated_step_seconds(resolved, NodeType(gpus_per_node, H100_FLOPS_PER_SECOND), nodes)
-        if step_seconds is None
-        else step_seconds,
-        nodes=nodes,
-        min_nodes=min_nodes,
-        mtbf_seconds=mtbf_hours * 3600,
-        replace_seconds=replace_minutes * 60,
-        restart_seconds=restart_seconds,
-        stall_seconds=stall_seconds,
-        interval_steps=1,  # until the rest is known to be sound
-        gpus_per_node=gpus_per_node,
-    )
-    markets = {"on-demand": scenario}
-    if spot_mtbf_hours is not None:
-        markets["spot"] = replace(
-            scenario, mtbf_seconds=spot_mtbf_hours * 3600, replace_seconds=spot_replace_minutes * 60
-        )
-    markets = {
-        market: replace(
-            one, interval_steps=rule.simulated_steps(one.step_seconds, one.stall_seconds, one.group_mtbf_seconds)
-        )
-        for market, one in markets.items()
-    }
-    found = {market: predictions(one, trials=trials, seed=seed) for market, one in markets.items()}
-    if as_json:
-        print_json(
-            {
-                "scenarios": {market: asdict(one) for market, one in markets.items()},
-                "step_seconds_estimated": step_seconds is None,
-                "predictions": [{"market": market, **asdict(one)} for market in found for one in found[market]],
-            }
-        )
-        return
-    print_pairs(scenario_lines(markets, is_estimate=step_seconds is None))
-    columns = ("nodes", "policy", "interval", "wall", "goodput", "lost", "restarts", "waiting", "GPU-h")
-    print_table(columns, [(market, *prediction_row(one)) for market, ones in found.items() for one in ones])
 
 
 @app.command(cls=at_cluster("trace"))
@@ -134,15 +50,13 @@ def pretrain(
     trace: TraceOption = "",
     supervised: Annotated[
         bool,
-        typer.Option(
-            "--supervised", help="Start the driver again when it is killed, as a submitted job does; for a RayJob."
-        ),
+        typer.Option("--supervised", help="Restart the driver if it is killed, as a submitted job does; for a RayJob."),
     ] = False,
     strict: Strict = False,
 ) -> None:
     """Train in the foreground, on the cluster that RAY_ADDRESS names or on the local stack.
 
-    Ctrl-C, or SIGTERM, saves a checkpoint and stops. The same command resumes.
+    Ctrl-C or SIGTERM saves a checkpoint and stops. The same command resumes the run.
     """
     from jobs.control.run_plan import plan_run
     from jobs.control.workflow import train_here, train_supervised
@@ -151,8 +65,8 @@ def pretrain(
     session, resolved = open_session(), amended_recipe(recipe, overrides, strict=strict)
     name = run or resolved.name
     if supervised and CALLER_VARIABLE in session.environ:
-        remedy = "take `convmae submit`, whose job is supervised"
-        raise UserError("--supervised", "must be given where the cluster is", "a command from elsewhere", remedy)
+        remedy = "use `convmae submit`, whose job is supervised"
+        raise UserError("--supervised", "must be given on a node of the cluster", "a command from elsewhere", remedy)
     if supervised:
         train_supervised(session, plan_run(session, resolved, name, trace, drives=False, is_patient=True))
     else:
@@ -161,12 +75,12 @@ def pretrain(
 
 @app.command(hidden=True)
 def drive(run_url: str, trace: TraceOption = "") -> None:
-    """What a submitted job runs: the run whose directory is `run_url`."""
-    from jobs.control.early_end import end_noted
+    """Drive the run whose directory is RUN_URL; what a submitted job runs."""
     from jobs.control.run_plan import plan_run
+    from jobs.control.unreported_end import end_noted
     from jobs.control.workflow import train_here
 
-    session = open_session(verbose=True)  # the job's log is the only one of the ranks that a user has
+    session = open_session(verbose=True)  # the job's log is the only log of the ranks that a user has
     directory = session.run(run_url)
     with end_noted(directory):
         recipe = directory.read_recipe().amended({"run_root": directory.root})
@@ -184,7 +98,7 @@ def submit(
     strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train as a Ray job, which goes on when this terminal is closed. The same command resumes."""
+    """Train as a Ray job, which continues when this terminal is closed. The same command resumes the run."""
     from jobs.control.run_plan import plan_run
     from jobs.control.workflow import train_as_job
 
@@ -203,9 +117,9 @@ def resume(
     strict: Strict = False,
     as_json: AsJson = False,
 ) -> None:
-    """Go on with a run that was stopped or cut off, as a Ray job, by the recipe in its directory.
+    """Resume a run that was stopped or interrupted, as a Ray job, by the recipe in its directory.
 
-    FIELD=VALUE may change where and how it executes (max_workers=8), not what it computes.
+    FIELD=VALUE may change where and how the run executes (max_workers=8), not what it computes.
     """
     from jobs.control.run_plan import plan_run
     from jobs.control.workflow import train_as_job
@@ -220,7 +134,7 @@ def resume(
 
 @app.command(name="list", cls=at_run())
 def list_command(run_root: RunRoot = "", as_json: AsJson = False) -> None:
-    """List the runs, with what each is doing."""
+    """List the runs, with the state of each."""
     from jobs.report.status import list_cells, status_or_error
     from jobs.run.directory import list_runs
 
@@ -243,12 +157,12 @@ def list_command(run_root: RunRoot = "", as_json: AsJson = False) -> None:
 def status(
     run: RunName,
     run_root: RunRoot = "",
-    watch: Annotated[bool, typer.Option("--watch", "-w", help="Go on showing it until the run ends.")] = False,
+    watch: Annotated[bool, typer.Option("--watch", "-w", help="Keep showing it until the run ends.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a run is doing, and its events.
+    """Show the state of a run, and its events.
 
-    With --watch and --json, one JSON object a line.
+    With --watch and --json, print one JSON object per line.
     """
     from jobs.report.status import event_line, run_status, status_lines
     from jobs.report.watch import status_display, watch_run
@@ -270,16 +184,16 @@ def status(
 @app.command(cls=at_run())
 def logs(
     run: RunName,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job ends.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Keep printing until the job ends.")] = False,
     run_root: RunRoot = "",
     as_json: AsJson = False,
 ) -> None:
-    """Print what a submitted run's newest job printed; with --verbose, also lines of Ray's own.
+    """Print the log of a submitted run's newest job; with --verbose, including lines of Ray itself.
 
-    With --json, one object a line: the job, and a line of what it printed.
+    With --json, each line is an object: the job, and a line of its log.
     """
     from jobs.cluster import submission
-    from jobs.cluster.foreign_lines import own_lines
+    from jobs.cluster.log_filter import own_lines
 
     session = open_session()
     directory = existing_run(session, run, run_root)
@@ -292,7 +206,7 @@ def logs(
 
 @app.command(cls=at_run())
 def stop(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
-    """Ask a run to save a checkpoint and end; returns when it has."""
+    """Ask a run to save a checkpoint and end; returns when it has ended."""
     from jobs.control.lease import is_live
     from jobs.control.workflow import outcome
     from jobs.run.directory import FINAL_STATES
@@ -311,14 +225,14 @@ def stop(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
     if as_json:
         print_json({"run": directory.name, "url": directory.url, **outcome(heartbeat)})
         return
-    say(f"{directory.name}: {heartbeat['state']} at step {heartbeat['step']}; `convmae resume {run}` goes on")
+    say(f"{directory.name}: {heartbeat['state']} at step {heartbeat['step']}; `convmae resume {run}` resumes it")
 
 
 @app.command(cls=at_run())
 def history(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
-    """Print one line a step: step, epoch, loss, learning rate, world size, attempt.
+    """Print one line per step: step, epoch, loss, learning rate, world size, attempt.
 
-    Now and then with a digest of all weights and moments, which is equal for equal runs at any world size.
+    Some lines end with a digest of all weights and moments: equal runs have equal ones, at any world size.
     """
     for row in existing_run(open_session(), run, run_root).read_history():
         if as_json:
@@ -333,13 +247,15 @@ def history(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> No
 
 @app.command(cls=at_store("url", "other"))
 def trace(
-    url: Annotated[str, typer.Argument(help="URL that `--trace` was given.")],
-    other: Annotated[str, typer.Argument(help="Another, to compare with.", show_default=False)] = "",
+    url: Annotated[str, typer.Argument(metavar="URL", help="URL that was given to `--trace`.")],
+    other: Annotated[
+        str, typer.Argument(metavar="[OTHER]", help="Another one, to compare with.", show_default=False)
+    ] = "",
 ) -> None:
     """Print what each rank consumed, one JSON object for each step and rank; or compare two traces.
 
     With OTHER: one line for each step in which samples, crops, flips, masks or learning rates differ, whatever the
-    world sizes; exit code 1 if there is one.
+    world sizes; exit code 1 if any differ.
     """
     from jobs.run.trace import differences, read_trace
 
@@ -359,13 +275,13 @@ def trace(
 
 @app.command(cls=at_run())
 def quarantine(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
-    """Print one line for each sample that the run found unusable: where it lies, what is wrong, what stood in."""
+    """Print one line for each sample that the run could not use: where it lies, the fault, and its substitute."""
     for row in existing_run(open_session(), run, run_root).read_quarantine():
         if as_json:
             sys.stdout.write(json.dumps(row) + "\n")
         else:
             line = f"step {row['step']:>8}  sample {row['id']}  {row['fault']}  {row['url']}: {row['reason']}"
-            say(f"{line}; sample {row['substitute']} stood in")
+            say(f"{line}; substitute: sample {row['substitute']}")
 
 
 @app.command(cls=at_run())

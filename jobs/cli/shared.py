@@ -1,4 +1,4 @@
-"""What several commands take, and how they come to their session, recipe and run."""
+"""Parameters that several commands share, and how commands get their session, recipe and run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 RecipeName = Annotated[
-    str, typer.Argument(help="Name of a recipe, or a .toml file that amends one.", show_default=False)
+    str, typer.Argument(metavar="RECIPE", help="Name of a recipe, or a .toml file that amends one.", show_default=False)
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -20,7 +20,7 @@ RunRoot = Annotated[
     str,
     typer.Option(
         "--run-root",
-        help="URL or path that holds the runs; default: $CONVMAE_RUN_ROOT, else the local stack's, or the last used.",
+        help="URL or path that holds the runs; default: $CONVMAE_RUN_ROOT, else the local stack's, else the last used.",
         show_default=False,
     ),
 ]
@@ -28,7 +28,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 def open_session(*, verbose: bool = False) -> Any:
-    """The session that the environment describes, told to all that reads it from there.
+    """The session that the environment describes; exports its variables to this process.
 
     Args:
         verbose: Show what workers print, whatever the environment says.
@@ -59,7 +59,7 @@ def existing_run(session: Any, name: str, run_root: str) -> Any:
     """The run's directory.
 
     Raises:
-        RunError: If there is none; names the nearest that exists.
+        RunError: If there is none; names the existing run with the closest name.
     """
     from jobs.run.directory import list_runs, unknown_run
 

@@ -1,4 +1,4 @@
-"""The local stack, the machine, and the demonstration."""
+"""Commands on the local stack and the machine: up, down, doctor, demo."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ app = typer.Typer()
 
 @app.command()
 def up(
-    s3_port: Annotated[int, typer.Option(help="Port of the S3 server; 0: a free one.")] = 0,
-    ray_port: Annotated[int, typer.Option(help="Port of the Ray head; 0: a free one.")] = 0,
-    dashboard_port: Annotated[int, typer.Option(help="Port of the Ray dashboard; 0: a free one.")] = 0,
-    prometheus_port: Annotated[int, typer.Option(help="Port of Prometheus; 0: a free one.")] = 0,
-    cpus: Annotated[int, typer.Option(help="Logical CPUs that Ray may give out; 0: those of the machine.")] = 0,
+    s3_port: Annotated[int, typer.Option(help="Port of the S3 server; 0 for a free one.")] = 0,
+    ray_port: Annotated[int, typer.Option(help="Port of the Ray head; 0 for a free one.")] = 0,
+    dashboard_port: Annotated[int, typer.Option(help="Port of the Ray dashboard; 0 for a free one.")] = 0,
+    prometheus_port: Annotated[int, typer.Option(help="Port of Prometheus; 0 for a free one.")] = 0,
+    cpus: Annotated[int, typer.Option(help="Logical CPUs that Ray may use; 0 for all of the machine.")] = 0,
 ) -> None:
     """Start the local stack: an S3 server, a Ray head, and Prometheus if it is installed.
 
-    Everything listens on loopback only, on free ports, with credentials made for this stack. Data and state are in
-    `.convmae` (or $CONVMAE_HOME). When it is up already, nothing happens; what died is started again.
+    Everything listens on the loopback address only, on free ports, with credentials made for this stack. Data and state
+    are in `.convmae` (or $CONVMAE_HOME). If the stack is already up, nothing changes; services that died are restarted.
     """
     from jobs.cluster.session import home_folder
     from jobs.stack import local_stack
@@ -52,7 +52,7 @@ def up(
 
 @app.command()
 def down() -> None:
-    """Stop what `convmae up` started, by pid. Data stay, and the next `up` finds them."""
+    """Stop what `convmae up` started. Data is kept, and the next `up` finds it."""
     from jobs.cluster.session import home_folder
     from jobs.stack import local_stack
 
@@ -66,21 +66,21 @@ def doctor(
     store: Annotated[
         str,
         typer.Option(
-            help="URL under which runs will be kept; default: $CONVMAE_RUN_ROOT, the local stack's, or the last used.",
+            help="URL that will hold the runs; default: $CONVMAE_RUN_ROOT, else the local stack's, else the last used.",
             show_default=False,
         ),
     ] = "",
     cache_dir: Annotated[str, typer.Option(help="The recipe's cache_dir, if it has one.", show_default=False)] = "",
-    gpu: Annotated[bool, typer.Option("--gpu", help="A node without a GPU is a failure.")] = False,
+    gpu: Annotated[bool, typer.Option("--gpu", help="Report a node without a GPU as a failure.")] = False,
     as_json: AsJson = False,
     asked_from: Annotated[
-        str, typer.Option(hidden=True, help="File with what the machine said of itself on which this was typed.")
+        str, typer.Option(hidden=True, help="File with the facts of the machine on which this was typed.")
     ] = "",
 ) -> None:
     """Check the machine, the cluster and the store, and say what to do about each finding.
 
-    Versions and clocks of all nodes, reading, writing and conditional writing, bandwidth of each node, disks, shared
-    memory, GPUs, and an all-reduce over all nodes. Exit code 1 if something failed.
+    Checks versions and clocks of all nodes, reads, writes and conditional writes, the bandwidth of each node, disks,
+    shared memory, GPUs, and an all-reduce over all nodes. Exit code 1 if something failed.
     """
     from jobs.cluster.diagnosis import exit_code, finding_lines
     from jobs.cluster.doctor import CALLER_NAME, Caller, examine
@@ -89,8 +89,8 @@ def doctor(
     store = store or known_run_root(session)
     if _answers(session) and session.is_away:
         refuse_own_path("--store", store)
-        told = {CALLER_NAME: Caller.here(session, store).to_text()}
-        sys.exit(go_there(session, ctx, files=told, store=store, asked_from=CALLER_NAME))
+        files = {CALLER_NAME: Caller.here(session, store).to_text()}
+        sys.exit(go_there(session, ctx, files=files, store=store, asked_from=CALLER_NAME))
     store, cache_dir = store and normal(store), cache_dir and normal(cache_dir)
     caller = Caller.of_text(Path(asked_from).read_text("utf-8")) if asked_from else None
     findings = []
@@ -106,7 +106,7 @@ def doctor(
 
 
 def _answers(session: Session) -> bool:
-    """Whether there is a cluster to ask; one that does not answer is a finding."""
+    """Whether the cluster answers; if it does not, that is a finding."""
     from jobs.errors import ClusterError
 
     try:
@@ -119,10 +119,10 @@ def _answers(session: Session) -> bool:
 @app.command()
 def demo(
     images: Annotated[
-        str, typer.Option(help="Folder of your own photographs; default: those of Python packages.")
+        str, typer.Option(help="Folder of your own photographs; default: those that come with Python packages.")
     ] = "",
 ) -> None:
-    """The main job from photographs to a report, on this machine, in about five minutes. What `make pretrain` runs."""
+    """Run the main job on this machine, from photographs to a report, in about five minutes (`make pretrain`)."""
     from jobs.cli.demo import run_demo
 
     run_demo(os.environ, images)

@@ -1,1 +1,1 @@
-"""The Ray cluster: where it is, whose store is used there, jobs, tasks, nodes, and what ails them."""
+"""The Ray cluster: its address, the store that is used there, jobs, tasks, nodes, and what is wrong with them."""

@@ -1,7 +1,7 @@
-"""What RAY_ADDRESS may be, and whether this machine is a node of the cluster that it names.
+"""The cluster's address, RAY_ADDRESS, and whether this machine is a node of that cluster.
 
-A driver needs a raylet beside it: `ray.init` takes neither a dashboard's HTTP address nor a machine that is no node.
-From there a cluster takes jobs alone.
+A driver needs a raylet on its own machine: `ray.init` accepts neither a dashboard's HTTP address nor a machine that is
+not a node. From such a machine a cluster takes only jobs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ClusterAddress:
     """A Ray cluster: its dashboard's HTTP address, HOST:PORT of its head, or `auto` for the one on this machine."""
 
     text: str
-    """In one spelling, so that equal clusters have equal texts."""
+    """In canonical form, so that equal clusters have equal texts."""
     host: str
     """Empty for `auto`."""
     port: int
@@ -40,7 +40,7 @@ class ClusterAddress:
 
     @classmethod
     def spelled(cls, text: str) -> str:
-        """An address in the one spelling; what is none stays as it is, for whoever needs it to refuse."""
+        """An address in canonical form; an invalid one is returned as it is, to be refused where it is used."""
         try:
             return cls.parse(text).text
         except ClusterError:
@@ -51,7 +51,7 @@ class ClusterAddress:
         """Read RAY_ADDRESS.
 
         Raises:
-            ClusterError: It is none of the three forms.
+            ClusterError: It has none of the three forms.
         """
         bare = text.strip().rstrip("/")
         if bare == "auto":
@@ -59,27 +59,29 @@ class ClusterAddress:
         scheme, separator, place = bare.rpartition("://")
         scheme = scheme.lower()
         try:
-            if place.split() != [place]:  # urlsplit passes over some
-                raise ValueError("there must be no blanks in it")
+            if place.split() != [place]:  # urlsplit ignores some
+                raise ValueError("it must contain no blanks")
             parts = urlsplit(f"//{place}")
             host, given = parts.hostname or "", parts.port
             _check_host(host)
-        except ValueError as error:  # a port that is no number or above 65535, a bracket that is not closed
-            told = str(error) if "@" not in place else "what stands before @ is part of it"
-            raise ClusterError(VARIABLE, f"must name a host and a port ({told})", _without_user(bare), FORMS) from None
+        except ValueError as error:  # a port that is not a number or above 65535, a bracket that is not closed
+            reason = str(error) if "@" not in place else "what precedes @ is part of it"
+            raise ClusterError(
+                VARIABLE, f"must name a host and a port ({reason})", _without_user(bare), FORMS
+            ) from None
         port = HTTP_PORTS.get(scheme, 0) if given is None else given
         rest = parts.path or parts.query or parts.fragment
         if scheme not in ("", *HTTP_PORTS) or "@" in place or rest or not port:
-            rule = "must be http://HOST:PORT or HOST:PORT, without user, path and query"
+            rule = "must be http://HOST:PORT or HOST:PORT, without user, path or query"
             raise ClusterError(VARIABLE, rule, _without_user(bare), FORMS)
         named = f"[{host}]" if ":" in host else host
         return cls(f"{scheme}{separator}{named}:{port}", host, port, is_http=bool(scheme))
 
     def check_answers(self) -> None:
-        """Find out in seconds that nobody listens; Ray would try for minutes.
+        """Check within seconds that something listens there; Ray would try for minutes.
 
         Raises:
-            ClusterError: Nobody does.
+            ClusterError: Nothing does.
         """
         if not self.host:
             return
@@ -89,7 +91,7 @@ class ClusterAddress:
             raise ClusterError(VARIABLE, f"must answer ({error})", self.text, IS_IT_UP) from error
 
     def _first_hop(self) -> tuple[str, int]:
-        """What is connected to: the cluster, or the HTTP proxy before it."""
+        """Host and port to connect to: the cluster, or the HTTP proxy in front of it."""
         proxy = http_proxy(self.text) if self.is_http else None
         if proxy is None:
             return self.host, self.port
@@ -100,7 +102,7 @@ class ClusterAddress:
         """Whether this machine is a node of the cluster; asks its head, unless it speaks HTTP.
 
         Raises:
-            ClusterError: The head does not answer, or not to us.
+            ClusterError: The head does not answer, or refuses us.
         """
         if self.is_http or not self.host:
             return not self.is_http
@@ -108,10 +110,10 @@ class ClusterAddress:
         return bool({node.node_manager_address for node in _nodes(self)} & own_addresses())
 
     def check_logs(self) -> None:
-        """Find out that this user may not write where drivers on this machine log: Ray would abort the process.
+        """Check that this user may write where drivers on this machine log; else Ray would abort the process.
 
         Raises:
-            ClusterError: That is so.
+            ClusterError: The user may not.
         """
         if self.is_http or not self.host:
             return
@@ -119,34 +121,36 @@ class ClusterAddress:
         for node in _nodes(self):
             logs = Path(node.session_dir or "/", "logs")
             if node.session_dir and node.node_manager_address in here and not os.access(logs, os.W_OK | os.X_OK):
-                rule = f"must be of a cluster whose logs on this machine, in {logs}, this user may write"
-                remedy = "be the user who started it, or name its dashboard, http://HOST:8265: commands then run there"
+                rule = f"must be a cluster whose logs on this machine, in {logs}, this user may write"
+                remedy = (
+                    "run as the user who started it, or name its dashboard, http://HOST:8265: commands then run there"
+                )
                 raise ClusterError(VARIABLE, rule, self.text, remedy)
 
 
 def http_proxy(address: str) -> str | None:
-    """The proxy through which Ray's clients ask a cluster by HTTP: they read this process's environment.
+    """The proxy through which Ray's clients reach a cluster by HTTP; they read this process's environment.
 
     Raises:
-        StorageError: It is no HTTP proxy.
+        StorageError: It is not an HTTP proxy.
     """
     return Proxies.from_environment(os.environ).for_url(address)
 
 
 def _check_host(host: str) -> None:
-    """Refuse what cannot be looked up.
+    """Refuse a host that cannot be looked up.
 
     Raises:
-        ValueError: It is no name and no address.
+        ValueError: It is neither a name nor an address.
     """
     if ":" in host:
         ipaddress.IPv6Address(host)
     elif not re.fullmatch(rb"[a-z0-9._-]+", host.encode("idna")):  # which refuses empty and long labels
-        raise ValueError(f"{host!a} is no host's name")
+        raise ValueError(f"{host!a} is not a host name")
 
 
 def _without_user(text: str) -> str:
-    """An address for a message: what stands before @ may be a password."""
+    """An address for a message: what precedes @ may be a password."""
     head, at, place = text.rpartition("@")
     return f"{head[: head.find('://') + 3] if '://' in head else ''}...@{place}" if at else text
 
@@ -177,12 +181,12 @@ def _nodes(address: ClusterAddress) -> list[Any]:
 
 
 def refusal(address: str, error: BaseException) -> ClusterError:
-    """What to tell of a cluster that answered with an error; one that asks for a token gets a remedy of its own."""
+    """The error for a cluster that answered with one; a cluster that asks for a token gets a remedy of its own."""
     from ray.exceptions import AuthenticationError
 
     lines = str(error).strip().splitlines() or [type(error).__name__]
-    told = lines[0].partition(". ")[0]  # Ray goes on with how to make tokens
+    reason = lines[0].partition(". ")[0]  # Ray then explains how to make tokens
     if isinstance(error, AuthenticationError) or "Unauthenticated" in str(error):
         remedy = "set RAY_AUTH_MODE=token, and the cluster's token as RAY_AUTH_TOKEN or in the file RAY_AUTH_TOKEN_PATH"
-        return ClusterError(VARIABLE, f"must let this shell in ({told})", address, remedy)
-    return ClusterError(VARIABLE, f"must answer ({told})", address, IS_IT_UP)
+        return ClusterError(VARIABLE, f"must let this shell in ({reason})", address, remedy)
+    return ClusterError(VARIABLE, f"must answer ({reason})", address, IS_IT_UP)

@@ -1,15 +1,13 @@
-"""`convmae doctor`: is this machine, cluster and store fit for a run? Asks every node, one probe on each."""
+"""The doctor, `convmae doctor`: whether machine, cluster and store are fit for a run. Puts a probe on every node."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
-from urllib.parse import urlsplit
 
 from jobs.cluster.diagnosis import (
     Finding,
@@ -23,75 +21,75 @@ from jobs.cluster.diagnosis import (
 )
 from jobs.cluster.node_probe import NodeFacts, NodeProbe
 from jobs.cluster.session import Session
+from jobs.cluster.store_check import settings_finding, store_findings
 from jobs.errors import ClusterError
-from pipeline.errors import StorageError, UserError
 from pipeline.store.storage import Storage, is_local, is_s3
 
 PROBE_BYTES = 32 * 1024**2
 CLOCK_READINGS = 5
 NODE_SECONDS = 120.0
-"""How long a node may take to start a probe: a new runtime environment has to be copied to it first."""
+"""How long a node may take to start a probe; a new runtime environment has to be copied to it first."""
 REDUCE_SECONDS = 60.0
 HEAD_RESOURCE = "node:__internal_head__"
-"""By which Ray marks the head."""
+"""Ray's mark of the head."""
 CALLER_NAME = "caller.json"
 
 
 @dataclass(frozen=True)
 class Caller:
-    """What the machine says of itself on which `convmae doctor` was typed, where that is no node of the cluster."""
+    """The machine on which `convmae doctor` was typed, if it is not a node of the cluster."""
 
     host: str
     versions: Mapping[str, str]
     findings: tuple[Finding, ...]
-    """Of its own way to the store."""
+    """About the store as seen from there."""
 
     @classmethod
     def here(cls, session: Session, store_url: str) -> Caller:
-        """This machine; looks at the store where it has credentials for it."""
+        """This machine; checks the store if there are credentials for it."""
         facts = NodeProbe().facts([])
         if not store_url or (is_s3(store_url) and not session.has_credentials):
-            remedy = "none is needed: commands that need the store run on the cluster"
+            remedy = "none are needed: commands that need the store run on the cluster"
             found = [Finding("store", "skipped", "no credentials here", remedy)]
         else:
             found = list(store_findings(session.storage, store_url))
         return cls(facts.host, facts.versions, tuple(replace(finding, node=facts.host) for finding in found))
 
     def to_text(self) -> str:
-        """As it travels."""
+        """Text that `of_text` reads."""
         return json.dumps(asdict(self))
 
     @classmethod
     def of_text(cls, text: str) -> Caller:
         """Read `to_text`."""
-        told = json.loads(text)
-        return cls(told["host"], told["versions"], tuple(Finding(**finding) for finding in told["findings"]))
+        read = json.loads(text)
+        return cls(read["host"], read["versions"], tuple(Finding(**finding) for finding in read["findings"]))
 
 
 def examine(
     session: Session, store_url: str, folders: Sequence[str], caller: Caller | None = None, *, wants_gpu: bool
 ) -> Iterator[Finding]:
-    """Check everything; findings come as they are known.
+    """Check everything; yields findings as they become known.
 
     Args:
         session: Connected to nothing yet.
-        store_url: Where to write, read and delete some objects; empty: nowhere.
+        store_url: Where to write, read and delete some objects; empty for nowhere.
         folders: Folders that nodes will write to, like a `cache_dir`.
-        caller: The machine on which the command was typed, if it is another one.
+        caller: The machine on which the command was typed, if it is not this one.
         wants_gpu: Whether nodes without a GPU are a failure.
     """
     here = NodeProbe().facts(folders)
     if caller:
         here = replace(here, versions=caller.versions)
         yield from caller.findings
-    yield settings(session.storage)
+    yield settings_finding(session.storage)
     stored = False
     if store_url:
         found = list(store_findings(session.storage, store_url))
         stored = all(finding.level == "ok" for finding in found)
         yield from found
     else:
-        yield Finding("store", "skipped", "no URL", "name one that a run will use: --store s3://BUCKET/runs")
+        yield Finding("store", "skipped", "no URL", "give one that a run will use: --store s3://BUCKET/runs")
     try:
         session.connect()
     except ClusterError as error:
@@ -107,73 +105,6 @@ def examine(
     finally:
         if stored:
             session.storage.delete(_speed_url(store_url))
-
-
-def settings(storage: Storage) -> Finding:
-    """How S3 is reached from here, and which variable, profile or file says so; no secret is told."""
-    if storage.fault:
-        return Finding("settings", "failed", f"{storage.fault.field}: {storage.fault.rule}", storage.fault.remedy)
-    try:
-        proxy = storage.proxies_here.for_url(storage.endpoint_url or "https://s3.amazonaws.com")
-    except StorageError as error:
-        return Finding("settings", "failed", f"{error.field}: {error.rule}", error.remedy)
-    shown = {
-        "endpoint": storage.endpoint_url or "AWS's own",
-        "region": storage.region,
-        "credentials": f"{storage.key[:4]}..." if storage.key else "",
-        "ca_bundle": storage.ca_bundle or "",
-        **{name: str(value) for name, value in storage.client},
-    }
-    told = [f"{name} {shown.get(name, '')}".strip() + f" ({origin})" for name, origin in storage.origins]
-    if proxy:
-        told.append(f"through the proxy {urlsplit(proxy).hostname}")
-    return Finding("settings", "ok", "; ".join(told))
-
-
-def store_findings(storage: Storage, url: str) -> Iterator[Finding]:
-    """Write, read, ranged read, conditional write and delete under `url`; stops at the first that fails."""
-    mine = Storage.join(url, f"doctor-{os.getpid()}-{os.urandom(4).hex()}")
-
-    def written() -> bool:
-        storage.write(mine, b"first")
-        return storage.read(mine) == b"first"
-
-    def exclusive() -> bool:
-        return storage.create(mine + "-once", b"one") and not storage.create(mine + "-once", b"two")
-
-    def deleted() -> bool:
-        storage.delete(mine)
-        return not storage.exists(mine)
-
-    conditional = (
-        "use a store that honours If-None-Match (AWS, SeaweedFS, MinIO and Ceph do), else claims exclude nobody"
-    )
-    tries: list[tuple[str, Callable[[], bool], str]] = [
-        ("write and read", written, "use a store that is consistent after a write"),
-        ("ranged read", lambda: storage.read_range(mine, 1, 3) == b"irs", "use a store that honours Range"),
-        ("conditional write", exclusive, conditional),
-        ("delete", deleted, "allow s3:DeleteObject"),
-    ]
-    try:
-        storage.check(url, write=False)
-        for name, attempt, remedy in tries:
-            began = time.perf_counter()
-            if not attempt():
-                yield Finding("store", "failed", f"{name} under {url} does not do what it should", remedy)
-                return
-            yield Finding("store", "ok", f"{name} in {1000 * (time.perf_counter() - began):.0f} ms")
-    except (UserError, OSError) as error:
-        remedy = error.remedy if isinstance(error, UserError) else "check the URL and what the credentials allow"
-        yield Finding("store", "failed", str(error).partition("; ")[0], remedy)
-    finally:
-        for name in (mine, mine + "-once"):
-            _forget(storage, name)
-
-
-def _forget(storage: Storage, url: str) -> None:
-    # The finding says already that the store does not work.
-    with contextlib.suppress(UserError, OSError):
-        storage.delete(url)
 
 
 def _examine_cluster(
@@ -204,7 +135,7 @@ def _examine_cluster(
 
 
 def _head_settings() -> Iterator[Finding]:
-    """Asked there: what was set as a variable where the head was started is known to its own processes alone."""
+    """Asked on the head: only its own processes know the variables with which it was started."""
     import ray
 
     for node in ray.nodes():  # type: ignore[no-untyped-call]
@@ -219,12 +150,12 @@ def _head_settings() -> Iterator[Finding]:
 def measured_skew(
     clock: Callable[[], float], here: Callable[[], float] = time.time, readings: int = CLOCK_READINGS
 ) -> tuple[float, float]:
-    """How far another clock is ahead, and how well that is known: half of the quickest answer's time.
+    """How far another clock is ahead, and the uncertainty: half of the quickest answer's time.
 
     Args:
-        clock: Asks the other one.
-        here: This one.
-        readings: How often to ask.
+        clock: Reads the other clock.
+        here: Reads this one.
+        readings: How many times to ask.
     """
     found = []
     for _ in range(readings):
@@ -301,7 +232,7 @@ def _all_reduce(first: Any, probes: Sequence[Any], backend: str) -> Finding:
 
 
 def _nccl(nodes: Sequence[dict[str, Any]]) -> Finding:
-    """One GPU of each node; those must be free, so a run that trains on all of them is left alone."""
+    """On one GPU of each node, which must be free, so that a run which trains on all of them is not disturbed."""
     import ray
 
     probes = [_probe_on(node, num_gpus=1) for node in nodes]
@@ -309,7 +240,7 @@ def _nccl(nodes: Sequence[dict[str, Any]]) -> Finding:
         ready, waiting = ray.wait([probe.clock.remote() for probe in probes], num_returns=len(probes), timeout=30.0)
         if waiting:
             detail = f"nccl: no free GPU on {len(waiting)} of {len(ready) + len(waiting)} nodes"
-            return Finding("all-reduce", "skipped", detail, "run it again when nothing trains")
+            return Finding("all-reduce", "skipped", detail, "run it again when nothing is training")
         return _all_reduce(probes[0], probes, "nccl")
     finally:
         for probe in probes:

@@ -1,16 +1,16 @@
-"""Many small tasks over the cluster, a bounded number in flight, with their results as they come."""
+"""Many small tasks on a Ray cluster, or in threads of this process: a bounded number in flight, results as they come.
+
+Ray is imported only by what runs on a cluster.
+"""
 
 from __future__ import annotations
 
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any, TypeVar
-
-import ray
-from ray.exceptions import RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.errors import RunFailedError
 from jobs.run.shared_folder import Landmark, Landmarks, check_seen_here
@@ -22,12 +22,12 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 TASKS_PER_CPU = 2
-"""In flight: enough that no core waits for the driver, few enough that a full disk stops the rest."""
+"""In flight: enough that no core waits for the driver, and so few that a full disk stops the rest."""
 COPIES_PER_NODE = 4
 """In flight, of tasks that copy: they fill a node's network before its memory."""
 TICK_SECONDS = 1.0
 INGEST_RESOURCE = "ingest"
-"""What a node offers that is there for ingests alone, which have rights of their own: so many tasks at once."""
+"""What a node offers that is reserved for ingests, which have rights of their own; its amount is the tasks at once."""
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,9 @@ def fan_out(
     copying: bool = False,
     landmarks: Sequence[Landmark] = (),
 ) -> Iterator[Result]:
-    """Run `work(storage, url, task)` for each task; results come in any order.
+    """Run `work(storage, url, task)` on the cluster for each task; results come in any order.
 
-    A task takes a CPU, or INGEST_RESOURCE where a node offers that: then no other node is bothered.
+    A task takes a CPU, or INGEST_RESOURCE where a node offers that: then no other node is used.
 
     Args:
         work: A function of this project, found by its name on every node.
@@ -83,15 +83,17 @@ def fan_out(
         UserError, OSError: One that a task met, as itself; the other tasks are cancelled.
         RunFailedError: A task's process died again and again.
     """
+    import ray
+
     remote: Any = ray.remote(_worked)
-    places = _copying_places() if copying else itertools.repeat(_needs())
+    places = copying_places() if copying else itertools.repeat(task_needs())
     shared, guards = ray.put(storage), (tuple(landmarks), umask_here())
     waiting = iter(tasks)
     running: list[Any] = []
     on_tick()
     try:
         while True:
-            started = itertools.islice(waiting, max(0, _width(copying) - len(running)))
+            started = itertools.islice(waiting, max(0, task_limit(copying) - len(running)))
             running += [
                 remote.options(name=work.__name__, **next(places)).remote(work, shared, url, task, guards)
                 for task in started
@@ -107,6 +109,43 @@ def fan_out(
             ray.cancel(reference)
 
 
+def fan_out_locally(
+    work: Callable[[Storage, str, Task], Result],
+    storage: Storage,
+    url: str,
+    tasks: Iterable[Task],
+    *,
+    on_tick: Callable[[], None],
+    width: int,
+) -> Iterator[Result]:
+    """Run `work(storage, url, task)` in threads of this process for each task; results come in any order.
+
+    Args:
+        work: Safe to call from several threads.
+        storage: Reaches what the tasks read and write.
+        url: Handed to every task.
+        tasks: Made one by one, as they are started, in the caller's thread.
+        on_tick: Called at the start and about every second, also while no task ends. What it raises ends the fan-out.
+        width: Tasks at once.
+
+    Raises:
+        Exception: What a task raised, when the tasks that had begun have ended.
+    """
+    waiting = iter(tasks)
+    running: set[Future[Result]] = set()
+    on_tick()
+    with ThreadPoolExecutor(width, "convmae-task") as threads:
+        while True:
+            started = itertools.islice(waiting, width - len(running))
+            running |= {threads.submit(work, storage, url, task) for task in started}
+            if not running:
+                return
+            done, running = wait(running, TICK_SECONDS, FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+            on_tick()
+
+
 def _worked(
     work: Callable[[Storage, str, Task], Result],
     storage: Storage,
@@ -120,38 +159,48 @@ def _worked(
     return work(storage, url, task)
 
 
-def _needs() -> dict[str, Any]:
+def task_needs() -> dict[str, Any]:
+    """Ray's options for a task that computes."""
     if _offered(INGEST_RESOURCE):
         return {"num_cpus": 0, "resources": {INGEST_RESOURCE: 1}}
     return {"num_cpus": 1}
 
 
-def _copying_places() -> Iterator[dict[str, Any]]:
-    """Over all nodes, but those for ingests, which may not write what is copied."""
+def copying_places() -> Iterator[dict[str, Any]]:
+    """Ray's options for tasks that copy, in turn: not on nodes for ingests, which may not write what is copied."""
     if not _offered(INGEST_RESOURCE):
         return itertools.repeat({"num_cpus": 0, "scheduling_strategy": "SPREAD"})
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
     nodes = [node["NodeID"] for node in _nodes() if not node["Resources"].get(INGEST_RESOURCE)]
     places = [NodeAffinitySchedulingStrategy(node, soft=True) for node in nodes]
     return itertools.cycle({"num_cpus": 0, "scheduling_strategy": place} for place in places)
 
 
-def _width(copying: bool) -> int:
-    """How many tasks may be in flight now: nodes come and go."""
+def task_limit(copying: bool) -> int:
+    """How many tasks may be in flight; may change at any time, as nodes come and go."""
     if copying:
         return COPIES_PER_NODE * max(1, sum(not node["Resources"].get(INGEST_RESOURCE) for node in _nodes()))
     return max(1, TASKS_PER_CPU * int(_offered(INGEST_RESOURCE) or _offered("CPU") or 1))
 
 
 def _nodes() -> list[Mapping[str, Any]]:
+    import ray
+
     return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
 def _offered(resource: str) -> float:
     """By all nodes together, whether it is in use or not."""
+    import ray
+
     return float(ray.cluster_resources().get(resource, 0.0))  # type: ignore[no-untyped-call]
 
 
 def _result(reference: Any) -> Any:
+    import ray
+    from ray.exceptions import RayError, RayTaskError
+
     try:
         return ray.get(reference)
     except RayTaskError as error:
@@ -159,4 +208,6 @@ def _result(reference: Any) -> Any:
             raise error.cause from None
         raise
     except RayError as error:  # the process died four times, as when memory runs out
-        raise RunFailedError(f"a task died: {str(error).strip().splitlines()[0]}; the same command goes on") from error
+        raise RunFailedError(
+            f"a task died: {str(error).strip().splitlines()[0]}; the same command resumes it"
+        ) from error

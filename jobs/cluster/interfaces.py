@@ -1,7 +1,7 @@
-"""The network interface over which the ranks of a node reach the others: that of the node's Ray address.
+"""The network interface over which a node's ranks reach the others: that of the node's Ray address.
 
-Left to themselves, gloo binds to what the host's own name resolves to, which is 127.0.1.1 on Debian and Ubuntu, and
-NCCL to the first interface that it likes.
+By default, gloo binds to what the host's own name resolves to, which is 127.0.1.1 on Debian and Ubuntu, and NCCL to
+the first interface that suits it.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from collections.abc import Iterable, Mapping, MutableMapping
 
 UNREACHED_REMEDY = (
     "open all TCP ports between the nodes (one security group); where a node has several networks, set"
-    " GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME in its environment before `ray start`; `convmae doctor` tries it"
+    " GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME in its environment before `ray start`; `convmae doctor` tests it"
 )
-"""What to do where ranks do not reach each other."""
+"""What to do if ranks do not reach each other."""
 
 
 def interface_of(address: str, interfaces: Mapping[str, Iterable[str]]) -> str:
-    """Name of the interface that has `address`; empty where none has.
+    """Name of the interface that has `address`; empty if none has.
 
     Args:
         address: IPv4 or IPv6.
-        interfaces: Addresses by interface; an alias (`eth0:1`) is one of its own.
+        interfaces: Addresses by interface; an alias (`eth0:1`) counts as an interface.
     """
     wanted = _unscoped(address)
     for name, addresses in interfaces.items():
@@ -32,19 +32,19 @@ def interface_of(address: str, interfaces: Mapping[str, Iterable[str]]) -> str:
 
 
 def choose_interface(node_address: str, environ: MutableMapping[str, str]) -> None:
-    """Have gloo and NCCL use the interface of `node_address`, except where `environ` names one already.
+    """Have gloo and NCCL use the interface of `node_address`, unless `environ` already names one.
 
-    To be called before a process group is made.
+    Call it before a process group is made.
 
     Args:
-        node_address: By which Ray's other nodes know this one; a name is looked up.
+        node_address: The address by which Ray's other nodes know this one; a name is looked up.
         environ: Of this process.
     """
     name = interface_of(_looked_up(node_address), _interfaces())
     if not name:
         return
     environ.setdefault("GLOO_SOCKET_IFNAME", name)
-    environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # without the sign every name that begins alike would do
+    environ.setdefault("NCCL_SOCKET_IFNAME", f"={name}")  # without the sign, every name that begins like this matches
 
 
 def _interfaces() -> dict[str, list[str]]:
@@ -58,7 +58,7 @@ def _interfaces() -> dict[str, list[str]]:
 
 
 def _unscoped(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
-    """Without the zone of a link-local address, which psutil appends."""
+    """An address without the zone that psutil appends to link-local ones."""
     return ipaddress.ip_address(address.partition("%")[0])
 
 

@@ -1,4 +1,4 @@
-"""What one node can tell of itself: versions, clock, disks, memory, GPUs, its way to the store and to its peers."""
+"""A probe of one node: versions, clock, disks, memory, GPUs, bandwidth to the store and to its peers."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from jobs.cluster.ray_internals.core import health_settings
 from pipeline.store.storage import Storage
 
 PACKAGES = ("torch", "deepspeed", "ray", "numpy", "simplejpeg", "s3fs", "webdataset")
-"""Those whose versions decide what is computed or read."""
+"""Their versions decide what is computed or read."""
 RAY_SETTINGS: Mapping[str, int] = {
     "health_check_period_ms": 1000,
     "health_check_timeout_ms": 5000,
     "health_check_failure_threshold": 6,
 }
-"""How the head looks after nodes, as infra/ sets it: one is dead after 36 s. A link that is mended after 15 s carries
-nothing for up to 15 s more, until TCP tries again."""
+"""The head's health checks of nodes, as infra/ sets them: a silent node is dead after 36 s. A link that is repaired
+after 15 s carries nothing for up to 15 s more, until TCP tries again."""
 SHARED_MEMORY = Path("/dev/shm")
 REDUCE_BYTES = 16 * 1024**2
 READ_THREADS = 8
@@ -39,7 +39,7 @@ READ_BYTES = 4 * 1024**2
 
 @dataclass(frozen=True)
 class Disk:
-    """Where a worker writes."""
+    """A disk to which a worker writes."""
 
     folder: str
     free_bytes: int
@@ -49,22 +49,22 @@ class Disk:
 
 @dataclass(frozen=True)
 class NodeFacts:
-    """What a node says of itself."""
+    """What a node reports of itself."""
 
     host: str
     versions: Mapping[str, str]
-    """By package; `-` where one is not installed."""
+    """By package; `-` if one is not installed."""
     cpus: int
     memory_bytes: int
     shared_memory_bytes: int
-    """Size of /dev/shm; 0 where there is none."""
+    """Size of /dev/shm; 0 if there is none."""
     disks: Sequence[Disk]
     gpus: Sequence[str]
-    """Name and driver of each, as nvidia-smi tells them."""
+    """Name and driver of each, as nvidia-smi prints them."""
 
 
 class NodeProbe:
-    """Answers for the node that it runs on. A plain class: jobs.cluster.doctor makes an actor of it on each node.
+    """The probe of the node it runs on. A plain class: jobs.cluster.doctor makes an actor of it on each node.
 
     Blocking: every method; `read_bytes_per_second` and `reduce` for seconds.
     """
@@ -74,7 +74,7 @@ class NodeProbe:
         return time.time()
 
     def facts(self, folders: Sequence[str]) -> NodeFacts:
-        """Look around.
+        """Gather the facts.
 
         Args:
             folders: Where workers will write, besides the temporary folder.
@@ -100,7 +100,7 @@ class NodeProbe:
         Args:
             storage: With the credentials to use.
             url: The object.
-            size_bytes: Of it.
+            size_bytes: Its size.
         """
         offsets = range(0, size_bytes, READ_BYTES)
         storage.read_range(url, 0, 1)  # opens the connection
@@ -110,7 +110,7 @@ class NodeProbe:
         return read / (time.perf_counter() - began)
 
     def free_address(self) -> tuple[str, int]:
-        """Address of this node, and a port that is free on it: where the ranks of `reduce` meet."""
+        """Address of this node and a free port on it: where the ranks of `reduce` meet."""
         from ray.util import get_node_ip_address
 
         host: str = get_node_ip_address()  # type: ignore[no-untyped-call]
@@ -119,13 +119,13 @@ class NodeProbe:
             return host, int(probe.getsockname()[1])
 
     def reduce(self, backend: str, meeting: str, rank: int, world_size: int, seconds: float) -> float:
-        """Add up a tensor with the other nodes; bytes a second of it, the second time.
+        """All-reduce a tensor with the other nodes; returns bytes per second of the second try.
 
         Args:
             backend: `gloo`, or `nccl` on this process's first GPU.
             meeting: `tcp://HOST:PORT` of rank 0.
-            rank: Of this node.
-            world_size: Nodes.
+            rank: This node's.
+            world_size: Number of nodes.
             seconds: How long to wait for the others.
 
         Raises:

@@ -1,6 +1,6 @@
-"""Where commands work: the cluster that RAY_ADDRESS names, or the local stack; and whose object store.
+"""The session of a command: the cluster that RAY_ADDRESS names or the local stack's, and the object store.
 
-RAY_ADDRESS leads to the user's own cluster, and what the shell says of AWS to their own store (session_store). The
+RAY_ADDRESS leads to the user's own cluster, and the shell's AWS settings to their own store (store_choice). The
 environment is put together once, for this process and for those that it starts.
 """
 
@@ -17,15 +17,15 @@ from typing import Any
 
 from jobs.cluster import address as cluster_address
 from jobs.cluster.address import ClusterAddress
-from jobs.cluster.keys_desk import open_desk
+from jobs.cluster.job_store import STORE_VARIABLE
+from jobs.cluster.key_renewal import start_renewal
 from jobs.cluster.ray_internals.core import printable_command_line
-from jobs.cluster.session_store import is_of_stack, naming_variable, session_store
-from jobs.cluster.store_parcel import STORE_VARIABLE
+from jobs.cluster.store_choice import chosen_store, is_of_stack, naming_variable
 from jobs.errors import ClusterError, DependencyError
 from jobs.run import roots
 from jobs.run.directory import RunDirectory
 from jobs.run.own_code import PROJECT
-from jobs.stack.local_stack import Stack
+from jobs.stack.record import Stack
 from pipeline.access.aws_session import configured_session
 from pipeline.access.places import is_place, normal
 from pipeline.access.proxies import without_loopback
@@ -68,7 +68,7 @@ class Session:
             local = {}
         ray = {key: value for key, value in local.items() if key.startswith("RAY_")}
         merged = {**ray, **given, **without_loopback(given)}
-        storage = session_store(merged, stack if ray else None)
+        storage = chosen_store(merged, stack if ray else None)
         merged.pop(STORE_VARIABLE, None)
         return cls(merged, home, stack, storage)
 
@@ -89,7 +89,7 @@ class Session:
 
     @property
     def is_verbose(self) -> bool:
-        """Whether lines of Ray and of workers are shown between the command's own."""
+        """Whether lines of Ray and of workers are shown among the command's own."""
         return self.environ.get(VERBOSE_VARIABLE, "").strip().lower() not in ("", "0", "false", "no", "off")
 
     @cached_property
@@ -97,7 +97,7 @@ class Session:
         """The cluster that work goes to.
 
         Raises:
-            ClusterError: None is named, or the name is none.
+            ClusterError: No cluster is named, or its address is not valid.
         """
         if "RAY_ADDRESS" not in self.environ:
             remedy = f"start the local stack with `convmae up`, or set RAY_ADDRESS: {cluster_address.FORMS}"
@@ -106,7 +106,7 @@ class Session:
 
     @cached_property
     def is_away(self) -> bool:
-        """Whether the cluster takes jobs alone from here, since this machine is none of its nodes or names it by HTTP.
+        """Whether the cluster takes only jobs from here: this machine is not one of its nodes, or names it by HTTP.
 
         Raises:
             ClusterError: HOST:PORT was named, and does not answer.
@@ -118,13 +118,13 @@ class Session:
     @cached_property
     def has_credentials(self) -> bool:
         """Whether botocore finds credentials for S3 here; asks a machine's metadata service for a second at most."""
-        if self.storage.key or self.storage.profile or self.storage.fault:  # who works with a fault says so
+        if self.storage.key or self.storage.profile or self.storage.fault:  # a fault is reported on use
             return True
         from botocore.exceptions import BotoCoreError
 
         try:
             return configured_session(self.environ).get_credentials() is not None
-        except BotoCoreError:  # a role that is not to be had: who works with it says so
+        except BotoCoreError:  # a role that cannot be assumed: reported on use
             return True
 
     def run_root(self, given: str = "") -> str:
@@ -134,7 +134,7 @@ class Session:
             given: By recipe or option.
 
         Raises:
-            UserError: None is known, or it is no URL.
+            UserError: None is known, or it is not a URL.
         """
         variable = self.environ.get(roots.VARIABLE, "")
         place = given or variable or self._usual_root()
@@ -145,7 +145,7 @@ class Session:
             raise UserError(field, error.rule, error.value, error.remedy) from None
 
     def remember_run_root(self, root: str) -> None:
-        """Note a run root that works, for the next command on the same cluster."""
+        """Remember a run root that works, for the next command on the same cluster."""
         if not self.is_local and not self.is_in_job and "RAY_ADDRESS" in self.environ:
             roots.remember(roots.state_folder(self.environ), self.cluster.text, root)
 
@@ -165,18 +165,18 @@ class Session:
             raise self.storage.fault
         if is_of_stack(self.storage, stack):
             return f"s3://{stack.bucket}/runs"
-        rule = f"must be a URL, since {naming_variable(self.environ)} leads to another store than the local stack's"
-        remedy = f"give run_root=URL or --run-root URL, or unset {naming_variable(self.environ)} to work on the stack"
+        rule = f"must be a URL, since {naming_variable(self.environ)} names a store other than the local stack's"
+        remedy = f"give run_root=URL or --run-root URL, or unset {naming_variable(self.environ)} to use the stack's"
         raise UserError("run_root", rule, "", remedy)
 
     def run(self, name: str, run_root: str = "") -> RunDirectory:
-        """The directory of a run by name, or by its whole path or URL."""
+        """The directory of a run by name, or by its full path or URL."""
         if is_place(name):
             return RunDirectory.at(self.storage, name)
         return RunDirectory.of(self.storage, self.run_root(run_root), name)
 
     def word_for(self, run: RunDirectory) -> str:
-        """What a command is given to find a run again: its name where runs are usually kept, else its directory."""
+        """The argument with which a command finds a run again: its name in the usual run root, else its directory."""
         try:
             is_usual = self.run_root() == run.root
         except UserError:
@@ -195,11 +195,13 @@ class Session:
         """Connect this process to the Ray cluster, as a driver.
 
         Raises:
-            ClusterError: If there is none, it does not answer, or takes jobs alone from here.
+            ClusterError: If there is none, it does not answer, or it takes only jobs from here.
         """
         self.cluster.check_answers()
         if self.is_away:
-            raise ClusterError("RAY_ADDRESS", "must be of this machine's cluster", self.cluster.text, "submit a job")
+            raise ClusterError(
+                "RAY_ADDRESS", "must be a cluster of which this machine is a node", self.cluster.text, "submit a job"
+            )
         self.cluster.check_logs()
         import ray
 
@@ -211,7 +213,7 @@ class Session:
                     self.cluster.text,
                     namespace=NAMESPACE,
                     logging_level=logging.ERROR,
-                    # Progress and results come as values; the log of a run's job alone holds what its ranks say.
+                    # Progress and results come as values; what ranks print is only in the log of the run's job.
                     log_to_driver=self.is_verbose,
                     runtime_env={} if self.is_in_job else self.code(),
                 )
@@ -219,20 +221,20 @@ class Session:
             raise
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise cluster_address.refusal(self.cluster.text, error) from error
-        open_desk(self.storage)
+        start_renewal(self.storage)
 
     def quiet_ray(self) -> None:
-        """Keep Ray's own lines from between the command's, unless they are asked for; Ray is imported by now."""
+        """Hide Ray's own lines, unless they are asked for; Ray must be imported already."""
         if not self.is_verbose:
-            # Of tasks that are cancelled nobody asks what they ended with, and Ray would print it.
+            # Nothing asks for the results of cancelled tasks, and Ray would print their errors.
             os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
             for handler in logging.getLogger("ray").handlers:
                 handler.setLevel(logging.ERROR)
 
     def code(self) -> dict[str, Any]:
-        """The part of Ray's runtime environment that has the project's code travel to a cluster of other machines.
+        """The part of Ray's runtime environment that sends the project's code to a cluster of other machines.
 
-        The driver of a submitted job has it from the job already, and Ray refuses to be given it twice.
+        The driver of a submitted job already has it from the job, and Ray refuses to be given it twice.
         """
         if self.is_local or not (PROJECT / "pyproject.toml").exists():
             return {}

@@ -1,4 +1,4 @@
-"""Runs as Ray jobs: submit, follow, read logs. A run outlives its jobs, which are named `<run>-a<N>`."""
+"""Runs as Ray jobs: submitted, followed, their logs read. A run outlives its jobs, which are named `<run>-a<N>`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING, Any
 
-from jobs.cluster import store_parcel
+from jobs.cluster import job_store
 from jobs.cluster.address import http_proxy, refusal
 from jobs.cluster.ray_internals.core import dashboard_address
 from jobs.cluster.session import Session
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 STOP_WAIT_SECONDS = 600
 ENDED_JOB_STATES = frozenset({"SUCCEEDED", "FAILED", "STOPPED", "LOST"})
 NO_AGENT = "No available agent"
-"""What Ray's head says of jobs until the first node's agent has reported, and when none does any more."""
+"""What Ray's head answers to jobs before the first node's agent has reported, and when none does any more."""
 AGENT_SECONDS = 60.0
 TAIL_SECONDS = 1.0
 
@@ -36,7 +36,7 @@ def submit(session: Session, run: RunDirectory, trace_url: str = "") -> str:
     The job reads its recipe from the run directory, so nothing but URLs is in its command line.
 
     Raises:
-        ClusterError: If the cluster does not take it.
+        ClusterError: If the cluster does not accept it.
         StorageError: If there are no keys for the store.
     """
     client = job_client(session)
@@ -51,7 +51,7 @@ def submit(session: Session, run: RunDirectory, trace_url: str = "") -> str:
             "env_vars": {
                 "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_SECONDS),
                 VARIABLE: git_commit(session.environ),
-                **store_parcel.send(session, client),
+                **job_store.send(session, client),
             },
         },
     }
@@ -59,7 +59,7 @@ def submit(session: Session, run: RunDirectory, trace_url: str = "") -> str:
 
 
 def supervisor_command(python: str, run: RunDirectory, trace_url: str) -> list[str]:
-    """What drives a claimed run, and starts a driver that was killed again."""
+    """The command that drives a claimed run, and restarts a driver that was killed."""
     return module_command(python, "jobs.control.supervisor", run.url, *(["--trace", trace_url] if trace_url else []))
 
 
@@ -67,13 +67,13 @@ def hand_over(client: Any, job: dict[str, Any], address: str, patience_seconds: 
     """Give Ray a job, waiting for a cluster that has only just started; returns its submission id.
 
     Args:
-        client: Of the cluster.
-        job: What `submit_job` takes.
-        address: Of the cluster, for people.
-        patience_seconds: How long to ask again while no node of the cluster is ready for jobs.
+        client: The cluster's job client.
+        job: Arguments of `submit_job`.
+        address: Of the cluster, for messages.
+        patience_seconds: How long to retry while no node of the cluster is ready for jobs.
 
     Raises:
-        ClusterError: If the cluster does not take it.
+        ClusterError: If the cluster does not accept it.
     """
     deadline = time.monotonic() + patience_seconds
     while True:
@@ -81,19 +81,19 @@ def hand_over(client: Any, job: dict[str, Any], address: str, patience_seconds: 
             return str(client.submit_job(**job))
         except (RuntimeError, OSError) as error:
             if NO_AGENT in str(error) and time.monotonic() < deadline:
-                continue  # Ray itself has waited for seconds before it said so
+                continue  # Ray itself has waited for seconds before this answer
             lines = str(error).rstrip(" .").splitlines() or [type(error).__name__]
             remedy = "look at the cluster with `convmae doctor`; the same command submits again"
-            raise ClusterError("RAY_ADDRESS", f"must take the job ({lines[-1]})", address, remedy) from error
+            raise ClusterError("RAY_ADDRESS", f"must accept the job ({lines[-1]})", address, remedy) from error
 
 
 def job_state(client: JobSubmissionClient, submission_id: str) -> str:
-    """Ray's word for a job (PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED), UNREACHABLE, or LOST with its Ray head."""
+    """Ray's state of a job (PENDING, RUNNING, SUCCEEDED, FAILED, STOPPED), UNREACHABLE, or LOST with its Ray head."""
     try:
         return str(client.get_job_status(submission_id).value)
-    except OSError:  # what requests raises while nobody listens
+    except OSError:  # what requests raises while nothing listens
         return "UNREACHABLE"
-    except RuntimeError:  # a head that was started anew does not know the job
+    except RuntimeError:  # a head that was restarted does not know the job
         return "LOST"
 
 
@@ -107,10 +107,10 @@ def log_pieces(session: Session, run: RunDirectory, submission_id: str, *, follo
     """What a job of the run printed, in pieces.
 
     Args:
-        session: Says which cluster.
-        run: Which run.
+        session: Names the cluster.
+        run: The job's run.
         submission_id: From `newest_job`.
-        follow: Go on until the job ends.
+        follow: Continue until the job ends.
 
     Raises:
         RunError: If the run was never submitted as a job to this cluster.
@@ -135,8 +135,8 @@ def log_pieces(session: Session, run: RunDirectory, submission_id: str, *, follo
 async def tail_log(client: Any, submission_id: str) -> AsyncIterator[str]:
     """What a job prints, in pieces, until it ends.
 
-    Ray's own way is a WebSocket, which knows no proxy and which few of them let pass; through one the log is asked for
-    again and again.
+    Ray's own way is a WebSocket, which supports no proxy, and which few proxies let through; behind one, the log is
+    polled.
     """
     if not http_proxy(dashboard_address(client)):
         async for piece in client.tail_job_logs(submission_id):
@@ -175,6 +175,6 @@ def _jobs(client: Any, run: str) -> list[JobDetails]:
 
 
 def _number(job: JobDetails, run: str) -> int:
-    """N of a submission id `<run>-a<N>`; 0 for another run's."""
+    """N of a submission id `<run>-a<N>`; 0 if it is another run's."""
     match = re.fullmatch(re.escape(run) + r"-a(\d+)", job.submission_id or "")
     return int(match[1]) if match else 0

@@ -28,14 +28,14 @@ from jobs.recipe.checkpoint_interval import IntervalRule
 from jobs.run.directory import RunDirectory
 from jobs.run.patience import persevere
 from jobs.run.shared_folder import run_landmarks
-from jobs.weights.results import Consolidated
-from pipeline.errors import ClaimedError, UserError
-from pipeline.store.lease import Claim
+from jobs.weights.target import ConsolidatedWeights
+from pipeline.errors import LeaseHeldError, UserError
+from pipeline.store.lease import Lease
 
 logger = logging.getLogger(__name__)
 
 
-def train(session: Session, plan: RunPlan, claim: Claim, on_status: Callable[[Mapping[str, Any]], None]) -> str:
+def train(session: Session, plan: RunPlan, claim: Lease, on_status: Callable[[Mapping[str, Any]], None]) -> str:
     """Run `plan` on the connected cluster until it is `finished` or `stopped` (the outcome returned).
 
     SIGINT and SIGTERM stop it gracefully: a checkpoint is saved first.
@@ -62,7 +62,7 @@ def _kill(actor: Any) -> None:
 
 def drive(
     plan: RunPlan,
-    claim: Claim,
+    claim: Lease,
     monitor: Any,
     fit: Callable[[], None],
     on_status: Callable[[Mapping[str, Any]], None],
@@ -79,8 +79,6 @@ def drive(
         on_status: As for `train`.
         kill: Ends the monitor.
     """
-    import ray
-
     weights = _consolidator(plan, monitor)
     training = _Training(fit)
     with _StopOnSignal(monitor):
@@ -91,17 +89,24 @@ def drive(
                 on_status(status)
                 if status["state"] == "stopping" and status["waiting"]:
                     break  # there are no ranks that could save
-        except ClaimedError as error:  # the run directory is the other's: nothing more may be written to it
+        except LeaseHeldError as error:  # the run directory is the other's: nothing more may be written to it
             kill(monitor)
             raise overtaken(plan.run, error) from None
     if training.failure:
         raise _failed(plan.run, claim, monitor, root_cause(training.failure)) from training.failure
-    outcome = "finished" if is_committed_to_the_end(plan) else "stopped"
-    weights.finish(plan.schedule.total_steps if outcome == "finished" else None)
-    ray.get(monitor.end.remote(outcome))
-    on_status(ray.get(monitor.status.remote()))
+    is_finished = is_committed_to_the_end(plan)
+    weights.finish(plan.schedule.total_steps if is_finished else None)
+    on_status(_final_status(monitor, outcome := "finished" if is_finished else "stopped"))
     kill(monitor)
     return outcome
+
+
+def _final_status(monitor: Any, outcome: str) -> Mapping[str, Any]:
+    import ray
+
+    ray.get(monitor.end.remote(outcome))
+    status: Mapping[str, Any] = ray.get(monitor.status.remote())
+    return status
 
 
 class _Training(threading.Thread):
@@ -119,11 +124,11 @@ class _Training(threading.Thread):
             self.failure = error
 
 
-def _statuses(training: _Training, claim: Claim, monitor: Any) -> Iterator[Mapping[str, Any]]:
+def _statuses(training: _Training, claim: Lease, monitor: Any) -> Iterator[Mapping[str, Any]]:
     """What the monitor says, about once a second while the run trains.
 
     Raises:
-        ClaimedError: Another driver has taken the run over.
+        LeaseHeldError: Another driver has taken the run over.
     """
     import ray
     from ray.exceptions import RayError
@@ -139,7 +144,7 @@ def _statuses(training: _Training, claim: Claim, monitor: Any) -> Iterator[Mappi
         yield status
 
 
-def _start_monitor(session: Session, plan: RunPlan, claim: Claim) -> Any:
+def _start_monitor(session: Session, plan: RunPlan, claim: Lease) -> Any:
     import ray
     from ray.exceptions import ActorUnavailableError, RayActorError
     from ray.util import get_node_ip_address
@@ -173,7 +178,7 @@ def _start_monitor(session: Session, plan: RunPlan, claim: Claim) -> Any:
     return monitor
 
 
-def _new_monitor(run: RunDirectory, config: MonitorConfig, claim: Claim) -> Any:
+def _new_monitor(run: RunDirectory, config: MonitorConfig, claim: Lease) -> Any:
     """The actor, on this node; ends that of a driver before this one, which Ray may not have noticed to be dead.
 
     Raises:
@@ -193,7 +198,7 @@ def _new_monitor(run: RunDirectory, config: MonitorConfig, claim: Claim) -> Any:
         try:
             claim.beat()
             claim.check()
-        except ClaimedError as lost:
+        except LeaseHeldError as lost:
             raise overtaken(run, lost) from None
         with contextlib.suppress(ValueError):  # it is gone meanwhile
             ray.kill(ray.get_actor(name))
@@ -211,7 +216,7 @@ def _consolidator(plan: RunPlan, monitor: Any) -> MilestoneConsolidator:
         with contextlib.suppress(RayError):  # a monitor that has just died misses the event, not the weights
             ray.get(method.remote(**facts))  # not waited for, it might be overtaken by the run's end
 
-    def done(result: Consolidated) -> None:
+    def done(result: ConsolidatedWeights) -> None:
         report(monitor.consolidated, step=result.step, url=result.url, size_bytes=result.bytes, seconds=result.seconds)
 
     def failed(step: int, error: str) -> None:
@@ -220,14 +225,14 @@ def _consolidator(plan: RunPlan, monitor: Any) -> MilestoneConsolidator:
     return MilestoneConsolidator(plan.run, done, failed)
 
 
-def _fit(plan: RunPlan, claim: Claim, monitor: Any) -> None:
+def _fit(plan: RunPlan, claim: Lease, monitor: Any) -> None:
     from jobs.control.worker_group import fit
 
     marks = run_landmarks(plan.recipe, plan.run, claim)
     fit(TrainJob(plan.recipe, plan.run, monitor, claim.number, claim.holder.text, plan.trace_url, marks))
 
 
-def _failed(run: RunDirectory, claim: Claim, monitor: Any, reason: str) -> OvertakenError | RunFailedError:
+def _failed(run: RunDirectory, claim: Lease, monitor: Any, reason: str) -> OvertakenError | RunFailedError:
     """The error of a run that was given up, which its monitor is told; of this driver alone, if the run has another."""
     import ray
     from ray.exceptions import RayActorError
@@ -239,7 +244,7 @@ def _failed(run: RunDirectory, claim: Claim, monitor: Any, reason: str) -> Overt
             claim.beat()  # waits for a store that is unreachable
         try:
             claim.check()
-        except ClaimedError as error:
+        except LeaseHeldError as error:
             return overtaken(run, error)
     return RunFailedError(reason)
 

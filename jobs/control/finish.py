@@ -54,7 +54,7 @@ def _report(run: RunDirectory, step: int) -> str:
 
 def _stages(run: RunDirectory, newest: int) -> Iterator[Stage]:
     """Steps whose weights were written, as of milestones, spread evenly where they are many; up to the newest."""
-    steps = sorted(step for step in consolidated.consolidated(run) if step <= newest)
+    steps = sorted(step for step in consolidated.urls_by_step(run) if step <= newest)
     for place in sorted({round(place) for place in np.linspace(0, len(steps) - 1, MOST_STAGES)}):
         try:
             weights = consolidated.of_run(run, steps[place])

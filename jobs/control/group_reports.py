@@ -30,9 +30,9 @@ class GroupReports(RunMemory):
             needed: min_workers.
         """
         with self._lock:
-            self._figures.tell(waiting=True)
+            self._figures.update(waiting=True)
             if not self._instructions.stop_reason:
-                self._figures.tell(state="waiting")
+                self._figures.update(state="waiting")
             reason = f"there is room for {possible} workers, and min_workers is {needed}; waits for nodes"
             self._add_event("waiting", step=self._figures["step"], reason=reason)
 
@@ -71,7 +71,7 @@ class GroupReports(RunMemory):
         """Note that Ray Train has given the attempt up, for whatever reason."""
         with self._lock:
             if self._figures["state"] == "running":
-                self._figures.tell(state="restarting")
+                self._figures.update(state="restarting")
 
     def worker_failed(self, error: str, remedy: Remedy) -> str:
         """Note why the attempt is about to end; the event of the next one quotes it.

@@ -13,8 +13,8 @@ from jobs.control.run_memory import FLUSH_INTERVAL_SECONDS
 from jobs.control.run_plan import RunPlan
 from jobs.errors import OvertakenError, RunError
 from jobs.run.directory import FINAL_STATES, REPORT_NAME, RunDirectory
-from pipeline.errors import ClaimedError
-from pipeline.store.lease import Claim, claimed, standing
+from pipeline.errors import LeaseHeldError
+from pipeline.store.lease import BEAT_SECONDS, Lease, current_lease, hold_lease
 
 
 def is_live(run: RunDirectory) -> bool:
@@ -31,7 +31,9 @@ def is_live(run: RunDirectory) -> bool:
 
 
 @contextlib.contextmanager
-def sole_driver(run: RunDirectory, on_wait: Callable[[str], None]) -> Iterator[Claim]:
+def sole_driver(
+    run: RunDirectory, on_wait: Callable[[str], None], *, beat_seconds: float = BEAT_SECONDS
+) -> Iterator[Lease]:
     """Be the only driver of `run` while the context is open.
 
     A driver that died in this PID namespace is known to be dead at once, one elsewhere, another container on this
@@ -40,14 +42,22 @@ def sole_driver(run: RunDirectory, on_wait: Callable[[str], None]) -> Iterator[C
     Args:
         run: Whose directory will be written to.
         on_wait: Is given who is watched, where it must be seen whether a driver still lives.
+        beat_seconds: Between two beats of this driver.
 
     Raises:
         RunError: Another one lives; names it, and the age of its lease.
     """
     try:
-        with claimed(run.storage, run.path(CLAIMS), "drives the run", on_wait=on_wait, keeps_number=True) as claim:
+        with hold_lease(
+            run.storage,
+            run.path(CLAIMS),
+            "drives the run",
+            on_wait=on_wait,
+            keeps_number=True,
+            beat_seconds=beat_seconds,
+        ) as claim:
             yield claim
-    except ClaimedError as error:
+    except LeaseHeldError as error:
         raise RunError("run", error.rule, run.name, _ask_the_other(run)) from None
 
 
@@ -70,7 +80,7 @@ def claim_run(plan: RunPlan, *, is_sole_driver: bool = False) -> Literal["new", 
         if is_committed_to_the_end(plan) and run.storage.exists(run.path(REPORT_NAME)):
             return "finished"
         if not is_sole_driver and is_live(run):
-            ruler = standing(run.storage, run.path(CLAIMS))
+            ruler = current_lease(run.storage, run.path(CLAIMS))
             held = f" ({ruler.text})" if ruler and not ruler.is_over else ""
             raise RunError("run", f"must not be running already{held}", run.name, _ask_the_other(run))
         run.take_stop_request()  # one that nobody read is not meant for this attempt
@@ -83,7 +93,7 @@ def is_committed_to_the_end(plan: RunPlan) -> bool:
     return bool(steps) and steps[-1] >= plan.schedule.total_steps
 
 
-def overtaken(run: RunDirectory, error: ClaimedError) -> OvertakenError:
+def overtaken(run: RunDirectory, error: LeaseHeldError) -> OvertakenError:
     """The error of a driver that was silent for too long, and whose run has another one now."""
     remedy = f"this driver was silent for too long; {_ask_the_other(run)}"
     return OvertakenError("run", error.rule, run.name, remedy)

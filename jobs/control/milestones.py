@@ -10,7 +10,7 @@ from collections.abc import Callable
 from jobs.checkpoint import checkpoint
 from jobs.run.directory import RunDirectory
 from jobs.weights.consolidate import consolidate, in_threads
-from jobs.weights.results import Consolidated
+from jobs.weights.target import ConsolidatedWeights
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class MilestoneConsolidator:
     def __init__(
         self,
         run: RunDirectory,
-        on_done: Callable[[Consolidated], None],
+        on_done: Callable[[ConsolidatedWeights], None],
         on_failure: Callable[[int, str], None],
     ) -> None:
         """Start the thread.

@@ -14,7 +14,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from jobs.cluster.node_view import raylet_addresses, unusable_nodes
+from jobs.cluster.node_watch import raylet_addresses, unusable_nodes
 from jobs.cluster.ray_internals.core import (
     COORDINATOR_CLASS,
     end_actors,

@@ -93,7 +93,7 @@ class RankReports(RunMemory):
         with self._lock:
             for row in rows:
                 self._add_row(row)
-            self._figures.tell(step=rows[-1]["step"])
+            self._figures.update(step=rows[-1]["step"])
 
     def roll_back(self, *, first_step: int, last_step: int, reason: str) -> None:
         """Note, for all later attempts, that steps are skipped; returns when storage has it.
@@ -125,7 +125,7 @@ class RankReports(RunMemory):
         """
         with self._lock:
             self._record.quarantine(rows)
-            self._figures.tell(quarantined=self._record.quarantined)
+            self._figures.update(quarantined=self._record.quarantined)
 
     def paused(self) -> None:
         """Note that the ranks have saved, and stand still; if nobody ends them, they continue."""
@@ -156,7 +156,7 @@ class RankReports(RunMemory):
             milestone: Whether it is kept permanently.
         """
         with self._lock:
-            self._figures.tell(
+            self._figures.update(
                 checkpoint_step=step,
                 checkpoint_at_seconds=self._clock.wall(),
                 checkpoint_bytes=size_bytes,

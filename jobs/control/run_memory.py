@@ -142,4 +142,4 @@ class RunMemory:
         if decision:
             seconds = round(decision.seconds, 3)
             self._add_event("checkpoint-interval", step=self._figures["step"], seconds=seconds, reason=decision.reason)
-            self._figures.tell(checkpoint_interval_seconds=self._saves.seconds)
+            self._figures.update(checkpoint_interval_seconds=self._saves.seconds)

@@ -19,7 +19,7 @@ from jobs.run.trace import check_trace
 from jobs.weights.initial import pinned
 from pipeline.access.places import normal
 from pipeline.shard.manifest import Manifest
-from pipeline.store.lease import Claim
+from pipeline.store.lease import Lease
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def _as_begun(run: RunDirectory, recipe: Recipe) -> Recipe:
     return recipe.as_begun_before() if begun_before else recipe
 
 
-def check_folders(plan: RunPlan, claim: Claim) -> None:
+def check_folders(plan: RunPlan, claim: Lease) -> None:
     """Refuse folders on local disks that some node of the connected cluster which may have ranks does not see.
 
     Raises:

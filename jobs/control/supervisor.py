@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping, Sequence
 from types import FrameType
 
-from jobs.cluster.store_parcel import received
+from jobs.cluster.job_store import received
 from jobs.errors import ClusterError
 from jobs.run.own_code import module_command
 
@@ -61,11 +61,14 @@ def supervise(
         quick_deaths = quick_deaths + 1 if time.monotonic() - started < quick_death_seconds else 1
         if quick_deaths > MAX_QUICK_DEATHS:
             return 1
-        name = signal.Signals(-code).name
-        sys.stderr.write(f"the driver was killed ({name}); starting it again\n")
-        sys.stderr.flush()
+        _report_death(signal.Signals(-code).name)
         time.sleep(pause_seconds)
     return 1
+
+
+def _report_death(signal_name: str) -> None:
+    sys.stderr.write(f"the driver was killed ({signal_name}); starting it again\n")
+    sys.stderr.flush()
 
 
 def drive(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -84,7 +87,7 @@ def drive(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
     code = supervise(module_command(sys.executable, "jobs.cli.main", "drive", *arguments), environ)
     if code:  # imported only now: until then nothing here can fail or be large
         from jobs.cluster.session import Session
-        from jobs.control.early_end import note_end
+        from jobs.control.unreported_end import note_end
 
         run = Session.open(environ).run(arguments[0])
         note_end(run, began, f"its driver ended before the run began; `convmae logs {run.name}` has what it printed")

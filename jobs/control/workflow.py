@@ -11,10 +11,10 @@ from typing import Any, TextIO
 from jobs.cluster import submission
 from jobs.cluster.session import Session
 from jobs.control import driver
-from jobs.control.early_end import end_noted, note_end
 from jobs.control.finish import finish
 from jobs.control.lease import claim_run, sole_driver
 from jobs.control.run_plan import RunPlan, check_folders
+from jobs.control.unreported_end import end_noted, note_end
 from jobs.errors import ClusterError, RunFailedError
 from jobs.run.directory import FINAL_STATES, RunDirectory
 from jobs.run.patience import persevere

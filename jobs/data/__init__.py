@@ -1,1 +1,1 @@
-"""Data sets by tasks of the cluster: making, indexing and verifying them, as a person follows it."""
+"""Data sets, made, indexed and verified by tasks of the cluster, with the output of those commands."""

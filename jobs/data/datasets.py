@@ -1,4 +1,4 @@
-"""Making, indexing and verifying data sets as a person follows them: checks, then progress, then what came of it."""
+"""`convmae shard`, `index` and `verify`, with their output: checks, then progress, then the result."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from jobs.data.verify import Verification
 
 
-def make_dataset(
+def shard_and_say(
     session: Session, source: str, destination: str, sharding: Sharding, *, salvage: bool = False
 ) -> Manifest:
-    """Shard what lies at `source`, and say what became of it.
+    """Shard what lies at `source`, and print the result.
 
     Raises:
-        UserError: Bad input, found before a cluster is asked for where possible.
+        UserError: Bad input, found before a cluster is needed if possible.
     """
     _refuse_within(source, destination)
     job = Ingest(find_sources(session.storage, source), sharding)
@@ -42,7 +42,7 @@ def make_dataset(
     session.connect()
     from jobs.data.ingest import ingest
 
-    _say_passed_over(job.found)
+    _say_skipped(job.found)
     with _shown("skipped") as show, _damage_listed():
         result = ingest(session.storage, job, destination, salvage=salvage, on_progress=show, on_wait=_say_waiting)
     done = f"{result.shards_written} written, {result.shards_kept} kept"
@@ -51,11 +51,11 @@ def make_dataset(
     return result.manifest
 
 
-def index_foreign(session: Session, url: str, out: str, *, deep: bool, salvage: bool) -> Manifest:
-    """Index the tars at `url`, and say what became of it.
+def index_and_say(session: Session, url: str, out: str, *, deep: bool, salvage: bool) -> Manifest:
+    """Index the tars at `url`, and print the result.
 
     Raises:
-        UserError: Bad input, found before a cluster is asked for where possible; damaged tars.
+        UserError: Bad input, found before a cluster is needed if possible; damaged tars.
     """
     found = find_sources(session.storage, url)
     if not isinstance(found, Tars):
@@ -67,7 +67,7 @@ def index_foreign(session: Session, url: str, out: str, *, deep: bool, salvage: 
     session.connect()
     from jobs.data.index import index_dataset
 
-    _say_passed_over(found)
+    _say_skipped(found)
     with _shown("skipped") as show, _damage_listed():
         result = index_dataset(
             session.storage, found, destination, deep=deep, salvage=salvage, on_progress=show, on_wait=_say_waiting
@@ -78,8 +78,8 @@ def index_foreign(session: Session, url: str, out: str, *, deep: bool, salvage: 
     return result.manifest
 
 
-def verify(session: Session, url: str, *, deep: bool, as_json: bool) -> None:
-    """Verify a data set, and list its faults.
+def verify_and_say(session: Session, url: str, *, deep: bool, as_json: bool) -> None:
+    """Verify a data set, and print its faults.
 
     Raises:
         UserError: There is no data set.
@@ -112,7 +112,7 @@ def verify(session: Session, url: str, *, deep: bool, as_json: bool) -> None:
 
 
 def _say_damaged(url: str, error: DamagedManifestError, *, deep: bool, as_json: bool) -> None:
-    """Without its manifest nobody knows which shards a data set has: one fault, and nothing else is looked at."""
+    """Without a manifest the shards of a data set are unknown: this is the only fault, and nothing else is checked."""
     fault = Fault(MANIFEST_NAME, None, None, f"{error.rule}; {error.remedy}")
     if as_json:
         nothing = {"digest": None, "shards": 0, "samples": 0, "bytes": 0, "deep": deep, "seconds": 0.0}
@@ -150,10 +150,10 @@ def _say_unread(unread: str) -> None:
 
 
 def _refuse_within(source: str, destination: str) -> None:
-    """What is written into the folder of the sources would be sources the next time."""
+    """Refuse a destination inside the sources: what is written there would be a source the next time."""
     outer, inner = (_resolved(place).rstrip("/") + "/" for place in (source, destination))
     if inner.startswith(outer):
-        raise SourceError("destination", "must not lie in the source's folder", destination, "take another place")
+        raise SourceError("destination", "must not lie in the source's folder", destination, "choose another place")
 
 
 def _resolved(place: str) -> str:
@@ -161,11 +161,11 @@ def _resolved(place: str) -> str:
     return os.path.realpath(url) if is_local(url) else url
 
 
-def _say_passed_over(found: Sources | Tars) -> None:
-    names = found.passed_over
+def _say_skipped(found: Sources | Tars) -> None:
+    names = found.skipped_files
     if names:
         kind = "packed archives" if isinstance(found, Tars) else "files without an image's name"
-        say(f"passing over {len(names)} {kind}: {_first(names)}")
+        say(f"skipping {len(names)} {kind}: {_first(names)}")
     if isinstance(found, Sources) and found.beside_classes:
         beside = found.beside_classes
         where = f"{len(beside)} of {len(found.images)} images lie beside the class folders ({_first(beside)})"
@@ -177,12 +177,12 @@ def _first(names: Sequence[str]) -> str:
 
 
 def _say_waiting(holder: str) -> None:
-    say(f"a claim is held by {holder}; watching for up to 30 s whether it still works")
+    say(f"a lease is held by {holder}; watching for up to 30 s whether it still works")
 
 
 @contextmanager
 def _damage_listed() -> Iterator[None]:
-    """Name every damaged tar, before the error says how many there are."""
+    """Print every damaged tar, before the error counts them."""
     try:
         yield
     except DamagedTarsError as error:
@@ -193,7 +193,7 @@ def _damage_listed() -> Iterator[None]:
 
 @contextmanager
 def _shown(bad: str, stream: TextIO | None = None) -> Iterator[Callable[[str, Progress], None]]:
-    """Show the stages of a job, one after the other; gives `show(stage, progress)`."""
+    """Show the stages of a job, one after the other; yields `show(stage, progress)`."""
     stage, began = "", 0.0
     with ExitStack() as bars:
         draw: Callable[[int, int, str], None] | None = None
@@ -210,7 +210,7 @@ def _shown(bad: str, stream: TextIO | None = None) -> Iterator[Callable[[str, Pr
 
 
 def progress_text(now: Progress, seconds: float, bad: str) -> str:
-    """The figures of a fan-out in one line; what was kept says nothing about the rate."""
+    """The figures of a fan-out in one line; what was kept does not count towards the rate."""
     fresh = now.done - now.kept
     rate = (now.samples - now.kept_samples) / seconds if seconds else 0.0
     remaining = seconds / fresh * (now.total - now.done) if fresh else None

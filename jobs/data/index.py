@@ -1,4 +1,4 @@
-"""A data set of tars that were made elsewhere: indexed in parallel Ray tasks, one a tar, without rewriting them."""
+"""Indexing of tars that were made elsewhere into a data set: one Ray task per tar, without rewriting them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipeline.shard.index import Skipped
 from pipeline.shard.manifest import Manifest, existing_manifest
 from pipeline.shard.table import leads_away
 from pipeline.shard.tar_samples import unread_kinds
-from pipeline.store.lease import Claim, claimed
+from pipeline.store.lease import Lease, hold_lease
 from pipeline.store.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -26,17 +26,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class IndexingReport:
-    """What an indexing did."""
+    """The result of indexing."""
 
     manifest: Manifest
     tars_read: int
     tars_kept: int
-    """Already indexed by an earlier run."""
+    """Already indexed by an earlier call."""
     skipped: int
     bad_labels: int
     seconds: float
     unread: str = ""
-    """Which samples have no image that is read."""
+    """Which samples have no supported image."""
 
 
 def index_dataset(
@@ -49,24 +49,24 @@ def index_dataset(
     on_progress: Show,
     on_wait: Callable[[str], None] = logger.warning,
 ) -> IndexingReport:
-    """Index tars, and write the manifest that makes them a data set; the same call again goes on with what is missing.
+    """Index tars, and write the manifest that makes them a data set; repeating the call resumes it.
 
-    Ray must be initialised. All tars are gone through before a damaged one ends it, so that each is named.
+    Ray must be initialised. All tars are read before damaged ones are refused, so that each is named.
 
     Args:
         storage: Reaches both places from every node.
         tars: What to index.
         destination: Where indexes and manifest go; may be the tars' own folder.
-        deep: Decode every image, and leave out those that do not; else their headers alone are looked at.
+        deep: Decode every image, and skip those that fail; otherwise only their headers are read.
         salvage: Index what is left of damaged tars.
         on_progress: Called in this process.
-        on_wait: Called with who seems to work there, when it takes time to see whether they live.
+        on_wait: Called with who seems to work there, when it takes time to find out whether they are alive.
 
     Raises:
-        DamagedTarsError: Names every damaged tar with the offset; those that are whole are indexed, and kept next time.
+        DamagedTarsError: Names every damaged tar with the offset; whole ones are indexed, and kept the next time.
         SourceError: No image in any tar.
         DatasetError: The destination holds another data set.
-        ClaimedError: Another process works there.
+        LeaseHeldError: Another process works there.
     """
     began = time.monotonic()
     destination = normal(destination)
@@ -74,8 +74,8 @@ def index_dataset(
     work = Storage.join(destination, WORK_FOLDER)
     manifest, done, skipped = existing_manifest(storage, destination, tasks), [], list[Skipped]()
     if manifest is None:
-        with claimed(storage, work, "convmae index", on_wait=on_wait) as claim:
-            # Whoever held the claim before may have finished the data set, or made another one.
+        with hold_lease(storage, work, "convmae index", on_wait=on_wait) as claim:
+            # The previous holder of the claim may have finished the data set, or made another one.
             manifest = existing_manifest(storage, destination, tasks)
             if manifest is None:
                 landmarks = (*claim_landmarks("URL", destination, claim), *source_landmarks(storage, tars))
@@ -92,7 +92,7 @@ def index_dataset(
 
 
 def _task(tars: Tars, tar: Tar, *, deep: bool, salvage: bool) -> IndexTask:
-    """What to do with one tar, whose name becomes that of a shard and of its index."""
+    """The task for one tar, whose name becomes that of a shard and of its index."""
     task = IndexTask(tars.root, tar, deep, salvage)
     if leads_away(task.name):
         remedy = "copy it to a key that begins with no slash, and has no '.', '..' or '://' in it"
@@ -101,9 +101,9 @@ def _task(tars: Tars, tar: Tar, *, deep: bool, salvage: bool) -> IndexTask:
 
 
 def _indexed(
-    storage: Storage, destination: str, tasks: list[IndexTask], claim: Claim, on_progress: Show, *, landmarks: Landmarks
+    storage: Storage, destination: str, tasks: list[IndexTask], claim: Lease, on_progress: Show, *, landmarks: Landmarks
 ) -> list[TarReport]:
-    """What came of every tar, by name."""
+    """The report of every tar, by name."""
     progress = Progress(total=len(tasks))
 
     def tick() -> None:
@@ -129,5 +129,5 @@ def _manifest(tars: Tars, tasks: list[IndexTask], done: list[TarReport]) -> tupl
         why = (
             f"the first of {len(skipped)} skipped is {skipped[0].path}: {skipped[0].reason}" if skipped else "none has"
         )
-        raise SourceError("tars", "must have an image that is read", tars.root, why)
+        raise SourceError("tars", "must have a supported image", tars.root, why)
     return manifest, skipped

@@ -1,6 +1,6 @@
-"""Photographs to a data set on object storage, one Ray task per shard.
+"""Ingest of photographs into a data set on object storage, one Ray task per shard.
 
-What a task does is in pipeline.ingest.writer; here is only who does what when: fail fast, claim, fan out, commit last.
+Tasks are in pipeline.ingest.writer; here is only their coordination: fail fast, claim, fan out, commit last.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pipeline.shard.index import Skipped
 from pipeline.shard.manifest import Manifest, existing_manifest
 from pipeline.shard.table import ShardReport
 from pipeline.shard.tar_samples import unread_kinds
-from pipeline.store.lease import Claim, claimed
+from pipeline.store.lease import Lease, hold_lease
 from pipeline.store.storage import Storage, is_local
 
 logger = logging.getLogger(__name__)
@@ -36,12 +36,12 @@ WORK_FOLDER = ".ingest"
 LISTINGS = "tars"
 
 Show = Callable[[str, Progress], None]
-"""Called with a stage's name and how far it has come, after each shard and about every second."""
+"""Called with the name and progress of a stage, after each shard and about every second."""
 
 
 @dataclass(frozen=True)
 class IngestReport:
-    """What an ingest did."""
+    """The result of an ingest."""
 
     manifest: Manifest
     shards_written: int
@@ -51,7 +51,7 @@ class IngestReport:
     bad_labels: int
     seconds: float
     unread: str = ""
-    """Which samples of source tars have no image that is read."""
+    """Which samples of source tars have no supported image."""
 
 
 def ingest(
@@ -63,24 +63,24 @@ def ingest(
     on_progress: Show,
     on_wait: Callable[[str], None] = logger.warning,
 ) -> IngestReport:
-    """Make a data set of what was found; the same call again goes on with what is missing.
+    """Make a data set of what was found; repeating the call resumes it.
 
-    Ray must be initialised. Until the manifest is written, last of all, the data set does not exist for readers. While
-    this works on a destination nobody else does; when it dies, the next one takes over.
+    Ray must be initialised. For readers the data set does not exist until its manifest is written, last of all. Only
+    one process works on a destination at a time; when it dies, the next one takes over.
 
     Args:
         storage: Reaches both places from every node.
         job: The sources, and how they become shards.
         destination: Folder or prefix; empty, half written by the same call, or finished by it.
-        salvage: Take what is left of damaged source tars.
+        salvage: Take what can be read of damaged source tars.
         on_progress: Called in this process.
-        on_wait: Called with who seems to work there, when it takes time to see whether they live.
+        on_wait: Called with who seems to work there, when it takes time to find out whether they are alive.
 
     Raises:
         SourceError: No image there that decodes, or damaged tars.
         StorageError: Either place cannot be used; found before any work starts where possible.
         DatasetError: The destination holds another data set.
-        ClaimedError: Another ingest works there.
+        LeaseHeldError: Another ingest works there.
     """
     began = time.monotonic()
     destination = normal(destination)
@@ -91,8 +91,8 @@ def ingest(
     reports: list[ShardReport] = []
     manifest, bad_labels, unread = existing_manifest(storage, destination, [job]), 0, ""
     if manifest is None:
-        with claimed(storage, work, "convmae shard", on_wait=on_wait) as claim:
-            # Whoever held the claim before may have finished the data set, or made another one.
+        with hold_lease(storage, work, "convmae shard", on_wait=on_wait) as claim:
+            # The previous holder of the claim may have finished the data set, or made another one.
             manifest = existing_manifest(storage, destination, [job])
             if manifest is None:
                 manifest, reports, found = _made(storage, job, destination, claim, on_progress, salvage=salvage)
@@ -104,20 +104,20 @@ def ingest(
 
 
 def _keep_apart(job: Ingest, destination: str) -> None:
-    """Source tars may be named as shards are; writing beside them would replace them.
+    """Refuse to write beside source tars: shards may have the same names, and would replace them.
 
     Raises:
         SourceError: The destination is the folder of a source tar.
     """
     tars = job.found.tars if isinstance(job.found, Tars) else ()
     if any(tar.path.url(job.found.root).rpartition("/")[0] == destination.rstrip("/") for tar in tars):
-        raise SourceError("destination", "must not be the source tars' own folder", destination, "take another place")
+        raise SourceError("destination", "must not be the source tars' own folder", destination, "choose another place")
 
 
 def _made(
-    storage: Storage, job: Ingest, destination: str, claim: Claim, on_progress: Show, *, salvage: bool
+    storage: Storage, job: Ingest, destination: str, claim: Lease, on_progress: Show, *, salvage: bool
 ) -> tuple[Manifest, list[ShardReport], _Resolved]:
-    """Write everything; returns the manifest, what came of each shard, and of what."""
+    """Write everything; returns the manifest, the report of each shard, and the resolved sources."""
 
     def show(stage: str, progress: Progress) -> None:
         claim.check()
@@ -139,7 +139,7 @@ def _made(
 
 
 def sweep(work: str) -> None:
-    """Remove the work folder where folders exist by themselves; one that somebody uses again stays."""
+    """Remove the work folder if folders exist by themselves, unless it is in use again."""
     if is_local(work):
         for folder in (Path(work, LISTINGS), Path(work)):
             with contextlib.suppress(OSError):
@@ -148,7 +148,7 @@ def sweep(work: str) -> None:
 
 @dataclass(frozen=True)
 class _Resolved:
-    """The images, and what finding them brought besides."""
+    """The images, and what else was found with them."""
 
     sources: Sources
     skipped: tuple[Skipped, ...] = ()
@@ -157,9 +157,9 @@ class _Resolved:
 
 
 def source_landmarks(storage: Storage, found: Sources | Tars) -> Landmarks:
-    """The first image or tar, where it lies on a local disk."""
+    """A landmark of the first image or tar, if it lies on a local disk."""
     paths = (item.path for item in found.tars) if isinstance(found, Tars) else (item.path for item in found.images)
-    with contextlib.suppress(StopIteration, RefusedError):  # whoever reads it says what is wrong with its name
+    with contextlib.suppress(StopIteration, RefusedError):  # its reader reports what is wrong with its name
         return file_landmarks(storage, "source", found.root, next(paths).url(found.root))
     return ()
 
@@ -168,14 +168,12 @@ def _resolved(
     storage: Storage, work: str, job: Ingest, show: Show, landmarks: Landmarks, *, salvage: bool
 ) -> _Resolved:
     if isinstance(job.found, Tars):
-        return _gone_through(storage, work, job.found, show, landmarks, salvage=salvage)
+        return _listed(storage, work, job.found, show, landmarks, salvage=salvage)
     return _Resolved(job.found if job.sharding.samples_per_shard is not None else sized(storage, job.found))
 
 
-def _gone_through(
-    storage: Storage, work: str, tars: Tars, show: Show, landmarks: Landmarks, *, salvage: bool
-) -> _Resolved:
-    """Find the images in the source tars; one that an earlier run went through is not read again."""
+def _listed(storage: Storage, work: str, tars: Tars, show: Show, landmarks: Landmarks, *, salvage: bool) -> _Resolved:
+    """Find the images in the source tars; one that an earlier call has listed is not read again."""
     progress = Progress(total=len(tars.tars))
 
     def tick() -> None:
@@ -201,7 +199,7 @@ def _gone_through(
 
 
 def _classes(storage: Storage, root: str) -> tuple[str, ...]:
-    """The labels' names, where the source tars are a data set of ours."""
+    """The names of the labels, if the source tars are a data set of ours."""
     try:
         return Manifest.load(storage, root).classes
     except DatasetError:

@@ -1,4 +1,4 @@
-"""Verifying a data set in parallel Ray tasks, one a shard."""
+"""Verification of a data set in parallel Ray tasks, one per shard."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeline.store.storage import Storage
 
 @dataclass(frozen=True)
 class Verification:
-    """What came of verifying a data set."""
+    """The result of verifying a data set."""
 
     manifest: Manifest
     faults: tuple[Fault, ...]

@@ -1,1 +1,1 @@
-"""A run in numbers: what Prometheus scrapes, figures of ranks, where the time goes. Imports no PyTorch."""
+"""A run in numbers: Prometheus metrics, figures of ranks, goodput and recovery. Imports no PyTorch."""

@@ -1,7 +1,7 @@
-"""The run's /metrics endpoint: run-level series that outlive workers, and each rank's while it trains.
+"""The /metrics endpoint of a run: run-level series that outlive workers, and series of each rank while it trains.
 
 Counters are those of the last heartbeat that was written, so that a restart does not look like a reset. Series of ranks
-are made when they are scraped, from the newest step's figures: those of a group that has ended cannot stay behind.
+are made at each scrape from the figures of the newest step, so that none of an ended group remain.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from jobs.metrics.rank_figures import FigureTable, RankFigures
 from jobs.run.patience import persevere
 
 RANKS_SILENT_SECONDS = 20.0
-"""Series of ranks go when no step was told for this long, or for RANKS_SILENT_STEPS of the slowest rank's steps."""
+"""Series of ranks end when no step was reported for this long, or for RANKS_SILENT_STEPS of the slowest rank's."""
 RANKS_SILENT_STEPS = 3
 
-_GAUGES = {
+GAUGES = {
     "step": ("convmae_step", "Optimizer steps done."),
     "total_steps": ("convmae_total_steps", "Optimizer steps that the run will make."),
     "epoch": ("convmae_epoch", "Epoch of the last step, from 0."),
@@ -39,9 +39,9 @@ _GAUGES = {
     "block_cache_bytes": ("convmae_block_cache_bytes", "Bytes in the disk cache of rank 0's node."),
     "block_cache_off_ranks": ("convmae_block_cache_off_ranks", "Ranks that no longer store blocks: their disk failed."),
     "world_size": ("convmae_world_size_ranks", "Ranks that train; 0 while the worker group restarts."),
-    "target_world_size": ("convmae_target_world_size_ranks", "Ranks that the run would take: max_workers."),
+    "target_world_size": ("convmae_target_world_size_ranks", "Most ranks that the run can use: max_workers."),
     "eta_seconds": ("convmae_eta_seconds", "Predicted seconds to the end of the run."),
-    "ending": ("convmae_ending", "1 once all steps are done or somebody asked the run to stop; 0 before."),
+    "ending": ("convmae_ending", "1 once all steps are done or the run was asked to stop; 0 before."),
     "last_step_at_seconds": ("convmae_last_step_timestamp_seconds", "Unix time of the last step."),
     "checkpoint_every_steps": (
         "convmae_checkpoint_interval_steps",
@@ -55,26 +55,26 @@ _GAUGES = {
     "checkpoint_at_seconds": ("convmae_checkpoint_timestamp_seconds", "Unix time of the newest committed checkpoint."),
     "checkpoint_bytes": ("convmae_checkpoint_bytes", "Size of the newest committed checkpoint."),
     "checkpoint_seconds": ("convmae_checkpoint_duration_seconds", "Seconds from its beginning to its commit."),
-    "checkpoint_stall_seconds": ("convmae_checkpoint_last_stall_seconds", "Seconds that training stood still for it."),
+    "checkpoint_stall_seconds": ("convmae_checkpoint_last_stall_seconds", "Seconds that training paused for it."),
 }
 
 COUNTERS = {
-    "images": "Images trained, redone ones included.",
-    "steps_redone": "Steps that were done again after restarts.",
+    "images": "Images trained, including redone ones.",
+    "steps_redone": "Steps that were redone after restarts.",
     "worker_seconds": "Seconds that ranks trained, summed over them, from their restore to their newest step.",
-    "checkpoint_stall_seconds": "Seconds that training stood still for committed checkpoints.",
+    "checkpoint_stall_seconds": "Seconds that training paused for committed checkpoints.",
     "checkpoints": "Checkpoints committed.",
     "checkpoint_failures": "Checkpoints that could not be uploaded or committed.",
-    "hangs": "Ranks that stood still and were killed.",
-    "skipped_steps": "Steps without an update, since a loss or gradient was not finite, redone ones included.",
+    "hangs": "Ranks that hung and were killed.",
+    "skipped_steps": "Steps without an update, since a loss or gradient was not finite, including redone ones.",
     "rollbacks": "Returns to a checkpoint since a loss or gradient was not finite.",
     "consolidation_failures": "Milestones, or last checkpoints, whose weights could not be written.",
-    "substitutions": "Samples that were replaced since they are unusable, redone ones included.",
+    "substitutions": "Samples that were replaced since they are unusable, including redone ones.",
     "storage_requests": "Ranged reads of images from the object store, all ranks.",
     "storage_read_bytes": "Bytes of images received from the object store, all ranks.",
     "block_cache_hits": "Reads that the disk caches served, all ranks.",
     "block_cache_misses": "Reads that the disk caches could not serve, all ranks.",
-    "block_cache_damaged": "Blocks that were found damaged on a cache's disk and read again, all ranks.",
+    "block_cache_damaged": "Blocks that were found damaged on the disk of a cache and read again, all ranks.",
     "block_cache_evictions": "Blocks that the disk caches evicted, all ranks.",
 }
 """Run-level counters `convmae_<name>_total`; a commit keeps them."""
@@ -83,15 +83,15 @@ LABELLED_COUNTERS = {
     "restarts": ("reason", "Restarts of the worker group."),
     "failures": ("cause", "Failures of the worker group, by the class of their root cause."),
 }
-"""The same with one more label, whose values are few words."""
+"""The same with one more label, which has few values."""
 KNOWN_LABELS = {
     "restarts": ("restart", "resize"),
     "failures": ("NonFiniteLossError", "StalledError", "other"),
 }
-"""Their series begin at zero: `increase` does not see one that appears with its first event."""
+"""Their series start at zero, since `increase` does not see one that appears with its first event."""
 
-_RANK_GAUGES = {
-    "step_seconds": "Seconds from the rank's step before the last to its last.",
+RANK_GAUGES = {
+    "step_seconds": "Seconds between the last two steps of the rank.",
     "data_wait_seconds": "Of these, seconds without a batch.",
     "storage_requests": "Ranged reads of images since the worker started.",
     "storage_read_bytes": "Bytes of images received since the worker started.",
@@ -99,24 +99,13 @@ _RANK_GAUGES = {
     "block_cache_misses": "Reads that the disk cache could not serve since the worker started.",
     "memory_bytes": "Resident memory of the worker's process.",
     "device_memory_bytes": "Most memory that PyTorch held on the GPU; 0 on a CPU.",
-    "disk_free_ratio": "Free share of the fullest disk that the worker writes to.",
+    "disk_free_ratio": "Free share of the fullest disk to which the worker writes.",
 }
-assert tuple(_RANK_GAUGES) == RankFigures._fields
-
-
-def served_names() -> set[str]:
-    """Names of all series that a run serves."""
-    counters = {f"convmae_{name}_total" for name in (*COUNTERS, *LABELLED_COUNTERS)}
-    return counters | {name for name, _ in _GAUGES.values()} | {f"convmae_rank_{name}" for name in _RANK_GAUGES}
-
-
-def status_keys() -> tuple[str, ...]:
-    """Keys of the monitor's status that `RunExporter.update` reads."""
-    return tuple(_GAUGES)
+assert tuple(RANK_GAUGES) == RankFigures._fields
 
 
 def saved_counters(saved: Mapping[str, Any]) -> dict[str, float]:
-    """The totals in a heartbeat or a commit: every counter without a further label, and what was counted with one.
+    """The totals in a heartbeat or a commit: every counter without another label, and those counted with one.
 
     Returns:
         By `<name>_total`, or `<name>_total:<label>`.
@@ -138,19 +127,19 @@ class RankSeries(Collector):
     def __init__(self, run: str, clock: Callable[[], float] = time.monotonic) -> None:
         self._run = run
         self._clock = clock
-        self._told: tuple[float, FigureTable] = (0.0, _table(()))
+        self._reported: tuple[float, FigureTable] = (0.0, _table(()))
 
-    def tell(self, ranks: FigureTable | Sequence[RankFigures]) -> None:
-        """Take the newest step's figures, by rank; none forget all ranks."""
-        self._told = (self._clock(), _table(ranks))
+    def update(self, ranks: FigureTable | Sequence[RankFigures]) -> None:
+        """Take the figures of the newest step, by rank; none remove all ranks."""
+        self._reported = (self._clock(), _table(ranks))
 
     def collect(self) -> Iterator[Metric]:
-        """What a scrape sees: nothing, if the ranks fell silent."""
-        at, ranks = self._told
+        """The series of a scrape; none if the ranks fell silent."""
+        at, ranks = self._reported
         slowest = float(ranks[:, RankFigures._fields.index("step_seconds")].max(initial=0.0))
         patience = max(RANKS_SILENT_SECONDS, RANKS_SILENT_STEPS * slowest)
         alive = ranks if self._clock() - at <= patience else _table(())
-        for (name, text), column in zip(_RANK_GAUGES.items(), alive.T.tolist(), strict=True):
+        for (name, text), column in zip(RANK_GAUGES.items(), alive.T.tolist(), strict=True):
             family = GaugeMetricFamily(f"convmae_rank_{name}", text, labels=["run", "rank"])
             for rank, figure in enumerate(column):
                 family.add_metric([self._run, str(rank)], figure)
@@ -174,24 +163,22 @@ class RunExporter:
             run: The run's name, the only label.
             host: Address to listen on.
             port: Port to listen on; 0: any free one.
-            patience_seconds: How long to wait for a port that another process has, which may be about to end.
+            patience_seconds: How long to wait for a port of another process, which may be about to end.
 
         Raises:
-            PortTakenError: It still has it.
+            PortTakenError: Another process still has the port.
             OSError: The port cannot be listened on.
         """
-        # They would tell when this process started, not when the run began to count.
+        # They would show when this process started, not when the run began to count.
         disable_created_metrics()  # type: ignore[no-untyped-call]
         registry = CollectorRegistry()
         labels = ["run"]
         self._run = run
-        self._gauges = {key: Gauge(name, text, labels, registry=registry) for key, (name, text) in _GAUGES.items()}
+        self._gauges = {key: Gauge(name, text, labels, registry=registry) for key, (name, text) in GAUGES.items()}
         self._counters = {
             name: Counter(f"convmae_{name}", text, labels, registry=registry) for name, text in COUNTERS.items()
         }
-        text = (
-            "Seconds of the last restart, from the last step before it to the first after it, by phase and all (down)."
-        )
+        text = "Seconds of the last restart, from the last step before to the first after, by phase and down (all)."
         self._recovery = Gauge("convmae_last_recovery_seconds", text, ["run", "phase"], registry=registry)
         for counter in self._counters.values():
             counter.labels(run)
@@ -206,11 +193,11 @@ class RunExporter:
 
     @property
     def url(self) -> str:
-        """Where Prometheus scrapes."""
+        """URL that Prometheus scrapes."""
         return f"http://{self.address}/metrics"
 
     def update(self, status: Mapping[str, Any]) -> None:
-        """Set every gauge that `status` has a value for; what is None there is not known now, and has no series."""
+        """Set every gauge that has a value in `status`; None means unknown, and removes the series."""
         for key, gauge in self._gauges.items():
             if status.get(key) is not None:
                 gauge.labels(self._run).set(status[key])
@@ -219,14 +206,14 @@ class RunExporter:
 
     def update_ranks(self, ranks: FigureTable | Sequence[RankFigures]) -> None:
         """Take the newest step's figures of each rank; none when the group has ended."""
-        self._ranks.tell(ranks)
+        self._ranks.update(ranks)
 
     def count(self, name: str, amount: float, label: str = "") -> None:
         """Add to one of COUNTERS, or of LABELLED_COUNTERS with the value of its label."""
         self._counters[name].labels(self._run, *([label] if label else [])).inc(amount)
 
     def recovered(self, seconds: Mapping[str, float]) -> None:
-        """Set how long each phase of a restart took; a phase that the last one had not is gone."""
+        """Set how long each phase of a restart took; phases that it did not have are removed."""
         self._recovery.clear()
         for phase, value in seconds.items():
             self._recovery.labels(self._run, phase).set(value)
@@ -234,8 +221,8 @@ class RunExporter:
     def announce(self, folder: Path) -> None:
         """Let the Prometheus of the local stack, which watches `folder`, find this endpoint.
 
-        The run takes the place of the address as `instance`: each driver listens on another port, and a run's series
-        would end with its driver, and others begin.
+        The run replaces the address as `instance`: each driver listens on another port, so the run's series would
+        otherwise end with its driver.
         """
         target = [{"targets": [self.address], "labels": {"job": "convmae", "instance": self._run}}]
         temporary = folder / f".{self._run}.json.tmp"
@@ -243,7 +230,7 @@ class RunExporter:
         temporary.replace(folder / f"{self._run}.json")
 
     def withdraw(self, folder: Path) -> None:
-        """Take back what `announce` told; a run that is over is not a target that is down."""
+        """Undo `announce`: a run that has ended is not a target that is down."""
         (folder / f"{self._run}.json").unlink(missing_ok=True)
 
 

@@ -1,8 +1,8 @@
-"""What a run made of its time, from its events: the counterpart of what jobs.recipe.simulation predicts.
+"""Goodput of a run, measured from its events: the counterpart of what jobs.recipe.simulation predicts.
 
-Time is counted from the first attempt's start event (its workers are there, their engine is not built yet) to the
-newest committed checkpoint: what lies behind that is not known to be kept. Time in which the run had ended, until
-somebody resumed it, is no loss.
+Time is counted from the start event of the first attempt (its workers exist, their engine is not built yet) to the
+newest committed checkpoint, since later steps may be lost. Time between the end of a run and its resumption is not
+counted.
 """
 
 from __future__ import annotations
@@ -20,32 +20,32 @@ _ENDINGS = frozenset({"finished", "stopped", "failed"})
 
 @dataclass(frozen=True)
 class Goodput:
-    """A run as it went, up to its newest checkpoint."""
+    """A run up to its newest checkpoint, in figures."""
 
     steps: int
     wall_seconds: float
     step_seconds: float
-    """Of a step that nothing disturbs, on the most workers that the run had."""
+    """Of an undisturbed step, on the most workers that the run had."""
     interval_steps: int
     """Between two checkpoints of one attempt; the median."""
     stall_seconds: float
-    """Training stood still for one checkpoint; the mean."""
+    """How long training paused for one checkpoint; the mean."""
     restart_seconds: float
     """From the last step of an attempt until the next one could train; the mean, 0 without restarts."""
     restarts: int
     """Restarts and resizes."""
     lost_steps: int
-    """Done again after them."""
+    """Steps that were redone after them."""
 
     @property
     def ratio(self) -> float:
-        """The wall-clock of undisturbed steps over that of the run."""
+        """The wall-clock of undisturbed steps, divided by that of the run."""
         return self.steps * self.step_seconds / self.wall_seconds
 
     def scenario(self, *, nodes: int, min_nodes: int, mtbf_seconds: float, replace_seconds: float) -> Scenario:
-        """What to simulate for a run like this one; the arguments are those of `Scenario`.
+        """The scenario of a run like this one; the arguments are those of `Scenario`.
 
-        The simulation begins with a start of `restart_seconds`, which `wall_seconds` here lacks but for the engine.
+        The simulation begins with a start of `restart_seconds`, of which `wall_seconds` here has only the engine.
         """
         return Scenario(
             steps=self.steps,
@@ -78,28 +78,21 @@ def measured_goodput(events: Sequence[Mapping[str, Any]]) -> Goodput | None:
         events: All of them, oldest first (RunDirectory.read_events).
 
     Returns:
-        None before an attempt has committed two checkpoints, between which a step's time is seen; and where the events
-        tell of no time at all.
+        None before an attempt has committed two checkpoints, between which steps are timed; and if the events cover
+        no time.
     """
     attempts = [event for event in events if "steps_redone" in event]
     saves = list(_saves(events))
     stretches = [(a, b) for a, b in pairwise(saves) if a.attempt == b.attempt and a.step < b.step]
     if not stretches or not attempts:
         return None
-    most = max(a.world_size for a, _ in stretches)
-    paces = [
-        (b.began_at - a.began_at - a.stall_seconds) / (b.step - a.step) for a, b in stretches if a.world_size == most
-    ]
-    step_seconds, last = median(paces), saves[-1]
+    step_seconds, last, resumed = _step_seconds(stretches), saves[-1], _resumed(events)
     restarts = [event for event in attempts[1:] if event["at_seconds"] <= last.began_at]
-    down = [
-        event["down_seconds"]
-        for event in events
-        if event["kind"] == "recovered" and event["attempt"] not in _resumed(events)
-    ]
+    recovered = (event for event in events if event["kind"] == "recovered")
+    down = [event["down_seconds"] for event in recovered if event["attempt"] not in resumed]
     ended_at = last.began_at + last.stall_seconds
     wall_seconds = ended_at - attempts[0]["at_seconds"] - _stopped_seconds(events)
-    if wall_seconds <= 0:  # times of a clock that was set back, or of somebody else's making
+    if wall_seconds <= 0:  # the clock was set back, or the events are made up
         return None
     return Goodput(
         steps=last.step - attempts[0]["step"],
@@ -107,10 +100,18 @@ def measured_goodput(events: Sequence[Mapping[str, Any]]) -> Goodput | None:
         step_seconds=step_seconds,
         interval_steps=round(median(b.step - a.step for a, b in stretches)),
         stall_seconds=fmean(save.stall_seconds for save in saves),
-        # The first step of the new attempt is work.
+        # The first step of the new attempt is not lost time.
         restart_seconds=max(0.0, fmean(down) - step_seconds) if down else 0.0,
-        restarts=len([event for event in restarts if event["attempt"] not in _resumed(events)]),
+        restarts=len([event for event in restarts if event["attempt"] not in resumed]),
         lost_steps=sum(event["steps_redone"] for event in restarts),
+    )
+
+
+def _step_seconds(stretches: Sequence[tuple[_Save, _Save]]) -> float:
+    """Of a step between two saves, on the most workers."""
+    most = max(a.world_size for a, _ in stretches)
+    return median(
+        (b.began_at - a.began_at - a.stall_seconds) / (b.step - a.step) for a, b in stretches if a.world_size == most
     )
 
 
@@ -130,7 +131,7 @@ def _breaks(events: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, 
 
 
 def _resumed(events: Sequence[Mapping[str, Any]]) -> frozenset[int]:
-    """Attempts by which somebody resumed a run that had ended."""
+    """Attempts that resumed a run that had ended."""
     return frozenset(start["attempt"] for _, start in _breaks(events))
 
 

@@ -1,4 +1,4 @@
-"""How one rank fared in a step; the monitor serves it, in a process that needs no PyTorch for it."""
+"""Per-rank step metrics, which the monitor serves; its process needs no PyTorch for them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from numpy.typing import NDArray
 
 
 class RankFigures(NamedTuple):
-    """How one rank fared; field names are those of the exporter's series, after `convmae_rank_`."""
+    """Metrics of one rank in a step; field names are those of the exporter's series, after `convmae_rank_`."""
 
     step_seconds: float = 0.0
     """Since its last step."""
     data_wait_seconds: float = 0.0
     """Of these, without a batch."""
     storage_requests: float = 0.0
-    """Since the worker started, as all that follow without a unit of time."""
+    """Since the worker started, as the next three."""
     storage_read_bytes: float = 0.0
     block_cache_hits: float = 0.0
     block_cache_misses: float = 0.0
@@ -25,7 +25,7 @@ class RankFigures(NamedTuple):
     device_memory_bytes: float = 0.0
     """Most that PyTorch held on the GPU; 0 on a CPU."""
     disk_free_ratio: float = 0.0
-    """Free share of the fullest disk that the worker writes to, now; 0 where it cannot be read."""
+    """Free share of the fullest disk to which the worker writes, now; 0 if unknown."""
 
 
 FigureTable = NDArray[np.float64]

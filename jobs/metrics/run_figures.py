@@ -1,4 +1,4 @@
-"""A live run in numbers: what its heartbeat says, what Prometheus scrapes, and counters that outlive drivers."""
+"""Figures of a live run, for its heartbeat and for Prometheus, with counters that outlive drivers."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _KEPT = (
     "checkpoint_seconds",
     "checkpoint_stall_seconds",
 )
-"""What a new driver still knows from the last heartbeat of the one before."""
+"""What a new driver keeps from the last heartbeat of the previous one."""
 
 
 class RunFigures:
     """The figures of one run, which are served while this process lives.
 
     Concurrency: none of its own; the monitor calls it under its lock. Blocking: every method is O(1),
-    but `announce` and `withdraw`, which write a small file.
+    except `announce` and `withdraw`, which write a small file.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class RunFigures:
         wall: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Go on from the last heartbeat.
+        """Continue from the last heartbeat.
 
         Args:
-            fixed: What is known from the start, and how many steps the run has (`total_steps`).
+            fixed: Values known from the start, among them the number of steps (`total_steps`).
             before: The last heartbeat; empty for a new run.
-            exporter: Serves what can be served of it.
+            exporter: Serves those that are metrics.
             global_batch_size: Images in a step.
             wall: Unix seconds.
             monotonic: Seconds that never go back.
@@ -73,7 +73,7 @@ class RunFigures:
             **fixed,
             "metrics_url": exporter.url,
         }
-        exporter.update({**self._status, "world_size": 0})  # nobody trains yet
+        exporter.update({**self._status, "world_size": 0})  # no rank trains yet
 
     def __getitem__(self, key: str) -> Any:
         return self._status[key]
@@ -85,22 +85,22 @@ class RunFigures:
 
     @property
     def failures(self) -> int:
-        """Failures of the worker group in the run's life."""
+        """Failures of the worker group over the whole run."""
         return int(sum(total for key, total in self._totals.items() if key.startswith("failures_total:")))
 
     def heartbeat(self) -> dict[str, Any]:
-        """All of it, as the heartbeat has it."""
+        """All figures, as the heartbeat has them."""
         return {**self._status, **self._totals, "updated_at_seconds": self._wall()}
 
-    def tell(self, **changes: Any) -> None:
-        """Take new values; None: not known now."""
+    def update(self, **changes: Any) -> None:
+        """Take new values; None: unknown now."""
         self._status.update(changes)
         self._exporter.update(changes)
 
     def stop_asked(self) -> None:
-        """Somebody asked the run to save and end."""
+        """Note that the run was asked to save and end."""
         self._stop_asked = True
-        self.tell(state="stopping", ending=1)
+        self.update(state="stopping", ending=1)
 
     def count(self, name: str, amount: float = 1, label: str = "") -> None:
         """Add to one of `exporter.COUNTERS`, or of `LABELLED_COUNTERS` with the value of its label."""
@@ -110,8 +110,8 @@ class RunFigures:
     def saved(self, heartbeat: Mapping[str, Any]) -> None:
         """Serve the counters of a heartbeat that was written.
 
-        Never more than that: a driver that is killed would have served what the next one does not know, and for
-        Prometheus a counter that goes back by one has begun anew, so that `rate` adds all of it.
+        Never more than that: a driver that is killed would have served what the next one does not know, and Prometheus
+        takes a counter that decreases by one for a new one, so that `rate` adds all of it.
         """
         for key, total in saved_counters(heartbeat).items():
             name, amount, label = name_and_label(key, total - self._served.get(key, 0.0))
@@ -120,20 +120,20 @@ class RunFigures:
                 self._served[key] = total
 
     def catch_up(self, saved: Mapping[str, Any]) -> None:
-        """Go on from the counters of a commit where they are ahead: the last heartbeat was lost."""
+        """Continue from the counters of a commit if they are ahead, since the last heartbeat was lost."""
         self._status["restarts"] = max(self._status["restarts"], int(saved.get("restarts", 0)))
         for key, total in saved_counters(saved).items():
             name, amount, label = name_and_label(key, max(0.0, total - self._totals.get(key, 0.0)))
             self.count(name, amount, label)
 
     def group_began(self, *, attempt: int, world_size: int, resume_step: int) -> int:
-        """Ranks are about to train on from a checkpoint of `resume_step` steps; returns how many will be redone."""
+        """Note that ranks resume from a checkpoint of `resume_step` steps; returns how many will be redone."""
         steps_redone = max(0, int(self._status["step"]) - resume_step)
         self.count("steps_redone", steps_redone)
         self._workers_seen_at = self._monotonic()
         self._step_times.clear()
         self._exporter.update_ranks(())
-        self.tell(
+        self.update(
             attempt=attempt,
             world_size=world_size,
             state="running",
@@ -149,7 +149,7 @@ class RunFigures:
         return steps_redone
 
     def group_failed(self) -> None:
-        """No rank trains; how many did is still known."""
+        """Note that no rank trains any more; their number is kept."""
         self._exporter.update({"world_size": 0})
         self._exporter.update_ranks(())
         self._status["state"] = "restarting"
@@ -166,9 +166,9 @@ class RunFigures:
 
         Args:
             row: Its history row.
-            gradient_norm: Before clipping; may be not finite, and is then not shown.
+            gradient_norm: Before clipping; not shown if it is not finite.
             reading: The fields of `StepReading`: what all ranks read for the step.
-            ranks: How each rank fared.
+            ranks: The metrics of each rank.
             now: Monotonic seconds.
         """
         self._step_times.append((now, float(row["data_wait_seconds"])))
@@ -181,9 +181,8 @@ class RunFigures:
         norm = {"gradient_norm": gradient_norm} if math.isfinite(gradient_norm) else {}
         step = int(row["step"])
         is_ending = self._stop_asked or step >= self._status["total_steps"]
-        self.tell(
-            **row, **levels, **norm, **self._rates(step), ending=int(is_ending), last_step_at_seconds=self._wall()
-        )
+        changes = {**row, **levels, **norm, **self._rates(step)}
+        self.update(**changes, ending=int(is_ending), last_step_at_seconds=self._wall())
         self._exporter.update_ranks(ranks)
 
     def _rates(self, step: int) -> dict[str, float]:
@@ -204,18 +203,18 @@ class RunFigures:
         self.count("restarts", 1, kind)
 
     def recovered(self, seconds: Mapping[str, float]) -> None:
-        """Tell how long each phase of the last restart took."""
+        """Serve how long each phase of the last restart took."""
         self._exporter.recovered(seconds)
 
     def ended(self, outcome: str) -> None:
-        """The run is `finished`, `stopped` or `failed`."""
+        """Note that the run is `finished`, `stopped` or `failed`."""
         self._exporter.update_ranks(())
-        self.tell(state=outcome, eta_seconds=0.0 if outcome == "finished" else None)
+        self.update(state=outcome, eta_seconds=0.0 if outcome == "finished" else None)
 
     def announce(self, folder: Path) -> None:
         """Let the Prometheus of the local stack, which watches `folder`, find the run."""
         self._exporter.announce(folder)
 
     def withdraw(self, folder: Path) -> None:
-        """Take back what `announce` told."""
+        """Undo `announce`."""
         self._exporter.withdraw(folder)

@@ -20,11 +20,7 @@ from jobs.checkpoint.restore import restore_newest
 from jobs.checkpoint.saver import CheckpointSaver
 from jobs.checkpoint.zero_state import ZeroState, owned_ranges, restore_optimizer
 from jobs.errors import CheckpointError, DamagedCheckpointError
-from jobs.rank.engine import (
-    build_model,
-    initialize_deepspeed,
-    parameter_groups,
-)
+from jobs.rank.engine import build_model, initialize_deepspeed, parameter_groups
 from jobs.rank.history_row import done_row, skipped_row
 from jobs.rank.instruction import PAUSE_SECONDS
 from jobs.rank.monitor_line import MonitorLine

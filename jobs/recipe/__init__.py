@@ -1,4 +1,4 @@
-"""What a run is, and what follows from that before anything is started: schedule, size, time, requests.
+"""The recipe, and what follows from it before anything is started: schedule, size, time, requests.
 
-Knows no run that exists, no Ray and no DeepSpeed.
+Knows no existing run, no Ray and no DeepSpeed.
 """

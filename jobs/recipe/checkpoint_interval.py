@@ -1,7 +1,7 @@
-"""How far apart checkpoints are: by steps, by time, or as what was measured makes it cheapest (`auto`).
+"""The interval between checkpoints: in steps, in time, or the cheapest by measured costs (`auto`).
 
-A save costs the stall of training; a failure costs the steps since the newest checkpoint. How long an upload takes adds
-the same to what every failure costs, whatever the interval, so it only bounds it from below.
+A save costs a stall of training; a failure costs the steps since the newest checkpoint. The duration of an upload adds
+the same to the cost of every failure, whatever the interval, so it is only a lower bound of the interval.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ if TYPE_CHECKING:  # it imports torch
     from jobs.recipe.recipe import Recipe
 
 PRIOR_SECONDS = 3600.0
-"""Training with one failure that is taken for seen before a run begins (a Gamma(1) prior of the failure rate).
+"""Seconds of training, with one failure, that count as observed before a run begins (a Gamma(1) prior of its rate).
 
-Without it a run without failures would never save, and the first failure would decide. Short, since the errors cost
-unequally: to expect failures too often costs a stall more often, at 1 s and one failure an hour 1.2 % of the time; to
-expect them too rarely costs half a long interval with each. After ten quiet hours it shortens the interval by 5 %.
+Without it a run without failures would never save, and the first failure would decide. It is short since the two errors
+differ in cost: expecting failures too often costs more stalls, at 1 s and one failure per hour 1.2 % of the time;
+expecting them too rarely costs half a long interval with each. After ten quiet hours it shortens the interval by 5 %.
 """
 UPLOADS_APART = 2
-"""Uploads that fit between two saves at least: one that is slower than most delays nothing."""
+"""How many uploads fit between two saves at least, so that a slow one delays nothing."""
 
 
 @dataclass(frozen=True)
 class IntervalRule:
-    """What a recipe says of the interval."""
+    """What a recipe says about the interval."""
 
     kind: Literal["steps", "seconds", "auto"]
     every_steps: int
@@ -52,7 +52,7 @@ class IntervalRule:
         return min(max(seconds, self.min_seconds), self.max_seconds)
 
     def simulated_steps(self, step_seconds: float, stall_seconds: float, mtbf_seconds: float) -> int:
-        """The interval in steps that the rule comes to where these costs stay as they are; at least one.
+        """The interval in steps that follows from the rule if these costs stay as they are; at least one.
 
         Args:
             step_seconds: Of one step.
@@ -66,51 +66,51 @@ class IntervalRule:
 
 
 class Costs(NamedTuple):
-    """What was measured of a run so far."""
+    """The measured costs of a run so far."""
 
     stall_seconds: float
-    """Training stands still for a save."""
+    """How long training pauses for a save."""
     upload_seconds: float
-    """From the beginning of a save until it is committed."""
+    """From the start of a save until its commit."""
     restart_seconds: float
-    """From the last step before a failure to the first after it; 0 where none was seen."""
+    """From the last step before a failure to the first after it; 0 if there was none."""
     failures: int
     trained_seconds: float
-    """Worker-seconds so far over the workers of now: failures come to each worker, so more of them fail sooner."""
+    """Worker-seconds so far, divided by the present number of workers: each can fail, so more of them fail sooner."""
 
     @property
     def mtbf_seconds(self) -> float:
-        """Mean time between failures to be expected (PRIOR_SECONDS).
+        """Expected mean time between failures (PRIOR_SECONDS).
 
-        A group can fail while it starts as well, so restarts are part of the time in which it could. This is where
-        their cost has its part: the interval that costs least is a function of the stall and of this alone.
+        A group can also fail while it starts, so restarts are part of the time in which it can. This is how their cost
+        counts: the cheapest interval depends on the stall and on this alone.
         """
         could_fail_seconds = self.trained_seconds + self.failures * self.restart_seconds
         return (could_fail_seconds + PRIOR_SECONDS) / (self.failures + 1)
 
 
 class Decision(NamedTuple):
-    """An interval, and why."""
+    """An interval and its reason."""
 
     seconds: float
-    """From the beginning of one save to that of the next."""
+    """From the start of one save to that of the next."""
     reason: str
     """For people, in one line."""
 
 
 def auto_interval(rule: IntervalRule, costs: Costs | None) -> Decision:
-    """The interval that costs least by Daly's estimate, within the rule's bounds.
+    """The cheapest interval by Daly's estimate, within the rule's bounds.
 
     Args:
         rule: Of kind `auto`.
-        costs: None before the first checkpoint was committed.
+        costs: None before the first checkpoint is committed.
 
     Source: Daly 2006, doi:10.1016/j.future.2004.11.016, equation 37.
     """
     if costs is None:
         seconds = rule.bounded(rule.every_seconds)
         return Decision(seconds, f"every {duration_text(seconds)} until a checkpoint is committed")
-    # Daly's is without the stall itself.
+    # Daly's interval excludes the stall itself.
     best = daly_interval_seconds(costs.stall_seconds, costs.mtbf_seconds) + costs.stall_seconds
     uploads = UPLOADS_APART * costs.upload_seconds
     seconds = rule.bounded(max(best, uploads))

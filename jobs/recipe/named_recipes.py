@@ -1,7 +1,7 @@
 """The recipes by name.
 
 Paper: Gao et al. 2022, "ConvMAE: Masked Convolution Meets Masked Autoencoders", arXiv:2205.03892.
-Widths and depths are in `model.config`; here is how they are trained. The hyperparameters of the ImageNet recipes are
+Widths and depths are in `model.config`; this is how they are trained. The hyperparameters of the ImageNet recipes are
 the paper's (section 4.1 and appendix): AdamW (0.9, 0.95), weight decay 0.05, base learning rate 1.5e-4 per 256 images,
 global batch 4096 over 40 epochs of warm-up and a half-cosine, mask ratio 75 %.
 
@@ -28,7 +28,7 @@ from jobs.recipe.recipe import Recipe, unknown_key
 from model import ConvMAEConfig
 
 LARGEST_FILE_BYTES = 16384
-"""Of a recipe's file; what takes long or much memory to parse is larger."""
+"""Of a recipe's file; only larger ones take long or much memory to parse."""
 SIZES = ("small", "base", "large", "huge")
 SHORTER_EPOCHS = (200, 400, 800)
 
@@ -90,7 +90,7 @@ def recipe_names() -> list[str]:
 
 
 def named_recipe(name: str) -> Recipe:
-    """The recipe of that name, or of a TOML file whose `base` names one and whose other keys amend it.
+    """The recipe of that name, or of a TOML file whose `base` names one and whose other keys change it.
 
     Raises:
         RecipeError: If there is no such recipe; names the nearest one.
@@ -105,10 +105,10 @@ def named_recipe(name: str) -> Recipe:
 
 
 def file_fields(path: Path) -> dict[str, Any]:
-    """What a recipe's file says, as it is written there.
+    """The fields of a recipe's file, as they are written there.
 
     Raises:
-        RecipeError: It is no TOML file, or too large.
+        RecipeError: It is not a TOML file, or too large.
     """
     try:
         with path.open("rb") as file:
@@ -116,11 +116,11 @@ def file_fields(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise RecipeError("recipe", "must be a readable TOML file", str(path), str(error)) from error
     if len(data) > LARGEST_FILE_BYTES:
-        remedy = "a recipe has some dozens of short lines"
+        remedy = "a recipe has a few dozen short lines"
         raise RecipeError("recipe", f"must be at most {LARGEST_FILE_BYTES} bytes", str(path), remedy)
     try:
-        return tomllib.loads(data.decode("utf-8-sig"))  # Windows editors begin it with a BOM
-    except (ValueError, RecursionError) as error:  # what TOML refuses, and Python: bytes, depth, digits
+        return tomllib.loads(data.decode("utf-8-sig"))  # Windows editors may write a BOM first
+    except (ValueError, RecursionError) as error:  # refused by TOML or Python: bytes, depth, digits
         raise RecipeError("recipe", "must be a readable TOML file", str(path), str(error)) from error
 
 
@@ -128,7 +128,7 @@ def _file_recipe(path: Path) -> Recipe:
     fields = file_fields(path)
     base = fields.pop("base", None)
     if not isinstance(base, str) or base.endswith(".toml"):
-        raise RecipeError("base", "must name the recipe that the file amends", base, f"one of {', '.join(_build())}")
+        raise RecipeError("base", "must name the recipe that the file changes", base, f"one of {', '.join(_build())}")
     if isinstance(fields.get("model"), dict):
         fields |= {f"model.{key}": value for key, value in fields.pop("model").items()}
     return named_recipe(base).amended({"name": path.stem, **fields})

@@ -1,4 +1,4 @@
-"""What `convmae inspect` says of a recipe: its fields and what follows from them, before anything is started."""
+"""The plan of a recipe, as `convmae inspect` shows it: its fields, and what follows from them."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from pipeline.store.storage import Storage
 
 @dataclass(frozen=True)
 class DatasetSize:
-    """What a plan needs to know of a data set."""
+    """What a plan needs to know about a data set."""
 
     samples: int
     bytes: int
     origin: str
-    """Where the figures are from, for people."""
+    """The source of the figures, for people."""
     shard_samples: Int64s = field(compare=False)
-    """(shards,) samples of each."""
+    """(shards,): samples of each shard."""
 
     @classmethod
     def of(cls, storage: Storage, recipe: Recipe) -> DatasetSize:
-        """The recipe's data set; the training set of ImageNet-1k where it names none."""
+        """The recipe's data set; the training set of ImageNet-1k if it names none."""
         if not recipe.data:
             return IMAGENET
         storage.check(recipe.data, write=False)
@@ -95,7 +95,7 @@ def _plan_lines(recipe: Recipe, size: DatasetSize) -> Iterator[tuple[str, str]]:
 
 
 def _flops_per_image(recipe: Recipe) -> tuple[float, float]:
-    """Forward, and with backward; what is computed once for a micro-batch is shared by its images."""
+    """Forward, and forward with backward; what is computed once for a micro-batch is shared by its images."""
     cost = flops(recipe.model, recipe.micro_batch_size)
     return cost.forward.total / recipe.micro_batch_size, cost.training / recipe.micro_batch_size
 

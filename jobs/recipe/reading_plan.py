@@ -1,4 +1,4 @@
-"""How a data set would be read: lanes, blocks, windows, how well they mix, requests and bytes; and which keys when."""
+"""The plan of reading a data set: lanes, blocks, windows, how well they mix, requests, bytes, and keys by step."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from pipeline.shard.manifest import Manifest
 from pipeline.store.storage import Storage
 
 USUAL_ORDERS = ((4096, 256), (64, 8), (8, 8), (1, 1))
-"""Batch and lanes of the ImageNet recipes and of the demonstration, then what small data sets are still enough for."""
+"""Batch and lanes of the ImageNet recipes and of the demonstration, then ones that small data sets suffice for."""
 MOST_USUAL_LANES = 256
 MOST_COUNTED = 200_000
 MOST_CELLS = 1 << 24
-"""Samples, and steps times shards, up to which the first epoch is also counted out; it takes under a second."""
+"""Samples, and steps times shards, up to which the first epoch is counted exactly, in under a second."""
 LABELLED_BLOCKS = 128
-"""Whose indexes are read to learn how labels lie in shards."""
+"""Blocks whose indexes are read to learn how labels lie in shards."""
 
 _LABELS = 0x4C424C53
 
@@ -37,7 +37,7 @@ def usual_order(samples: int, numbers: Mapping[str, int]) -> Order:
 
     Args:
         samples: In the data set.
-        numbers: What was asked for of batch, lanes, seed, block and window.
+        numbers: Those of batch, lanes, seed, block and window that were given.
 
     Raises:
         OrderError: The numbers do not fit each other or the data set.
@@ -58,17 +58,17 @@ def usual_order(samples: int, numbers: Mapping[str, int]) -> Order:
 
 @dataclass(frozen=True)
 class ReadingPlan:
-    """An order over shards of known sizes, and the ranks that would share it."""
+    """An order over shards of known sizes, and the number of ranks that share it."""
 
     order: Order
     forecast: Forecast
     world_size: int
     mean_sample_bytes: float
     dealt_effect: float | None = None
-    """Design effect over shards of the first epoch, as dealt by the seed; None for large data sets, whose epochs are
-    all like the forecast."""
+    """Design effect over shards of the first epoch, as dealt by the seed; None for large data sets, whose epochs
+    all match the forecast."""
     label_effect: float | None = None
-    """Design effect over labels; None where it was not asked for or there are none."""
+    """Design effect over labels; None if it was not asked for or there are no labels."""
 
     @classmethod
     def of(cls, order: Order, shard_samples: Int64s, tar_bytes: int, world_size: int) -> ReadingPlan:
@@ -84,17 +84,17 @@ class ReadingPlan:
 
     @property
     def samples_per_epoch(self) -> int:
-        """Of the data set's samples, those that an epoch uses."""
+        """Samples of the data set that an epoch uses."""
         return self.order.steps_per_epoch * self.order.global_batch_size
 
     @property
     def open_samples(self) -> int:
-        """In the windows of all lanes."""
+        """Samples in the windows of all lanes."""
         return min(self.order.samples, self.order.lanes * self.order.window_samples)
 
     @property
     def open_bytes_per_rank(self) -> int:
-        """What the rank with the most lanes holds of its windows."""
+        """Bytes that the rank with the most lanes holds in its windows."""
         lanes = -(-self.order.lanes // self.world_size)
         return int(min(self.order.samples, lanes * self.order.window_samples) * self.mean_sample_bytes)
 
@@ -162,7 +162,7 @@ def dataset_fields(manifest: Manifest) -> dict[str, Any]:
 
 
 def index_line(manifest: Manifest, order: Order) -> tuple[str, str]:
-    """How the indexes would be read."""
+    """How the indexes are read."""
     held = manifest.shards.index_bytes
     if held <= INDEX_CACHE_BYTES:
         return "indexes", f"{bytes_text(held)}; a rank reads each that it needs once, whole, and keeps it"
@@ -171,7 +171,7 @@ def index_line(manifest: Manifest, order: Order) -> tuple[str, str]:
 
 
 def label_correlation(dataset: Dataset, order: Order) -> float | None:
-    """Reads the labels of some blocks; `intra_block_correlation` of them, None where samples have no labels.
+    """Intra-block correlation of labels, from those of some blocks; None if samples have no labels.
 
     Raises:
         DatasetError: An index is missing or not the one that the manifest names.
@@ -189,7 +189,7 @@ def label_correlation(dataset: Dataset, order: Order) -> float | None:
 
 @dataclass(frozen=True)
 class InspectedDataset:
-    """A data set, and how it would be read."""
+    """A data set, and the plan of reading it."""
 
     manifest: Manifest
     plan: ReadingPlan
@@ -217,11 +217,11 @@ def inspected_dataset(storage: Storage, url: str, numbers: Mapping[str, int], *,
     Args:
         storage: Reaches it.
         url: Where its manifest lies.
-        numbers: What was asked for of batch, lanes, world, seed, block and window.
-        labels: Whether to read some labels, to tell how they mix.
+        numbers: Those of batch, lanes, world, seed, block and window that were given.
+        labels: Whether to read some labels, to see how they mix.
 
     Raises:
-        DatasetError: No manifest, or an index that is needed and not as it should be.
+        DatasetError: There is no manifest, or a needed index is damaged.
         OrderError: The numbers do not fit each other or the data set.
     """
     dataset = Dataset.open(storage, url)
@@ -236,7 +236,7 @@ def inspected_dataset(storage: Storage, url: str, numbers: Mapping[str, int], *,
 def listed_steps(
     dataset: Dataset, order: Order, step: int, steps: int, *, world_size: int, rank: int | None = None
 ) -> Iterator[dict[str, Any]]:
-    """What each rank, or one, reads in `steps` steps from `step` on, as plain values; no image is read.
+    """What each rank, or one, reads in `steps` steps from `step`, as plain values; no image is read.
 
     Raises:
         OrderError: More ranks than lanes, no such rank, or no such step.

@@ -40,7 +40,7 @@ from pipeline.load.stall_watch import STALL_SECONDS
 from pipeline.store.storage import is_local, is_web
 
 MOST = 10**9
-"""Of anything that is counted: what is beyond it is a slip."""
+"""Of anything that is counted; a larger number is a typing error."""
 LONGEST_ARGUMENT = 4096
 """Characters of a `field=value`."""
 STANDARD_WORKERS = 64
@@ -50,7 +50,7 @@ HANG_SECONDS = 300.0
 OnNonFinite = Literal["stop", "skip_batch", "rollback"]
 """What to do with a step whose loss or gradient is not finite: see `jobs.rank.non_finite`."""
 
-# Where and how a run executes, not what it computes: these may differ when a run is resumed.
+# Where and how a run executes, not what it computes: these may change when a run is resumed.
 PLACEMENT_FIELDS = frozenset(
     {
         "run_root",
@@ -92,11 +92,11 @@ _OLDER_PRECISIONS = {"bf16_pure": "bf16", "bf16": "bf16_autocast"}
 
 
 Switch = Annotated[bool, Field(strict=False)]
-"""true or false, however people write them: False, no, off, 0."""
+"""true or false, in any spelling: False, no, off, 0."""
 
 
 def _model_config(value: object) -> ConvMAEConfig:
-    """Build the model's configuration from a mapping; `preset` names the one that the other keys amend."""
+    """Build the model's configuration from a mapping; `preset` names the one that the other keys change."""
     if isinstance(value, ConvMAEConfig):
         return value
     assert isinstance(value, Mapping)
@@ -106,7 +106,7 @@ def _model_config(value: object) -> ConvMAEConfig:
         if key not in known and key != "preset":
             raise unknown_key(f"model.{key}", [f"model.{name}" for name in [*known, "preset"]])
     for name in fields.keys() & set(SWITCHES):
-        with contextlib.suppress(ValidationError):  # what is none of them is refused below, with its name
+        with contextlib.suppress(ValidationError):  # anything else is refused below, with its name
             fields[name] = TypeAdapter(Switch).validate_python(fields[name])
     try:
         if "preset" in fields:
@@ -137,7 +137,7 @@ class Recipe(BaseModel):
     init_from: str = ""
     """URL of weights to start from, as `convmae import` or `convmae consolidate` wrote them. Empty: random ones."""
     init_sha256: str = ""
-    """Of that file; found out when a run begins."""
+    """SHA-256 of that file; determined when a run begins."""
 
     epochs: int = Field(gt=0, le=MOST)
     """Passes over the data; the learning-rate schedule spans them."""
@@ -146,7 +146,7 @@ class Recipe(BaseModel):
     warmup_epochs: float = Field(default=40.0, ge=0)
     """Epochs of linear warm-up from zero."""
     base_learning_rate: float = Field(default=1.5e-4, gt=0)
-    """Per 256 images: learning rate = base_learning_rate * global_batch_size / 256."""
+    """For 256 images: learning rate = base_learning_rate * global_batch_size / 256."""
     weight_decay: float = Field(default=0.05, ge=0)
     """AdamW's, on matrices and kernels only: not on biases, norms and tokens."""
     clip_grad_norm: float = Field(default=0.0, ge=0)
@@ -163,13 +163,13 @@ class Recipe(BaseModel):
     digest_every_steps: int = Field(default=100, gt=0, le=MOST)
     """Steps between digests of all weights and moments in the history; also where a checkpoint is saved."""
     lanes: int = Field(gt=0, le=MOST)
-    """Virtual readers that the data order is dealt to; divides global_batch_size and bounds the world size."""
+    """Virtual readers among which the data order is dealt; divides global_batch_size and bounds the world size."""
     block_samples: int = Field(default=32, gt=0, le=MOST)
-    """Consecutive samples that are fetched with one ranged read."""
+    """Consecutive samples that one ranged read fetches."""
     window_blocks: int = Field(default=64, gt=0, le=MOST)
-    """Blocks of one lane that are open, and shuffled together, at once."""
+    """Blocks of one lane that are open at once and shuffled together."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Decides order, crops, flips, masks and initial weights."""
+    """Determines order, crops, flips, masks and initial weights."""
 
     precision: Literal["fp32", "bf16", "bf16_pure"] = "bf16"
     """`bf16`: matrix products in bf16 over fp32 weights (autocast), norms and softmax in fp32, as the released code
@@ -179,11 +179,11 @@ class Recipe(BaseModel):
     recompute: tuple[Literal["stage1", "stage2", "stage3", "decoder"], ...] = ()
     """Parts whose activations are computed again in the backward pass: less memory, more time, the same values."""
     compile: Switch = False
-    """Compile the model with torch.compile: minutes at each start, then fewer passes over memory. Not with ZeRO 3."""
+    """Compile the model with torch.compile: minutes at each start, then less memory traffic. Not with ZeRO 3."""
     device: Literal["cpu", "cuda"] = "cuda"
     """Where workers train: `cuda` takes one GPU each and NCCL, `cpu` takes gloo."""
     min_workers: int = Field(default=1, gt=0, le=MOST)
-    """Fewest workers to train with; with fewer the run waits."""
+    """Fewest workers to train with; the run waits for them."""
     max_workers: int = Field(default=1, gt=0, le=MOST)
     """Most workers to train with."""
     cpus_per_worker: float = Field(default=8.0, gt=0)
@@ -191,47 +191,47 @@ class Recipe(BaseModel):
     loader_threads: int = Field(default=8, gt=0, le=MOST)
     """Decoding threads in one worker."""
     on_bad_sample: OnBadSample = "fail"
-    """What to do with a sample that is not as it was ingested: `fail`, or `skip`: another of its block stands in."""
+    """What to do with a sample that is not as it was ingested: `fail`, or `skip` it for another of its block."""
     max_consecutive_bad_samples: int = Field(default=MAX_CONSECUTIVE_BAD_SAMPLES, gt=0, le=MOST)
-    """Samples of one lane in a row that may be replaced before the run is given up."""
+    """Samples of one lane that may be replaced in a row before the run is abandoned."""
     check_etags: Switch = True
-    """Refuse tars whose ETag is not that of the manifest; `false` for a copy of a data set that has other ones."""
+    """Refuse tars whose ETag is not that of the manifest; `false` for a copy of a data set that has others."""
     cache_dir: str = ""
     """Folder on each node's own disk that keeps blocks, shared by the node's workers. Empty: no cache."""
     cache_bytes: int = Field(default=100 * 10**9, gt=0)
     """Most bytes in that folder."""
     stall_seconds: float = Field(default=STALL_SECONDS, gt=0)
-    """How long a worker waits for one batch before it says which stage hangs, and fails."""
+    """How long a worker waits for one batch before it fails, naming the stage that hangs."""
     hang_seconds: float = Field(default=HANG_SECONDS, gt=0)
-    """How long a rank may stand still in a step, or be silent, before it is killed and the attempt restarts."""
+    """How long a rank may hang in a step, or be silent, before it is killed and the attempt restarts."""
     resize_seconds: float = Field(default=60.0, gt=0)
-    """How often to look whether more, or fewer, workers could train now. A resize costs a save and a restart."""
+    """How often to check whether more or fewer workers could train now. A resize costs a save and a restart."""
     standby: Switch = True
-    """Keep a process beside each rank that has imported all that a rank needs, so that a restart takes seconds."""
+    """Keep a process beside each rank that has already imported what a rank needs, so that a restart takes seconds."""
     on_nonfinite_loss: OnNonFinite = "stop"
-    """Where a loss or gradient is not finite: `stop` the attempt, `skip_batch`, or `rollback` and leave out steps."""
+    """If a loss or gradient is not finite: `stop` the attempt, `skip_batch`, or `rollback` and skip steps."""
     max_nonfinite_in_a_row: int = Field(default=10, gt=0, le=MOST)
-    """Batches that may be skipped, or rollbacks made, in a row before the attempt is stopped even so."""
+    """Batches that may be skipped, or rollbacks made, in a row before the attempt is stopped anyway."""
 
     checkpoint_interval: Literal["steps", "seconds", "auto"] = "steps"
-    """What says when to save: one of the two fields below, or what saves, failures and restarts were seen to cost. One
-    more is saved at the end, at a milestone and when a run is stopped."""
+    """What decides when to save: one of the two fields below, or the measured cost of saves, failures and restarts
+    (`auto`). Checkpoints are also saved at milestones, at the end, and when a run is stopped."""
     checkpoint_every_steps: int = Field(gt=0, le=MOST)
-    """Steps between checkpoints, with `steps`."""
+    """Steps between checkpoints with `steps`."""
     checkpoint_every_seconds: float = Field(default=600.0, gt=0)
-    """Seconds between checkpoints, with `seconds`; with `auto` until the first one is committed."""
+    """Seconds between checkpoints with `seconds`, and with `auto` until the first one is committed."""
     checkpoint_min_seconds: float = Field(default=60.0, gt=0)
-    """Fewest between checkpoints, with `auto`."""
+    """Fewest seconds between checkpoints with `auto`."""
     checkpoint_max_seconds: float = Field(default=3600.0, gt=0)
-    """Most between checkpoints, with `auto`."""
+    """Most seconds between checkpoints with `auto`."""
     keep_checkpoints: int = Field(default=3, gt=0, le=MOST)
-    """Most recent checkpoints to keep; milestones stay for ever."""
+    """How many of the newest checkpoints to keep; milestones are kept permanently."""
     on_damaged_checkpoint: Literal["previous", "fail"] = "previous"
-    """What to do where the newest checkpoint is not as it was written: go on from the one before, or `fail`."""
+    """If the newest checkpoint is not as it was written: resume from the `previous` one, or `fail`."""
     milestone_epochs: tuple[int, ...] = (200, 400, 800, 1600)
     """Epochs after which a checkpoint is saved and never deleted (the epochs of the paper's ablation)."""
     max_restarts_without_progress: int = Field(default=3, ge=0, le=MOST)
-    """Restarts in a row without a new committed checkpoint before the run is given up."""
+    """Restarts in a row without a new committed checkpoint before the run is abandoned."""
     metrics_port: int = Field(default=0, ge=0, le=65535)
     """Port of the run's /metrics endpoint; 0: any free one."""
 
@@ -242,7 +242,7 @@ class Recipe(BaseModel):
 
     @property
     def lane_batch_size(self) -> int:
-        """Images that one lane gives to every global batch."""
+        """Images that one lane contributes to every global batch."""
         return self.global_batch_size // self.lanes
 
     @property
@@ -303,7 +303,7 @@ class Recipe(BaseModel):
             remedy = f"set checkpoint_max_seconds={self.checkpoint_min_seconds:g} or a smaller checkpoint_min_seconds"
             raise RecipeError("checkpoint_min_seconds", rule, self.checkpoint_min_seconds, remedy)
         if self.model.kept == self.model.mask_patches:
-            rule = f"must hide at least one of {self.model.mask_patches} patches, else there is no loss to train with"
+            rule = f"must hide at least one of {self.model.mask_patches} patches, or there is no loss to train with"
             raise RecipeError("model.mask_ratio", rule, self.model.mask_ratio, "the paper uses 0.75")
         if self.compile and self.zero_stage == 3:
             rule = "must be false with zero_stage = 3, which gathers parameters between operations"
@@ -328,7 +328,7 @@ class Recipe(BaseModel):
         return self.model_copy(update={"reproducible": "rounding", "grain_size": 0, "precision": precision})
 
     def digest(self) -> str:
-        """SHA-256 of the trajectory, as it is recorded in every checkpoint."""
+        """SHA-256 of the trajectory, which every checkpoint records."""
         return hashlib.sha256(json.dumps(self.trajectory(), sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> dict[str, Any]:
@@ -345,7 +345,7 @@ class Recipe(BaseModel):
         for key in fields:
             if key not in cls.model_fields:
                 raise unknown_key(key, [*cls.model_fields, "model.<field>"])
-        # Tuples are lists in JSON and TOML, and an integer is a fine float: strict mode would refuse both.
+        # Tuples are lists in JSON and TOML, and an integer is a valid float: strict mode would refuse both.
         values = dict(fields)
         for key in ("milestone_epochs", "recompute"):
             if isinstance(values.get(key), list):
@@ -356,7 +356,7 @@ class Recipe(BaseModel):
             raise _first_fault(error) from None
 
     def amended(self, overrides: Mapping[str, Any]) -> Recipe:
-        """This recipe with `overrides` (flat keys; `model.<field>` for the model's) put in place.
+        """This recipe with the values of `overrides` (flat keys; `model.<field>` for the model's).
 
         Raises:
             RecipeError: As `from_json`.
@@ -378,13 +378,13 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     """Read `field=value` arguments.
 
     Raises:
-        RecipeError: For an argument without `=` or of absurd length, or a key that is given twice.
+        RecipeError: For an argument without `=` or of absurd length, or a key given twice.
     """
     overrides: dict[str, Any] = {}
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if not equals or not key.strip():
-            raise RecipeError("argument", "must be field=value", clipped(argument), "write for example epochs=400")
+            raise RecipeError("argument", "must be field=value", clipped(argument), "write, for example, epochs=400")
         if len(argument) > LONGEST_ARGUMENT:
             rule = f"must be at most {LONGEST_ARGUMENT} characters"
             raise RecipeError(key[:40], rule, f"{text[:40]}...", "put it into a .toml file, or correct it")
@@ -397,12 +397,12 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
 def _toml_value(text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):  # no TOML, or too deep, or a number of too many digits
+    except (ValueError, RecursionError):  # not TOML, or too deep, or a number with too many digits
         return text
 
 
 def unknown_key(key: str, known: Sequence[str]) -> RecipeError:
-    """The error for a key that no recipe has, with the nearest one that exists."""
+    """The error for a key that no recipe has; suggests the nearest one that exists."""
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     remedy = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(known)}"
     return RecipeError(key, "is not a field of a recipe", key, remedy)
@@ -420,9 +420,9 @@ def _first_fault(error: ValidationError) -> RecipeError:
 
 
 def _normal_field(name: str, url: str) -> str:
-    """A place in its normal form, so that two ways to write it are one recipe.
+    """A place in its normal form, so that two spellings make the same recipe.
 
-    What may be a secret is refused: a recipe is written into the run directory and the report.
+    Possible secrets are refused: a recipe is written into the run directory and the report.
     """
     try:
         place = normal(url)
@@ -433,7 +433,7 @@ def _normal_field(name: str, url: str) -> str:
             name, "must be a folder on each node's own disk", url, "write a path, like /tmp/convmae-cache"
         )
     if is_web(place) and "?" in place:
-        remedy = "give an address that can be read without one, or copy the object to s3:// or a folder"
+        remedy = "give an address that needs none, or copy the object to s3:// or a folder"
         raise RecipeError(name, "must have no query, which may be a signature", f"{url.partition('?')[0]}?...", remedy)
     return place
 
@@ -447,7 +447,7 @@ def _type_name(annotation: Any) -> str:
 
 
 def _nearest_divisor(number: int, wanted: int) -> int:
-    """The divisor of `number` that is nearest to `wanted`; the smaller one where two are."""
+    """The divisor of `number` nearest to `wanted`; the smaller of two."""
     start = min(wanted, number)
     candidates = (candidate for distance in range(start) for candidate in (start - distance, start + distance))
     return next(candidate for candidate in candidates if number % candidate == 0)

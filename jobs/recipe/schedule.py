@@ -1,6 +1,6 @@
 """Order, batch arithmetic, learning rate and checkpoints: pure functions of the recipe, the step and the world size.
 
-A global batch of B images is dealt to W ranks by lanes, so that rank r has n_r images; a rank sends them through the
+A global batch of B images is dealt to W ranks by lanes, so that rank r has n_r images; a rank passes them through the
 model in k micro-batches. k is the same on every rank, since gradients are reduced together.
 """
 
@@ -27,7 +27,7 @@ class Schedule:
 
     @classmethod
     def of(cls, recipe: Recipe, steps_per_epoch: int) -> Schedule:
-        """The schedule of `recipe` over a data set that gives `steps_per_epoch` global batches an epoch."""
+        """The schedule of `recipe` over a data set of `steps_per_epoch` global batches per epoch."""
         schedule_steps = recipe.epochs * steps_per_epoch
         return cls(
             steps_per_epoch=steps_per_epoch,
@@ -40,7 +40,7 @@ class Schedule:
     def learning_rate(self, step: int) -> float:
         """Learning rate of step `step` (from 0): linear warm-up from 0, then a half-cosine to 0.
 
-        Source: arXiv:2205.03892, section 4.1; per step instead of per epoch, as the released code has it.
+        Source: arXiv:2205.03892, section 4.1; per step instead of per epoch, as in the released code.
         """
         if step < self.warmup_steps:
             return self.peak_learning_rate * step / self.warmup_steps
@@ -48,13 +48,13 @@ class Schedule:
         return self.peak_learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
     def is_milestone(self, step: int, milestone_epochs: tuple[int, ...]) -> bool:
-        """Whether `step` finished steps end one of the epochs whose checkpoint is kept for ever."""
+        """Whether `step` finished steps end one of the epochs whose checkpoint is kept permanently."""
         epoch, rest = divmod(step, self.steps_per_epoch)
         return rest == 0 and epoch in milestone_epochs
 
     def ends_in_a_checkpoint(self, step: int, recipe: Recipe) -> bool:
         """Whether the ranks save after `step` finished steps without being asked: by steps, milestones, and the end."""
-        by_steps = recipe.checkpoint_interval == "steps"  # else the monitor asks for it
+        by_steps = recipe.checkpoint_interval == "steps"  # otherwise the monitor asks for it
         return (
             (by_steps and step % recipe.checkpoint_every_steps == 0)
             or step == self.total_steps
@@ -78,7 +78,7 @@ def order_of(recipe: Recipe, samples: int) -> Order:
 def micro_batches(rank_samples: int, largest_rank_samples: int, micro_batch_size: int) -> list[int]:
     """Sizes of the micro-batches of a rank that has `rank_samples` images of the global batch.
 
-    Their number is that which the rank with most images needs; sizes differ by at most one, none exceeds
+    Their number is what the rank with the most images needs; sizes differ by at most one, none exceeds
     `micro_batch_size`. A size can be 0 on a rank that has fewer images than there are micro-batches.
     """
     count = math.ceil(largest_rank_samples / micro_batch_size)

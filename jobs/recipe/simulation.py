@@ -1,9 +1,9 @@
-"""How long a run takes on nodes that fail: a discrete-event simulation, and the checkpoint interval that suits them.
+"""Simulation of a run on nodes that fail, by discrete events, and the checkpoint interval that suits them.
 
 What is simulated is what the driver does. Any change of the nodes in use ends the worker group; a new one starts
-after `restart_seconds` from the newest checkpoint. The elastic policy trains on every node that is there, in time that
-shrinks with their number; the fixed policy waits until all are. Failures of a node are exponential, and a failed node
-is replaced after a fixed time.
+after `restart_seconds` from the newest checkpoint. The elastic policy trains on every available node, in time
+that shrinks with their number; the fixed policy waits until all are available. Failures of a node
+are exponential, and a failed node is replaced after a fixed time.
 
 Sources: Young 1974, doi:10.1145/361147.361115; Daly 2006, doi:10.1016/j.future.2004.11.016.
 """
@@ -25,31 +25,31 @@ from pipeline.errors import UserError
 Policy = Literal["fixed", "elastic"]
 POLICIES: tuple[Policy, ...] = ("fixed", "elastic")
 MAX_IDLE_EVENTS = 200_000
-"""Failures and arrivals without a new checkpoint, after which a run is given up."""
+"""Failures and arrivals without a new checkpoint after which a run is abandoned."""
 
 
 class NoHeadwayError(UserError):
-    """A run that never ends: its nodes fail faster than it comes to its next checkpoint."""
+    """A run that never ends: its nodes fail before it reaches its next checkpoint."""
 
 
 @dataclass(frozen=True)
 class Scenario:
-    """A run, its nodes and what befalls them."""
+    """A run, its nodes, and how they fail."""
 
     steps: int
     step_seconds: float
-    """Of one step on all nodes; on fewer it takes as many times longer as there are fewer."""
+    """Of one step on all nodes; on fewer it takes proportionally longer."""
     nodes: int
     min_nodes: int
     """Fewest that the elastic policy trains with."""
     mtbf_seconds: float
     """Mean time between failures of one node."""
     replace_seconds: float
-    """From a failure until another node is there."""
+    """From a failure until another node is available."""
     restart_seconds: float
-    """From a change of the nodes until the first step; after a failure, its detection is part of it."""
+    """From a change of the nodes until the first step; includes the detection of a failure."""
     stall_seconds: float
-    """How long training stands still for one checkpoint."""
+    """How long training pauses for one checkpoint."""
     interval_steps: int
     """Steps between checkpoints."""
     gpus_per_node: int = 1
@@ -58,7 +58,7 @@ class Scenario:
         """Check the numbers.
 
         Raises:
-            UserError: Naming the first that cannot be.
+            UserError: Naming the first that is impossible.
         """
         for name in ("steps", "step_seconds", "nodes", "min_nodes", "mtbf_seconds", "interval_steps", "gpus_per_node"):
             if not getattr(self, name) > 0:
@@ -86,14 +86,14 @@ class Outcome:
 
     wall_seconds: float
     goodput: float
-    """Ideal wall-clock over that of the run."""
+    """Ideal wall-clock, divided by that of the run."""
     lost_steps: float
-    """Done, and done again since no checkpoint held them."""
+    """Steps that were redone, since no checkpoint held them."""
     restarts: float
     waited_seconds: float
     """With too few nodes to train."""
     gpu_hours: float
-    """Of all nodes that were there, training or not."""
+    """Of all available nodes, training or not."""
 
 
 def simulate(scenario: Scenario, policy: Policy, rng: random.Random) -> Outcome:
@@ -101,44 +101,79 @@ def simulate(scenario: Scenario, policy: Policy, rng: random.Random) -> Outcome:
 
     Args:
         scenario: What happens, in distribution.
-        policy: `fixed` trains on all nodes or waits, `elastic` on those that are there.
+        policy: `fixed` trains on all nodes or waits, `elastic` on those that are available.
         rng: Draws the failures.
 
     Raises:
-        NoHeadwayError: Nodes fail faster than a checkpoint is reached.
+        NoHeadwayError: Nodes fail before a checkpoint is reached.
     """
-    least = scenario.nodes if policy == "fixed" else scenario.min_nodes
-    now, kept, alive, arrivals = 0.0, 0, scenario.nodes, list[float]()
-    lost, restarts, waited, node_seconds = 0.0, -1, 0.0, 0.0
-    idle = 0
-    while idle < MAX_IDLE_EVENTS:
-        idle += 1
-        failure = now + rng.expovariate(alive / scenario.mtbf_seconds) if alive else math.inf
-        event = min(failure, arrivals[0]) if arrivals else failure
-        if alive < least:
-            waited += event - now
-        elif event > now:
-            restarts += 1
-            stretch = _trained(scenario, alive, event - now - scenario.restart_seconds, scenario.steps - kept)
-            kept, lost = kept + stretch.kept, lost + stretch.lost
-            idle = 0 if stretch.kept else idle
-            if kept >= scenario.steps:
-                now += scenario.restart_seconds + stretch.seconds
-                node_seconds += alive * (scenario.restart_seconds + stretch.seconds)
-                hours = node_seconds * scenario.gpus_per_node / 3600
-                return Outcome(now, scenario.ideal_seconds / now, lost, restarts, waited, hours)
-        node_seconds += alive * (event - now)
-        now = event
-        if arrivals and event == arrivals[0]:
-            heapq.heappop(arrivals)
-            alive += 1
+    run = _SimulatedRun(scenario, policy, rng)
+    while not run.is_done:
+        if run.idle_events >= MAX_IDLE_EVENTS:
+            done = f"{run.kept:,} of {scenario.steps:,} steps after {run.now / 86_400:,.0f} days"
+            remedy = "save more often, or use nodes that fail less"
+            raise NoHeadwayError(
+                "interval_steps", f"must let the run make headway ({done})", scenario.interval_steps, remedy
+            )
+        run.advance()
+    return run.outcome
+
+
+class _SimulatedRun:
+    """One run on nodes that fail, from one failure or arrival of a node to the next."""
+
+    def __init__(self, scenario: Scenario, policy: Policy, rng: random.Random) -> None:
+        self._scenario, self._rng = scenario, rng
+        self._least = scenario.nodes if policy == "fixed" else scenario.min_nodes
+        self._alive, self._arrivals = scenario.nodes, list[float]()
+        self._lost, self._restarts, self._waited, self._node_seconds = 0.0, -1, 0.0, 0.0
+        self.now, self.kept, self.idle_events = 0.0, 0, 0
+
+    @property
+    def is_done(self) -> bool:
+        return self.kept >= self._scenario.steps
+
+    @property
+    def outcome(self) -> Outcome:
+        hours = self._node_seconds * self._scenario.gpus_per_node / 3600
+        goodput = self._scenario.ideal_seconds / self.now
+        return Outcome(self.now, goodput, self._lost, self._restarts, self._waited, hours)
+
+    def advance(self) -> None:
+        """Advance to the next event, or to the end of the run before it."""
+        self.idle_events += 1
+        rate = self._alive / self._scenario.mtbf_seconds
+        failure = self.now + self._rng.expovariate(rate) if rate else math.inf
+        event = min(failure, self._arrivals[0]) if self._arrivals else failure
+        if self._alive < self._least:
+            self._waited += event - self.now
+        elif event > self.now:
+            self._train(event - self.now)
+            if self.is_done:
+                return
+        self._pass(event - self.now, event)
+        if self._arrivals and event == self._arrivals[0]:
+            heapq.heappop(self._arrivals)
+            self._alive += 1
         else:
-            heapq.heappush(arrivals, now + scenario.replace_seconds)
-            alive -= 1
-    rule = f"must let the run make headway ({kept:,} of {scenario.steps:,} steps after {now / 86_400:,.0f} days)"
-    raise NoHeadwayError(
-        "interval_steps", rule, scenario.interval_steps, "save more often, or take nodes that fail less"
-    )
+            heapq.heappush(self._arrivals, event + self._scenario.replace_seconds)
+            self._alive -= 1
+
+    def _train(self, seconds: float) -> None:
+        """Train for `seconds`, restart included, or until all steps are done."""
+        scenario = self._scenario
+        self._restarts += 1
+        stretch = _trained(scenario, self._alive, seconds - scenario.restart_seconds, scenario.steps - self.kept)
+        self.kept, self._lost = self.kept + stretch.kept, self._lost + stretch.lost
+        if stretch.kept:
+            self.idle_events = 0
+        if self.is_done:
+            needed = scenario.restart_seconds + stretch.seconds
+            self._pass(needed, self.now + needed)
+
+    def _pass(self, seconds: float, until: float) -> None:
+        self._node_seconds += self._alive * seconds
+        self.now = until
 
 
 @dataclass(frozen=True)
@@ -146,7 +181,7 @@ class _Stretch:
     kept: int
     lost: float
     seconds: float
-    """Until all steps were done."""
+    """Until all steps were done; 0 if they were not."""
 
 
 def _trained(scenario: Scenario, nodes: int, seconds: float, steps: int) -> _Stretch:
@@ -169,10 +204,10 @@ def mean_outcome(scenario: Scenario, policy: Policy, *, trials: int, seed: int) 
 
 
 def daly_interval_seconds(stall_seconds: float, mtbf_seconds: float) -> float:
-    """The time between checkpoints that costs least, by Daly's estimate (equation 37), without the stall itself.
+    """The cheapest time between checkpoints by Daly's estimate (equation 37), without the stall itself.
 
-    Young's sqrt(2 * stall * MTBF) is its first term. How long a restart takes has no part in it but through the
-    MTBF, which is of all time in which a failure can come: in the whole model (equation 20) it is a factor of the
+    Young's sqrt(2 * stall * MTBF) is its first term. The duration of a restart matters only through the MTBF,
+    which covers all time in which a failure can come: in the whole model (equation 20) it is a factor of the
     wall-clock. The MTBF + restart under the root of Daly's first-order form is that sum, for an MTBF of training alone.
     """
     if stall_seconds >= 2 * mtbf_seconds:
@@ -180,16 +215,6 @@ def daly_interval_seconds(stall_seconds: float, mtbf_seconds: float) -> float:
     ratio = stall_seconds / (2 * mtbf_seconds)
     young = math.sqrt(2 * stall_seconds * mtbf_seconds)
     return young * (1 + math.sqrt(ratio) / 3 + ratio / 9) - stall_seconds
-
-
-def daly_wall_seconds(scenario: Scenario) -> float:
-    """Expected wall-clock on all nodes if failed ones are replaced at once (Daly's equation 20): the closed form.
-
-    For whole intervals. Restarts may fail as well.
-    """
-    mtbf, interval_seconds = scenario.group_mtbf_seconds, scenario.interval_steps * scenario.step_seconds
-    per_interval = mtbf * math.expm1((interval_seconds + scenario.stall_seconds) / mtbf)
-    return math.exp(scenario.restart_seconds / mtbf) * per_interval * scenario.steps / scenario.interval_steps
 
 
 def best_interval_steps(scenario: Scenario) -> int:
@@ -205,11 +230,11 @@ class Prediction:
     policy: Policy
     interval_steps: int
     outcome: Outcome | None
-    """None: it never ends, since nodes fail faster than a checkpoint is reached."""
+    """None if it never ends, since nodes fail before a checkpoint is reached."""
 
 
 def predictions(scenario: Scenario, *, trials: int, seed: int) -> list[Prediction]:
-    """Every policy at the scenario's interval, and at the best one where that is another."""
+    """Every policy at the scenario's interval, and at the best one if that differs."""
     intervals = dict.fromkeys((scenario.interval_steps, best_interval_steps(scenario)))
     found = []
     for policy in POLICIES:
@@ -222,11 +247,11 @@ def predictions(scenario: Scenario, *, trials: int, seed: int) -> list[Predictio
 
 
 def scenario_lines(markets: Mapping[str, Scenario], *, is_estimate: bool) -> Iterator[tuple[str, str]]:
-    """What is simulated, and the interval that costs least, as fields and values for people.
+    """What is simulated, and the cheapest interval, as fields and values for people.
 
     Args:
         markets: The run on nodes of each kind, which differ in how they fail.
-        is_estimate: Whether nobody has measured how long a step takes.
+        is_estimate: Whether the time of a step is an estimate rather than measured.
     """
     first = next(iter(markets.values()))
     source = " (an estimate for H100 GPUs: --step-seconds)" if is_estimate else ""

@@ -1,4 +1,4 @@
-"""How long a step takes on GPUs that nobody has measured yet: arithmetic, from the recipe and data sheets.
+"""Estimate of how long a step takes on GPUs that have not been measured, from the recipe and data sheets.
 
 The same arithmetic as the table of docs/cluster.md, where each assumption is explained.
 """
@@ -11,33 +11,33 @@ from jobs.recipe.recipe import Recipe
 from model.cost import flops, parameters
 
 GRADIENT_BYTES = 2
-"""Of one gradient in bf16, as it travels."""
+"""Of one gradient in bf16, as it is sent."""
 
 
 @dataclass(frozen=True)
 class NodeType:
-    """GPUs of one kind and what joins them."""
+    """GPUs of one kind, and the links between them."""
 
     gpus: int
     flops_per_second: float
     """Of one GPU: dense, in bf16, by its data sheet."""
     reached: float = 0.2
-    """Share of that which training reaches."""
+    """The share of it that training reaches."""
     bytes_per_second_inside: float = 225e9
-    """Half of what a GPU's links to the others of its node give."""
+    """Half the bandwidth of a GPU's links to the others of its node."""
     bytes_per_second_between: float = 200e9
-    """Half of what a node's links to other nodes give together: NCCL lays a ring over each. Default: EFA of a p5."""
+    """Half the total bandwidth of a node's links to other nodes; NCCL runs a ring over each. Default: EFA of a p5."""
 
 
 H100_FLOPS_PER_SECOND = 989e12
 
 
 def estimated_step_seconds(recipe: Recipe, node: NodeType, nodes: int) -> float:
-    """Compute and, after it, all-reduce of one step; nothing of them is taken to overlap.
+    """Compute, then all-reduce of one step; they are assumed not to overlap.
 
     Args:
-        recipe: Says the model and the global batch.
-        node: What each node is.
+        recipe: Gives the model and the global batch.
+        node: The kind of each node.
         nodes: How many there are.
     """
     gpus = nodes * node.gpus

@@ -1,1 +1,1 @@
-"""A command typed where its cluster is not: run there as a job, its output shown here."""
+"""Commands typed on a machine that is not a node of the cluster: run there as jobs, their output shown here."""

@@ -1,4 +1,4 @@
-"""A command that is typed where its cluster is not: it runs there as a Ray job, and is shown and interrupted here."""
+"""A command that runs on the cluster as a Ray job, and is shown and interrupted where it was typed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from jobs.cluster import store_parcel
+from jobs.cluster import job_store
 from jobs.cluster.session import VERBOSE_VARIABLE, Session
 from jobs.cluster.submission import ENDED_JOB_STATES, STOP_WAIT_SECONDS, hand_over, job_client, job_state, tail_log
 from jobs.errors import RunFailedError
@@ -31,13 +31,13 @@ if TYPE_CHECKING:
     from ray.job_submission import JobSubmissionClient
 
 RESOURCES_VARIABLE = "CONVMAE_COMMAND_RESOURCES"
-"""What such a job asks Ray for, as a JSON object; unset: nothing, and it runs on the head."""
+"""Resources for which such a job asks Ray, as a JSON object; unset: none, and it runs on the head."""
 RETRY_SECONDS = 2.0
-"""Before a log that broke off is asked for again."""
+"""Before the log is requested again after the connection broke."""
 UNREACHABLE_SECONDS = 20.0
-"""Silence of a cluster after which the user is told that it is waited for."""
+"""Silence of a cluster after which the user is told that the command waits for it."""
 TAIL_LINES = 15
-"""Of what others wrote into the log, told where a command ended without a word of its own."""
+"""Lines of others in the log, which are shown if a command ends without reporting its exit code."""
 
 
 def run_there(
@@ -46,21 +46,21 @@ def run_there(
     """Run `convmae ARGUMENTS` on the session's cluster; returns its exit code.
 
     Output and progress are shown on this process's streams. Ctrl-C stops the job as it would have stopped the command;
-    a second one leaves it alone.
+    a second one ends only this process.
 
     Args:
-        session: Says which cluster.
-        arguments: Of the command; paths in them are those of the cluster, or names of `files`.
-        files: Small files that travel along, by name.
-        run_root: Where runs are kept, for a command that is not told.
+        session: Names the cluster.
+        arguments: The command's; paths in them are those of the cluster, or names of `files`.
+        files: Small files to send along, by name.
+        run_root: Holds the runs, for a command that is not given one.
 
     Raises:
-        ClusterError: The cluster does not answer, or does not take the job.
-        RunFailedError: The job ended without the command's own end: it was killed, or the cluster's head died.
+        ClusterError: The cluster does not answer, or does not accept the job.
+        RunFailedError: The job ended without reporting the command's exit code: it was killed, or the head died.
     """
     client = job_client(session)
-    job = _job(session, arguments, files or {}, run_root)
-    job["runtime_env"]["env_vars"] |= store_parcel.send(session, client)
+    job = job_of_command(session, arguments, files or {}, run_root)
+    job["runtime_env"]["env_vars"] |= job_store.send(session, client)
     job_id = hand_over(client, job, session.cluster.text)
     with Replay(sys.stdout, sys.stderr) as replay:
         foreign = _follow(client, job_id, replay, show_foreign=session.is_verbose)
@@ -69,16 +69,18 @@ def run_there(
     state = job_state(client, job_id)
     for line in foreign:
         write_line(sys.stderr, line)
-    raise RunFailedError(f"job {job_id} ended without the command's end ({state.lower()}); the same command resumes it")
+    raise RunFailedError(f"job {job_id} ended without an exit code ({state.lower()}); the same command resumes it")
 
 
-def _job(session: Session, arguments: Sequence[str], files: Mapping[str, str], run_root: str) -> dict[str, Any]:
-    """What Ray is asked to run."""
+def job_of_command(
+    session: Session, arguments: Sequence[str], files: Mapping[str, str], run_root: str
+) -> dict[str, Any]:
+    """The job that Ray is asked to run."""
     terminals = [name for name, stream in (("out", sys.stdout), ("err", sys.stderr)) if stream.isatty()]
     variables = {
         CALLER_VARIABLE: json.dumps({"terminals": terminals, "files": dict(files)}),
         "COLUMNS": str(shutil.get_terminal_size().columns),
-        "RAY_JOB_STOP_SIGNAL": "SIGINT",  # as Ctrl-C; for SIGTERM Ray has a handler of its own, which exits
+        "RAY_JOB_STOP_SIGNAL": "SIGINT",  # like Ctrl-C; for SIGTERM, Ray has its own handler, which exits
         "RAY_JOB_STOP_WAIT_TIME_S": str(STOP_WAIT_SECONDS),
         own_code.VARIABLE: own_code.git_commit(session.environ),
         **({roots.VARIABLE: run_root} if run_root else {}),
@@ -94,13 +96,13 @@ def _job(session: Session, arguments: Sequence[str], files: Mapping[str, str], r
 
 
 def entrypoint_resources(text: str) -> dict[str, float]:
-    """Which of a cluster's own resources the job of a command asks for.
+    """The custom resources of a cluster that the job of a command asks for.
 
     Args:
         text: A JSON object; empty for none.
 
     Raises:
-        UserError: It is none.
+        UserError: It is not such an object.
     """
     try:
         wanted = parsed_object(text) if text else {}
@@ -111,7 +113,7 @@ def entrypoint_resources(text: str) -> dict[str, float]:
 
 
 def _follow(client: JobSubmissionClient, job_id: str, replay: Replay, *, show_foreign: bool) -> deque[str]:
-    """Show a job's frames until it has ended; returns the last of the lines that others wrote."""
+    """Show a job's frames until it has ended; returns the last lines that others wrote into its log."""
     foreign: deque[str] = deque(maxlen=TAIL_LINES)
     with _Interrupts(client, job_id, sys.stderr) as interrupts:
         for line in _LogLines(client, job_id, interrupts):
@@ -126,9 +128,9 @@ def _follow(client: JobSubmissionClient, job_id: str, replay: Replay, *, show_fo
 
 
 class _Interrupts:
-    """Turns the first Ctrl-C, or SIGTERM, into a stop of the job; the second one ends this process.
+    """Turns the first Ctrl-C or SIGTERM into a stop of the job; the second one ends this process.
 
-    The wait for the next line asks `wait`, which is where Python delivers the signal.
+    The next line is awaited inside `wait`, so that Python delivers the signal there.
     """
 
     def __init__(self, client: JobSubmissionClient, job_id: str, stream: TextIO) -> None:
@@ -143,13 +145,13 @@ class _Interrupts:
         signal.signal(signal.SIGTERM, self._previous)
 
     def wait(self, get: Callable[[], Any]) -> Any:
-        """What `get` gives, once it gives something."""
+        """The result of `get`, once it returns."""
         while True:
             try:
                 return get()
             except KeyboardInterrupt:
                 if self._asked:
-                    write_line(self._stream, f"job {self._job_id} is still stopping by itself")
+                    write_line(self._stream, f"job {self._job_id} is still stopping")
                     raise
                 self._asked = True
                 threading.Thread(target=self._stop, daemon=True).start()
@@ -159,7 +161,7 @@ class _Interrupts:
         while time.monotonic() < deadline:
             try:
                 self._client.stop_job(self._job_id)
-            except (OSError, RuntimeError):  # unreachable for a moment, or ended by now
+            except (OSError, RuntimeError):  # unreachable for a moment, or already ended
                 if job_state(self._client, self._job_id) in ENDED_JOB_STATES:
                     return
                 time.sleep(RETRY_SECONDS)
@@ -168,9 +170,9 @@ class _Interrupts:
 
 
 class _LogLines:
-    """The lines of a job's log until the job has ended, from its beginning again where the connection broke.
+    """The lines of a job's log until the job has ended; after a broken connection, from the beginning again.
 
-    Owns: a thread that reads. What was read before comes again after a break; frames have numbers.
+    Owns: a thread that reads. Frames have numbers, by which lines that come again are recognized.
     """
 
     def __init__(self, client: JobSubmissionClient, job_id: str, interrupts: _Interrupts) -> None:
@@ -188,22 +190,22 @@ class _LogLines:
             self._pieces.put(None)
 
     def _read_to_the_end(self) -> None:
-        silent_since, told = time.monotonic(), False
+        silent_since, warned = time.monotonic(), False
         while True:
             try:
                 asyncio.run(self._tail())
                 silent_since = time.monotonic()
-            except Exception:  # whatever the connection broke with: the state of the job decides
+            except Exception:  # however the connection broke: the job's state decides
                 pass
             state = job_state(self._client, self._job_id)
             if state in ENDED_JOB_STATES:
                 return
             if state != "UNREACHABLE":
-                silent_since, told = time.monotonic(), False
-            elif time.monotonic() - silent_since > UNREACHABLE_SECONDS and not told:
-                write_line(sys.stderr, "the cluster is unreachable; waiting for it; the job continues there")
-                told = True
-            self._pieces.put("\n")  # ends a line that broke off
+                silent_since, warned = time.monotonic(), False
+            elif time.monotonic() - silent_since > UNREACHABLE_SECONDS and not warned:
+                write_line(sys.stderr, "the cluster is unreachable; waiting for it, while the job continues there")
+                warned = True
+            self._pieces.put("\n")  # ends an incomplete line
             time.sleep(RETRY_SECONDS)
 
     async def _tail(self) -> None:

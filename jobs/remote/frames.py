@@ -1,8 +1,8 @@
-"""A command's output as lines of JSON, so that it can be shown elsewhere as it would have been shown here.
+"""Frames: a command's output as lines of JSON, so that it is shown elsewhere as it would have been shown here.
 
-The log of a Ray job is one stream for standard output, standard error and whatever Ray says. A command that runs as a
-job (jobs.cli.command_job) writes frames into it: text for either stream, progress, and its exit code. Who asked for it
-(jobs.remote.command) replays them; all other lines of the log are Ray's own.
+The log of a Ray job is one stream for standard output, standard error and whatever Ray prints. A command that runs as a
+job (jobs.cli.command_job) writes frames into it: text for either stream, progress, and its exit code. The process that
+submitted it (jobs.remote.command) replays them; all other lines of the log are Ray's own.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from typing import Any, Literal, TextIO
 from jobs.terminal import ShowProgress, ShowStatus, progress_bar, shown
 
 KEY = "convmae"
-"""Of a frame's number; with it every frame begins, and no line of others."""
+"""Key of a frame's number: every frame begins with it, and no other line does."""
 CALLER_VARIABLE = "CONVMAE_CALLER"
-"""Of the job's environment: what of the caller's place it has to know, as JSON."""
+"""In the job's environment: what it needs to know of the caller's terminal and files, as JSON."""
 PIECE_CHARACTERS = 4000
-"""Of one frame's text: Ray hands a log on in pieces of 20,000 characters."""
+"""Most characters of text in a frame; Ray passes a log on in pieces of 20,000 characters."""
 PROGRESS_SECONDS = 0.5
-"""Between two frames of one bar."""
+"""Between two frames of one progress bar."""
 
 Stream = Literal["out", "err"]
 
 
 class FrameWriter:
-    """Writes the frames of one command. Safe to call from several threads.
+    """Writes the frames of one command. Thread-safe.
 
-    Owns: the number of the next frame, by which a reader that begins anew knows what it has shown.
+    Owns: the number of the next frame, by which a reader that starts again knows what it has shown.
     """
 
     def __init__(self, sink: TextIO) -> None:
@@ -47,15 +47,15 @@ class FrameWriter:
             self._write({stream: text[start : start + PIECE_CHARACTERS]})
 
     def progress(self, stream: Stream, title: str, figures: tuple[int, int, str] | None) -> None:
-        """How far something has come; None: its bar is closed."""
+        """Progress of a task; None closes its bar."""
         self._write({"progress": title, "on": stream, "figures": figures})
 
     def status(self, stream: Stream, status: Mapping[str, Any] | None) -> None:
-        """A run's status, to be drawn over the last one; None: no more of it."""
+        """A run's status, to be drawn over the last one; None ends the display."""
         self._write({"status": status, "on": stream})
 
     def exit(self, code: int) -> None:
-        """The command's end."""
+        """The command's exit code, at its end."""
         self._write({"exit": code})
 
     def _write(self, content: dict[str, Any]) -> None:
@@ -74,21 +74,21 @@ class FrameStream(io.TextIOBase):
         Args:
             writer: Shared by both streams.
             name: Which of them this is.
-            is_terminal: Whether it ends on one, where the command was typed.
+            is_terminal: Whether the stream is a terminal where the command was typed.
         """
         self._writer, self._name, self._is_terminal = writer, name, is_terminal
 
     @property
     def encoding(self) -> str:  # type: ignore[override]
-        """What can be written: all; who shows it replaces what they cannot show."""
+        """Accepts all characters; the process that shows them replaces those that it cannot show."""
         return "utf-8"
 
     def isatty(self) -> bool:
-        """Whether the text ends on a terminal."""
+        """Whether the text is shown on a terminal."""
         return self._is_terminal
 
     def writable(self) -> bool:
-        """It is."""
+        """Always true."""
         return True
 
     def write(self, text: str) -> int:
@@ -124,14 +124,14 @@ class FrameStream(io.TextIOBase):
 
 @dataclass(frozen=True)
 class Frame:
-    """One line of a command's log that is its own."""
+    """One frame of a command, as read from the log."""
 
     number: int
     content: dict[str, Any]
 
     @classmethod
     def of(cls, line: str) -> Frame | None:
-        """Read a line; None if it is somebody else's."""
+        """Read a line; None if it is not a frame."""
         if not line.startswith(f'{{"{KEY}": '):
             return None
         try:
@@ -144,7 +144,7 @@ class Frame:
 class Replay:
     """Shows a command's frames on this process's streams.
 
-    Owns: the bars that are open. Use as a context, which closes them.
+    Owns: the open progress bars. Use it as a context, which closes them.
     """
 
     def __init__(self, out: TextIO, err: TextIO) -> None:
@@ -163,7 +163,7 @@ class Replay:
         self._close_status()
 
     def show(self, frame: Frame) -> None:
-        """Show a frame, unless it was shown before."""
+        """Show a frame, unless it has been shown before."""
         if frame.number < self._next:
             return
         self._next = frame.number + 1

@@ -1,4 +1,4 @@
-"""Images of this machine's disk to object storage, for an ingest that runs elsewhere."""
+"""Uploads of images from this machine's disk to object storage, for an ingest that runs elsewhere."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ THREADS = 16
 
 @dataclass(frozen=True)
 class Upload:
-    """What was copied."""
+    """The result of an upload."""
 
     url: str
-    """Where the source lies now: the folder, or the one file."""
+    """Where the source is now: the folder, or the single file."""
     files: int
     kept: int
-    """Of the files: those that lay there already, as large and no older."""
+    """Files that were already there, of the same size and no older."""
     bytes: int
-    """Of those that were sent."""
+    """Size of the files that were sent."""
 
 
 def upload_and_say(storage: Storage, source: str, url: str) -> str:
-    """Copy a folder or a tar to object storage, and say what was copied; returns where it lies now.
+    """Copy a folder or a tar to object storage, and print what was copied; returns where it is now.
 
     Raises:
-        UserError: There is no such source, or nothing can be written there.
+        UserError: There is no such source, or the URL cannot be written.
     """
     with progress_bar("upload") as show:
         done = upload(storage, source, url, lambda number, total, size: show(number, total, bytes_text(size)))
-    kept = f", {done.kept} were there" if done.kept else ""
+    kept = f", {done.kept} were already there" if done.kept else ""
     say(f"{done.url}: {done.files} files ({bytes_text(done.bytes)} sent{kept})")
     return done.url
 
@@ -49,18 +49,18 @@ def upload(storage: Storage, source: str, url: str, on_progress: Callable[[int, 
         storage: Reaches the URL.
         source: A folder of this machine, with all below it, or one tar.
         url: Folder or prefix.
-        on_progress: Told the files done, all of them, and the bytes sent.
+        on_progress: Called with the files done, the total, and the bytes sent.
 
     Raises:
         SourceError: There is no such source on this machine.
-        StorageError: Nothing can be written there.
+        StorageError: The URL cannot be written.
     """
     path = Path(Storage.local_path(source)) if is_local(source) else None
     if path is None or not (path.is_dir() or (path.is_file() and path.suffix == ".tar")):
-        rule, remedy = "must be a folder or a tar of this machine", "leave out --upload, or copy what it lists yourself"
+        rule, remedy = "must be a folder or a tar on this machine", "omit --upload, or copy the files yourself"
         raise SourceError("source", rule, source, remedy)
     if is_local(url):
-        raise SourceError("--upload", "must be the URL of a store", url, "take s3://bucket/folder")
+        raise SourceError("--upload", "must be the URL of a store", url, "use s3://bucket/folder")
     storage.check(url, write=True)
     files = dict(local_files(str(path))) if path.is_dir() else {path.name: path.stat().st_size}
     root = path if path.is_dir() else path.parent
@@ -75,7 +75,7 @@ def upload(storage: Storage, source: str, url: str, on_progress: Callable[[int, 
 
 
 def _written_at(storage: Storage, url: str) -> dict[str, tuple[int, float]]:
-    """Bytes of each object under a URL, and when it was written, in Unix time; 0 where the store does not say."""
+    """Size in bytes of each object under a URL, and the Unix time at which it was written; 0 if that is unknown."""
 
     def find(filesystem: Any, path: str) -> dict[str, tuple[int, float]]:
         root = path.rstrip("/") + "/"
@@ -91,12 +91,12 @@ def _written_at(storage: Storage, url: str) -> dict[str, tuple[int, float]]:
 
 
 def _is_there(path: Path, size: int, found: tuple[int, float] | None) -> bool:
-    """Whether the object is this file: as large, and written after it."""
+    """Whether the object is this file: of the same size, and written after it."""
     return found is not None and found[0] == size and path.stat().st_mtime <= found[1]
 
 
 def _sent(storage: Storage, root: Path, url: str, files: dict[str, int]) -> Iterator[int]:
-    """Sends files; the bytes of each as it arrives."""
+    """Send files; yields the size of each as it arrives."""
     with ThreadPoolExecutor(THREADS) as threads:
         under_way = {
             threads.submit(storage.upload, root / name, Storage.join(url, name)): size for name, size in files.items()

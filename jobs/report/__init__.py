@@ -1,1 +1,1 @@
-"""A run as people look at it: status, report, charts and pictures, from its directory alone."""
+"""Views of a run for people: status, report, charts and pictures, from its directory alone."""

@@ -1,4 +1,4 @@
-"""Charts of a run as SVG that stands inside a page: text stays text, colours are the page's own variables.
+"""Charts of a run as SVG for embedding in a page: text stays text, colours are variables of the page.
 
 A run of months has millions of steps and a screen a thousand pixels, so series are thinned before they are drawn.
 """
@@ -22,9 +22,9 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 Floats = npt.NDArray[np.float64]
 
 RAW_POINTS = 1800
-"""Most points of a series as it was recorded: a lowest and a highest for each pixel of the wide canvas."""
+"""Most points of a series as recorded: a lowest and a highest for each pixel of the wide canvas."""
 TREND_POINTS = 120
-"""Points of the line of means over it."""
+"""Points of the line of means that is drawn over it."""
 
 # matplotlib writes fixed colours; these stand for CSS variables and are replaced by them.
 _INK, _FAINT, _RULE, _ACCENT, _MARK = "#010101", "#020202", "#030303", "#040404", "#050505"
@@ -43,11 +43,11 @@ class History:
     learning_rates: Floats
     world_sizes: Floats
     step_seconds: Floats
-    """NaN where it was not noted."""
+    """NaN if it was not recorded."""
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]]) -> History:
-        """Take the columns from history rows, as `RunDirectory.read_history` gives them, but for skipped steps."""
+        """Take the columns from history rows, as `RunDirectory.read_history` returns them, without skipped steps."""
         rows = [row for row in rows if row["loss"] is not None]
         names = ("step", "loss", "learning_rate", "world_size", "step_seconds")
         return cls(*(np.fromiter((row.get(name, np.nan) for row in rows), np.float64, len(rows)) for name in names))
@@ -58,7 +58,7 @@ class History:
 
 @dataclass(frozen=True)
 class Canvas:
-    """A size to draw for; text is as large as the page's only if the chart is shown at its own width."""
+    """A size to draw for; text is as large as that of the page only if the chart is shown at its own width."""
 
     name: str
     width_pixels: int
@@ -69,14 +69,14 @@ CANVASES = (Canvas("wide", 920, 300), Canvas("narrow", 360, 220))
 
 
 def thinned(steps: Floats, values: Floats, points: int) -> tuple[Floats, Floats]:
-    """Leave out points without losing the first, the last, or any extreme of the curve.
+    """Thin a series without losing the first point, the last, or any extreme of the curve.
 
-    The steps are cut into equal stretches, of which the lowest and the highest value stay.
+    The steps are cut into equal stretches, of each of which the lowest and the highest value are kept.
 
     Args:
         steps: (n,) ascending.
         values: (n,).
-        points: Most points to leave, at least 4.
+        points: Most points to keep, at least 4.
 
     Returns:
         Steps and values, at most `points` of each.
@@ -91,14 +91,14 @@ def thinned(steps: Floats, values: Floats, points: int) -> tuple[Floats, Floats]
 
 
 def trend(steps: Floats, values: Floats, points: int) -> tuple[Floats, Floats]:
-    """Means of `points` equal stretches of a series; of single values where there are fewer."""
+    """Means of `points` equal stretches of a series; its values if there are fewer."""
     stretches = min(points, len(steps))
     means = [np.array([part.mean() for part in np.array_split(column, stretches)]) for column in (steps, values)]
     return means[0], means[1]
 
 
 def speeds(history: History, global_batch_size: int) -> tuple[Floats, Floats]:
-    """Images per second over stretches of the steps that were timed: the batch over the mean time of a step."""
+    """Images per second over stretches of timed steps: the batch, divided by the mean time of a step."""
     timed = history.step_seconds > 0  # which NaN is not
     steps, seconds = trend(history.steps[timed], history.step_seconds[timed], TREND_POINTS)
     return steps, global_batch_size / seconds
@@ -109,14 +109,14 @@ def training_chart(
 ) -> str:
     """Draw a run over its steps, one panel below the other, as one `<svg>` element.
 
-    Loss and learning rate; images per second where the history has times; workers where their number changed.
+    Loss and learning rate; images per second if the history has times; workers if their number changed.
 
     Args:
         history: At least one step.
         global_batch_size: Images in a step.
-        restarts: Steps that a later attempt went on from; each becomes a vertical line.
+        restarts: Steps from which a later attempt resumed; each becomes a vertical line.
         epoch_steps: Steps in an epoch, if known.
-        canvas: How large.
+        canvas: Its size.
     """
     drawn: list[tuple[str, float, Callable[[Axes, History], None]]] = [
         ("loss", 1.0, _draw_loss),
@@ -182,8 +182,8 @@ def _svg(figure: Figure, canvas: Canvas, description: str) -> str:
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": canvas.name}):
         figure.savefig(data, format="svg", metadata=_NO_METADATA, transparent=True)
     text = data.getvalue()
-    text = text[text.index("<svg") :]  # what stands before it, and name spaces, belong to a file of its own
+    text = text[text.index("<svg") :]  # what precedes it, and name spaces, belong only to a separate file
     text = re.sub(r' xmlns(:\w+)?="[^"]*"', "", text)
-    text = re.sub(r'<g id="[^"]*"', "<g", text)  # a page may hold several charts, and each id once
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # a page may hold several charts, but each id only once
     text = re.sub("|".join(_VARIABLES), lambda match: _VARIABLES[match[0]], text)
     return text.replace("<svg", f'<svg class="{canvas.name}" role="img" aria-label="{description}"', 1)

@@ -1,4 +1,4 @@
-"""The look of a run's report: a `string.Template` whose values are HTML already."""
+"""The page of a run's report: a `string.Template` for values that are already HTML."""
 
 PAGE = """<!doctype html>
 <html lang="en">

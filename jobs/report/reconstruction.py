@@ -1,4 +1,4 @@
-"""What a model has learned, to look at: photographs, what it was shown of them, and what it made of the rest.
+"""Pictures of what a model has learned: photographs, what it sees of them, and how it reconstructs the rest.
 
 Letters: B images, H and W pixels.
 """
@@ -31,20 +31,20 @@ from pipeline.order import hashing
 RECONSTRUCTIONS_NAME = "reconstructions.png"
 HIDDEN_GRAY = 127
 CANDIDATES = 4
-"""Images looked at for each that is shown, so that those shown are of different classes."""
+"""Images considered for each one shown, so that those shown are of different classes."""
 
 LEAST_WIDTH_PIXELS = 1000
-"""Small images are shown larger by a whole factor, so that a row of them is at least this wide."""
+"""Small images are enlarged by a whole factor, so that a row of them is at least this wide."""
 MOST_WIDTH_PIXELS = 1800
 """Large images are shrunk, so that a row of them is at most this wide."""
 _GAP_PIXELS = 8
 _CAPTION_PIXELS = 26
 _FONT_PIXELS = 16
-_SAMPLES_STREAM = 0x50494354  # keeps the choice of samples apart from what else is keyed by the seed
+_SAMPLES_STREAM = 0x50494354  # separates the choice of samples from other uses of the seed
 
 
 class Panels(NamedTuple):
-    """What one model makes of images, each (B, 3, H, W) uint8."""
+    """The reconstruction of images by one model, each (B, 3, H, W) uint8."""
 
     original: Tensor
     masked: Tensor
@@ -54,7 +54,7 @@ class Panels(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """A model on its way."""
+    """A model at one stage of its training."""
 
     caption: str
     weights: Mapping[str, Tensor]
@@ -72,7 +72,7 @@ def reconstruction_grid(
 
     Args:
         config: The model's.
-        stages: At least one; each is let go before the next is asked for.
+        stages: At least one; each is dropped before the next is requested.
         dataset: Where the images come from.
         seed: Chooses images and masks.
         count: Columns; fewer where the data set has fewer images.
@@ -118,10 +118,10 @@ def spread_samples(samples: int, count: int, seed: int) -> list[int]:
 
 
 def usable(dataset: Dataset, sample_ids: Sequence[int]) -> list[Sample]:
-    """Those of the samples that are as they were ingested and decode.
+    """The samples that are as they were ingested and that decode.
 
     Raises:
-        DatasetError: None of them.
+        DatasetError: There is none.
     """
     samples, bad = [], []
     for found in dataset.read_each(sample_ids):
@@ -140,7 +140,7 @@ def usable(dataset: Dataset, sample_ids: Sequence[int]) -> list[Sample]:
 
 
 def varied(samples: Sequence[Sample], count: int) -> list[Sample]:
-    """Choose `count` samples of as many classes as possible, in the order given."""
+    """Choose `count` samples of as many classes as possible, in their given order."""
     seen: Counter[int | None] = Counter()
     turns = []
     for sample in samples:
@@ -152,7 +152,7 @@ def varied(samples: Sequence[Sample], count: int) -> list[Sample]:
 
 @torch.inference_mode()
 def reconstruct_panels(model: ConvMAE, images: Tensor, noise: Tensor) -> Panels:
-    """Mask images, and fill in what was hidden with the model's prediction.
+    """Mask images, and fill what was hidden with the model's prediction.
 
     Args:
         model: In evaluation mode.

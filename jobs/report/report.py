@@ -1,120 +1,39 @@
-"""The report of a run: one HTML file that needs nothing beside it, for a screen, a phone, paper and a dark room.
+"""The report of a run: one self-contained HTML file, for screens, phones, print and dark mode.
 
 It is written from the run directory alone, at any time: a run that is still training, was cut off or never made a step
-reports what there is. The same directory gives the same bytes.
+is reported as far as it came. The same directory gives the same bytes.
 """
 
 from __future__ import annotations
 
 import base64
-import contextlib
 import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from html import escape
 from string import Template
-from typing import Any
 
-from jobs.checkpoint import checkpoint
-from jobs.checkpoint.checkpoint import Commit
 from jobs.metrics.goodput import measured_goodput
 from jobs.recipe.recipe import Recipe
-from jobs.report.charts import CANVASES, History, training_chart
+from jobs.report.charts import CANVASES, training_chart
 from jobs.report.page import PAGE
-from jobs.report.reconstruction import RECONSTRUCTIONS_NAME
+from jobs.report.reported_run import ReportedRun
 from jobs.run.directory import REPORT_NAME, RunDirectory
 from jobs.terminal import duration_text
-from pipeline.shard.manifest import SKIPPED_NAME
-from pipeline.store.json_text import parsed_object
 
 MOST_ATTEMPTS = 400
 """Newest events of attempts that are listed."""
 MOST_CHECKPOINTS = 40
-"""Newest checkpoints that are listed, beside those that still exist."""
+"""Newest checkpoints that are listed, in addition to those that still exist."""
 MOST_FAULTS = 50
 """Samples found unusable that are named."""
 MOST_BARS = 60
-"""Newest attempts that the timeline shows; narrower bars could not be told apart on a phone."""
+"""Newest attempts that the timeline shows; narrower bars could not be distinguished on a phone."""
 MOST_SKIPPED = 20
 """Skipped images that are named."""
 _ENDINGS = frozenset({"finished", "stopped", "failed"})
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """All that a report tells of."""
-
-    name: str
-    url: str
-    recipe: Recipe
-    heartbeat: Mapping[str, Any]
-    """Empty before the run first started."""
-    events: Sequence[Mapping[str, Any]]
-    history: History
-    kept_steps: frozenset[int]
-    """Checkpoints that exist now."""
-    commit: Commit | None
-    """The newest of them."""
-    faults: Sequence[Mapping[str, Any]]
-    """Samples that the run found unusable, in the order in which it found them."""
-    skipped: Sequence[Mapping[str, str]] | None
-    """Images that the data set left out; None where its list is gone."""
-    picture: bytes | None
-    """A PNG of reconstructions."""
-
-    @classmethod
-    def read(cls, run: RunDirectory) -> RunRecord:
-        """Read everything from storage.
-
-        Raises:
-            RunError: If there is no such run.
-        """
-        recipe = run.read_recipe()
-        skipped = _read_or_none(run, run.storage.join(recipe.data, SKIPPED_NAME)) if recipe.data else None
-        return cls(
-            name=run.name,
-            url=run.url,
-            recipe=recipe,
-            heartbeat=run.read_heartbeat(),
-            events=run.read_events(),
-            history=History.of(run.read_history()),
-            kept_steps=frozenset(checkpoint.committed_steps(run)),
-            commit=checkpoint.latest_commit(run),
-            faults=run.read_quarantine(),
-            skipped=None if skipped is None else list(_skipped_rows(skipped)),
-            picture=_read_or_none(run, run.path(RECONSTRUCTIONS_NAME)),
-        )
-
-    @property
-    def state(self) -> str:
-        """What the run last said it was doing."""
-        return str(self.heartbeat.get("state", "not started"))
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps done."""
-        return int(self.heartbeat.get("step", 0))
-
-    @property
-    def ending(self) -> str:
-        """Why the run ended early; empty if it did not."""
-        if self.state not in ("stopped", "failed"):
-            return ""
-        return next((str(event["reason"]) for event in reversed(self.events) if event["kind"] == self.state), "")
-
-    @property
-    def heard_at(self) -> float:
-        """When the run last said something, as Unix time; 0 where it never did."""
-        said = self.events[-1]["at_seconds"] if self.events else 0.0
-        return float(self.heartbeat.get("updated_at_seconds", said))
-
-    @property
-    def attempts(self) -> list[Mapping[str, Any]]:
-        """The events that began an attempt."""
-        return [event for event in self.events if "steps_redone" in event]
 
 
 def write_report(run: RunDirectory) -> str:
@@ -124,99 +43,99 @@ def write_report(run: RunDirectory) -> str:
         RunError: If there is no such run.
     """
     url = run.path(REPORT_NAME)
-    run.storage.write(url, report_html(RunRecord.read(run)).encode())
+    run.storage.write(url, report_html(ReportedRun.read(run)).encode())
     return url
 
 
-def report_html(record: RunRecord) -> str:
-    """The page as HTML. Whatever came from outside (names, reasons, paths) is escaped."""
+def report_html(run: ReportedRun) -> str:
+    """The page as HTML. All outside text (names, reasons, paths) is escaped."""
     sections = [
-        _section("Training", _charts(record)),
-        _section("Reconstructions", _picture(record)),
-        _section("Attempts", _bars(record) + _timeline(record)),
-        _section("Checkpoints", _checkpoints(record)),
-        _section("Data faults", _faults(record)),
-        _section("Skipped images", _skipped(record)),
-        _section("Recipe", _pairs(_recipe_fields(record.recipe))),
-        _section("Software and data", _pairs(_origins(record))),
+        _section("Training", _charts(run)),
+        _section("Reconstructions", _picture(run)),
+        _section("Attempts", _bars(run) + _timeline(run)),
+        _section("Checkpoints", _checkpoints(run)),
+        _section("Data faults", _faults(run)),
+        _section("Skipped images", _skipped(run)),
+        _section("Recipe", _pairs(_recipe_fields(run.recipe))),
+        _section("Software and data", _pairs(_origins(run))),
     ]
-    total_steps = record.heartbeat.get("total_steps", 0)
+    total_steps = run.heartbeat.get("total_steps", 0)
     return Template(PAGE).substitute(
-        name=escape(record.name),
-        recipe=escape(record.recipe.name),
-        state=escape(record.state),
-        heard=f"last heard of {_time_text(record.heard_at)} UTC" if record.heard_at else "",
-        reason=_paragraph(record.ending) if record.ending else "",
-        done_percent=f"{100 * record.step / total_steps:.1f}" if total_steps else "0",
-        facts="".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in _facts(record)),
+        name=escape(run.name),
+        recipe=escape(run.recipe.name),
+        state=escape(run.state),
+        heard=f"last heard of {_time_text(run.heard_at)} UTC" if run.heard_at else "",
+        reason=_paragraph(run.ending) if run.ending else "",
+        done_percent=f"{100 * run.step / total_steps:.1f}" if total_steps else "0",
+        facts="".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in _facts(run)),
         sections="".join(sections),
     )
 
 
-def _facts(record: RunRecord) -> Iterable[tuple[str, str]]:
-    heartbeat, attempts, batch = record.heartbeat, record.attempts, record.recipe.global_batch_size
-    finished = record.state == "finished"
-    yield "Step", f"{record.step:,} / {heartbeat['total_steps']:,}" if heartbeat else "0"
+def _facts(run: ReportedRun) -> Iterable[tuple[str, str]]:
+    heartbeat, attempts, batch = run.heartbeat, run.attempts, run.recipe.global_batch_size
+    finished = run.state == "finished"
+    yield "Step", f"{run.step:,} / {heartbeat['total_steps']:,}" if heartbeat else "0"
     if epoch_steps := heartbeat.get("steps_per_epoch"):
-        yield "Epoch", f"{record.step / epoch_steps:.4g} / {record.recipe.epochs:,}"
-    if len(record.history):
-        yield "Final loss" if finished else "Latest loss", f"{record.history.losses[-1]:.4f}"
-    yield "Images trained", f"{record.step * batch:,}"
+        yield "Epoch", f"{run.step / epoch_steps:.4g} / {run.recipe.epochs:,}"
+    if len(run.history):
+        yield "Final loss" if finished else "Latest loss", f"{run.history.losses[-1]:.4f}"
+    yield "Images trained", f"{run.step * batch:,}"
     yield "Attempts", f"{len(attempts):,}"
     if attempts:
         kinds = [event["kind"] for event in attempts]
         redone = sum(event["steps_redone"] for event in attempts)
         yield "Restarts", f"{kinds.count('restart'):,}"
         yield "Resizes", f"{kinds.count('resize'):,}"
-        yield "Steps done again", f"{redone:,}"
+        yield "Steps redone", f"{redone:,}"
         yield "Workers", _world_sizes([event["world_size"] for event in attempts])
-        if goodput := measured_goodput(record.events):
+        if goodput := measured_goodput(run.events):
             yield "Goodput", f"{goodput.ratio:.1%}"
-        yield "Wall time", duration_text(record.heard_at - attempts[0]["at_seconds"])
+        yield "Wall time", duration_text(run.heard_at - attempts[0]["at_seconds"])
 
 
 def _world_sizes(sizes: Iterable[int]) -> str:
-    """The sizes in turn; only their range where there were many."""
+    """The sizes in order; only their range if there were many."""
     turns = [size for size, _ in itertools.groupby(sizes)]
     return " → ".join(map(str, turns)) if len(turns) <= 6 else f"{min(turns)} to {max(turns)}"
 
 
-def _charts(record: RunRecord) -> str:
-    if not len(record.history):
+def _charts(run: ReportedRun) -> str:
+    if not len(run.history):
         return _paragraph("No step was recorded yet.")
-    restarts = [event["step"] for event in record.attempts if event["kind"] != "start"]
-    epoch_steps = record.heartbeat.get("steps_per_epoch")
+    restarts = [event["step"] for event in run.attempts if event["kind"] != "start"]
+    epoch_steps = run.heartbeat.get("steps_per_epoch")
     charts = "".join(
         training_chart(
-            record.history,
-            global_batch_size=record.recipe.global_batch_size,
+            run.history,
+            global_batch_size=run.recipe.global_batch_size,
             restarts=restarts,
             epoch_steps=epoch_steps,
             canvas=canvas,
         )
         for canvas in CANVASES
     )
-    return charts + (_paragraph("Dashed lines: the step from which a later attempt went on.") if restarts else "")
+    return charts + (_paragraph("Dashed lines: the step from which a later attempt resumed.") if restarts else "")
 
 
-def _picture(record: RunRecord) -> str:
-    if record.picture is None:
+def _picture(run: ReportedRun) -> str:
+    if run.picture is None:
         return ""
-    source = f"data:image/png;base64,{base64.b64encode(record.picture).decode()}"
+    source = f"data:image/png;base64,{base64.b64encode(run.picture).decode()}"
     note = "Patches that the model saw are left as they are. "
     note += "The last row is of the newest weights, those above it of some that were written before, as of milestones."
-    if record.recipe.model.norm_pix:
+    if run.recipe.model.norm_pix:
         note += " The model predicts normalised patches: each is shown with mean and variance of the original patch."
     image = f'<img src="{source}" alt="Originals, masked images and reconstructions">'
     return f'<div class="picture">{image}</div>{_paragraph(note)}'
 
 
-def _bars(record: RunRecord) -> str:
-    """The attempts over wall time: as wide as they lasted, with their workers, a mark where a failure ended one."""
-    attempts = record.attempts
+def _bars(run: ReportedRun) -> str:
+    """The attempts over wall time: as wide as they lasted, with their workers, and a mark after a failure."""
+    attempts = run.attempts
     if not attempts:
         return ""
-    ends = [event["at_seconds"] for event in attempts[1:]] + [record.heard_at]
+    ends = [event["at_seconds"] for event in attempts[1:]] + [run.heard_at]
     bars = []
     for event, end in list(zip(attempts, ends, strict=True))[-MOST_BARS:]:
         lasted = max(1.0, end - event["at_seconds"])
@@ -231,8 +150,8 @@ def _bars(record: RunRecord) -> str:
     return f'<div class="bars" role="img" aria-label="{escape(note)}">{"".join(bars)}</div>{_paragraph(note)}'
 
 
-def _timeline(record: RunRecord) -> str:
-    turns = [event for event in record.events if "steps_redone" in event or event["kind"] in _ENDINGS]
+def _timeline(run: ReportedRun) -> str:
+    turns = [event for event in run.events if "steps_redone" in event or event["kind"] in _ENDINGS]
     if not turns:
         return _paragraph("The run has not started yet.")
     rows = [
@@ -248,55 +167,55 @@ def _timeline(record: RunRecord) -> str:
         for event in turns[-MOST_ATTEMPTS:]
     ]
     head = ("attempt", "time (UTC)", "what", "workers", "at step", "steps redone", "reason")
-    return _left_out(len(turns) - len(rows)) + _table(head, rows)
+    return _unlisted(len(turns) - len(rows)) + _table(head, rows)
 
 
-def _checkpoints(record: RunRecord) -> str:
-    saved = [event for event in record.events if event["kind"] == "checkpoint"]
+def _checkpoints(run: ReportedRun) -> str:
+    saved = [event for event in run.events if event["kind"] == "checkpoint"]
     if not saved:
         return _paragraph("No checkpoint was committed yet.")
     stalls = [event["stall_seconds"] for event in saved]
     written_bytes = _bytes_text(sum(event["bytes"] for event in saved))
-    stall = f"in {sum(stalls):,.1f} s that training stood still for them, {max(stalls):.2f} s the longest"
+    stall = f"in {sum(stalls):,.1f} s of paused training, {max(stalls):.2f} s the longest"
     rows = [
         (
             f"{event['step']:,}",
             _time_text(event["at_seconds"]),
             _bytes_text(event["bytes"]),
             f"{event['stall_seconds']:.2f}",
-            "yes" if event["step"] in record.kept_steps else "",
+            "yes" if event["step"] in run.kept_steps else "",
             "yes" if event.get("milestone") else "",
         )
         for number, event in enumerate(reversed(saved))
-        if number < MOST_CHECKPOINTS or event["step"] in record.kept_steps
+        if number < MOST_CHECKPOINTS or event["step"] in run.kept_steps
     ]
-    head = ("step", "time (UTC)", "size", "stall (s)", "still there", "milestone")
+    head = ("step", "time (UTC)", "size", "stall (s)", "still exists", "milestone")
     total = _paragraph(f"{len(saved):,} written, {written_bytes}, {stall}.")
-    return total + _left_out(len(saved) - len(rows)) + _table(head, rows)
+    return total + _unlisted(len(saved) - len(rows)) + _table(head, rows)
 
 
-def _faults(record: RunRecord) -> str:
-    if not record.faults:
+def _faults(run: ReportedRun) -> str:
+    if not run.faults:
         return _paragraph("None: every sample that was read is as it was ingested.")
-    kinds = Counter(str(row["fault"]) for row in record.faults)
+    kinds = Counter(str(row["fault"]) for row in run.faults)
     counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
     rows = [
         (f"{row['step']:,}", row["fault"], f"{row['id']:,}", row["url"], row["reason"])
-        for row in record.faults[:MOST_FAULTS]
+        for row in run.faults[:MOST_FAULTS]
     ]
-    total = f"{len(record.faults):,} samples were found unusable and replaced: {counts}."
-    total += f" The first {MOST_FAULTS} of them:" if len(rows) < len(record.faults) else ""
+    total = f"{len(run.faults):,} samples were found unusable and replaced: {counts}."
+    total += f" The first {MOST_FAULTS} of them:" if len(rows) < len(run.faults) else ""
     return _paragraph(total) + _table(("step", "fault", "sample", "where", "reason"), rows)
 
 
-def _skipped(record: RunRecord) -> str:
-    if record.skipped is None:
+def _skipped(run: ReportedRun) -> str:
+    if run.skipped is None:
         return _paragraph("The data set's list of skipped images is not there.")
-    if not record.skipped:
+    if not run.skipped:
         return _paragraph("None: every image of the source is in the data set.")
-    shown = record.skipped[:MOST_SKIPPED]
-    count = f"Images of the source that are not in the data set: {len(record.skipped):,}."
-    count += f" The first {MOST_SKIPPED} of them:" if len(shown) < len(record.skipped) else ""
+    shown = run.skipped[:MOST_SKIPPED]
+    count = f"Images of the source that are not in the data set: {len(run.skipped):,}."
+    count += f" The first {MOST_SKIPPED} of them:" if len(shown) < len(run.skipped) else ""
     return _paragraph(count) + _table(("image", "reason"), [(item["path"], item["reason"]) for item in shown])
 
 
@@ -308,12 +227,12 @@ def _recipe_fields(recipe: Recipe) -> Iterable[tuple[str, object]]:
             yield name, value
 
 
-def _origins(record: RunRecord) -> Iterable[tuple[str, object]]:
-    yield "run directory", record.url
-    yield "recipe digest", record.recipe.digest()
-    if record.commit:
-        yield "data set digest", record.commit.dataset_digest
-        yield from record.commit.versions.items()
+def _origins(run: ReportedRun) -> Iterable[tuple[str, object]]:
+    yield "run directory", run.url
+    yield "recipe digest", run.recipe.digest()
+    if run.commit:
+        yield "data set digest", run.commit.dataset_digest
+        yield from run.commit.versions.items()
 
 
 def _section(title: str, body: str) -> str:
@@ -329,7 +248,7 @@ def _pairs(pairs: Iterable[tuple[str, object]]) -> str:
     return f'<dl class="pairs">{"".join(rows)}</dl>'
 
 
-def _left_out(count: int) -> str:
+def _unlisted(count: int) -> str:
     return _paragraph(f"{count:,} older ones are not listed.") if count else ""
 
 
@@ -357,19 +276,3 @@ def _bytes_text(size_bytes: float) -> str:
             break
         size_bytes /= 1000
     return f"{size_bytes:.3g} {unit}"
-
-
-def _skipped_rows(data: bytes) -> Iterator[Mapping[str, str]]:
-    """Rows of a data set's list of skipped images; what is none is passed over: the report is the run's."""
-    for line in data.splitlines():
-        with contextlib.suppress(ValueError):
-            row = parsed_object(line)
-            if isinstance(row.get("path"), str) and isinstance(row.get("reason"), str):
-                yield row
-
-
-def _read_or_none(run: RunDirectory, url: str) -> bytes | None:
-    try:
-        return run.storage.read(url)
-    except FileNotFoundError:
-        return None

@@ -1,4 +1,4 @@
-"""What a run is doing, from its directory alone: no connection to its cluster is needed."""
+"""Status of a run, from its directory alone, without a connection to its cluster."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from jobs.terminal import duration_text, figure
 from pipeline.errors import UserError
 
 SILENT_SECONDS = 60.0
-"""A live run that has not spoken for this long is cut off: its driver died, or it cannot reach the object store."""
+"""A live run without a heartbeat for this long is cut off: its driver died, or cannot reach the object store."""
 
 
 def run_status(run: RunDirectory, now_seconds: float | None = None) -> dict[str, Any]:
     """State, progress and figures of a run.
 
     State is `submitted`, `starting`, `running`, `waiting`, `restarting`, `stopping`, `finished`, `stopped`, `failed`,
-    or `interrupted` where a live run fell silent.
+    or `interrupted` if a live run fell silent.
     """
     now = time.time() if now_seconds is None else now_seconds
     status = {
@@ -44,7 +44,7 @@ def run_status(run: RunDirectory, now_seconds: float | None = None) -> dict[str,
 
 
 def status_or_error(run: RunDirectory) -> dict[str, Any]:
-    """As `run_status`; of a run whose directory is damaged, the state `unreadable` and the `error`."""
+    """As `run_status`; for a run whose directory is damaged, the state `unreadable` and the `error`."""
     try:
         return run_status(run)
     except UserError as error:
@@ -95,7 +95,7 @@ def status_lines(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _epochs(status: Mapping[str, Any]) -> str:
-    """Whole epochs done, of all."""
+    """Whole epochs done, and all epochs."""
     length = status.get("steps_per_epoch")
     return f"{status['step'] // length:,} of {math.ceil(status['total_steps'] / length):,}" if length else "-"
 

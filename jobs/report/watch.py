@@ -1,4 +1,4 @@
-"""`convmae status --watch`: a run's figures, drawn again until it ends."""
+"""`convmae status --watch`: the status of a run, redrawn until it ends."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from jobs.terminal import DrawnElsewhere, ShowStatus, status_text, write_line
 from pipeline.printable import printable
 
 WATCH_SECONDS = 2.0
-"""Between looks; the run speaks about as often."""
+"""Between reads; the heartbeat is written about as often."""
 EVENTS_SHOWN = 6
 _STYLES = {"running": "green", "finished": "green", "failed": "bold red", "interrupted": "bold red"}
 
@@ -30,7 +30,7 @@ def watch_run(run: RunDirectory, show: ShowStatus, pause: Callable[[float], None
     """Show the run's status, with its newest events, until it is in a final state.
 
     Args:
-        run: It exists.
+        run: An existing run.
         show: Draws one status.
         pause: Waits some seconds.
     """
@@ -44,7 +44,7 @@ def watch_run(run: RunDirectory, show: ShowStatus, pause: Callable[[float], None
 
 @contextmanager
 def status_display(*, as_json: bool, stream: TextIO | None = None) -> Iterator[ShowStatus]:
-    """Gives what `watch_run` shows with: JSON lines, a screen that is redrawn on a terminal, or lines in a log."""
+    """What `watch_run` draws with: JSON lines, a screen that is redrawn on a terminal, or lines in a log."""
     stream = stream or sys.stdout
     if as_json:
         yield lambda status: write_line(stream, json.dumps(status))

@@ -1,4 +1,4 @@
-"""What a run leaves behind and everybody reads: its directory, records, trace, and the code that it ran.
+"""What a run leaves behind for all others to read: its directory, records, trace, and the code that it ran.
 
-Knows no cluster and no checkpoint's inside.
+Knows no cluster, and not what is in a checkpoint.
 """

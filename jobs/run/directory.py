@@ -1,18 +1,18 @@
-"""The run directory: everything that a run leaves behind, on any fsspec URL.
+"""The run directory: everything that a run leaves behind, at any fsspec URL.
 
     <run_root>/<run>/
         recipe.json                 the resolved recipe; its presence makes the run exist
-        events/attempt-0001.jsonl   what happened, one JSON line each: start, restart, checkpoint, finish ...
-        history/0001-00000001.jsonl one JSON line a step, in parts: attempt, then first step
-        quarantine/attempt-0001.jsonl  samples that this attempt was the first to find unusable, one JSON line each
-        left-out.json               steps that a rollback left out, if there was one
-        heartbeat.json              what the live run last said of itself
-        stop-request.json           there while `convmae stop` waits to be heard
-        claims/claim-000001.json    who drives it
-        checkpoints/step-00000050/  native ZeRO files, of each attempt of each driver in a folder
+        events/attempt-0001.jsonl   events, one JSON line each: start, restart, checkpoint, finish ...
+        history/0001-00000001.jsonl one JSON line per step, in parts: attempt, then first step
+        quarantine/attempt-0001.jsonl  samples first found unusable in this attempt, one JSON line each
+        left-out.json               steps that rollbacks skipped, if there were any
+        heartbeat.json              the latest status of the live run
+        stop-request.json           there until the run obeys `convmae stop`
+        claims/claim-000001.json    which driver has it
+        checkpoints/step-00000050/  native ZeRO files, a folder for each attempt of each driver
         commits/step-00000050.json  written last: without it the checkpoint does not exist
         consolidated/               weights as safetensors
-        exports/                    in the formats of others
+        exports/                    weights in other formats
         report.html, reconstructions.png
 
 Object stores cannot append, so events and history are written as small parts that one attempt owns and rewrites.
@@ -32,18 +32,18 @@ from jobs.run.rows import checked, parsed
 from pipeline.access.places import normal
 from pipeline.store.storage import Storage
 
-if TYPE_CHECKING:  # it imports torch, which commands that only look should not wait for
+if TYPE_CHECKING:  # it imports torch, for which commands that only read should not wait
     from jobs.recipe.recipe import Recipe
 
 REPORT_NAME = "report.html"
 HISTORY_PART_STEPS = 1000
-"""Steps in one part of the history: what one flush rewrites at most."""
+"""Steps in one part of the history, which is the most that one flush rewrites."""
 
 FINAL_STATES = frozenset({"finished", "stopped", "failed"})
-"""Of a heartbeat: no driver works on the run any more."""
+"""States of a heartbeat after which no driver works on the run."""
 
 _ATTEMPT_NAME = re.compile(r"attempt-\d{4,9}\.jsonl")
-"""Of files of one attempt: others of that folder are not this program's."""
+"""Names of files of one attempt; other files in these folders are not this program's."""
 _PART_NAME = re.compile(r"\d{4,9}-\d{8,12}\.jsonl")
 _NAMES = {"events": _ATTEMPT_NAME, "quarantine": _ATTEMPT_NAME, "history": _PART_NAME}
 RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -61,7 +61,7 @@ class RunDirectory:
         """The directory of `run` under `run_root`; nothing is read.
 
         Raises:
-            RunError: If `run` is no usable name.
+            RunError: If `run` is not a usable name.
         """
         if not RUN_NAME.fullmatch(run):
             rule = "must be 1 to 63 lower-case letters, digits, '.', '_' or '-', and start with a letter or digit"
@@ -70,11 +70,11 @@ class RunDirectory:
 
     @classmethod
     def at(cls, storage: Storage, place: str) -> RunDirectory:
-        """The run directory that lies at a path or URL, as a person writes it; nothing is read.
+        """The run directory at a path or URL, as a person writes it; nothing is read.
 
         Raises:
-            RunError: Its name is none of a run.
-            StorageError: It is no URL.
+            RunError: Its name cannot be that of a run.
+            StorageError: It is not a URL.
         """
         root, _, name = normal(place).rpartition("/")
         return cls.of(storage, root or "/", name)
@@ -94,7 +94,7 @@ class RunDirectory:
         return self.storage.join(self.url, *parts)
 
     def exists(self) -> bool:
-        """Whether the run was ever claimed."""
+        """Whether the run was ever begun."""
         return self.storage.exists(self.path("recipe.json"))
 
     def read_recipe(self) -> Recipe:
@@ -110,10 +110,10 @@ class RunDirectory:
         return recipe if "reproducible" in fields else recipe.as_begun_before()
 
     def read_recipe_fields(self) -> dict[str, Any]:
-        """The resolved recipe as it was written, for those who must not import torch.
+        """The resolved recipe as it was written, for processes that must not import torch.
 
         Raises:
-            RunError: If there is no such run, or it is no JSON object with a model.
+            RunError: If there is no such run, or its recipe is not a JSON object with a model.
         """
         url = self.path("recipe.json")
         try:
@@ -161,7 +161,7 @@ class RunDirectory:
         self._write_lines("events", f"attempt-{attempt:04d}.jsonl", events)
 
     def read_history(self) -> list[dict[str, Any]]:
-        """One row a step, by step; where a step was done again after a restart, the last attempt's row."""
+        """One row per step, by step; for a step that was redone after a restart, that of the last attempt."""
         rows = {row["step"]: row for name in self._parts("history") for row in self._read_lines("history", name)}
         return [rows[step] for step in sorted(rows)]
 
@@ -170,15 +170,15 @@ class RunDirectory:
         self._write_lines("history", f"{attempt:04d}-{first_step:08d}.jsonl", rows)
 
     def read_quarantine(self) -> list[dict[str, Any]]:
-        """Every sample that was found unusable, once, in the order in which they were found."""
+        """Every sample that was found unusable, once, in the order of discovery."""
         return [row for name in self._parts("quarantine") for row in self._read_lines("quarantine", name)]
 
     def write_quarantine(self, attempt: int, rows: Iterable[dict[str, Any]]) -> None:
-        """Replace what one attempt was the first to find unusable."""
+        """Replace the samples first found unusable in one attempt."""
         self._write_lines("quarantine", f"attempt-{attempt:04d}.jsonl", rows)
 
     def read_left_out(self) -> list[dict[str, Any]]:
-        """Windows of steps that rollbacks left out, in the order in which they were made."""
+        """Windows of steps that rollbacks skipped, in the order of the rollbacks."""
         url = self.path("left-out.json")
         try:
             rows = parsed(self.storage.read(url), url)
@@ -187,7 +187,7 @@ class RunDirectory:
         return [checked("left-out", row, url) for row in (rows if isinstance(rows, list) else [rows])]
 
     def write_left_out(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Replace the windows of steps that rollbacks left out."""
+        """Replace the windows of steps that rollbacks skipped."""
         self.storage.write(self.path("left-out.json"), json.dumps(list(rows), indent=1).encode() + b"\n")
 
     def last_attempt(self) -> int:
@@ -196,11 +196,11 @@ class RunDirectory:
         return int(names[-1].removeprefix("attempt-").removesuffix(".jsonl")) if names else 0
 
     def write_heartbeat(self, status: dict[str, Any]) -> None:
-        """Replace what the live run says of itself."""
+        """Replace the status of the live run."""
         self.storage.write(self.path("heartbeat.json"), _json_bytes(status))
 
     def read_heartbeat(self) -> dict[str, Any]:
-        """What the live run last said of itself; empty before it first spoke."""
+        """The latest status of the live run; empty before its first."""
         url = self.path("heartbeat.json")
         try:
             return checked("heartbeat", parsed(self.storage.read(url), url), url)
@@ -212,7 +212,7 @@ class RunDirectory:
         self.storage.write(self.path("stop-request.json"), _json_bytes({}))
 
     def take_stop_request(self) -> bool:
-        """Whether somebody asked the run to stop; the request is then gone."""
+        """Whether the run was asked to stop; removes the request."""
         if not self.storage.exists(self.path("stop-request.json")):
             return False
         self.storage.delete(self.path("stop-request.json"))

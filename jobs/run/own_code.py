@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 VARIABLE = "CONVMAE_GIT_COMMIT"
-"""Says it where the code travels without its history: `convmae submit` sets it for the job."""
+"""Holds the commit where the code travels without its history: `convmae submit` sets it for the job."""
 
 PROJECT = Path(__file__).resolve().parents[2]
 
@@ -19,7 +19,7 @@ def module_command(python: str, module: str, *arguments: str) -> list[str]:
 
 
 def git_commit(environ: Mapping[str, str], project: Path = PROJECT) -> str:
-    """The commit, with `-dirty` behind it where files differ from it; empty where it is not known."""
+    """The commit, followed by `-dirty` if files differ from it; empty if it is unknown."""
     if VARIABLE in environ:
         return environ[VARIABLE]
     return _described(project)
@@ -27,7 +27,7 @@ def git_commit(environ: Mapping[str, str], project: Path = PROJECT) -> str:
 
 @functools.lru_cache(maxsize=4)
 def _described(project: Path) -> str:
-    if not (project / ".git").exists():  # a package within somebody else's repository has another history
+    if not (project / ".git").exists():  # a package inside another repository has another history
         return ""
     command = ["git", "-C", str(project), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
     try:

@@ -1,7 +1,7 @@
-"""How long the start of a driver waits for what is away for a moment: a port, the cluster, the last driver's monitor.
+"""Waiting, when a driver starts, for what is briefly unavailable: a port, the cluster, the last driver's monitor.
 
-A person who has typed a command is told at once. A driver that was started again has the patience of the run, since
-what it waits for often went away with the driver before it.
+A person who typed a command gets the error at once. A driver that was restarted has the patience of the run, since what
+it waits for often disappeared with the previous driver.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ def persevere(
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
 ) -> T:
-    """Call until it returns; says in the log what is waited for, and when that was over.
+    """Call until it returns; logs what it waits for, and when that is over.
 
     Args:
         attempt: What to do; must be safe to repeat.
-        passes: What it raises while it is worth trying again.
+        passes: What it raises while another try is worthwhile.
         seconds: No further attempt starts later than this; 0 for a single one.
         clock: Monotonic seconds.
         sleep: Waits that many seconds.
@@ -39,18 +39,18 @@ def persevere(
         Exception: What the last attempt raised.
     """
     began = clock()
-    is_told = False
+    is_logged = False
     while True:
         try:
             result = attempt()
         except passes as error:
             if clock() - began + POLL_SECONDS > seconds:
                 raise
-            if not is_told:
+            if not is_logged:
                 logger.warning("waits up to %.0f s: %s", seconds, error)
-                is_told = True
+                is_logged = True
             sleep(POLL_SECONDS)
         else:
-            if is_told:
+            if is_logged:
                 logger.warning("waited %.0f s; continuing", clock() - began)
             return result

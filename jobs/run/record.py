@@ -1,4 +1,4 @@
-"""What a live run has still to write down: the tail of its history, the attempt's events, the quarantine ledger."""
+"""Rows that a live run has yet to write: the tail of its history, the attempt's events, and its quarantine."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Tail:
-    """What was to be written at one moment."""
+    """What had to be written at one moment."""
 
     attempt: int
     is_new: bool
-    """Whether anything was added since the last one."""
+    """Whether anything was added since the last tail."""
     events: list[Row]
     parts: dict[int, list[Row]]
-    """History rows by the first step of their part."""
+    """History rows, by the first step of their part."""
     quarantine: list[Row]
 
     def write(self, run: RunDirectory) -> None:
@@ -43,18 +43,18 @@ class Tail:
 class RunRecord:
     """Rows of the attempt that is being trained.
 
-    Owns: rows until they are written; parts of the history are let go when they are full and written.
+    Owns: rows until they are written; parts of the history are dropped when they are full and written.
     Concurrency: none; the monitor calls it under its lock, and writes a `Tail` outside of it.
-    Failure: a tail that could not be written is part of the next one after `touch`.
+    Failure: after `touch`, the next tail includes one that could not be written.
     Blocking: never.
     """
 
     def __init__(self, run: RunDirectory, events: Sequence[Row]) -> None:
-        """Go on from what the run directory holds.
+        """Continue from what the run directory holds.
 
         Args:
             run: The run.
-            events: All that it has had so far.
+            events: All of its events so far.
         """
         self.attempt = run.last_attempt()
         self._events = [event for event in events if event["attempt"] == self.attempt]
@@ -66,11 +66,11 @@ class RunRecord:
 
     @property
     def quarantined(self) -> int:
-        """Samples that were found unusable in the run's life."""
+        """Number of samples that were found unusable over the whole run."""
         return len(self._quarantined)
 
     def begin_attempt(self) -> None:
-        """Number the next attempt; what was written of the last one stays as it is."""
+        """Count the next attempt; what was written of the last one stays as it is."""
         self.attempt += 1
         self._events, self._parts, self._quarantine = [], {}, []
 
@@ -88,7 +88,7 @@ class RunRecord:
         self._is_new = True
 
     def add_event(self, kind: str, fields: Mapping[str, Any]) -> Row:
-        """Add an event that happens now; returns it."""
+        """Add an event that happens now, and return it."""
         event = {"at_seconds": round(time.time(), 3), "attempt": self.attempt, "kind": kind, **fields}
         self._events.append(event)
         self._is_new = True
@@ -96,7 +96,7 @@ class RunRecord:
         return event
 
     def quarantine(self, rows: Sequence[Row]) -> None:
-        """Add samples that were found unusable; each is kept once in the run's life."""
+        """Add samples that were found unusable; each is recorded once per run."""
         for row in rows:
             if row["id"] not in self._quarantined:
                 self._quarantined.add(row["id"])
@@ -111,6 +111,6 @@ class RunRecord:
         return Tail(self.attempt, is_new, list(self._events), parts, list(self._quarantine))
 
     def written(self, tail: Tail) -> None:
-        """Let go of what need not be written again."""
+        """Drop what need not be written again."""
         for start in sorted(tail.parts)[:-1]:  # full, and written
             self._parts.pop(start, None)

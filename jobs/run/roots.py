@@ -1,6 +1,6 @@
-"""Where runs are kept when nobody says it: CONVMAE_RUN_ROOT, else what was last used with the same cluster.
+"""The default run root: CONVMAE_RUN_ROOT, else the one last used with the same cluster.
 
-Remembered in the user's state folder, since the cluster that a shell works on does not depend on the current folder.
+It is remembered in the user's state folder, since a shell's cluster does not depend on the current folder.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ logger = logging.getLogger(__name__)
 VARIABLE = "CONVMAE_RUN_ROOT"
 _FILE = "run-roots.json"
 _MOST = 100
-"""Clusters that are remembered; the oldest go first."""
+"""Clusters that are remembered; the oldest are dropped first."""
 
 
 def state_folder(environ: Mapping[str, str]) -> Path:
     """Where this user's programs keep what they remember, by the XDG base directory specification.
 
-    Nothing can be kept by a user who has neither HOME nor a name, as containers are started with.
+    Nothing is remembered for a user who has neither HOME nor a name, as in some containers.
     """
     given = environ.get("XDG_STATE_HOME", "")
     if given.startswith("/"):
@@ -38,12 +38,12 @@ def state_folder(environ: Mapping[str, str]) -> Path:
 
 
 def remembered(folder: Path, address: str) -> str:
-    """The run root last used with a cluster; empty where there is none."""
+    """The run root last used with a cluster; empty if there is none."""
     return _read(folder).get(address, "")
 
 
 def remember(folder: Path, address: str, run_root: str) -> None:
-    """Note the run root of a cluster. A folder that cannot be written costs no more than the memory."""
+    """Remember the run root of a cluster; a folder that cannot be written is no error."""
     known = _read(folder)
     if known.get(address) == run_root:
         return

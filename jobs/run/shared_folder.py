@@ -1,8 +1,7 @@
-"""Whether every node sees the same folder: a path is a place on each node's own disk, unless nodes share a file system.
+"""Checks that all nodes see the same folder: a path is on each node's own disk, unless nodes share a file system.
 
-A run whose ranks write to different disks would find no whole checkpoint, and a data set whose shards lie on many
-disks is none. A process knows that it looks at the same folder as another by a landmark: a file, and what it begins
-with.
+A run whose ranks write to different disks would find no whole checkpoint, and a data set needs all its shards in one
+place. Two processes see the same folder if both see a landmark: a file in it, and the bytes with which it begins.
 """
 
 from __future__ import annotations
@@ -19,30 +18,30 @@ from jobs.errors import NotSharedError
 from jobs.run.directory import RunDirectory
 from pipeline.errors import UserError
 from pipeline.shard.manifest import MANIFEST_NAME
-from pipeline.store.lease import Claim
+from pipeline.store.lease import Lease
 from pipeline.store.storage import Storage, is_local
 
-if TYPE_CHECKING:  # it imports torch, which tasks that only copy should not wait for
+if TYPE_CHECKING:  # it imports torch, for which tasks that only copy should not wait
     from jobs.recipe.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
 LANDMARK_BYTES = 4096
 ANSWER_SECONDS = 60.0
-"""How long a node may take to look; one that does not answer is not refused, since its ranks look again."""
+"""How long a node may take to answer; one that does not is not refused, since its ranks check again."""
 
 
 @dataclass(frozen=True)
 class Landmark:
-    """A file by which a process knows a folder on a local disk."""
+    """A file by which a process recognises a folder on a local disk."""
 
     field: str
-    """What a person calls the folder."""
+    """What the folder is called in messages."""
     folder: str
     url: str
     """Of the file."""
     start: bytes
-    """What it begins with."""
+    """Its first bytes."""
 
     @classmethod
     def of(cls, storage: Storage, field: str, folder: str, url: str) -> Landmark:
@@ -60,39 +59,39 @@ class Landmark:
 Landmarks = tuple[Landmark, ...]
 
 
-def run_landmarks(recipe: Recipe, run: RunDirectory, claim: Claim) -> Landmarks:
-    """Of what every rank needs for as long as the run trains, where it lies on a local disk."""
+def run_landmarks(recipe: Recipe, run: RunDirectory, claim: Lease) -> Landmarks:
+    """Landmarks of what every rank needs as long as the run trains, if it lies on a local disk."""
     return (*claim_landmarks("run_root", run.url, claim), *manifest_landmarks(run.storage, recipe.data))
 
 
 def input_landmarks(storage: Storage, recipe: Recipe, first_tar: str) -> Landmarks:
-    """Of what ranks read besides, and may do without later: tars of the data set, and weights to start from."""
+    """Landmarks of what ranks also read, but not always: tars of the data set, and weights to start from."""
     places = (("data", recipe.data, first_tar), ("init_from", recipe.init_from, recipe.init_from))
     return tuple(mark for field, folder, url in places if url for mark in file_landmarks(storage, field, folder, url))
 
 
 def manifest_landmarks(storage: Storage, url: str) -> Landmarks:
-    """Of a data set."""
+    """A landmark of a data set, if it lies on a local disk."""
     return file_landmarks(storage, "data", url, Storage.join(url, MANIFEST_NAME))
 
 
 def file_landmarks(storage: Storage, field: str, folder: str, url: str) -> Landmarks:
-    """A file on a local disk, if it is one that can be read."""
+    """A landmark of a file, if it lies on a local disk and can be read."""
     if not is_local(url):
         return ()
-    with contextlib.suppress(OSError, UserError):  # whoever needs it says what is wrong with it
+    with contextlib.suppress(OSError, UserError):  # its reader reports what is wrong with it
         return (Landmark.of(storage, field, folder, url),)
     return ()
 
 
-def claim_landmarks(field: str, folder: str, claim: Claim) -> Landmarks:
-    """The claim that this process holds on a folder on a local disk."""
+def claim_landmarks(field: str, folder: str, claim: Lease) -> Landmarks:
+    """A landmark of this process's claim on a folder, if that is on a local disk."""
     return (Landmark(field, folder, claim.url, claim.first_bytes),) if is_local(folder) else ()
 
 
 @contextlib.contextmanager
 def planted(storage: Storage, field: str, folder: str) -> Iterator[Landmarks]:
-    """A file of its own in a folder on a local disk, while the context is open."""
+    """A landmark that is written into a folder on a local disk, while the context is open."""
     if not folder or not is_local(folder):
         yield ()
         return
@@ -142,10 +141,10 @@ def refuse_unseen(landmarks: Sequence[Landmark], unseen: Mapping[str, Sequence[i
 
     Args:
         landmarks: What was looked for.
-        unseen: Numbers of those that were not seen, by the node's name.
+        unseen: Indices of those that were not seen, by the name of the node.
 
     Raises:
-        NotSharedError: There is one.
+        NotSharedError: A node does not see one of them.
     """
     for number, landmark in enumerate(landmarks):
         if names := sorted(name for name, missing in unseen.items() if number in missing):
@@ -171,7 +170,8 @@ def _asked(
                 raise TimeoutError
             answers[name] = ray.get(answer)
         except (RayError, TimeoutError):
-            logger.warning("node %s did not say whether it sees %s", name, ", ".join(mark.folder for mark in landmarks))
+            folders = ", ".join(mark.folder for mark in landmarks)
+            logger.warning("node %s did not answer whether it sees %s", name, folders)
     return answers
 
 

@@ -1,12 +1,12 @@
-"""What every rank consumed at every step, so that two runs can be compared sample by sample.
+"""The trace: what every rank consumed at every step, so that two runs can be compared sample by sample.
 
     <trace URL>/
-        trace.json                                     whose trace it is
-        0001-00000001-00000050-rank-00000.jsonl        attempt, first and last step, rank; one JSON line a step
+        trace.json                                     which run it belongs to
+        0001-00000001-00000050-rank-00000.jsonl        attempt, first and last step, rank; one JSON line per step
 
-Object stores cannot append, so a rank writes parts that nobody changes again: one every PART_STEPS steps, and before
-every commit one with all that is left. So the trace up to a checkpoint is in storage before the checkpoint exists.
-Steps behind it are done again after a restart; `begin_trace` takes them out of the trace first.
+Object stores cannot append, so a rank writes parts that never change: one every PART_STEPS steps, and one with the
+rest before every commit. So the trace up to a checkpoint is in storage before the checkpoint exists. Steps after it are
+redone after a restart; `begin_trace` first removes them from the trace.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from pipeline.store.storage import Storage
 
 TRACE_VERSION = 1
 PART_STEPS = 100
-"""Steps that a rank keeps in memory at most."""
+"""Most steps that a rank keeps in memory."""
 
 _PART = re.compile(r"(\d{4,})-(\d{8,})-(\d{8,})-rank-(\d{5,})\.jsonl")
 _HEAD = "trace.json"
@@ -63,7 +63,7 @@ class TraceWriter:
         self._masks += mask_digests(mask)
 
     def add(self, batch: Batch, learning_rate: float, skipped: str = "") -> None:
-        """Note that the step of `batch` was done, with the masks noted since the last one; or skipped, and why."""
+        """Note that the step of `batch` was done, with the masks noted since the last, or skipped, and why."""
         masks, self._masks = self._masks, []
         row = {
             "step": batch.step + 1,
@@ -84,7 +84,7 @@ class TraceWriter:
             self._write()
 
     def flush(self) -> None:
-        """Write what is left; returns when storage has all of it."""
+        """Write the rest, and return when storage has all of it."""
         self._write()
         writing, self._writing = self._writing, []
         for part in writing:
@@ -99,12 +99,12 @@ class TraceWriter:
         rows, self._rows = self._rows, []
         if rows:
             place = self._place
-            part = _Part(place["attempt"], rows[0]["step"], rows[-1]["step"], place["rank"])
+            part = _TracePart(place["attempt"], rows[0]["step"], rows[-1]["step"], place["rank"])
             self._writing.append(self._thread.submit(_write_rows, self._storage, self._url, part, rows))
 
 
-class _Part(NamedTuple):
-    """What the name of a part says."""
+class _TracePart(NamedTuple):
+    """The fields of a part's name."""
 
     attempt: int
     first: int
@@ -117,7 +117,7 @@ class _Part(NamedTuple):
 
 
 def mask_digests(mask: Tensor) -> list[str]:
-    """BLAKE2b of 8 bytes, in hexadecimal, of each mask's bits, eight to a byte, the first patch in the highest bit.
+    """BLAKE2b of 8 bytes, in hexadecimal, of each mask's bits, eight per byte, the first patch in the highest bit.
 
     Args:
         mask: (n, patches): 1 where masked.
@@ -127,7 +127,7 @@ def mask_digests(mask: Tensor) -> list[str]:
 
 
 def check_trace(storage: Storage, url: str, run_url: str) -> None:
-    """Refuse a URL at which another run's trace lies, or that cannot be written.
+    """Refuse a URL that holds another run's trace, or that cannot be written.
 
     Raises:
         TraceError: It is another run's.
@@ -140,13 +140,13 @@ def check_trace(storage: Storage, url: str, run_url: str) -> None:
 
 
 def begin_trace(storage: Storage, url: str, run_url: str, resume_step: int) -> None:
-    """Make the trace this run's, and take out of it what will be done again. One rank calls it, before any writes.
+    """Make the trace this run's, and remove the steps that will be redone. One rank calls it, before any rank writes.
 
     Args:
         storage: Reaches `url`.
         url: Where the trace lies.
         run_url: The run's directory.
-        resume_step: Steps that are not done again.
+        resume_step: Steps that are not redone.
     """
     head = {"format_version": TRACE_VERSION, "run": run_url}
     storage.write(storage.join(url, _HEAD), json.dumps(head, indent=1).encode() + b"\n")
@@ -160,7 +160,7 @@ def begin_trace(storage: Storage, url: str, run_url: str, resume_step: int) -> N
 
 
 def read_trace(storage: Storage, url: str) -> Iterator[dict[str, Any]]:
-    """Every row, by step and rank; of a step that lies there more than once, the newest attempt's.
+    """Every row, by step and rank; for a step that is there more than once, those of the newest attempt.
 
     Raises:
         TraceError: There is no trace.
@@ -176,7 +176,7 @@ def read_trace(storage: Storage, url: str) -> Iterator[dict[str, Any]]:
 
 
 def _newest(pending: dict[int, list[dict[str, Any]]], below: int | None) -> Iterator[dict[str, Any]]:
-    """Take the steps before `below` out of `pending`: no later part has rows of them."""
+    """Take the steps before `below` out of `pending`; no later part has rows of them."""
     for step in sorted(step for step in pending if below is None or step < below):
         rows = pending.pop(step)
         attempt = max(row["attempt"] for row in rows)
@@ -186,7 +186,7 @@ def _newest(pending: dict[int, list[dict[str, Any]]], below: int | None) -> Iter
 
 @dataclass
 class TracedStep:
-    """A step over all ranks: nothing in it depends on how many there were."""
+    """A step over all ranks; nothing in it depends on their number."""
 
     step: int
     learning_rate: float
@@ -197,7 +197,7 @@ class TracedStep:
 
 
 def traced_steps(rows: Iterator[dict[str, Any]]) -> Iterator[TracedStep]:
-    """Put the ranks of each step together.
+    """Merge the rows of all ranks of each step.
 
     Args:
         rows: As `read_trace` gives them.
@@ -219,11 +219,11 @@ def traced_steps(rows: Iterator[dict[str, Any]]) -> Iterator[TracedStep]:
 
 
 def differences(first: Iterator[dict[str, Any]], second: Iterator[dict[str, Any]]) -> Iterator[str]:
-    """One line for each step that two traces do not share or in which they differ, whatever their world sizes."""
+    """One line for each step in which two traces differ, whatever their world sizes."""
     for one, other in zip_longest(traced_steps(first), traced_steps(second)):
         if one is None or other is None or one.step != other.step:
             steps = [str(found.step) if found else "no step" for found in (one, other)]
-            yield f"steps differ from here on: {steps[0]} and {steps[1]}"
+            yield f"steps differ from here: {steps[0]} and {steps[1]}"
             return
         if text := _difference(one, other):
             yield f"step {one.step}: {text}"
@@ -251,7 +251,7 @@ _FIELDS = ("crops", "flips", "masks", "substitutes")
 
 
 def _owner(storage: Storage, url: str) -> str | None:
-    """URL of the run whose trace lies at `url`; None where there is no trace."""
+    """URL of the run whose trace lies at `url`; None if there is no trace."""
     place = storage.join(url, _HEAD)
     try:
         head = _parsed(storage.read(place), place)
@@ -263,12 +263,12 @@ def _owner(storage: Storage, url: str) -> str | None:
     return str(head.get("run"))
 
 
-def _parts(storage: Storage, url: str) -> list[_Part]:
+def _parts(storage: Storage, url: str) -> list[_TracePart]:
     names = storage.list_names(url)
-    return [_Part(*map(int, match.groups())) for name in names if (match := _PART.fullmatch(name))]
+    return [_TracePart(*map(int, match.groups())) for name in names if (match := _PART.fullmatch(name))]
 
 
-def _read_rows(storage: Storage, url: str, part: _Part) -> list[dict[str, Any]]:
+def _read_rows(storage: Storage, url: str, part: _TracePart) -> list[dict[str, Any]]:
     place = storage.join(url, part.name)
     try:
         data = storage.read(place)
@@ -284,6 +284,6 @@ def _parsed(data: bytes, url: str) -> dict[str, Any]:
         raise TraceError("trace", f"must hold JSON objects ({error})", url, "restore the file") from None
 
 
-def _write_rows(storage: Storage, url: str, part: _Part, rows: list[dict[str, Any]]) -> None:
+def _write_rows(storage: Storage, url: str, part: _TracePart, rows: list[dict[str, Any]]) -> None:
     data = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
     storage.write(storage.join(url, part.name), data.encode())

@@ -1,7 +1,7 @@
-"""The keeper of a local stack: one daemon that owns the services and restarts what dies.
+"""The keeper of a local stack: a daemon that owns the services and restarts those that die.
 
-Run as ``python -m jobs.stack.keeper <home>``, by `local_stack.up` alone. It is the only writer of ``stack.json`` while
-it runs. A keeper that was killed can be replaced: the next one adopts the services that still run.
+Run as ``python -m jobs.stack.keeper <home>``, only by `local_stack.up`. While it runs, only it writes ``stack.json``.
+A keeper that was killed can be replaced: the next one adopts the services that still run.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from types import FrameType
 import psutil
 
 from jobs.stack import processes, services
-from jobs.stack.local_stack import ServiceRecord, Stack, read_stack
 from jobs.stack.lock import StackLock
+from jobs.stack.record import ServiceRecord, Stack, read_stack
 from pipeline.host.process_identity import ProcessIdentity
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.1
 BACKOFF_SECONDS = (0.0, 0.5, 1.0, 2.0, 4.0)
-"""Wait before the restart after the first, second, ... death within the window; one more and the keeper gives up."""
+"""Wait before the restart after the first, second, ... death within the window; after one more the keeper gives up."""
 WINDOW_SECONDS = 60.0
 PR_SET_CHILD_SUBREAPER = 36
 
@@ -40,18 +40,25 @@ class Keeper:
     """Starts the services, watches them, restarts them.
 
     Owns: the services' processes, as children or adopted, and ``stack.json``.
-    Failure: when it dies the services live on, unwatched, until `up` starts another keeper or `down` ends them.
+    Failure: if it dies, the services continue unwatched until `up` starts another keeper or `down` ends them.
     """
 
-    def __init__(self, stack: Stack, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, stack: Stack, lock: StackLock, clock: Callable[[], float] = time.monotonic) -> None:
+        """Make a keeper.
+
+        Args:
+            stack: Settings, and services of an earlier keeper that may still run.
+            lock: Of the stack's home; services inherit it.
+            clock: Monotonic seconds.
+        """
         self._stack = stack
+        self._lock = lock
         self._clock = clock
         self._deaths: defaultdict[str, list[float]] = defaultdict(list)
         self._stopping = False
-        self._lock = StackLock(stack.settings.home)
 
     def run(self) -> None:
-        """Keep the services until `stop`; then end them and return."""
+        """Keep the services running until `stop`; then end them and return."""
         self._save(replace(self._stack, keeper=ProcessIdentity.of(os.getpid())))
         while not self._stopping:
             self._lock.hold()
@@ -64,11 +71,11 @@ class Keeper:
             time.sleep(POLL_SECONDS)
 
     def stop(self, _signal: int, _frame: FrameType | None) -> None:
-        """Leave `run`; a signal handler."""
+        """Have `run` end; a signal handler."""
         self._stopping = True
 
     def tend(self, name: str) -> None:
-        """Start a service that has not been started, or has died and whose back-off is over."""
+        """Start a service that has not been started, or that died and whose back-off is over."""
         service = self._stack.services[name]
         if service.gave_up or (service.process is not None and service.process.alive()):
             return
@@ -109,18 +116,18 @@ class Keeper:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                # Ray's jobs write files for people to read; the others' files hold only what the stack serves.
+                # Ray's jobs write files for people to read; other services' files hold only what the stack serves.
                 pass_fds=(self._lock.handle,),
                 umask=-1 if name == "ray" else 0o077,
             )
         self._update(name, replace(service, process=ProcessIdentity.of(child.pid), starts=service.starts + 1))
-        child.returncode = 0  # `_reap` waits for it; Popen must not.
+        child.returncode = 0  # `_reap` waits for it; Popen must not
         logger.info("started %s (pid %d)", name, child.pid)
 
     def _ray_leftovers(self) -> set[psutil.Process]:
-        """What a dead head leaves: raylet and workers, which as orphans became children of this process.
+        """What a dead head leaves behind: raylet and workers, which as orphans became children of this process.
 
-        The other services have no children, so every process of ours that is no service is Ray's.
+        The other services have no children, so every child that is not a service belongs to Ray.
         """
         alive = {record.pid for record in self._stack.records() if record.alive()}
         marked = processes.marked(self._stack.settings.stack_id)
@@ -136,7 +143,7 @@ class Keeper:
 
 
 def _reap() -> bool:
-    """Collect children that have ended, adopted orphans too; say whether there are others."""
+    """Collect children that have ended, including adopted orphans; return whether others are left."""
     with suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             continue
@@ -145,15 +152,15 @@ def _reap() -> bool:
 
 
 def main() -> None:
-    """Run the keeper of the home that is named on the command line."""
+    """Run the keeper of the home named on the command line."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     home = Path(sys.argv[1])
     os.chdir(home)
-    # Orphans of a dead Ray head come to this process instead of to init: none is lost sight of.
+    # Orphans of a dead Ray head become children of this process instead of init's, so that none is lost.
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     stack = read_stack(home)
     assert stack is not None, "up writes stack.json before it starts the keeper"
-    keeper = Keeper(stack)
+    keeper = Keeper(stack, StackLock(home))
     signal.signal(signal.SIGTERM, keeper.stop)
     try:
         keeper.run()

@@ -1,14 +1,13 @@
-"""The embedded local stack: an S3 server, a Ray head and, where installed, Prometheus, on the loopback address.
+"""The local stack: an S3 server, a Ray head and, if installed, Prometheus, on the loopback address.
 
-`up` starts it and returns when every service has answered; `down` ends every process of it and keeps the data. In
-between a keeper process (`jobs.stack.keeper`) owns the services and restarts what dies. What is running is written in
-``<home>/stack.json``, which holds secrets and is readable by its owner alone.
+`up` starts it and returns when every service has answered; `down` ends all its processes and keeps the data. In
+between, a keeper process (`jobs.stack.keeper`) owns the services and restarts what dies. `jobs.stack.record` says what
+is running.
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import logging
 import os
 import secrets
@@ -16,11 +15,10 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import psutil
 
@@ -29,12 +27,11 @@ from jobs.stack import lock as stack_lock
 from jobs.stack import ports as stack_ports
 from jobs.stack import processes as stack_processes
 from jobs.stack import services as stack_services
-from jobs.stack.ports import LOOPBACK, Ports
 from jobs.stack.processes import STACK_ID_VARIABLE
-from jobs.stack.services import BUCKET, StackSettings
+from jobs.stack.record import ServiceRecord, Stack, read_stack, resolved, state_path
+from jobs.stack.services import StackSettings
 from pipeline.errors import UserError, clipped
 from pipeline.host.process_identity import ProcessIdentity
-from pipeline.store.json_text import parsed_object
 
 logger = logging.getLogger(__name__)
 
@@ -50,114 +47,6 @@ class StackError(RuntimeError):
     """A service of the local stack could not be started; the message quotes the end of its log."""
 
 
-@dataclass(frozen=True)
-class ServiceRecord:
-    """What the keeper knows of one service."""
-
-    process: ProcessIdentity | None = None
-    starts: int = 0
-    gave_up: bool = False
-    """It died so often that the keeper has stopped restarting it."""
-
-
-@dataclass(frozen=True)
-class ServiceStatus:
-    """Answer of one service to the question whether it is well."""
-
-    healthy: bool
-    pid: int | None
-    detail: str
-
-
-@dataclass(frozen=True)
-class Stack:
-    """A local stack as recorded in its home; its repr shows no secret."""
-
-    settings: StackSettings
-    keeper: ProcessIdentity | None
-    services: dict[str, ServiceRecord]
-
-    @property
-    def endpoint(self) -> str:
-        """URL of the S3 server."""
-        return f"http://{LOOPBACK}:{self.settings.ports.s3}"
-
-    @property
-    def bucket(self) -> str:
-        """Name of the bucket that `up` creates."""
-        return BUCKET
-
-    @property
-    def ray_address(self) -> str:
-        """Address for ``ray.init``."""
-        return f"{LOOPBACK}:{self.settings.ports.ray}"
-
-    @property
-    def dashboard_url(self) -> str:
-        """URL of the Ray dashboard and of its job API; both ask for the token."""
-        return f"http://{LOOPBACK}:{self.settings.ports.dashboard}"
-
-    @property
-    def token_path(self) -> Path:
-        """File with the token that Ray asks for."""
-        return self.settings.token_path
-
-    @property
-    def prometheus_url(self) -> str | None:
-        """URL of Prometheus, None where it is not installed."""
-        if self.settings.prometheus_binary is None:
-            return None
-        return f"http://{LOOPBACK}:{self.settings.ports.prometheus}"
-
-    @property
-    def targets_dir(self) -> Path:
-        """Folder into which a run writes ``<run>.json`` with the address of its exporter (Prometheus file_sd)."""
-        return self.settings.home / "targets"
-
-    @classmethod
-    def load(cls, home: Path) -> Stack | None:
-        """Return the stack of ``home`` if any process of it is running, in another container perhaps."""
-        stack = read_stack(_resolved(home))
-        return stack if stack is not None and (stack.is_seen() or stack_lock.is_held(stack.settings.home)) else None
-
-    def is_seen(self) -> bool:
-        """Say whether a recorded process of it runs in this PID namespace."""
-        return any(record.alive() for record in self.records())
-
-    def environment(self) -> dict[str, str]:
-        """Return the variables that a client process needs; set them before it imports Ray. Holds secrets."""
-        return stack_services.client_environment(self.settings, os.environ)
-
-    def status(self) -> dict[str, ServiceStatus]:
-        """Ask the keeper's pid and every service; takes milliseconds, or two seconds per service that hangs."""
-        keeper_alive = self.keeper is not None and self.keeper.alive()
-        keeper_pid = self.keeper.pid if self.keeper is not None and keeper_alive else None
-        keeper = ServiceStatus(keeper_alive, keeper_pid, "restarts what dies" if keeper_alive else "not running")
-        return {"keeper": keeper} | {name: self._service_status(name) for name in self.settings.service_names}
-
-    def records(self) -> list[ProcessIdentity]:
-        """Return the recorded processes, keeper first."""
-        recorded = [self.keeper, *(service.process for service in self.services.values())]
-        return [record for record in recorded if record is not None]
-
-    def save(self) -> None:
-        """Write ``stack.json``; only `up`, before it starts the keeper, and then the keeper may."""
-        state = asdict(self) | {"environment": self.environment()}
-        stack_services.write_private(_state_path(self.settings.home), json.dumps(state, default=str, indent=1))
-
-    def _service_status(self, name: str) -> ServiceStatus:
-        service = self.services[name]
-        pid = service.process.pid if service.process is not None and service.process.alive() else None
-        if pid is None:
-            return ServiceStatus(False, None, "died too often; see its log" if service.gave_up else "not running")
-        healthy = stack_services.is_healthy(name, self.settings)
-        return ServiceStatus(healthy, pid, self.address(name) if healthy else "running, but does not answer")
-
-    def address(self, name: str) -> str:
-        """Return the URL of a service by its name."""
-        return {"s3": self.endpoint, "ray": self.dashboard_url}.get(name) or str(self.prometheus_url)
-
-
 def up(
     home: Path,
     *,
@@ -168,23 +57,23 @@ def up(
     num_cpus: int | None = None,
     on_event: OnEvent = logger.info,
 ) -> Stack:
-    """Start what is not running of the stack of ``home`` and return when every service has answered.
+    """Start the stack of ``home`` and return when every service has answered.
 
-    A stack that is running keeps its ports, credentials and data; only what is missing is started.
+    A running stack keeps its ports, credentials and data; only what is missing is started.
 
     Args:
         home: Folder for data, logs and state; made private to its owner.
-        s3_port: Port of the S3 server; 0 chooses a free one, as for the others.
+        s3_port: Port of the S3 server; 0 for a free one, as for the other ports.
         ray_port: Port of Ray's control store (GCS).
         dashboard_port: Port of Ray's dashboard and job API.
         prometheus_port: Port of Prometheus.
         num_cpus: CPUs that Ray may give to tasks; None: as many as the machine has.
-        on_event: Called with one line for each thing that a person wants to know.
+        on_event: Called with each line for the user.
 
     Raises:
-        UserError: If a requested port is not free, the S3 server is not installed, or the home cannot be made, or is of
-            a stack that runs in another container. Nothing was started.
-        StackError: If a service does not come up. A stack that was not running before is taken down again.
+        UserError: If a requested port is not free, the S3 server is not installed, the home cannot be made, or its
+            stack runs in another container. Nothing was started.
+        StackError: If a service does not start. A stack that was not running before is taken down again.
     """
     home = _private_folder(home)
     requested = {"s3": s3_port, "ray": ray_port, "dashboard": dashboard_port, "prometheus": prometheus_port}
@@ -209,94 +98,46 @@ def up(
 
 
 def down(home: Path, *, on_event: OnEvent = logger.info) -> bool:
-    """End every process of the stack of ``home``; the data stay. True if something was running.
+    """End every process of the stack of ``home``; data is kept. Returns whether something was running.
 
-    Processes get SIGTERM and, after a grace of five seconds, SIGKILL. Only processes that the stack started are ended:
-    they are known by their recorded identity, by the stack's id in their environment, and by descent from these.
+    Processes get SIGTERM and, five seconds later, SIGKILL. Only processes that the stack started are ended: they are
+    known by their recorded identity, by the stack's id in their environment, and by descent from these.
 
     Raises:
         UserError: If the stack runs in another container.
     """
-    home = _resolved(home)
+    home = resolved(home)
     if read_stack(home) is None:
         on_event("nothing is running")
         return False
     with _locked(home):
         stack = read_stack(home)
-        # From outside a container its processes can be seen, and are known by the stack's id.
+        # From outside a container, its processes can be seen and are known by the stack's id.
         if stack is not None and _is_beyond_reach(stack) and not any(stack_processes.marked(stack.settings.stack_id)):
             raise _of_another_container(home)
         ended = 0 if stack is None else _end(stack)
-    on_event(f"ended {ended} processes; data stay in {home / 's3'}" if ended else "nothing is running")
+    on_event(f"ended {ended} processes; data is kept in {home / 's3'}" if ended else "nothing is running")
     return ended > 0
 
 
-def read_stack(home: Path) -> Stack | None:
-    """Return what ``stack.json`` says, whether it is running or not.
-
-    Raises:
-        UserError: It cannot be read, or says nothing that can be understood.
-    """
-    try:
-        return _stack_of(parsed_object(_state_path(home).read_bytes()))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except OSError as error:
-        rule = f"must be a folder that can be read ({os.strerror(error.errno or 0)})"
-        raise UserError("CONVMAE_HOME", rule, clipped(str(home)), "name another folder") from error
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        remedy = "end what runs of it, and delete that file; data stay"
-        path = clipped(str(_state_path(home)))
-        raise UserError(
-            "CONVMAE_HOME", f"must hold a sound stack.json ({clipped(repr(error))})", path, remedy
-        ) from None
-
-
-def _stack_of(state: Mapping[str, Any]) -> Stack:
-    settings = state["settings"]
-    paths = {"home": Path(settings["home"]), "run_dir": Path(settings["run_dir"]), "ports": Ports(**settings["ports"])}
-    services = {
-        str(name): ServiceRecord(**(service | {"process": _record(service["process"])}))
-        for name, service in state["services"].items()
-    }
-    stack = Stack(StackSettings(**(settings | paths)), _record(state["keeper"]), services)
-    texts = (stack.settings.stack_id, stack.settings.access_key, stack.settings.secret_key)
-    if not all(isinstance(text, str) for text in texts) or set(services) != set(stack.settings.service_names):
-        raise ValueError("an identity or a service is missing")
-    if not all(type(port) is int and 0 < port < 2**16 for port in asdict(stack.settings.ports).values()):
-        raise ValueError("a port is none")
-    return stack
-
-
-def _record(fields: dict[str, Any] | None) -> ProcessIdentity | None:
-    return None if fields is None else ProcessIdentity.of_json(fields)
-
-
 def _is_beyond_reach(stack: Stack) -> bool:
-    """Whether it lives and none of its recorded processes is of this PID namespace."""
+    """Whether it is running, and none of its recorded processes in this PID namespace."""
     return stack_lock.is_held(stack.settings.home) and not stack.is_seen()
 
 
 def _of_another_container(home: Path) -> UserError:
-    remedy = "use it from where it was started, or name another folder"
-    return UserError("CONVMAE_HOME", "must not be of a stack that runs in another container", str(home), remedy)
-
-
-def _state_path(home: Path) -> Path:
-    return home / "stack.json"
-
-
-def _resolved(home: Path) -> Path:
-    return Path(os.path.realpath(home))  # Path.resolve() raises where links go round in a circle
+    remedy = "use it where it was started, or name another folder"
+    rule = "must not belong to a stack that runs in another container"
+    return UserError("CONVMAE_HOME", rule, str(home), remedy)
 
 
 def _private_folder(home: Path) -> Path:
     """Make a home, private to its owner; leaves no folder behind if it cannot be made.
 
     Raises:
-        UserError: It cannot be made, or not be written.
+        UserError: It cannot be made or written.
     """
-    home = _resolved(home)
+    home = resolved(home)
     made: list[Path] = []
     try:
         for folder in reversed([home, *home.parents]):
@@ -314,14 +155,14 @@ def _private_folder(home: Path) -> Path:
 
 @contextmanager
 def _locked(home: Path) -> Iterator[None]:
-    """Let one `up` or `down` at a time work on a home; the lock goes with its process."""
+    """Let only one `up` or `down` at a time work on a home; the lock ends with its process."""
     with (home / "stack.lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
 def _plan(home: Path, requested: dict[str, int], num_cpus: int | None) -> Stack:
-    """Decide ports and credentials; those of a stack that ended without `down` are kept, where the ports are free."""
+    """Choose ports and credentials; keeps those of a stack that ended without `down`, if the ports are free."""
     stack_services.s3_binary()
     before = read_stack(home)
     if before is not None:
@@ -408,19 +249,19 @@ def _end(stack: Stack) -> int:
     """End every process of the stack and remove what is not data; return how many processes there were."""
     family = _family(stack)
     if stack.keeper is not None and (keeper := stack.keeper.process()) is not None:
-        stack_processes.terminate([keeper])  # First, or it would restart what ends.
+        stack_processes.terminate([keeper])  # first, or it would restart what ends
     stack_processes.terminate(family)
     deadline = time.monotonic() + GRACE_SECONDS
     while stack_processes.running(family) and time.monotonic() < deadline:
         time.sleep(POLL_SECONDS)
-    # What is left, and what was started in the meantime.
+    # What is left, and what was started in the meantime
     while left := _family(stack) | stack_processes.running(family):
         stack_processes.kill(left)
         time.sleep(POLL_SECONDS)
     if stack.keeper is not None:
         stack_processes.reap(stack.keeper)
     stack_services.remove_configuration(stack.settings)
-    _state_path(stack.settings.home).unlink(missing_ok=True)
+    state_path(stack.settings.home).unlink(missing_ok=True)
     return len(family)
 
 

@@ -1,7 +1,7 @@
-"""Whether a stack lives, for those who cannot see its processes: containers that share its folder.
+"""The lock of a running stack, which shows that it runs where its processes are not seen: in containers with its home.
 
-The keeper locks a file of the home (flock), and hands the open file on to the services: the kernel keeps the lock until
-the last of them has ended, however it did, and tells everybody on the machine.
+The keeper locks a file of the home (flock), and the services inherit the open file: the kernel keeps the lock until the
+last of them has ended in whatever way, and shows it to every process on the machine.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ _NAME = "alive.lock"
 
 
 class StackLock:
-    """The lock of a stack that runs; held by all processes that `handle` was handed on to."""
+    """The lock of a running stack; held by all processes that inherit `handle`."""
 
     def __init__(self, home: Path) -> None:
         self.handle = os.open(home / _NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         self._is_ours = False
 
     def hold(self) -> None:
-        """Take it, unless services of an earlier keeper still have it; call again until they have ended."""
+        """Take the lock, unless services of an earlier keeper still hold it; call again until they have ended."""
         if not self._is_ours:
-            with contextlib.suppress(OSError):  # a file system without locks: then processes alone are asked
+            with contextlib.suppress(OSError):  # a file system without locks: then only processes show it
                 fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 self._is_ours = True
 
 
 def is_held(home: Path) -> bool:
-    """Whether a process of a stack in this home lives, in whichever container of this machine."""
+    """Whether a process of a stack in this home is running, in whichever container of this machine."""
     try:
         handle = os.open(home / _NAME, os.O_RDONLY)
     except OSError:
         return False
     try:
-        # Shared: of two who ask at once neither takes the other for the stack.
+        # Shared, so that of two processes which ask at once neither takes the other for the stack
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:
         return True

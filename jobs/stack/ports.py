@@ -1,8 +1,8 @@
-"""The TCP ports of a local stack: free ones on the loopback address, chosen so that nobody else takes them.
+"""The TCP ports of a local stack: free ones on the loopback address, chosen so that no other process takes them.
 
 Ports are taken from 20000 to 22767 and, for gRPC, from 30000 to 32767. Both ranges lie below Linux's ephemeral ports
-(from 32768), from which Ray's workers and every outgoing connection draw: a service that is restarted a second after
-its death finds its port free.
+(from 32768), from which Ray's workers and all outgoing connections draw: a service that is restarted a second after its
+death finds its port free.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ GRPC_OFFSET = 10000
 
 
 class PortError(UserError):
-    """A requested port that cannot be had: in use by another program, or not the one of the running stack."""
+    """A requested port that is not available: in use by another program, or not the running stack's."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Ports:
 
 
 def is_free(port: int) -> bool:
-    """Say whether a server could listen on the port now; closing connections of an earlier one do not count."""
+    """Return whether a server could listen on the port now; closing connections of an earlier one do not count."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -63,15 +63,15 @@ def choose(requested: Mapping[str, int]) -> Ports:
     """Choose the ports of a new stack.
 
     Args:
-        requested: Port by name where the user asked for one; 0 leaves the choice to us.
+        requested: Port by name, if the user asked for one; 0 leaves the choice to this function.
 
     Raises:
-        PortError: If a requested port is in use, asked for twice or no port number.
+        PortError: If a requested port is in use, requested twice or not a port number.
     """
     taken: set[int] = set()
     for name, port in requested.items():
         if port and (port in taken or not 0 < port < 65536 or not is_free(port)):
-            raise PortError(_flag(name), "must be a free TCP port", port, "name another, or 0 to have one chosen")
+            raise PortError(_flag(name), "must be a free TCP port", port, "give another, or 0 for any free one")
         taken.add(port)
     free = _free_ports(taken)
     return Ports(**{port.name: requested.get(port.name) or next(free) for port in fields(Ports)})
@@ -86,11 +86,11 @@ def check_same(requested: Mapping[str, int], current: Ports) -> None:
     for name, port in requested.items():
         if port and port != getattr(current, name):
             rule = f"must be that of the running stack, {getattr(current, name)}"
-            raise PortError(_flag(name), rule, port, "leave it out, or run `convmae down` first")
+            raise PortError(_flag(name), rule, port, "omit it, or run `convmae down` first")
 
 
 def _free_ports(taken: set[int]) -> Iterator[int]:
-    # In random order, so that stacks which start at the same moment do not choose the same ports.
+    # In random order, so that stacks which start at the same moment do not choose the same ports
     for port in random.sample(CHOICES, len(CHOICES)):
         if not {port, port + GRPC_OFFSET} & taken and is_free(port) and is_free(port + GRPC_OFFSET):
             yield port

@@ -1,7 +1,7 @@
-"""Which processes belong to a local stack, and how they are ended.
+"""The processes of a local stack: how they are found, and how they are ended.
 
-A recorded process is known by more than its pid (its `ProcessIdentity`), and everything that the stack starts,
-and whatever these start in turn, carries the stack's random id in its environment. Ray's workers overwrite their
+A recorded process is known by more than its pid (its `ProcessIdentity`). Everything that the stack starts, and whatever
+these processes start in turn, carries the stack's random id in its environment. Ray's workers overwrite their
 environment with their title, so descendants are followed as well.
 """
 
@@ -19,7 +19,7 @@ STACK_ID_VARIABLE = "CONVMAE_STACK_ID"
 
 
 def reap(record: ProcessIdentity) -> None:
-    """Wait for the end of a process that this very process started; another's is left to its parent or init."""
+    """Wait for the end of a process that this process started; others are left to their parents or init."""
     if record.is_judged_here() and ProcessIdentity.of(record.pid) == record:
         with suppress(ChildProcessError):
             os.waitpid(record.pid, 0)
@@ -28,7 +28,7 @@ def reap(record: ProcessIdentity) -> None:
 def marked(stack_id: str) -> Iterator[psutil.Process]:
     """Yield running processes that were started by the stack or by something that it started.
 
-    The calling process is left out: a job may ask about the stack that it runs on.
+    The calling process is excluded: a job may ask about the stack that it runs on.
     """
     for process in psutil.process_iter():
         try:
@@ -39,7 +39,7 @@ def marked(stack_id: str) -> Iterator[psutil.Process]:
 
 
 def with_descendants(roots: Iterable[psutil.Process]) -> set[psutil.Process]:
-    """Return the processes and all that descends from them, without the calling process."""
+    """Return the processes and all their descendants, without the calling process."""
     family: set[psutil.Process] = set()
     for root in roots:
         try:
@@ -50,7 +50,7 @@ def with_descendants(roots: Iterable[psutil.Process]) -> set[psutil.Process]:
 
 
 def terminate(processes: Iterable[psutil.Process]) -> None:
-    """Ask each process to end (SIGTERM); one that is gone already is fine.
+    """Ask each process to end (SIGTERM), unless it is already gone.
 
     psutil compares creation times before it signals, so that a reused pid is never hit.
     """
@@ -62,7 +62,7 @@ def terminate(processes: Iterable[psutil.Process]) -> None:
 
 
 def kill(processes: Iterable[psutil.Process]) -> None:
-    """End each process at once (SIGKILL); one that is gone already is fine."""
+    """End each process at once (SIGKILL), unless it is already gone."""
     for process in processes:
         try:
             process.kill()
@@ -71,7 +71,7 @@ def kill(processes: Iterable[psutil.Process]) -> None:
 
 
 def running(processes: Iterable[psutil.Process]) -> set[psutil.Process]:
-    """Return those that have not ended; a zombie, which only waits for its parent, has ended."""
+    """Return those that have not ended; a zombie, which only waits for its parent, counts as ended."""
     still: set[psutil.Process] = set()
     for process in processes:
         try:

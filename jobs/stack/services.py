@@ -1,7 +1,7 @@
-"""The services of a local stack: how each is started, what it is told, and how to ask whether it is well.
+"""The services of a local stack: how each is started and configured, and how to check whether it is healthy.
 
-Everything binds to the loopback address. SeaweedFS and Ray both listen on all interfaces unless told otherwise, and
-each opens more ports than the one that a client sees, so every port with a fixed default is chosen here.
+Everything binds to the loopback address. By default, SeaweedFS and Ray both listen on all interfaces, and each opens
+more ports than the one that a client uses, so every port with a fixed default is chosen here.
 """
 
 from __future__ import annotations
@@ -35,18 +35,18 @@ RULES_PATH = CONFIG_DIR.parent / "prometheus" / "convmae.rules.yml"
 
 @dataclass(frozen=True)
 class StackSettings:
-    """What the services of one stack were told when they were first started; restarts repeat it."""
+    """Settings with which the services of one stack were first started; restarts use the same."""
 
     stack_id: str
     home: Path
-    """Data, logs and secrets; stays."""
+    """Data, logs and secrets; outlives the stack."""
     run_dir: Path
-    """A short path for Ray's sockets (AF_UNIX paths end at 107 bytes) and scratch files; goes with the stack."""
+    """A short path for Ray's sockets (AF_UNIX paths end at 107 bytes) and scratch files; deleted with the stack."""
     ports: Ports
     access_key: str
     secret_key: str = field(repr=False)
     internal_key: str = field(repr=False)
-    """Signs requests between SeaweedFS's own parts: without it its filer port would serve every object to anyone."""
+    """Signs requests between SeaweedFS's own parts; without it, its filer port would serve every object to anyone."""
     num_cpus: int | None
     """CPUs that Ray may give to tasks; None: as many as the machine has."""
     prometheus_binary: str | None
@@ -58,7 +58,7 @@ class StackSettings:
 
     @property
     def identities_path(self) -> Path:
-        """SeaweedFS's list of who may do what."""
+        """SeaweedFS's list of identities and their rights."""
         return self.home / "s3_identities.json"
 
     @property
@@ -75,8 +75,9 @@ def command(name: str, settings: StackSettings) -> list[str]:
 def working_folder(name: str, settings: StackSettings) -> Path:
     """Return the folder in which a service runs.
 
-    The home, to which paths are relative, since its name may hold what a service does not take. But for Ray: some of
-    its processes, and of what jobs start, import from their current folder first, and a home may hold its owner's code.
+    It is the home, to which paths are relative, since its name may contain what a service cannot parse. Ray is the
+    exception: some of its processes, and of those that jobs start, import from their current folder first, and a home
+    may hold its owner's code.
     """
     return settings.run_dir / "tmp" if name == "ray" else settings.home
 
@@ -86,19 +87,19 @@ def service_environment(name: str, settings: StackSettings, base: Mapping[str, s
 
     Args:
         name: ``s3``, ``ray`` or ``prometheus``.
-        settings: Of the stack.
-        base: Environment of whoever starts it. Ray inherits it, because jobs expect their user's environment; the
-            others get the bare minimum, because SeaweedFS would take credentials and options from it.
+        settings: The stack's.
+        base: Environment of the process that starts it. Ray inherits it, because jobs expect their user's environment;
+            the others get the bare minimum, because SeaweedFS would read credentials and options from it.
     """
-    # Jobs run in folders of their own, from which the stack's home would not be found.
+    # Jobs run in folders of their own, from which a relative home would not be found.
     mark = {STACK_ID_VARIABLE: settings.stack_id, "CONVMAE_HOME": str(settings.home)}
     if name != "ray":
         return mark | {"PATH": base.get("PATH", os.defpath), "HOME": str(settings.run_dir)} | _s3_tuning(settings)
-    # Of AWS all or nothing: one variable of the caller's beside ours would make a store of two.
+    # No AWS variable of the caller's: one beside ours would mix two stores.
     kept = {key: value for key, value in base.items() if not key.startswith("AWS_") and key != "RAY_TMPDIR"}
     own = client_environment(settings, base) | mark | _ray_tuning(settings)
     own["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), base.get("PATH", os.defpath)])
-    # `ray start --head` must not take the address of a cluster to join. Its workers do need the dashboard's address, or
+    # `ray start --head` must not find the address of a cluster to join. Its workers do need the dashboard's address, or
     # Ray's own state client looks for clusters on the machine and is confused by a second one.
     return {key: value for key, value in (kept | own).items() if key != "RAY_ADDRESS"}
 
@@ -120,14 +121,14 @@ def client_environment(settings: StackSettings, base: Mapping[str, str]) -> dict
         # it believes that it may not form clusters. Head and clients must agree on it.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-        # One machine is not drained, and the watcher is one process more to start for every run.
+        # A single machine is not drained, and the watcher is one more process to start for every run.
         "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
         **without_loopback(base),
     }
 
 
 def is_healthy(name: str, settings: StackSettings) -> bool:
-    """Ask a service whether it is ready for work; a refused or slow answer is a no."""
+    """Return whether a service is ready for work; a refused or slow answer counts as not."""
     probe = {"s3": _s3_answers, "ray": _ray_answers, "prometheus": _prometheus_answers}[name]
     try:
         return probe(settings)
@@ -136,7 +137,7 @@ def is_healthy(name: str, settings: StackSettings) -> bool:
 
 
 def write_configuration(settings: StackSettings, token: str) -> None:
-    """Write the files that the services read, secrets readable by their owner alone."""
+    """Write the files that the services read; secrets are readable only by their owner."""
     identity = {
         "name": "convmae",
         "credentials": [{"accessKey": settings.access_key, "secretKey": settings.secret_key}],
@@ -157,7 +158,7 @@ def write_configuration(settings: StackSettings, token: str) -> None:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Replace a file atomically, readable and writable by its owner alone."""
+    """Replace a file atomically, readable and writable only by its owner."""
     part = path.with_name(f"{path.name}.part")
     part.unlink(missing_ok=True)
     with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
@@ -166,7 +167,7 @@ def write_private(path: Path, text: str) -> None:
 
 
 def remove_configuration(settings: StackSettings) -> None:
-    """Remove what a stack that has ended leaves behind besides its data and logs: secrets, scratch files, sockets."""
+    """Remove what a stack that has ended leaves besides data and logs: secrets, scratch files, sockets."""
     for path in (settings.identities_path, settings.token_path, settings.home / "ray"):
         path.unlink(missing_ok=True)
     for part, port in settings.ports.grpc_twins().items():
@@ -194,7 +195,7 @@ def _s3_command(settings: StackSettings) -> list[str]:
         s3_binary(),
         f"-logdir={scratch}",
         "mini",
-        "-dir=s3",  # of a whole path, a comma would be the end
+        "-dir=s3",  # relative: an absolute path would end at a comma
         f"-bucket={BUCKET}",
         f"-ip={LOOPBACK}",
         f"-ip.bind={LOOPBACK}",
@@ -232,7 +233,7 @@ def _ray_command(settings: StackSettings) -> list[str]:
         f"--dashboard-port={ports.dashboard}",
         f"--dashboard-agent-listen-port={ports.dashboard_agent}",
         f"--ray-client-server-port={ports.ray_client}",
-        # Zero leaves workers to the system's ephemeral ports, which lie above all that we choose.
+        # Zero has workers use the system's ephemeral ports, which lie above all that we choose.
         "--min-worker-port=0",
         "--max-worker-port=0",
         f"--object-store-memory={OBJECT_STORE_BYTES}",
@@ -246,7 +247,7 @@ def _ray_command(settings: StackSettings) -> list[str]:
 def _ray_tuning(settings: StackSettings) -> dict[str, str]:
     return {
         "RAY_USAGE_STATS_ENABLED": "0",
-        # A lone head has nowhere to move its work to: draining would only delay `down`.
+        # A lone head has no node to move its work to: draining would only delay `down`.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         "AUTOSCALER_METRIC_PORT": str(settings.ports.autoscaler_metrics),
         "DASHBOARD_METRIC_PORT": str(settings.ports.dashboard_metrics),

@@ -1,1 +1,1 @@
-"""Weights: consolidated from a checkpoint, read, exported to the formats of others, and brought in."""
+"""Weights: consolidated from a checkpoint, read, exported to other formats, and imported."""

@@ -1,9 +1,9 @@
-"""From a checkpoint's ZeRO files to safetensors files that `ConvMAE.load_state_dict` takes, without holding the model.
+"""Consolidation: a checkpoint's ZeRO files become safetensors files for `ConvMAE.load_state_dict`, in little memory.
 
-Where each value lies, and where it goes, is known from a few kilobytes of each file. So every output file is cut into
-parts, and tasks make one part each: ranged reads, perhaps another type, one part of an upload. Whatever is read, also
-headers and directories, comes in whole chunks that are compared with the commit's CRC32C. The moments of the optimizer
-are not read. A finished file is read back for its SHA-256.
+A few kilobytes of each file show where each value lies and where it belongs. So every output file is cut into parts,
+and each task makes one: ranged reads, possibly a conversion, one part of an upload. All reads, including headers and
+directories, are of whole chunks that are compared with the commit's CRC32C. The moments of the optimizer are not read.
+A finished file is read back for its SHA-256.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from jobs.checkpoint import checkpoint
 from jobs.checkpoint.checked_files import CheckedFiles, with_chunks
 from jobs.checkpoint.checkpoint import Commit
 from jobs.checkpoint.zero_layout import ZeroFiles
-from jobs.cluster.local_fan_out import fan_out_locally
+from jobs.cluster.fan_out import fan_out_locally
 from jobs.errors import CheckpointError
 from jobs.run.directory import RunDirectory
 from jobs.weights.file_layout import DTYPES, PART_BYTES, WeightFile, one_file, several_files
-from jobs.weights.results import ONE_FILE, Consolidated, Wanted
+from jobs.weights.target import ONE_FILE, ConsolidatedWeights, Target
 from jobs.weights.writer import FanOut, Show, WeightWriter
-from pipeline.store.lease import claimed
+from pipeline.store.lease import hold_lease
 from pipeline.store.storage import Storage, is_local
 
 logger = logging.getLogger(__name__)
 
 _BUFFER_BYTES = 128 << 20
-"""What the threads of one process may hold together."""
+"""Most bytes that the threads of one process hold together."""
 _NUMBERED = re.compile(r"(model-\d{5}-of-\d{5}\.safetensors)(\.sha256)?")
 _COPIES, _COPIES_CONVERTING = 4, 8
-"""Of a part, in a task's memory; what is read for a part of a narrower type is twice its size."""
+"""Of a part, in a task's memory; for a narrower type twice its size is read."""
 
 IfExists = Literal["refuse", "keep", "replace"]
 
@@ -66,82 +66,83 @@ def commit_of(run: RunDirectory, step: int | None) -> Commit:
 def consolidate(
     run: RunDirectory,
     step: int | None = None,
-    wanted: Wanted = ONE_FILE,
+    target: Target = ONE_FILE,
     *,
     if_exists: IfExists = "keep",
     fan_out: FanOut | None = None,
     part_bytes: int = PART_BYTES,
     on_progress: Show = lambda *_: None,
     on_wait: Callable[[str], None] = logger.warning,
-) -> Consolidated:
+) -> ConsolidatedWeights:
     """Write the weights of a checkpoint, frozen parameters and buffers included, as safetensors.
 
-    Each file has a `.sha256` beside it. The same call again goes on where it was cut off.
+    Each file has a `.sha256` beside it. Repeating the call resumes where it was cut off.
 
     Args:
         run: The run; it may be training.
         step: A committed step; None for the newest.
-        wanted: Type, size and place of what is made.
-        if_exists: What becomes of a finished result at that place: it is `refuse`d, `keep`: returned as it is, or
-            `replace`d.
-        fan_out: Where tasks run; None: in threads of this process.
-        part_bytes: What a task moves, at least; a multiple of 8, and for S3 at least 5 MiB.
+        target: Type, size and place of the files.
+        if_exists: What to do with finished files at that place: `refuse` them, `keep` them and return them as they are,
+            or `replace` them.
+        fan_out: Runs the tasks; None: threads of this process.
+        part_bytes: Least size of what a task makes; a multiple of 8, and for S3 at least 5 MiB.
         on_progress: Called in this process.
-        on_wait: Called with who seems to work at that place, when it takes time to see whether they live.
+        on_wait: Called with who seems to work at that place, when it takes time to find out whether they are alive.
 
     Raises:
-        CheckpointError: There is no such checkpoint, the result exists, or a value does not fit the type.
+        CheckpointError: There is no such checkpoint, the files exist, or a value does not fit the type.
         DamagedCheckpointError: A file of it is missing or altered.
-        ClaimedError: Another consolidation works at that place.
+        LeaseHeldError: Another consolidation works at that place.
     """
     began = time.monotonic()
     commit = commit_of(run, step)
-    url = wanted.url(run, commit.step)
+    url = target.url(run, commit.step)
     storage = run.storage
-    if wanted.out:
+    if target.out:
         storage.check(url.rpartition("/")[0], write=True, exclusive=True)
-    if (found := _existing(storage, wanted, url, commit.step, if_exists)) is not None:
+    if (found := _existing(storage, target, url, commit.step, if_exists)) is not None:
         return found
     claim_folder = f"{url.rpartition('/')[0]}/.{url.rpartition('/')[2]}.claims"
-    with _swept(claim_folder), claimed(storage, claim_folder, "convmae consolidate", on_wait=on_wait) as claim:
-        # Whoever held the claim before may have finished it.
-        if (found := _existing(storage, wanted, url, commit.step, if_exists)) is not None:
+    with _swept(claim_folder), hold_lease(storage, claim_folder, "convmae consolidate", on_wait=on_wait) as claim:
+        # The previous holder of the claim may have finished it.
+        if (found := _existing(storage, target, url, commit.step, if_exists)) is not None:
             return found
         if if_exists == "replace":
-            for mark in wanted.marks(url):
+            for mark in target.marks(url):
                 storage.delete(mark)
         source = CheckedFiles(run, replace(commit, files=tuple(with_chunks(run, commit.step, commit.files))))
-        files = _planned(source, wanted, url, part_bytes)
-        tasks = fan_out or in_threads(part_bytes, dtype=wanted.dtype)
+        files = _planned(source, target, url, part_bytes)
+        tasks = fan_out or in_threads(part_bytes, dtype=target.dtype)
         writer = WeightWriter(source, url, files, tasks, show=on_progress, check=claim.check)
         written = tuple(writer.run(keep=if_exists != "replace"))
-        if if_exists == "replace" and wanted.shard_bytes is not None:
+        if if_exists == "replace" and target.shard_bytes is not None:
             _delete_others(storage, url, files)
-    return Consolidated(url, commit.step, written, writer.kept, writer.kept_bytes, time.monotonic() - began)
+    seconds = time.monotonic() - began
+    return ConsolidatedWeights(url, commit.step, written, writer.kept, writer.kept_bytes, seconds)
 
 
-def _existing(storage: Storage, wanted: Wanted, url: str, step: int, if_exists: IfExists) -> Consolidated | None:
-    if if_exists == "replace" or not wanted.is_finished(storage, url):
+def _existing(storage: Storage, target: Target, url: str, step: int, if_exists: IfExists) -> ConsolidatedWeights | None:
+    if if_exists == "replace" or not target.is_finished(storage, url):
         return None
     if if_exists == "refuse":
-        remedy = "it is there and whole; replace it with --force, or write to another place with --out"
+        remedy = "it exists and is whole; replace it with --force, or write to another place with --out"
         raise CheckpointError("target", "must not exist", url, remedy)
-    return wanted.found(storage, url, step)
+    return target.found(storage, url, step)
 
 
-def _planned(source: CheckedFiles, wanted: Wanted, url: str, part_bytes: int) -> list[WeightFile]:
+def _planned(source: CheckedFiles, target: Target, url: str, part_bytes: int) -> list[WeightFile]:
     run, commit = source.run, source.commit
     tensors = ZeroFiles.read(run, commit, source).weights()
-    metadata, dtype = _metadata(run, commit, wanted), DTYPES[wanted.dtype]
-    if wanted.shard_bytes is None:
+    metadata, dtype = _metadata(run, commit, target), DTYPES[target.dtype]
+    if target.shard_bytes is None:
         files = [one_file(url, tensors, metadata, dtype)]
     else:
-        files = several_files(url, tensors, metadata, dtype, wanted.shard_bytes)
+        files = several_files(url, tensors, metadata, dtype, target.shard_bytes)
     return [replace(file, least_part_bytes=part_bytes) for file in files]
 
 
-def _metadata(run: RunDirectory, commit: Commit, wanted: Wanted) -> dict[str, str]:
-    # Read as it is written: `read_recipe` would import torch, which needs more memory than all else here.
+def _metadata(run: RunDirectory, commit: Commit, target: Target) -> dict[str, str]:
+    # Read without `read_recipe`, which would import torch: more memory than all else here.
     model = run.read_recipe_fields()["model"]
     git = commit.versions.get("git")
     return {
@@ -149,7 +150,7 @@ def _metadata(run: RunDirectory, commit: Commit, wanted: Wanted) -> dict[str, st
         "run": run.name,
         "step": str(commit.step),
         "epoch": str(commit.epoch),
-        "dtype": wanted.dtype,
+        "dtype": target.dtype,
         "recipe_digest": commit.recipe_digest,
         "dataset_digest": commit.dataset_digest,
         "model": json.dumps(model, sort_keys=True),
@@ -159,7 +160,7 @@ def _metadata(run: RunDirectory, commit: Commit, wanted: Wanted) -> dict[str, st
 
 
 def _delete_others(storage: Storage, folder: str, files: Sequence[WeightFile]) -> None:
-    """Remove the files of a result that was replaced by one of other sizes."""
+    """Remove the files of consolidated weights that were replaced by files of other sizes."""
     mine = {file.url.rpartition("/")[2] for file in files}
     for name in storage.list_names(folder):
         if (match := _NUMBERED.fullmatch(name)) and match[1] not in mine:
@@ -168,7 +169,7 @@ def _delete_others(storage: Storage, folder: str, files: Sequence[WeightFile]) -
 
 @contextlib.contextmanager
 def _swept(folder: str) -> Iterator[None]:
-    """Remove a work folder afterwards where folders exist by themselves; one that somebody uses again stays."""
+    """Remove a work folder afterwards if folders exist by themselves, unless it is in use again."""
     try:
         yield
     finally:

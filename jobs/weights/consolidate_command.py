@@ -1,4 +1,4 @@
-"""`convmae consolidate` as a person follows it: where it runs, how far it is, and what came of it."""
+"""`convmae consolidate`, with its output: where it runs, its progress, and its result."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from jobs.run.shared_folder import Landmarks, file_landmarks, planted
 from jobs.terminal import bytes_text, duration_text, progress_bar, say
 from jobs.weights.consolidate import consolidate, in_threads
 from jobs.weights.file_layout import PART_BYTES
-from jobs.weights.results import Consolidated, Wanted
-from jobs.weights.writer import FanOut, Progress
+from jobs.weights.target import ConsolidatedWeights, Target
+from jobs.weights.writer import ConsolidationProgress, FanOut
 
 CLUSTER_BYTES = 2 << 30
-"""Checkpoints from this size on are worth starting tasks on a cluster for; smaller ones take seconds here."""
+"""From this size, tasks on a cluster are worth their start; smaller checkpoints take seconds here."""
 
 
 def needs_cluster(session: Session, commit: Commit) -> bool:
@@ -27,42 +27,42 @@ def needs_cluster(session: Session, commit: Commit) -> bool:
     return commit.bytes >= CLUSTER_BYTES and "RAY_ADDRESS" in session.environ
 
 
-def consolidate_and_say(session: Session, run: RunDirectory, commit: Commit, wanted: Wanted, *, force: bool) -> None:
-    """Consolidate a checkpoint, show progress, and say what was made.
+def consolidate_and_say(session: Session, run: RunDirectory, commit: Commit, target: Target, *, force: bool) -> None:
+    """Consolidate a checkpoint, show progress, and print the result.
 
     Raises:
-        UserError: The result exists, a file of the checkpoint is damaged, a value does not fit.
+        UserError: The target exists, a file of the checkpoint is damaged, or a value does not fit.
     """
     on_cluster = needs_cluster(session, commit)
-    target = wanted.url(run, commit.step).rpartition("/")[0]
-    with planted(run.storage, "target", target if on_cluster else "") as there, _shown() as show:
+    folder = target.url(run, commit.step).rpartition("/")[0]
+    with planted(run.storage, "target", folder if on_cluster else "") as there, _shown() as show:
         source = file_landmarks(run.storage, "run", run.url, commit_url(run, commit.step))
-        fan_out = _on_cluster(session, (*source, *there)) if on_cluster else _in_threads(wanted.dtype)
+        fan_out = _on_cluster(session, (*source, *there)) if on_cluster else _in_threads(target.dtype)
         result = consolidate(
             run,
             commit.step,
-            wanted,
+            target,
             if_exists="replace" if force else "refuse",
             fan_out=fan_out,
             on_progress=show,
-            on_wait=lambda holder: say(f"a claim is held by {holder}; watching for up to 30 s whether it still works"),
+            on_wait=lambda holder: say(f"a lease is held by {holder}; watching for up to 30 s whether it still works"),
         )
     say(result_line(result))
 
 
-def result_line(result: Consolidated) -> str:
+def result_line(result: ConsolidatedWeights) -> str:
     """What was made, in one line."""
     size, seconds = bytes_text(result.bytes), duration_text(result.seconds)
-    taken_up = f", {bytes_text(result.kept_bytes)} of an earlier call" if result.kept_bytes else ""
+    resumed = f", {bytes_text(result.kept_bytes)} of an earlier call" if result.kept_bytes else ""
     if len(result.files) == 1 and result.url == result.files[0].url:
         sha256 = result.files[0].sha256[:16]
-        return f"step {result.step}: {result.url} ({size}{taken_up}, sha256 {sha256}…) in {seconds}"
+        return f"step {result.step}: {result.url} ({size}{resumed}, sha256 {sha256}…) in {seconds}"
     kept = f", {result.kept} of them kept" if result.kept else ""
-    return f"step {result.step}: {result.url} ({len(result.files)} files{kept}, {size}{taken_up}) in {seconds}"
+    return f"step {result.step}: {result.url} ({len(result.files)} files{kept}, {size}{resumed}) in {seconds}"
 
 
-def progress_text(now: Progress, seconds: float) -> str:
-    """The figures of a consolidation in one line; what was kept says nothing about the rate."""
+def progress_text(now: ConsolidationProgress, seconds: float) -> str:
+    """The figures of a consolidation in one line; parts that were kept do not count towards the rate."""
     rate = now.bytes / seconds if seconds else 0.0
     fresh = now.done - now.kept
     remaining = seconds / fresh * (now.total - now.done) if fresh else None
@@ -81,13 +81,13 @@ def _on_cluster(session: Session, landmarks: Landmarks) -> FanOut:
 
 
 @contextmanager
-def _shown() -> Iterator[Callable[[str, Progress], None]]:
-    """Show parts as they are made; then the stages that follow, by name."""
+def _shown() -> Iterator[Callable[[str, ConsolidationProgress], None]]:
+    """Show progress by parts, then by the names of later stages."""
     began = time.monotonic()
     with ExitStack() as bars:
         stage, draw = "", None
 
-        def show(name: str, now: Progress) -> None:
+        def show(name: str, now: ConsolidationProgress) -> None:
             nonlocal stage, draw
             if draw is None or name != stage:
                 bars.close()

@@ -1,20 +1,14 @@
-"""Consolidated weights, in one safetensors file or several: configuration, tensors, and whether they are as written."""
+"""Reading of consolidated weights, in one safetensors file or several, verified against their checksums and model."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from jobs.checkpoint import checkpoint
@@ -26,30 +20,23 @@ from jobs.checkpoint.zero_state import read_zero_state
 from jobs.errors import CheckpointError, WeightsFileError
 from jobs.run.directory import RunDirectory
 from jobs.weights.file_layout import FILE_NAME, INDEX_NAME
-from jobs.weights.results import SEVERAL_FILES, recorded_sha256
-from model import ConvMAE, ConvMAEConfig
-from model.errors import ModelConfigError, listed
-from model.weights import check_names
+from jobs.weights.target import SEVERAL_FILES, recorded_sha256
+from jobs.weights.weight_checks import check_against, check_dtypes
+from jobs.weights.weight_files import SUFFIX, local_copy, model_config, opened_file, sha256_of, tensors_in
+from model import ConvMAEConfig
+from model.errors import listed
 from pipeline.errors import clipped
-from pipeline.host.scratch import scratch_folder
 from pipeline.store.json_text import parsed_object
 from pipeline.store.storage import Storage
 
-SUFFIX = ".safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
 _SHARD_NAME = re.compile(r"[^/\\]+\.safetensors")
 _RESULT = re.compile(r"step-(\d+)(\.safetensors)?")
-_NOT_IN_SHAPES = ("num_heads", "decoder_num_heads")
-"""Fields of a model that its tensors do not tell."""
-_LENGTH_BYTES = 8
-"""Of a safetensors header's length, which stands before it."""
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-"""What weights may be of, by safetensors' names; what training computes with can be made of them."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A whole pretraining model: `ConvMAE(config).load_state_dict(tensors)` takes it."""
+    """A whole pretraining model, for `ConvMAE(config).load_state_dict(tensors)`."""
 
     config: ConvMAEConfig
     tensors: Mapping[str, Tensor]
@@ -66,63 +53,14 @@ class Weights:
         check_dtypes({name: tensor.dtype for name, tensor in self.tensors.items()}, value)
 
 
-def check_against(
-    tensors: Mapping[str, Any], config: ConvMAEConfig, value: str, *, absent: Collection[str] = ()
-) -> None:
-    """Compare names and shapes with those of a model, without making it.
-
-    Args:
-        tensors: Anything with a shape, by name.
-        config: Of the model.
-        value: What the tensors come from, for the message.
-        absent: Names of the model that need not be there.
-
-    Raises:
-        WeightsFileError: A name is missing or unexpected, or a shape is another; names them.
-    """
-    with torch.device("meta"):
-        expected = ConvMAE(config).state_dict()
-    try:
-        check_names(tensors, {name: value for name, value in expected.items() if name not in absent})
-    except ModelConfigError as error:
-        assert isinstance(error.value, list)
-        rule = f"must be those of the model ({listed(error.value)})"
-        raise WeightsFileError("weights", rule, value, error.remedy) from None
-
-
-def check_dtypes(dtypes: Mapping[str, object], value: str) -> None:
-    """Compare types, by name, torch's or as safetensors calls them, with those that weights may be of.
-
-    Raises:
-        WeightsFileError: One is no floating-point type of 16 bits or more, so that its values are no weights.
-    """
-    for name, dtype in dtypes.items():
-        if dtype not in _FLOATS and dtype not in _FLOATS.values():
-            rule = f"must be of float16, bfloat16, float32 or float64 ({clipped(name)} is of {dtype})"
-            remedy = "give weights as they were trained, neither quantized nor converted"
-            raise WeightsFileError("weights", rule, value, remedy)
-
-
-def check_finite(tensors: Iterable[tuple[str, Tensor]], value: str) -> None:
-    """Look for values with which no training can begin.
-
-    Raises:
-        WeightsFileError: One is infinite or not a number, perhaps only in fp32; names the first tensor.
-    """
-    for name, tensor in tensors:
-        if not tensor.float().isfinite().all():
-            rule = f"must be finite in fp32 ({clipped(name)} is not)"
-            raise WeightsFileError("weights", rule, value, "take an earlier checkpoint, from before the loss diverged")
-
-
 def of_file(storage: Storage, url: str) -> Weights:
     """Read consolidated weights: one file, or several by their index or their folder.
 
     Each file is compared with the SHA-256 beside it where there is one.
 
     Raises:
-        WeightsFileError: A file is missing, altered, no safetensors file, not of one of our models, or not one of those
-            that the index was written for.
+        WeightsFileError: A file is missing, altered, not a safetensors file, not of one of our models, or not one that
+            the index names.
     """
     if url.endswith(SUFFIX):
         with _checked_copy(storage, url) as path:
@@ -137,14 +75,14 @@ def of_file(storage: Storage, url: str) -> Weights:
 
 
 def is_weights(storage: Storage, url: str) -> bool:
-    """Whether `of_file` is meant by a place: a file, an index, or a folder that holds one of them."""
+    """Whether `of_file` can read a place: a file, an index, or a folder that holds one of them."""
     if url.endswith((SUFFIX, INDEX_SUFFIX)):
         return True
     return "/" in url and any(storage.exists(Storage.join(url, name)) for name in (INDEX_NAME, FILE_NAME))
 
 
 def folder_beside(url: str) -> str:
-    """Where what is made of weights goes: the folder of a file; for several, the one in which theirs lies."""
+    """The default place for exports of weights: the folder of a single file, or the parent of the folder of several."""
     place = url.removesuffix(f"/{INDEX_NAME}").rstrip("/")
     return place.rpartition("/")[0]
 
@@ -159,7 +97,7 @@ def _of_shards(storage: Storage, index_url: str) -> Weights:
             theirs = dict(file.metadata() or {})
             _check_shard(url, index_url, {key for key, place in places.items() if place == name}, set(file.keys()))
             _check_same(url, metadata or theirs, theirs)
-            tensors.update(_tensors(file, url))
+            tensors.update(tensors_in(file, url))
         metadata = theirs
     return _weights(tensors, metadata, index_url)
 
@@ -187,7 +125,7 @@ def _check_shard(url: str, index_url: str, expected: set[str], found: set[str]) 
     faults = [f"missing {name}" for name in sorted(expected - found)]
     faults += [f"unexpected {name}" for name in sorted(found - expected)]
     if faults:
-        rule = f"must hold the tensors that {index_url.rpartition('/')[2]} says ({listed(faults)})"
+        rule = f"must hold the tensors that {index_url.rpartition('/')[2]} lists ({listed(faults)})"
         raise WeightsFileError("weights", rule, url, "consolidate the checkpoint again with --force")
 
 
@@ -200,7 +138,7 @@ def _check_same(url: str, before: Mapping[str, str], theirs: Mapping[str, str]) 
 
 
 def of_run(run: RunDirectory, step: int | None = None) -> Weights:
-    """The weights of a run: what was consolidated, or else what its checkpoint holds.
+    """The weights of a run: consolidated ones, or else those of its checkpoint.
 
     Args:
         run: It may be training.
@@ -209,7 +147,7 @@ def of_run(run: RunDirectory, step: int | None = None) -> Weights:
     Raises:
         CheckpointError: There is no such step, or a file of it is missing or altered.
     """
-    written = consolidated(run)
+    written = urls_by_step(run)
     if step is None:
         step = max([*written, *checkpoint.committed_steps(run)], default=None)
     if step is None:
@@ -238,8 +176,8 @@ def _of_checkpoint(run: RunDirectory, commit: Commit) -> Weights:
     return weights
 
 
-def consolidated(run: RunDirectory) -> dict[int, str]:
-    """Where each step's fp32 weights are: the file, or else the folder of several that are finished."""
+def urls_by_step(run: RunDirectory) -> dict[int, str]:
+    """URL of each step's consolidated fp32 weights: the file, or else the folder of several, if finished."""
     found: dict[int, str] = {}
     for name in sorted(run.storage.list_names(run.path("consolidated"))):  # a folder comes before its file
         match = _RESULT.fullmatch(name)
@@ -256,128 +194,14 @@ def read_weights(path: Path, url: str) -> Weights:
         WeightsFileError: As `of_file`.
     """
     with opened_file(path, url) as file:
-        return _weights(_tensors(file, url), dict(file.metadata() or {}), url)
+        return _weights(tensors_in(file, url), dict(file.metadata() or {}), url)
 
 
 def _weights(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], url: str) -> Weights:
-    told = {name: value for name, value in metadata.items() if name not in ("model", "format")}
-    weights = Weights(model_config(metadata, url), tensors, told)
+    others = {name: value for name, value in metadata.items() if name not in ("model", "format")}
+    weights = Weights(model_config(metadata, url), tensors, others)
     weights.check(url)
     return weights
-
-
-def check_header(path: Path, url: str, config: ConvMAEConfig) -> None:
-    """Compare names, shapes, types and numbers of heads in a local file with a model; reads no tensor.
-
-    Raises:
-        WeightsFileError: They are those of another model; names them.
-    """
-    with opened_file(path, url) as file:
-        theirs = model_config(dict(file.metadata() or {}), url)
-        check_against(shapes_of(file), config, url)
-        check_dtypes({name: file.get_slice(name).get_dtype() for name in file.keys()}, url)  # noqa: SIM118
-    check_heads(theirs, config, url)
-
-
-def check_heads(theirs: ConvMAEConfig, config: ConvMAEConfig, url: str) -> None:
-    """Compare what shapes do not tell of two models.
-
-    Raises:
-        WeightsFileError: A number of heads is another; names it.
-    """
-    for name in _NOT_IN_SHAPES:
-        if getattr(theirs, name) != getattr(config, name):
-            rule = f"must be of a model with {name} = {getattr(config, name)}, not {getattr(theirs, name)}"
-            raise WeightsFileError("weights", rule, url, f"set model.{name}={getattr(theirs, name)}")
-
-
-def check_values(path: Path, url: str) -> None:
-    """Read a local file, one tensor at a time, for values with which no training can begin; call after `check_header`.
-
-    Raises:
-        WeightsFileError: As `check_finite`.
-    """
-    with opened_file(path, url) as file:
-        check_finite(((name, file.get_tensor(name)) for name in file.keys()), url)  # noqa: SIM118
-
-
-def _tensors(file: Any, url: str) -> dict[str, Tensor]:
-    try:
-        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
-    except (TypeError, RuntimeError):  # a hostile header names shapes that torch cannot make
-        rule, remedy = "must hold tensors that can be made", "get the file again from where it was written"
-        raise WeightsFileError("weights", rule, url, remedy) from None
-
-
-def shapes_of(file: Any) -> dict[str, SimpleNamespace]:
-    """Shapes by name, without tensors, which torch cannot make of all."""
-    return {name: SimpleNamespace(shape=tuple(file.get_slice(name).get_shape())) for name in file.keys()}  # noqa: SIM118
-
-
-@contextmanager
-def opened_file(path: Path, url: str) -> Iterator[Any]:
-    """A safetensors file, open for reading.
-
-    Raises:
-        WeightsFileError: It is none, or not whole; also what reading from it raises.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        remedy = "give a file that `convmae consolidate` or `convmae import` wrote"
-        raise WeightsFileError("weights", f"must be a whole safetensors file ({error})", url, remedy) from None
-
-
-def write_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a local file; the same tensors and metadata give the same bytes."""
-    save_file({name: value.contiguous() for name, value in tensors.items()}, path, metadata=dict(metadata))
-    with path.open("r+b") as file:  # safetensors writes metadata in an order that changes from one call to the next
-        length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
-        header = json.loads(file.read(length))
-        header["__metadata__"] = dict(sorted(metadata.items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length)
-        assert len(text) == length
-        file.seek(_LENGTH_BYTES)
-        file.write(text)
-
-
-def model_config(metadata: Mapping[str, str], url: str) -> ConvMAEConfig:
-    """The configuration that a file was made with.
-
-    Raises:
-        WeightsFileError: It has none, or one that is not of a known model.
-    """
-    remedy = "give a file that `convmae consolidate` or `convmae import` wrote"
-    if "model" not in metadata:
-        raise WeightsFileError("weights", "must say in its metadata of which model it is", url, remedy)
-    try:
-        return ConvMAEConfig(**parsed_object(metadata["model"]))
-    except (ValueError, TypeError) as error:
-        rule = f"must be of a model that is known ({clipped(str(error))})"
-        raise WeightsFileError("weights", rule, url, remedy) from None
-
-
-def model_json(config: ConvMAEConfig) -> str:
-    """What a file's metadata says of its model."""
-    return json.dumps(asdict(config), sort_keys=True)
-
-
-@contextmanager
-def local_copy(storage: Storage, url: str) -> Iterator[Path]:
-    """The file on local disk while the context is open.
-
-    Raises:
-        WeightsFileError: It is missing.
-    """
-    with scratch_folder() as scratch:
-        path = Path(scratch, "weights")
-        try:
-            storage.download(url, path)
-        except FileNotFoundError:
-            remedy = "`convmae checkpoints RUN` shows which steps a run has; `convmae consolidate` writes the file"
-            raise WeightsFileError("weights", "must exist", url, remedy) from None
-        yield path
 
 
 @contextmanager
@@ -387,9 +211,3 @@ def _checked_copy(storage: Storage, url: str) -> Iterator[Path]:
             rule = f"must have the SHA-256 in {url.rpartition('/')[2]}.sha256 beside it"
             raise WeightsFileError("weights", rule, url, "consolidate the checkpoint again, or get the file again")
         yield path
-
-
-def sha256_of(path: Path) -> str:
-    """Of a local file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

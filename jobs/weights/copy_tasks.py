@@ -1,4 +1,4 @@
-"""What one task of a consolidation does: make one part of a file, or read a finished file through.
+"""Tasks of a consolidation: make one part of a file, or read a finished file back.
 
 Imports neither torch nor DeepSpeed: a task's memory is that of the interpreter, the storage client, and a few parts.
 """
@@ -14,21 +14,22 @@ from dataclasses import dataclass
 import google_crc32c
 
 from jobs.weights.dtypes import converted
-from jobs.weights.reads import PartPlan, PartRead, Take
+from jobs.weights.file_layout import TensorPiece
+from jobs.weights.reads import PartPlan, PartRead
 from pipeline.store import parted_write
 from pipeline.store.parted_write import PartedWrite, WrittenPart
 from pipeline.store.storage import Storage
 
 _READS = 4
-"""Ranges that a task reads at once."""
+"""Byte ranges that a task reads at once."""
 _STREAM_BYTES = 4 << 20
 _CONVERT_BYTES = 1 << 20
-"""Converted at once: rounding holds several copies of what it works on. A multiple of every type's size."""
+"""Converted at a time, since rounding holds several copies. A multiple of every type's size."""
 
 
 @dataclass(frozen=True)
 class MakePart:
-    """Make one part and put it into the object that it belongs to."""
+    """Make one part and upload it into its object."""
 
     plan: PartPlan
     target: PartedWrite
@@ -36,7 +37,7 @@ class MakePart:
 
 @dataclass(frozen=True)
 class MakeFile:
-    """Make a whole file, part after part, where the store takes no parts from several writers."""
+    """Make a whole file, part by part, for a store that takes no parts from several writers."""
 
     url: str
     plans: tuple[PartPlan, ...]
@@ -52,25 +53,25 @@ class HashFile:
 
 @dataclass(frozen=True)
 class Done:
-    """What came of a task."""
+    """The outcome of a task."""
 
     url: str
     bytes: int = 0
-    """That were added to the file, or read back."""
+    """Bytes that were added to the file, or read back."""
     parts: tuple[WrittenPart, ...] = ()
     sha256: str = ""
     crc32c: int = 0
-    """Of the whole file; with `sha256`."""
+    """Of the whole file, if `sha256` is set."""
 
 
 Task = MakePart | MakeFile | HashFile
 
 
-def work(storage: Storage, url: str, task: Task) -> Done:  # noqa: ARG001 (a fan-out hands it to every task)
+def work(storage: Storage, url: str, task: Task) -> Done:  # noqa: ARG001 (a fan-out passes it to every task)
     """Do one task.
 
     Raises:
-        CheckpointError: A value does not fit the type that was asked for; names the tensor.
+        CheckpointError: A value does not fit the requested type; names the tensor.
         DamagedCheckpointError: A file is missing, truncated or altered; names it and the place.
     """
     match task:
@@ -99,22 +100,23 @@ def made(storage: Storage, plan: PartPlan) -> bytes:
 
 
 def _pieces(storage: Storage, read: PartRead) -> list[tuple[int, bytes | memoryview]]:
-    """What is taken of one read, as it is written, each with its place in the part."""
-    data = memoryview(read.range.read(storage))
-    is_mostly_taken = 2 * sum(take.bytes for take in read.takes) >= len(data)
-    pieces: list[tuple[int, bytes | memoryview]] = []
-    for take in read.takes:
-        values = data[take.start : take.start + take.bytes]
-        if take.source_dtype != take.dtype:
-            pieces.append((take.offset, _converted(take, values)))
-        else:  # a copy, where a view would keep much more than is needed
-            pieces.append((take.offset, values if is_mostly_taken else bytes(values)))
-    return pieces
+    """The values that are taken from one read, as they are written, each with its place in the part."""
+    data = memoryview(read.source.read(storage))
+    is_mostly_taken = 2 * sum(piece.source.length for piece in read.pieces) >= len(data)
+    found: list[tuple[int, bytes | memoryview]] = []
+    for piece in read.pieces:
+        start = piece.source.offset - read.source.range.offset
+        values = data[start : start + piece.source.length]
+        if piece.source_dtype != piece.dtype:
+            found.append((piece.offset, _converted(piece, values)))
+        else:  # a copy, if a view would keep much more than needed in memory
+            found.append((piece.offset, values if is_mostly_taken else bytes(values)))
+    return found
 
 
-def _converted(take: Take, values: memoryview) -> bytes:
+def _converted(piece: TensorPiece, values: memoryview) -> bytes:
     chunks = (values[start : start + _CONVERT_BYTES] for start in range(0, len(values), _CONVERT_BYTES))
-    return b"".join(converted(take.tensor, chunk, take.source_dtype, take.dtype) for chunk in chunks)
+    return b"".join(converted(piece.tensor, chunk, piece.source_dtype, piece.dtype) for chunk in chunks)
 
 
 def _streamed(storage: Storage, url: str, plans: Sequence[PartPlan]) -> Done:
@@ -132,7 +134,7 @@ def _streamed(storage: Storage, url: str, plans: Sequence[PartPlan]) -> Done:
 
 
 def _hashed(storage: Storage, url: str, size: int) -> Done:
-    """SHA-256 and CRC32C of a file as the store gives it back; one range is read while another is hashed."""
+    """SHA-256 and CRC32C of a file as the store returns it; byte ranges are read while others are hashed."""
     sha256, crc32c, received = hashlib.sha256(), 0, 0
     with ThreadPoolExecutor(_READS) as threads:
         starts = iter(range(0, size, _STREAM_BYTES))

@@ -1,4 +1,4 @@
-"""Values of one floating-point type as values of another, without torch: numpy has no bfloat16."""
+"""Conversion of floating-point types without torch; numpy has no bfloat16."""
 
 from __future__ import annotations
 
@@ -61,4 +61,4 @@ def _refuse_overflow(tensor: str, data: bytes | memoryview, source: str, dtype: 
     if lost.size:
         name = next(name for name, stored in DTYPES.items() if stored == dtype)
         rule, value = f"must hold every value of {tensor}", f"{name}, and one is {lost[0]:g}"
-        raise CheckpointError("--dtype", rule, value, "take bf16 or fp32" if name == "fp16" else "take another")
+        raise CheckpointError("--dtype", rule, value, "use bf16 or fp32" if name == "fp16" else "use another")

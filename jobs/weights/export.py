@@ -1,4 +1,4 @@
-"""A checkpoint in the formats of others: the official names, our backbone, a Hugging Face folder, ONNX."""
+"""Exports of a checkpoint: the official names, our backbone, a Hugging Face folder, ONNX."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from jobs.checkpoint.checkpoint import folder_name
 from jobs.errors import ExportError
 from jobs.run.directory import RunDirectory
 from jobs.weights import onnx_export
-from jobs.weights.consolidated import Weights, model_json, sha256_of, write_tensors
+from jobs.weights.consolidated import Weights
 from jobs.weights.model_card import write_card
+from jobs.weights.weight_files import model_json, sha256_of, write_tensors
 from model import Backbone, ConvMAE, ConvMAEConfig
 from model.config import PATCH_PIXELS
 from model.errors import ModelConfigError
@@ -28,7 +29,7 @@ from pipeline.store.storage import Storage
 
 OFFICIAL_KERNEL_SIZE = 5
 ABOUT = "convmae_pretrain"
-"""Key of an official file, beside `model`, under which our metadata are; the official code does not look at it."""
+"""Key of our metadata in an official file, beside `model`; the official code does not read it."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,16 @@ class Source:
 
     weights: Weights
     run: RunDirectory | None
-    """Its history and pictures go into the model card; None for a file on its own."""
+    """Its history and pictures are put into the model card; None for a file on its own."""
     image_size: tuple[int, int]
     """Of the ONNX model's input."""
 
     @classmethod
     def of(cls, weights: Weights, run: RunDirectory | None, image_size: str = "") -> Source:
-        """Take weights with an image size as it is written on the command line; empty: that of the pretraining.
+        """Weights with an image size as written on the command line; empty: that of the pretraining.
 
         Raises:
-            ExportError: The size is none.
+            ExportError: The size is invalid.
         """
         match = re.fullmatch(r"(\d+)(?:x(\d+))?", image_size)
         if not image_size:
@@ -76,7 +77,7 @@ class Exported:
 
 @dataclass(frozen=True)
 class Format:
-    """One format: what it is called, and how it is written into a local folder."""
+    """One format, and how it is written into a local folder."""
 
     suffix: str
     """Of its only file; empty where it is a folder of files."""
@@ -85,13 +86,13 @@ class Format:
 
 
 def export(source: Source, name: str, storage: Storage, out: str, *, force: bool = False) -> list[Exported]:
-    """Write a checkpoint in the format `name`; nothing is left under `out` if it cannot be made.
+    """Write a checkpoint in the format `name`; if that fails, nothing is left under `out`.
 
     Args:
         source: What to export.
         name: One of FORMATS.
         storage: Reaches `out`.
-        out: The file, if it ends as files of the format do; else a folder.
+        out: The file, if it has the format's suffix; else a folder.
         force: Replace what is there.
 
     Raises:
@@ -105,7 +106,7 @@ def export(source: Source, name: str, storage: Storage, out: str, *, force: bool
     target = storage.join(folder, file_name) if form.suffix else folder
     storage.check(folder, write=True)
     if not force and _exists(storage, target, is_folder=not form.suffix):
-        raise ExportError("--out", "must not exist yet", target, "take another place, or replace it with --force")
+        raise ExportError("--out", "must not exist yet", target, "choose another place, or replace it with --force")
     with scratch_folder() as scratch:
         form.write(source, Path(scratch), file_name)
         exported = []
@@ -117,7 +118,7 @@ def export(source: Source, name: str, storage: Storage, out: str, *, force: bool
 
 
 def check_format(name: str) -> None:
-    """Find out before any work whether a format can be written.
+    """Check before any work that a format can be written.
 
     Raises:
         ExportError: It is unknown, or a package is missing.
@@ -141,10 +142,10 @@ def _write_official(source: Source, folder: Path, name: str) -> None:
 
 
 def check_official(config: ConvMAEConfig) -> None:
-    """Whether the official pretraining class can be made in this shape.
+    """Check that the official pretraining class can have this shape.
 
     Raises:
-        ExportError: It has no such field; names it.
+        ExportError: It cannot; names the field.
     """
     rows, columns = config.grid
     limits: list[tuple[str, object, object]] = [("image_size", rows == columns, True)]
@@ -186,7 +187,7 @@ def _write_hugging_face(source: Source, folder: Path, _: str) -> None:
 
 
 def hugging_face_config(weights: Weights) -> dict[str, object]:
-    """What `config.json` says: the names that `transformers` uses, and under `convmae` all fields as they are."""
+    """Contents of `config.json`: the names that `transformers` uses, and under `convmae` all fields as they are."""
     config = weights.config
     return {
         "model_type": "convmae",
@@ -217,7 +218,7 @@ def _backbone(weights: Weights) -> Backbone:
     try:
         backbone = Backbone(weights.config)
     except ModelConfigError as error:
-        raise ExportError(f"model.{error.field}", error.rule, error.value, "take --format official or hf") from None
+        raise ExportError(f"model.{error.field}", error.rule, error.value, "use --format official or hf") from None
     backbone.load(weights.tensors)
     return backbone.eval()
 

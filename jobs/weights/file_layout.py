@@ -1,8 +1,8 @@
-"""How a consolidated state dict lies in safetensors files, before a byte of it is read.
+"""Layout of consolidated weights in safetensors files, known before any weight is read.
 
-A file is eight bytes with the header's length, the header (JSON), and the tensors without gaps. All is known from
-names, shapes and types alone, so a file can be cut into parts that are made independently of each other. Tensors keep
-the order in which they lie in the checkpoint, wider types first so that all are aligned: a part then reads few ranges.
+A file is eight bytes with the header's length, the header (JSON), and the tensors without gaps. All follows from names,
+shapes and types alone, so a file can be cut into parts that are made independently. Tensors keep the order in which
+they lie in the checkpoint, wider types first so that all are aligned: a part then reads few byte ranges.
 
 Source: https://huggingface.co/docs/safetensors/index#format; for several files, the index of Hugging Face's models.
 """
@@ -12,11 +12,11 @@ from __future__ import annotations
 import bisect
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
-from jobs.checkpoint.torch_archive import ITEM_BYTES
-from jobs.checkpoint.zero_layout import Extent, SourceTensor
+from jobs.checkpoint.torch_archive import ITEM_BYTES, ByteRange
+from jobs.checkpoint.zero_layout import SourceTensor
 from jobs.errors import CheckpointError
 from pipeline.store.parted_write import MOST_PARTS
 
@@ -28,29 +28,39 @@ FILE_NAME = "model.safetensors"
 _ALIGNMENT = 8
 
 DTYPES = {"fp32": "F32", "bf16": "BF16", "fp16": "F16"}
-"""Types of floating-point tensors that can be asked for, and their names in safetensors."""
+"""Types that can be requested for floating-point tensors, and their names in safetensors."""
 
 
 @dataclass(frozen=True)
-class Slice:
-    """Some values of one tensor, and where they lie."""
+class TensorPiece:
+    """Some values of one tensor: where they lie in the checkpoint, and where they belong in a part."""
 
+    source: ByteRange
+    offset: int
+    """Within the part, where they are `dtype`."""
     tensor: str
     source_dtype: str
     dtype: str
-    extents: tuple[Extent, ...]
+
+    def cut(self, most_bytes: int) -> Iterator[TensorPiece]:
+        """The same values in pieces of at most `most_bytes` in the checkpoint, a multiple of every type's size."""
+        url, start, length = self.source
+        for done in range(0, length, most_bytes):
+            offset = self.offset + done // ITEM_BYTES[self.source_dtype] * ITEM_BYTES[self.dtype]
+            source = ByteRange(url, start + done, min(most_bytes, length - done))
+            yield replace(self, source=source, offset=offset)
 
 
 @dataclass(frozen=True)
-class Part:
-    """A range of one file: literal bytes, then slices of tensors."""
+class WeightPart:
+    """A byte range of one file that is to be made: literal bytes, then pieces of tensors."""
 
     url: str
     number: int
-    """From 1 on."""
+    """From 1."""
     offset: int
     literal: bytes
-    slices: tuple[Slice, ...]
+    pieces: tuple[TensorPiece, ...]
     bytes: int
 
 
@@ -66,11 +76,11 @@ class WeightFile:
     least_part_bytes: int = PART_BYTES
 
     def dtype_of(self, tensor: SourceTensor) -> str:
-        """What `tensor` is stored as; what is not floating-point keeps its type."""
+        """The type as which `tensor` is stored; what is not floating-point keeps its type."""
         return self.dtype if tensor.is_floating_point else tensor.dtype
 
     def bytes_of(self, tensor: SourceTensor) -> int:
-        """What `tensor` takes in the file."""
+        """Size of `tensor` in the file."""
         return tensor.elements * ITEM_BYTES[self.dtype_of(tensor)]
 
     @cached_property
@@ -94,7 +104,7 @@ class WeightFile:
 
     @cached_property
     def _starts(self) -> list[int]:
-        """Where each tensor's bytes begin behind the header, and where the last one's end."""
+        """Where each tensor's bytes begin after the header, and where the last one's end."""
         starts = [0]
         for tensor in self.ordered:
             starts.append(starts[-1] + self.bytes_of(tensor))
@@ -113,29 +123,30 @@ class WeightFile:
 
     @property
     def part_count(self) -> int:
-        """In how many parts it is made."""
+        """Number of its parts."""
         return -(-self.bytes // self.part_bytes)
 
-    def parts(self) -> Iterator[Part]:
+    def parts(self) -> Iterator[WeightPart]:
         """Its parts, in order."""
         for index in range(self.part_count):
             offset = index * self.part_bytes
             end = min(offset + self.part_bytes, self.bytes)
             literal = self.header[offset:end]
             begin = max(offset, len(self.header)) - len(self.header)
-            slices = tuple(self._slices(begin, max(begin, end - len(self.header))))
-            yield Part(self.url, index + 1, offset, literal, slices, end - offset)
+            pieces = tuple(self._pieces(begin, max(begin, end - len(self.header)), len(literal)))
+            yield WeightPart(self.url, index + 1, offset, literal, pieces, end - offset)
 
-    def _slices(self, start: int, stop: int) -> Iterator[Slice]:
-        """The values at bytes [start, stop) behind the header."""
+    def _pieces(self, start: int, stop: int, offset: int) -> Iterator[TensorPiece]:
+        """The values at bytes [start, stop) after the header, which belong at `offset` of a part."""
         index = max(0, bisect.bisect_right(self._starts, start) - 1)
         while start < stop:
             tensor, begin = self.ordered[index], self._starts[index]
             end = min(stop, self._starts[index + 1])
             dtype = self.dtype_of(tensor)
             first, last = ((edge - begin) // ITEM_BYTES[dtype] for edge in (start, end))
-            if last > first:
-                yield Slice(tensor.name, tensor.dtype, dtype, tuple(tensor.extents(first, last)))
+            for source in tensor.byte_ranges(first, last):
+                yield TensorPiece(source, offset, tensor.name, tensor.dtype, dtype)
+                offset += source.length // ITEM_BYTES[tensor.dtype] * ITEM_BYTES[dtype]
             start, index = end, index + 1
 
 
@@ -156,10 +167,10 @@ def one_file(url: str, tensors: Sequence[SourceTensor], metadata: Mapping[str, s
 def several_files(
     folder: str, tensors: Sequence[SourceTensor], metadata: Mapping[str, str], dtype: str, most_bytes: int
 ) -> list[WeightFile]:
-    """The tensors in as many files as it takes for none to be larger than `most_bytes`; one keeps the plain name.
+    """The tensors in as many files as needed for none to exceed `most_bytes`; a single file keeps the plain name.
 
     Raises:
-        CheckpointError: A tensor alone is larger, or a file of that size cannot be made.
+        CheckpointError: One tensor alone is larger, or a file of that size cannot be made.
     """
     empty = WeightFile(f"{folder}/{FILE_NAME}", (), metadata, dtype)
     least = empty.bytes + _ALIGNMENT
@@ -168,7 +179,7 @@ def several_files(
     for tensor in sorted(tensors, key=lambda tensor: -ITEM_BYTES[empty.dtype_of(tensor)]):
         needed = empty.bytes_of(tensor) + _entry_bytes(tensor)
         if needed > most_bytes - least:
-            rule, remedy = f"must hold the largest tensor, {tensor.name}", f"take {needed + least} or more"
+            rule, remedy = f"must hold the largest tensor, {tensor.name}", f"give {needed + least} or more"
             raise CheckpointError("--shard-bytes", rule, most_bytes, remedy)
         if needed > room:
             bins.append([])
@@ -182,7 +193,7 @@ def several_files(
 
 
 def _entry_bytes(tensor: SourceTensor) -> int:
-    """What a tensor takes in a header, at most."""
+    """Most bytes that a tensor takes in a header."""
     entry = {tensor.name: {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [1 << 60, 1 << 60]}}
     return len(json.dumps(entry, ensure_ascii=False).encode())
 

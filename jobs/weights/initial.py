@@ -1,8 +1,8 @@
-"""Where a run starts from: weights of another training, official or our own, instead of random ones.
+"""Initial weights of a run: those of another training, official or our own, instead of random ones.
 
-`convmae import` turns a file of others into a consolidated one; the recipe's `init_from` names that. Its SHA-256
+`convmae import` converts a foreign file into consolidated weights, which the recipe's `init_from` names. Their SHA-256
 becomes part of the run, so that every attempt before the first checkpoint starts from the same bytes. A run that has a
-checkpoint goes on from there.
+checkpoint resumes from that.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import argparse
 import io
 import warnings
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,13 +25,10 @@ from jobs.checkpoint.torch_archive import LARGEST_PICKLE_BYTES, check_directory
 from jobs.errors import WeightsFileError
 from jobs.recipe.recipe import Recipe
 from jobs.run.directory import RunDirectory
-from jobs.weights.consolidated import (
+from jobs.weights.names import WeightNames, described, fresh_tensors, weight_names
+from jobs.weights.weight_checks import check_dtypes, check_finite, check_header, check_heads, check_values
+from jobs.weights.weight_files import (
     SUFFIX,
-    check_dtypes,
-    check_finite,
-    check_header,
-    check_heads,
-    check_values,
     local_copy,
     model_config,
     model_json,
@@ -39,19 +37,18 @@ from jobs.weights.consolidated import (
     shapes_of,
     write_tensors,
 )
-from jobs.weights.names import WeightNames, described, fresh_tensors, weight_names
 from model import ConvMAEConfig
 from pipeline.errors import clipped
 from pipeline.host.scratch import scratch_folder
 from pipeline.store.storage import Storage
 
 _NESTED = ("model", "state_dict", "module")
-"""Names under which training codes keep a state dict: the official one, many others, DeepSpeed."""
+"""Names under which training code keeps a state dict: the official one, many others, DeepSpeed."""
 _DEEPEST_NESTING = 3
 _END_BYTES = 22
 """Of a zip archive's end, without a comment."""
 _END_64_BYTES = 56 + 20
-"""Of what stands before it where places have 64 bits."""
+"""Of what precedes it if offsets have 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ class Imported:
     sha256: str
     source_sha256: str
     notes: tuple[str, ...]
-    """How the file was taken where its tensors are not simply those of the model, a line each."""
+    """How the file was read, if its tensors are not simply those of the model; one line each."""
 
 
 def import_weights(
@@ -75,46 +72,48 @@ def import_weights(
     fresh_decoder_seed: int | None = None,
     force: bool = False,
 ) -> Imported:
-    """Turn weights of the official code, as they are published or kept, into a file that a run can start from.
+    """Convert weights of the official code, published or your own, into a file that a run can start from.
 
     Args:
         storage: Reaches both.
-        source: URL of a file of PyTorch or of safetensors, ours too.
+        source: URL of a PyTorch or safetensors file; also one of ours.
         out: URL of the file to write; `.safetensors`.
-        config: Of the model that shall take the weights.
-        fresh_decoder_seed: Take the encoder alone, with the decoder that a run of this seed would begin with.
+        config: Of the model that is to load the weights.
+        fresh_decoder_seed: Import the encoder alone, with the initial decoder of a run of this seed.
         force: Replace what is there.
 
     Raises:
         WeightsFileError: The file cannot be read, is of another model (names the missing, unexpected and misshapen
-            tensors) or holds what are no weights, or the target exists.
+            tensors) or holds values that are not weights, or the target exists.
     """
     if not out.endswith(SUFFIX):
         raise WeightsFileError("OUT", f"must end in {SUFFIX}", out, f"write it as {out.rstrip('/')}/weights{SUFFIX}")
     storage.check(out.rpartition("/")[0] or ".", write=True)
     if storage.exists(out) and not force:
-        raise WeightsFileError("OUT", "must not exist yet", out, "take another place, or replace it with --force")
-    with local_copy(storage, source) as path, scratch_folder() as scratch:
-        source_sha256 = sha256_of(path)
+        raise WeightsFileError("OUT", "must not exist yet", out, "choose another place, or replace it with --force")
+    with local_copy(storage, source) as path:
+        metadata = {"format": "pt", "model": model_json(config), "imported_from": source}
+        metadata["source_sha256"] = sha256_of(path)
         tensors, names = _taken(path, source, config, fresh_decoder=fresh_decoder_seed is not None)
         check_finite(tensors.items(), source)
-        target = Path(scratch, "weights")
-        metadata = {
-            "format": "pt",
-            "model": model_json(config),
-            "imported_from": source,
-            "source_sha256": source_sha256,
-        }
         notes = names.notes
         if fresh_decoder_seed is not None:
             tensors |= fresh_tensors(names.fresh, config, fresh_decoder_seed)
             metadata["fresh_decoder_seed"] = str(fresh_decoder_seed)
             notes += (f"fresh from seed {fresh_decoder_seed}: {described(names.fresh)}",)
-        write_tensors({name: value.float() for name, value in tensors.items()}, target, metadata)
-        storage.upload(target, out)
-        sha256 = sha256_of(target)
+        return _written(storage, out, tensors, metadata, notes)
+
+
+def _written(
+    storage: Storage, out: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], notes: tuple[str, ...]
+) -> Imported:
+    with scratch_folder() as scratch:
+        path = Path(scratch, "weights")
+        write_tensors({name: value.float() for name, value in tensors.items()}, path, metadata)
+        storage.upload(path, out)
+        sha256 = sha256_of(path)
         storage.write(f"{out}.sha256", f"{sha256}  {out.rpartition('/')[2]}\n".encode())
-        return Imported(out, target.stat().st_size, sha256, source_sha256, notes)
+        return Imported(out, path.stat().st_size, sha256, metadata["source_sha256"], notes)
 
 
 def _taken(
@@ -136,7 +135,7 @@ def _taken(
 
 
 def _is_safetensors(path: Path, url: str) -> bool:
-    """By its name or its first bytes, whose header is JSON."""
+    """By its name, or by its first bytes: the header is JSON."""
     with path.open("rb") as file:
         return url.endswith(SUFFIX) or file.read(9)[8:] == b"{"
 
@@ -144,7 +143,7 @@ def _is_safetensors(path: Path, url: str) -> bool:
 def pinned(storage: Storage, recipe: Recipe, run: RunDirectory) -> Recipe:
     """The recipe with the SHA-256 of the file that `init_from` names, which is compared with the model.
 
-    A run that exists keeps what it began with; its file may be gone by now.
+    An existing run keeps what it began with, whose file may be gone by now.
 
     Raises:
         WeightsFileError: The file is missing, of another model, not finite, or not the one whose `init_sha256` was
@@ -163,7 +162,7 @@ def pinned(storage: Storage, recipe: Recipe, run: RunDirectory) -> Recipe:
 
 
 def load_initial_weights(storage: Storage, recipe: Recipe, group: RankGroup) -> dict[str, Tensor]:
-    """The state dict that a new run starts from. Collective: rank 0 reads the file, and tells the others.
+    """The state dict that a new run starts from. Collective: rank 0 reads the file and sends it to the others.
 
     Raises:
         WeightsFileError: The file is not the one that the run was submitted with; the same on all ranks.
@@ -175,7 +174,7 @@ def load_initial_weights(storage: Storage, recipe: Recipe, group: RankGroup) -> 
             return dict(load_file(path))
 
     state = group.together(lambda: read() if group.rank == 0 else {})
-    kinds = group.told({name: (value.shape, value.dtype) for name, value in state.items()})
+    kinds = group.broadcast({name: (value.shape, value.dtype) for name, value in state.items()})
     shared = Room(kinds)
     for name, value in state.items():
         shared.tensors[name].copy_(value)
@@ -186,8 +185,8 @@ def load_initial_weights(storage: Storage, recipe: Recipe, group: RankGroup) -> 
 def _checked_sha256(path: Path, recipe: Recipe) -> str:
     found = sha256_of(path)
     if recipe.init_sha256 not in ("", found):
-        rule = f"must be the file with SHA-256 {recipe.init_sha256[:16]}…, and that there has {found[:16]}…"
-        raise WeightsFileError("init_from", rule, recipe.init_from, "bring it back, or start another run")
+        rule = f"must be the file with SHA-256 {recipe.init_sha256[:16]}…, but the file there has {found[:16]}…"
+        raise WeightsFileError("init_from", rule, recipe.init_from, "restore it, or start another run")
     return found
 
 
@@ -195,10 +194,10 @@ def _loaded(path: Path, url: str) -> dict[str, Tensor]:
     remedy = "give the .pth that the official main_pretrain.py or `convmae export --format official` wrote"
     try:
         state = _state_dict(path)
-    # The file is not trusted, and torch.load raises whatever a pickle made it do. What it says is not passed on: it
-    # advises to load the file without checks.
+    # The file is not trusted, and torch.load raises whatever a pickle makes it raise. Its message is not shown, since
+    # it advises loading the file without checks.
     except Exception as error:
-        rule = f"must be a PyTorch file of tensors alone, and whole ({_reason(error)})"
+        rule = f"must be a whole PyTorch file of tensors alone ({_reason(error)})"
         raise WeightsFileError("weights", rule, url, remedy) from None
     if state is None:
         raise WeightsFileError("weights", 'must hold a state dict, or one under "model" or "state_dict"', url, remedy)
@@ -223,7 +222,7 @@ def _reason(error: Exception) -> str:
 
 
 def _state_dict(path: Path) -> dict[str, Tensor] | None:
-    """The tensors by name, as plain ones, whatever attributes the file gave them; None where there is something else.
+    """Plain tensors by name, without attributes that the file gave them; None if there is anything else.
 
     Raises:
         Exception: Of any kind.
@@ -232,9 +231,9 @@ def _state_dict(path: Path) -> dict[str, Tensor] | None:
         is_archive = opened.read(4) == b"PK\x03\x04"
     if is_archive:
         _check_archive(path)
-    # The official code keeps its argparse.Namespace beside the weights: a plain record, which runs nothing.
+    # The official code saves its argparse.Namespace beside the weights: a plain record, which runs nothing.
     with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of odd pickles and tensors, most of which are refused in one line
+        warnings.simplefilter("ignore")  # about odd pickles and tensors, most of which are refused below
         if is_archive:
             found = torch.load(path, map_location="cpu", weights_only=True)
         else:
@@ -251,7 +250,7 @@ def _state_dict(path: Path) -> dict[str, Tensor] | None:
 
 
 def _innermost(found: dict[Any, Any]) -> dict[Any, Any]:
-    """The state dict in what is kept with it."""
+    """The state dict, without what was saved around it."""
     for _ in range(_DEEPEST_NESTING):
         within = [value for name in _NESTED if isinstance(value := dict.get(found, name), dict)]
         if not within:
@@ -261,10 +260,10 @@ def _innermost(found: dict[Any, Any]) -> dict[Any, Any]:
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse an archive that takes more memory than its file, or of which torch would read another directory.
+    """Refuse an archive that takes more memory than its file, or in which torch would read another directory.
 
     Raises:
-        zipfile.BadZipFile: It is such.
+        zipfile.BadZipFile: It is one of these.
     """
     size = path.stat().st_size
     with path.open("rb") as file, zipfile.ZipFile(file) as archive:
@@ -276,12 +275,12 @@ def _check_archive(path: Path) -> None:
 def _is_read_alike(file: BinaryIO, size: int, found: int) -> bool:
     """Whether torch reads the directory that Python found.
 
-    Python takes the one that lies right before the archive's end, torch the one at the place that the end tells.
+    Python reads the one right before the archive's end, torch the one at the offset that the end gives.
     """
     file.seek(max(0, size - _END_BYTES - _END_64_BYTES))
     end = file.read()
     places = {int.from_bytes(end[-6:-2], "little")}
-    if end[-42:-38] == b"PK\x06\x07":  # the place of the record with places of 64 bits, of which torch writes both
+    if end[-42:-38] == b"PK\x06\x07":  # the offset of the record with 64-bit offsets; torch writes both records
         record = int.from_bytes(end[-34:-26], "little")
         if end[:4] != b"PK\x06\x06" or record != size - len(end):
             return False

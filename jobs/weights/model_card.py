@@ -1,4 +1,4 @@
-"""The README of an exported model: what it is, how it was trained, how it is loaded, with its pictures."""
+"""The README of an exported model: what it is, how it was trained, how it is loaded, and its pictures."""
 
 from __future__ import annotations
 
@@ -77,12 +77,12 @@ stage1, stage2, stage3 = backbone(images)  # images: (B, 3, H, W)
 
 
 def write_card(folder: Path, weights: Weights, run: RunDirectory | None) -> None:
-    """Write `README.md` into a local folder, and beside it the pictures that the run has.
+    """Write `README.md` into a local folder, with the pictures of the run beside it.
 
     Args:
-        folder: Where to.
+        folder: Destination.
         weights: What the card describes.
-        run: Whose recipe, history and reconstructions are shown; None where it is not known.
+        run: Whose recipe, history and reconstructions are shown; None if it is unknown.
     """
     rows = _history_until(run, weights.metadata) if run else []
     if rows:
@@ -111,7 +111,7 @@ def card(weights: Weights, run: RunDirectory | None, rows: list[dict[str, Any]],
 
 
 def loss_picture(history: History) -> bytes:
-    """The loss over steps as PNG: as recorded, and its course."""
+    """The loss over steps as PNG: as recorded, and its trend."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -129,7 +129,7 @@ def loss_picture(history: History) -> bytes:
 
 
 def _history_until(run: RunDirectory, metadata: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The rows of the steps that the weights have behind them."""
+    """The history rows up to the step of the weights."""
     last = int(metadata["step"]) if metadata.get("step", "").isdecimal() else None
     return [row for row in run.read_history() if last is None or row["step"] <= last]
 

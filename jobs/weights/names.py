@@ -1,7 +1,7 @@
-"""Which tensor of a file of weights is which of ours: prefixes of wrappers, heads, and decoders that are made anew.
+"""Mapping of a file's tensor names to ours: prefixes of wrappers, heads, and freshly initialised decoders.
 
-What people hold is seldom what `main_pretrain.py` wrote. The released files are encoders without their decoders; those
-of a wrapped or compiled model have its prefix before each name; those of a classifier have a head.
+Files are seldom exactly what `main_pretrain.py` wrote. The released ones are encoders without their decoders; those of
+a wrapped or compiled model have a prefix before each name; those of a classifier have a head.
 """
 
 from __future__ import annotations
@@ -14,33 +14,33 @@ import torch
 from torch import Tensor
 
 from jobs.errors import WeightsFileError
-from jobs.weights.consolidated import check_against
+from jobs.weights.weight_checks import check_against
 from model import ConvMAE, ConvMAEConfig
 from model.weights import to_official
 from pipeline.errors import clipped
 from pipeline.printable import printable
 
 PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
-"""What DistributedDataParallel, torch.compile and larger models put before names."""
+"""Prefixes from DistributedDataParallel, torch.compile and enclosing models."""
 _HEAD = "head."
-"""A classifier's, which pretraining has no use for."""
+"""Of a classifier, for which pretraining has no use."""
 _FINE_TUNED = (_HEAD, "fc_norm.")
 _DECODER = "decoder."
 _FUSION = ("encoder.stage1_output_decode.", "encoder.stage2_output_decode.")
-"""Layers of the encoder that only pretraining has: they make the decoder's input."""
+"""Layers of the encoder that only pretraining has; they make the decoder's input."""
 _FRESH = "--fresh-decoder"
 
 
 @dataclass(frozen=True)
 class WeightNames:
-    """How the tensors of a file are taken."""
+    """Which tensors of a file are used, and for what."""
 
     places: Mapping[str, str]
     """The file's names by ours."""
     fresh: tuple[str, ...]
-    """Ours that the file is not asked for."""
+    """Ours that are not read from the file."""
     notes: tuple[str, ...]
-    """What the user should know of it, a line each."""
+    """What the user should know about it, one line each."""
 
 
 def weight_names(
@@ -49,35 +49,35 @@ def weight_names(
     """Find every tensor of a model in a file.
 
     Args:
-        given: What the file holds, by its own names; anything with a shape.
+        given: Tensors of the file by its own names; anything with a shape.
         config: Of the model.
         url: Of the file, for the message.
-        fresh_decoder: Leave the file's decoder, if it has one, for one that is made.
+        fresh_decoder: Skip the file's decoder, if it has one, for a freshly initialised one.
 
     Raises:
-        WeightsFileError: A name is missing, unexpected or there twice, a shape is another, or the file is an encoder
-            without decoder and `fresh_decoder` is not asked for.
+        WeightsFileError: A name is missing, unexpected or duplicated, a shape differs, or the file is an encoder
+            without decoder and `fresh_decoder` is not set.
     """
     with torch.device("meta"):
         ours = list(ConvMAE(config).state_dict())
     places, heads, notes = _placed(given, ours, url)
     lacking = _lacking(ours, places, fresh_decoder=fresh_decoder)
     if fresh_decoder and (replaced := [name for name in lacking if name in places]):
-        notes.append(f"left out: {len(replaced)} tensors of the file's decoder, for a fresh one")
+        notes.append(f"skipped: {len(replaced)} tensors of the file's decoder, for a fresh one")
         places = {name: theirs for name, theirs in places.items() if name not in lacking}
     if heads:
         notes.append(
-            f"left out: {len(heads)} tensors of a head ({', '.join(printable(clipped(name)) for name in heads[:3])})"
+            f"skipped: {len(heads)} tensors of a head ({', '.join(printable(clipped(name)) for name in heads[:3])})"
         )
     _check(given, places, config, url, lacking)
     if lacking and not fresh_decoder:
         rule = f"must have a decoder (it is an encoder alone, {len(lacking)} tensors of pretraining are missing)"
-        raise WeightsFileError("weights", rule, url, f"start from it with a decoder that is made anew: {_FRESH}")
+        raise WeightsFileError("weights", rule, url, f"start from it with a freshly initialised decoder: {_FRESH}")
     return WeightNames(places, tuple(lacking), tuple(notes))
 
 
 def fresh_tensors(names: tuple[str, ...], config: ConvMAEConfig, seed: int) -> dict[str, Tensor]:
-    """Tensors as a run of that seed would begin with, of a model of which the others do not matter."""
+    """The named tensors of a model as a run of that seed would initialise them."""
     if not names:
         return {}
     with torch.random.fork_rng(devices=[]):
@@ -87,14 +87,14 @@ def fresh_tensors(names: tuple[str, ...], config: ConvMAEConfig, seed: int) -> d
 
 
 def described(names: tuple[str, ...]) -> str:
-    """Tensors that are made, in a few words."""
+    """A short text for freshly initialised tensors."""
     fusion = sum(name.startswith(_FUSION) for name in names)
     whole = f"the decoder, {len(names) - fusion} tensors"
     return f"{whole}; and the fusion of stages, {fusion}" if fusion else whole
 
 
 def _placed(given: Mapping[str, Any], ours: list[str], url: str) -> tuple[dict[str, str], list[str], list[str]]:
-    """The file's names by ours, or by themselves where they are none of ours; those of heads; what to tell."""
+    """The file's names by ours, or by themselves if they are none of ours; those of heads; notes."""
     known = {official: name for name, official in zip(ours, to_official(dict.fromkeys(ours)), strict=True)}  # type: ignore[arg-type]
     known |= {name: name for name in ours}
     places: dict[str, str] = {}
@@ -117,7 +117,7 @@ def _placed(given: Mapping[str, Any], ours: list[str], url: str) -> tuple[dict[s
 
 
 def _bare(theirs: str, known: Mapping[str, str]) -> str:
-    """A name without the prefixes that stand before one of ours."""
+    """A name without the prefixes before one of ours."""
     bare = theirs
     while bare not in known and (prefix := next((some for some in PREFIXES if bare.startswith(some)), "")):
         bare = bare.removeprefix(prefix)
@@ -125,7 +125,7 @@ def _bare(theirs: str, known: Mapping[str, str]) -> str:
 
 
 def _lacking(ours: list[str], places: Mapping[str, str], *, fresh_decoder: bool) -> list[str]:
-    """The decoder where the file has none or it is not wanted; then also the fusion, where the file has none."""
+    """The decoder if the file has none or it is not wanted; then also the fusion, if the file has none."""
     decoder = [name for name in ours if name.startswith(_DECODER)]
     if not fresh_decoder and any(name in places for name in decoder):
         return []

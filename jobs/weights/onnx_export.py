@@ -1,4 +1,4 @@
-"""The dense encoder as ONNX: whole images in, three maps out, compared with PyTorch before anybody gets it."""
+"""The dense encoder as ONNX: whole images in, three maps out, compared with PyTorch before it is released."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _Maps(nn.Module):
 
 
 def check_packages() -> None:
-    """Find out before any work whether the export can be made.
+    """Check before any work that the export can be made.
 
     Raises:
         ExportError: A package is missing; names the extra that brings it.
@@ -58,7 +58,7 @@ def write(backbone: Backbone, path: Path, image_size: tuple[int, int]) -> None:
         image_size: Height and width in pixels.
 
     Raises:
-        ExportError: ONNX Runtime computes something else than PyTorch.
+        ExportError: ONNX Runtime computes something other than PyTorch.
     """
     images = torch.randn(2, 3, *image_size, generator=torch.Generator().manual_seed(0))
     maps = _Maps(backbone.float()).eval()
@@ -80,7 +80,7 @@ def write(backbone: Backbone, path: Path, image_size: tuple[int, int]) -> None:
     difference = largest_difference(maps, path, [images, images[:1], torch.cat([images, images.flip(0)])])
     if not difference <= TOLERANCE:
         rule = f"must agree with PyTorch within {TOLERANCE:g} of the largest value"
-        remedy = "export on another machine, or take --format backbone"
+        remedy = "export on another machine, or use --format backbone"
         raise ExportError("--format onnx", rule, f"{difference:.2g}", remedy)
 
 

@@ -1,8 +1,8 @@
-"""The files of one consolidation, made part by part by tasks, and checked, in an order in which a kill costs little.
+"""Writer of consolidated weights: tasks make the files part by part, in an order in which a kill costs little.
 
-Nothing half-done looks complete: a file appears whole, its checksum when it was read back, and the index of several
-files after the files. A journal beside each file that is on its way (parted_journal) says which parts of it
-are written: an interrupted consolidation goes on with the parts that the store still has.
+Nothing half-done looks complete: a file appears whole, its checksum once it was read back, and the index of several
+files after the files. A journal beside each unfinished file (parted_journal) lists its written parts: an interrupted
+consolidation resumes with the parts that the store still has.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ from jobs.errors import CheckpointError
 from jobs.weights.copy_tasks import Done, HashFile, MakeFile, MakePart, Task, work
 from jobs.weights.file_layout import INDEX_NAME, WeightFile, index_of
 from jobs.weights.reads import planned
-from jobs.weights.results import WrittenFile, recorded_sha256
-from pipeline.errors import ClaimedError, StorageError, UserError
+from jobs.weights.target import WrittenFile, recorded_sha256
+from pipeline.errors import LeaseHeldError, StorageError, UserError
 from pipeline.store import parted_write
-from pipeline.store.crc_combine import CRC32C, combined
+from pipeline.store.combined_crc import CRC32C, combined_crc
 from pipeline.store.parted_journal import PartedJournal
 from pipeline.store.parted_write import WrittenPart
 from pipeline.store.storage import Storage
 
 
 @dataclass(frozen=True)
-class Progress:
-    """How far a consolidation has come."""
+class ConsolidationProgress:
+    """Progress of a consolidation, in parts and bytes."""
 
     done: int = 0
     total: int = 0
     bytes: int = 0
     kept: int = 0
-    """Of the done: those that an earlier run had written."""
+    """Of the done: those that an earlier call had written."""
 
 
-Show = Callable[[str, Progress], None]
-"""Called with a stage's name and how far it has come, after each task and about every second."""
+Show = Callable[[str, ConsolidationProgress], None]
+"""Called with the name and progress of a stage, after each task and about every second."""
 
 
 class FanOut(Protocol):
@@ -60,12 +60,12 @@ class FanOut(Protocol):
 
 
 class WeightWriter:
-    """One consolidation at work.
+    """One consolidation in progress.
 
-    Owns: what the tasks answered, never weights.
+    Owns: the answers of tasks, never weights.
     Concurrency: used by one thread, which holds a claim on the target.
-    Failure: what is not finished is invisible. Bad input takes with it what was written; after any other fault finished
-        files and journals stay, and the next call goes on from there.
+    Failure: what is not finished is invisible. After bad input, what was written is removed; after any other fault,
+        finished files and journals stay, and the next call resumes from them.
     """
 
     def __init__(
@@ -78,36 +78,36 @@ class WeightWriter:
         show: Show,
         check: Callable[[], None],
     ) -> None:
-        """Take what is to be made; does no I/O.
+        """Note what is to be made; does no I/O.
 
         Args:
             source: The checkpoint.
             url: Of the file, or of the folder of several.
-            files: To make.
-            fan_out: Where tasks run.
-            show: Told of progress.
-            check: Raises ClaimedError if the claim on the target was lost.
+            files: The files to make.
+            fan_out: Runs the tasks.
+            show: Called with progress.
+            check: Raises LeaseHeldError if the claim on the target was lost.
         """
         self.kept = 0
-        """Files that were there already and whole."""
+        """Files that already existed and were whole."""
         self.kept_bytes = 0
-        """Of parts that an earlier run had written into the others."""
+        """Bytes of parts that an earlier call had written into the others."""
         self._source, self._storage, self._url, self._fan_out = source, source.run.storage, url, fan_out
         self._files = {file.url: file for file in files}
-        self._todo = list(files)
+        self._remaining = list(files)
         self._show, self._check = show, check
         self._journals: dict[str, PartedJournal] = {}
         self._made: dict[str, Sequence[WrittenPart]] = {}
-        """Of each file that this call made: its parts."""
+        """The parts of each file that this call made, by URL."""
         self._to_hash: deque[HashFile] = deque()
         self._hashed: dict[str, WrittenFile] = {}
-        self._progress = Progress(total=sum(file.part_count for file in files))
+        self._progress = ConsolidationProgress(total=sum(file.part_count for file in files))
 
     def run(self, *, keep: bool) -> list[WrittenFile]:
         """Make all files.
 
         Args:
-            keep: Whether finished files of before stay, if they are whole; else they are replaced.
+            keep: Whether to keep files of an earlier call that are whole; otherwise they are replaced.
         """
         try:
             if keep:
@@ -123,7 +123,7 @@ class WeightWriter:
         return [self._hashed[url] for url in self._files]
 
     def _keep_whole_ones(self) -> None:
-        there = [file for file in self._todo if self._is_begun(file)]
+        there = [file for file in self._remaining if self._is_begun(file)]
         tasks = [HashFile(file.url, file.bytes) for file in there if recorded_sha256(self._storage, file.url)]
         if not tasks:
             return
@@ -131,7 +131,7 @@ class WeightWriter:
             if done.sha256 == recorded_sha256(self._storage, done.url):
                 file = self._files[done.url]
                 self._hashed[done.url] = WrittenFile(done.url, done.bytes, done.sha256)
-                self._todo.remove(file)
+                self._remaining.remove(file)
                 self.kept += 1
                 self._note_kept(file.part_count)
 
@@ -139,33 +139,33 @@ class WeightWriter:
         """Whether an earlier call made this file.
 
         Raises:
-            CheckpointError: Another file is there.
+            CheckpointError: There is another file.
         """
         if not self._storage.exists(file.url):
             return False
         found = self._storage.read_range(file.url, 0, len(file.header))
         if found != file.header:
             raise CheckpointError(
-                "target", "must not exist", file.url, "replace it with --force, or take another --out"
+                "target", "must not exist", file.url, "replace it with --force, or choose another --out"
             )
         return self._storage.size(file.url) == file.bytes
 
     def _tasks(self) -> Iterator[Task]:
-        """Parts of the files one after the other, and between them the reading back of those that are finished."""
-        for file in self._todo:
+        """Parts of the files, one file after another; between them, finished files are read back."""
+        for file in self._remaining:
             self._storage.delete(f"{file.url}.sha256")
             if not parted_write.takes_parts(file.url):
                 yield MakeFile(file.url, tuple(planned(part, self._source) for part in file.parts()))
                 continue
-            journal = self._taken_up(file)
+            journal = self._resumed(file)
             there = set(journal.parts)
             for part in file.parts():
                 yield from self._hashes()
                 if part.number not in there:
                     yield MakePart(planned(part, self._source), journal.target)
 
-    def _taken_up(self, file: WeightFile) -> PartedJournal:
-        """What an earlier call left of a file, or an empty beginning."""
+    def _resumed(self, file: WeightFile) -> PartedJournal:
+        """The journal of a file, with what an earlier call left."""
         journal = self._journals[file.url] = PartedJournal(self._storage, file.url, self._content(file))
         self.kept_bytes += journal.written_bytes
         self._note_kept(len(journal.parts))
@@ -174,10 +174,10 @@ class WeightWriter:
         return journal
 
     def _content(self, file: WeightFile) -> str:
-        """Digest of all that decides what each part of a file holds."""
+        """Digest of all that determines the parts of a file."""
         sources = [(source.name, source.bytes, source.crc32c) for source in self._source.commit.files]
-        told = json.dumps([self._source.run.url, file.part_bytes, sources]).encode()
-        return hashlib.sha256(file.header + told).hexdigest()
+        origin = json.dumps([self._source.run.url, file.part_bytes, sources]).encode()
+        return hashlib.sha256(file.header + origin).hexdigest()
 
     def _note_kept(self, parts: int) -> None:
         before = self._progress
@@ -226,14 +226,14 @@ class WeightWriter:
     def _take_hash(self, done: Done) -> None:
         sent = 0
         for part in sorted(self._made[done.url], key=lambda part: part.number):
-            sent = combined(sent, part.crc32c, part.bytes, CRC32C)
+            sent = combined_crc(sent, part.crc32c, part.bytes, CRC32C)
         journal = self._journals.pop(done.url, None)
         if done.crc32c != sent or done.bytes != self._files[done.url].bytes:
             self._storage.delete(done.url)
             if journal:
                 journal.forget()
-            remedy = "look after the storage, then run the same command again"
-            raise StorageError("storage", "must give back what was written", done.url, remedy)
+            remedy = "check the storage, then run the same command again"
+            raise StorageError("storage", "must return what was written", done.url, remedy)
         name = done.url.rpartition("/")[2]
         self._storage.write(f"{done.url}.sha256", f"{done.sha256}  {name}\n".encode())
         self._hashed[done.url] = WrittenFile(done.url, done.bytes, done.sha256)
@@ -241,8 +241,8 @@ class WeightWriter:
             journal.forget()
 
     def _clean(self, error: BaseException) -> None:
-        """Remove what nobody goes on with; if somebody else has taken over, all is theirs."""
-        if isinstance(error, ClaimedError):
+        """Remove what cannot be resumed; if another process has taken over, everything is left to it."""
+        if isinstance(error, LeaseHeldError):
             return
         is_bad_input = isinstance(error, CheckpointError)
         with contextlib.suppress(OSError, UserError):

@@ -1,4 +1,4 @@
-"""Sessions of botocore that are configured by a mapping, instead of by whatever the process has in its environment."""
+"""botocore sessions that are configured by a mapping instead of by the process's environment."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class ProcessSession(_Configured, AioSession):  # type: ignore[misc]
 
 
 class PlainSession(AioSession):  # type: ignore[misc]
-    """A session that looks up nothing: its clients are what they are told to be, and the rest is botocore's default."""
+    """A session that looks up nothing: its clients have the settings that they are given, else botocore's defaults."""
 
     def _register_config_store(self) -> None:
         variables = {name: found[2] for name, found in BOTOCORE_DEFAUT_SESSION_VARIABLES.items()}
@@ -76,7 +76,7 @@ def configured_session(environ: Mapping[str, str]) -> Any:
 
 
 def without_empty(environ: Mapping[str, str]) -> dict[str, str]:
-    """The variables that say something."""
+    """The variables that are not empty."""
     return {name: value for name, value in environ.items() if value}
 
 

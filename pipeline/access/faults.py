@@ -1,37 +1,21 @@
-"""What went wrong while talking to storage: wait and try again, the user's to mend, or neither.
+"""Faults of talking to a store, sorted: transient, the user's to fix, or neither.
 
-s3fs lets botocore's and aiohttp's exceptions through as they are, some of them no OSErrors, and gives up after about
-two seconds. Here every exception is sorted once, so that the rest of the code sees FileNotFoundError, StorageError, or
-an OSError that names the URL.
+s3fs lets botocore's and aiohttp's exceptions through as they are, some of them no OSErrors. Here every exception is
+sorted once, so that the rest of the code sees FileNotFoundError, StorageError, or an OSError that names the URL.
 """
 
 from __future__ import annotations
 
 import errno
-import itertools
-import logging
-import random
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TypeVar
 
 import aiohttp
 from botocore import exceptions as boto
 from botocore.parsers import ResponseParserError
 
 from pipeline.access.profile_keys import ProfileKeysError
-from pipeline.access.throttle import Throttle
 from pipeline.errors import CredentialsError, RefusedError, ReplacedError, StorageError, UnreachableError, clipped
-
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
-
-FIRST_WAIT_SECONDS = 0.1
-LONGEST_WAIT_SECONDS = 10.0
-QUIET_SECONDS = 5.0
-"""A fault that passes within this is not worth a warning."""
 
 _S3 = ("s3://", "s3a://")
 _WEB = ("http://", "https://")
@@ -84,71 +68,6 @@ _CREDENTIAL_CODES = {
 }
 
 
-def retry(
-    call: Callable[[], T],
-    url: str,
-    deadline_seconds: float,
-    *,
-    throttle: Throttle | None = None,
-    renew: Callable[[], None] = lambda: None,
-    origins: Mapping[str, str] = MappingProxyType({}),
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
-    jitter: Callable[[], float] = random.random,
-) -> T:
-    """Call until it succeeds, fails for good, or the deadline passes; full-jitter backoff in between.
-
-    Args:
-        call: What to do; must be safe to repeat.
-        url: What it is done to, for the messages.
-        deadline_seconds: No further attempt starts later than this; an attempt in progress is not cut short.
-        throttle: Turns that threads share; None where everybody may go at once.
-        renew: Called before the next attempt where credentials were missing or refused.
-        origins: Where the endpoint and the credentials come from, for the messages.
-        clock: Monotonic seconds.
-        sleep: Waits that many seconds.
-        jitter: Draws from [0, 1).
-
-    Raises:
-        FileNotFoundError: Nothing lies at the URL.
-        StorageError: The user can mend it.
-        OSError: Anything else, with the URL as its filename.
-
-    Source: Brooker, "Exponential Backoff And Jitter", AWS Architecture Blog, 2015.
-    """
-    began = clock()
-    deadline = began + deadline_seconds
-    for attempt in itertools.count():
-        try:
-            return _in_turn(call, throttle) if throttle else call()
-        except Exception as caught:
-            error = _underlying(caught)
-            wait_seconds = jitter() * min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2.0**attempt)
-            refused = is_refused(error, url)
-            if not (refused or is_transient(error)) or clock() + wait_seconds > deadline:
-                raise translated(error, url, origins) from error
-            level = logging.WARNING if clock() - began > QUIET_SECONDS else logging.DEBUG
-            logger.log(
-                level, "%s: attempt %d failed (%s), next in %.1f s", url, attempt + 1, _told(error), wait_seconds
-            )
-            sleep(wait_seconds)
-            if refused:
-                renew()
-    raise AssertionError("itertools.count() does not end")
-
-
-def _in_turn(call: Callable[[], T], throttle: Throttle) -> T:
-    with throttle.turn():
-        try:
-            result = call()
-        except Exception as error:
-            if is_busy(error):
-                throttle.refused()
-            raise
-        throttle.answered()
-        return result
-
-
 def is_transient(error: BaseException) -> bool:
     """Whether the same call may succeed a little later."""
     if isinstance(error, boto.SSLError | aiohttp.ClientSSLError):
@@ -160,7 +79,7 @@ def is_transient(error: BaseException) -> bool:
 
 
 def is_refused(error: BaseException, url: str) -> bool:
-    """Whether credentials are missing or were refused, so that others may do; a web server asks for none of ours."""
+    """Whether credentials are missing or were refused, so that others may help; a web server asks for none of ours."""
     code, status = _answer(error)
     if url.startswith(_WEB):
         return False
@@ -175,15 +94,18 @@ def is_precondition(error: BaseException) -> bool:
 
 
 def is_busy(error: BaseException) -> bool:
-    """Whether the store answered that it is asked for too much."""
+    """Whether the store answered that it gets too many requests."""
     code, status = _answer(error)
     return code in ("SlowDown", "Throttling", "RequestLimitExceeded", "ServiceUnavailable") or status in (429, 503)
 
 
-def translated(  # noqa: PLR0911, PLR0912 (one line per kind of fault)
+def translated(  # noqa: PLR0911, PLR0912
     error: Exception, url: str, origins: Mapping[str, str] = MappingProxyType({})
 ) -> Exception:
-    """The exception that callers see in place of `error`."""
+    """The exception that callers see in place of `error`.
+
+    Long, since it is a table in the form of code: a line or two for each kind of fault, the first that fits.
+    """
     code, status = _answer(error)
     number = error.errno if isinstance(error, OSError) else None
     if isinstance(error, StorageError):
@@ -197,7 +119,7 @@ def translated(  # noqa: PLR0911, PLR0912 (one line per kind of fault)
     if status in (401, 403, 451) and url.startswith(_WEB):
         return RefusedError("address", "must be open to everybody", url, f"the server answered {status}")
     if is_refused(error, url):
-        why = _CREDENTIAL_CODES.get(code, _told(_clients(error) or error))
+        why = _CREDENTIAL_CODES.get(code, described(_clients(error) or error))
         advice = error.remedy if isinstance(error, ProfileKeysError) else _credentials_remedy(url, origins)
         remedy = f"{why}: {advice}, or ask for the permission"
         return CredentialsError("credentials", "must be accepted by the storage", url, remedy)
@@ -205,12 +127,12 @@ def translated(  # noqa: PLR0911, PLR0912 (one line per kind of fault)
         return StorageError("disk", "must have space left (ENOSPC)", url, "free some, then run the same command again")
     if number in _REFUSED and not status:
         return StorageError(
-            "folder", "must be accessible", url, f"change its permissions or take another ({_told(error)})"
+            "folder", "must be accessible", url, f"change its permissions or take another ({described(error)})"
         )
     if number == errno.ENAMETOOLONG and not status:
         return StorageError("path", "must be short enough for its file system", clipped(url), "shorten it")
     if number in _NOT_A_FOLDER and not status:
-        return StorageError("path", "must fit what lies there", url, f"take another ({_told(error)})")
+        return StorageError("path", "must fit what lies there", url, f"take another ({described(error)})")
     if isinstance(error, UnicodeEncodeError):  # a surrogate, as JSON can spell it, that stands for no byte
         return StorageError("URL", "must be made of characters", clipped(url), "correct what it comes from")
     if isinstance(error, boto.ParamValidationError):
@@ -223,9 +145,9 @@ def translated(  # noqa: PLR0911, PLR0912 (one line per kind of fault)
         return StorageError(where, "must be like http://host:port", str(error), "correct it or unset it")
     if not status and _is_unreachable(error):
         where = _address_setting(url, origins)
-        remedy = f"check that the server runs{where and f' and that {where} is right'} ({_told(error)})"
+        remedy = f"check that the server runs{where and f' and that {where} is right'} ({described(error)})"
         return UnreachableError("storage", "must be reachable", url, remedy)
-    return OSError(number or errno.EIO, _told(error), url)
+    return OSError(number or errno.EIO, described(error), url)
 
 
 def is_behind_the_end(error: BaseException) -> bool:
@@ -239,18 +161,18 @@ def http_code(error: BaseException) -> str:
     return _answer(error)[0]
 
 
-def _underlying(error: Exception) -> Exception:
-    """fsspec's http says of everything that goes wrong, also of a server that is away, that nothing lies there."""
-    told = aiohttp.ClientError | TimeoutError | StorageError
-    hidden = isinstance(error, FileNotFoundError) and isinstance(error.__cause__, told)
+def underlying(error: Exception) -> Exception:
+    """The fault behind a FileNotFoundError of fsspec's http, which raises it also for a server that is down."""
+    known = aiohttp.ClientError | TimeoutError | StorageError
+    hidden = isinstance(error, FileNotFoundError) and isinstance(error.__cause__, known)
     return error.__cause__ if hidden and isinstance(error.__cause__, Exception) else error
 
 
 def _answer(error: BaseException) -> tuple[str, int]:
     """Error code and HTTP status of a server's answer; ("", 0) where there was none."""
-    if told := _clients(error):
-        status = told.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        return told.response.get("Error", {}).get("Code", ""), int(status)
+    if answer := _clients(error):
+        status = answer.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        return answer.response.get("Error", {}).get("Code", ""), int(status)
     if isinstance(error, OSError) and str(error).startswith("Forbidden: "):  # gcsfs's
         return "", 403
     names = ("status", "code", "status_code")  # aiohttp's, gcsfs's and adlfs's
@@ -291,5 +213,6 @@ def _credentials_remedy(url: str, origins: Mapping[str, str]) -> str:
     return "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine a role"
 
 
-def _told(error: BaseException) -> str:
+def described(error: BaseException) -> str:
+    """An exception in a line: its type, and what it says."""
     return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -24,7 +24,7 @@ class Listed:
         return self.text
 
     def url(self, root: str) -> str:
-        """Where it lies.
+        """Its URL.
 
         Args:
             root: What was listed.
@@ -63,7 +63,7 @@ class Given:
         return self.text
 
     def url(self, folder: str) -> str:
-        """What it means, exactly: on a store two slashes in a row are not one.
+        """The URL that it means, exactly: on a store two slashes in a row are not one.
 
         Args:
             folder: What a relative path is relative to.
@@ -89,7 +89,7 @@ class Given:
 
 
 def normal(url: str) -> str:
-    """The one way in which a place of ours is written: a data set, a run, a file of weights.
+    """The one way in which a place of ours is written: a dataset, a run, a file of weights.
 
     A local path is absolute and has no scheme. Slashes at the end and slashes in a row do not count, nor does whether
     a scheme is in capitals; `s3a` and `s3n` are `s3`.
@@ -113,7 +113,7 @@ def normal(url: str) -> str:
 
 
 def is_place(text: str) -> bool:
-    """Whether a person means a path or URL by it, and no name of a run."""
+    """Whether a person means a path or URL by it, rather than a run's name."""
     return "/" in text or text in (".", "..", "~")
 
 

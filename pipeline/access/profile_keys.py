@@ -1,4 +1,4 @@
-"""Keys of a profile of this machine: those in its files, or made by botocore of SSO, a role or a process; renewed."""
+"""Keys of a profile of this machine: those in its files, or those that botocore makes from SSO, a role or a process."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ _NOT_OF_A_PROFILE = ("env", "ec2-credentials-file", "boto-config", "container-ro
 
 
 class ProfileKeysError(boto.CredentialRetrievalError):  # type: ignore[misc]
-    """botocore got no keys of a profile; names profile and file, and says what to do."""
+    """A profile for which botocore got no keys; names profile and file, and says what to do."""
 
     def __init__(self, profile: ProfileKeys, error: BaseException) -> None:
         super().__init__(provider=profile.text, error_msg=f"{type(error).__name__}: {error}")
-        self.remedy = f"log in anew (`aws sso login --profile {profile.name}`), correct the profile, or set AWS_PROFILE"
+        self.remedy = (
+            f"log in again (`aws sso login --profile {profile.name}`), correct the profile, or set AWS_PROFILE"
+        )
 
 
 @dataclass(frozen=True)
@@ -40,16 +42,16 @@ class ProfileKeys:
 
     @property
     def text(self) -> str:
-        """For people."""
+        """The profile and its file, for people."""
         has_config = os.path.exists(self.config_file)  # noqa: PTH110
         file = self.config_file if has_config else self.credentials_file
         return f"profile {self.name} of {file}"
 
     def now(self) -> Keys:
-        """Keys that are good now; asks services, processes and files where the last ones are about to expire.
+        """Keys that are valid now; asks services, processes and files where the last ones are about to expire.
 
         Raises:
-            ProfileKeysError: There are none to be had.
+            ProfileKeysError: None can be obtained.
         """
         try:
             found = _made.get(self) or _made.setdefault(self, self._credentials())

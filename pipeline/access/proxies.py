@@ -1,7 +1,7 @@
-"""Which HTTP proxy leads to a URL: what the user's variables say, and none to this machine's loopback addresses.
+"""HTTP proxies by URL: those of the user's variables, and none for this machine's loopback addresses.
 
 The libraries below us differ: botocore knows no ALL_PROXY, aiohttp looks at no variable unless it may send passwords of
-.netrc too, and only some know networks in NO_PROXY. So it is decided here, once, and told to each of them.
+.netrc too, and only some know networks in NO_PROXY. So it is decided here, once, and passed to each of them.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Proxies:
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> Proxies:
-        """Read the variables; what is wrong with one is told when a URL would go through it."""
+        """Read the variables; a fault in one is reported when a URL would go through it."""
         return cls(*(_variable(environ, name) for name in ("http_proxy", "https_proxy", "all_proxy", "no_proxy")))
 
     @property
@@ -97,7 +97,7 @@ def without_loopback(environ: Mapping[str, str]) -> dict[str, str]:
 def proxy_middleware(
     now: Callable[[], Proxies],
 ) -> Callable[[aiohttp.ClientRequest, Any], Awaitable[aiohttp.ClientResponse]]:
-    """Sends each request of an aiohttp session, and each redirect, through the proxy of its own URL.
+    """Middleware that sends each request of an aiohttp session, and each redirect, through the proxy of its own URL.
 
     Args:
         now: The proxies, asked for at each request: sessions are kept for as long as a process lives.

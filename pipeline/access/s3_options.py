@@ -1,4 +1,4 @@
-"""What requests to S3 carry beside what they are about: who pays, how objects are encrypted, how buckets are named."""
+"""Options of requests to S3: who pays, how objects are encrypted, how buckets are addressed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class S3Options:
     """
 
     requester_pays: bool = False
-    """Accept to be charged for requests to a bucket whose owner wants that."""
+    """Accept charges for requests to a bucket whose owner wants that."""
     kms_key_id: str | None = None
     """Id, ARN or alias of the KMS key that encrypts what is written; None leaves it to the bucket."""
     kms_bucket_key: bool | None = None
@@ -68,7 +68,7 @@ class S3Options:
 
     @property
     def call_arguments(self) -> dict[str, Any]:
-        """For s3fs, which gives each to the operations that take it."""
+        """Arguments for s3fs, which gives each to the operations that take it."""
         if self.kms_key_id is None:
             return {}
         bucket_key = {} if self.kms_bucket_key is None else {"BucketKeyEnabled": self.kms_bucket_key}
@@ -76,5 +76,5 @@ class S3Options:
 
     @property
     def client_settings(self) -> dict[str, Any]:
-        """For botocore's configuration of a client."""
+        """Settings for botocore's configuration of a client."""
         return {} if self.addressing is None else {"s3": {"addressing_style": self.addressing}}

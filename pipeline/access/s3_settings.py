@@ -1,8 +1,8 @@
-"""How S3 is reached, as botocore's configuration of one environment says it: looked up once, where a command is typed.
+"""Settings of S3 from botocore's configuration of one environment: looked up once, where a command is typed.
 
-Variables, AWS_PROFILE, config and credentials files, services sections. What comes of it is plain values with the place
-that each comes from, and no process looks again. Keys that are made anew (SSO, an assumed role, a credential process)
-stay with whoever can make them: a profile of this machine is a `ProfileKeys`, which does.
+Variables, AWS_PROFILE, config and credentials files, services sections. The result is plain values, each with
+where it comes from, and no process looks again. Keys that are made (SSO, an assumed role, a credential process) stay
+with whoever can make them: a profile of this machine is a `ProfileKeys`, which does.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipeline.access.profile_keys import ProfileKeys
 from pipeline.errors import StorageError, clipped
 
 DEFAULT_REGION = "us-east-1"
-"""What requests are signed for where nobody says it, as botocore does."""
+"""The region that requests are signed for where none is set, as botocore does."""
 ENDPOINT_VARIABLES = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 PROFILE_VARIABLES = ("AWS_DEFAULT_PROFILE", "AWS_PROFILE")
 FILE_VARIABLES = ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE")
@@ -36,7 +36,7 @@ ROLE_VARIABLES = (
     "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
 )
 CHOOSING_VARIABLES = (*ENDPOINT_VARIABLES, *PROFILE_VARIABLES, "AWS_ACCESS_KEY_ID")
-"""By one of them a person says which store, or whose, is meant; a role's are there because of where a shell runs."""
+"""A person sets one of these to choose a store, or its owner; a role's are set by where a shell runs."""
 
 _CLIENT_SETTINGS = {
     "use_dualstack_endpoint": None,
@@ -53,7 +53,7 @@ _MADE_AFTER_FILES = ("login_session", "credential_process")
 
 @dataclass(frozen=True)
 class S3Settings:
-    """One complete answer; nothing in it is left to who uses it."""
+    """All settings of one environment; nothing is left to whoever uses them."""
 
     endpoint_url: str | None = None
     """None: AWS's own endpoint of the region."""
@@ -71,7 +71,7 @@ class S3Settings:
 
 
 def resolve(environ: Mapping[str, str]) -> S3Settings:
-    """What an environment says.
+    """Look up the settings of an environment.
 
     Raises:
         StorageError: A profile that does not exist, a file that is damaged, a value that botocore does not know; names
@@ -158,7 +158,7 @@ class _Lookup:
         return found, where
 
     def _check_retries(self) -> None:
-        """Ours are other retries; what asks for keys has botocore's, and a mistake is told rather than passed over."""
+        """Refuse settings of retries that botocore does not know: it uses them to ask for keys; ours are separate."""
         mode = self.session.get_config_variable("retry_mode")
         try:
             Config(retries={"mode": mode})
@@ -240,14 +240,14 @@ class _Lookup:
         return next((variable for variable in names if variable in self.environ), f"{name} of {self.profile_text}")
 
     def file_name(self, path: str) -> str:
-        """What a message calls a file: the variable that names it, if one does."""
+        """The name of a file in messages: the variable that names it, if one does."""
         named = (
             name for name in FILE_VARIABLES if name in self.environ and absolute(self.environ[name]) == absolute(path)
         )
         return next(named, "AWS configuration")
 
     def unknown_profile(self) -> StorageError:
-        """That there is no such profile, and which there are."""
+        """The error for a profile that does not exist; lists those that do."""
         name = next(name for name in PROFILE_VARIABLES if name in self.environ)
         there = ", ".join(sorted(self.session.available_profiles)) or "none"
         rule = f"must name a profile of {self.config_file} or {self.credentials_file}"
@@ -256,7 +256,7 @@ class _Lookup:
 
 
 def _without_content(error: BaseException) -> str:
-    """What is wrong with a file, and in which line; never the line, which may be a key."""
+    """The fault of a file, and its line number; never the line itself, which may hold a key."""
     lines = [error.lineno] if isinstance(error, configparser.MissingSectionHeaderError) else []
     if isinstance(error, configparser.ParsingError):
         lines = lines or [number for number, _ in error.errors]
@@ -266,6 +266,6 @@ def _without_content(error: BaseException) -> str:
 
 
 def _public(endpoint: str) -> str:
-    """What can be told of an address that may hold a password."""
+    """An address without the password that it may hold."""
     scheme, separator, rest = endpoint.partition("://")
     return clipped(f"{scheme}{separator}{rest.rpartition('@')[2]}")

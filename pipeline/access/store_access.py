@@ -1,4 +1,4 @@
-"""How stores are reached: one complete, picklable value, looked up once by whoever typed a command."""
+"""Access to stores as one complete, picklable value, looked up once where a command is typed."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class StoreAccess:
     """All that decides which store a URL means, and with whose rights.
 
     No process that gets it looks at its own variables and files, so that all of them work on the same store. Only keys
-    may be left to each machine: where there are none here, every process finds those of its role, and renews them. What
-    of a profile is made anew on this machine alone is, in a pickle, the keys of that moment (s3_filesystem).
+    may be left to each machine: where there are none here, every process finds those of its role, and renews them. Keys
+    that a profile makes on this machine alone are pickled as they are at that moment (s3_filesystem).
     """
 
     endpoint_url: str | None = None
@@ -33,7 +33,7 @@ class StoreAccess:
     retry_seconds: float = 120.0
     """Long enough for a storage server to be restarted, or for credentials to come."""
     s3: S3Options = field(default_factory=S3Options)
-    """What requests to S3 carry beside what they are about."""
+    """Options of every request to S3."""
     client: tuple[tuple[str, Any], ...] = ()
     """Settings of botocore's client by name, as `s3.use_accelerate_endpoint`."""
     ca_bundle: str | None = None
@@ -43,9 +43,9 @@ class StoreAccess:
     profile: ProfileKeys | None = None
     """What has, or makes, keys on this machine."""
     renewal: Callable[[], Keys | None] | None = field(default=None, repr=False, compare=False)
-    """Asks whoever typed the command for newer keys, once those that came were refused."""
+    """Asks whoever typed the command for newer keys, once those that came with it were refused."""
     fault: StorageError | None = field(default=None, repr=False)
-    """Why S3 cannot be used with what the environment says; told when it would be."""
+    """Why S3 cannot be used with the environment's settings; raised when it would be."""
     origins: tuple[tuple[str, str], ...] = field(default=(), repr=False, compare=False)
     """Where each setting comes from, for people."""
 
@@ -73,12 +73,12 @@ class StoreAccess:
 
     @property
     def is_of_machines(self) -> bool:
-        """Whether it says nothing of which store and whose keys, so that each machine's own do."""
+        """Whether it names neither a store nor keys, so that each machine's own apply."""
         return not (self.endpoint_url or self.key or self.profile or self.fault)
 
     @property
     def proxies_here(self) -> Proxies:
-        """Through which this process goes."""
+        """The proxies that this process uses."""
         return self.proxies if self.proxies.are_named else Proxies.from_environment(os.environ)
 
     def for_others(self) -> Self:
@@ -99,7 +99,7 @@ class StoreAccess:
         return self.for_others().__dict__
 
     def to_json(self) -> dict[str, Any]:
-        """Its fields, for a process that reads them as JSON; secrets among them."""
+        """Its fields, for a process that reads them as JSON; secrets included."""
         return asdict(replace(self.for_others(), renewal=None, fault=None))
 
     @classmethod

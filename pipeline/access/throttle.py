@@ -1,4 +1,4 @@
-"""How many requests a process sends to one store at once: fewer while the store says that it is too busy.
+"""A limit on the requests that a process sends to one store at once, lowered while the store is too busy.
 
 Threads that back off each on their own keep a busy store busy: eight of them send eight times as much. Here they share
 one limit. A 503 or SlowDown halves it, down to one request at a time that probes for all; answers raise it again by
@@ -47,14 +47,14 @@ class Throttle:
                 self._changed.notify()
 
     def refused(self) -> None:
-        """The store said that it is too busy; call while holding the turn."""
+        """Note that the store said it is too busy; call while holding the turn."""
         with self._changed:
             if self._clock() - self._cut_at >= CUT_SECONDS:
                 self._cut_at = self._clock()
                 self.limit = max(1.0, min(self.limit, self._under_way) / 2)
 
     def answered(self) -> None:
-        """The store did what it was asked to; call while holding the turn."""
+        """Note that the store did what it was asked to; call while holding the turn."""
         with self._changed:
             if self.limit < self._most:
                 self.limit = min(self._most, self.limit + 1 / self.limit)

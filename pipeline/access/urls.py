@@ -26,7 +26,7 @@ STORES = {
     "oci": "ocifs",
 }
 """Protocols that are taken, with the package that each needs. fsspec has more: views of other file systems, archives,
-and services that hold no data sets, which a list or manifest of a stranger must not make this process open."""
+and services that hold no datasets, which a list or manifest of a stranger must not make this process open."""
 LOCAL = ("file", "local")
 S3 = ("s3", "s3a")
 HTTP = ("http", "https")
@@ -94,14 +94,14 @@ def is_folder_mark(path: str) -> bool:
 
 
 def with_known_scheme(url: str) -> str:
-    """The URL with the scheme as it is written here: in small letters, and one for each protocol."""
+    """The URL with the scheme as it is written here: in lower case, and one for each protocol."""
     scheme, separator, rest = url.partition("://")
     known = _SPELLINGS.get(scheme.lower(), scheme.lower())
     return f"{known}://{rest}" if separator and known in STORES else url
 
 
 def path_of(url: str) -> str:
-    """What fsspec's file system of the protocol calls it: a local path, or bucket and key."""
+    """Its path in fsspec's file system of the protocol: a local path, or bucket and key."""
     return str(kind_of(protocol_of(url))._strip_protocol(url))
 
 
@@ -120,7 +120,7 @@ def kind_of(protocol: str) -> Any:
 
 
 def server_of(url: str) -> tuple[tuple[str, Any], ...]:
-    """What the file system must be told of the server that a URL names: host, port, user, account."""
+    """The server that a URL names, as arguments of the file system: host, port, user, account."""
     protocol = protocol_of(url)
     if protocol in (*LOCAL, "memory", *S3, *HTTP):
         return ()
@@ -128,7 +128,7 @@ def server_of(url: str) -> tuple[tuple[str, Any], ...]:
 
 
 def _refuse_odd_host(url: str) -> None:
-    """Of an http address: libraries raise what they like for these, some of them late."""
+    """Refuse an http address without a host: libraries raise various errors for these, some of them late."""
     try:
         parts = urlsplit(url)
         sound = bool(parts.hostname) and parts.port != 0
@@ -139,7 +139,10 @@ def _refuse_odd_host(url: str) -> None:
 
 
 def _refuse_password(protocol: str, url: str) -> None:
-    """URLs are written into recipes, reports and logs. Elsewhere than here a bare name before the @ is no secret."""
+    """Refuse a password: URLs are written into recipes, reports and logs.
+
+    On other stores than S3 and the web a bare name before the @ is no secret.
+    """
     host, _, rest = url.partition("://")[2].partition("/")
     known, at, place = host.rpartition("@")
     if at and (":" in known or protocol in (*S3, *HTTP)):

@@ -1,4 +1,4 @@
-"""This machine as a process meets it: local files, scratch folders, threads, and which process is which.
+"""This machine as a process sees it: local files, scratch folders, threads, and which process is which.
 
 Anything may import it; it knows no store and no image.
 """

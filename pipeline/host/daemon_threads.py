@@ -1,4 +1,4 @@
-"""An executor whose threads hold nobody back: the interpreter can exit while one of them hangs in I/O.
+"""An executor of daemon threads: the interpreter can exit while one of them hangs in I/O.
 
 The standard ThreadPoolExecutor joins its threads when the interpreter exits, so a read that never returns would turn a
 reported stall into a silent one.
@@ -41,11 +41,11 @@ class DaemonThreads(Executor):
         return future
 
     def start(self, call: Callable[[], None]) -> None:
-        """Run `call`, which must not raise, on one of the threads; nobody waits for it, which spares the Future."""
+        """Run `call`, which must not raise, on one of the threads; it has no result, which saves the Future."""
         self._tasks.put((None, call))
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """End the threads after the tasks that are left, or without them; more may not be submitted.
+        """End the threads after the remaining tasks, or without them; no more may be submitted.
 
         Waits for SHUTDOWN_SECONDS at most; a thread that hangs for longer is left behind.
         """
@@ -61,7 +61,7 @@ class DaemonThreads(Executor):
             for thread in self._threads:
                 thread.join(max(0.0, deadline - time.monotonic()))
             if left := [thread.name for thread in self._threads if thread.is_alive()]:
-                logger.warning("left behind, since they are still at work: %s", ", ".join(left))
+                logger.warning("left behind, since they are still busy: %s", ", ".join(left))
 
     def _work(self) -> None:
         while task := self._tasks.get():

@@ -1,11 +1,12 @@
-"""Local files, as a person sees them: behind links too, pipes and devices left out."""
+"""Local files: listed as a person sees them, read in part, and written whole or not at all."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pipeline.errors import RefusedError, StorageError
@@ -17,8 +18,8 @@ MOST_LEVELS = 100
 def local_files(root: str) -> Iterator[tuple[str, int]]:
     """Path relative to `root` and bytes of every file; nothing where `root` is no folder.
 
-    Linked folders are gone into, which fsspec's own walk does not do; a link to a folder that it lies in has no end,
-    and is left out. A link to nowhere counts as a file of no bytes.
+    Linked folders are followed, unlike in fsspec's own walk; a link to a folder that it lies in has no end, and is
+    skipped. A link to nowhere counts as a file of no bytes.
 
     Raises:
         PermissionError: A folder cannot be read.
@@ -35,7 +36,7 @@ def local_files(root: str) -> Iterator[tuple[str, int]]:
         if folders and relative.count(os.sep) + 2 > MOST_LEVELS:
             rule, remedy = (
                 f"must be at most {MOST_LEVELS} levels deep",
-                f"it goes on below {relative[:40]}...; move it away",
+                f"it continues below {relative[:40]}...; move it away",
             )
             raise StorageError("folder", rule, root, remedy)
         for name in names:
@@ -62,6 +63,21 @@ def read_part(path: str, offset: int, length: int | None) -> bytes:
         return file.read(max(0, wanted))
 
 
+def write_whole(target: Path, fill: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all: `fill` a temporary one beside it, then rename that over the target."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    # Not mkstemp, whose files their owner alone may read: who may read ours is up to the umask and the folder.
+    temporary = target.with_name(f".convmae-{secrets.token_hex(8)}")
+    temporary.touch(exist_ok=False)
+    try:
+        fill(temporary)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
 def umask_here(proc: Path = Path("/proc")) -> int:
     """This process's umask; asking the system for it would change it for a moment, for all threads."""
     with contextlib.suppress(OSError):
@@ -73,7 +89,7 @@ def umask_here(proc: Path = Path("/proc")) -> int:
 
 
 def _refuse(error: OSError) -> None:
-    """os.walk passes over what it may not read."""
+    """Raise what os.walk would ignore: a folder that cannot be read."""
     if not isinstance(error, FileNotFoundError | NotADirectoryError):
         raise error
 

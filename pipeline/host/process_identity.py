@@ -1,9 +1,9 @@
-"""Which process it is: what a pid must be kept with to mean one process, and who may say that it has ended.
+"""The identity of a process: what has to be kept with a pid for it to mean one process, and who can say that it ended.
 
-A pid alone names nobody. It is used again; other containers on the same machine, with the same host name even, have
-their own; and after a reboot all of them begin anew. Only somebody in the same PID namespace of the same boot can look,
-and only the start time tells a process from the next one with its pid. Who cannot look knows nothing, and has to go by
-time: by beats, or by a lock.
+A pid alone is ambiguous. It is used again; other containers on the same machine, even with the same host name, have
+their own; and after a reboot all of them start over. Only a process in the same PID namespace of the same boot can
+look, and only the start time tells a process from the next one with its pid. A process that cannot look knows nothing,
+and has to go by time: by beats, or by a lock.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ProcessIdentity:
 
     pid: int
     namespace: str = ""
-    """Its PID and time namespaces; empty where it could not be told, as on systems without /proc."""
+    """Its PID and time namespaces; empty where they are unknown, as on systems without /proc."""
     boot: str = ""
     """The kernel's random id of this boot."""
     started: int = -1
@@ -51,11 +51,11 @@ class ProcessIdentity:
 
     @classmethod
     def of_json(cls, content: Mapping[str, Any]) -> ProcessIdentity:
-        """From fields as `dataclasses.asdict` gives them; what is missing or mistyped is not known."""
+        """From fields as `dataclasses.asdict` gives them; what is missing or mistyped is unknown."""
         unknown = cls(0)
         known: dict[str, Any] = {field.name: content.get(field.name) for field in fields(cls)}
         sound = {name: value for name, value in known.items() if type(value) is type(getattr(unknown, name))}
-        if not 0 < sound.get("pid", 0) < _LARGEST_PID:  # of those below, the system takes some for groups, or for all
+        if not 0 < sound.get("pid", 0) < _LARGEST_PID:  # the system takes 0 and below for groups, or for all
             sound.pop("pid", None)
         return replace(unknown, **sound)
 
@@ -65,7 +65,7 @@ class ProcessIdentity:
         return view is not None and (view.namespace, view.boot) == (self.namespace, self.boot) and self.started >= 0
 
     def has_ended(self, proc: Path = PROC) -> bool:
-        """Whether it is known to have ended; False also where nobody here can know."""
+        """Whether it is known to have ended; False also where that cannot be known here."""
         if not self.is_judged_here(proc):
             return False
         try:
@@ -78,11 +78,11 @@ class ProcessIdentity:
         return stat is not None and (stat.started != self.started or stat.is_dead)
 
     def alive(self) -> bool:
-        """Whether it is known to run; False also where nobody here can know."""
+        """Whether it is known to run; False also where that cannot be known here."""
         return self.process() is not None
 
     def process(self) -> psutil.Process | None:
-        """The process, if it is of this namespace and has not ended; what is done by it never hits another one."""
+        """The process, if it is of this namespace and has not ended; acting through it never hits another one."""
         if not self.is_judged_here() or self.has_ended():
             return None
         try:
@@ -93,7 +93,7 @@ class ProcessIdentity:
 
 @dataclass(frozen=True)
 class _View:
-    """From where this process sees others."""
+    """The namespace and the boot from which this process sees others."""
 
     namespace: str
     boot: str
@@ -124,7 +124,7 @@ def _own_pids(proc: Path) -> list[int]:
 
 @dataclass(frozen=True)
 class _Stat:
-    """What /proc/PID/stat says (proc(5))."""
+    """The part of /proc/PID/stat that is used (proc(5))."""
 
     started: int
     is_dead: bool

@@ -1,8 +1,8 @@
-"""Folders on the local disk for as long as something is worked on.
+"""Scratch folders on the local disk, each for as long as its process works.
 
 Each is locked by the process that made it (flock, on the folder itself). The kernel drops the lock with the process,
-however it ends, and tells everybody on the machine: containers that share a disk see each other's locks, and not each
-other's processes.
+however it ends, and every process on the machine can see that: containers that share a disk see each other's locks,
+but not each other's processes.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class ScratchFolder(tempfile.TemporaryDirectory[str]):
         self._unlock = weakref.finalize(self, os.close, self._handle)
 
     def lock(self) -> bool:
-        """Lock it; False if somebody took it for one that was left behind, in the moment before it was locked."""
+        """Lock it; False if another process took it for a leftover in the moment before it was locked."""
         try:
             fcntl.flock(self._handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
             return False
-        except OSError:  # a file system without locks: nobody can lock it to delete it either
+        except OSError:  # a file system without locks: no process can lock it to delete it, either
             pass
         return os.fstat(self._handle).st_nlink > 0 and Path(self.name).exists()
 
@@ -50,7 +50,7 @@ class ScratchFolder(tempfile.TemporaryDirectory[str]):
 def scratch_folder() -> ScratchFolder:
     """A new folder, deleted with its context.
 
-    Deletes first what processes have left that were killed: they could not do it themselves.
+    First deletes the folders of processes that were killed, which could not do it themselves.
     """
     prefix = f"{PREFIX}{_boot()}-"
     for folder in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
@@ -68,7 +68,7 @@ def _delete_if_left(folder: Path, *, is_of_this_boot: bool) -> None:
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
         try:
-            # Not to be had on NFS, where a lock for writing needs a file that is open for writing: there all stay.
+            # Not possible on NFS, where a lock for writing needs a file that is open for writing: there all stay.
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if is_of_this_boot or time.time() - os.fstat(handle).st_mtime > UNSEEN_SECONDS:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -77,7 +77,7 @@ def _delete_if_left(folder: Path, *, is_of_this_boot: bool) -> None:
 
 
 def _boot() -> str:
-    """What tells this boot of this machine from others; empty where there is no /proc."""
+    """An id of this boot of this machine; `unknown` where there is no /proc."""
     try:
         return _BOOT.read_text().strip().replace("-", "")[:12]
     except OSError:

@@ -42,14 +42,14 @@ class Crop:
 
 
 def crop_draws(seed: int, epoch: int, samples: npt.NDArray[np.int64]) -> Draws:
-    """What decides the crops of some samples in one epoch, once their sizes are known.
+    """Draws that decide the crops of some samples in one epoch, once their sizes are known.
 
     For many at once: NumPy's calls cost the same for one sample as for a batch.
 
     Args:
         seed: The run's.
         epoch: From 0.
-        samples: (n,) ids in the data set.
+        samples: (n,) ids in the dataset.
 
     Returns:
         (n, 41) numbers in [0, 1); a row depends on seed, epoch and its sample alone.

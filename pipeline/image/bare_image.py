@@ -1,4 +1,4 @@
-"""An image file without its metadata, so that nothing which no pixel needs can make a decoder refuse the image.
+"""An image file without its metadata, so that nothing that no pixel needs can make a decoder refuse it.
 
 Texts, colour profiles, times, thumbnails, XMP and EXIF are taken out by the container's own structure before a decoder
 sees the file: whatever they hold, and whether it is whole, the pixels are those of the same file without them. Of the
@@ -60,7 +60,7 @@ def bare_image(data: bytes) -> BareImage:
     """Take the metadata out of a JPEG, PNG, WebP, AVIF or TIFF; others are given back as they are.
 
     Raises:
-        ValueError: A chunk of a PNG that pixels depend on does not have its checksum; decoders do not look at all.
+        ValueError: A chunk of a PNG that pixels depend on does not have its checksum; decoders do not check all.
     """
     if data.startswith(JPEG_START):
         return _bare_jpeg(data)
@@ -160,7 +160,7 @@ def _riff_chunks(data: bytes) -> Iterator[tuple[bytes, int, int]]:
 
 
 def _bare_avif(data: bytes) -> bytes:
-    """With the items of metadata under a name that nobody reads: taken out, every place in the file would change.
+    """An AVIF with its metadata renamed to what no decoder reads: taken out, every place in the file would change.
 
     An AVIF's orientation is a property of the image, not EXIF's.
     """
@@ -180,7 +180,7 @@ def _bare_avif(data: bytes) -> bytes:
 
 
 class _TiffLayout(NamedTuple):
-    """How a TIFF's directory is written."""
+    """The layout of a TIFF's directory."""
 
     order: str
     number: str
@@ -202,7 +202,7 @@ _TIFF_LAYOUTS = {
 
 
 def _bare_tiff(data: bytes) -> bytes:
-    """With the first directory shortened where it is, to the tags that say how pixels are stored and turned."""
+    """A TIFF with its first directory shortened in place, to the tags that say how pixels are stored and turned."""
     layout = _TIFF_LAYOUTS[data[:4]]
     width, counted = struct.calcsize("=" + layout.place), struct.Struct(layout.order + layout.number)
     start = int.from_bytes(data[width : 2 * width], "little" if layout.order == "<" else "big")

@@ -16,11 +16,11 @@ Pixels = npt.NDArray[np.uint8]
 
 KEPT_COLOURSPACES = frozenset({"YCbCr", "Gray", "RGB"})
 """What libjpeg-turbo converts to RGB by itself; CMYK and YCCK need a colour conversion."""
-_MENDABLE = ("extraneous bytes", "Unsupported", "Could not determine subsampling")
+_CONVERTIBLE = ("extraneous bytes", "Unsupported", "Could not determine subsampling")
 
 
 def decode(data: bytes) -> Pixels:
-    """(H, W, 3) RGB pixels of an image: a JPEG of ours by libjpeg-turbo, what else foreign tars hold by slower ways.
+    """(H, W, 3) RGB pixels of an image: our own JPEGs by libjpeg-turbo, other formats in slower ways.
 
     Raises:
         ValueError: The bytes are no image, or a damaged one; nothing is patched up with grey.
@@ -30,7 +30,7 @@ def decode(data: bytes) -> Pixels:
     try:
         return readable_jpeg(data)[1]
     except ValueError as error:
-        if not is_mendable(error):
+        if not is_convertible(error):
             raise
     return other_formats.pixels_of(data)
 
@@ -59,19 +59,19 @@ def decode_jpeg(data: bytes) -> Pixels:
     """
     refuse_scan_bomb(data)
     height = width = 0
-    with contextlib.suppress(ValueError, KeyError):  # decoding says better what is wrong
+    with contextlib.suppress(ValueError, KeyError):  # the decoder says it better
         height, width, *_ = simplejpeg.decode_jpeg_header(data, strict=False)
     other_formats.refuse_bomb(height, width)  # before memory is asked for
     pixels: Pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
     return pixels
 
 
-def is_mendable(error: ValueError) -> bool:
+def is_convertible(error: ValueError) -> bool:
     """Whether decode_jpeg refused a JPEG of which no pixel is lost.
 
     Junk between segments, 12 or 16 bits, lossless compression, sampling factors that TurboJPEG has no name for.
     """
-    return any(word in str(error) for word in _MENDABLE)
+    return any(word in str(error) for word in _CONVERTIBLE)
 
 
 def resize(pixels: Pixels, height: int, width: int) -> Pixels:
@@ -82,7 +82,7 @@ def resize(pixels: Pixels, height: int, width: int) -> Pixels:
         height: Of the result.
         width: Of the result.
     """
-    import torch  # seconds, and 200 MB, that those spare who only decode
+    import torch  # seconds, and 200 MB, which those who only decode are spared
 
     # A channels-last view: torch has a uint8 kernel for it that resizes interleaved pixels in place.
     image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]

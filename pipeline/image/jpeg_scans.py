@@ -1,4 +1,4 @@
-"""How often a JPEG goes over its pixels: some hundred kilobytes can ask for minutes of work on an image of honest size.
+"""A limit on the scans of a JPEG: a few hundred kilobytes can ask for minutes of work on an image of honest size.
 
 A progressive JPEG refines all coefficients with each scan, and a scan that changes nothing takes a few hundred bytes:
 https://libjpeg-turbo.org/pmwiki/uploads/About/TwoIssueswiththeJPEGStandard.pdf
@@ -52,7 +52,7 @@ def refuse_scan_bomb(data: bytes) -> None:
 
 
 def _behind_tables(data: bytes, place: int) -> int:
-    """A quicker way over the segments that stand before frame and scan."""
+    """The place after the segments that stand before frame and scan; quicker than a search."""
     try:
         while data[place] == 0xFF and data[place + 1] in _TABLES:
             place += 2 + (data[place + 2] << 8 | data[place + 3])

@@ -27,7 +27,7 @@ _UNREAD = {
     "compressed by gzip": (0, (b"\x1f\x8b",)),
     "a page (HTML or XML)": (0, (b"<",)),
 }
-"""What is found under the names of images, by the bytes at a place."""
+"""Other files found under names of images, by the bytes at a place."""
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -44,7 +44,7 @@ _PIL_WARNINGS = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 @contextlib.contextmanager
 def opened(data: bytes) -> Iterator[Image.Image]:
-    """The image with its first frame decoded to the last row, whatever is the matter with its metadata.
+    """The image with its first frame decoded to the last row, whatever is wrong with its metadata.
 
     Raises:
         Exception: Whatever a decoder raises on bytes that it does not understand.
@@ -60,7 +60,7 @@ def pixels_of(data: bytes) -> npt.NDArray[np.uint8]:
     """(H, W, 3) RGB pixels, not turned by EXIF.
 
     Raises:
-        ValueError: It is no image, a damaged one, or one whose meaning nobody knows.
+        ValueError: It is no image, a damaged one, or one whose values have no known range.
     """
     try:
         with opened(data) as image:
@@ -105,7 +105,7 @@ def is_upright(data: bytes) -> bool:
 
 
 def plain(image: Image.Image) -> Image.Image:
-    """Gray or RGB of 8 bits, with transparent pixels on white: what lies under them nobody was meant to see."""
+    """Gray or RGB of 8 bits, with transparent pixels on white: what lies under them was not meant to be seen."""
     image = _eight_bit(image)
     if image.has_transparency_data:
         above = image.convert("RGBA")
@@ -121,7 +121,7 @@ def refuse_bomb(height: int, width: int) -> None:
 
 
 def unread(data: bytes) -> str:
-    """What to say of a file that is no image of ours; PIL's message holds a memory address."""
+    """The reason for a file that is no image that we read; PIL's message holds a memory address."""
     if not data:
         return "not an image file: it is empty"
     kind = next((kind for kind, (place, starts) in _UNREAD.items() if data.startswith(starts, place)), "")
@@ -145,7 +145,7 @@ def _opened(bare: BareImage) -> Image.Image:
 
 
 def _header_of(bare: BareImage) -> Image.Image:
-    """The image with nothing decoded yet; what PIL warns of is not told, neither now nor when it is decoded.
+    """The image with nothing decoded yet; PIL's warnings are suppressed, both now and when it is decoded.
 
     Raises:
         Exception: Whatever PIL raises on bytes that it does not understand.
@@ -187,7 +187,7 @@ def _deep_pixels(data: bytes) -> npt.NDArray[np.uint8]:
 
 
 def _precision(data: bytes) -> int:
-    """Bits of a sample, from the frame header; the segments before it are passed over by their lengths."""
+    """Bits of a sample, from the frame header; the segments before it are skipped by their lengths."""
     place = 2
     while place + 4 < len(data) and data[place] == 0xFF:
         if data[place + 1] in _FRAMES:
@@ -210,7 +210,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 @contextlib.contextmanager
 def _whole_images_only() -> Iterator[None]:
-    """PIL as we need it, whatever a library in this process has made of its globals."""
+    """PIL refusing truncated images, whatever a library in this process has made of its globals."""
     before = ImageFile.LOAD_TRUNCATED_IMAGES
     if not before:  # written only where it must be: other threads read it too
         yield

@@ -1,4 +1,4 @@
-"""What a user's image file becomes in a shard: the JPEG as it is where our decoder reads it, else an equal one."""
+"""A user's image file as a shard holds it: the JPEG as it is where our decoder reads it, else an equal one."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from PIL import Image, UnidentifiedImageError
 from pipeline.errors import SourceError
 from pipeline.image import other_formats
 from pipeline.image.bare_image import JPEG_START, bare_image
-from pipeline.image.decode import KEPT_COLOURSPACES, is_mendable, readable_jpeg
+from pipeline.image.decode import KEPT_COLOURSPACES, is_convertible, readable_jpeg
 
 CONVERTED_QUALITY = 95
 LONGEST_JPEG_SIDE = 65500
@@ -33,7 +33,7 @@ class Photo:
 
 @dataclass(frozen=True)
 class Encoding:
-    """What is done to images on their way into a shard; by default as little as can be."""
+    """Changes to images on their way into a shard; by default as few as possible."""
 
     max_side: int | None = None
     """Larger images are shrunk until their longer side has this many pixels."""
@@ -42,9 +42,9 @@ class Encoding:
 
     def __post_init__(self) -> None:
         if self.max_side is not None and self.max_side < 1:
-            raise SourceError("max_side", "must be at least 1 pixel", self.max_side, "leave it out to keep sizes")
+            raise SourceError("max_side", "must be at least 1 pixel", self.max_side, "omit it to keep sizes")
         if self.quality is not None and not 1 <= self.quality <= 100:
-            raise SourceError("quality", "must be from 1 to 100", self.quality, "leave it out to keep original bytes")
+            raise SourceError("quality", "must be from 1 to 100", self.quality, "omit it to keep original bytes")
 
 
 ORIGINAL = Encoding()
@@ -69,7 +69,7 @@ def photo_from(data: bytes, encoding: Encoding = ORIGINAL) -> Photo:
 
 
 def _reason(error: Exception, data: bytes) -> str:
-    """What a decoder said, the same each time: the reason is part of the shard's index, and so of the digest."""
+    """A decoder's message, the same each time: the reason is part of the shard's index, and so of the digest."""
     if isinstance(error, UnidentifiedImageError):
         return other_formats.unread(data)
     return f"{type(error).__name__}: {error}"
@@ -90,7 +90,7 @@ def _kept(data: bytes, max_side: int | None) -> Photo | None:
     try:
         kept, pixels = readable_jpeg(data)
     except ValueError as error:
-        if is_mendable(error):
+        if is_convertible(error):
             return None
         raise
     return Photo(kept, *pixels.shape[:2])
@@ -111,7 +111,7 @@ def _upright(data: bytes) -> Image.Image:
         try:
             kept, pixels = readable_jpeg(data)
         except ValueError as error:
-            if not is_mendable(error):
+            if not is_convertible(error):
                 raise
         else:
             image = Image.fromarray(pixels[..., 0] if _is_gray(kept) else pixels)

@@ -17,7 +17,7 @@ _RANGE_DIGITS = 18
 
 
 def expanded(pattern: str) -> Iterator[str]:
-    r"""The names, in order; a backslash takes the meaning from a brace, comma or backslash behind it.
+    r"""The names, in order; a backslash escapes a brace, comma or backslash after it.
 
     Raises:
         SourceError: It stands for too many, or its braces do not match; before a name is made.

@@ -31,30 +31,30 @@ class IndexTask:
     root: str
     tar: Tar
     deep: bool
-    """Decode every image, and leave out those that do not; else their headers alone are looked at."""
+    """Decode every image, and skip those that do not decode; else only their headers are read."""
     salvage: bool
-    """Index what is left of a damaged tar; else it is left alone."""
+    """Index what is left of a damaged tar; else it is not indexed."""
 
     @property
     def name(self) -> str:
-        """Of the shard: the tar's path without its suffix."""
+        """Name of the shard: the tar's path without its suffix."""
         return self.tar.path.text[: -len(".tar")]
 
     @property
     def digest(self) -> str:
-        """Names the tar and how it is indexed."""
+        """Identifies the tar and how it is indexed."""
         parts = [INDEXING_VERSION, self.tar.path.text, self.tar.size_bytes, self.deep]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
     def salvage_digest(self) -> str:
-        """What the index of a damaged tar has in place of the digest: not kept by those who want whole tars."""
+        """The digest in the index of a damaged tar: an ingest that wants whole tars does not keep that index."""
         return hashlib.sha256(f"salvaged {self.digest}".encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class TarReport:
-    """What came of indexing a tar."""
+    """The result of indexing a tar."""
 
     name: str
     report: ShardReport | None
@@ -104,7 +104,7 @@ def index_tar(storage: Storage, destination: str, task: IndexTask) -> TarReport:
 
 
 def _place(destination: str, task: IndexTask) -> str:
-    """How the manifest finds the tar: by its name alone where it lies beside it, else by its URL."""
+    """The tar's place in the manifest: its name alone where it lies beside it, else its URL."""
     if destination.rstrip("/") != task.root.rstrip("/"):
         return task.tar.path.url(task.root)
     return "" if task.tar.path.text == f"{task.name}.tar" else task.tar.path.text

@@ -41,7 +41,7 @@ _SPACEX = "SpaceX, https://www.flickr.com/photos/spacexphotos/16511594820"
 _CHINA = "danielbuechele, https://www.flickr.com/photos/danielbuechele/6061409035"
 _FLOWER = "vultilion, https://www.flickr.com/photos/vultilion/6056698931"
 
-# Left out: textures, drawings and gray images; micrographs; and the motorcycle, whose licence is not stated.
+# Not included: textures, drawings and gray images; micrographs; and the motorcycle, whose licence is not stated.
 PHOTOGRAPHS = (
     Photograph("astronaut", "skimage", "data/astronaut.png", "public domain", _NASA),
     Photograph("cat", "skimage", "data/chelsea.png", "CC0", "Stefan van der Walt"),
@@ -54,7 +54,7 @@ PHOTOGRAPHS = (
 
 
 def photograph_path(photograph: Photograph) -> Path:
-    """Where a photograph lies on this machine; imports nothing and asks no network.
+    """Path of a photograph on this machine; imports nothing and needs no network.
 
     Raises:
         SourceError: Its package is not installed.

@@ -1,6 +1,6 @@
-"""Which images go into which shard: shuffled once by a seed, then cut by number or by bytes.
+"""The plan of which images go into which shard: shuffled once by a seed, then cut by number or by bytes.
 
-Shuffled here, neighbours in a shard are unrelated, so that a block read in one piece is already mixed.
+Since they are shuffled here, neighbours in a shard are unrelated, so that a block read in one piece is already mixed.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ _HEADER_BYTES = tarfile.BLOCKSIZE
 
 @dataclass(frozen=True)
 class Sharding:
-    """How sources become shards. Exactly one of samples_per_shard and shard_bytes is given."""
+    """The way in which sources become shards. Exactly one of samples_per_shard and shard_bytes is given."""
 
     samples_per_shard: int | None = None
     """Images in a shard; the last one is smaller."""
     shard_bytes: int | None = None
-    """What a tar of images that keep their bytes has at most."""
+    """Most bytes of a tar, if its images keep theirs."""
     seed: int = 0
     """Of the shuffle."""
     encoding: Encoding = ORIGINAL
@@ -53,14 +53,14 @@ class Sharding:
 
 @dataclass(frozen=True)
 class Ingest:
-    """What a data set is made from, and how."""
+    """The sources of a dataset, and how it is made of them."""
 
     found: Sources | Tars
     sharding: Sharding
 
     @property
     def digest(self) -> str:
-        """Two ingests with one digest make the same data set."""
+        """Two ingests with one digest make the same dataset."""
         digest = hashlib.sha256(json.dumps([SHARD_VERSION, asdict(self.sharding)]).encode())
         if isinstance(self.found, Tars):
             rows: Iterator[list[Any]] = ([_identity(tar.path), tar.size_bytes] for tar in self.found.tars)
@@ -74,7 +74,7 @@ class Ingest:
 
 @dataclass(frozen=True)
 class ShardTask:
-    """What one task writes: some sources, in this order."""
+    """The work of one task: some sources, in this order."""
 
     name: str
     """Without a suffix, like ``shard-000012``."""
@@ -85,7 +85,7 @@ class ShardTask:
 
     @property
     def digest(self) -> str:
-        """Names the sources, their order and encoding; two tasks with one digest write the same shard."""
+        """Identifies the sources, their order and encoding; two tasks with one digest write the same shard."""
         rows = [[_identity(source.path), source.size_bytes, source.label, source.offset] for source in self.sources]
         parts = [SHARD_VERSION, self.first_key, asdict(self.encoding), rows]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
@@ -131,7 +131,7 @@ class ShardPlan(Sequence[ShardTask]):
         return (self[number] for number in range(len(self)))
 
     def places(self, start: int, stop: int) -> npt.NDArray[np.int64]:
-        """Which images have the places [start, stop) of the shuffled order."""
+        """The images at places [start, stop) of the shuffled order."""
         return hashing.permuted(self._stream, self.samples, np.arange(start, stop))
 
 
@@ -147,7 +147,7 @@ def plan_shards(sources: Sources, sharding: Sharding) -> ShardPlan:
 
 
 def _starts(order: ShardPlan, shard_bytes: int) -> Iterator[int]:
-    """Where a new shard begins, so that none is larger; one image alone may be."""
+    """Places at which a new shard begins, so that none is larger; one image alone may be."""
     room = 0
     for first in range(0, order.samples, _MEASURED_AT_ONCE):
         places = order.places(first, min(order.samples, first + _MEASURED_AT_ONCE))
@@ -160,7 +160,7 @@ def _starts(order: ShardPlan, shard_bytes: int) -> Iterator[int]:
 
 
 def _tar_bytes(source: Source) -> int:
-    """What an image and its label take in a tar."""
+    """Bytes that an image and its label take in a tar."""
     assert source.size_bytes is not None
     image = _HEADER_BYTES + -(-source.size_bytes // _HEADER_BYTES) * _HEADER_BYTES
     return image + (0 if source.label is None else 2 * _HEADER_BYTES)

@@ -1,4 +1,4 @@
-"""What an ingest is made of: images as they were found, and tars whose images are not known yet."""
+"""Sources of an ingest: images as they were found, and tars whose images are not known yet."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class Source:
     path: Listed | Given
     """Of the file or tar: found below the sources' root, or as a list of files has it."""
     size_bytes: int | None
-    """Of the image; None where nobody asked."""
+    """Of the image; None where it was not asked for."""
     label: int | None
     offset: int | None = None
     """Byte in the tar at which the image begins; None for a file."""
 
     @property
     def name(self) -> str:
-        """What tells a person which one it is."""
+        """The image's name for people."""
         return str(self.path) if self.offset is None else f"{self.path} at byte {self.offset}"
 
     def read(self, storage: Storage, root: str) -> bytes:
@@ -59,11 +59,11 @@ class Sources:
     """All images of an ingest, in an order that depends on nothing but them."""
 
     root: str
-    """What was listed, and what relative paths of a list are relative to."""
+    """The folder that was listed, or that a list's relative paths start from."""
     classes: tuple[str, ...]
     """Names of the labels; empty where they have none."""
     images: Sequence[Source]
-    passed_over: tuple[str, ...] = ()
+    skipped_files: tuple[str, ...] = ()
     """Files of the folder whose names are not those of images."""
     beside_classes: tuple[str, ...] = ()
     """Images that lie beside the class folders, for whose sake no image has a label."""
@@ -79,11 +79,11 @@ class Tar:
 
 @dataclass(frozen=True)
 class Tars:
-    """Tars to be gone through, sorted by path."""
+    """Tars to scan, sorted by path."""
 
     root: str
     tars: tuple[Tar, ...]
-    passed_over: tuple[str, ...] = ()
+    skipped_files: tuple[str, ...] = ()
     """Packed archives in the folder."""
 
 
@@ -99,5 +99,5 @@ def parted(url: str) -> tuple[str, str]:
 
 
 def suffix(name: str) -> str:
-    """Of a file's name, in small letters."""
+    """The suffix of a file's name, in lower case."""
     return PurePosixPath(name).suffix.lower()

@@ -1,4 +1,4 @@
-"""Images listed in a text file: one path or URL a line, with a label behind it or without."""
+"""Images listed in a text file: one path or URL a line, with or without a label after it."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class _Row(NamedTuple):
 def listed_sources(storage: Storage, url: str) -> Sources:
     r"""Read a list of images.
 
-    A line ends at ``\n`` or ``\r\n``, and is ``PATH``, ``PATH<TAB>LABEL`` or ``PATH LABEL``. The label behind a tab is
-    an integer or a class name, that behind spaces an integer. Relative paths are relative to the list's folder. Empty
+    A line ends at ``\n`` or ``\r\n``, and is ``PATH``, ``PATH<TAB>LABEL`` or ``PATH LABEL``. The label after a tab is
+    an integer or a class name, that after spaces an integer. Relative paths are relative to the list's folder. Empty
     lines and those that begin with ``#`` do not count. Where all labels are integers they are kept as they are; where
     all are names, a label is a name's place among the sorted names.
 
@@ -57,7 +57,7 @@ def listed_sources(storage: Storage, url: str) -> Sources:
 
 
 def sized(storage: Storage, sources: Sources) -> Sources:
-    """Ask for the sizes that are not known; what is gone, or a web server does not tell, has none."""
+    """Ask for the sizes that are not known; what is gone, or a web server does not report, has none."""
     hasty = replace(storage, retry_seconds=min(HASTY_SECONDS, storage.retry_seconds))
 
     def asked(source: Source) -> Source:
@@ -91,7 +91,7 @@ def _lines(storage: Storage, url: str) -> Iterable[tuple[int, str]]:
     lines = [line.removesuffix("\r") for line in text.split("\n")]
     for number, line in enumerate(lines, 1):
         if "\r" in line:
-            remedy = r"write it anew with \n, as `tr '\r' '\n'` does"
+            remedy = r"rewrite it with \n, as `tr '\r' '\n'` does"
             raise SourceError(f"line {number}", r"must end in \n or \r\n, and hold no other \r", clipped(line), remedy)
         if "\0" in line:
             raise SourceError(f"line {number}", "must hold no NUL", clipped(line), "give a list in UTF-8")
@@ -133,7 +133,7 @@ def _refuse_heading(row: _Row) -> None:
 
 
 def _refuse_odd_path(row: _Row, folder: str) -> None:
-    """Paths that no file can have, and those that lead from a store to this machine."""
+    """Refuse paths that no file can have, and those that lead from a store to this machine."""
     where = f"line {row.number}"
     if row.path.endswith("/"):
         raise SourceError(where, "must name a file, not a folder", clipped(row.path), "list the images in it")
@@ -170,14 +170,17 @@ def _numbered(rows: Sequence[_Row]) -> tuple[tuple[str, ...], list[int | None]]:
 
 
 def _refuse_number(row: _Row) -> None:
-    """A name that is a number, but no integer of at least 0, was meant as a number."""
+    """Refuse a name that is a number, but no integer of at least 0: it was meant as a number."""
     label = row.label or ""
     try:
         float(label)
     except ValueError:
         return
     if any(character.isdigit() for character in label):
-        rule, remedy = "must be an integer of at least 0, or a name", "write 3, not +3 or 3.0; leave out what has none"
+        rule, remedy = (
+            "must be an integer of at least 0, or a name",
+            "write 3, not +3 or 3.0; omit the label of what has none",
+        )
         raise SourceError(f"label in line {row.number}", rule, clipped(label), remedy)
 
 

@@ -1,4 +1,4 @@
-"""Reading single images from wherever a list says that they lie: a dead web server costs its own images, no more."""
+"""A reader of single images, wherever a list says that they lie: a dead web server costs only its own images."""
 
 from __future__ import annotations
 
@@ -13,28 +13,35 @@ from pipeline.ingest.source import Source
 from pipeline.store.storage import Storage, is_web
 
 HASTY_SECONDS = 10.0
-"""For a web server that never gave anything while others did, or that failed last: lists are full of such."""
+"""For a web server that never answered while others did, or that failed last; lists are full of these."""
 
 
 class SourceReader:
-    """Reads the images of one task.
+    """A reader of the images of one task.
 
-    What a web server does not give is the image's fault as long as anything else can be read, and the image is left out
-    and listed. A server that answered before and is away is waited for as long as any store, and then ends the task:
-    its images may come back. So does a task of which nothing can be read, since then the fault is likely on this side.
+    What a web server does not serve counts as the image's fault as long as anything else can be read, and the image is
+    skipped. A server that answered before and has become unreachable is waited for as long as any store, and then ends
+    the task: its images may come back. A task of which nothing can be read ends, too: the fault is likely on this side.
 
     Concurrency: read() is safe to call from several threads.
     Blocking: until the image is there, or `storage.retry_seconds` have passed.
     """
 
-    def __init__(self, storage: Storage, root: str, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        root: str,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        hasty_seconds: float = HASTY_SECONDS,
+    ) -> None:
         self._storage = storage
-        self._hasty = replace(storage, retry_seconds=min(HASTY_SECONDS, storage.retry_seconds))
+        self._hasty = replace(storage, retry_seconds=min(hasty_seconds, storage.retry_seconds))
         self._root = root
         self._clock = clock
         self._lock = threading.Lock()
         self._answered: dict[str, float] = {}
-        """When each host last gave something; "" is everything but the web."""
+        """When each host last answered; "" is everything but the web."""
         self._failing: set[str] = set()
         self._dead: dict[str, UnreachableError] = {}
 
@@ -43,15 +50,15 @@ class SourceReader:
 
         Raises:
             FileNotFoundError: It is gone.
-            RefusedError: Its web server does not give it, or is away while others answer; or it is no image file, or
-                its name leads elsewhere.
-            UnreachableError: Its server answered before, and is away.
+            RefusedError: Its web server does not serve it, or is unreachable while others answer; or it is no image
+                file, or its name leads elsewhere.
+            UnreachableError: Its server answered before, and is unreachable now.
         """
         url = source.path.url(self._root)
         host = urlsplit(url).netloc if is_web(url) else ""
         with self._lock:
             if host in self._dead:
-                raise _left_out(url, self._dead[host])
+                raise _unreachable(url, self._dead[host])
             patient = host not in self._failing and (host in self._answered or not self._answered)
         began = self._clock()
         try:
@@ -62,7 +69,7 @@ class SourceReader:
             with self._lock:
                 if host not in self._answered:
                     self._dead[host] = error
-            raise _left_out(url, error) from error
+            raise _unreachable(url, error) from error
         except (FileNotFoundError, RefusedError):
             self._note(host)
             raise
@@ -75,7 +82,7 @@ class SourceReader:
         return data
 
     def check(self) -> None:
-        """Call when all was read.
+        """Make sure that some server answered; call when all was read.
 
         Raises:
             UnreachableError: No server of the task answered.
@@ -89,5 +96,5 @@ class SourceReader:
             (self._failing.add if failing else self._failing.discard)(host)
 
 
-def _left_out(url: str, error: UnreachableError) -> RefusedError:
+def _unreachable(url: str, error: UnreachableError) -> RefusedError:
     return RefusedError("address", "must be reachable", url, f"its server cannot be reached: {error.remedy}")

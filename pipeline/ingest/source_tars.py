@@ -1,6 +1,6 @@
-"""Tars as sources: which ones are meant, and where their images lie, kept so that a killed scan goes on where it was.
+"""Tars as sources: which ones are meant, and where their images lie, kept so that a killed scan resumes where it was.
 
-A tar is gone through once by `list_tar`, and its listing kept under the destination. Thereafter its images are ranges
+A tar is scanned once by `list_tar`, and its listing kept under the destination. Thereafter its images are ranges
 that any task reads by itself.
 """
 
@@ -116,7 +116,7 @@ def _matches(path: str, pattern: str) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class TarListing:
-    """Where the images of one tar lie."""
+    """Places of the images of one tar."""
 
     tar: Tar
     offsets: npt.NDArray[np.int64]
@@ -146,7 +146,7 @@ class TarListing:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> TarListing:
-        """Read a listing; ValueError if it is none."""
+        """Read a listing; ValueError if it is not one."""
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 header = parsed_object(arrays["header"].tobytes())
@@ -184,7 +184,7 @@ def _text(value: Any) -> str:
 
 @dataclass(frozen=True)
 class TarTask:
-    """One tar to go through."""
+    """One tar to scan."""
 
     root: str
     tar: Tar
@@ -192,7 +192,7 @@ class TarTask:
 
 @dataclass(frozen=True)
 class TarSummary:
-    """What the images of one tar are counted as; where they lie is in the listing."""
+    """Counts of one tar's images; where they lie is in the listing."""
 
     tar: Tar
     listing: str
@@ -202,18 +202,18 @@ class TarSummary:
     faults: tuple[TarFault, ...]
     bad_labels: int
     kept: bool
-    """Whether an earlier run had already gone through it."""
+    """Whether an earlier run had already scanned it."""
 
 
 def list_tar(storage: Storage, folder: str, task: TarTask) -> TarSummary:
     """Find the images of a tar and keep the listing, or take what an earlier run kept.
 
-    Images behind a damaged place are found too, and the place is listed.
+    Images after a damaged place are found, too, and the place is listed.
 
     Args:
         storage: Reaches the tar and the listings.
         folder: Where listings are kept.
-        task: The tar to go through.
+        task: The tar to scan.
     """
     tar, url = task.tar, task.tar.path.url(task.root)
     place = Storage.join(folder, f"{_name(task, storage.etag(url))}.npz")
@@ -236,7 +236,7 @@ def list_tar(storage: Storage, folder: str, task: TarTask) -> TarSummary:
 
 
 def _kept_listing(storage: Storage, place: str) -> TarListing | None:
-    """What an earlier ingest found in a tar; None where nothing of it can be read."""
+    """The listing that an earlier ingest kept of a tar; None where it cannot be read."""
     try:
         data = storage.read(place)
     except FileNotFoundError:

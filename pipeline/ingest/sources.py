@@ -15,7 +15,7 @@ PACKED_SUFFIXES = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".zip")
 
 
 def find_sources(storage: Storage, source: str) -> Sources | Tars:
-    """What lies there, by names alone; opens nothing but a list of files.
+    """Find images or tars by their names alone; opens nothing but a list of files.
 
     Args:
         storage: Reaches `source`.
@@ -35,7 +35,7 @@ def find_sources(storage: Storage, source: str) -> Sources | Tars:
 
 
 def _refuse_odd_bytes(url: str) -> None:
-    """Names of tars become those of shards, which a manifest keeps as UTF-8."""
+    """Refuse a name that is no UTF-8: names of tars become those of shards, which a manifest keeps as UTF-8."""
     try:
         url.encode()
     except UnicodeEncodeError:
@@ -77,7 +77,7 @@ def _folder(storage: Storage, root: str) -> Sources | Tars:
     if not images:
         raise _nothing_there(root, list(sizes))
     others = tuple(path for path in shown if suffix(path) not in IMAGE_SUFFIXES)
-    return replace(_by_class(root, {path: sizes[path] for path in images}), passed_over=others)
+    return replace(_by_class(root, {path: sizes[path] for path in images}), skipped_files=others)
 
 
 def _is_hidden(part: str) -> bool:

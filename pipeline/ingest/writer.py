@@ -1,4 +1,4 @@
-"""One shard of a data set: writing it so that a killed ingest goes on where it was.
+"""One shard of a dataset: written so that a killed ingest resumes where it was.
 
 A shard is a plain WebDataset tar. Its index is uploaded last and commits it: a tar without an index is written again.
 """
@@ -28,17 +28,17 @@ from pipeline.shard.verify import tar_faults
 from pipeline.store.storage import Storage
 
 READ_THREADS = 8
-"""A task's images are read ahead by so many, since a single read of a far store takes longer than a decode."""
+"""Readers ahead of a task's decoding, since a single read from a far store takes longer than a decode."""
 READ_AHEAD = 16
 
 
 def tar_url(destination: str, name: str) -> str:
-    """Where a shard's images lie."""
+    """URL of a shard's tar."""
     return Storage.join(destination, f"{name}.tar")
 
 
 def index_url(destination: str, name: str) -> str:
-    """Where a shard's index lies."""
+    """URL of a shard's index."""
     return Storage.join(destination, f"{name}{INDEX_SUFFIX}")
 
 
@@ -47,7 +47,7 @@ def write_shard(storage: Storage, destination: str, task: ShardTask) -> ShardRep
 
     Args:
         storage: Reaches the sources and the destination.
-        destination: Folder or prefix of the data set.
+        destination: Folder or prefix of the dataset.
         task: What to write.
 
     Returns:
@@ -72,7 +72,7 @@ def write_shard(storage: Storage, destination: str, task: ShardTask) -> ShardRep
 
 
 def _finished(storage: Storage, destination: str, task: ShardTask) -> ShardReport | None:
-    """What an earlier ingest finished, if every byte is still as it was."""
+    """The report of a shard that an earlier ingest finished, if every byte is still as it was."""
     url, tar = index_url(destination, task.name), tar_url(destination, task.name)
     try:
         index = ShardIndex.from_bytes(storage.read(url), url)
@@ -93,7 +93,7 @@ def is_unchanged(storage: Storage, url: str, index: ShardIndex) -> bool:
 
 
 def _write_tar(storage: Storage, task: ShardTask, path: Path) -> ShardIndex:
-    import webdataset  # it imports torch: seconds, and 200 MB, that those spare who only index or verify
+    import webdataset  # it imports torch: seconds, and 200 MB, which those who only index or verify are spared
 
     rows = []
     skipped = []

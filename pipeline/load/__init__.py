@@ -1,4 +1,4 @@
-"""Batches of one rank: a data set opened, read ahead, cached, decoded and handed over.
+"""Batches of one rank: a dataset opened, read ahead, cached, decoded and copied to the device.
 
-For what trains. Not for `pipeline.ingest`.
+For training. Not for `pipeline.ingest`.
 """

@@ -1,4 +1,4 @@
-"""A sample that cannot be used as it was ingested: what is wrong with it, and where it lies."""
+"""A sample that cannot be used as it was ingested: its fault, and where it lies."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from pipeline.errors import DatasetError
 
-Fault = Literal["index", "missing", "replaced", "truncated", "header", "checksum", "undecodable"]
-"""In the order in which they are looked for."""
+FaultKind = Literal["index", "missing", "replaced", "truncated", "header", "checksum", "undecodable"]
+"""In the order in which they are checked for."""
 
-_FIELDS: dict[Fault, str] = {"index": "shard index", "undecodable": "sample"}
+_FIELDS: dict[FaultKind, str] = {"index": "shard index", "undecodable": "sample"}
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class BadSample:
     """One sample and its fault."""
 
     id: int
-    """Its place in the data set, from 0."""
+    """Its place in the dataset, from 0."""
     shard: str
     member: str
     """Name of the image in the tar; empty where the index is what is damaged."""
@@ -28,13 +28,13 @@ class BadSample:
     """Bytes of the image, as ingested."""
     url: str
     """Of the tar, or of the index where that is what is damaged."""
-    fault: Fault
+    fault: FaultKind
     reason: str
 
     def error(self) -> DatasetError:
         """The error that stops a run which does not skip."""
         rule = "must be a whole JPEG" if self.fault == "undecodable" else "must be as it was ingested"
-        remedy = f"{self.reason}; restore it, make the data set again, or go on without it: on_bad_sample=skip"
+        remedy = f"{self.reason}; restore it, make the dataset again, or continue without it: on_bad_sample=skip"
         return DatasetError(_FIELDS.get(self.fault, "shard"), rule, self.url, remedy)
 
     def to_json(self) -> dict[str, Any]:

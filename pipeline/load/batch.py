@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pipeline.image.augment import CropRow, Draws
-from pipeline.load.device_copy import HandOver, Moving
+from pipeline.load.device_copy import DeviceCopy, StartedCopy
 from pipeline.load.image_maker import Substitution
 from pipeline.load.read_ahead import Pending
 
@@ -44,23 +44,23 @@ class StartedBatch:
         pending: list[Pending],
         draws: Draws,
         image_shape: tuple[int, int],
-        hand_over: HandOver,
+        device_copy: DeviceCopy,
     ) -> None:
         self.step = step
         self.pending = pending
         self.draws = draws
         """(n, ...), of the images' crops."""
-        self.sample_ids = hand_over.empty((len(pending),), torch.int64)
+        self.sample_ids = device_copy.empty((len(pending),), torch.int64)
         self.sample_ids[:] = torch.tensor([item.sample_id for item in pending])
-        self.images = hand_over.empty((len(pending), 3, *image_shape), torch.uint8)
+        self.images = device_copy.empty((len(pending), 3, *image_shape), torch.uint8)
         self.pixels = self.images.numpy()
         """The same memory."""
         self.crops: CropRow = np.zeros((len(pending), 5), dtype=np.int32)
         self.substitutions: list[Substitution | None] = [None] * len(pending)
         self.done = [False] * len(pending)
-        self.moving: Future[Moving] = Future()
+        self.copy: Future[StartedCopy] = Future()
         """Done when the copy to the device has started, or when the first image failed."""
-        self._hand_over = hand_over
+        self._device_copy = device_copy
         self._left = len(pending)
         self._lock = threading.Lock()
 
@@ -73,12 +73,12 @@ class StartedBatch:
             last = self._left == 0
         if last:
             try:
-                self.moving.set_result(self._hand_over.start(self.images))
+                self.copy.set_result(self._device_copy.start(self.images))
             except BaseException as error:
                 self.fail(error)
 
     def fail(self, error: BaseException) -> None:
-        """Note that an image cannot be made; the first to say so is heard."""
+        """Note that an image cannot be made; only the first one counts."""
         with self._lock:
-            if not self.moving.done():
-                self.moving.set_exception(error)
+            if not self.copy.done():
+                self.copy.set_exception(error)

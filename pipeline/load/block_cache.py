@@ -1,11 +1,11 @@
 """Blocks on the node's own disk: what was read once from the object store is read from there the next time.
 
-One file a block, its bytes as they lie in the tar; nobody but the index says whether they are right, so a file that was
-damaged, cut short or half written is found by the CRC32C of its images, like a damaged object. Files come into being
-by a rename. The only lock is a flock, which the kernel drops with the process that holds it; the sum of bytes that it
-guards may be off after a kill, and is counted anew before anything is evicted.
+One file a block, its bytes as they lie in the tar; only the index says whether they are right, so a file that was
+damaged, cut short or half written is found by the CRC32C of its images, like a damaged object. Files are put in
+place by a rename. The only lock is a flock, which the kernel drops with the process that holds it; the sum of bytes
+that it guards may be off after a kill, and is counted again before anything is evicted.
 
-    <folder>/lock, <folder>/used              flock, and bytes used by all data sets
+    <folder>/lock, <folder>/used              flock, and bytes used by all datasets
     <folder>/<digest>/<shard>-<start>-<bytes> a block; its mtime is when it was last used
 
 Trade-off: the least recently used block goes first, but not one that this process used in its last two epochs. An epoch
@@ -31,24 +31,24 @@ logger = logging.getLogger(__name__)
 ORPHAN_SECONDS = 600.0
 """Age at which a half-written file belongs to a process that died."""
 SPARE_RATIO = 1 / 64
-"""Of the budget, freed beyond what is needed, so that counting anew stays rare."""
+"""Of the budget, freed beyond what is needed, so that counting again stays rare."""
 RECOUNT_SECONDS = 30.0
 """Least time between two counts that found nothing to evict."""
 LOCK_SECONDS = 5.0
-"""How long a block waits for the flock before it is not stored; a stopped process may hold it for ever."""
+"""How long a block waits for the flock before it is not stored; a stopped process may hold it permanently."""
 _USED_DIGITS = 20
 
 
 @dataclass(frozen=True)
 class CachePlace:
-    """Where a node keeps its blocks, and how many bytes of them."""
+    """The folder in which a node keeps its blocks, and its budget."""
 
     folder: str
     limit_bytes: int
 
 
 class BlockCache:
-    """The blocks of one data set in a folder that several processes, runs and data sets may share.
+    """The blocks of one dataset in a folder that several processes, runs and datasets may share.
 
     Owns: nothing in memory but a few counters.
     Concurrency: safe to call from several threads and processes.
@@ -56,13 +56,21 @@ class BlockCache:
     Blocking: local disk; put() also waits for the flock.
     """
 
-    def __init__(self, place: CachePlace, digest: str, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        place: CachePlace,
+        digest: str,
+        clock: Callable[[], float] = time.time,
+        *,
+        lock_seconds: float = LOCK_SECONDS,
+    ) -> None:
         """Open the folder, and count what it holds.
 
         Args:
             place: Folder and budget.
-            digest: The data set's; other data sets' blocks share the budget alone.
+            digest: The dataset's; other datasets' blocks share the budget alone.
             clock: Unix time.
+            lock_seconds: How long a block waits for the flock.
         """
         self.evictions = 0
         self.storing = True
@@ -71,6 +79,7 @@ class BlockCache:
         self._folder = self._root / digest[:32]
         self._limit_bytes = place.limit_bytes
         self._clock = clock
+        self._lock_seconds = lock_seconds
         self._opened_at = clock()
         self._epochs_began = (0.0, 0.0)
         self._full_until = 0.0
@@ -83,7 +92,7 @@ class BlockCache:
 
     @property
     def used_bytes(self) -> int:
-        """Over all data sets in the folder, as counted by all processes together."""
+        """Over all datasets in the folder, as counted by all processes together."""
         return self._noted() or 0
 
     @property
@@ -92,7 +101,7 @@ class BlockCache:
         return not self.storing or self._clock() < self._full_until
 
     def begin_epoch(self) -> None:
-        """What was used since the epoch before this one began will not be evicted by this process."""
+        """Begin an epoch: this process will not evict what was used since the epoch before it began."""
         self._epochs_began = (self._epochs_began[1], self._clock())
 
     def holds(self, name: str) -> bool:
@@ -148,7 +157,7 @@ class BlockCache:
             for last_used, size, path in sorted(files):
                 if used <= target:
                     break
-                # A budget that was lowered is kept to at any price.
+                # A lowered budget is kept to in any case.
                 if self._is_needed(path, last_used) and used <= self._limit_bytes:
                     continue
                 path.unlink(missing_ok=True)
@@ -194,8 +203,8 @@ class BlockCache:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[bool]:
-        """Hold the flock; False if somebody kept it for too long."""
-        deadline = time.monotonic() + LOCK_SECONDS
+        """Hold the flock; False if another process kept it for too long."""
+        deadline = time.monotonic() + self._lock_seconds
         with (self._root / "lock").open("ab") as file:
             held = False
             while not held and time.monotonic() < deadline:
@@ -208,14 +217,14 @@ class BlockCache:
 
     @contextlib.contextmanager
     def _or_off(self) -> Iterator[None]:
-        """A disk that fails ends the storing of blocks and nothing else."""
+        """Let a disk that fails end the storing of blocks and nothing else."""
         try:
             yield
         except OSError as error:
             with self._lock:
                 if self.storing:
                     logger.warning(
-                        "%s: no more blocks are stored there (%s: %s); the run goes on without",
+                        "%s: no more blocks are stored there (%s: %s); the run continues without",
                         self._root,
                         type(error).__name__,
                         error,

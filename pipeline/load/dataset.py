@@ -1,4 +1,4 @@
-"""A data set opened for reading: sample ids in, checked JPEG bytes out."""
+"""A dataset opened for reading: sample ids in, checked JPEG bytes out."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from pipeline.load.bad_sample import BadSample
 from pipeline.load.block_cache import BlockCache, CachePlace
 from pipeline.load.read_counters import ReadCounters
 from pipeline.load.shard_reader import Sample, ShardReader, neighbours
-from pipeline.load.thread_activity import Activities
+from pipeline.load.thread_activity import ThreadActivities
 from pipeline.shard.index import ShardIndex
-from pipeline.shard.index_reader import INDEX_CACHE_BYTES, IndexReader, SampleRow
+from pipeline.shard.index_reader import IndexReader, SampleRow
 from pipeline.shard.manifest import Manifest
 from pipeline.store.storage import Storage
 
@@ -39,7 +39,6 @@ class Dataset:
         storage: Storage,
         url: str,
         manifest: Manifest,
-        index_cache_bytes: int = INDEX_CACHE_BYTES,
         *,
         cache: CachePlace | None = None,
         check_etags: bool = True,
@@ -48,12 +47,11 @@ class Dataset:
 
         Args:
             storage: Reaches `url`.
-            url: Of the data set.
+            url: Of the dataset.
             manifest: What lies there.
-            index_cache_bytes: Memory for index pages.
             cache: Where blocks are kept on this node's disk; None: nowhere.
             check_etags: Refuse tars with another ETag than when they were indexed, where the store has ETags. A copy
-                of the data set may have others for the same bytes; images are checked against the index in any case.
+                of the dataset may have others for the same bytes; images are checked against the index in any case.
         """
         self.storage = storage
         self.url = url
@@ -61,10 +59,10 @@ class Dataset:
         self.digest = manifest.digest
         self._ends = np.cumsum(manifest.shards.samples)
         self._starts = self._ends - manifest.shards.samples
-        self._indexes = IndexReader(storage, url, manifest.shards, index_cache_bytes)
+        self._indexes = IndexReader(storage, url, manifest.shards)
         self._check_etags = check_etags
         self.counters = ReadCounters()
-        self.activities = Activities()
+        self.activities = ThreadActivities()
         self.cache = BlockCache(cache, self.digest) if cache else None
 
     @classmethod
@@ -113,7 +111,7 @@ class Dataset:
     def read_each(
         self, sample_ids: Sequence[int] | Int64s, block: range | None = None, *, whole_block: bool = True
     ) -> list[Sample | BadSample]:
-        """Read samples, and tell of each that is not as it was ingested.
+        """Read samples, and report each that is not as it was ingested.
 
         A sample that comes damaged is read once more by itself before it counts as bad.
 
@@ -184,7 +182,7 @@ class Dataset:
             return []
 
     def rows(self, sample_ids: Sequence[int] | Int64s) -> list[SampleRow]:
-        """What the indexes say of some samples: key, place in the tar, CRC32C, size, label. No image byte is read.
+        """Rows of some samples: key, place in the tar, CRC32C, size, label. No image byte is read.
 
         Reads the pages of the indexes that hold these rows, those of several shards at once.
 
@@ -221,7 +219,7 @@ class Dataset:
         return [(int(shard[0]), held) for shard, held in groups if len(held)]
 
     def index(self, shard: int) -> ShardIndex:
-        """The whole index of the shard with that place in the manifest; read anew each time.
+        """The whole index of the shard with that place in the manifest; read again each time.
 
         Raises:
             DatasetError: It is missing, damaged, or not the one that the manifest names.
@@ -246,4 +244,4 @@ class Dataset:
 
 
 def _altered(what: str, url: str, why: str) -> DatasetError:
-    return DatasetError(what, "must be as it was ingested", url, f"{why}; restore it, or shard the data set again")
+    return DatasetError(what, "must be as it was ingested", url, f"{why}; restore it, or shard the dataset again")

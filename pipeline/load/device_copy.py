@@ -1,7 +1,7 @@
 """Batches on their way to the device: pinned memory, and a copy on a stream of its own.
 
-The copy of a batch starts when its last image is ready, while the device still works on batches before it; nobody waits
-for it on the host. On the CPU the same calls hand the host's tensor on.
+The copy of a batch starts when its last image is ready, while the device still works on batches before it; the host
+does not wait for it. On the CPU the same calls pass the host's tensor on.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import torch
 
 
 @dataclass(frozen=True, eq=False)
-class Moving:
+class StartedCopy:
     """Images whose copy to the device has been started."""
 
     images: torch.Tensor
     copied: torch.cuda.Event | None
 
 
-class HandOver:
-    """The way to one device.
+class DeviceCopy:
+    """Copies to one device.
 
     Concurrency: start() is called from any thread; finish() from the one that uses the images.
     """
@@ -34,20 +34,20 @@ class HandOver:
         """Host memory to fill; pinned where a GPU will copy it. PyTorch's own allocator pools pinned memory."""
         return torch.empty(shape, dtype=dtype, pin_memory=self._stream is not None)
 
-    def start(self, host: torch.Tensor) -> Moving:
+    def start(self, host: torch.Tensor) -> StartedCopy:
         """Begin to copy; returns at once."""
         if self._stream is None:
-            return Moving(host, None)
+            return StartedCopy(host, None)
         with torch.cuda.stream(self._stream):
             images = host.to(self._device, non_blocking=True)
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record(self._stream)
-        return Moving(images, copied)
+        return StartedCopy(images, copied)
 
-    def finish(self, moving: Moving) -> torch.Tensor:
+    def finish(self, copy: StartedCopy) -> torch.Tensor:
         """The images, for use on the current stream; the stream waits for the copy, the host does not."""
-        if moving.copied is not None:
+        if copy.copied is not None:
             current = torch.cuda.current_stream(self._device)
-            current.wait_event(moving.copied)
-            moving.images.record_stream(current)  # its memory was allocated on the copying stream
-        return moving.images
+            current.wait_event(copy.copied)
+            copy.images.record_stream(current)  # its memory was allocated on the copying stream
+        return copy.images

@@ -1,4 +1,4 @@
-"""One image of a batch: decode, crop, flip; and what happens where its sample cannot be used."""
+"""One image of a batch: decode, crop, flip; and its substitute where its sample cannot be used."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MAX_CONSECUTIVE_BAD_SAMPLES = 100
 
 @dataclass(frozen=True)
 class BadSamplePolicy:
-    """What to do where a sample is not as it was ingested, or does not decode."""
+    """The response to a sample that is not as it was ingested, or does not decode."""
 
     on_bad_sample: OnBadSample = "fail"
     max_consecutive: int = MAX_CONSECUTIVE_BAD_SAMPLES
@@ -28,7 +28,7 @@ class BadSamplePolicy:
 
     def too_many(self, bad: BadSample) -> DatasetError:
         """The error that stops a run which would skip too much."""
-        remedy = f"check the data set with `convmae verify`; the last one: {bad.reason}, in {bad.url}"
+        remedy = f"check the dataset with `convmae verify`; the last one: {bad.reason}, in {bad.url}"
         rule = f"at most {self.max_consecutive} samples in a row may be unusable"
         return DatasetError("max_consecutive_bad_samples", rule, f"{self.max_consecutive}+", remedy)
 
@@ -48,7 +48,7 @@ class Substitution:
 
 
 class ImageMaker:
-    """Turns samples into pixels.
+    """A maker of pixels from samples.
 
     Owns: which samples were found bad, so that a substitute is not looked for among them twice.
     Concurrency: safe to call from several threads. What is made of a sample depends on nothing but its arguments, and

@@ -1,7 +1,7 @@
-"""Batches of one rank: read ahead, decode and augment in threads, hand over in order.
+"""The loader of one rank: reads ahead, decodes and augments in threads, and gives batches in order.
 
 Threads, not processes: simplejpeg and torch release the GIL, and neither s3fs nor DeepSpeed survives a fork. Batches
-stay uint8 until they are on the device. What a batch holds depends on (data set, order, seed, step, rank,
+stay uint8 until they are on the device. What a batch holds depends on (dataset, order, seed, step, rank,
 world size), and on which samples are unusable, alone.
 """
 
@@ -21,7 +21,7 @@ from pipeline.host.daemon_threads import DaemonThreads
 from pipeline.image.augment import crop_draws
 from pipeline.load.batch import Batch, StartedBatch
 from pipeline.load.dataset import Dataset
-from pipeline.load.device_copy import HandOver
+from pipeline.load.device_copy import DeviceCopy
 from pipeline.load.image_maker import BadSamplePolicy, ImageMaker, Substitution
 from pipeline.load.read_ahead import OPEN_BYTES, ReadAhead
 from pipeline.load.stall_watch import STALL_SECONDS, StallWatch
@@ -33,7 +33,7 @@ READ_THREADS = 8
 
 
 class Loader:
-    """Makes one rank's batches.
+    """A source of one rank's batches.
 
     Owns: nothing between calls but which samples are known to be unusable; each batches() has its own threads.
     Failure: the first error of any thread surfaces where the batch would have been.
@@ -55,11 +55,11 @@ class Loader:
         policy: BadSamplePolicy | None = None,
         stall_seconds: float = STALL_SECONDS,
     ) -> None:
-        """Decide how to read; does no I/O.
+        """Decide how to read; does no I/O. Long by its arguments alone.
 
         Args:
             dataset: Where the images are.
-            order: Which of them make up a step; must be over this data set.
+            order: Which of them make up a step; must be over this dataset.
             image_shape: Height and width of the images, in pixels.
             rank: Of this process, in [0, world_size).
             world_size: Number of processes that share a step.
@@ -76,8 +76,8 @@ class Loader:
             OrderError: The order is over another number of samples.
         """
         if order.samples != dataset.samples:
-            remedy = "make the order from the data set that it reads"
-            raise OrderError("samples", f"must be the data set's {dataset.samples}", order.samples, remedy)
+            remedy = "make the order from the dataset that it reads"
+            raise OrderError("samples", f"must be the dataset's {dataset.samples}", order.samples, remedy)
         self._dataset = dataset
         self._order = order
         self._image_shape = image_shape
@@ -103,37 +103,37 @@ class Loader:
 
         Raises:
             DatasetError: A sample is not as it was ingested, and the policy is to fail; or too many are not.
-            StorageError: The storage stayed away for longer than Storage retries.
+            StorageError: The store was unreachable for longer than Storage retries.
             StalledError: No batch came for `stall_seconds`; names stage, shard and image.
         """
         if start_step >= stop_step:
             return
         readers = DaemonThreads(READ_THREADS, "convmae-read")
         decoders = DaemonThreads(self._threads, "convmae-decode")
-        hand_over = HandOver(self._device)
+        device_copy = DeviceCopy(self._device)
         steps = range(start_step, stop_step)
         ahead = ReadAhead(self._dataset, self._order, self._lanes, steps, readers, whole_windows=self._whole_windows)
         started: deque[StartedBatch] = deque()
         bad_runs: Counter[int] = Counter()
         try:
             for step in steps:
-                started.append(self._start(step, ahead, decoders, hand_over))
-                if step == start_step:  # first of all comes the first batch; then what lies behind it may compete
+                started.append(self._start(step, ahead, decoders, device_copy))
+                if step == start_step:  # the first batch comes first; only then may what follows compete
                     self._watch.wait(started[0], time.monotonic())
                 if len(started) > self._prefetch_batches:
-                    yield self._finish(started.popleft(), hand_over, bad_runs)
+                    yield self._finish(started.popleft(), device_copy, bad_runs)
             while started:
-                yield self._finish(started.popleft(), hand_over, bad_runs)
+                yield self._finish(started.popleft(), device_copy, bad_runs)
         finally:
             # Decoders wait for readers, so what was not read yet is cancelled first.
             readers.shutdown(wait=False, cancel_futures=True)
             decoders.shutdown(cancel_futures=True)
             readers.shutdown()
 
-    def _start(self, step: int, ahead: ReadAhead, decoders: DaemonThreads, hand_over: HandOver) -> StartedBatch:
+    def _start(self, step: int, ahead: ReadAhead, decoders: DaemonThreads, device_copy: DeviceCopy) -> StartedBatch:
         pending = ahead.request(step)
         draws = crop_draws(self._seed, self._order.epoch(step), np.array([item.sample_id for item in pending]))
-        batch = StartedBatch(step, pending, draws, self._image_shape, hand_over)
+        batch = StartedBatch(step, pending, draws, self._image_shape, device_copy)
         for place in range(len(pending)):
             decoders.start(partial(self._fill, batch, place))
         return batch
@@ -147,10 +147,10 @@ class Loader:
         except BaseException as error:
             batch.fail(error)
 
-    def _finish(self, batch: StartedBatch, hand_over: HandOver, bad_runs: Counter[int]) -> Batch:
+    def _finish(self, batch: StartedBatch, device_copy: DeviceCopy, bad_runs: Counter[int]) -> Batch:
         began = time.monotonic()
         self._watch.wait(batch, began)
-        images = hand_over.finish(batch.moving.result())
+        images = device_copy.finish(batch.copy.result())
         self._count_bad(batch.substitutions, bad_runs)
         return Batch(
             batch.step,

@@ -1,10 +1,10 @@
-"""What to read when: whole blocks of the windows that are open, each about once an epoch.
+"""A schedule of reads: whole blocks of the windows that are open, each about once an epoch.
 
 While a window is used up, the next one is read at the same pace. So the bytes held stay near one window, and the
 requests per step stay even. A run that starts inside a window reads the first batch by itself; with the second batch
 it asks for the rest of the window, and for nothing that lies before.
 
-With a disk cache blocks are fetched and kept whole. What the first epoch leaves out is fetched at its end, so that
+With a disk cache blocks are fetched and kept whole. What the first epoch omits is fetched at its end, so that
 later ones find every block of the rank's lanes on the disk.
 """
 
@@ -23,7 +23,7 @@ from pipeline.load.shard_reader import Sample
 from pipeline.order.sample_order import Order
 
 OPEN_BYTES = 2 << 30
-"""Memory of one rank for images that were read and not used yet, unless the loader is told otherwise."""
+"""Memory of one rank for images that were read and not used yet, unless the loader is given another limit."""
 
 Int64s = npt.NDArray[np.int64]
 
@@ -61,7 +61,7 @@ class _Window:
 
 
 class ReadAhead:
-    """Reads the samples of one rank for steps in [start_step, stop_step).
+    """A reader of one rank's samples for steps in [start_step, stop_step).
 
     Owns: the bytes of samples that were read and not used yet.
     Concurrency: request() is called from one thread; reading happens on the executor.
@@ -82,7 +82,7 @@ class ReadAhead:
         self._next: _Window | None = next(self._windows, None)
 
     def request(self, step: int) -> list[Pending]:
-        """Start reading what a step needs and what is due by then; steps must be asked for in turn."""
+        """Start reading what a step needs and what is due by then; steps must be requested in order."""
         epoch = self._order.epoch(step)
         ids = np.concatenate([self._order.lane_batch(step, lane) for lane in self._lanes])
         if not self._whole_windows or step == self._steps.start:
@@ -119,7 +119,7 @@ class ReadAhead:
             self._reading.update({(epoch, sample): future for sample in ids.tolist()})
 
     def _keep_the_rest(self, epoch: int) -> None:
-        """Fetch what later epochs will want and this one left out: blocks that pause, and those of the first batch."""
+        """Fetch what later epochs will want and this one omitted: blocks that pause, and those of the first batch."""
         if self._dataset.cache:
             first = [self._order.lane_batch(self._steps.start, lane) for lane in self._lanes]
             paused = [self._order.paused_blocks(epoch, lane) for lane in self._lanes]

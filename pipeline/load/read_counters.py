@@ -1,4 +1,4 @@
-"""What one process read, and from where; counted up over its life."""
+"""Counters of what one process read, and from where, over its life."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ReadCounts(NamedTuple):
     """Blocks on the disk that were found damaged, and read again from the object store."""
 
     def minus(self, before: ReadCounts) -> ReadCounts:
-        """What was counted since `before`."""
+        """The counts since `before`."""
         return ReadCounts(*(now - then for now, then in zip(self, before, strict=True)))
 
 

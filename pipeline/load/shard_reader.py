@@ -1,4 +1,4 @@
-"""Reads samples of one shard by ranged requests, from the object store or the node's disk, and checks every one."""
+"""A reader of one shard's samples by ranged requests, from the object store or the node's disk; it checks every one."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import google_crc32c
 
 from pipeline.errors import ReplacedError
-from pipeline.load.bad_sample import BadSample, Fault
+from pipeline.load.bad_sample import BadSample, FaultKind
 from pipeline.load.block_cache import BlockCache
 from pipeline.load.read_counters import ReadCounters
-from pipeline.load.thread_activity import Activities
+from pipeline.load.thread_activity import ThreadActivities
 from pipeline.shard.index import NO_LABEL
 from pipeline.shard.index_reader import SampleRow
 from pipeline.store.storage import Storage
@@ -25,7 +25,7 @@ class Sample:
     """One image as it lies in its shard."""
 
     id: int
-    """Its place in the data set, from 0."""
+    """Its place in the dataset, from 0."""
     key: str
     shard: str
     member: str
@@ -37,13 +37,13 @@ class Sample:
     url: str
     """Of the tar."""
 
-    def bad(self, fault: Fault, reason: str) -> BadSample:
+    def bad(self, fault: FaultKind, reason: str) -> BadSample:
         """This sample, found to be unusable after all."""
         return BadSample(self.id, self.shard, self.member, self.offset, len(self.data), self.url, fault, reason)
 
 
 class ShardReader:
-    """Reads samples of one shard."""
+    """A reader of one shard's samples."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class ShardReader:
         url: str,
         etag: str | None,
         counters: ReadCounters,
-        activities: Activities,
+        activities: ThreadActivities,
     ) -> None:
         """Do no I/O.
 
@@ -65,7 +65,7 @@ class ShardReader:
             url: Of its tar.
             etag: That the tar must have; None: any.
             counters: Count what is read.
-            activities: Are told what is being read.
+            activities: Note what is being read.
         """
         self._storage = storage
         self._number = number
@@ -148,7 +148,7 @@ class ShardReader:
         return found, data
 
     def _once_more(self, row: SampleRow) -> Sample | BadSample:
-        """What damaged it may have been the way here."""
+        """Read a sample again: it may have been damaged on its way here."""
         start, length = _span([row])
         try:
             return self._checked(row, self._ranged(start, length, [row]), start)
@@ -183,7 +183,7 @@ class ShardReader:
         why = f"it was replaced: its ETag is no longer {self._etag} (wanted: {row.member} at offset {row.offset})"
         return self._bad(sample, "replaced", why)
 
-    def _bad(self, sample: SampleRow, fault: Fault, reason: str) -> BadSample:
+    def _bad(self, sample: SampleRow, fault: FaultKind, reason: str) -> BadSample:
         row = sample.row
         return BadSample(sample.id, self._name, row.member, row.offset, row.length, self._url, fault, reason)
 

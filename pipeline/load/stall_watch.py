@@ -1,4 +1,4 @@
-"""Waiting for a batch, but not for ever: what hangs is named, first in a warning, then in an error."""
+"""A wait for a batch, with a limit: what hangs is named, first in a warning, then in an error."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import traceback
 
 from pipeline.errors import StalledError
 from pipeline.load.batch import StartedBatch
-from pipeline.load.thread_activity import Activities, Stage
+from pipeline.load.thread_activity import Stage, ThreadActivities
 
 logger = logging.getLogger(__name__)
 
@@ -20,9 +20,9 @@ STALL_SECONDS = 300.0
 
 
 class StallWatch:
-    """Waits for batches of one loader."""
+    """A watch over the batches of one loader."""
 
-    def __init__(self, stall_seconds: float, activities: Activities) -> None:
+    def __init__(self, stall_seconds: float, activities: ThreadActivities) -> None:
         """Decide how long to wait.
 
         Args:
@@ -43,18 +43,18 @@ class StallWatch:
             StalledError: Neither came in time.
         """
         warned = False
-        while not batch.moving.done():
+        while not batch.copy.done():
             waited = time.monotonic() - began
             if waited >= self._stall_seconds:
                 _log_stacks()
-                raise StalledError(self._told(batch, waited))
+                raise StalledError(self._report(batch, waited))
             if waited >= self._stall_seconds / 2 and not warned:
-                logger.warning("%s", self._told(batch, waited))
+                logger.warning("%s", self._report(batch, waited))
                 warned = True
             with contextlib.suppress(TimeoutError):
-                batch.moving.exception((self._stall_seconds if warned else self._stall_seconds / 2) - waited)
+                batch.copy.exception((self._stall_seconds if warned else self._stall_seconds / 2) - waited)
 
-    def _told(self, batch: StartedBatch, waited: float) -> str:
+    def _report(self, batch: StartedBatch, waited: float) -> str:
         hanging = [item for item, done in zip(batch.pending, batch.done, strict=True) if not done]
         if not hanging:
             return f"no batch for {waited:.0f} s: step {batch.step} hangs in stage hand-over to the device"
@@ -63,7 +63,7 @@ class StallWatch:
         ids = unread or [item.sample_id for item in hanging]
         return (
             f"no batch for {waited:.0f} s: step {batch.step} hangs in stage {stage}; {len(ids)} of its images are not "
-            f"there, the first is sample {ids[0]}; longest at it: {self._activities.oldest(stage)}"
+            f"there, the first is sample {ids[0]}; running longest: {self._activities.oldest(stage)}"
         )
 
 

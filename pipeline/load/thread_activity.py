@@ -1,4 +1,4 @@
-"""What each thread of a loader is at, and since when: what a stall is told by."""
+"""Activities of a loader's threads, each with its start: what a stall is reported with."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Literal, NamedTuple
 Stage = Literal["read", "decode"]
 
 
-class Activity(NamedTuple):
+class ThreadActivity(NamedTuple):
     """One thing that one thread is doing."""
 
     stage: Stage
@@ -20,19 +20,19 @@ class Activity(NamedTuple):
     """By the clock."""
 
 
-class Activities:
-    """What threads are doing now. Nothing here waits for a lock, since it is asked when something hangs."""
+class ThreadActivities:
+    """The activities of threads now. Nothing here waits for a lock, since it is read when something hangs."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.clock = clock
-        self._now: dict[int, Activity] = {}
+        self._now: dict[int, ThreadActivity] = {}
 
     @contextlib.contextmanager
     def doing(self, stage: Stage, what: str) -> Iterator[None]:
         """Note it while the block runs."""
         thread = threading.get_ident()
         outer = self._now.get(thread)
-        self._now[thread] = Activity(stage, what, self.clock())
+        self._now[thread] = ThreadActivity(stage, what, self.clock())
         try:
             yield
         finally:
@@ -42,9 +42,9 @@ class Activities:
                 del self._now[thread]
 
     def oldest(self, stage: Stage) -> str:
-        """What has taken longest in a stage, for messages."""
+        """The activity that has taken longest in a stage, for messages."""
         activities = [activity for activity in list(self._now.values()) if activity.stage == stage]
         if not activities:
-            return "no thread is at it"
+            return "no thread is in this stage"
         activity = min(activities, key=lambda activity: activity.since_seconds)
         return f"{activity.what}, for {self.clock() - activity.since_seconds:.0f} s"

@@ -1,22 +1,22 @@
-"""What an order will cost and how well it will mix, computed from the plan alone: no index and no image is read.
+"""A forecast of what an order costs and how well it mixes, from the plan alone: no index and no image is read.
 
-Mixing is told as a design effect: chi-square per degree of freedom of a batch's histogram over shards, averaged over an
-epoch. It is 1.0 for independent draws, and says by how much the variance of the shares is inflated (Kish 1965).
+Mixing is given as a design effect: chi-square per degree of freedom of a batch's histogram over shards, averaged over
+an epoch. It is 1.0 for independent draws, and says by how much the variance of the shares is inflated (Kish 1965).
 
-Where does the excess come from? The keyed permutations make all blocks alike, so that two samples of a batch are either
-of one block, or of two blocks like any other two. With P the ordered pairs of one block in a batch of B,
+The excess comes from blocks. The keyed permutations make them all alike, so that two samples of a batch are either of
+one block, or of two blocks like any other two. With P the ordered pairs of one block in a batch of B,
 
     E[chi-square] = (B*C + P*G + (B*(B-1) - P)*H) / B - B,      DEFF = E[chi-square] / (C - 1)
 
 over C shards of shares p, where G and H are the means of 1/p over the pairs of one block and over those of two blocks
 that share a shard, counting 0 for pairs that do not. A lane gives b samples to a step, out of a window of K*S, and
 (S-1)/(K*S-1) of a sample's companions in the window are of its own block. So with blocks much smaller than shards, much
-smaller than the data set,
+smaller than the dataset,
 
     DEFF = 1 + (b-1)*(S-1) / (K*S-1)
 
-What follows takes in the smaller windows at the end of an epoch, steps that straddle windows, blocks that straddle
-shards and small data sets, where drawing without replacement mixes better than independent draws.
+The code below also covers the smaller windows at the end of an epoch, steps that straddle windows, blocks that straddle
+shards and small datasets, where drawing without replacement mixes better than independent draws.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Forecast:
 def dealt_effect(order: Order, shard_samples: Int64s, epoch: int) -> float:
     """The design effect over shards that an epoch turns out to have, counted out of the order itself.
 
-    Forecast.design_effect is its mean over seeds and epochs. In small data sets an epoch has few windows of few blocks,
+    Forecast.design_effect is its mean over seeds and epochs. In small datasets an epoch has few windows of few blocks,
     so that single epochs lie some ten percent around it.
 
     Args:
@@ -155,14 +155,14 @@ def _reads(order: Order, windows: _Windows, cuts_per_block: float) -> float:
     used = windows.used / held
     next_used = used * (windows.used - 1) / np.maximum(1, held - 1)  # a sample and the one after it
     runs = size * used - (size - 1) * next_used
-    longer = order.samples / order.blocks - size  # share of blocks with a sample more, which leave out another one
+    longer = order.samples / order.blocks - size  # share of blocks with a sample more, which omit another one
     apart = longer * (size - 1) / (size + 1) + cuts_per_block
     return float((windows.count * windows.blocks * (runs + apart * next_used)).sum())
 
 
 @dataclass(frozen=True)
 class _Cuts:
-    """How shards cut blocks; arrays have one entry a shard that is not empty."""
+    """Cuts of blocks by shards; arrays have one entry a shard that is not empty."""
 
     shares: Floats
     """Of all samples."""
@@ -195,7 +195,7 @@ def _pair_share(held: Int64s, size: Int64s) -> Floats:
 
 
 def _design_effect(order: Order, cuts: _Cuts, pairs: float) -> float:
-    """Of the histogram over shards; 1.0 for a single shard, which has no histogram."""
+    """Design effect of the histogram over shards; 1.0 for a single shard, which has no histogram."""
     B, M, C = order.global_batch_size, order.blocks, len(cuts.shares)
     if C == 1:
         return 1.0

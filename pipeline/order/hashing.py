@@ -48,9 +48,9 @@ def uniforms(stream: int, counters: npt.NDArray[np.int64], draws: int) -> npt.ND
 
 
 def permuted(stream: int, size: int, positions: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Where a keyed permutation of range(size) sends `positions`, without building the permutation.
+    """The places to which a keyed permutation of range(size) sends `positions`, without building the permutation.
 
-    A Feistel network on the next even number of bits; values outside the range walk on along their cycle (Black and
+    A Feistel network on the next even number of bits; values outside the range walk along their cycle (Black and
     Rogaway 2002, doi:10.1007/3-540-45760-7_9), fewer than four steps on average.
 
     Args:

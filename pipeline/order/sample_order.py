@@ -1,4 +1,4 @@
-"""Which samples make up global batch t: lanes of blocks, in pure NumPy.
+"""The order of samples: which of them make up global batch t, by lanes of blocks, in pure NumPy.
 
 The order depends on (samples, global_batch_size, lanes, seed, block_samples, window_blocks) and the step alone. Ranks
 own whole lanes, so a batch has the same samples whatever the world size, and any step is reached without replay.
@@ -9,6 +9,9 @@ own whole lanes, so a batch has the same samples whatever the world size, and an
     window   K blocks of a lane that are open at once, their samples shuffled together
 
 Trade-off: a larger window shuffles better and holds more bytes open; L * K * S samples over all ranks.
+
+Hand-written, since the orders of torch's samplers, webdataset, Streaming and LitData depend on the number of ranks,
+hold an id of every sample in memory, or reach a step only by replay.
 """
 
 from __future__ import annotations
@@ -39,14 +42,14 @@ class Order:
     """The order of one run. Cheap to make, hashable, picklable; every method is a pure function."""
 
     samples: int
-    """N, samples in the data set."""
+    """N, samples in the dataset."""
     global_batch_size: int
     """B, samples in a step over all ranks."""
     lanes: int
     """L, divides B; also the largest possible world size."""
     seed: int
     block_samples: int = 32
-    """Wanted S. Smaller data sets get smaller blocks: the largest S that keeps 99% of the steps that S=1 would give."""
+    """Wanted S. Smaller datasets get smaller blocks: the largest S that keeps 99% of the steps that S=1 would give."""
     window_blocks: int = 64
     """K."""
     lanes_together: int = 1
@@ -65,7 +68,7 @@ class Order:
             raise OrderError("lanes_together", f"must divide lanes {self.lanes}", self.lanes_together, "take 1")
         if self.samples < self.global_batch_size:
             rule = f"must be at least global_batch_size {self.global_batch_size}"
-            raise OrderError("samples", rule, self.samples, "lower global_batch_size or add images to the data set")
+            raise OrderError("samples", rule, self.samples, "lower global_batch_size or add images to the dataset")
         if (self.samples + 1) * self.blocks >= 1 << 63:  # block_of multiplies them
             rule = f"must stay below 2**63 when multiplied by the number of blocks, {self.blocks}"
             remedy = "raise block_samples, or restore the manifest that has so many"
@@ -78,7 +81,7 @@ class Order:
 
     @functools.cached_property
     def blocks(self) -> int:
-        """M, blocks in the data set."""
+        """M, blocks in the dataset."""
         ideal_steps = self.samples // self.global_batch_size
         least_steps = math.ceil(ideal_steps * LEAST_EPOCH_RATIO)
         wanted = min(self.block_samples, self.samples // self.lanes)
@@ -98,7 +101,7 @@ class Order:
 
     @functools.cached_property
     def steps_per_epoch(self) -> int:
-        """Steps for which every lane still has samples; the rest of an epoch is dropped, another rest every epoch."""
+        """Steps for which every lane still has samples; the rest of an epoch is dropped, another every epoch."""
         return self._steps(self.blocks)
 
     @functools.cached_property
@@ -168,7 +171,7 @@ class Order:
         return range(start, stop)
 
     def paused_blocks(self, epoch: int, lane: int) -> Int64s:
-        """The blocks of a lane that an epoch leaves out; other ones each epoch."""
+        """The blocks of a lane that an epoch omits; different ones each epoch."""
         return _lane_blocks(self, epoch, lane, np.arange(self.epoch_blocks, self.lane_blocks(lane)))
 
     def _steps(self, blocks: int) -> int:
@@ -192,7 +195,7 @@ def _lane_blocks(order: Order, epoch: int, lane: int, places: Int64s) -> Int64s:
 
 
 def _block_samples(order: Order, epoch: int, blocks: Int64s) -> Int64s:
-    """(len(blocks), S) ids; a block with one sample more leaves out another one every epoch."""
+    """(len(blocks), S) ids; a block with one sample more omits a different one every epoch."""
     starts = order.block_start(blocks)
     sizes = order.block_start(blocks + 1) - starts
     stream = np.uint64(hashing.key(order.seed, _SPARE, epoch))
@@ -203,7 +206,7 @@ def _block_samples(order: Order, epoch: int, blocks: Int64s) -> Int64s:
 
 @dataclass(frozen=True)
 class ConsumedDigest:
-    """What was consumed, whatever its order: equal for equal multisets of ids; addable over lanes, ranks and steps."""
+    """A digest of consumed ids in any order: equal for equal multisets; addable over lanes, ranks and steps."""
 
     count: int = 0
     total: int = 0

@@ -1,8 +1,8 @@
-"""Which samples stand in for one that cannot be used: a pure function of (order, seed, epoch, sample id).
+"""Substitutes for a sample that cannot be used: a pure function of (order, seed, epoch, sample id).
 
 First the others of its block, in a keyed order, since a block is read in one piece anyway and its neighbours are as
 likely to be used near this step. Where the whole block is unusable, as when a tar is missing, one sample each of other
-blocks, all over the data set.
+blocks, all over the dataset.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The formats of a data set: tars, their indexes, the manifest; reading and verifying them.
+"""The formats of a dataset: tars, their indexes, the manifest; reading and verifying them.
 
-What lies in a store already; how it came there is `pipeline.ingest`.
+Covers what already lies in a store; making it is `pipeline.ingest`.
 """

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
-import numpy.typing as npt
 
 from pipeline.errors import DatasetError
 from pipeline.shard.index_pages import HEAD, INDEX_VERSION, Pages, Rows, row_type
@@ -21,7 +20,7 @@ from pipeline.store.json_text import parsed_object
 
 NO_LABEL = -1
 LARGEST_IMAGE_BYTES = 256 << 20
-"""Of an image as a file; larger ones are left out of data sets."""
+"""Of an image as a file; larger ones are skipped."""
 
 _TRAILER = struct.Struct("<II")
 _TAR_HEADER_BYTES = 512
@@ -61,9 +60,9 @@ class IndexRow(NamedTuple):
         return f"{self.key}.{self.extension}"
 
     def flaw(self, tar_bytes: int) -> str:
-        """What cannot be true of an image in a tar of that size; empty where all can.
+        """Why the row cannot be true of a tar of that size; empty where it can.
 
-        Readers ask before they read: a page's CRC32C says that a row is as it was written, not that it was honest.
+        Readers check before they read: a page's CRC32C says that a row is as it was written, not that it was honest.
         """
         if self.offset < _TAR_HEADER_BYTES or not 0 < self.length <= tar_bytes - self.offset:
             return f"its place, {self.length} bytes from byte {self.offset}, is not in the tar of {tar_bytes} bytes"
@@ -76,7 +75,7 @@ class IndexRow(NamedTuple):
 
 @dataclass(frozen=True)
 class Skipped:
-    """An image that did not make it into a shard."""
+    """An image that was skipped, and why."""
 
     path: str
     reason: str
@@ -119,48 +118,13 @@ class ShardIndex:
     def __len__(self) -> int:
         return len(self.table)
 
-    @property
-    def keys(self) -> npt.NDArray[np.bytes_]:
-        """(n,) keys."""
-        return self._column("key")
-
-    @property
-    def offsets(self) -> npt.NDArray[np.int64]:
-        """(n,) bytes in the tar at which the images begin."""
-        return self._column("offset")
-
-    @property
-    def lengths(self) -> npt.NDArray[np.int64]:
-        """(n,) bytes of the images."""
-        return self._column("length")
-
-    @property
-    def crcs(self) -> npt.NDArray[np.uint32]:
-        """(n,) CRC32C of the images."""
-        return self._column("crc")
-
-    @property
-    def heights(self) -> npt.NDArray[np.int32]:
-        """(n,) pixels."""
-        return self._column("height")
-
-    @property
-    def widths(self) -> npt.NDArray[np.int32]:
-        """(n,) pixels."""
-        return self._column("width")
-
-    @property
-    def labels(self) -> npt.NDArray[np.int64]:
-        """(n,) labels; NO_LABEL where there is none."""
-        return self._column("label")
-
     def row(self, place: int) -> IndexRow:
         """The sample with that place in the shard."""
         return row_of(self.table[place])
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all that it says of the shard's bytes: names the shard down to every image."""
+        """SHA-256 of all that it says of the shard's bytes: identifies the shard down to every image."""
         return hashlib.sha256(_canonical(self._content()) + self.table.tobytes()).hexdigest()
 
     def to_bytes(self) -> bytes:
@@ -193,7 +157,7 @@ class ShardIndex:
         except struct.error:
             whole = False
         if not whole:
-            raise DatasetError("shard index", "must be whole", url, "restore it, or make the data set again")
+            raise DatasetError("shard index", "must be whole", url, "restore it, or make the dataset again")
         return index
 
     @classmethod
@@ -220,9 +184,6 @@ class ShardIndex:
             "extension_bytes": self.table.dtype["extension"].itemsize,
         }
 
-    def _column(self, name: str) -> npt.NDArray[Any]:
-        return self.table[name]
-
 
 def _check_footer(footer: Any) -> None:
     """Raise TypeError for a field that is not of its type."""
@@ -247,7 +208,7 @@ def _canonical(fields: dict[str, Any]) -> bytes:
 
 
 def _encoded(text: str) -> bytes:
-    """Names in a tar need not be UTF-8; tarfile's surrogates keep their bytes."""
+    """The bytes of a name: in a tar it need not be UTF-8, and tarfile's surrogates keep them."""
     return text.encode("utf-8", "surrogateescape")
 
 

@@ -1,4 +1,4 @@
-"""How rows lie in an index file, so that those of one block are found by arithmetic and read by one small request.
+"""Pages of an index file: rows of one block are found by arithmetic and read by one small request.
 
     head     16 bytes, names format and version
     page 0   PAGE_ROWS rows of fixed width, then the CRC32C of salt and rows
@@ -94,7 +94,7 @@ class Pages:
             end = start + min(PAGE_ROWS, self.rows - page * PAGE_ROWS) * self.row_type.itemsize
             held, crc = data[start:end], data[end : end + CRC_BYTES]
             if crc != self._crc(page, held):
-                remedy = f"page {page} is damaged or another index's; restore it, or index the data set again"
+                remedy = f"page {page} is damaged or another index's; restore it, or index the dataset again"
                 raise DatasetError("shard index", "must be the one that the manifest names", url, remedy)
             pages.append(np.frombuffer(held, self.row_type))
             start = end + CRC_BYTES

@@ -1,6 +1,6 @@
 """Rows of single samples out of shard indexes: pages by ranged requests, checked, and cached within a budget.
 
-Where all indexes of the data set fit the budget, the first need of a shard reads its whole index, since a small request
+Where all indexes of the dataset fit the budget, the first need of a shard reads its whole index, since a small request
 takes as long as a smaller one. Otherwise only the pages that hold the wanted rows are read, so that opening a block
 costs some kilobytes whatever the shard's size.
 """
@@ -24,16 +24,16 @@ INDEX_CACHE_BYTES = 256 << 20
 PAGE_CACHE_BYTES = 32 << 20
 """Enough where indexes do not fit: an epoch needs the pages of a block in the first batch and in its window only."""
 NEAR_PAGES = 8
-"""Pages that are read though nobody asked for them, if that spares a request."""
+"""Pages that are read unasked, if that saves a request."""
 
 Int64s = npt.NDArray[np.int64]
 
 
 class SampleRow(NamedTuple):
-    """One sample of a data set and what its index says of it."""
+    """One sample of a dataset and what its index says of it."""
 
     id: int
-    """Its place in the data set, from 0."""
+    """Its place in the dataset, from 0."""
     shard: int
     """Place of its shard in the manifest."""
     place: int
@@ -42,7 +42,7 @@ class SampleRow(NamedTuple):
 
 
 class IndexReader:
-    """Reads rows of one data set's indexes.
+    """Reads rows of one dataset's indexes.
 
     Owns: an LRU of pages, bounded in bytes.
     Concurrency: safe to call from several threads; one shard is read by one thread at a time.
@@ -60,7 +60,7 @@ class IndexReader:
 
     @property
     def cached_bytes(self) -> int:
-        """Of pages held now."""
+        """Bytes of pages held now."""
         return self._cache.bytes
 
     def holds(self, shard: int, places: Int64s) -> bool:
@@ -68,7 +68,7 @@ class IndexReader:
         return all(self._cache.get((shard, page)) is not None for page in np.unique(places // PAGE_ROWS).tolist())
 
     def rows(self, shard: int, places: Int64s) -> list[IndexRow]:
-        """What the index says of some samples of one shard.
+        """Rows of some samples of one shard.
 
         Args:
             shard: Place in the manifest.
@@ -76,7 +76,7 @@ class IndexReader:
 
         Raises:
             DatasetError: The index is missing, damaged, or not the one that the manifest names, or says of one of these
-                samples what cannot be.
+                samples what is impossible.
         """
         numbers = places // PAGE_ROWS
         with self._turn(shard):
@@ -89,8 +89,10 @@ class IndexReader:
         for row in rows:
             if not (flaw := row.flaw(tar_bytes)):
                 continue
-            remedy = f"of {row.member!r} {flaw}; restore it, or index the data set again"
-            raise DatasetError("shard index", "must say what can be", self._shards[shard].index_url(self._url), remedy)
+            remedy = f"of {row.member!r} {flaw}; restore it, or index the dataset again"
+            raise DatasetError(
+                "shard index", "must hold what is possible", self._shards[shard].index_url(self._url), remedy
+            )
         return rows
 
     def _pages(self, shard: int, numbers: Int64s) -> dict[int, Rows]:
@@ -112,7 +114,7 @@ class IndexReader:
         try:
             data = self._storage.read_range(url, *pages.range(run.start, run.stop))
         except FileNotFoundError:
-            remedy = "it is missing; restore it, or index the data set again"
+            remedy = "it is missing; restore it, or index the dataset again"
             raise DatasetError("shard index", "must be the one that the manifest names", url, remedy) from None
         return pages.decode(data, run.start, run.stop, url)
 

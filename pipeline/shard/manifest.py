@@ -1,4 +1,4 @@
-"""The manifest: which shards make up a data set. Written last, so that a data set either has one or is not finished."""
+"""The manifest: which shards make up a dataset. Written last, so that a dataset either has one or is not finished."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ _CHECKSUM_BYTES = 22
 
 
 class Made(Protocol):
-    """Something that a data set was made from."""
+    """Something that a dataset was made from."""
 
     @property
     def digest(self) -> str:
-        """Names it, and what was done to it."""
+        """Identifies it, and what was done to it."""
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """A data set: shards in order, so that sample ids count through them."""
+    """A dataset: shards in order, so that sample ids count through them."""
 
     format_version: int
     sources_digest: str
-    """Names the images and options that it was made from; the same again is already done."""
+    """Identifies the images and options that it was made from; the same again is already done."""
     classes: tuple[str, ...]
     """Names of the labels; empty where there are none."""
     skipped: int
-    """Images that were left out; skipped.jsonl beside the manifest names them."""
+    """Images that were skipped; skipped.jsonl beside the manifest names them."""
     shards: ShardTable
 
     @functools.cached_property
@@ -59,10 +59,10 @@ class Manifest:
 
     @functools.cached_property
     def digest(self) -> str:
-        """Names the data set, down to every image's bytes: what checkpoints and caches know it by.
+        """Identifies the dataset, down to every image's bytes: checkpoints and caches know it by this.
 
         SHA-256 of the manifest's fields and of the columns that say what shards hold, each as one line of canonical
-        JSON. It leaves out `etag` and `tar`, so that a copy in another store has the same digest.
+        JSON. It omits `etag` and `tar`, so that a copy in another store has the same digest.
         """
         digest = hashlib.sha256(_canonical(self._fields()) + b"\n")
         for name in CONTENT_COLUMNS:  # one by one: 200,000 shards at once would take 100 MB
@@ -83,14 +83,14 @@ class Manifest:
         return body[:-1] + b',"crc32c":"%08x"}' % google_crc32c.value(body)
 
     def save(self, storage: Storage, url: str, skipped: Iterable[Skipped]) -> None:
-        """Commit the data set: the list of skipped images first, the manifest last."""
+        """Commit the dataset: the list of skipped images first, the manifest last."""
         lines = [json.dumps(asdict(item)) + "\n" for item in skipped]
         storage.write(Storage.join(url, SKIPPED_NAME), "".join(lines).encode())
         storage.write(Storage.join(url, MANIFEST_NAME), self.to_bytes())
 
     @classmethod
     def load(cls, storage: Storage, url: str) -> Manifest:
-        """Read the manifest of the data set at `url`.
+        """Read the manifest of the dataset at `url`.
 
         Raises:
             DatasetError: Missing, or of an unknown version.
@@ -101,7 +101,7 @@ class Manifest:
             data = storage.read(place)
         except FileNotFoundError:
             rule = f"must hold a {MANIFEST_NAME}"
-            raise DatasetError("data set", rule, url, f"make it with `convmae shard SOURCE {url}`") from None
+            raise DatasetError("dataset", rule, url, f"make it with `convmae shard SOURCE {url}`") from None
         try:
             text = _checked(data).decode()
             del data  # tens of megabytes where there are many shards
@@ -116,10 +116,10 @@ class Manifest:
         except DatasetError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            remedy = f"restore it, or make the data set again in another place ({type(error).__name__}: {error})"
+            remedy = f"restore it, or make the dataset again in another place ({type(error).__name__}: {error})"
             raise DamagedManifestError("manifest", "must be readable", place, remedy) from error
         rule = f"must have format_version {FORMAT_VERSION}"
-        remedy = f"read {place} with the release that wrote it, or shard the data set again into another place"
+        remedy = f"read {place} with the release that wrote it, or shard the dataset again into another place"
         raise DatasetError("manifest", rule, version, remedy)
 
     def _fields(self) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def _check_fields(fields: dict[str, Any]) -> None:
 
 
 def _refuse_odd_tars(shards: ShardTable, url: str) -> None:
-    """Tars must lie in stores; and a data set in a store must not make this machine read its own files.
+    """Tars must lie in stores; and a dataset in a store must not make this machine read its own files.
 
     Another store than the manifest's is fine, since indexes may lie elsewhere than their tars.
     """
@@ -152,7 +152,7 @@ def _refuse_odd_tars(shards: ShardTable, url: str) -> None:
     for place in places:
         if not place.startswith("/") and "://" not in place and leads_away(place):
             remedy = "index the tars again; what lies elsewhere has its whole URL"
-            raise DatasetError("manifest", "must name tars below the data set", clipped(place), remedy)
+            raise DatasetError("manifest", "must name tars below the dataset", clipped(place), remedy)
     for start in {place.partition("://")[0] + "://" for place in places if "://" in place}:
         try:
             leads_here = is_local(start + "x")
@@ -185,7 +185,7 @@ def _canonical(fields: dict[str, Any]) -> bytes:
 
 
 def sources_digest(tasks: Iterable[Made]) -> str:
-    """Names all sources of a data set and how they were shuffled and cut."""
+    """Identifies all sources of a dataset and how they were shuffled and cut."""
     return hashlib.sha256("\n".join(task.digest for task in tasks).encode()).hexdigest()
 
 
@@ -193,13 +193,13 @@ def existing_manifest(storage: Storage, url: str, tasks: Iterable[Made]) -> Mani
     """The manifest that is already at `url` if these tasks made it; None where there is none.
 
     Raises:
-        DatasetError: The data set there was made from other images or options.
+        DatasetError: The dataset there was made from other images or options.
     """
     if not storage.exists(Storage.join(url, MANIFEST_NAME)):
         return None
     manifest = Manifest.load(storage, url)
     if manifest.sources_digest != sources_digest(tasks):
-        rule = "must be empty or hold the same data set"
+        rule = "must be empty or hold the same dataset"
         remedy = "it was made from other images or options, or by another release; take another place"
         raise DatasetError("destination", rule, url, remedy)
     return manifest

@@ -1,4 +1,4 @@
-"""The shards of a data set as columns: 200,000 of them load in a second and take some ten megabytes."""
+"""The shards of a dataset as columns: 200,000 of them load in a second and take some ten megabytes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MOST_TAR_BYTES = 1 << 12
 MOST_COUNT = 1 << 60
 """Of samples or bytes over all shards: sums stay exact."""
 CONTENT_COLUMNS = ("extension_bytes", "index_sha256", "key_bytes", "name", "samples", "tar_bytes")
-"""What says what the shards hold, wherever they lie."""
+"""The columns that describe what the shards hold, wherever they lie."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class ShardEntry:
     """One shard as the manifest lists it."""
 
     name: str
-    """Unique in the data set; may have slashes. The index is `<name>.index` beside the manifest."""
+    """Unique in the dataset; may have slashes. The index is `<name>.index` beside the manifest."""
     samples: int
     tar_bytes: int
     index_sha256: str
@@ -43,7 +43,7 @@ class ShardEntry:
     etag: str | None = None
     """Of the tar, as its store gave it when it was indexed; None where the store has none."""
     tar: str = ""
-    """Where the tar lies: a path relative to the data set, or a URL; empty: `<name>.tar`."""
+    """Where the tar lies: a path relative to the dataset, or a URL; empty: `<name>.tar`."""
 
     @classmethod
     def of(cls, index: ShardIndex, tar: str = "") -> ShardEntry:
@@ -62,22 +62,22 @@ class ShardEntry:
 
     @property
     def pages(self) -> Pages:
-        """How the index lies in its file."""
+        """The pages of the index in its file."""
         return Pages(self.samples, row_type(self.key_bytes, self.extension_bytes), self.index_sha256)
 
     def tar_url(self, url: str) -> str:
-        """Where the shard's images lie, in the data set at `url`."""
+        """URL of the shard's tar, in the dataset at `url`."""
         place = self.tar or f"{self.name}.tar"
         return place if "://" in place or place.startswith("/") else Storage.join(url, place)
 
     def index_url(self, url: str) -> str:
-        """Where the shard's index lies, in the data set at `url`."""
+        """URL of the shard's index, in the dataset at `url`."""
         return Storage.join(url, f"{self.name}{INDEX_SUFFIX}")
 
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What came of the task that makes a shard or its index."""
+    """The result of the task that makes a shard or its index."""
 
     entry: ShardEntry
     skipped: tuple[Skipped, ...]
@@ -119,7 +119,7 @@ class ShardTable(Sequence[ShardEntry]):
         if len(set(names)) != len(names):
             raise ValueError("a shard's name is there twice")
         if any(leads_away(name) for name in names):
-            raise ValueError("a shard's name leads out of the data set")
+            raise ValueError("a shard's name leads out of the dataset")
         if any(len(digest) != 64 for digest in index_sha256):
             raise ValueError("a digest of an index is no SHA-256")
         self.samples: npt.NDArray[np.int64] = _counts("samples", samples)
@@ -182,7 +182,7 @@ class ShardTable(Sequence[ShardEntry]):
 
     @property
     def index_bytes(self) -> int:
-        """About what all indexes together take."""
+        """Approximate bytes of all indexes together."""
         widths = row_type(1, 1).itemsize - 2 + self.key_bytes + self.extension_bytes
         return int((self.samples * widths).sum())
 

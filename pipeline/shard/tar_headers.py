@@ -12,7 +12,7 @@ LARGEST_HEADER_BYTES = 1 << 20
 MOST_EXTENDED_HEADERS = 8
 """Before one member. Writers put at most four there: global and local pax, a long name and a long link."""
 LARGEST_NAME_BYTES = 1024
-"""Of a member that is made use of. The rows of an index are as wide as its longest name."""
+"""Of a member that is used. The rows of an index are as wide as its longest name."""
 LARGEST_SIZE = 2**63 - 1
 
 _BLOCK = tarfile.BLOCKSIZE
@@ -32,12 +32,12 @@ _PAX_USED = _PAX_SIZES | {
     b"GNU.sparse.major",
     b"GNU.sparse.minor",
 }
-"""Keys of pax records; others (times, owners, comments, hdrcharset) change nothing that is told of a member here."""
+"""Keys of pax records; others (times, owners, comments, hdrcharset) change nothing that is read of a member here."""
 _LENGTH_DIGITS = 20
 
 
 class BoundedTar(tarfile.TarFile):
-    """What `BoundedInfo` keeps between headers."""
+    """A tar, with what `BoundedInfo` keeps between headers."""
 
     extended_headers = 0
     """Read since the last member."""
@@ -69,7 +69,7 @@ class BoundedInfo(tarfile.TarInfo):
         return super()._proc_member(tar)  # type: ignore[misc]
 
     def _proc_sparse(self, tar: Any) -> Any:
-        """An old GNU sparse file: its map goes on in blocks before the content, and is passed over."""
+        """An old GNU sparse file: its map continues in blocks before the content, and is skipped."""
         info: Any = self
         _, has_more, size = info._sparse_structs
         while has_more:
@@ -98,8 +98,8 @@ class BoundedInfo(tarfile.TarInfo):
             member: Any = info.fromtarfile(tar)
         except tarfile.HeaderError as error:
             raise tarfile.HeaderError(str(error)) from None  # of the subclasses some mean the end of an archive
-        if _tells_sparse(headers):
-            member.sparse = []  # its map lies before its content, and is passed over with it
+        if _are_sparse(headers):
+            member.sparse = []  # its map lies before its content, and is skipped with it
         if not is_global:
             member._apply_pax_info(headers, tar.encoding, tar.errors)
             member.offset = info.offset
@@ -128,7 +128,7 @@ def _pax_records(data: bytes) -> dict[str, str]:
     return records
 
 
-def _tells_sparse(headers: dict[str, str]) -> bool:
+def _are_sparse(headers: dict[str, str]) -> bool:
     """Whether pax headers are those of a sparse file, in any of GNU tar's three versions."""
     is_newest = (headers.get("GNU.sparse.major"), headers.get("GNU.sparse.minor")) == ("1", "0")
     return is_newest or "GNU.sparse.map" in headers or "GNU.sparse.size" in headers

@@ -1,4 +1,4 @@
-"""What a tar made elsewhere holds, in WebDataset's terms: images by key, with the labels that lie beside them."""
+"""Samples of a tar made elsewhere, in WebDataset's terms: images by key, with the labels that lie beside them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ IMAGE_EXTENSIONS = (
     *("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif", "jfif"),
     *("jpe", "jif", "pjpeg", "pjp", "apng"),
 )
-"""In small letters. Where a sample of a tar has several images, the first of these is the one."""
+"""In lower case. Where a sample of a tar has several images, the first of these is the one."""
 TEXT_EXTENSIONS = frozenset(
     {"json", "jsonl", "txt", "text", "caption", "cls", "label", "id", "index", "csv", "tsv", "xml", "yaml", "yml"}
     | {"md", "html"}
 )
-"""Of members that say something of an image; alone they are no image that was lost."""
+"""Of members that describe an image; alone they are no image that was lost."""
 LABEL_FIELDS = ("cls", "label", "class_id")
 """Of a sample's .json; the first that is an integer counts."""
 LARGEST_LABEL_BYTES = 1 << 20
@@ -38,7 +38,7 @@ _META = re.compile(r"__[^/]*__($|/)")  # webdataset skips these too
 
 
 class Measured(NamedTuple):
-    """What an index keeps about an image's bytes."""
+    """Figures of an image's bytes that an index keeps."""
 
     crc: int
     height: int
@@ -65,7 +65,7 @@ class TarImage(NamedTuple):
 
 @dataclass
 class TarContents:
-    """One tar, gone through once."""
+    """The contents of one tar, after one pass."""
 
     images: list[TarImage] = field(default_factory=list)
     """In the tar's order."""
@@ -77,16 +77,16 @@ class TarContents:
 
 
 def read_samples(file: RangedFile, *, salvage: bool, measure: Callable[[bytes], Measured] | None = None) -> TarContents:
-    """Go through a tar once and find its samples, whatever the order of a sample's members.
+    """Find the samples of a tar in one pass, whatever the order of a sample's members.
 
     A sample's key is its members' name up to the first dot of the last part, as for webdataset. Its image is the member
     `<key>.jpg`, else `<key>.jpeg` and so on; where it has none of these, each `<key>.<more>.jpg` is a sample of its
-    own. Its label is the integer in `<key>.cls`; where there is no such member, one in `<key>.json`. Others are passed
-    over; a sample that has others than texts, and no image, is skipped by name.
+    own. Its label is the integer in `<key>.cls`; where there is no such member, one in `<key>.json`. Other members
+    are ignored; a sample that has some besides texts, and no image, is skipped and named.
 
     Args:
         file: The tar. Holding its rows takes about 500 bytes an image.
-        salvage: Go on behind a damaged place; else the contents end there.
+        salvage: Continue after a damaged place; else the contents end there.
         measure: Called with the bytes of every image; raises CorruptImage for what cannot be used. Without it, images
             are not read.
     """
@@ -94,7 +94,7 @@ def read_samples(file: RangedFile, *, salvage: bool, measure: Callable[[bytes], 
     for item in scan_tar(file, salvage=salvage):
         if isinstance(item, TarFault):
             collector.contents.faults.append(item)
-        elif not _is_passed_over(item.name):
+        elif not _is_ignored(item.name):
             collector.take(item)
             if len(collector.contents.skipped) > MOST_SKIPPED:
                 what = f"more than {MOST_SKIPPED} of its images cannot be used; the rest was not looked at"
@@ -106,26 +106,26 @@ def read_samples(file: RangedFile, *, salvage: bool, measure: Callable[[bytes], 
 
 
 def unread_kinds(skipped: Iterable[Skipped]) -> str:
-    """Of those that were skipped because no image ends in their extension: how many, and which; empty for none."""
+    """A summary of what was skipped because no image has its extension: how many, and which; empty for none."""
     kinds = Counter(found[1] for item in skipped if (found := _UNREAD.fullmatch(item.reason)))
     if not kinds:
         return ""
-    told = [f"{kind} {count}" for kind, count in kinds.most_common(_MOST_KINDS)]
+    shown = [f"{kind} {count}" for kind, count in kinds.most_common(_MOST_KINDS)]
     more = [f"and {len(kinds) - _MOST_KINDS} more kinds"] if len(kinds) > _MOST_KINDS else []
-    return f"{kinds.total()} samples have no image that is read ({', '.join(told + more)})"
+    return f"{kinds.total()} samples have no image that is read ({', '.join(shown + more)})"
 
 
-def _is_passed_over(name: str) -> bool:
+def _is_ignored(name: str) -> bool:
     return name.rpartition("/")[2].startswith(".") or _META.match(name) is not None
 
 
-def _tells_label(extension: str, known: bool) -> bool:
+def _is_label(extension: str, known: bool) -> bool:
     """A .cls outranks a .json, whichever comes first."""
     return extension == "cls" or (extension == "json" and not known)
 
 
 class _Collector:
-    """Images and labels of one tar, as they come by."""
+    """Images and labels of one tar, as they are met."""
 
     def __init__(self, file: RangedFile, measure: Callable[[bytes], Measured] | None) -> None:
         self.contents = TarContents()
@@ -147,7 +147,7 @@ class _Collector:
             self._take_image(member, key)
         elif extension.lower() not in TEXT_EXTENSIONS and len(self._others) <= MOST_SKIPPED:
             self._others.setdefault(key, (member.name[len(key) + 1 :], member.data_offset))
-        elif not _tells_label(extension, stem in self.labels):
+        elif not _is_label(extension, stem in self.labels):
             return
         elif not member.obstacle and member.size <= LARGEST_LABEL_BYTES:
             self._take_label(stem, extension, self._content(member))

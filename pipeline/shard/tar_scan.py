@@ -1,7 +1,8 @@
 """One pass over a tar of unknown origin: its members with their offsets, and every place at which it is damaged.
 
-Members are parsed by `tarfile` (ustar with prefix, pax, GNU long names, base-256 sizes). What `tarfile` and webdataset
-pass over in silence is told here: they take a damaged header in the middle for the end of the archive.
+Members are parsed by `tarfile` (ustar with prefix, pax, GNU long names, base-256 sizes). The pass is hand-written,
+since `tarfile` and webdataset take a damaged header in the middle for the end of the archive, and report nothing; here
+it is reported, and what follows it is found.
 
 Tars need not be trusted: whatever a header says, time and memory stay in proportion to the bytes that are read.
 """
@@ -40,7 +41,7 @@ _OTHERS = {
     b"\x89PNG": "it is an image",
     b"\xff\xd8\xff": "it is an image",
 }
-"""What else is found under the name of a tar, by its first bytes."""
+"""Other files found under the name of a tar, by their first bytes."""
 _SNIFFED_BYTES = 64
 _NO_END = "the tar is cut off: it has no end mark"
 
@@ -66,7 +67,7 @@ class TarFault(NamedTuple):
 
 
 class RangedFile(io.RawIOBase):
-    """A read-only file over ranged reads, for going through once: reads the next chunk while this one is looked at.
+    """A read-only file over ranged reads, for one pass: reads the next chunk while this one is looked at.
 
     Holds at most `_HELD_CHUNKS` chunks, whatever the size of the file.
     """
@@ -80,7 +81,7 @@ class RangedFile(io.RawIOBase):
         self._position = 0
 
     def close(self) -> None:
-        """Give up what is being read ahead."""
+        """Cancel what is being read ahead."""
         if not self.closed:
             self._reader.shutdown(wait=True, cancel_futures=True)
         super().close()
@@ -94,7 +95,7 @@ class RangedFile(io.RawIOBase):
         return True
 
     def tell(self) -> int:
-        """Byte that is read next."""
+        """The byte that is read next."""
         return self._position
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
@@ -128,13 +129,13 @@ class RangedFile(io.RawIOBase):
 
 
 def scan_tar(file: RangedFile, *, salvage: bool = True) -> Iterator[TarMember | TarFault]:
-    """Go through a tar from its first byte to its last.
+    """Scan a tar from its first byte to its last.
 
     Content may be read from `file` between two members. A member whose content ends early is a fault, not a member.
 
     Args:
         file: The tar.
-        salvage: Look for the next good header behind a damaged place; else end there.
+        salvage: Look for the next good header after a damaged place; else end there.
     """
     offset: int | None = 0
     faults = 0
@@ -153,7 +154,7 @@ def scan_tar(file: RangedFile, *, salvage: bool = True) -> Iterator[TarMember | 
 
 
 def _archive(file: RangedFile, start: int) -> Generator[TarMember, None, tuple[TarFault | None, int]]:
-    """The members from `start` to an end mark or a fault; returns the fault, and where to look on."""
+    """The members from `start` to an end mark or a fault; returns the fault, and where to continue."""
     file.seek(start)
     tar: tarfile.TarFile | None = None
     here = start
@@ -174,7 +175,7 @@ def _archive(file: RangedFile, start: int) -> Generator[TarMember, None, tuple[T
     except (tarfile.TarError, ValueError, UnicodeError, OverflowError, EOFError) as error:
         if here >= file.size > 0:
             return TarFault(file.size, _NO_END), file.size
-        # A good header's extent was read: nothing of it is looked at again, which could go on for each of its blocks.
+        # A good header's extent was read: nothing of it is looked at again, which could repeat for each of its blocks.
         behind = max(file.tell(), here + _BLOCK)
         return TarFault(here, _header_fault(file, here, error)), behind
     return _end_fault(file, tar.offset)
@@ -197,7 +198,7 @@ def _header_fault(file: RangedFile, offset: int, error: Exception) -> str:
 
 
 def _other_file(file: RangedFile) -> str:
-    """What a file is that does not begin as a tar; empty where nobody knows."""
+    """The kind of a file that does not begin as a tar; empty where it is unknown."""
     if not file.size:
         return "it is empty: make or download it again"
     file.seek(0)
@@ -208,7 +209,7 @@ def _other_file(file: RangedFile) -> str:
 
 
 def _end_fault(file: RangedFile, offset: int) -> tuple[TarFault | None, int]:
-    """What is wrong where `tarfile` sees the end of an archive, if anything is."""
+    """The fault where `tarfile` sees the end of an archive, if there is one."""
     file.seek(offset)
     block = file.read(_BLOCK)
     if len(block) < _BLOCK:
@@ -224,7 +225,7 @@ def _end_fault(file: RangedFile, offset: int) -> tuple[TarFault | None, int]:
 
 
 def _next_header(file: RangedFile, offset: int) -> int | None:
-    """Where the first good header at or after `offset` begins; None where there is none."""
+    """The place of the first good header at or after `offset`; None where there is none."""
     for start in range(-(-offset // _BLOCK) * _BLOCK, file.size, _BLOCK):
         file.seek(start)
         block = file.read(_BLOCK)

@@ -1,4 +1,4 @@
-"""Whether a shard is what its index and the manifest say: every difference is one fault, with its place."""
+"""Verification of a shard against its index and the manifest: every difference is one fault, with its place."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LARGEST_LABEL_BYTES = 64
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is not as it should be."""
+    """One difference between a shard and what its index or the manifest says."""
 
     shard: str
     key: str | None
@@ -31,14 +31,14 @@ class Fault:
 
     @property
     def line(self) -> str:
-        """For a person."""
+        """The fault in one line, for people."""
         places = [self.shard, self.key and f"key {self.key}", None if self.offset is None else f"offset {self.offset}"]
         return f"{', '.join(place for place in places if place)}: {self.what}"
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What came of verifying a shard."""
+    """The result of verifying a shard."""
 
     shard: str
     samples: int
@@ -50,8 +50,8 @@ def verify_shard(storage: Storage, url: str, entry: ShardEntry, *, deep: bool) -
     """Read a shard and its index from the first byte to the last; memory stays within a few chunks and the index.
 
     Args:
-        storage: Reaches the data set.
-        url: Of the data set.
+        storage: Reaches the dataset.
+        url: Of the dataset.
         entry: The shard as the manifest lists it.
         deep: Also decode every image.
 
@@ -74,7 +74,7 @@ def verify_shard(storage: Storage, url: str, entry: ShardEntry, *, deep: bool) -
 
 
 def tar_faults(storage: Storage, url: str, index: ShardIndex, *, deep: bool) -> list[Fault]:
-    """How a tar differs from its index: size, ETag, headers, names, labels and CRC32C of every sample."""
+    """Differences of a tar from its index: size, ETag, headers, names, labels and CRC32C of every sample."""
     name = index.shard
     try:
         size, etag = storage.size(url), storage.etag(url)
@@ -90,7 +90,7 @@ def tar_faults(storage: Storage, url: str, index: ShardIndex, *, deep: bool) -> 
 
 
 def _content_faults(file: RangedFile, index: ShardIndex, deep: bool) -> Iterator[Fault]:
-    """Go through the tar once, checking the images of the index where they come by; then those that did not."""
+    """Scan the tar once, checking the images of the index where they are met; then the others."""
     rows: dict[int, IndexRow] = {}
     for listed in map(index.row, range(len(index))):
         flaw = listed.flaw(index.tar_bytes)
@@ -104,7 +104,7 @@ def _content_faults(file: RangedFile, index: ShardIndex, deep: bool) -> Iterator
     known = {(item.path.rpartition(" at byte ")[2], item.reason) for item in index.skipped}
     for item in scan_tar(file):
         if isinstance(item, TarFault):
-            if (str(item.offset), item.what) not in known:  # what was salvaged is as damaged as it was indexed
+            if (str(item.offset), item.what) not in known:  # a salvaged tar is as damaged as when it was indexed
                 yield Fault(index.shard, None, item.offset, item.what)
             continue
         row = rows.pop(item.data_offset, None)
@@ -160,7 +160,7 @@ def _label_faults(file: RangedFile, shard: str, labels: dict[str, IndexRow], mem
 
 
 def _structure_alone(storage: Storage, entry: ShardEntry, url: str) -> Iterator[Fault]:
-    """What can be said of a tar whose index is lost."""
+    """Faults of a tar whose index is lost, by its structure alone."""
     place = entry.tar_url(url)
     try:
         size = storage.size(place)

@@ -1,6 +1,6 @@
 """Writes that happen only if nothing, or exactly what is expected, lies there: of several at once one succeeds.
 
-Claims and commits rest on them. S3 has If-None-Match and If-Match, Google's store generations, Azure's ETags; a local
+Leases and commits rest on them. S3 has If-None-Match and If-Match, Google's store generations, Azure's ETags; a local
 file is created exclusively, and replaced under a lock on its folder. Stores that can only look and then write are
 refused: between the two another process may have written.
 """
@@ -28,7 +28,7 @@ _memory = threading.Lock()  # its objects are this process's own
 
 
 def refuse_unconditional(url: str) -> None:
-    """Say of a store without conditional writes that it has none.
+    """Refuse a store without conditional writes.
 
     Raises:
         StorageError: It is one.
@@ -88,7 +88,7 @@ def replace(filesystem: Any, protocol: str, path: str, data: bytes, expected: by
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Be the only one who replaces files in a local folder."""
+    """Be the only process that replaces files in a local folder."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)

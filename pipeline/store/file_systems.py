@@ -45,7 +45,7 @@ def file_system(storage: StoreAccess, url: str) -> Any:
 def renew(storage: StoreAccess, url: str, used: Any) -> None:
     """Have the next call use a new file system in place of `used`, whose credentials were refused.
 
-    Calls that are under way end on the old one, which is closed when nobody has it any more.
+    Calls that are under way end on the old one, which is closed when it is no longer referenced.
     """
     key = _key(storage, url)
     found = _opened.get(key)

@@ -1,4 +1,4 @@
-"""JSON of unknown origin, read by one door: whatever is not JSON is a ValueError, however it fails to be."""
+"""JSON of unknown origin, parsed in one place: whatever is not JSON is a ValueError, however it fails to be."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pipeline.errors import clipped
 def parsed_json(data: bytes | str) -> Any:
     """The value that a JSON document in UTF-8 holds.
 
-    `json.loads` takes NaN, which JSON has not, and guesses at UTF-16; of brackets without end it raises RecursionError.
+    `json.loads` takes NaN, which JSON does not have, and guesses at UTF-16; for endless brackets it raises
+    RecursionError.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not JSON.
     """
     try:
         return _DECODER.decode(data if isinstance(data, str) else data.decode())
@@ -26,7 +27,7 @@ def parsed_object(data: bytes | str) -> dict[str, Any]:
     """A JSON document that is an object.
 
     Raises:
-        ValueError: It is none.
+        ValueError: It is not.
     """
     value = parsed_json(data)
     if not isinstance(value, dict):

@@ -1,7 +1,8 @@
-"""What has been written of an object part by part, noted beside it, so that a later process can go on after a kill.
+"""A journal of an object that is written part by part, kept beside it, so that a later process can resume after a kill.
 
 The store knows which parts it holds, not what is in them. So the parts' checksums lie in a small object
-`.<name>.parts.json` beside the target, with a digest of what the object shall hold: another content begins anew.
+`.<name>.parts.json` beside the target, with a digest of what the object shall hold: for other content, writing starts
+over.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ _FORMAT = 1
 
 
 class PartedJournal:
-    """One object on its way.
+    """The journal of one object that is being written.
 
     Owns: the list of its parts, never their bytes.
-    Concurrency: used by one thread, of a process that holds a claim on the target.
+    Concurrency: used by one thread, of a process that holds the lease on the target.
     Failure: a journal that is missing, cannot be read or is of another content costs the parts that were written.
     Blocking: all methods but `add` when nothing is due.
     """
@@ -38,9 +39,9 @@ class PartedJournal:
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Take up what an earlier process began with the same content, or begin.
+        """Resume what an earlier process began with the same content, or begin.
 
-        What cannot be gone on with is swept away.
+        What cannot be resumed is deleted.
 
         Args:
             storage: Reaches the target.
@@ -63,11 +64,11 @@ class PartedJournal:
 
     @property
     def written_bytes(self) -> int:
-        """Of the parts that are written."""
+        """Bytes of the parts that are written."""
         return sum(part.bytes for part in self.parts.values())
 
     def add(self, part: WrittenPart) -> None:
-        """Note a part that was written."""
+        """Add a part that was written."""
         self.parts[part.number] = part
         if self._clock() - self._saved_at >= SAVE_SECONDS:
             self.save()
@@ -98,12 +99,12 @@ class PartedJournal:
             self.is_saved = False
 
     def abandon(self) -> None:
-        """Throw away what was written and is not visible."""
+        """Discard what was written and is not visible."""
         parted_write.abandon_all(self._storage, self._url)
         self.forget()
 
     def _found(self) -> tuple[PartedWrite, list[WrittenPart]] | None:
-        """What can be gone on with: an upload, and those of its parts that the store still holds."""
+        """The upload that can be resumed, and those of its parts that the store still holds."""
         try:
             data = self._storage.read(self._place)
         except FileNotFoundError:
@@ -119,7 +120,7 @@ class PartedJournal:
         return (target, parts) if self.is_visible else None
 
     def _parsed(self, data: bytes) -> tuple[PartedWrite, list[WrittenPart]]:
-        """What `save` wrote: upload and parts."""
+        """Upload and parts, as `save` wrote them."""
         fields = parsed_object(data)
         if (fields["format"], fields["content"]) != (_FORMAT, self._content):
             raise ValueError("another content")

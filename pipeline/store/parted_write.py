@@ -1,7 +1,7 @@
-"""One object that several processes write together, each its parts, and that nobody sees until all are there.
+"""One object that several processes write together, each its parts, invisible until all are there.
 
-On S3 this is a multipart upload, on a local path a hidden file beside the target and a rename. Other stores have one
-writer an object: `write_stream`. What was begun can be gone on with by another process (pipeline.store.parted_journal).
+On S3 this is a multipart upload, on a local path a hidden file beside the target and a rename. On other stores
+an object has one writer: `write_stream`. Another process can resume what was begun (pipeline.store.parted_journal).
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def takes_parts(url: str) -> bool:
 
 
 def begin(storage: Storage, url: str) -> PartedWrite:
-    """Start writing. What was begun before for the same target and never finished is swept away.
+    """Start writing. What was begun before for the same target and never finished is deleted.
 
-    The caller must hold a claim on the target: two writers would sweep each other's parts away.
+    The caller must hold the lease on the target: two writers would delete each other's parts.
     """
     abandon_all(storage, url)
     if is_local(url):
@@ -101,7 +101,7 @@ def write_part(storage: Storage, target: PartedWrite, number: int, offset: int, 
 def still_there(storage: Storage, target: PartedWrite, parts: Iterable[WrittenPart]) -> list[WrittenPart]:
     """Those of `parts` that the store still holds as they were written.
 
-    S3 tells each part's size and ETag, which are compared; in a folder the bytes are read, and their CRC32C compared.
+    S3 reports each part's size and ETag, which are compared; in a folder the bytes are read, and their CRC32C compared.
     """
     if is_local(target.url):
         return storage.attempt(target.url, lambda *_: [part for part in parts if _is_written(_hidden(target), part)])
@@ -139,7 +139,7 @@ def finish(storage: Storage, target: PartedWrite, parts: Sequence[WrittenPart]) 
 
 
 def abandon_all(storage: Storage, url: str, but: PartedWrite | None = None) -> None:
-    """Sweep away what was begun for this target and never finished, `but` one; invisible, but it takes space."""
+    """Delete what was begun for this target and never finished, except `but`; it is invisible, and takes space."""
     if is_local(url):
         target = Path(Storage.local_path(url))
         for leftover in target.parent.glob(f".{glob.escape(target.name)}.*.parts"):

@@ -1,6 +1,6 @@
 """One range of one object on S3 or behind a web server, put together from as many answers as it takes.
 
-A body that breaks off is taken up where it ended, by a request for the rest alone, under the same ETag: what was
+A body that breaks off is resumed where it ended, by a request for the rest alone, under the same ETag: what was
 received is not asked for again, and never completed from another version of the object.
 """
 
@@ -31,7 +31,7 @@ def fsspec_read(filesystem: Any, path: str, start: int, end: int | None) -> byte
 
 
 class RangedRead:
-    """A range of an S3 object that is being read; each attempt goes on where the one before broke off.
+    """A range of an S3 object that is being read; each attempt resumes where the one before broke off.
 
     Used by one thread.
     """

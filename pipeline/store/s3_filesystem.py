@@ -37,7 +37,7 @@ chain without environment variables."""
 
 
 def sources(storage: StoreAccess) -> tuple[Source, ...]:
-    """Where to look for credentials, again and again in this order while the store refuses them.
+    """Places to look for credentials, again and again in this order while the store refuses them.
 
     Keys without a session token do not expire, and stay what they are. A token does. Whoever gave it may have a newer
     one, and may be gone by then: what this process finds by itself comes next, and, since the environment of a process
@@ -61,7 +61,7 @@ def open_s3(storage: StoreAccess, renewals: int) -> Any:
         renewals: How often credentials were refused before.
 
     Raises:
-        StorageError: A proxy that is none.
+        StorageError: A proxy that is not one.
     """
     order = sources(storage)
     source = order[renewals % len(order)]
@@ -91,7 +91,7 @@ def open_s3(storage: StoreAccess, renewals: int) -> Any:
 
 
 def _keys_of(storage: StoreAccess, source: Source, *, is_renewed: bool) -> tuple[Keys | None, _Session]:
-    """Keys to hand over, or the session that finds them."""
+    """Keys to pass on, or the session that finds them."""
     given = Keys(str(storage.key), str(storage.secret), storage.token)
     if source == "given":
         return given, _Session()
@@ -140,9 +140,9 @@ def _exact_kind() -> Any:
 
 
 class _Session(PlainSession):
-    """A session that says of whatever goes wrong with finding credentials that it is about credentials.
+    """A session that reports every fault in finding credentials as one of credentials.
 
-    Else a token file that is not there yet looks like an object that is not there.
+    Otherwise a token file that is not there yet would look like a missing object.
     """
 
     def __init__(self, finds: _Chain | _ProfileCredentials | None = None) -> None:
@@ -150,7 +150,7 @@ class _Session(PlainSession):
         self._finds = finds
 
     async def get_credentials(self) -> Any:
-        """What is found; None where nothing is."""
+        """The credentials that are found; None where there are none."""
         return await self._finds.load() if self._finds else None
 
 
@@ -173,14 +173,14 @@ class _ProfileCredentials(AioCredentials):  # type: ignore[misc]
 
 
 class _Chain:
-    """What a process finds by itself, for one endpoint."""
+    """The chain by which a process finds keys by itself, for one endpoint."""
 
     def __init__(self, endpoint_url: str | None, *, with_environment: bool) -> None:
         self._endpoint_url = endpoint_url
         self._with_environment = with_environment
 
     async def load(self) -> _Credentials | None:
-        """What the chain finds; keys that belong to another endpoint are not sent to this one."""
+        """The keys that the chain finds; those that belong to another endpoint are not sent to this one."""
         with _about_credentials("chain"):
             session = ProcessSession(os.environ)
             if not self._with_environment:
@@ -189,13 +189,13 @@ class _Chain:
             own = configured_endpoint(session)
         is_of_a_role = found is None or found.method in _OF_A_ROLE
         if own and not is_of_a_role and own.rstrip("/") != (self._endpoint_url or "").rstrip("/"):
-            told = f"those of this process belong to {own}, not to {self._endpoint_url or 'AWS'}"
-            raise boto.CredentialRetrievalError(provider=found.method, error_msg=told)
+            why = f"those of this process belong to {own}, not to {self._endpoint_url or 'AWS'}"
+            raise boto.CredentialRetrievalError(provider=found.method, error_msg=why)
         return found and _Credentials(found)
 
 
 class _Credentials:
-    """What a session found, and how it is renewed."""
+    """Credentials that a session found, and renews."""
 
     def __init__(self, found: Any) -> None:
         self._found = found
@@ -216,5 +216,5 @@ def _about_credentials(provider: str) -> Iterator[None]:
     except ProfileKeysError:
         raise
     except Exception as error:
-        told = f"{type(error).__name__}: {error}"
-        raise boto.CredentialRetrievalError(provider=provider, error_msg=told) from error
+        why = f"{type(error).__name__}: {error}"
+        raise boto.CredentialRetrievalError(provider=provider, error_msg=why) from error

@@ -9,20 +9,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import secrets
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.access import faults
+from pipeline.access.retry import retry
 from pipeline.access.store_access import StoreAccess
 from pipeline.access.throttle import Throttle
 from pipeline.access.urls import HTTP, S3, is_folder_mark, is_local, is_s3, is_web, path_of, protocol_of
 from pipeline.errors import StorageError
-from pipeline.host.local_files import local_files, read_part
+from pipeline.host.local_files import local_files, read_part, write_whole
 from pipeline.store import conditional_write, file_systems
 from pipeline.store.ranged_read import HttpRangedRead, RangedRead, fsspec_read
 from pipeline.store.s3_filesystem import MAX_CONNECTIONS
@@ -39,9 +38,9 @@ _RANGED = dict.fromkeys(S3, RangedRead) | dict.fromkeys(HTTP, HttpRangedRead)
 
 @dataclass(frozen=True)
 class Storage(StoreAccess):
-    """How to reach URLs. Travels as an argument, so that secrets stay out of logs and of Ray's runtime environment.
+    """Files and objects by URL; an argument, so that secrets stay out of logs and of Ray's runtime environment.
 
-    Every method raises FileNotFoundError where nothing lies at the URL, StorageError for what the user can mend
+    Every method raises FileNotFoundError where nothing lies at the URL, StorageError for what the user can fix
     (unreachable, credentials, missing bucket, full disk) and OSError naming the URL for the rest. Transient faults, and
     credentials that are missing or refused, are retried with backoff until `retry_seconds` have passed. Methods block
     and are safe to call from several threads.
@@ -60,9 +59,9 @@ class Storage(StoreAccess):
     def read(self, url: str) -> bytes:
         """All bytes of a file or object."""
         if is_local(url):
-            return self._call(url, lambda _, path: read_part(path, 0, None))
+            return self.attempt(url, lambda _, path: read_part(path, 0, None))
         # A start spares s3fs the HEAD that it sends before every whole read.
-        return self._call(url, lambda fs, path: fsspec_read(fs, path, 0, None))
+        return self.attempt(url, lambda fs, path: fsspec_read(fs, path, 0, None))
 
     def read_range(self, url: str, offset: int, length: int, etag: str | None = None) -> bytes:
         """`length` bytes from `offset`; fewer where the object ends before that.
@@ -71,22 +70,22 @@ class Storage(StoreAccess):
             url: What to read.
             offset: First byte.
             length: Bytes.
-            etag: The version that is meant, as etag() gave it; None: whatever lies there. S3 and web servers alone look
-                at it.
+            etag: The version that is meant, as etag() gave it; None: whatever lies there. Only S3 and web servers
+                check it.
 
         Raises:
             ReplacedError: The object has another ETag by now.
         """
         if is_local(url):
-            return self._call(url, lambda _, path: read_part(path, offset, length))
+            return self.attempt(url, lambda _, path: read_part(path, offset, length))
         if length > 0 and (kind := _RANGED.get(protocol_of(url))):
-            return self._call(url, kind(offset, length, etag).attempt)
-        return self._call(url, lambda fs, path: fsspec_read(fs, path, offset, offset + length))
+            return self.attempt(url, kind(offset, length, etag).attempt)
+        return self.attempt(url, lambda fs, path: fsspec_read(fs, path, offset, offset + length))
 
     def read_start(self, url: str, length: int) -> bytes:
         """The first `length` bytes; fewer where there are no more. Also of web servers that know no ranges."""
-        if is_web(url):  # each attempt begins anew
-            return self._call(url, lambda fs, path: HttpRangedRead(0, length, None).attempt(fs, path))
+        if is_web(url):  # each attempt starts over
+            return self.attempt(url, lambda fs, path: HttpRangedRead(0, length, None).attempt(fs, path))
         return self.read_range(url, 0, length)
 
     def write(self, url: str, data: bytes) -> None:
@@ -94,7 +93,7 @@ class Storage(StoreAccess):
         if is_local(url):
             self._put_local(url, lambda temporary: temporary.write_bytes(data))
         else:
-            self._call(url, lambda fs, path: fs.pipe_file(path, data))
+            self.attempt(url, lambda fs, path: fs.pipe_file(path, data))
 
     def create(self, url: str, data: bytes) -> bool:
         """Put `data` there if nothing is there yet; of several at once only one gets True.
@@ -103,7 +102,7 @@ class Storage(StoreAccess):
             StorageError: Also of a store that has no conditional writes (pipeline.store.conditional_write).
         """
         conditional_write.refuse_unconditional(url)
-        return self._call(url, lambda fs, path: conditional_write.create(fs, protocol_of(url), path, data))
+        return self.attempt(url, lambda fs, path: conditional_write.create(fs, protocol_of(url), path, data))
 
     def replace(self, url: str, data: bytes, expected: bytes) -> bool:
         """Put `data` there if exactly `expected` lies there; of several at once only one gets True.
@@ -118,40 +117,54 @@ class Storage(StoreAccess):
                 if found == expected:
                     self.write(url, data)
             return found in (expected, data)
-        return self._call(url, lambda fs, path: conditional_write.replace(fs, protocol_of(url), path, data, expected))
+        return self.attempt(url, lambda fs, path: conditional_write.replace(fs, protocol_of(url), path, data, expected))
 
     def upload(self, local_path: Path, url: str) -> None:
         """Copy a local file there, whole or not at all."""
         if is_local(url):
             self._put_local(url, lambda temporary: shutil.copyfile(local_path, temporary))
         else:
-            self._call(url, lambda fs, path: fs.put_file(str(local_path), path))
+            self.attempt(url, lambda fs, path: fs.put_file(str(local_path), path))
 
     def download(self, url: str, local_path: Path) -> None:
         """Copy a file or object to a local path, whole or not at all."""
         self._put_local(
-            str(local_path), lambda temporary: self._call(url, lambda fs, path: fs.get_file(path, str(temporary)))
+            str(local_path), lambda temporary: self.attempt(url, lambda fs, path: fs.get_file(path, str(temporary)))
         )
 
     def attempt(self, url: str, call: Callable[[Any, str], T]) -> T:
         """Run `call(filesystem, path)` with the retries and errors of every other method; it must be safe to repeat."""
-        return self._call(url, call)
+        used: Any = None
+
+        def once() -> T:
+            nonlocal used
+            used = file_systems.file_system(self, url)
+            return call(used, path_of(url))
+
+        return retry(
+            once,
+            url,
+            self.retry_seconds,
+            throttle=None if is_local(url) else _throttle(self.endpoint_url, protocol_of(url), os.getpid()),
+            renew=lambda: file_systems.renew(self, url, used),
+            origins=dict(self.origins) if is_s3(url) else {},
+        )
 
     def exists(self, url: str) -> bool:
         """Whether a file or object (not a folder or prefix) lies there."""
         try:
-            return bool(self._call(url, _is_file))
+            return bool(self.attempt(url, _is_file))
         except FileNotFoundError:
             return False
 
     def size(self, url: str) -> int:
         """Bytes of a file or object."""
-        size = self._call(url, lambda fs, path: fs.info(path)["size"])
+        size = self.attempt(url, lambda fs, path: fs.info(path)["size"])
         return len(self.read(url)) if size is None else int(size)  # some web servers do not say
 
     def etag(self, url: str) -> str | None:
-        """What the store calls this version of an object, quotes and all; None where it has no such name."""
-        info = self._call(url, lambda fs, path: fs.info(path))
+        """The store's name for this version of an object, quotes included; None where it has none."""
+        info = self.attempt(url, lambda fs, path: fs.info(path))
         return info.get("ETag") or info.get("etag") or None
 
     def list_names(self, url: str) -> list[str]:
@@ -161,8 +174,8 @@ class Storage(StoreAccess):
         """
         try:
             if is_local(url):
-                return sorted(self._call(url, lambda _, path: [item.name for item in Path(path).iterdir()]))
-            found = self._call(url, lambda fs, path: fs.ls(path, detail=True))
+                return sorted(self.attempt(url, lambda _, path: [item.name for item in Path(path).iterdir()]))
+            found = self.attempt(url, lambda fs, path: fs.ls(path, detail=True))
         except (FileNotFoundError, NotADirectoryError):
             return []
         root = path_of(url).rstrip("/")
@@ -177,8 +190,8 @@ class Storage(StoreAccess):
         do not count, nor do objects that stand for folders (pipeline.access.urls).
         """
         if is_local(url):
-            return self._call(url, lambda _, path: dict(sorted(local_files(path))))
-        found = self._call(url, lambda fs, path: fs.find(path, detail=True))
+            return self.attempt(url, lambda _, path: dict(sorted(local_files(path))))
+        found = self.attempt(url, lambda fs, path: fs.find(path, detail=True))
         root = path_of(url).rstrip("/") + "/"
         sizes = ((path, int(info["size"] or 0)) for path, info in sorted(found.items()) if path.startswith(root))
         return {path.removeprefix(root): size for path, size in sizes if size or not is_folder_mark(path)}
@@ -186,12 +199,12 @@ class Storage(StoreAccess):
     def delete(self, url: str) -> None:
         """Remove a file or object; that it is already gone is no error."""
         with contextlib.suppress(FileNotFoundError):
-            self._call(url, lambda fs, path: fs.rm_file(path))
+            self.attempt(url, lambda fs, path: fs.rm_file(path))
 
     def delete_all(self, urls: Iterable[str]) -> None:
         """Remove files or objects as `delete`, several at once: a request each, which every store knows.
 
-        Raises what the first raised that failed, when all others are gone.
+        Raises the first failure, once all others are deleted.
         """
         with ThreadPoolExecutor(DELETES_AT_ONCE) as threads:
             deletes = [threads.submit(self.delete, url) for url in urls]
@@ -208,7 +221,7 @@ class Storage(StoreAccess):
             write: Also put a small object under `url` and remove it again.
             shared: Other processes will work on it too.
             exclusive: Only one process at a time shall work on it.
-            is_patient: Wait for a store that is away as every other method does.
+            is_patient: Wait for an unreachable store as every other method does.
 
         Raises:
             StorageError: Unknown protocol, missing package, unreachable, refused credentials, missing bucket,
@@ -232,7 +245,7 @@ class Storage(StoreAccess):
         file_systems.file_system(self, url)
         if protocol_of(url) in S3:
             # HEAD answers carry no reason; a listing of one says which of key, secret and bucket is wrong.
-            self._call(url, _list_one)
+            self.attempt(url, _list_one)
         elif not is_local(url):
             self.exists(url)
         if write:
@@ -240,36 +253,8 @@ class Storage(StoreAccess):
             self.write(probe, bytes(PROBE_BYTES))
             self.delete(probe)
 
-    def _call(self, url: str, call: Callable[[Any, str], T]) -> T:
-        used: Any = None
-
-        def attempt() -> T:
-            nonlocal used
-            used = file_systems.file_system(self, url)
-            return call(used, path_of(url))
-
-        return faults.retry(
-            attempt,
-            url,
-            self.retry_seconds,
-            throttle=None if is_local(url) else _throttle(self.endpoint_url, protocol_of(url), os.getpid()),
-            renew=lambda: file_systems.renew(self, url, used),
-            origins=dict(self.origins) if is_s3(url) else {},
-        )
-
     def _put_local(self, url: str, fill: Callable[[Path], object]) -> None:
-        """Fill a temporary file beside the target, then rename it over the target."""
-
-        def put() -> None:
-            target = Path(path_of(url))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            with _temporary_beside(target) as temporary:
-                fill(temporary)
-                with temporary.open("rb") as file:
-                    os.fsync(file.fileno())
-                temporary.replace(target)
-
-        faults.retry(put, url, self.retry_seconds)
+        retry(lambda: write_whole(Path(path_of(url)), fill), url, self.retry_seconds)
 
 
 @functools.lru_cache(maxsize=16)
@@ -290,14 +275,3 @@ def _list_one(filesystem: Any, path: str) -> None:
     if not bucket:
         raise StorageError("URL", "must name a bucket", "s3://", "write s3://bucket/folder")
     filesystem.call_s3("list_objects_v2", Bucket=bucket, Prefix=key, MaxKeys=1)
-
-
-@contextlib.contextmanager
-def _temporary_beside(target: Path) -> Iterator[Path]:
-    # Not mkstemp, whose files their owner alone may read: who may read ours is up to the umask and the folder.
-    temporary = target.with_name(f".convmae-{secrets.token_hex(8)}")
-    temporary.touch(exist_ok=False)
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)

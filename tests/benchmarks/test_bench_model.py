@@ -1,4 +1,4 @@
-"""What the model's figures stand on, at a small size."""
+"""The basis of the model's figures, at a small size."""
 
 from __future__ import annotations
 

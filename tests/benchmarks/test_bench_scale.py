@@ -1,4 +1,4 @@
-"""That checkpoints on paper are those that DeepSpeed writes."""
+"""Checkpoints on paper against those that DeepSpeed writes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_vectors_on_paper_are_as_long_as_those_in_files(tmp_path: Path, stage: i
 
     on_paper = [lengths(name, file) for name, file in found.items() if isinstance(file, OptimizerFile)]
     in_files = [lengths(name, file) for name, file in written.items() if isinstance(file, OptimizerFile)]
-    # What pads a group behind its last value is left out on paper: DeepSpeed writes it in ZeRO 3 alone.
+    # What pads a group behind its last value is omitted on paper: DeepSpeed writes it in ZeRO 3 alone.
     assert [name for name, _ in on_paper] == [name for name, _ in in_files]
     for (_, paper), (_, real) in zip(on_paper[:-1], in_files[:-1], strict=True):
         assert paper[:: len(MATERIAL.groups)] == real[:: len(MATERIAL.groups)]

@@ -33,12 +33,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 @pytest.fixture
 def fuzz(request: pytest.FixtureRequest) -> Fuzz:
-    """Tries a target within the budget."""
+    """The fuzzer of a target, within the budget."""
 
-    def told(hunt: Hunt) -> None:
+    def report(hunt: Hunt) -> None:
         request.node.user_properties.append((PROPERTY, hunt.line))
 
-    return Fuzz(request.config.stash[BUDGET], on_end=told)
+    return Fuzz(request.config.stash[BUDGET], on_end=report)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:

@@ -38,7 +38,7 @@ MOST_WAITS = 4
 MOST_RESIDENT_BYTES = 512 << 20
 MOST_MAPPED_BYTES = 4 << 30
 """Beyond what the process had mapped when the target began: what is more ends in a MemoryError."""
-LONGEST_TOLD = 3 * LONGEST_PART + 400
+LONGEST_REPORTED = 3 * LONGEST_PART + 400
 """Characters of an error for a person."""
 LONGEST_SHOWN = 2000
 
@@ -46,12 +46,12 @@ T = TypeVar("T")
 
 
 class TookTooLong(BaseException):
-    """An example that did not end. No Exception, so that nobody on its way takes it for one of his own."""
+    """An example that did not end. Not an Exception, so that no handler on its way catches it."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a target is tried, and from which seed on."""
+    """The time for which a target is tried, and the first seed."""
 
     seed: int
     seconds: float = 0.0
@@ -67,7 +67,7 @@ class Budget:
 
 @dataclass
 class Hunt:
-    """What became of one target."""
+    """The result of one target."""
 
     target: str
     first_seed: int
@@ -91,11 +91,11 @@ class Hunt:
 
 @dataclass(frozen=True)
 class Fuzz:
-    """Tries targets within a budget."""
+    """A fuzzer of targets within a budget."""
 
     budget: Budget
     on_end: Callable[[Hunt], None] = lambda _: None
-    """Told what became of each."""
+    """Called with the result of each."""
 
     def __call__(
         self,
@@ -106,7 +106,7 @@ class Fuzz:
         most_seconds: float = MOST_SECONDS,
         most_bytes: int = MOST_RESIDENT_BYTES,
     ) -> Hunt:
-        """Try a target until its time is over, or something is found.
+        """Try a target until its time is over, or something is found. Long by its arguments alone.
 
         Args:
             target: Ends in a value or a UserError.
@@ -128,7 +128,7 @@ class Fuzz:
                     target(value)
                 except UserError as error:
                     hunt.refused += 1
-                    check_told(error)
+                    check_reported(error)
 
         began = time.monotonic()
         try:
@@ -154,11 +154,11 @@ def _try_batch(check: Callable[[Any], None], examples: SearchStrategy[Any], seed
     hypothesis.seed(seed)(as_it_comes(hypothesis.given(examples)(check)))()
 
 
-def check_told(error: UserError) -> None:
-    """That an error names field, rule, value and remedy in one line that a terminal can show."""
+def check_reported(error: UserError) -> None:
+    """Check that an error names field, rule, value and remedy in one line that a terminal can show."""
     text = str(error)
     assert text == printable(text), f"an error that is not one line of printable text: {text!r}"
-    assert len(text) <= LONGEST_TOLD, f"an error of {len(text)} characters: {text[:LONGEST_SHOWN]}"
+    assert len(text) <= LONGEST_REPORTED, f"an error of {len(text)} characters: {text[:LONGEST_SHOWN]}"
     for name in ("field", "rule", "remedy"):
         assert str(getattr(error, name)).strip(), f"an error without a {name}: {text}"
 
@@ -201,7 +201,7 @@ def _status_bytes(name: str) -> int:
 
 
 def _reset_peak() -> None:
-    """Begin anew with what VmHWM is the most of: Linux, proc(5)."""
+    """Reset the peak that VmHWM reports: Linux, proc(5)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

@@ -17,14 +17,14 @@ BUCKET = "bucket"
 
 @dataclass(frozen=True)
 class Twist:
-    """What is not as it should be in one answer."""
+    """A fault in one answer."""
 
     status: int | None = None
     """In place of the right one."""
     code: str = ""
     """Of an error's XML."""
     without: frozenset[str] = frozenset()
-    """Headers, in small letters, that are left out."""
+    """Headers, in lower case, that are omitted."""
     headers: Mapping[str, str] = field(default_factory=dict)
     """That are put in place of the right ones."""
     more_length: int = 0
@@ -56,7 +56,7 @@ class ScriptedStore(LoopbackServer):
         self.requests = 0
 
     def tell(self, objects: Mapping[str, bytes], script: list[Twist]) -> None:
-        """Begin anew."""
+        """Start over."""
         self.objects, self.script, self.requests = dict(objects), list(script), 0
 
     def serve(self, handler: BaseHTTPRequestHandler) -> None:
@@ -102,12 +102,12 @@ class ScriptedStore(LoopbackServer):
             f"<ETag>&quot;e&quot;</ETag><Size>{rows[name]}</Size><StorageClass>STANDARD</StorageClass></Contents>"
             for name in (reversed(page) if twist.is_reversed else page)
         ]
-        told = f"<NextContinuationToken>{token}</NextContinuationToken>" if token else ""
+        following = f"<NextContinuationToken>{token}</NextContinuationToken>" if token else ""
         body = (
             '<?xml version="1.0" encoding="UTF-8"?><ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/">'
             f"<Name>{BUCKET}</Name><Prefix>{encoded(prefix)}</Prefix><KeyCount>{len(page)}</KeyCount><MaxKeys>{most}</MaxKeys>"
             f"<EncodingType>url</EncodingType><IsTruncated>{'true' if token is not None else 'false'}</IsTruncated>"
-            f"{told}{''.join(pieces)}</ListBucketResult>"
+            f"{following}{''.join(pieces)}</ListBucketResult>"
         )
         return 200, {"Content-Type": "application/xml"}, body.encode("utf-8", "surrogatepass")
 

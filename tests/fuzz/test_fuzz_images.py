@@ -158,7 +158,7 @@ def test_another_image_of_any_bytes_is_an_image_or_refused(fuzz: Fuzz) -> None:
     )
 
 
-# What is sound, with metadata that nobody needs
+# What is sound, with metadata that is not needed
 
 
 @st.composite

@@ -26,9 +26,9 @@ from jobs.recipe.named_recipes import named_recipe
 from jobs.report.report import write_report
 from jobs.run import roots
 from jobs.run.directory import RunDirectory
-from jobs.stack.local_stack import Stack
 from jobs.stack.ports import Ports
-from pipeline.store.lease import Holder, standing
+from jobs.stack.record import Stack
+from pipeline.store.lease import Holder, current_lease
 from pipeline.store.storage import Storage
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
@@ -157,7 +157,7 @@ def files_of(run: RunDirectory) -> dict[str, Any]:
 
 @st.composite
 def examples(draw: Draw, files: Mapping[str, Any]) -> Example:
-    """One to three files changed, and now and then one that nobody wrote."""
+    """One to three files changed, and now and then one that no release wrote."""
     changed: dict[str, bytes | None] = {}
     for path in draw(st.lists(st.sampled_from(sorted(files)), min_size=1, max_size=3, unique=True)):
         content = files[path]
@@ -234,7 +234,7 @@ def typed(arguments: Sequence[str], environment: Mapping[str, str]) -> tuple[int
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nobody waits for a heartbeat to move."""
+    """No test waits for a heartbeat to move."""
     monkeypatch.setattr(lease, "FLUSH_INTERVAL_SECONDS", 0.0)
     monkeypatch.setattr(lease.time, "sleep", lambda seconds: None)
 
@@ -284,13 +284,13 @@ def test_a_report_is_written_or_says_what_is_damaged(fuzz: Fuzz, sound: RunDirec
     fuzz(run_reports, st.tuples(examples(files), json_lines(skipped)), batch=8)
 
 
-def test_who_drives_a_run_is_told_whatever_its_claims_hold(fuzz: Fuzz, sound: RunDirectory, quick: None) -> None:
+def test_the_driver_of_a_run_is_named_whatever_its_claims_hold(fuzz: Fuzz, sound: RunDirectory, quick: None) -> None:
     files = files_of(sound)
     claimed = {name: content for name, content in files.items() if name.startswith(("claims", "heartbeat"))}
 
     def run_claims(example: Example) -> None:
         with changed_files(sound, example.changed):
-            ruler = standing(sound.storage, sound.path("claims"))
+            ruler = current_lease(sound.storage, sound.path("claims"))
             assert ruler is None or isinstance(ruler.text, str)
             assert ruler is None or ruler.holder is None or ruler.holder.is_dead_here() in (True, False)
             assert lease.is_live(sound) in (True, False)

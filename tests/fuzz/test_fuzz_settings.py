@@ -22,7 +22,7 @@ from pipeline.store.storage import Storage
 Draw = Callable[[st.SearchStrategy[Any]], Any]
 
 DEAD = "http://127.0.0.1:9"
-"""The discard port: nobody listens, and nothing leaves this machine."""
+"""The discard port: nothing listens there, and nothing leaves this machine."""
 VALUES: Mapping[str, tuple[str, ...]] = {
     "AWS_PROFILE": ("", "default", "other", "nope", "a b", "../x"),
     "AWS_ACCESS_KEY_ID": ("", "AKIAEXAMPLE", "a\u00e9"),
@@ -97,7 +97,7 @@ def test_settings_of_a_store_are_one_value_or_are_refused(fuzz: Fuzz, tmp_path: 
             assert (storage.key is None) == (storage.secret is None), "half a pair of keys"
             assert storage.endpoint_url is None or storage.endpoint_url.startswith(("http://", "https://"))
             assert "secret" not in repr(storage)
-            # Whoever works with it gets no further than to a port on which nobody listens.
+            # Whoever works with it gets no further than to a port on which nothing listens.
             here = replace(storage, retry_seconds=0.0, endpoint_url=storage.endpoint_url or DEAD)
             with contextlib.suppress(OSError):
                 here.exists("s3://bucket/key")

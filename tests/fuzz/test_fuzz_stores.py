@@ -1,4 +1,4 @@
-"""What stores answer: listings of odd keys, pages, errors, lengths and ranges that are not as they should be."""
+"""Answers of stores: listings of odd keys, pages, errors, lengths and ranges that are not as they should be."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def reached(store: ScriptedStore) -> Storage:
 
 
 class Tripwire(LoopbackServer):
-    """Nobody has a reason to ask it."""
+    """A server that nothing has a reason to ask."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class Tripwire(LoopbackServer):
 
 
 def odd_keys(secret: Path, tripwire: str) -> st.SearchStrategy[str]:
-    """Keys below a prefix, some of which spell a path or an address."""
+    """Keys below a prefix, some of which spell a path or an address; long, since it lists them."""
     odd = st.sampled_from(
         (
             "",
@@ -203,7 +203,7 @@ VALUES = (
 
 @st.composite
 def twists(draw: Draw) -> Twist:  # noqa: PLR0911 (one a kind)
-    """One answer, of which something is not right."""
+    """One answer with a fault."""
     match draw(st.sampled_from(("whole", "status", "headers", "length", "body", "cut", "closed", "pages"))):
         case "status":
             return Twist(status=draw(st.sampled_from(STATUSES)), code=draw(st.sampled_from(CODES)))
@@ -300,7 +300,7 @@ def _tells_truth(twist: Twist) -> bool:
     return twist.body is None and not twist.code and twist.more_length >= 0 and "content-length" not in twist.without
 
 
-def answer_as_told(store: ScriptedStore, root: str, given: tuple[str, str, list[Twist]], nothing: Path) -> None:
+def answer_as_scripted(store: ScriptedStore, root: str, given: tuple[str, str, list[Twist]], nothing: Path) -> None:
     """Make one call to a server that twists its answers."""
     name, key, script = given
     store.tell(OBJECTS, script)
@@ -311,14 +311,14 @@ def answer_as_told(store: ScriptedStore, root: str, given: tuple[str, str, list[
 
 def test_an_s3_server_may_answer_anything(fuzz: Fuzz, store: ScriptedStore, tmp_path: Path) -> None:
     def s3_answers(given: tuple[str, str, list[Twist]]) -> None:
-        answer_as_told(store, f"s3://{BUCKET}", given, tmp_path)
+        answer_as_scripted(store, f"s3://{BUCKET}", given, tmp_path)
 
     fuzz(s3_answers, st.tuples(calls, keys, st.lists(twists(), max_size=3)), batch=60)
 
 
 def test_a_web_server_may_answer_anything(fuzz: Fuzz, store: ScriptedStore, tmp_path: Path) -> None:
     def web_answers(given: tuple[str, str, list[Twist]]) -> None:
-        answer_as_told(store, store.endpoint, given, tmp_path)
+        answer_as_scripted(store, store.endpoint, given, tmp_path)
 
     web = calls.filter(lambda name: name not in ("list_names", "list_files"))
     fuzz(web_answers, st.tuples(web, keys, st.lists(twists(), max_size=3)), batch=60)

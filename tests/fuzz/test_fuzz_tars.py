@@ -235,7 +235,7 @@ LISTING = {
 
 @st.composite
 def listings(draw: Draw) -> bytes:
-    """What an earlier ingest kept of a tar, as a stranger may have left it."""
+    """The listing that an earlier ingest kept of a tar, as a stranger may have left it."""
     output = io.BytesIO()
     arrays: dict[str, Any] = {
         name: np.array(
@@ -251,11 +251,11 @@ def listings(draw: Draw) -> bytes:
     return draw(damaged(data)) if draw(st.booleans()) else data
 
 
-def test_a_kept_listing_is_one_or_is_made_anew(fuzz: Fuzz) -> None:
+def test_a_kept_listing_is_one_or_is_made_again(fuzz: Fuzz) -> None:
     def tar_listings(data: bytes) -> None:
         try:
             found = TarListing.from_bytes(data)
-        except ValueError:  # the tar is gone through again
+        except ValueError:  # the tar is scanned again
             return
         assert isinstance(found.tar, Tar) and isinstance(found.tar.path, Listed) and type(found.tar.size_bytes) is int
         for column in (found.offsets, found.lengths, found.labels):

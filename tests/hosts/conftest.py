@@ -1,4 +1,4 @@
-"""Hosts need root and namespaces: where there are none, the tests of this folder are skipped, with one reason."""
+"""Hosts for tests, which need root and namespaces; else the tests of this folder are skipped, with one reason."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from testbed import TILES
 
 @pytest.fixture(scope="session", autouse=True)
 def namespaces() -> None:
-    """Skip where no hosts can be made."""
+    """Skip if no hosts can be made."""
     if why := missing():
         pytest.skip(why)
 
@@ -36,7 +36,7 @@ def data(cluster: RayHosts) -> str:
 
 @pytest.fixture
 def runs(cluster: RayHosts, data: str) -> Iterator[Runs]:
-    """Runs on the cluster; those that a test leaves behind, because it failed, end with it."""
+    """Runs on the cluster; those that a failed test leaves behind are ended."""
     runs = Runs(cluster, data)
     yield runs
     runs.end()

@@ -1,4 +1,4 @@
-"""All that the README types, on the head and on a laptop that knows nothing but the cluster's HTTP address."""
+"""All commands of the README, on the head and on a laptop that knows only the cluster's HTTP address."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ STEPS = 16
 
 
 class Shell:
-    """A user's, on one host; notes which commands were typed."""
+    """A user's commands on one host; records which were typed."""
 
     def __init__(self, cluster: RayHosts, host: Host, **variables: str) -> None:
         self.cluster, self.host, self.variables = cluster, host, variables
         self.typed: set[str] = set()
 
     def __call__(self, *arguments: str, code: int = 0) -> str:
-        """Standard output; of a command that fails, standard error."""
+        """Standard output; standard error if the command fails."""
         self.typed.add(arguments[0])
         process = self.cluster.convmae(self.host, *arguments, **self.variables)
         out, err = done(process, code, within_seconds=600)
@@ -47,7 +47,10 @@ def named_in_readme() -> set[str]:
 
 
 def work_through(convmae: Shell, root: str, place: str) -> dict[str, str]:
-    """The README's commands in its order, on data and runs of one place; returns what both places must print alike."""
+    """The README's commands in its order, on data and runs of one place; returns what both places must print alike.
+
+    Long, because the README is one sequence of commands.
+    """
     bucket = root.rpartition("/")[0]
     data, run = f"{bucket}/{place}", place
     alike = {}

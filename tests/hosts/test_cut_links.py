@@ -1,4 +1,4 @@
-"""Links between hosts are cut, nobody is told, and they come back: the run goes on, on the same trajectory."""
+"""Links between hosts are cut silently and come back: the run continues on the same trajectory."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 
 def assert_no_step_lost(run: RunDirectory, runs: Runs) -> None:
-    """The ranks train on in their first attempt, under the first driver, to the end of an undisturbed run."""
+    """Check that ranks continue in their first attempt, under the first driver, to the end of an undisturbed run."""
     now = continues(run, 2, steps=60)
     assert now["attempt"] == 1, run.read_events()
     runs.stop(run)
@@ -49,7 +49,7 @@ def test_a_worker_gone_for_three_seconds_and_the_head_for_fifteen_cost_no_step(c
     assert_no_step_lost(run, runs)
 
 
-def test_a_run_continues_without_a_worker_takes_it_back_and_another_one_too(cluster: RayHosts, runs: Runs) -> None:
+def test_a_run_continues_without_a_worker_then_takes_it_back_and_another_one(cluster: RayHosts, runs: Runs) -> None:
     run = runs.begin("elastic", max_workers=3)
     begun = is_under_way(run, 2)
     silent = cluster.workers[1]
@@ -58,7 +58,7 @@ def test_a_run_continues_without_a_worker_takes_it_back_and_another_one_too(clus
         pass
 
     def is_taken_back(now: dict[str, Any]) -> bool:
-        cluster.keep_up()  # Ray ends a node that it took for dead, and whoever starts nodes starts it again
+        cluster.keep_up()  # Ray ends a node that it took for dead; it has to be started again
         return trains(2)(now) and now["attempt"] >= 3
 
     until(run, "two ranks", is_taken_back)

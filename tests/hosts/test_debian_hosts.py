@@ -1,4 +1,4 @@
-"""Two hosts as Debian's installer leaves them: each one's own name is 127.0.1.1, and no other name is known."""
+"""Two hosts as Debian's installer leaves them: each knows only its own name, as 127.0.1.1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of hosts stand on: hosts are apart from each other, a cut is silent, and nothing of them stays."""
+"""The hosts on which tests rely: they are isolated from each other, a cut is silent, and they leave nothing behind."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def network(tmp_path: Path) -> Iterator[Network]:
 
 
 def ask(host: Host, url: str) -> str:
-    """What a host is answered."""
+    """The answer that a host gets."""
     return done(host.start(sys.executable, "-c", ASK, url))[0].strip()
 
 
@@ -101,7 +101,7 @@ def test_a_command_is_signalled_and_ended_with_its_children(network: Network) ->
     wait_until("its end", lambda: not host.processes(), 20)
 
 
-def test_hosts_end_with_whoever_made_them_even_by_sigkill(tmp_path: Path) -> None:
+def test_hosts_end_with_the_process_that_made_them_even_by_sigkill(tmp_path: Path) -> None:
     path = str(Path(__file__).parents[2] / "benchmarks")
     maker = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(tmp_path)],

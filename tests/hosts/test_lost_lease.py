@@ -1,4 +1,4 @@
-"""A driver whose host is cut off from the store for longer than its lease, and another one: one of them wins."""
+"""Two drivers of a run, one of them cut off from the store for longer than its lease: only one continues."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def desk(cluster: RayHosts) -> Iterator[Host]:
     cluster.remove(host)
 
 
-def test_of_a_driver_cut_off_for_longer_than_its_lease_and_another_one_wins(
+def test_of_a_driver_cut_off_for_longer_than_its_lease_and_another_only_one_continues(
     cluster: RayHosts, runs: Runs, desk: Host
 ) -> None:
     trace = f"{cluster.url}/traces/leased"

@@ -1,4 +1,4 @@
-"""A run notices by itself that a host fell silent, long before Ray does."""
+"""A run notices that a host fell silent, long before Ray does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ray_hosts import RayHosts
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 NOTICED_SECONDS = 20
-"""Six on a machine that has the time; Ray itself takes 65."""
+"""Six on an idle machine; Ray itself takes 65."""
 RANK = "ray::RayTrainWorker"
 
 
@@ -43,7 +43,7 @@ def test_a_host_that_falls_silent_is_noticed_in_seconds_and_taken_back(cluster: 
     runs.assert_undisturbed(run)
 
 
-def test_a_host_that_falls_silent_while_its_rank_starts_holds_nobody_up(cluster: RayHosts, runs: Runs) -> None:
+def test_a_host_that_falls_silent_while_its_rank_starts_delays_no_other(cluster: RayHosts, runs: Runs) -> None:
     run = runs.begin("starting", max_workers=2)
     silent = cluster.workers[1]
     wait_until("a rank's process", lambda: bool(silent.matching(RANK)), PATIENCE_SECONDS)

@@ -1,4 +1,4 @@
-"""The image, built once for all tests that look at it or run it."""
+"""The image, built once for all tests that inspect or run it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from image_build import IMAGE, build, copy_tree, make_bases
 
 @pytest.fixture(scope="session")
 def engine() -> Iterator[Engine]:
-    """Podman, with the bases of the image."""
+    """Podman, with the base images of the image."""
     if reason := why_none():
         pytest.skip(reason)
     with container_engine() as engine:
@@ -22,7 +22,7 @@ def engine() -> Iterator[Engine]:
 
 @pytest.fixture(scope="session")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The project, with secrets lying about in it."""
+    """The project's tree, with secrets lying around in it."""
     folder = tmp_path_factory.mktemp("source") / "tree"
     copy_tree(folder)
     return folder
@@ -30,7 +30,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def image(engine: Engine, tree: Path) -> str:
-    """Name of the image that the project's own Dockerfile makes."""
+    """Name of the image that the project's own Dockerfile builds."""
     built = build(engine, tree, IMAGE)
     assert built.returncode == 0, built.stdout[-6000:] + built.stderr[-6000:]
     return IMAGE

@@ -1,4 +1,4 @@
-"""Podman for a test: with a store, a mount and a network namespace of its own, so that it leaves nothing behind."""
+"""Podman for tests, with its own store, mount namespace and network namespace, so that it leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ PACKAGES = "podman netavark aardvark-dns crun iptables iproute2 mmdebstrap"
 CERTIFICATES = Path("/etc/ssl/certs/ca-certificates.crt")
 APT_SOURCES = Path("/etc/apt/sources.list.d/debian.sources")
 SUITE = "bookworm"
-"""Of the base that is made here; its Python is the one that the image wants."""
+"""Release of the base image that is made here; its Python is the one that the image needs."""
 PROCESS_LIMIT = 16384
-"""Of open files and of processes in a container; Podman gives itself twice that."""
+"""Limit of open files and of processes in a container; Podman gives itself twice that."""
 
 
 def why_none() -> str:
-    """Why this machine can run no containers for a test; empty if it can."""
+    """Why this machine cannot run containers for a test; empty if it can."""
     path = os.pathsep.join([os.environ["PATH"], "/usr/sbin", "/sbin", "/usr/lib/podman"])
     missing = [name for name in NEEDED if shutil.which(name, path=path) is None]
     if missing:
@@ -41,7 +41,7 @@ def why_none() -> str:
 
 @functools.cache
 def compose_command() -> tuple[str, ...]:
-    """`docker compose`, or `docker-compose` of version 2 or later; empty where neither is installed."""
+    """`docker compose`, or `docker-compose` of version 2 or later; empty if neither is installed."""
     for command in (("docker", "compose"), ("docker-compose",)):
         if shutil.which(command[0]):
             said = subprocess.run([*command, "version", "--short"], capture_output=True, text=True, check=False)
@@ -52,7 +52,7 @@ def compose_command() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Engine:
-    """A running Podman, with the API of Docker."""
+    """A running Podman with Docker's API."""
 
     folder: Path
     server: subprocess.Popen[bytes]
@@ -63,7 +63,7 @@ class Engine:
         return f"unix://{self.folder / 'docker.sock'}"
 
     def podman(self, *arguments: str, seconds: float = 120.0, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run `podman` among the mounts of this engine, in the machine's own network.
+        """Run `podman` with the mounts of this engine, in the machine's own network.
 
         Raises:
             AssertionError: It failed, and `check`; with the end of what it said.
@@ -76,16 +76,16 @@ class Engine:
         return done
 
     def run(self, image: str, *command: str, options: Sequence[str] = ()) -> str:
-        """What a command prints in a container without network that is gone afterwards."""
+        """What a command prints in a temporary container without network."""
         return self.podman("run", "--rm", "--network=none", *options, image, *command).stdout
 
     def build(self, dockerfile: Path, context: Path, tag: str, *options: str) -> subprocess.CompletedProcess[str]:
-        """Build an image in the machine's network; the caller looks at the result."""
+        """Build an image in the machine's network; the caller checks the result."""
         where = ["--isolation=chroot", "--network=host", f"--file={dockerfile}", f"--tag={tag}"]
         return self.podman("build", *where, *options, str(context), seconds=1800, check=False)
 
     def make_base(self, tag: str) -> None:
-        """Make a small Debian with Python from the machine's package sources, which trusts whom the machine trusts."""
+        """Make a small Debian with Python from the machine's package sources, with its certificates."""
         tar = self.folder / "base.tar"
         command = [
             "mmdebstrap",
@@ -102,7 +102,7 @@ class Engine:
         tar.unlink()
 
     def make_uv(self, tag: str, version: str) -> None:
-        """Make an image that holds nothing but uv, as the published one does, from its wheel."""
+        """Make an image that contains only uv, like the published one, from its wheel."""
         folder = self.folder / "uv"
         command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), f"uv=={version}"]
         subprocess.run(command, check=True, capture_output=True, timeout=300)
@@ -111,7 +111,7 @@ class Engine:
         assert built.returncode == 0, built.stderr
 
     def package_sources(self) -> list[str]:
-        """Options of a build by which uv there finds packages where pip does here."""
+        """Build options with which uv finds packages where pip does here."""
         settings, mounts = uv_settings(_pip_settings())
         file = self.folder / "uv.toml"
         file.write_text(settings)
@@ -121,7 +121,7 @@ class Engine:
 
 @contextlib.contextmanager
 def container_engine() -> Iterator[Engine]:
-    """Run one; containers, images and volumes are gone with the context."""
+    """Run one; containers, images and volumes are deleted with the context."""
     with tempfile.TemporaryDirectory(prefix="engine-") as name:
         folder = Path(name)
         (folder / "containers.conf").write_text(_configuration(folder))
@@ -139,14 +139,14 @@ def container_engine() -> Iterator[Engine]:
             engine.podman("rm", "--all", "--force", "--time=0", "--volumes", check=False)
             server.terminate()
             server.wait(timeout=60)
-            # Watchers of `exec`, which would stay for five minutes.
+            # Watchers of `exec`, which would remain for five minutes
             for process in processes(str(folder), psutil.process_iter()):
                 with contextlib.suppress(psutil.NoSuchProcess):
                     process.kill()
 
 
 def uv_settings(pip: dict[str, str]) -> tuple[str, list[str]]:
-    """The contents of uv.toml that mean what pip's settings mean, and the folders that they name."""
+    """The contents of uv.toml that correspond to pip's settings, and the folders that they name."""
     lines = ["native-tls = true", 'index-strategy = "unsafe-best-match"']
     mounts: list[str] = []
     for key, value in pip.items():
@@ -162,7 +162,7 @@ def uv_settings(pip: dict[str, str]) -> tuple[str, list[str]]:
 
 
 def _pip_settings() -> dict[str, str]:
-    """Settings of pip here; those of the environment win over those of files."""
+    """Settings of pip here; the environment overrides files."""
     said = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
     found = re.findall(r"^(global|install|:env:)\.([\w-]+)=(.+)$", said.stdout, re.MULTILINE)
     found.sort(key=lambda entry: entry[0] == ":env:")
@@ -178,7 +178,7 @@ def _environment(folder: Path) -> dict[str, str]:
 
 
 def _configuration(folder: Path) -> str:
-    """Limits of processes are below those of Podman itself: raising them is not allowed everywhere."""
+    """Limits of processes are below those of Podman itself: not every machine allows raising them."""
     hard = {name: resource.getrlimit(getattr(resource, f"RLIMIT_{name.upper()}"))[1] for name in ("nofile", "nproc")}
     bounded = {name: limit if 0 < limit < PROCESS_LIMIT else PROCESS_LIMIT for name, limit in hard.items()}
     limits = ", ".join(f'"{name}={limit}:{limit}"' for name, limit in bounded.items())

@@ -1,4 +1,4 @@
-"""The build of the image, as a user of the tree starts it."""
+"""The build of the image, as a user starts it."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ UV = "localhost/uv:1"
 
 
 def make_bases(engine: Engine) -> None:
-    """Make what the Dockerfile starts from: there is no registry to fetch it from."""
+    """Make the Dockerfile's base images, since there is no registry to pull them from."""
     (version,) = re.findall(r"^ARG UV_IMAGE=\S+:(\S+)$", DOCKERFILE.read_text(), re.MULTILINE)
     engine.make_base(BASE)
     engine.make_uv(UV, version)
 
 
 def copy_tree(folder: Path) -> None:
-    """The tree as somebody has it who works in it: with a history, secrets and data that are nobody else's."""
+    """The tree of somebody who works in it, with a history, secrets and private data."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     for name in filter(None, listed.stdout.split("\n")):
@@ -38,7 +38,7 @@ def copy_tree(folder: Path) -> None:
 
 
 def build(engine: Engine, tree: Path, tag: str) -> subprocess.CompletedProcess[str]:
-    """Build the image of a tree; layers that were built before are taken as they are."""
+    """Build the image of a tree; layers that were built before are reused."""
     docker = tree / "infra" / "docker"
     return engine.build(
         docker / "Dockerfile",

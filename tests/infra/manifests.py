@@ -1,4 +1,4 @@
-"""Files of infra/ and the schemas that they must keep."""
+"""Files of infra/ and the schemas that they must satisfy."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ def documents(path: str) -> list[Any]:
 
 
 def crd_errors(schema: str, resource: Any) -> list[str]:
-    """Where a resource breaks its CustomResourceDefinition; a field that is not known there is an error."""
+    """Where a resource violates its CustomResourceDefinition; an unknown field is an error."""
     text = gzip.decompress((SCHEMAS / schema).read_bytes())
     return schema_errors(_strict(json.loads(text)), resource)
 
 
 def schema_errors(schema: Any, value: Any) -> list[str]:
-    """Where `value` breaks a JSON schema."""
+    """Where `value` violates a JSON schema."""
     return [f"{error.json_path}: {error.message}" for error in Draft7Validator(schema).iter_errors(value)]
 
 
 def _strict(schema: Any) -> Any:
-    """A CRD's schema as a JSON schema that knows no other fields."""
+    """A CRD's schema as a JSON schema that allows no other fields."""
     if isinstance(schema, list):
         return [_strict(item) for item in schema]
     if not isinstance(schema, dict):
@@ -55,7 +55,7 @@ def _strict(schema: Any) -> Any:
 
 
 def changed(document: Any, place: Sequence[Any], value: Any) -> Any:
-    """A copy with one value put in at `place`."""
+    """A copy with one value replaced at `place`."""
     result = copy.deepcopy(document)
     part = result
     for step in place[:-1]:

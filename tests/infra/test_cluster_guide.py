@@ -19,7 +19,7 @@ PRICE = 55
 
 
 NVLINK, EFA, ENA = 225e9, 200e9, 6.25e9
-"""Bytes a second: half of 450 GB/s a GPU, of 32 cards of 100 Gbit/s a node, of one."""
+"""Bytes per second: half of 450 GB/s per GPU, of 32 cards of 100 Gbit/s per node, and of one card."""
 
 
 def test_the_sizing_tables_follow_from_the_recipe() -> None:
@@ -41,7 +41,7 @@ def test_the_sizing_tables_follow_from_the_recipe() -> None:
         assert told == pytest.approx(wanted, rel=0.03, abs=0.5)
 
 
-def test_the_cards_that_the_first_table_rests_on_are_in_the_files() -> None:
+def test_the_cards_on_which_the_first_table_relies_are_in_the_files() -> None:
     (cluster,) = documents("kuberay/raycluster.yaml")
     gpu_groups = [group for group in cluster["spec"]["workerGroupSpecs"] if group["groupName"].startswith("gpu-")]
     limits = [group["template"]["spec"]["containers"][0]["resources"]["limits"] for group in gpu_groups]
@@ -95,14 +95,14 @@ def test_a_policy_writes_below_one_prefix_only(name: str, written: str, read: tu
     assert {grant.action.partition(":")[0] for grant in policy.grants} == {"s3"}
 
 
-def test_rights_for_kms_are_for_one_key_and_no_more_than_writing_and_reading_take() -> None:
+def test_kms_rights_are_for_one_key_and_no_more_than_reading_and_writing_need() -> None:
     (statement,) = json.loads((INFRA / "iam" / "kms.json").read_text())["Statement"]
 
     assert statement["Resource"] == "arn:aws:kms:REGION:ACCOUNT:key/KEY"
     assert sorted(statement["Action"]) == ["kms:Decrypt", "kms:GenerateDataKey"]
 
 
-def test_the_guide_names_the_options_of_s3_that_there_are() -> None:
+def test_the_guide_names_exactly_the_s3_options_that_exist() -> None:
     options = (ROOT / "docs" / "datasets.md").read_text().partition("### Options of S3")[2].partition("## ")[0]
 
     assert set(re.findall(r"^\| `(CONVMAE_S3_\w+)`", options, flags=re.MULTILINE)) == set(VARIABLES)

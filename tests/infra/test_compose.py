@@ -1,4 +1,4 @@
-"""The compose file and the image, as far as can be checked without a container engine."""
+"""The compose file and the image, as far as they can be checked without a container engine."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def compose() -> Any:
 
 
 @pytest.mark.parametrize("name", ["compose.yml", "compose.gpu.yml"])
-def test_a_compose_file_keeps_the_specification(name: str) -> None:
+def test_a_compose_file_satisfies_the_specification(name: str) -> None:
     (document,) = documents(f"compose/{name}")
 
     assert schema_errors(COMPOSE, document) == []
@@ -41,7 +41,7 @@ def test_a_compose_file_keeps_the_specification(name: str) -> None:
         (("volume",), {}),
     ],
 )
-def test_the_specification_finds_what_is_wrong(place: tuple[Any, ...], value: Any) -> None:
+def test_the_specification_detects_what_is_wrong(place: tuple[Any, ...], value: Any) -> None:
     assert schema_errors(COMPOSE, changed(compose(), place, value))
 
 
@@ -65,7 +65,7 @@ def test_images_are_pinned_and_secrets_come_from_the_environment() -> None:
                 assert value.startswith("${"), name
 
 
-def test_files_that_are_mounted_exist() -> None:
+def test_mounted_files_exist() -> None:
     for service in compose()["services"].values():
         for volume in service.get("volumes", []):
             source = volume.partition(":")[0]
@@ -76,7 +76,7 @@ def test_files_that_are_mounted_exist() -> None:
 
 
 @pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed")
-def test_prometheus_takes_its_configuration(tmp_path: Path) -> None:
+def test_prometheus_accepts_its_configuration(tmp_path: Path) -> None:
     assert PROMTOOL
     for folder in ("compose", "local"):
         place = tmp_path / folder
@@ -89,7 +89,7 @@ def test_prometheus_takes_its_configuration(tmp_path: Path) -> None:
         assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
-def test_grafana_is_provisioned_with_what_is_mounted() -> None:
+def test_grafana_is_provisioned_with_mounted_files() -> None:
     (boards,) = documents("grafana/provisioning/dashboards/convmae.yml")
     (sources,) = documents("grafana/provisioning/datasources/prometheus.yml")
     grafana = compose()["services"]["grafana"]

@@ -1,4 +1,4 @@
-"""The compose file as Docker's own command reads it; that needs no engine."""
+"""The compose file as Docker's own command reads it, which needs no engine."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not compose_command(), reason="Docker Compose 2 
 
 
 def read_by_compose(folder: Path, *files: str, without: str = "", **more: str) -> subprocess.CompletedProcess[str]:
-    """What `docker compose config` makes of the files, with every secret filled in but one."""
+    """What `docker compose config` makes of the files, with every secret but one filled in."""
     settings = folder / "env"
     filled = {name: f"filled-in-{name.lower()}" for name in SECRETS if name != without} | more
     settings.write_text("".join(f"{name}={value}\n" for name, value in filled.items()))
@@ -33,7 +33,7 @@ def read_by_compose(folder: Path, *files: str, without: str = "", **more: str) -
 def services_of(read: subprocess.CompletedProcess[str]) -> dict[str, Any]:
     """The services that Compose would start."""
     assert read.returncode == 0, read.stderr
-    assert not read.stderr  # it warns of what it does not take
+    assert not read.stderr  # it warns of what it ignores
     services: dict[str, Any] = json.loads(read.stdout)["services"]
     return services
 
@@ -52,8 +52,8 @@ def test_compose_reads_the_file_and_fills_it_in(tmp_path: Path) -> None:
     assert all(Path(mount["source"]).exists() for mount in mounts if mount["type"] == "bind")
 
 
-def test_with_gpus_the_worker_alone_has_another_base_and_another_image(tmp_path: Path) -> None:
-    """Two bases under one name would leave to chance which of them a service gets."""
+def test_with_gpus_only_the_worker_has_another_base_and_another_image(tmp_path: Path) -> None:
+    """With two bases under one name, chance would decide which one a service gets."""
     services = services_of(read_by_compose(tmp_path, "compose.yml", "compose.gpu.yml"))
 
     built = {name: service for name, service in services.items() if "build" in service}

@@ -1,4 +1,4 @@
-"""The compose file, started by Docker Compose on Podman with the real image: from nothing to a run that is watched."""
+"""The compose file, started by Docker Compose on Podman with the real image: from nothing to a monitored run."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Composed:
         return subprocess.Popen(command, env=environment, stdout=out, stderr=err, text=True)
 
     def __call__(self, *arguments: str, seconds: float = 600.0) -> str:
-        """Run it to its end; what it printed."""
+        """Run it to its end; returns what it printed."""
         process = self.start(*arguments)
         out, _ = process.communicate(timeout=seconds)
         assert process.returncode == 0, f"{arguments} ended with {process.returncode}\n{out}"
@@ -75,7 +75,7 @@ class Composed:
 
 @pytest.fixture(scope="module")
 def composed(engine: Engine, image: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Composed]:
-    """The services that are up and healthy, with two Ray workers; all but Grafana, which no package holds."""
+    """All services, up and healthy, with two Ray workers; except Grafana, which is in no package."""
     stand_in_for_prometheus(engine, tmp_path_factory.mktemp("prometheus"))
     settings = tmp_path_factory.mktemp("settings") / "env"
     names = ("S3_ACCESS_KEY", "S3_SECRET_KEY", "RAY_AUTH_TOKEN", "GRAFANA_PASSWORD")
@@ -97,7 +97,7 @@ def composed(engine: Engine, image: str, tmp_path_factory: pytest.TempPathFactor
 
 
 def stand_in_for_prometheus(engine: Engine, folder: Path) -> None:
-    """This machine's Prometheus in an image of the published one's name, user and folder."""
+    """An image of this machine's Prometheus, with the published one's name, user and folder."""
     assert PROMETHEUS
     shutil.copy(PROMETHEUS, folder / "prometheus")
     (folder / "Dockerfile").write_text(
@@ -118,8 +118,8 @@ def test_containers_have_no_rights_and_one_init(composed: Composed) -> None:
         assert said == ["tini", "10001", "CapBnd:", "0" * 16, "NoNewPrivs:", "1"]
 
 
-def test_a_name_means_one_address_everywhere(composed: Composed) -> None:
-    """Ranks, exporters and Prometheus find each other by name, and listen on the address that they take for theirs."""
+def test_a_name_resolves_to_one_address_everywhere(composed: Composed) -> None:
+    """Ranks, exporters and Prometheus find each other by name, and listen on their own address."""
     seen = {composed("exec", "-T", name, "getent", "hosts", "ray-head").split()[0] for name in ("s3", "ray-worker")}
     own = composed.head("python", "-c", "import ray.util as u; print(u.get_node_ip_address())").split()
 

@@ -13,7 +13,7 @@ from prometheus_server import PROMETHEUS, asked, prometheus, wait_for_series
 
 from infra.grafana.boards import BOARDS
 from infra.grafana.build import FOLDER, board_json
-from jobs.metrics.exporter import COUNTERS, RunExporter, status_keys
+from jobs.metrics.exporter import COUNTERS, GAUGES, RunExporter
 from jobs.metrics.rank_figures import RankFigures
 
 ROOT = Path(__file__).parents[2]
@@ -33,18 +33,18 @@ DCGM_GAUGES = (
     "DCGM_FI_PROF_PIPE_TENSOR_ACTIVE",
     "DCGM_FI_PROF_DRAM_ACTIVE",
 )
-"""Of those that dcgm-exporter 4.8.2 serves of each GPU unless told otherwise (its etc/default-counters.csv)."""
+"""Among those that dcgm-exporter 4.8.2 serves for each GPU by default (its etc/default-counters.csv)."""
 
 
 def schema_errors(name: str, definition: str, value: Any) -> list[str]:
-    """Where `value` breaks a definition of one of Grafana's schemas."""
+    """Where `value` violates a definition of one of Grafana's schemas."""
     schema = json.loads((SCHEMAS / f"{name}.jsonschema.json").read_text())
     validator = Draft7Validator({**schema, "$ref": f"#/definitions/{definition}"})
     return [f"{error.json_path}: {error.message}" for error in validator.iter_errors(value)]
 
 
 def board_errors(board: Any) -> list[str]:
-    """Where a dashboard breaks the schemas of Grafana 11.6: its own, its panels' and their queries'."""
+    """Where a dashboard violates the schemas of Grafana 11.6: its own, its panels' and their queries'."""
     errors = schema_errors("dashboard", "Dashboard", board)
     for panel in board["panels"]:
         for target in panel.get("targets", []):
@@ -68,7 +68,7 @@ def test_there_is_no_file_without_a_builder() -> None:
 
 
 @pytest.mark.parametrize("name", boards())
-def test_a_board_keeps_grafanas_schema(name: str) -> None:
+def test_a_board_satisfies_grafanas_schema(name: str) -> None:
     assert board_errors(boards()[name]) == []
 
 
@@ -83,7 +83,7 @@ def test_a_board_keeps_grafanas_schema(name: str) -> None:
         (("colour",), "red"),
     ],
 )
-def test_the_schema_finds_what_is_wrong(place: tuple[Any, ...], value: Any) -> None:
+def test_the_schema_detects_what_is_wrong(place: tuple[Any, ...], value: Any) -> None:
     board: Any = boards()["convmae-overview"]
     *path, last = place
     part = board
@@ -121,7 +121,7 @@ def test_panels_have_identities_titles_and_explanations_and_do_not_overlap(name:
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A Prometheus with our rules; it scrapes the real exporter, with a value in every series, and two nodes' GPUs."""
     exporter = RunExporter("first", "127.0.0.1", 0)
-    exporter.update(dict.fromkeys(status_keys(), 1.0))
+    exporter.update(dict.fromkeys(GAUGES, 1.0))
     exporter.update_ranks([RankFigures(step_seconds=600.0), RankFigures(step_seconds=600.0)])
     for name in COUNTERS:
         exporter.count(name, 1)

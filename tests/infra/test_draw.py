@@ -19,7 +19,7 @@ POINTS = [[END - 60 + 5 * number, str(number)] for number in range(13)]
 
 
 class Answers(BaseHTTPRequestHandler):
-    """Knows the run `first`, and one series for whatever is asked of it."""
+    """A Prometheus that knows the run `first`, and answers each query with one series."""
 
     asked: list[str] = []  # noqa: RUF012
 
@@ -52,7 +52,7 @@ def url() -> Iterator[str]:
         server.shutdown()
 
 
-def test_every_panel_is_drawn_for_the_run_alone(url: str, tmp_path: Path) -> None:
+def test_every_panel_is_drawn_for_only_the_run(url: str, tmp_path: Path) -> None:
     draw(url, "first", str(tmp_path / "panels.png"))
 
     with Image.open(tmp_path / "panels.png") as picture:
@@ -75,6 +75,6 @@ def test_series_are_named_as_on_the_dashboard_and_begin_with_the_run(url: str) -
     assert line.values[-1] == 12.0
 
 
-def test_a_run_that_prometheus_does_not_know_is_said(url: str) -> None:
+def test_a_run_that_prometheus_does_not_know_is_reported(url: str) -> None:
     with pytest.raises(ValueError, match="no run other"):
         run_span(url, "other")

@@ -1,4 +1,4 @@
-"""The image's step for EFA, run by itself: on folders of its own, with a stand-in for AWS's installer and for apt."""
+"""The image's EFA step, run by itself in its own folders, with stand-ins for AWS's installer and for apt."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def step() -> tuple[str, dict[str, str]]:
 
 
 def ran(tmp_path: Path, plugin: str = "libnccl-net.so", **arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run it with an installer that leaves `plugin` behind."""
+    """Run it with an installer that installs `plugin`."""
     command, defaults = step()
     archive = tmp_path / f"aws-efa-installer-{defaults['EFA_VERSION']}.tar.gz"
     with tarfile.open(archive, "w:gz") as tar:
@@ -76,7 +76,7 @@ def test_without_the_argument_nothing_is_installed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("plugin", ["libnccl-net.so", "libnccl-net-ofi.so"])
-def test_libfabric_and_the_plugin_are_found_by_the_loader_and_no_mpi_stays(tmp_path: Path, plugin: str) -> None:
+def test_libfabric_and_the_plugin_are_found_by_the_loader_and_no_mpi_remains(tmp_path: Path, plugin: str) -> None:
     ended = ran(tmp_path, plugin, EFA="1")
 
     assert ended.returncode == 0, ended.stderr
@@ -91,7 +91,7 @@ def test_libfabric_and_the_plugin_are_found_by_the_loader_and_no_mpi_stays(tmp_p
     assert "--skip-kmod" in (tmp_path / "calls").read_text()
 
 
-def test_another_archive_than_the_pinned_one_is_not_unpacked(tmp_path: Path) -> None:
+def test_an_archive_other_than_the_pinned_one_is_not_unpacked(tmp_path: Path) -> None:
     ended = ran(tmp_path, EFA="1", EFA_SHA256=step()[1]["EFA_SHA256"])
 
     assert ended.returncode != 0

@@ -1,4 +1,4 @@
-"""How the cluster files have Ray's head look after its nodes."""
+"""The health checks of Ray's head, as the cluster files set them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def ray_up() -> Mapping[str, str]:
 
 
 @pytest.mark.parametrize("environment", [kuberay(), compose(), ray_up()], ids=["kuberay", "compose", "ray-up"])
-def test_the_head_is_started_with_settings_that_doctor_finds_quick_enough(environment: Mapping[str, str]) -> None:
+def test_the_head_is_started_with_settings_that_doctor_finds_fast_enough(environment: Mapping[str, str]) -> None:
     prefix = "RAY_health_check_"
     set_there = {
         name.removeprefix("RAY_"): int(value) for name, value in environment.items() if name.startswith(prefix)
@@ -38,7 +38,7 @@ def test_the_head_is_started_with_settings_that_doctor_finds_quick_enough(enviro
 
     assert set_there == RAY_SETTINGS
     (finding,) = ray_settings(set_there)
-    assert (finding.level, finding.detail) == ("ok", "a host that falls silent is dead to Ray after 36 s")
+    assert (finding.level, finding.detail) == ("ok", "Ray declares a host that falls silent dead after 36 s")
 
 
 def test_a_head_that_is_cut_off_for_fifteen_seconds_has_not_given_up_when_tcp_tries_again() -> None:

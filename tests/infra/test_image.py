@@ -1,4 +1,4 @@
-"""The image is built by the project's Dockerfile, and is what it should be."""
+"""The image that the project's Dockerfile builds: its contents, its user, and that it fails to build broken code."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_it_runs_as_a_user_without_rights_under_an_init(engine: Engine, image: s
     assert kept["User"] == "10001"
 
 
-def test_what_nodes_and_probes_call_is_there(engine: Engine, image: str) -> None:
+def test_the_programs_that_nodes_and_probes_call_are_there(engine: Engine, image: str) -> None:
     script = (
         "weed version; ray --version; gcc --version; wget --version; for d in /data /scratch /ray; do touch $d/x; done"
     )
@@ -53,7 +53,7 @@ def test_what_nodes_and_probes_call_is_there(engine: Engine, image: str) -> None
     assert "GNU Wget" in said
 
 
-def test_packages_have_the_versions_that_are_pinned(engine: Engine, image: str) -> None:
+def test_packages_have_their_pinned_versions(engine: Engine, image: str) -> None:
     installed = json.loads(engine.run(image, "python", "-c", DISTRIBUTIONS))
     pinned = dict(re.findall(r"^([\w.-]+)==([^\s;]+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
 
@@ -61,12 +61,12 @@ def test_packages_have_the_versions_that_are_pinned(engine: Engine, image: str) 
     wanted = {_plain(name): version.partition("+")[0] for name, version in pinned.items()}
     assert ours.pop("convmae-pretrain") == "0.1.0"
     assert {"torch", "ray", "deepspeed", "numpy", "s3fs", "webdataset", "safetensors"} <= set(ours)
-    assert ours == {name: wanted.get(name) for name in ours}  # nothing came in that is not pinned
+    assert ours == {name: wanted.get(name) for name in ours}  # nothing that is not pinned
     assert "pytest" not in ours
 
 
 def test_compiled_files_are_in_the_image(engine: Engine, image: str) -> None:
-    """Else every container compiles torch and Ray before it starts."""
+    """Else every container would compile torch and Ray before it starts."""
     modules = "(torch.__cached__, trainer.__cached__)"
     script = f"import os, torch; from jobs.rank import trainer; print(*map(os.path.exists, {modules}))"
 
@@ -97,12 +97,12 @@ def test_no_secret_and_no_history_gets_in(engine: Engine, image: str) -> None:
 def test_a_build_of_broken_code_fails(engine: Engine, image: str, tree: Path, tmp_path: Path) -> None:
     broken = tmp_path / "tree"
     shutil.copytree(tree, broken)
-    (broken / "jobs" / "cli.py").write_text("import a_module_that_nobody_has\n")
+    (broken / "jobs" / "cli" / "main.py").write_text("import a_module_that_does_not_exist\n")
 
     built = build(engine, broken, "localhost/broken:1")
 
     assert built.returncode != 0
-    assert "a_module_that_nobody_has" in built.stdout + built.stderr
+    assert "a_module_that_does_not_exist" in built.stdout + built.stderr
 
 
 def _plain(name: str) -> str:

@@ -46,7 +46,7 @@ def errors(document: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["raycluster", "rayjob", "ingestjob", "podmonitor", "prometheusrule"])
-def test_a_custom_resource_keeps_its_definition(name: str) -> None:
+def test_a_custom_resource_satisfies_its_definition(name: str) -> None:
     assert errors(resource(name)) == []
 
 
@@ -72,7 +72,7 @@ def test_a_custom_resource_keeps_its_definition(name: str) -> None:
         ("prometheusrule", ("spec", "groups", 0, "rules", 0, "for"), "a while"),
     ],
 )
-def test_the_definition_finds_what_is_wrong(name: str, place: tuple[Any, ...], value: Any) -> None:
+def test_the_definition_detects_what_is_wrong(name: str, place: tuple[Any, ...], value: Any) -> None:
     assert errors(changed(resource(name), place, value))
 
 
@@ -89,7 +89,7 @@ def test_plain_resources_are_those_of_kubernetes(document: Any) -> None:
         (1, ("spec", "replicas"), "one"),
     ],
 )
-def test_kubernetes_finds_what_is_wrong(number: int, place: tuple[Any, ...], value: Any) -> None:
+def test_kubernetes_detects_what_is_wrong(number: int, place: tuple[Any, ...], value: Any) -> None:
     document = changed(documents("kuberay/redis.yaml")[number], place, value)
 
     with pytest.raises(kubernetes_validate.ValidationError):
@@ -105,7 +105,7 @@ def pods() -> list[Any]:
     ]
 
 
-def test_the_cluster_runs_the_versions_that_are_pinned() -> None:
+def test_the_cluster_runs_the_pinned_versions() -> None:
     cluster, image = resource("raycluster"), f"convmae-pretrain:{version('convmae-pretrain')}"
 
     assert cluster["spec"]["rayVersion"] == version("ray")
@@ -135,7 +135,7 @@ def gpu_groups() -> list[Any]:
 
 def test_spot_and_on_demand_groups_have_shared_memory_and_time_to_save() -> None:
     assert set(groups()) == {"gpu-on-demand", "gpu-spot", "cpu-ingest"}
-    assert groups()["gpu-on-demand"]["minReplicas"] >= 1  # a run goes on when the spot market is empty
+    assert groups()["gpu-on-demand"]["minReplicas"] >= 1  # a run continues when the spot market is empty
     assert groups()["gpu-spot"]["minReplicas"] == 0
     assert groups()["gpu-spot"]["template"]["spec"]["terminationGracePeriodSeconds"] < 120  # the notice that AWS gives
     for pod in pods():
@@ -150,17 +150,17 @@ def test_gpu_nodes_are_given_all_cards_for_efa_and_what_libfabric_needs() -> Non
     for group in gpu_groups():
         (container,) = group["template"]["spec"]["containers"]
         wanted, most = container["resources"]["requests"], container["resources"]["limits"]
-        for name in ("vpc.amazonaws.com/efa", "hugepages-2Mi"):  # Kubernetes wants both alike
+        for name in ("vpc.amazonaws.com/efa", "hugepages-2Mi"):  # Kubernetes requires both to be equal
             assert wanted[name] == most[name]
-        assert most["vpc.amazonaws.com/efa"] == 32  # a p5.48xlarge has so many
+        assert most["vpc.amazonaws.com/efa"] == 32  # as many as a p5.48xlarge has
         assert int(most["hugepages-2Mi"].removesuffix("Mi")) <= 2 * int(pages)
         assert {"name": "FI_PROVIDER", "value": "efa"} in container["env"]
     for pod in (resource("raycluster")["spec"]["headGroupSpec"], groups()["cpu-ingest"]):
         assert "vpc.amazonaws.com/efa" not in str(pod)
 
 
-def test_what_efa_needs_of_a_host_is_written_and_made_known(tmp_path: Path) -> None:
-    """User data, run against another root with stand-ins that note how they were called."""
+def test_what_efa_needs_of_a_host_is_written_and_applied(tmp_path: Path) -> None:
+    """User data, run in another root with stand-ins that record how they were called."""
     (tmp_path / "bin").mkdir()
     for name in ("sysctl", "systemctl"):
         stand_in = tmp_path / "bin" / name
@@ -183,8 +183,8 @@ def test_what_efa_needs_of_a_host_is_written_and_made_known(tmp_path: Path) -> N
     assert calls[0].startswith("sysctl --load ") and calls[0].endswith("90-efa-hugepages.conf")
 
 
-def test_rays_autoscaler_brings_a_node_for_an_ingest_from_the_group_of_cpus_alone() -> None:
-    """By the code with which Ray's autoscaler reads the cluster's specification."""
+def test_rays_autoscaler_adds_a_node_for_an_ingest_only_from_the_cpu_group() -> None:
+    """With the code by which Ray's autoscaler reads the cluster's specification."""
     types = _generate_available_node_types_from_ray_cr_spec(resource("raycluster")["spec"])
     job = resource("ingestjob")["spec"]
     asked = json.loads(job["entrypointResources"])
@@ -207,7 +207,7 @@ def test_ingests_and_runs_have_accounts_of_their_own() -> None:
         assert (INFRA / "iam" / f"{policy}.json").exists()
 
 
-def test_the_ingest_job_is_a_command_of_ours_on_the_cluster_that_exists() -> None:
+def test_the_ingest_job_runs_a_command_of_ours_on_the_existing_cluster() -> None:
     job = resource("ingestjob")["spec"]
     command, *places = shlex.split(job["entrypoint"])[1:]
 
@@ -216,7 +216,7 @@ def test_the_ingest_job_is_a_command_of_ours_on_the_cluster_that_exists() -> Non
     assert job["clusterSelector"]["ray.io/cluster"] == resource("raycluster")["metadata"]["name"]
 
 
-def test_the_job_asks_for_a_recipe_that_fits_the_cluster() -> None:
+def test_the_job_runs_a_recipe_that_fits_the_cluster() -> None:
     words = shlex.split(resource("rayjob")["spec"]["entrypoint"])
     overrides = parse_overrides([word for word in words if "=" in word])
     recipe = named_recipe(words[2]).amended(overrides)
@@ -237,7 +237,7 @@ def test_the_job_asks_for_a_recipe_that_fits_the_cluster() -> None:
     assert resource("rayjob")["spec"]["clusterSelector"]["ray.io/cluster"] == resource("raycluster")["metadata"]["name"]
 
 
-def test_the_rules_of_the_cluster_are_those_of_every_prometheus() -> None:
+def test_the_clusters_rules_are_the_same_as_elsewhere() -> None:
     rules = yaml.safe_load((INFRA / "prometheus" / "convmae.rules.yml").read_text())
 
     assert resource("prometheusrule")["spec"] == rules

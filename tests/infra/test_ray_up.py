@@ -21,7 +21,7 @@ def cluster() -> Any:
     return found
 
 
-def test_rays_own_validator_takes_the_cluster_file() -> None:
+def test_rays_own_validator_accepts_the_cluster_file() -> None:
     validate_config(prepare_config(cluster()))
 
 
@@ -35,12 +35,12 @@ def test_rays_own_validator_takes_the_cluster_file() -> None:
         (("available_node_types", "gpu-spot", "min_worker"), 1),
     ],
 )
-def test_rays_own_validator_finds_what_is_wrong(place: tuple[Any, ...], value: Any) -> None:
+def test_rays_own_validator_detects_what_is_wrong(place: tuple[Any, ...], value: Any) -> None:
     with pytest.raises(Exception, match=r".+"):
         validate_config(prepare_config(changed(cluster(), place, value)))
 
 
-def test_nodes_of_the_spot_market_are_marked_and_tokens_of_the_metadata_service_required() -> None:
+def test_spot_nodes_are_marked_and_the_metadata_service_requires_tokens() -> None:
     types = cluster()["available_node_types"]
 
     assert types["gpu-spot"]["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
@@ -61,7 +61,7 @@ def test_no_secret_is_in_the_file() -> None:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
-    """What Ray's own code asks EC2 for, by node type: moto answers, of instances and not of cards."""
+    """What Ray's own code requests from EC2, by node type; moto answers for instances but not for cards."""
     for name, value in {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "HOME": str(tmp_path)}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
@@ -100,7 +100,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("kind", ["gpu-on-demand", "gpu-spot"])
-def test_gpu_nodes_are_asked_for_with_every_card_in_one_placement_group(asked: dict[str, Any], kind: str) -> None:
+def test_gpu_nodes_are_requested_with_every_card_in_one_placement_group(asked: dict[str, Any], kind: str) -> None:
     request, names = asked[kind], asked["names"]
     cards = request["NetworkInterfaces"]
 

@@ -1,4 +1,4 @@
-"""The command and a data set, on the test session's local stack."""
+"""Fixtures of tests on the session's local stack: the command and a data set."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from testbed import TILES, Command
 
-from jobs.stack.local_stack import Stack
+from jobs.stack.record import Stack
 from pipeline.ingest.photographs import cut_tiles
 
 
@@ -19,7 +19,7 @@ def convmae(local_stack: Stack) -> Command:
 
 @pytest.fixture(scope="session")
 def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Class folders of real photographs, and among them one file that is no image."""
+    """Class folders of real photographs, and among them one file that is not an image."""
     folder = tmp_path_factory.mktemp("photographs")
     cut_tiles(folder, TILES, seed=0)
     (folder / "cat" / "broken.jpg").write_bytes(b"\xff\xd8\xff this is not a photograph")

@@ -36,10 +36,10 @@ def test_bytes_have_three_digits_and_a_unit(count: float, text: str) -> None:
         ([], []),
         (["a\nb\n"], ["a", "b"]),
         (["a", "b\n", "\nc"], ["ab", "", "c"]),
-        (["a\r", "b\n"], ["a\rb"]),  # a bar that is redrawn is one line
+        (["a\r", "b\n"], ["a\rb"]),  # a redrawn bar is one line
     ],
 )
-def test_pieces_become_whole_lines(pieces: list[str], lines: list[str]) -> None:
+def test_pieces_become_complete_lines(pieces: list[str], lines: list[str]) -> None:
     assert list(whole_lines(pieces)) == lines
 
 
@@ -47,7 +47,7 @@ FORGED = "a\x1b[2J\nok: all is well\r\u202etxt.exe\udcff"
 SHOWN = r"a\x1b[2J\nok: all is well\r\u202etxt.exe\udcff"
 
 
-def test_names_can_forge_no_line_and_move_no_cursor(capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_cannot_forge_lines_or_move_the_cursor(capsys: pytest.CaptureFixture[str]) -> None:
     say(f"passing over {FORGED}")
     print_table(("name", "what"), [(FORGED, "[link=x]not a link[/nope]")])
 
@@ -58,7 +58,7 @@ def test_names_can_forge_no_line_and_move_no_cursor(capsys: pytest.CaptureFixtur
     assert str(UserError("tar", "must be whole", 1, FORGED)) == f"tar: must be whole, got 1; {SHOWN}"
 
 
-def test_letters_of_all_languages_are_printed_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_letters_of_all_languages_are_printed_unchanged(capsys: pytest.CaptureFixture[str]) -> None:
     say("größe 图像\u3000· é")
 
     assert capsys.readouterr().out == "größe 图像\u3000· é\n"
@@ -86,7 +86,7 @@ def convmae(script: str, **environment: str) -> subprocess.CompletedProcess[byte
         ("cp1252", "→…", "->…"),
     ],
 )
-def test_signs_that_an_encoding_lacks_are_replaced(encoding: str, text: str, written: str) -> None:
+def test_characters_that_an_encoding_lacks_are_replaced(encoding: str, text: str, written: str) -> None:
     stream = io.TextIOWrapper(io.BytesIO(), encoding)
     assert shown(text, stream) == written
 
@@ -127,14 +127,14 @@ def test_errors_with_any_name_are_one_line_in_any_encoding() -> None:
     ("words", "code"),
     [("inspect tiny >&-", 0), ("inspect tinny 2>&-", 2), ("inspect tinny <&- >&-", 2), ("--help >&- 2>&- <&-", 0)],
 )
-def test_streams_that_are_closed_are_as_if_nobody_looked(words: str, code: int) -> None:
+def test_closed_streams_change_nothing_but_the_output(words: str, code: int) -> None:
     ended = convmae(f"$CONVMAE {words}")
 
     assert ended.returncode == code
     assert b"Traceback" not in ended.stderr and ended.stderr.count(b"\n") <= 1
 
 
-def test_a_reader_that_leaves_ends_a_command_without_a_word() -> None:
+def test_a_command_whose_reader_leaves_ends_silently() -> None:
     ended = convmae("$CONVMAE simulate --help | true")
 
     assert ended.stderr == b""
@@ -142,14 +142,14 @@ def test_a_reader_that_leaves_ends_a_command_without_a_word() -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this machine has no /dev/full")
-def test_a_disk_that_is_full_is_told() -> None:
+def test_a_full_disk_is_reported() -> None:
     ended = convmae("$CONVMAE inspect tiny > /dev/full")
 
     assert ended.returncode == 1
     assert ended.stderr == b"failed: [Errno 28] No space left on device\n"
 
 
-def test_progress_is_drawn_on_a_terminal_that_has_letters_alone() -> None:
+def test_progress_is_drawn_on_an_ascii_terminal() -> None:
     screen = Terminal(io.BytesIO(), "ascii", errors="strict")
 
     with progress_bar("größe", screen) as show:

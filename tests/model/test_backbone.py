@@ -60,7 +60,7 @@ def test_maps_have_strides_4_8_16_and_32_for_any_image_size(height: int, width: 
     assert all(torch.isfinite(found).all() for found in maps)
 
 
-def test_sizes_that_are_no_multiple_of_16_are_filled_up_with_zeros() -> None:
+def test_sizes_that_are_no_multiple_of_16_are_padded_with_zeros() -> None:
     backbone = Backbone(SMALL)
     whole = images(80, 112)
     whole[:, :, 70:], whole[:, :, :, 97:] = 0, 0
@@ -126,7 +126,7 @@ def test_a_dropped_branch_is_zero_for_some_images_and_scaled_for_the_others() ->
     torch.testing.assert_close(change[~dropped], 2 * branch[~dropped], rtol=1e-4, atol=1e-5)
 
 
-def test_the_head_of_a_fine_tuned_classifier_is_left_out() -> None:
+def test_the_head_of_a_fine_tuned_classifier_is_ignored() -> None:
     state = pretrained().official_state_dict() | {"head.weight": torch.zeros(9, 16), "fc_norm.bias": torch.zeros(16)}
     backbone = Backbone(SMALL)
 

@@ -7,6 +7,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from model import ConvMAE, ConvMAEConfig, ModelConfigError
 from model.config import LOSSES, PARTS
+from model.masking import draw_mask
 
 SMALL = {"image_size": (64, 96), "embed_dim": (8, 12, 16), "num_heads": 2, "decoder_dim": 16, "decoder_num_heads": 2}
 VARIANTS = [
@@ -221,7 +222,7 @@ def test_masked_pixels_do_not_influence_what_is_encoded(masking: str) -> None:
     config = small(masking=masking, depth=(2, 2, 1), kernel_size=9)
     images, noise = batch(config)
     model = seeded(config)
-    mask = model._mask(images, noise)
+    mask = draw_mask(noise, config.kept)
     side = config.image_shape[0] // config.noise_shape[0]
     hidden = mask.mask.reshape(3, 1, *config.noise_shape).repeat_interleave(side, 2).repeat_interleave(side, 3) == 1
 

@@ -1,4 +1,4 @@
-"""Ranges of files, chunk by chunk."""
+"""Checked reads of byte ranges, chunk by chunk."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from committed import save
 
 from jobs.checkpoint import checked_files, checkpoint
 from jobs.checkpoint.checked_files import CheckedFiles, Copy
+from jobs.checkpoint.torch_archive import ByteRange
 from jobs.errors import DamagedCheckpointError
 from jobs.run.directory import RunDirectory
 from pipeline.store.storage import Storage
@@ -139,7 +140,7 @@ def test_a_file_that_is_longer_is_found_where_its_end_is_read(files: CheckedFile
 def test_copies_are_dealt_by_chunks_so_that_each_is_read_once(files: CheckedFiles, parts: int) -> None:
     wanted = [("a", 30, 500), ("a", 720, 514), ("c", 0, 700), ("d", 0, 1), ("a", 400, 10)]
     targets = [bytearray(length) for _, _, length in wanted]
-    chunks = files.holding((url(files, name), offset, length) for name, offset, length in wanted)
+    chunks = files.holding(ByteRange(url(files, name), offset, length) for name, offset, length in wanted)
 
     for part in np.array_split(chunks, parts):
         if len(part):

@@ -126,7 +126,7 @@ def test_another_format_is_refused(run: RunDirectory, local: Path) -> None:
 
 
 def test_a_commit_of_format_1_is_migrated(run: RunDirectory, local: Path) -> None:
-    """As the release before wrote them: no claim, no driver, no chunks, files directly in the folder of their step."""
+    """As earlier releases wrote them: no claim, no driver, no chunks, files directly in the folder of their step."""
     commit = save(run, local, 5)
     fields = dataclasses.asdict(commit) | {"format_version": 1}
     del fields["claim"], fields["driver"]
@@ -173,8 +173,8 @@ def test_prune_keeps_the_newest_and_the_milestones(run: RunDirectory, local: Pat
     assert checkpoint.prune(run, keep=2) == []
 
 
-def test_ones_that_were_passed_over_do_not_push_out_the_newest_good_one(run: RunDirectory, local: Path) -> None:
-    """30 was damaged, so the run went on from 20 and has just committed 25."""
+def test_skipped_ones_do_not_displace_the_newest_good_one(run: RunDirectory, local: Path) -> None:
+    """30 was damaged, so the run resumed from 20 and has just committed 25."""
     for step in (10, 20, 30, 25):
         save(run, local, step)
 
@@ -204,8 +204,8 @@ def test_a_commit_of_a_driver_that_was_taken_over_from_is_refused_by_name(run: R
     assert checkpoint.committed_steps(run) == [5]
 
 
-def test_a_commit_of_an_attempt_that_others_went_on_without_is_refused(run: RunDirectory, local: Path) -> None:
-    """As by a rank whose node was cut off while it committed."""
+def test_a_commit_of_an_attempt_that_others_continued_without_is_refused(run: RunDirectory, local: Path) -> None:
+    """As from a rank whose node was cut off while it committed."""
     first = by(save(run, local, 5), 1)
     later = dataclasses.replace(first, attempt=first.attempt + 1)
     checkpoint.write_commit(run, later)
@@ -223,7 +223,7 @@ def test_a_commit_of_an_attempt_that_others_went_on_without_is_refused(run: RunD
     assert checkpoint.committed_steps(run) == [5, 7]
 
 
-def test_a_commit_that_was_passed_over_is_replaced(run: RunDirectory, local: Path) -> None:
+def test_a_commit_that_was_skipped_is_replaced(run: RunDirectory, local: Path) -> None:
     commit = save(run, local, 5)
     Path(run.path("commits", "step-00000005.json")).write_text('{"step": 5')
 
@@ -234,7 +234,7 @@ def test_a_commit_that_was_passed_over_is_replaced(run: RunDirectory, local: Pat
 
 
 class DeadStorage(Storage):
-    """Dies for good after a number of deletions."""
+    """Dies permanently after a number of deletions."""
 
     deletions_left: int
 

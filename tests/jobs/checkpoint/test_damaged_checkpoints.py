@@ -1,4 +1,4 @@
-"""A run whose newest checkpoint is damaged goes on from the one before, or is refused; its weights start another."""
+"""A run whose newest checkpoint is damaged resumes from the previous one, or is refused; its weights start another."""
 
 from __future__ import annotations
 
@@ -15,9 +15,7 @@ pytestmark = pytest.mark.slow
 FIELDS = {"epochs": 10, "checkpoint_every_steps": 10}
 
 
-def test_a_damaged_checkpoint_is_passed_over_or_refused_and_the_trajectory_is_the_same(
-    convmae: Command, data: str
-) -> None:
+def test_a_damaged_checkpoint_is_skipped_or_refused_and_the_trajectory_is_the_same(convmae: Command, data: str) -> None:
     convmae("pretrain", *small_recipe(data, **FIELDS, max_steps=40), "--run", "whole")
     convmae("pretrain", *small_recipe(data, **FIELDS, max_steps=30), "--run", "damaged")
     run = convmae.run("damaged")

@@ -12,7 +12,7 @@ from chaos_proxy import ChaosProxy, Request
 from testbed import Command, losses, small_recipe
 
 from jobs.checkpoint.checkpoint import committed_steps
-from jobs.stack.local_stack import Stack
+from jobs.stack.record import Stack
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -22,7 +22,7 @@ STEP = 20
 
 @pytest.fixture(scope="module")
 def undisturbed(convmae: Command, data: str) -> list[float]:
-    """Losses of a run that nobody touched."""
+    """Losses of an uninterrupted run."""
     convmae("pretrain", *small_recipe(data, **FIELDS), "--run", "unhurt")
     return losses(convmae.run("unhurt"))
 
@@ -68,7 +68,7 @@ def test_a_rank_is_killed_while_it_saves(
     arrives: bool,
     resumes_at: int,
 ) -> None:
-    """A commit that arrived counts though nobody lived to hear so; whatever else was under way is invisible."""
+    """A commit that arrived counts, though no process lived to see it; whatever else was under way is invisible."""
     assassin = Assassin(f"/{name}{in_path}", arrives=arrives)
     with ChaosProxy(local_stack.endpoint).running() as proxy:
         proxy.behaviour.before_write = assassin.before_write

@@ -1,4 +1,4 @@
-"""What ranks tell each other, with ranks in threads."""
+"""Exchanges between ranks, with ranks in threads."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def on_all(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[RankGroup], A
 
 
 def test_values_of_one_rank_and_of_all_reach_all(on_all: Any) -> None:
-    assert on_all(lambda group: group.told(f"of {group.rank}", by=1)) == ["of 1"] * WORLD_SIZE
+    assert on_all(lambda group: group.broadcast(f"of {group.rank}", source=1)) == ["of 1"] * WORLD_SIZE
     assert on_all(lambda group: group.gathered(group.rank * 10)) == [[0, 10, 20]] * WORLD_SIZE
     assert on_all(lambda group: group.total(group.rank + 1)) == [6] * WORLD_SIZE
 
@@ -105,5 +105,5 @@ def test_weights_that_a_run_starts_from_are_read_by_one_rank(
 
 
 @pytest.mark.parametrize(("workers", "seconds"), [(1, 0.5), (512, 0.5), (1024, 1.0), (4096, 4.0)])
-def test_many_workers_are_asked_less_often_how_they_are(workers: int, seconds: float) -> None:
+def test_many_workers_are_polled_less_often(workers: int, seconds: float) -> None:
     assert health_check_seconds(workers) == seconds

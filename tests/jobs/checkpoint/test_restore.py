@@ -1,4 +1,4 @@
-"""Which checkpoint is gone on from and what of it each rank gets, with ranks in threads; with real ones in
+"""Which checkpoint is resumed from and what each rank gets of it, with ranks in threads; with real ones in
 test_zero_state."""
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MODEL_STATES, OPTIMIZER_STATES = "_model_states.pt", "_optim_states.pt"
 
 @pytest.fixture
 def together(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[Restored | None], list[tuple[int, str]]]]:
-    """Restores on all ranks: what each got, and what rank 0 was told."""
+    """Restores on all ranks: what each got, and what was reported on rank 0."""
 
     def restored(
         run: RunDirectory, world_size: int = 2, stage: int = 2, material: Material = MATERIAL
@@ -182,7 +182,7 @@ def test_all_ranks_together_read_little_more_than_the_checkpoint(
 def test_a_flipped_byte_anywhere_is_found_by_some_rank(
     tmp_path: Path, together: Any, caplog: pytest.LogCaptureFixture, stage: int, before: int
 ) -> None:
-    """Pickles, masters, moments, padding, module weights that nobody restores, zip headers and directories."""
+    """Pickles, masters, moments, padding, module weights that are never restored, zip headers and directories."""
     run = make_run(tmp_path, stage, before)
     places = [
         (path, offset)
@@ -246,7 +246,7 @@ def test_it_is_the_newest_where_all_are_whole(run: RunDirectory, together: Any) 
     assert passed_over == []
 
 
-def test_damaged_ones_are_passed_over_and_told(run: RunDirectory, together: Any) -> None:
+def test_damaged_ones_are_skipped_and_reported(run: RunDirectory, together: Any) -> None:
     flip(files_of(run, 30)[-1], 5000)
     commit_of(run, 20).write_text(commit_of(run, 20).read_text()[:-9])
 
@@ -259,7 +259,7 @@ def test_damaged_ones_are_passed_over_and_told(run: RunDirectory, together: Any)
     assert "must be a JSON object" in passed_over[1][1]
 
 
-def test_where_none_is_whole_nothing_is_started_from_zero(run: RunDirectory, together: Any) -> None:
+def test_if_none_is_whole_no_run_starts_from_zero(run: RunDirectory, together: Any) -> None:
     for step in STEPS:
         files_of(run, step)[0].unlink()
 
@@ -267,7 +267,7 @@ def test_where_none_is_whole_nothing_is_started_from_zero(run: RunDirectory, tog
         together(run)
 
 
-def test_another_format_is_refused_not_passed_over(run: RunDirectory, together: Any) -> None:
+def test_another_format_is_refused_not_skipped(run: RunDirectory, together: Any) -> None:
     fields = dataclasses.asdict(checkpoint.read_commit(run, 30)) | {"format_version": 9}
     commit_of(run, 30).write_text(json.dumps(fields))
 
@@ -285,7 +285,7 @@ def test_before_the_first_commit_there_is_none(tmp_path: Path, together: Any) ->
 def test_a_commit_without_checksums_of_chunks_is_restored_and_its_files_are_checked(
     run: RunDirectory, together: Any
 ) -> None:
-    """As the release before wrote them."""
+    """As the previous release wrote them."""
     for step in STEPS:
         fields = json.loads(commit_of(run, step).read_text()) | {"format_version": 1}
         del fields["claim"], fields["driver"]
@@ -315,7 +315,7 @@ def amended(run: RunDirectory, folder: Path, suffix: str, amend: Callable[[Any],
 
 
 def padded(contents: Any) -> None:
-    """With `parameter_alignment`, DeepSpeed pads behind each parameter of a group but the last."""
+    """With `parameter_alignment`, DeepSpeed pads after each parameter of a group but the last."""
     state = contents["optimizer_state_dict"]
     paddings = [[3 + number % 5 for number in range(len(group) - 1)] + [0] for group in MATERIAL.groups]
     state["param_alignment_paddings"] = paddings
@@ -328,7 +328,7 @@ def padded(contents: Any) -> None:
         inner[index] |= {"exp_avg": flat * 0.5, "exp_avg_sq": flat.square()}
 
 
-def test_padding_between_parameters_is_left_out(tmp_path: Path, together: Any) -> None:
+def test_padding_between_parameters_is_skipped(tmp_path: Path, together: Any) -> None:
     run = make_run(tmp_path, world_size=1)
     amended(run, tmp_path, OPTIMIZER_STATES, padded, world_size=1)
 

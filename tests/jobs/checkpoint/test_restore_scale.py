@@ -1,4 +1,4 @@
-"""What restoring takes of a store as ranks and files become more, with real process groups on gloo."""
+"""Requests of a restore as ranks and files grow, with real process groups on gloo."""
 
 from __future__ import annotations
 

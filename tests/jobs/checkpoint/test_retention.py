@@ -48,14 +48,14 @@ def weights(run: RunDirectory, step: int, owner: str = "000001-0001") -> Path:
 
 
 def holder(run: RunDirectory, number: int, pid: int | None = None, **changes: object) -> None:
-    """Somebody drives the run under claim `number`."""
+    """A driver of the run under claim `number`."""
     content = {**dataclasses.asdict(Holder.here("drives the run")), "beat": 1, **changes}
     if pid is not None:
         content["process"] |= {"pid": pid}
     run.storage.write(run.path("claims", f"claim-{number:06d}.json"), json.dumps(content).encode())
 
 
-def test_the_newest_and_the_milestones_stay(run: RunDirectory) -> None:
+def test_the_newest_and_the_milestones_are_kept(run: RunDirectory) -> None:
     plan = plan_pruning(run, keep=2)
 
     assert [commit.step for commit in plan.old] == [10, 30, 40]
@@ -67,7 +67,7 @@ def test_the_newest_and_the_milestones_stay(run: RunDirectory) -> None:
     assert list(pruning_lines(plan_pruning(run, keep=2))) == ["nothing to delete", "stays: 20, 50, 60"]
 
 
-def test_the_newest_whole_one_stays_and_damaged_ones_do_not_count(run: RunDirectory) -> None:
+def test_the_newest_whole_one_is_kept_and_damaged_ones_do_not_count(run: RunDirectory) -> None:
     weights(run, 60).write_bytes(b"weights of 61")
     weights(run, 50).unlink()
 
@@ -78,7 +78,7 @@ def test_the_newest_whole_one_stays_and_damaged_ones_do_not_count(run: RunDirect
     assert plan.kept == (20, 40)
 
 
-def test_where_none_is_whole_none_goes(run: RunDirectory) -> None:
+def test_if_none_is_whole_none_is_deleted(run: RunDirectory) -> None:
     for step in checkpoint.committed_steps(run):
         weights(run, step).unlink()
 
@@ -96,7 +96,7 @@ def test_a_commit_of_another_format_stays_with_its_files(run: RunDirectory) -> N
     assert plan.leftovers == {}
 
 
-def test_files_that_were_never_committed_are_left_over_but_for_those_of_a_live_driver(run: RunDirectory) -> None:
+def test_files_that_were_never_committed_are_leftovers_except_those_of_a_live_driver(run: RunDirectory) -> None:
     upload(run, 45, claim=1, attempt=2)
     upload(run, 55, claim=2, attempt=3)
     everything = {"step-00000045/000001-0002/weights.pt": 13, "step-00000055/000002-0003/weights.pt": 13}

@@ -1,4 +1,4 @@
-"""Saving while training goes on, in a process group of one; whole runs save with two and more in other files."""
+"""Saving during training, in a process group of one; whole runs save with two and more in other files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 class Gate(Storage):
-    """Local files; uploads wait until they are let through, and fail if told to."""
+    """Local files; uploads wait until they are released, and fail on request."""
 
     open = threading.Event()
     broken = ""
@@ -44,17 +44,17 @@ class Gate(Storage):
 
 
 class Monitor:
-    """Stands for the actor: notes what it is told, in order."""
+    """Stands for the actor: notes what is reported to it, in order."""
 
     def __init__(self, run: RunDirectory) -> None:
         self.run = run
-        self.told: list[tuple[str, Any]] = []
+        self.reported: list[tuple[str, Any]] = []
 
     def __getattr__(self, name: str) -> Any:
         class Method:
             @staticmethod
             def remote(**fields: Any) -> None:
-                self.told.append((name, fields.get("step", checkpoint.committed_steps(self.run))))
+                self.reported.append((name, fields.get("step", checkpoint.committed_steps(self.run))))
 
         return Method
 
@@ -92,7 +92,7 @@ def scratch(tmp_path: Path) -> list[Path]:
     return list((tmp_path / "tmp").iterdir())
 
 
-def test_training_goes_on_while_the_files_are_on_their_way(
+def test_training_continues_during_the_upload(
     saver: CheckpointSaver, run: RunDirectory, monitor: Monitor, tmp_path: Path
 ) -> None:
     saver.begin(commit(5), write)
@@ -111,7 +111,7 @@ def test_training_goes_on_while_the_files_are_on_their_way(
     assert found is not None
     assert [(file.name, file.bytes) for file in found.files] == [("000000-0001/weights.pt", 7)]
     assert faults_of(run, found) == []
-    assert monitor.told == [("flush", []), ("checkpoint_committed", 5)]  # history first
+    assert monitor.reported == [("flush", []), ("checkpoint_committed", 5)]  # history first
     assert scratch(tmp_path) == []
 
 
@@ -127,11 +127,11 @@ def test_the_next_checkpoint_waits_for_the_one_before(
 
     assert seen == [False]
     assert checkpoint.committed_steps(run) == [5, 6]
-    assert [step for kind, step in monitor.told if kind == "checkpoint_committed"] == [5, 6]
+    assert [step for kind, step in monitor.reported if kind == "checkpoint_committed"] == [5, 6]
 
 
 @pytest.mark.parametrize("broken", ["000000-0001/weights.pt", "commits"])
-def test_one_that_fails_is_told_and_stays_invisible_and_the_next_is_saved(
+def test_one_that_fails_is_reported_and_stays_invisible_and_the_next_is_saved(
     saver: CheckpointSaver, run: RunDirectory, monitor: Monitor, tmp_path: Path, broken: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
@@ -141,7 +141,7 @@ def test_one_that_fails_is_told_and_stays_invisible_and_the_next_is_saved(
         monkeypatch.setattr(Gate, "create", lambda self, url, data: (_ for _ in ()).throw(OSError("the store is gone")))
     saver.begin(commit(5), write)
     saver.finish()
-    wait_until("the failure", lambda: ("checkpoint_failed", 5) in monitor.told, 10)
+    wait_until("the failure", lambda: ("checkpoint_failed", 5) in monitor.reported, 10)
     assert checkpoint.committed_steps(run) == []
     monkeypatch.undo()
     monkeypatch.setattr("ray.get", lambda reply: reply)

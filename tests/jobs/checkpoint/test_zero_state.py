@@ -230,7 +230,7 @@ def test_an_engine_that_owns_other_ranges_is_refused(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.distributed, "get_rank", lambda group: 1)
     state = ZeroState({"weight": torch.zeros(1, 4)}, {"weight": range(2)}, {}, 1.0)
 
-    with pytest.raises(CheckpointError, match="must share out the optimizer's state as"):
+    with pytest.raises(CheckpointError, match="must partition the optimizer's state as"):
         restore_optimizer(engine, state)
 
 

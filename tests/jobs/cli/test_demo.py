@@ -1,4 +1,4 @@
-"""The demonstration's choices; that it runs end to end is what `make pretrain` shows."""
+"""The demonstration's choices; `make pretrain` shows that it runs end to end."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipeline.shard.table import ShardEntry, ShardTable
 def test_the_run_takes_about_as_many_steps_on_any_data_set(samples: int) -> None:
     manifest = Manifest(2, "", (), 0, ShardTable.of([ShardEntry("shard-000000", samples, 1, "ab" * 32)]))
 
-    recipe = named_recipe("tiny").amended(demo._length(manifest))
+    recipe = named_recipe("tiny").amended(demo.length_fields(manifest))
 
     schedule = Schedule.of(recipe, order_of(recipe, samples).steps_per_epoch)
     assert demo.STEPS <= schedule.total_steps <= 2 * demo.STEPS
@@ -31,19 +31,19 @@ def test_other_photographs_make_another_run_and_the_same_ones_the_same(tmp_path:
     folder = tmp_path / "My Photos!"
     cut_tiles(folder, 10, seed=0)
 
-    name, source = demo._names(str(folder), tmp_path)
+    name, source = demo.run_and_source(str(folder), tmp_path)
     assert name.startswith("demo-my-photos-")
     assert source == folder
-    assert demo._names(str(folder), tmp_path) == (name, source)
+    assert demo.run_and_source(str(folder), tmp_path) == (name, source)
 
     cut_tiles(folder, 11, seed=0)
-    assert demo._names(str(folder), tmp_path)[0] != name
+    assert demo.run_and_source(str(folder), tmp_path)[0] != name
 
 
 def test_a_folder_without_photographs_is_refused_before_anything_starts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(demo.stack, "up", None)
+    monkeypatch.setattr(demo.local_stack, "up", None)
 
     with pytest.raises(SourceError, match="must be a folder with images"):
         demo.run_demo({"CONVMAE_HOME": str(tmp_path / "home")}, str(tmp_path / "nothing"))
@@ -51,8 +51,8 @@ def test_a_folder_without_photographs_is_refused_before_anything_starts(
     assert not (tmp_path / "home").exists()
 
 
-def test_the_command_is_named_as_it_is_typed(tmp_path: Path) -> None:
+def test_the_command_is_shown_as_one_types_it(tmp_path: Path) -> None:
     command = tmp_path / ".venv" / "bin" / "convmae"
 
-    assert demo._own_command(command, tmp_path) == ".venv/bin/convmae"
-    assert demo._own_command(command, tmp_path / "elsewhere") == "convmae"
+    assert demo.own_command(command, tmp_path) == ".venv/bin/convmae"
+    assert demo.own_command(command, tmp_path / "elsewhere") == "convmae"

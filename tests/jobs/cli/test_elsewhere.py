@@ -1,4 +1,4 @@
-"""Where a command is done: here, or on the cluster by a job, and with which words it is typed there."""
+"""Where a command runs, here or as a job on the cluster, and the words with which it is run there."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HTTP = "http://127.0.0.1:9"
 
 
 def parsed(words: list[str]) -> tuple[Any, dict[str, Any]]:
-    """A command's context, and its parameters as Typer understands the words."""
+    """A command's context, and its parameters as Typer parses the words."""
     group: Any = get_command(main.app)
     command = group.commands[words[0]]
     context = command.make_context(words[0], words[1:])
@@ -38,7 +38,7 @@ def parsed(words: list[str]) -> tuple[Any, dict[str, Any]]:
         ["list"],
     ],
 )
-def test_the_words_for_there_mean_what_was_typed_here(words: list[str]) -> None:
+def test_the_words_that_are_sent_mean_what_was_typed(words: list[str]) -> None:
     context, parameters = parsed(words)
 
     there = arguments(context, parameters)
@@ -62,7 +62,7 @@ class SentError(Exception):
 
 @pytest.fixture
 def sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """Types a command on a laptop; gives the words that would run on the cluster, or None if it is done here."""
+    """Types a command on a laptop; returns the words that would run on the cluster, or None if it runs here."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_PROFILE", "AWS_ENDPOINT_URL"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -88,7 +88,7 @@ def sent(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     return typed
 
 
-def test_what_needs_the_cluster_goes_there_with_or_without_credentials(
+def test_commands_that_need_the_cluster_are_sent_there_with_or_without_credentials(
     sent: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words, _, _ = sent("verify", "s3://b/data", "--deep")
@@ -97,7 +97,9 @@ def test_what_needs_the_cluster_goes_there_with_or_without_credentials(
     assert sent("shard", "s3://b/in", "s3://b/out")[0] == ["shard", "--", "s3://b/in", "s3://b/out"]
 
 
-def test_what_needs_the_store_goes_there_only_without_credentials(sent: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_that_need_the_store_are_sent_there_only_without_credentials(
+    sent: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert sent("status", "first", "--run-root", "s3://b/runs")[2] == "s3://b/runs"
     assert sent("order", "s3://b/d", "--batch", "8", "--lanes", "2")[0][0] == "order"
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "mine")
@@ -107,12 +109,12 @@ def test_what_needs_the_store_goes_there_only_without_credentials(sent: Any, mon
         sent("status", "first", "--run-root", "s3://b/runs")
 
 
-def test_what_lies_here_is_done_here(sent: Any, tmp_path: Path) -> None:
+def test_commands_on_local_folders_run_here(sent: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="run: must exist"):
         sent("status", "first", "--run-root", str(tmp_path / "runs"))
 
 
-def test_a_recipe_file_travels_along_and_a_bad_one_is_refused_here(sent: Any, tmp_path: Path) -> None:
+def test_a_recipe_file_is_sent_along_and_a_bad_one_is_refused_here(sent: Any, tmp_path: Path) -> None:
     recipe = 'base = "tiny"\nepochs = 3\n'
     (tmp_path / "mine.toml").write_text(recipe)
     words, files, _ = sent("pretrain", str(tmp_path / "mine.toml"), "data=s3://b/d", "run_root=s3://b/runs")
@@ -134,13 +136,13 @@ def test_a_recipe_is_inspected_there_by_its_name_or_its_file(sent: Any, tmp_path
     assert sent("inspect", "s3://b/d")[0] == ["inspect", "--", "s3://b/d"]
 
 
-def test_verbose_may_stand_anywhere() -> None:
-    assert main._verbose_first(["list", "--verbose", "--json"]) == ["--verbose", "list", "--json"]
-    assert main._verbose_first(["shard", "--", "--verbose"]) == ["shard", "--", "--verbose"]
-    assert main._verbose_first(["list"]) == ["list"]
+def test_verbose_may_be_given_anywhere() -> None:
+    assert main.verbose_first(["list", "--verbose", "--json"]) == ["--verbose", "list", "--json"]
+    assert main.verbose_first(["shard", "--", "--verbose"]) == ["shard", "--", "--verbose"]
+    assert main.verbose_first(["list"]) == ["list"]
 
 
-def test_every_command_that_takes_a_run_can_go_there() -> None:
+def test_every_command_that_takes_a_run_can_be_sent_there() -> None:
     group: Any = get_command(main.app)
     here = {"up", "down", "demo", "drive"}
     for name, command in group.commands.items():
@@ -161,8 +163,8 @@ def typing_names(callback: Any) -> list[str]:
         ["pretrain", "{toml}", "run_root=s3://b/runs"],
     ],
 )
-def test_what_the_current_folder_decides_is_refused(sent: Any, tmp_path: Path, words: list[str]) -> None:
+def test_paths_that_depend_on_the_current_folder_are_refused(sent: Any, tmp_path: Path, words: list[str]) -> None:
     (tmp_path / "mine.toml").write_text('base = "tiny"\ndata = "datasets/mine"\n')
 
-    with pytest.raises(UserError, match=r"must mean the same on the cluster as here.*a path from / on"):
+    with pytest.raises(UserError, match=r"must mean the same on the cluster as here.*an absolute path"):
         sent(*(word.format(toml=tmp_path / "mine.toml") for word in words))

@@ -1,7 +1,7 @@
-"""The commands that are typed most, in shells, users and folders as people have them: each cell is one command.
+"""The most used commands, in the shells, as the users and in the folders that people have: each cell is one command.
 
-A cell ends in 0, 1 or 2, with at most one line of error, no traceback and nothing of another program's, and what was
-written is right. A cell that may end otherwise than the same command in a plain shell says so in `may_fail`.
+A cell ends with 0, 1 or 2, at most one line of error, no traceback and no output of other programs, and what it wrote
+is correct. A cell that may end differently from the same command in a plain shell sets `may_fail`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from testbed import SMALL, Command, small_recipe
 
-from jobs.stack.local_stack import Stack
+from jobs.stack.record import Stack
 from pipeline.ingest.photographs import cut_tiles
 from pipeline.load.dataset import Dataset
 from pipeline.store.storage import Storage
@@ -32,7 +32,7 @@ CONVMAE = Path(sys.executable).with_name("convmae")
 CELL_SECONDS = 150
 _READER = "--inh-caps +dac_read_search --ambient-caps +dac_read_search"
 NAMELESS = f"exec setpriv --reuid 54321 --regid 54321 --clear-groups {_READER}"
-"""A user without a name, who reads what tests made and writes what is open to all."""
+"""A user without a name, who may read what tests made and write what is open to all."""
 FOREIGN = (
     "Traceback",
     "goroutine ",
@@ -43,16 +43,16 @@ FOREIGN = (
     "During handling",
     "  File ",
 )
-"""What no command shows."""
+"""What no command may show."""
 
 
 @dataclass(frozen=True)
 class Environment:
-    """What is about the shell in which a command is typed."""
+    """A shell in which a command is typed."""
 
     name: str
     variables: Mapping[str, str | None] = field(default_factory=dict)
-    """None: unset. `FOLDER` in a value is the cell's own."""
+    """None unsets a variable. `FOLDER` in a value is the cell's folder."""
     shell: str = ""
     """Words before the command, in sh; `$FOLDER` is the cell's own folder, in which it is typed."""
     files: Mapping[str, str] = field(default_factory=dict)
@@ -60,7 +60,7 @@ class Environment:
     may_fail: bool = False
     """Whether exit codes 1 and 2 are fine where a plain shell has 0."""
     hides_output: bool = False
-    """Whether standard output leads nowhere."""
+    """Whether standard output is discarded."""
 
 
 STRICT = {"PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
@@ -177,9 +177,9 @@ ENVIRONMENTS = (
 )
 
 LOOKING = ("list", "status", "history", "logs", "inspect", "stop")
-"""A second or two each."""
+"""These take a second or two each."""
 WORKING = ("shard", "verify", "doctor", "shard-folder", "index", "submit")
-"""They connect to Ray, or write."""
+"""These connect to Ray, or write."""
 ALWAYS = {"plain": (*LOOKING, *WORKING), "umask 077": ("shard-folder",), "umask 000": ("shard-folder",)}
 PRINTED = {
     "status": ("finished", f"{STEPS} of {STEPS}"),
@@ -190,13 +190,13 @@ PRINTED = {
     "doctor": ("versions",),
     "submit": (f"{RUN} is finished",),
 }
-"""By commands that are done."""
+"""What commands print that succeed."""
 CODES = {"stop": {2}, "doctor": {0, 1}}
-"""In a plain shell, where it is not 0: the run has ended; the machine of the tests may be short of something."""
+"""Exit codes in a plain shell, if not 0: the run has ended; the machine of the tests may lack something."""
 
 
 def _cells() -> list[tuple[Environment, str]]:
-    """Three commands for each environment, in turn, so that each command meets many."""
+    """Three commands for each environment, in rotation, so that each command is run in many."""
     cells = []
     for number, environment in enumerate(ENVIRONMENTS):
         turn = (LOOKING[number % 6], LOOKING[(number + 2 + number // 6) % 6], WORKING[(number + number // 6) % 6])
@@ -209,7 +209,7 @@ CELLS = _cells()
 
 @dataclass(frozen=True)
 class Shared:
-    """What all cells look at."""
+    """What all cells use."""
 
     convmae: Command
     storage: Storage
@@ -217,7 +217,7 @@ class Shared:
     data: str
     tars: str
     recipe: Sequence[str]
-    """Words of the finished run's."""
+    """Arguments of the finished run."""
     digest: str
     """Of the data set that a plain shell makes."""
     indexed: str
@@ -286,7 +286,7 @@ def _typed(command: str, shared: Shared, made: str) -> list[str]:
 
 
 def _check_made(command: str, shared: Shared, made: str, out: str) -> None:
-    """What a command that says that it is done has printed and written."""
+    """Check what a command that succeeded has printed and written."""
     assert not [word for word in PRINTED.get(command, ()) if out and word not in out], out
     if command in ("shard", "shard-folder", "index"):
         dataset = Dataset.open(shared.storage, made)
@@ -333,14 +333,14 @@ def _check_end(ended: subprocess.CompletedProcess[str], environment: Environment
 
 
 def _check_modes(folder: Path, umask: int) -> None:
-    """Files and folders are open to whom the user's mask leaves them open to."""
+    """Check that files and folders have the rights that the user's umask leaves."""
     assert folder.is_dir()
     for path in (folder, *folder.rglob("*")):
         whole = 0o777 if path.is_dir() else 0o666
         assert stat.S_IMODE(path.stat().st_mode) == whole & ~umask, path
 
 
-def test_each_command_meets_many_environments() -> None:
+def test_each_command_runs_in_many_environments() -> None:
     assert len(CELLS) >= 150
     for command in (*LOOKING, *WORKING):
         assert sum(typed == command for _, typed in CELLS) >= 6

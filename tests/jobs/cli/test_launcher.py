@@ -17,18 +17,18 @@ PROJECT = Path(launcher.__file__).resolve().parents[2]
 
 @pytest.fixture
 def command(tmp_path: Path) -> Path:
-    """The command as an installed script, beside which lies nothing."""
+    """The command as an installed script, alone in its folder."""
     (tmp_path / "bin").mkdir()
     return Path(shutil.copy(launcher.__file__, tmp_path / "bin" / "convmae"))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A folder whose owner has files by our names; each leaves a trace when it runs."""
+    """A folder with files of our packages' names, each of which leaves a trace when it runs."""
     folder = tmp_path / "mine"
-    (folder / "jobs").mkdir(parents=True)
     trace = f"open({str(tmp_path / 'ran')!r}, 'a').write(__name__)\n"
     for name in ("pipeline.py", "model.py", "jobs/__init__.py", "jobs/cli/main.py", "jobs/stack/keeper.py", "typer.py"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(trace)
     return folder
 
@@ -63,7 +63,7 @@ def test_a_process_of_ours_runs_nothing_of_its_current_folder(folder: Path, tmp_
         ("", "jobs", "mine"),
     ],
 )
-def test_another_package_before_ours_is_told_in_one_line_and_not_run(
+def test_another_package_before_ours_is_reported_in_one_line_and_not_run(
     command: Path, folder: Path, tmp_path: Path, keeps: str, name: str, path: str
 ) -> None:
     for entry in list(folder.iterdir()):
@@ -80,7 +80,7 @@ def test_another_package_before_ours_is_told_in_one_line_and_not_run(
     assert not (tmp_path / "ran").exists()
 
 
-def test_one_that_is_found_elsewhere_than_by_pythonpath_is_told_as_well(tmp_path: Path) -> None:
+def test_one_that_is_not_on_pythonpath_is_reported_as_well(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "__init__.py").touch()
 
@@ -88,7 +88,7 @@ def test_one_that_is_found_elsewhere_than_by_pythonpath_is_told_as_well(tmp_path
     assert strange_package([str(PROJECT), str(tmp_path)]) is None
 
 
-def test_a_folder_without_code_is_no_package_of_others(tmp_path: Path) -> None:
+def test_a_folder_without_code_is_not_another_package(tmp_path: Path) -> None:
     (tmp_path / "jobs").mkdir()  # such as Slurm users have
 
     assert strange_package([str(tmp_path), str(PROJECT)]) is None

@@ -26,7 +26,7 @@ from jobs.errors import ClusterError
         ("ray_head-1.svc:6379", "ray_head-1.svc", 6379, False, "ray_head-1.svc:6379"),
     ],
 )
-def test_an_address_has_one_spelling(text: str, host: str, port: int, is_http: bool, spelled: str) -> None:
+def test_an_address_has_one_canonical_form(text: str, host: str, port: int, is_http: bool, spelled: str) -> None:
     assert ClusterAddress.parse(text) == ClusterAddress(spelled, host, port, is_http)
 
 
@@ -39,20 +39,20 @@ def test_an_address_has_one_spelling(text: str, host: str, port: int, is_http: b
         *["\udcff:1", "head:6379,b:1", "http://http://a:1", "a@b:1", "head:\uff16\uff13"],
     ],
 )
-def test_what_is_no_address_is_refused_with_the_forms_that_are(text: str) -> None:
+def test_an_invalid_address_is_refused_with_the_valid_forms(text: str) -> None:
     with pytest.raises(ClusterError, match=r"RAY_ADDRESS: must .*http://HOST:8265"):
         ClusterAddress.parse(text)
 
 
 @pytest.mark.parametrize("text", ["http://user:secret@head:8265", "user:secret@head:6379", "x:secret@[::1", "secret@"])
-def test_a_password_in_an_address_is_refused_and_not_told(text: str) -> None:
+def test_a_password_in_an_address_is_refused_and_not_shown(text: str) -> None:
     with pytest.raises(ClusterError, match="RAY_ADDRESS: must") as caught:
         ClusterAddress.parse(text)
 
     assert "secret" not in str(caught.value)
 
 
-def test_nobody_who_listens_is_found_out_in_seconds() -> None:
+def test_an_address_where_nothing_listens_is_refused_in_seconds() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = ClusterAddress.parse(f"http://127.0.0.1:{probe.getsockname()[1]}")
@@ -61,16 +61,16 @@ def test_nobody_who_listens_is_found_out_in_seconds() -> None:
             address.check_answers()
 
 
-def test_a_dashboard_is_never_of_this_machine_and_auto_always() -> None:
+def test_a_dashboards_address_is_never_this_machines_and_auto_always_is() -> None:
     assert not ClusterAddress.parse("http://127.0.0.1:8265").is_of_this_machine()
     assert ClusterAddress.parse("auto").is_of_this_machine()
 
 
-def test_addresses_of_this_machine_hold_the_loopback() -> None:
+def test_addresses_of_this_machine_include_the_loopback() -> None:
     assert "127.0.0.1" in own_addresses()
 
 
-def test_a_user_who_may_not_write_logs_of_ray_is_told_before_ray_aborts(
+def test_a_user_who_may_not_write_rays_logs_is_refused_before_ray_aborts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "logs").mkdir()
@@ -81,7 +81,7 @@ def test_a_user_who_may_not_write_logs_of_ray_is_told_before_ray_aborts(
     monkeypatch.setattr(cluster_address, "_nodes", lambda _: nodes)
     address = ClusterAddress.parse("127.0.0.1:6379")
 
-    address.check_logs()  # what another machine has is its own
+    address.check_logs()  # folders of other machines do not matter
 
     nodes.append(SimpleNamespace(node_manager_address="127.0.0.1", session_dir="/nonexistent"))
     with pytest.raises(ClusterError, match=r"logs on this machine, in /nonexistent/logs, this user may write"):

@@ -1,4 +1,4 @@
-"""The doctor's own measurements; the main job's tests send it to a real cluster."""
+"""The doctor's own measurements; tests of the main job run it on a real cluster."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cluster.doctor import examine, measured_skew, store_findings
+from jobs.cluster.doctor import examine, measured_skew
 from jobs.cluster.node_probe import NodeProbe
 from jobs.cluster.session import Session
+from jobs.cluster.store_check import store_findings
 from pipeline.store.storage import Storage
 
 
 class ForgetfulStorage(Storage):
-    """A store that takes every conditional write, as one does that does not know the header."""
+    """A store that accepts every conditional write, as one that ignores the header does."""
 
     def create(self, url: str, data: bytes) -> bool:
         self.write(url, data)
@@ -41,7 +42,7 @@ def test_a_store_that_ignores_conditions_is_found(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_store_that_nobody_serves_is_a_finding_not_a_traceback() -> None:
+def test_an_unreachable_store_is_a_finding_not_a_traceback() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         endpoint = f"http://127.0.0.1:{probe.getsockname()[1]}"
@@ -60,10 +61,10 @@ def test_skew_is_taken_from_the_quickest_answer(delays: list[float]) -> None:
     def there() -> float:
         nonlocal now
         delay = next(asked)
-        now += 0.9 * delay  # the way there takes longer than the way back
-        told = now + 7.0
+        now += 0.9 * delay  # asking takes longer than answering
+        answer = now + 7.0
         now += 0.1 * delay
-        return told
+        return answer
 
     skew, uncertainty = measured_skew(there, lambda: now, readings=len(delays))
 

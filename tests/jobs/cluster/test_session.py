@@ -19,11 +19,11 @@ def session(tmp_path: Path, **variables: str) -> Session:
     )
 
 
-def test_the_code_travels_to_a_cluster_of_other_machines(tmp_path: Path) -> None:
+def test_the_code_is_sent_to_a_cluster_of_other_machines(tmp_path: Path) -> None:
     assert session(tmp_path, RAY_ADDRESS=HTTP).code() == {"working_dir": str(PROJECT)}
 
 
-def test_a_cluster_named_by_http_takes_jobs_alone_except_from_a_job_of_its_own(tmp_path: Path) -> None:
+def test_a_cluster_named_by_http_takes_only_jobs_except_from_a_job_of_its_own(tmp_path: Path) -> None:
     assert session(tmp_path, RAY_ADDRESS=HTTP).is_away
     assert not session(tmp_path, RAY_ADDRESS=HTTP, **{JOB_VARIABLE: "{}"}).is_away
     assert not session(tmp_path, RAY_ADDRESS="auto").is_away
@@ -50,7 +50,7 @@ def test_the_run_root_is_the_given_one_the_variable_or_the_last_used_with_the_cl
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"http://10.0.0.1:8265": 7}', "\0"])
-def test_a_damaged_memory_is_none(tmp_path: Path, content: str) -> None:
+def test_damaged_memory_counts_as_none(tmp_path: Path, content: str) -> None:
     here = session(tmp_path, RAY_ADDRESS=HTTP)
     here.remember_run_root("s3://bucket/runs")
     next(state_folder(here.environ).iterdir()).write_text(content)
@@ -61,7 +61,7 @@ def test_a_damaged_memory_is_none(tmp_path: Path, content: str) -> None:
     assert here.run_root() == "s3://bucket/runs"
 
 
-def test_a_memory_that_cannot_be_written_costs_no_more_than_the_memory(tmp_path: Path) -> None:
+def test_memory_that_cannot_be_written_fails_nothing_else(tmp_path: Path) -> None:
     (tmp_path / "state").write_text("a file where the folder would be")
 
     session(tmp_path, RAY_ADDRESS=HTTP).remember_run_root("s3://bucket/runs")
@@ -93,14 +93,14 @@ def test_a_run_root_has_one_form_wherever_it_comes_from(tmp_path: Path, written:
     assert by_variable.run("one").url == session(tmp_path).run(f"{written}/one/").url == "s3://bucket/runs/one"
 
 
-def test_a_run_root_that_is_no_url_names_what_gave_it(tmp_path: Path) -> None:
+def test_a_run_root_that_is_not_a_url_is_refused_with_its_origin(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"CONVMAE_RUN_ROOT: must have a known protocol.*did you mean s3"):
         session(tmp_path, CONVMAE_RUN_ROOT="s4://bucket/runs").run_root()
     with pytest.raises(UserError, match="run_root: must name a bucket"):
         session(tmp_path, CONVMAE_RUN_ROOT="s4://bucket/runs").run_root("s3://")
 
 
-def test_a_person_is_told_a_word_that_finds_the_run_again(tmp_path: Path) -> None:
+def test_the_word_that_is_shown_for_a_run_finds_it_again(tmp_path: Path) -> None:
     here = session(tmp_path, RAY_ADDRESS=HTTP, CONVMAE_RUN_ROOT="s3://bucket/runs/")
 
     for run in (here.run("one"), here.run(f"{tmp_path}/runs/one")):

@@ -1,4 +1,4 @@
-"""Handing a job to Ray's head, as a stand-in for its client answers."""
+"""A job handed to Ray's head, for which a stand-in for its client answers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NOT_READY = "Request failed with status code 500: No available agent to submit j
 
 
 class Head:
-    """Answers with one error after the other, then takes the job."""
+    """Answers with one error after another, then accepts the job."""
 
     def __init__(self, *errors: str) -> None:
         self.errors, self.asked = list(errors), 0
@@ -33,17 +33,19 @@ def test_a_cluster_that_has_only_just_started_is_waited_for() -> None:
     assert head.asked == 3
 
 
-def test_one_that_stays_without_an_agent_is_told_in_one_line() -> None:
+def test_a_cluster_that_stays_without_an_agent_is_reported_in_one_line() -> None:
     head = Head(NOT_READY, NOT_READY)
 
-    with pytest.raises(ClusterError, match=r"RAY_ADDRESS: must take the job \(.*No available agent.*head:8265") as told:
+    with pytest.raises(
+        ClusterError, match=r"RAY_ADDRESS: must accept the job \(.*No available agent.*head:8265"
+    ) as caught:
         hand_over(head, JOB, "http://head:8265", patience_seconds=0)
 
     assert head.asked == 1
-    assert "convmae doctor" in str(told.value)
+    assert "convmae doctor" in str(caught.value)
 
 
-def test_a_job_that_is_refused_is_not_offered_again() -> None:
+def test_a_job_that_is_refused_is_not_submitted_again() -> None:
     head = Head("Request failed with status code 400: Traceback ...\nValueError: a job of that id exists")
 
     with pytest.raises(ClusterError, match="a job of that id exists"):

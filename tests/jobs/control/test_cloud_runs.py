@@ -11,7 +11,7 @@ from cloud_emulators import BUCKET, emulator, why_none
 from made_up_run import MATERIAL
 from patience import wait_until
 from ray_nodes import Cluster, ray_cluster
-from testbed import TILES, losses, small_recipe
+from testbed import TILES, is_consolidated, losses, small_recipe
 from zero_material import commit_zero_files, write_zero_files
 
 from jobs.checkpoint.checkpoint import CLAIMS, committed_steps, latest_commit, read_commit, write_commit
@@ -19,9 +19,8 @@ from jobs.errors import OvertakenError
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
 from jobs.weights.consolidate import consolidate
-from jobs.weights.results import is_consolidated
 from pipeline.ingest.photographs import cut_tiles
-from pipeline.store.lease import claimed
+from pipeline.store.lease import hold_lease
 from pipeline.store.storage import Storage
 
 EPOCHS = 20
@@ -65,7 +64,7 @@ def test_commits_are_fenced_and_what_was_committed_is_found_and_consolidated(
         write_commit(run, replace(first, claim=1))
 
     assert committed_steps(run) == [5] and latest_commit(run) == second
-    with claimed(run.storage, run.path(CLAIMS), "drives", on_wait=pytest.fail) as ruler:
+    with hold_lease(run.storage, run.path(CLAIMS), "drives", on_wait=pytest.fail) as ruler:
         write_commit(run, replace(second, claim=ruler.number + 1, driver="a third"))
         with pytest.raises(OvertakenError, match="is driven by"):
             write_commit(run, replace(second, claim=ruler.number - 1))

@@ -34,7 +34,7 @@ from pipeline.ingest.plan import Sharding, plan_shards
 from pipeline.ingest.sources import find_sources
 from pipeline.ingest.writer import write_shard
 from pipeline.shard.manifest import Manifest
-from pipeline.store.lease import claimed
+from pipeline.store.lease import hold_lease
 from pipeline.store.storage import Storage
 
 HELD_SECONDS = 3.0
@@ -87,7 +87,7 @@ def test_a_port_that_is_taken_here_says_nothing_of_the_cluster(
     wanted = recipe(data, tmp_path, port_of(taken))
 
     assert plan_run(laptop, wanted, "first", drives=False).recipe.metrics_port == port_of(taken)
-    with pytest.raises(PortTakenError, match="must be a port that can be listened on"):
+    with pytest.raises(PortTakenError, match="must be a port on which this process can listen"):
         plan_run(laptop, wanted, "first")
 
 
@@ -125,7 +125,7 @@ def test_an_exporter_waits_for_the_port_of_one_that_ends(taken: socket.socket) -
 
 
 def test_an_exporter_without_patience_says_what_is_wrong(taken: socket.socket) -> None:
-    with pytest.raises(PortTakenError, match="metrics_port: must be a port that can be listened on"):
+    with pytest.raises(PortTakenError, match="metrics_port: must be a port on which this process can listen"):
         RunExporter("first", "127.0.0.1", port_of(taken))
 
 
@@ -147,7 +147,7 @@ def test_a_supervisor_is_not_started_from_elsewhere(tmp_path: Path) -> None:
     ended = subprocess.run(command, env=clean | variables, capture_output=True, text=True, check=False)
 
     assert ended.returncode == 2
-    assert "error: --supervised: must be given where the cluster is" in ended.stderr
+    assert "error: --supervised: must be given on a node of the cluster" in ended.stderr
     assert "convmae submit" in ended.stderr
 
 
@@ -220,7 +220,9 @@ def test_the_monitor_of_the_driver_before_is_ended_and_its_name_and_port_taken(c
         port = port_of(probe)
     old = left_behind(config_of(run, port))
 
-    with claimed(run.storage, run.path("claims"), "drives the run", on_wait=lambda _: None, keeps_number=True) as claim:
+    with hold_lease(
+        run.storage, run.path("claims"), "drives the run", on_wait=lambda _: None, keeps_number=True
+    ) as claim:
         new = persevere(lambda: driver._new_monitor(run, config_of(run, port), claim), MonitorLivesError, 60)
 
         assert ray.get(new.status.remote())["metrics_url"].endswith(f":{port}/metrics")
@@ -234,7 +236,7 @@ def test_a_driver_that_was_overtaken_as_it_started_ends_nobodys_monitor(cluster:
     run = RunDirectory.of(Storage(), str(tmp_path), "second")
     monitor = left_behind(config_of(run))
     folder = run.path("claims")
-    with claimed(run.storage, folder, "drives the run", on_wait=lambda _: None, keeps_number=True) as claim:
+    with hold_lease(run.storage, folder, "drives the run", on_wait=lambda _: None, keeps_number=True) as claim:
         (tmp_path / "second" / "claims" / "claim-000002.json").write_bytes(Path(claim.url).read_bytes())
 
         with pytest.raises(OvertakenError, match="was taken over"):

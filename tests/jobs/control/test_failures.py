@@ -11,7 +11,7 @@ from patience import wait_until
 from prometheus_server import asked
 from testbed import Command, family, losses, processes, ranks, small_recipe
 
-from jobs.stack.local_stack import Stack
+from jobs.stack.record import Stack
 
 FIELDS = {"epochs": 12, "checkpoint_every_steps": 10, "max_restarts_without_progress": 5, "standby": True}
 

@@ -50,7 +50,7 @@ def test_a_job_that_ends_before_its_run_begins_leaves_a_failed_run(convmae: Comm
     _, err = process.communicate(timeout=300)
 
     assert process.returncode == 1
-    assert err.count("\n") == 1 and "data set: must hold a manifest.json" in err
+    assert err.count("\n") == 1 and "dataset: must hold a manifest.json" in err
     assert run.read_heartbeat()["state"] == "failed"
     assert "must hold a manifest.json" in run.read_events()[-1]["reason"]
     (folder / "away.json").rename(folder / "ds" / "manifest.json")

@@ -15,7 +15,7 @@ from testbed import Command, ranks, small_recipe
 
 from jobs.metrics.goodput import measured_goodput
 from jobs.recipe.simulation import mean_outcome
-from jobs.stack.local_stack import Stack
+from jobs.stack.record import Stack
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ import pytest
 from patience import wait_until
 from testbed import Command, losses, ranks, small_recipe
 
-from jobs.stack.local_stack import Stack
+from jobs.stack.record import Stack
 
 FIELDS = {"epochs": 20, "checkpoint_every_steps": 10, "min_workers": 2, "max_workers": 2}
 LIMIT_SECONDS = 15

@@ -14,7 +14,7 @@ from patience import wait_until
 from testbed import TILES, Command, losses, small_recipe
 
 from jobs.run.directory import RunDirectory
-from jobs.stack.local_stack import Stack
+from jobs.stack.record import Stack
 from pipeline.store.storage import Storage
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,15 +47,8 @@ def nodes(cloud: MetadataServer, tmp_path: Path) -> Iterator[tuple[Cluster, Guar
         yield cluster, guards[0]
 
 
-def test_credentials_that_are_late_missing_and_rotated_cost_no_step(
-    nodes: tuple[Cluster, GuardedS3], cloud: MetadataServer, tmp_path: Path
-) -> None:
-    cluster, guard = nodes
-    cut_tiles(tmp_path / "photographs", TILES, seed=0)
-    data = f"{cluster.s3.url}/datasets/late"
-    cloud.rotate(guard)
-    done = cluster.convmae("shard", str(tmp_path / "photographs"), data, "--samples-per-shard", "40")
-    assert done.wait(PATIENCE_SECONDS) == 0, done.communicate()
+def started(cluster: Cluster, data: str) -> subprocess.Popen[str]:
+    """The command that trains the run `late`."""
     recipe = small_recipe(
         data,
         run_root=f"{cluster.s3.url}/runs",
@@ -67,7 +61,19 @@ def test_credentials_that_are_late_missing_and_rotated_cost_no_step(
         min_workers=2,
         max_workers=2,
     )
-    process = cluster.convmae("pretrain", *recipe, "--run", "late")
+    return cluster.convmae("pretrain", *recipe, "--run", "late")
+
+
+def test_credentials_that_are_late_missing_and_rotated_cost_no_step(
+    nodes: tuple[Cluster, GuardedS3], cloud: MetadataServer, tmp_path: Path
+) -> None:
+    cluster, guard = nodes
+    cut_tiles(tmp_path / "photographs", TILES, seed=0)
+    data = f"{cluster.s3.url}/datasets/late"
+    cloud.rotate(guard)
+    done = cluster.convmae("shard", str(tmp_path / "photographs"), data, "--samples-per-shard", "40")
+    assert done.wait(PATIENCE_SECONDS) == 0, done.communicate()
+    process = started(cluster, data)
     run = cluster.run("late")
     try:
         steps = 0

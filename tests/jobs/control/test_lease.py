@@ -18,7 +18,7 @@ from jobs.errors import OvertakenError, RunError, RunFailedError
 from jobs.recipe.named_recipes import named_recipe
 from jobs.recipe.schedule import Schedule
 from jobs.run.directory import FINAL_STATES, RunDirectory
-from pipeline.errors import ClaimedError
+from pipeline.errors import LeaseHeldError
 from pipeline.store.storage import Storage
 
 PROGRESS = {"step": 0, "total_steps": 40}
@@ -98,12 +98,9 @@ def test_a_live_run_is_not_claimed_twice(plan: RunPlan, live: None) -> None:
     assert plan.run.take_stop_request(), "the live run has not heard it yet"
 
 
-def test_a_second_driver_is_told_who_drives_and_how_old_the_lease_is(
-    plan: RunPlan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("pipeline.store.lease.BEAT_SECONDS", 0.1)
+def test_a_second_driver_is_told_who_drives_and_how_old_the_lease_is(plan: RunPlan) -> None:
     watched: list[str] = []
-    with sole_driver(plan.run, watched.append) as claim:
+    with sole_driver(plan.run, watched.append, beat_seconds=0.1) as claim:
         with pytest.raises(RunError) as refused, sole_driver(plan.run, watched.append):
             pass
         assert claim.number == 1
@@ -128,7 +125,7 @@ class LostClaim:
     """A claim that another driver has taken over."""
 
     def check(self) -> None:
-        raise ClaimedError("destination", "was taken over by somebody", "claims", "wait")
+        raise LeaseHeldError("destination", "was taken over by somebody", "claims", "wait")
 
 
 def test_a_driver_that_lost_its_lease_ends_and_writes_nothing_more(plan: RunPlan) -> None:

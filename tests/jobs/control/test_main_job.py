@@ -15,12 +15,11 @@ import torch
 from patience import wait_until
 from PIL import Image
 from safetensors import safe_open
-from testbed import TILES, Command, losses, small_recipe
+from testbed import TILES, Command, is_consolidated, losses, small_recipe
 
 from jobs.checkpoint import checkpoint
-from jobs.stack.local_stack import Stack
+from jobs.stack.record import Stack
 from jobs.weights import consolidated
-from jobs.weights.results import is_consolidated
 from model import ConvMAE
 
 EPOCHS = 10

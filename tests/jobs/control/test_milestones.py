@@ -3,13 +3,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from testbed import is_consolidated
 from zero_material import commit_zero_files, random_material, write_zero_files
 
 from jobs.checkpoint import checkpoint
 from jobs.control.milestones import MilestoneConsolidator
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
-from jobs.weights.results import Consolidated, is_consolidated
+from jobs.weights.target import ConsolidatedWeights
 from pipeline.store.storage import Storage
 
 
@@ -35,7 +36,7 @@ class Told:
         self.done: list[int] = []
         self.failed: dict[int, str] = {}
 
-    def on_done(self, result: Consolidated) -> None:
+    def on_done(self, result: ConsolidatedWeights) -> None:
         self.done.append(result.step)
 
     def on_failure(self, step: int, error: str) -> None:

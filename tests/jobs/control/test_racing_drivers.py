@@ -15,7 +15,7 @@ from testbed import Command, small_recipe
 
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.check import faults_of
-from jobs.stack.local_stack import Stack
+from jobs.stack.record import Stack
 
 STEPS = 8
 DRIVERS = 3
@@ -48,18 +48,18 @@ for step in range(1, steps + 1):
 """
 HOLDER = """
 import os, sys, time
-from pipeline.store.lease import claimed
-from pipeline.errors import ClaimedError
+from pipeline.store.lease import hold_lease
+from pipeline.errors import LeaseHeldError
 from pipeline.store.storage import Storage
 
 storage = Storage.from_environment(os.environ)
 try:
-    with claimed(storage, sys.argv[1], "drives", on_wait=lambda who: None, keeps_number=True, dead_seconds=10) as claim:
+    with hold_lease(storage, sys.argv[1], "drives", on_wait=str, keeps_number=True, dead_seconds=10) as claim:
         print("holds", claim.number, flush=True)
         while True:
             time.sleep(0.2)
             claim.check()
-except ClaimedError as error:
+except LeaseHeldError as error:
     print("refused", error, flush=True)
 """
 

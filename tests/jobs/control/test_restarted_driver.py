@@ -131,7 +131,8 @@ def test_a_port_that_is_taken_is_waited_for_where_the_driver_runs_and_not_where_
         taken.bind(("127.0.0.1", port))
         taken.listen()
         done(cluster.convmae("submit", *fields_of(cluster, data, metrics_port=port), "--run", run.name))
-        words = "waits up to 120 s: metrics_port: must be a port that can be listened on (Address already in use)"
+        rule = "must be a port on which this process can listen (Address already in use)"
+        words = f"waits up to 120 s: metrics_port: {rule}"
         wait_until("a driver that waits", lambda: words in ray_job(cluster, "logs", "port-a1"), PATIENCE_SECONDS)
         time.sleep(PORT_HELD_SECONDS)
         assert not run.read_heartbeat()

@@ -22,7 +22,7 @@ from testbed import Command, family, losses, processes, ranks, small_recipe
 from jobs.checkpoint.checkpoint import committed_steps
 from jobs.recipe.schedule import order_of
 from jobs.run.directory import RunDirectory
-from jobs.stack.local_stack import Stack
+from jobs.stack.record import Stack
 from pipeline.order.sample_order import ConsumedDigest
 from pipeline.shard.manifest import Manifest
 

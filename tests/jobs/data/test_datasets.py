@@ -21,7 +21,7 @@ from pipeline.ingest.source import Sources
 from pipeline.ingest.sources import find_sources
 from pipeline.ingest.writer import write_shard
 from pipeline.load.dataset import Dataset
-from pipeline.store.lease import claimed
+from pipeline.store.lease import hold_lease
 from pipeline.store.storage import Storage
 
 ROOT = "s3://convmae/test-datasets"
@@ -74,7 +74,7 @@ def test_foreign_tars_are_indexed_trained_from_and_verified(
 
 
 @pytest.mark.slow
-def test_samples_of_tars_without_an_image_that_is_read_are_told(
+def test_samples_of_tars_without_a_supported_image_are_reported(
     convmae: Command, s3: Storage, images: list[tuple[str, bytes]]
 ) -> None:
     data = images[0][1]
@@ -115,7 +115,7 @@ def test_a_whole_data_set_has_no_fault(convmae: Command, data: str) -> None:
 
 
 @pytest.mark.slow
-def test_an_ingest_that_is_killed_goes_on_and_ends_in_the_same_bytes(
+def test_an_ingest_that_is_killed_resumes_and_ends_in_the_same_bytes(
     convmae: Command, s3: Storage, photographs: Path, tmp_path: Path
 ) -> None:
     url = f"{ROOT}/killed"
@@ -141,7 +141,7 @@ def test_an_ingest_that_is_killed_goes_on_and_ends_in_the_same_bytes(
 
 
 @pytest.mark.slow
-def test_an_ingest_that_is_interrupted_says_nothing_of_its_tasks_and_goes_on(
+def test_an_ingest_that_is_interrupted_says_nothing_of_its_tasks_and_resumes(
     convmae: Command, s3: Storage, photographs: Path
 ) -> None:
     url = f"{ROOT}/interrupted"
@@ -174,12 +174,12 @@ def test_no_task_runs_files_of_the_folder_in_which_a_command_is_typed(
 
 def test_a_second_ingest_is_told_who_works_there(convmae: Command, s3: Storage, photographs: Path) -> None:
     url = f"{ROOT}/claimed"
-    with claimed(s3, f"{url}/.ingest", "convmae shard", on_wait=print) as claim:
+    with hold_lease(s3, f"{url}/.ingest", "convmae shard", on_wait=print) as claim:
         out, err = convmae("shard", str(photographs), url, code=2)
         claim.check()
 
-    assert "a claim is held by" in out
-    assert "must not be worked on by" in err and "convmae shard, since 20" in err
+    assert "a lease is held by" in out
+    assert "must not be in use by" in err and "convmae shard, since 20" in err
     assert not s3.exists(f"{url}/manifest.json")
 
 

@@ -23,7 +23,7 @@ from pipeline.ingest.sources import find_sources
 from pipeline.ingest.writer import write_shard
 from pipeline.load.dataset import Dataset
 from pipeline.shard.manifest import MANIFEST_NAME, SKIPPED_NAME
-from pipeline.store.lease import Claim, claimed
+from pipeline.store.lease import Lease, hold_lease
 from pipeline.store.storage import Storage
 
 
@@ -111,7 +111,7 @@ def test_a_finished_ingest_is_not_repeated_and_another_is_refused(
         run(photographs, str(tmp_path / "out"), samples_per_shard=6)
 
 
-def test_a_users_error_in_a_task_comes_back_as_itself_and_a_rerun_goes_on(
+def test_a_users_error_in_a_task_comes_back_as_itself_and_a_rerun_resumes(
     cluster: None, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full_after_two(storage: Storage, destination: str, task):  # type: ignore[no-untyped-def]
@@ -156,7 +156,7 @@ def test_tars_become_the_same_images_in_another_order(cluster: None, photographs
     assert (again.manifest, progress) == (report.manifest, [])
 
 
-def test_a_restart_does_not_go_through_source_tars_again(cluster: None, photographs: Path, tmp_path: Path) -> None:
+def test_a_restart_does_not_read_source_tars_again(cluster: None, photographs: Path, tmp_path: Path) -> None:
     images = [(path.name, path.read_bytes()) for path in sorted(photographs.rglob("*.jpg"))]
     (tmp_path / "tars").mkdir()
     for number in range(3):
@@ -205,12 +205,12 @@ def test_damaged_source_tars_are_all_named_and_salvaged_when_asked(
 def test_what_another_finished_while_one_waited_is_not_overwritten(
     cluster: None, photographs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def claimed_late(*arguments: Any, **options: Any) -> AbstractContextManager[Claim]:
+    def claimed_late(*arguments: Any, **options: Any) -> AbstractContextManager[Lease]:
         monkeypatch.undo()
         run(photographs, str(tmp_path / "out"), samples_per_shard=6)
-        return claimed(*arguments, **options)
+        return hold_lease(*arguments, **options)
 
-    monkeypatch.setattr(ingest_module, "claimed", claimed_late)
+    monkeypatch.setattr(ingest_module, "hold_lease", claimed_late)
 
     with pytest.raises(DatasetError, match="other images or options"):
         run(photographs, str(tmp_path / "out"))
@@ -270,7 +270,9 @@ def test_images_that_all_fail_are_refused(cluster: None, tmp_path: Path) -> None
     assert not (tmp_path / "out" / MANIFEST_NAME).exists()
 
 
-def test_a_bad_destination_is_told_before_any_task_starts(photographs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bad_destination_is_refused_before_any_task_starts(
+    photographs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ray, "remote", None)
 
     with pytest.raises(StorageError, match="did you mean s3://"):

@@ -1,4 +1,4 @@
-"""Nodes that are there for ingests alone: an ingest takes them and no other, and nothing else takes them."""
+"""Nodes that are reserved for ingests: an ingest uses them and no other, and nothing else uses them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from testbed import TILES
 from jobs.cluster import fan_out
 from jobs.cluster.fan_out import COPIES_PER_NODE, INGEST_RESOURCE, TASKS_PER_CPU
 from jobs.cluster.session import Session
-from jobs.remote.command import RESOURCES_VARIABLE, _job, entrypoint_resources
+from jobs.remote.command import RESOURCES_VARIABLE, entrypoint_resources, job_of_command
 from pipeline.errors import UserError
 from pipeline.ingest.photographs import cut_tiles
 from pipeline.shard.manifest import Manifest
@@ -55,19 +55,19 @@ def test_tasks_take_what_nodes_for_ingests_offer_where_there_are_some(
 ) -> None:
     given(monkeypatch, *nodes)
 
-    assert fan_out._needs() == needs
-    assert fan_out._width(copying=False) == width
+    assert fan_out.task_needs() == needs
+    assert fan_out.task_limit(copying=False) == width
 
 
 def test_what_copies_goes_to_all_nodes_but_those(monkeypatch: pytest.MonkeyPatch) -> None:
     given(monkeypatch, HEAD, GPU)
-    assert next(fan_out._copying_places())["scheduling_strategy"] == "SPREAD"
+    assert next(fan_out.copying_places())["scheduling_strategy"] == "SPREAD"
 
     given(monkeypatch, HEAD, GPU, INGEST, GONE)
-    places = fan_out._copying_places()
+    places = fan_out.copying_places()
     chosen = [next(places)["scheduling_strategy"].node_id for _ in range(4)]
     assert chosen == [HEAD_ID, GPU_ID, HEAD_ID, GPU_ID]
-    assert fan_out._width(copying=True) == 2 * COPIES_PER_NODE
+    assert fan_out.task_limit(copying=True) == 2 * COPIES_PER_NODE
 
 
 @pytest.mark.parametrize(("text", "wanted"), [("", {}), ('{"ingest": 0.01}', {"ingest": 0.01}), ('{"a": 2}', {"a": 2})])
@@ -79,16 +79,16 @@ def test_a_command_from_elsewhere_is_a_job_that_asks_for_it(tmp_path: Path) -> N
     variables = {"RAY_ADDRESS": "http://10.0.0.1:8265", RESOURCES_VARIABLE: '{"ingest": 0.01}'}
     session = Session(variables, tmp_path, None, Storage())
 
-    assert _job(session, ["verify", "s3://b/data"], {}, "")["entrypoint_resources"] == {"ingest": 0.01}
+    assert job_of_command(session, ["verify", "s3://b/data"], {}, "")["entrypoint_resources"] == {"ingest": 0.01}
 
 
 @pytest.mark.parametrize("text", ["ingest", "[1]", '{"ingest": "much"}', '{"ingest": null}', "3"])
-def test_what_is_no_object_of_amounts_is_refused(text: str) -> None:
+def test_what_is_not_an_object_of_amounts_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="CONVMAE_COMMAND_RESOURCES: must be a JSON object"):
         entrypoint_resources(text)
 
 
-def told(cluster: Cluster, path: str) -> Any:
+def answer_of(cluster: Cluster, path: str) -> Any:
     """What the dashboard answers."""
     headers = {"Authorization": f"Bearer {(cluster.folder / 'token').read_text()}"}
     request = urllib.request.Request(f"http://127.0.0.1:{cluster.ports['dashboard']}{path}", headers=headers)
@@ -99,14 +99,14 @@ def told(cluster: Cluster, path: str) -> Any:
 def tasks_by_node(cluster: Cluster, name: str) -> set[str]:
     """Ids of the nodes on which tasks of a name ran."""
     query = "limit=1000&detail=1&filter_keys=name&filter_predicates=%3D&filter_values=" + name
-    tasks = told(cluster, f"/api/v0/tasks?{query}")["data"]["result"]["result"]
+    tasks = answer_of(cluster, f"/api/v0/tasks?{query}")["data"]["result"]["result"]
     assert tasks, name
     return {task["node_id"] for task in tasks}
 
 
 def jobs_by_node(cluster: Cluster) -> dict[str, str]:
     """Id of the node on which each job's own process ran, by what was submitted."""
-    jobs = [job for job in told(cluster, "/api/jobs/") if job["type"] == "SUBMISSION"]
+    jobs = [job for job in answer_of(cluster, "/api/jobs/") if job["type"] == "SUBMISSION"]
     return {job["entrypoint"]: job["driver_node_id"] for job in jobs}
 
 

@@ -11,16 +11,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jobs.metrics.exporter import (
     COUNTERS,
+    GAUGES,
     LABELLED_COUNTERS,
     RANKS_SILENT_SECONDS,
     RANKS_SILENT_STEPS,
     RankSeries,
     RunExporter,
-    status_keys,
 )
 from jobs.metrics.rank_figures import RankFigures
 
-DOCS = Path(__file__).parents[3] / "docs" / "operate.md"
+DOCS = Path(__file__).parents[3] / "docs" / "reference.md"
 
 
 def families(exporter: RunExporter) -> Iterator[Metric]:
@@ -32,7 +32,7 @@ def families(exporter: RunExporter) -> Iterator[Metric]:
 def full() -> RunExporter:
     """An exporter with a value in every series."""
     exporter = RunExporter("first", "127.0.0.1", 0)
-    exporter.update(dict.fromkeys(status_keys(), 1.0))
+    exporter.update(dict.fromkeys(GAUGES, 1.0))
     exporter.update_ranks([RankFigures(), RankFigures()])
     for name in COUNTERS:
         exporter.count(name, 1)
@@ -43,8 +43,8 @@ def full() -> RunExporter:
 
 
 def documented() -> dict[str, tuple[str, frozenset[str]]]:
-    """Type and labels of each series in the table of docs/operate.md."""
-    section = DOCS.read_text().split("### Metrics")[1].split("\n## ")[0]
+    """Type and labels of each series in the table of docs/reference.md."""
+    section = DOCS.read_text().split("\n## Metrics\n")[1].split("\n## ")[0]
     rows = {}
     for line in section.splitlines():
         if not line.startswith("| `convmae_"):
@@ -91,7 +91,7 @@ def test_what_is_not_known_has_no_series(full: RunExporter) -> None:
 def test_ranks_that_fall_silent_have_no_series(step_seconds: float) -> None:
     now = 1000.0
     series = RankSeries("first", clock=lambda: now)
-    series.tell([RankFigures(step_seconds=step_seconds), RankFigures(step_seconds=step_seconds / 2)])
+    series.update([RankFigures(step_seconds=step_seconds), RankFigures(step_seconds=step_seconds / 2)])
     patience = max(RANKS_SILENT_SECONDS, RANKS_SILENT_STEPS * step_seconds)
 
     def ranks() -> set[str]:
@@ -105,7 +105,7 @@ def test_ranks_that_fall_silent_have_no_series(step_seconds: float) -> None:
 
 def test_a_smaller_group_leaves_no_rank_behind() -> None:
     series = RankSeries("first")
-    series.tell([RankFigures()] * 3)
-    series.tell([RankFigures()])
+    series.update([RankFigures()] * 3)
+    series.update([RankFigures()])
 
     assert {sample.labels["rank"] for family in series.collect() for sample in family.samples} == {"0"}

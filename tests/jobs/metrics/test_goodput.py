@@ -87,7 +87,7 @@ def test_what_no_checkpoint_holds_yet_does_not_count() -> None:
     assert (found.steps, found.restarts, found.lost_steps) == (30, 0, 0)
 
 
-def test_a_night_in_which_the_run_was_stopped_is_no_loss() -> None:
+def test_a_night_in_which_the_run_was_stopped_is_not_counted() -> None:
     story = Story()
     story.start()
     story.train(30, every=10)

@@ -1,4 +1,4 @@
-"""A run that loses a worker, as Prometheus sees it: what the dashboards and alerts stand on."""
+"""A run that loses a worker, as Prometheus sees it: the basis of dashboards and alerts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from patience import wait_until
 from prometheus_server import PROMETHEUS, asked, wait_for_series
 from testbed import Command, ranks, small_recipe
 
-from jobs.stack.local_stack import Stack
+from jobs.stack.record import Stack
 
 pytestmark = [
     pytest.mark.slow,
@@ -37,7 +37,7 @@ def live(convmae: Command, data: str, local_stack: Stack) -> Iterator[tuple[str,
 
 @pytest.mark.parametrize(("query", "legend"), panel_queries())
 def test_a_live_run_answers_every_panel(live: tuple[str, str], query: str, legend: str) -> None:
-    """But those of GPUs, which are only parsed."""
+    """Except those of GPUs, which are only parsed."""
     found = asked(live[1], query)
 
     if GPU not in query:

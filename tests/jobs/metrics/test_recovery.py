@@ -20,7 +20,7 @@ def test_the_phases_make_up_the_time_down() -> None:
         (Recovery(100.0, 101.0, 106.0, 107.0), {"down": 9.0, "detect": 1.0, "load": 1.0, "first_step": 2.0}),
     ],
 )
-def test_what_nobody_noted_is_part_of_the_next_phase(recovery: Recovery, spent: dict[str, float]) -> None:
+def test_what_was_not_recorded_is_part_of_the_next_phase(recovery: Recovery, spent: dict[str, float]) -> None:
     found = recovery.seconds(109.0)
 
     assert found.items() >= spent.items()

@@ -23,7 +23,7 @@ def train(figures: RunFigures, step: int) -> None:
 
 
 def test_a_run_is_about_to_end_after_its_last_step(figures: RunFigures) -> None:
-    """What tells an endpoint that goes because all is well from one that is lost."""
+    """What distinguishes an endpoint that ends as planned from one that is lost."""
     figures.group_began(attempt=1, world_size=2, resume_step=0)
     train(figures, TOTAL_STEPS - 1)
     assert figures["ending"] == 0

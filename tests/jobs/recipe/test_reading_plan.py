@@ -20,7 +20,7 @@ SIZES = [300, 211, 89, 400]
 
 
 def make_indexes(folder: Path, labels: np.ndarray | None = None) -> Dataset:
-    """A data set without tars: whoever touches an image fails."""
+    """A data set without tars: reading an image fails."""
     entries, first = [], 0
     for shard, size in enumerate(SIZES):
         rows = [
@@ -145,7 +145,7 @@ def test_the_printed_design_effect_is_that_of_the_listed_keys(dataset: Dataset) 
     assert np.mean(effects) == pytest.approx(plan.to_json()["design_effect"], rel=0.2)
 
 
-def test_labels_are_told_to_mix_as_shards_do_where_they_are_sorted(tmp_path: Path) -> None:
+def test_labels_are_said_to_mix_as_shards_do_if_they_are_sorted(tmp_path: Path) -> None:
     make_indexes(tmp_path, np.arange(1000) // 50)
     numbers = {"batch": 24, "lanes": 6, "seed": 3, "block": 16, "window": 4}
 

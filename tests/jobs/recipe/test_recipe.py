@@ -211,7 +211,7 @@ def test_the_nearest_lanes_are_found_at_once_for_a_huge_batch() -> None:
     assert "lanes=1024" in error.remedy
 
 
-def test_an_integer_is_a_fine_float_and_the_same_recipe() -> None:
+def test_an_integer_is_a_valid_float_and_the_same_recipe() -> None:
     whole, point = TINY.amended({"warmup_epochs": 2}), TINY.amended({"warmup_epochs": 2.0})
 
     assert isinstance(whole.warmup_epochs, float)
@@ -257,7 +257,7 @@ def test_arguments_are_read_as_toml_and_bare_words_as_strings(argument: str, val
 
 
 @pytest.mark.parametrize("argument", ["epochs", "=4", ""])
-def test_an_argument_that_is_no_assignment_is_refused(argument: str) -> None:
+def test_an_argument_that_is_not_an_assignment_is_refused(argument: str) -> None:
     with pytest.raises(RecipeError, match="must be field=value"):
         parse_overrides([argument])
 

@@ -1,4 +1,4 @@
-"""The simulation against closed forms, and what must hold whatever happens."""
+"""The simulation against closed forms, and its invariants."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from jobs.recipe.simulation import (
     Scenario,
     best_interval_steps,
     daly_interval_seconds,
-    daly_wall_seconds,
     mean_outcome,
     prediction_row,
     predictions,
@@ -37,6 +36,16 @@ QUIET = Scenario(
     restart_seconds=60.0, stall_seconds=2.0, interval_steps=100, gpus_per_node=4,
 )  # fmt: skip
 ROUGH = replace(QUIET, mtbf_seconds=8 * HOUR, replace_seconds=0.0)
+
+
+def daly_wall_seconds(scenario: Scenario) -> float:
+    """Expected wall-clock on all nodes if failed ones are replaced at once (Daly's equation 20): the closed form.
+
+    For whole intervals. Restarts may fail as well.
+    """
+    mtbf, interval_seconds = scenario.group_mtbf_seconds, scenario.interval_steps * scenario.step_seconds
+    per_interval = mtbf * math.expm1((interval_seconds + scenario.stall_seconds) / mtbf)
+    return math.exp(scenario.restart_seconds / mtbf) * per_interval * scenario.steps / scenario.interval_steps
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -202,7 +211,7 @@ def test_the_command_prints_a_table_or_json(
     assert "spot" in said("--spot-mtbf-hours", "24")
 
 
-def test_a_step_that_nobody_measured_is_estimated_as_in_the_guide() -> None:
+def test_a_step_that_was_not_measured_is_estimated_as_in_the_guide() -> None:
     """docs/cluster.md: 4096 images in a step, 23,838 and 91,563 images/s on one node and on four, by EFA."""
     recipe, node = named_recipe("convmae_base"), NodeType(8, H100_FLOPS_PER_SECOND)
 

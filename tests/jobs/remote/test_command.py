@@ -1,4 +1,4 @@
-"""A laptop that is no node of the cluster and knows its HTTP address alone; the cluster and its store are real."""
+"""A laptop that is not a node of the cluster and knows only its HTTP address; the cluster and its store are real."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ STORE = ("AWS_ENDPOINT_URL", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_
 
 
 class Laptop(Command):
-    """Types commands as on another machine: no local stack of its own, the dashboard's address, and the token."""
+    """Runs commands as on another machine: without a local stack, with the dashboard's address and the token."""
 
     def environment(self, **changes: str) -> dict[str, str]:
-        """Of a shell on it, without credentials for the store."""
+        """The environment of a shell on it, without credentials for the store."""
         stack = self.stack.environment()
         return super().environment(
             CONVMAE_HOME=str(self.home / "elsewhere"),
@@ -35,7 +35,7 @@ class Laptop(Command):
         )
 
     def credentials(self) -> dict[str, str]:
-        """Variables with which it reaches the store itself."""
+        """Variables with which it reaches the store by itself."""
         return {name: self.stack.environment()[name] for name in STORE}
 
 
@@ -45,9 +45,7 @@ def laptop(convmae: Command, tmp_path_factory: pytest.TempPathFactory) -> Laptop
 
 
 @pytest.mark.slow
-def test_a_folder_of_the_laptop_is_refused_and_uploaded_where_that_is_asked_for(
-    laptop: Laptop, photographs: Path
-) -> None:
+def test_a_folder_of_the_laptop_is_refused_unless_it_is_to_be_uploaded(laptop: Laptop, photographs: Path) -> None:
     destination = "s3://convmae/datasets/from-a-laptop"
     _, refused = laptop("shard", str(photographs), destination, code=2)
     assert "error: source: must be a place that the cluster's nodes reach" in refused
@@ -60,7 +58,7 @@ def test_a_folder_of_the_laptop_is_refused_and_uploaded_where_that_is_asked_for(
     assert f"{TILES} images in 3 shards (3 written, 0 kept), 1 sources skipped" in out
     assert err == ""
     again, _ = laptop("shard", str(photographs), destination, *upload, **laptop.credentials())
-    assert f"(0 B sent, {TILES + 1} were there)" in again
+    assert f"(0 B sent, {TILES + 1} were already there)" in again
     assert "(0 written, 3 kept)" in again
 
 
@@ -71,7 +69,7 @@ def test_output_errors_and_exit_codes_are_those_of_the_command(laptop: Laptop, d
     out, err = laptop("verify", "s3://convmae/datasets/none-such", code=2)
     assert out == ""
     (line,) = err.splitlines()
-    assert line.startswith("error: data set: must hold a manifest.json")
+    assert line.startswith("error: dataset: must hold a manifest.json")
 
 
 @pytest.mark.slow
@@ -86,9 +84,7 @@ def test_the_doctor_examines_the_cluster_and_compares_the_laptop(laptop: Laptop)
 
 
 @pytest.mark.slow
-def test_a_run_in_the_foreground_is_stopped_by_ctrl_c_and_all_else_needs_no_credentials(
-    laptop: Laptop, data: str
-) -> None:
+def test_ctrl_c_stops_a_run_in_the_foreground_and_other_commands_need_no_credentials(laptop: Laptop, data: str) -> None:
     fields = {"run_root": "s3://convmae/laptop-runs", "epochs": 1000, "checkpoint_every_steps": 10}
     process = laptop.start("pretrain", *small_recipe(data, **fields), "--run", "away")
     run = type(laptop.run("away"))(laptop.run("away").storage, "s3://convmae/laptop-runs/away")
@@ -110,12 +106,15 @@ def test_a_run_in_the_foreground_is_stopped_by_ctrl_c_and_all_else_needs_no_cred
 
 
 @pytest.mark.slow
-def test_a_large_consolidation_goes_to_the_cluster(laptop: Laptop, data: str) -> None:
+def test_a_large_consolidation_runs_on_the_cluster(laptop: Laptop, data: str) -> None:
     fields = {"run_root": "s3://convmae/laptop-runs", "max_steps": 4}
     own = laptop.credentials()
     laptop("submit", *small_recipe(data, **fields), "--run", "consolidated", "--follow", **own)
     # In a process of its own: Ray keeps the token that it was first shown for as long as a process lives.
-    any_is_large = "from jobs import cli, consolidate_command; consolidate_command.CLUSTER_BYTES = 1; cli.main()"
+    any_is_large = (
+        "from jobs.cli import main; from jobs.weights import consolidate_command;"
+        " consolidate_command.CLUSTER_BYTES = 1; main.main()"
+    )
     command = [sys.executable, "-c", any_is_large, "consolidate", "consolidated", "--dtype", "bf16"]
 
     done = subprocess.run(
@@ -126,7 +125,7 @@ def test_a_large_consolidation_goes_to_the_cluster(laptop: Laptop, data: str) ->
     assert "step 4: s3://convmae/laptop-runs/consolidated/consolidated/" in done.stdout
 
 
-def test_a_job_that_is_killed_is_told_and_nothing_hangs(laptop: Laptop, data: str) -> None:
+def test_a_job_that_is_killed_is_reported_and_nothing_hangs(laptop: Laptop, data: str) -> None:
     fields = {"run_root": "s3://convmae/laptop-runs", "epochs": 1000}
     process = laptop.start("pretrain", *small_recipe(data, **fields), "--run", "killed")
     wait_until(
@@ -138,7 +137,7 @@ def test_a_job_that_is_killed_is_told_and_nothing_hangs(laptop: Laptop, data: st
 
     out, err = ended(process)
     assert process.returncode == 1, out
-    assert "ended without the command's end (failed); the same command resumes it" in err
+    assert "ended without an exit code (failed); the same command resumes it" in err
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[str, str]:

@@ -12,7 +12,7 @@ from jobs.terminal import print_json, print_table, progress_bar, write_line
 
 
 class Screen(io.StringIO):
-    """Where a command was typed."""
+    """The terminal where a command was typed."""
 
     encoding = "utf-8"
 
@@ -50,7 +50,7 @@ def test_text_arrives_on_its_stream_as_it_was_written(written: list[tuple[str, s
     assert err.getvalue() == "".join(text for name, text in written if name == "err")
 
 
-def test_no_line_is_longer_than_ray_hands_on_in_one_piece() -> None:
+def test_no_line_is_longer_than_the_pieces_in_which_ray_passes_on_a_log() -> None:
     log = io.StringIO()
     _, stdout, _ = streams(log)
 
@@ -77,7 +77,7 @@ def test_a_log_that_is_read_again_from_its_beginning_is_shown_once() -> None:
 
 
 @pytest.mark.parametrize("line", ["", "2026-11-28 07:00:00,000\tINFO worker.py:1 -- x", '{"loss": 1}', '{"convmae": '])
-def test_lines_of_others_are_no_frames(line: str) -> None:
+def test_lines_of_others_are_not_frames(line: str) -> None:
     assert Frame.of(line) is None
 
 
@@ -95,11 +95,11 @@ def test_progress_looks_as_if_it_had_been_drawn_here(is_terminal: bool) -> None:
     replayed(log.getvalue().splitlines(), there, Screen())
 
     assert "4/4" in there.getvalue()
-    if not is_terminal:  # a terminal's has what passed while it was drawn
+    if not is_terminal:  # a terminal also shows elapsed time
         assert there.getvalue() == here.getvalue()
 
 
-def test_tables_and_json_are_those_of_this_machine() -> None:
+def test_tables_and_json_look_as_on_this_machine() -> None:
     log, out = io.StringIO(), Screen()
     _, stdout, _ = streams(log)
     with pytest.MonkeyPatch.context() as patch:

@@ -14,14 +14,14 @@ URL = "memory://uploads/{}"
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Two class folders, and a name that a URL would not take as it is."""
+    """Two class folders, and a name that must be quoted in a URL."""
     for name in ("cat/1.jpg", "cat/ü #?.jpg", "dog/deep/2.jpg"):
         (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "photos" / name).write_bytes(name.encode())
     return tmp_path / "photos"
 
 
-def test_a_folder_arrives_whole_under_its_names(folder: Path) -> None:
+def test_a_folder_arrives_completely_under_its_names(folder: Path) -> None:
     told: list[tuple[int, int, int]] = []
     url = URL.format("whole")
 
@@ -45,11 +45,11 @@ def test_a_tar_is_one_file_and_its_url_is_the_source(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["none-such", "list.txt", "s3://bucket/photos"])
-def test_what_is_no_folder_and_no_tar_of_this_machine_is_refused(tmp_path: Path, source: str) -> None:
+def test_a_source_that_is_neither_folder_nor_tar_of_this_machine_is_refused(tmp_path: Path, source: str) -> None:
     (tmp_path / "list.txt").write_text("/photos/1.jpg\n")
     place = source if "://" in source else str(tmp_path / source)
 
-    with pytest.raises(SourceError, match="source: must be a folder or a tar of this machine"):
+    with pytest.raises(SourceError, match="source: must be a folder or a tar on this machine"):
         upload(Storage(), place, URL.format("none"), lambda *_: None)
 
 
@@ -58,7 +58,7 @@ def test_a_target_on_a_disk_is_refused(folder: Path, tmp_path: Path) -> None:
         upload(Storage(), str(folder), str(tmp_path / "copy"), lambda *_: None)
 
 
-def test_only_what_is_missing_changed_or_newer_is_sent_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_missing_changed_and_newer_files_are_sent_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*.jpg")}
     there = {name: (size, 1000.0) for name, size in sizes.items()}
     for path in folder.rglob("*.jpg"):

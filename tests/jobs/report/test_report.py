@@ -190,7 +190,7 @@ def test_headline_states_the_facts_of_the_run(tmp_path: Path) -> None:
         "Attempts": "3",
         "Restarts": "1",
         "Resizes": "1",
-        "Steps done again": "8",
+        "Steps redone": "8",
         "Workers": "2 → 1 → 2",
         "Goodput": "2.8%",  # of 0.975 s a step, in 2,059 s until the last checkpoint
         "Wall time": "1h 02m",
@@ -348,7 +348,7 @@ def test_first_skipped_images_are_named_and_all_are_counted(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("content", "sentence"), [(b"", "None: every image"), (None, "is not there")])
-def test_absence_of_skipped_images_is_told_from_absence_of_the_list(
+def test_absence_of_skipped_images_is_distinguished_from_absence_of_the_list(
     tmp_path: Path, content: bytes | None, sentence: str
 ) -> None:
     data = str(tmp_path / "data")
@@ -394,7 +394,7 @@ def test_failed_run_says_why_at_the_top(tmp_path: Path) -> None:
     assert "<p>disk on fire</p>" in text.partition("</header>")[0]
 
 
-def test_long_run_makes_a_small_file_that_says_what_it_leaves_out(tmp_path: Path) -> None:
+def test_long_run_makes_a_small_file_that_says_what_it_omits(tmp_path: Path) -> None:
     run = new_run(tmp_path)
     attempts = [("start" if number == 1 else "restart", "x" * 200, 0, 0, number % 7 + 1) for number in range(1, 501)]
     events = [attempt_event(number, attempt) for number, attempt in enumerate(attempts, start=1)]

@@ -24,7 +24,7 @@ def heartbeat(state: str, silent_seconds: float) -> dict[str, Any]:
     return {"state": state, "step": 30, "total_steps": 120, "updated_at_seconds": NOW - silent_seconds}
 
 
-def test_a_run_that_never_spoke_is_submitted(run: RunDirectory) -> None:
+def test_a_run_without_a_heartbeat_is_submitted(run: RunDirectory) -> None:
     status = run_status(run, NOW)
 
     assert status == {
@@ -77,7 +77,7 @@ def test_lines_say_how_far_a_live_run_is(run: RunDirectory) -> None:
     assert lines["metrics"] == "http://127.0.0.1:1/metrics"
 
 
-def test_lines_of_a_run_that_never_spoke_have_no_figures(run: RunDirectory) -> None:
+def test_lines_of_a_run_without_a_heartbeat_have_no_figures(run: RunDirectory) -> None:
     lines = dict(status_lines(run_status(run, NOW)))
 
     assert lines["state"] == "submitted"
@@ -97,7 +97,7 @@ def test_an_event_is_one_line_without_empty_fields() -> None:
     assert event_line(event) == "2023-11-14 22:13:20  attempt 2  restart: reason rank 1: lost, step 0"
 
 
-def test_age_of_the_checkpoint_and_hours_are_told(run: RunDirectory) -> None:
+def test_age_of_the_checkpoint_and_hours_are_shown(run: RunDirectory) -> None:
     spoken = heartbeat("running", 1) | {
         "checkpoint_at_seconds": NOW - 125,
         "checkpoint_interval_seconds": 93.4,

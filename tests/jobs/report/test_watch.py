@@ -35,7 +35,7 @@ class Screen(io.StringIO):
 
 
 def watched(run: RunDirectory, stream: io.StringIO, *, as_json: bool) -> str:
-    """What is shown of a run that makes a step between two looks, and finishes at its third."""
+    """The output for a run that makes a step between two reads, and finishes at its third."""
     steps = iter([2, 3])
 
     def pause(seconds: float) -> None:

@@ -109,7 +109,7 @@ def test_events_are_in_order_of_attempts(run: RunDirectory) -> None:
     assert run.last_attempt() == 10
 
 
-def test_a_part_that_is_listed_but_gone_is_left_out(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_is_listed_but_gone_is_skipped(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     run.write_history(1, 1, rows(1, range(1, 4)))
     listed = Storage.list_names
     monkeypatch.setattr(Storage, "list_names", lambda self, url: [*listed(self, url), "0001-00000099.jsonl"])
@@ -117,7 +117,7 @@ def test_a_part_that_is_listed_but_gone_is_left_out(run: RunDirectory, monkeypat
     assert run.read_history() == rows(1, range(1, 4))
 
 
-def test_the_heartbeat_is_what_was_last_said(run: RunDirectory) -> None:
+def test_the_heartbeat_is_the_latest_status(run: RunDirectory) -> None:
     assert run.read_heartbeat() == {}
 
     said = {"state": "running", "step": 3, "total_steps": 4, "updated_at_seconds": 1.5}

@@ -1,4 +1,4 @@
-"""Run directories and recipes that are damaged, or made by somebody who means harm: refused by name, in one line."""
+"""Run directories and recipes that are damaged or malicious: refused by name, in one line."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_history_row_of_other_types_is_refused(run: RunDirectory, changed: dic
 
 @pytest.mark.parametrize("line", [b"x", b"[]", b"5", DEEP, b"{}", b'{"at_seconds": -Infinity}'])
 @pytest.mark.parametrize("folder", ["events", "history", "quarantine"])
-def test_a_line_that_is_no_row_is_refused(run: RunDirectory, folder: str, line: bytes) -> None:
+def test_a_line_that_is_not_a_row_is_refused(run: RunDirectory, folder: str, line: bytes) -> None:
     name = "0001-00000001.jsonl" if folder == "history" else "attempt-0001.jsonl"
     run.storage.write(run.path(folder, name), line + b"\n")
     read = {"events": run.read_events, "history": run.read_history, "quarantine": run.read_quarantine}[folder]
@@ -203,6 +203,6 @@ def test_an_argument_that_is_too_much_is_refused() -> None:
 
 
 @pytest.mark.parametrize("field", ["epochs", "global_batch_size", "lanes", "checkpoint_every_steps", "seed"])
-def test_a_count_that_nobody_means_is_refused(field: str) -> None:
+def test_an_absurd_count_is_refused(field: str) -> None:
     with pytest.raises(RecipeError, match=field):
         named_recipe("tiny").amended({field: 2**63})

@@ -9,7 +9,7 @@ from jobs.run.patience import persevere
 
 
 class Away:
-    """Raises until `back_at`, by a clock that moves only while somebody sleeps."""
+    """Raises until `back_at`, by a clock that moves only during sleeps."""
 
     def __init__(self, error: Exception, back_at: float) -> None:
         self.error, self.back_at, self.now, self.attempts = error, back_at, 0.0, 0
@@ -30,7 +30,7 @@ class Away:
 TAKEN = PortTakenError("metrics_port", "must be free", 9400, "choose another")
 
 
-def test_what_is_away_for_a_moment_is_waited_for_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_briefly_unavailable_is_waited_for_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     away = Away(TAKEN, back_at=20)
 
     with caplog.at_level(logging.WARNING):

@@ -1,4 +1,4 @@
-"""Folders on local disks: taken where all nodes see them, refused by name where one has a disk of its own there."""
+"""Folders on local disks: accepted if all nodes see them, refused by name if one node has its own disk there."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from jobs.errors import NotSharedError
 from jobs.run.directory import RunDirectory
 from jobs.run.shared_folder import Landmark, check_seen_here, claim_landmarks, file_landmarks, planted, refuse_unseen
 from pipeline.ingest.photographs import cut_tiles
-from pipeline.store.lease import claimed
+from pipeline.store.lease import hold_lease
 from pipeline.store.storage import Storage
 
 RUN_ROOT = Landmark("run_root", "/data/runs", "/data/runs/first/claims/claim-000001.json", b"first")
@@ -38,8 +38,8 @@ def test_a_landmark_is_seen_where_its_file_begins_alike(tmp_path: Path) -> None:
     assert not landmark.is_seen(Storage())
 
 
-def test_what_cannot_be_read_here_is_no_landmark(tmp_path: Path) -> None:
-    """Whoever needs it says what is wrong, as a skipped image or a fault."""
+def test_what_cannot_be_read_here_is_not_a_landmark(tmp_path: Path) -> None:
+    """Its reader reports what is wrong, as a skipped image or a fault."""
     assert file_landmarks(Storage(), "source", str(tmp_path), str(tmp_path)) == ()
 
 
@@ -59,7 +59,7 @@ def test_what_is_planted_is_gone_afterwards(tmp_path: Path) -> None:
 
 
 def test_a_claim_is_a_landmark_over_its_beats_and_not_after_it_was_taken_over(tmp_path: Path) -> None:
-    with claimed(Storage(), str(tmp_path), "drives", on_wait=lambda who: None, keeps_number=True) as claim:
+    with hold_lease(Storage(), str(tmp_path), "drives", on_wait=lambda who: None, keeps_number=True) as claim:
         landmark = Landmark("run_root", str(tmp_path), claim.url, claim.first_bytes)
         assert landmark.is_seen(Storage())
         claim.beat()
@@ -100,7 +100,7 @@ check_seen_here(Storage(), pickle.loads(bytes.fromhex(sys.argv[1])))
 @pytest.mark.parametrize("own_disk", [False, True])
 def test_a_process_with_a_disk_of_its_own_at_the_same_path_is_refused(tmp_path: Path, own_disk: bool) -> None:
     mount = f"mount -t tmpfs none {tmp_path} && " if own_disk else ""
-    with claimed(Storage(), str(tmp_path / "claims"), "drives", on_wait=lambda who: None) as claim:
+    with hold_lease(Storage(), str(tmp_path / "claims"), "drives", on_wait=lambda who: None) as claim:
         landmarks = claim_landmarks("run_root", str(tmp_path), claim)
         words = [sys.executable, "-c", ELSEWHERE, pickle.dumps(landmarks).hex()]
         command = ["unshare", "--mount", "sh", "-c", f'{mount}exec "$@"', "sh", *words]
@@ -125,7 +125,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 
 
 def ended(process: subprocess.Popen[str], code: int = 0) -> str:
-    """All that a command printed, after it has ended with `code`."""
+    """The output of a command, after it has ended with `code`."""
     return "".join(done(process, code, PATIENCE_SECONDS))
 
 

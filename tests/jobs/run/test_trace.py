@@ -1,4 +1,4 @@
-"""What ranks consumed: written, taken up after restarts, read and compared."""
+"""Traces: written, continued after restarts, read and compared."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ Train = Callable[..., None]
 
 @pytest.fixture
 def train(url: str) -> Iterator[Train]:
-    """Writes the trace of some steps of an attempt; `killed` leaves out what was not written yet."""
+    """Writes the trace of some steps of an attempt; `killed` drops what was not written yet."""
     writers: list[TraceWriter] = []
 
     def steps(
@@ -75,11 +75,11 @@ def places(url: str) -> list[tuple[int, int, int]]:
 
 
 def raw_rows(url: str) -> list[dict[str, Any]]:
-    """Every line that lies there, as a reader who knows no rule finds it."""
+    """Every line that is there, as a reader without rules finds it."""
     return [json.loads(line) for path in Path(url).glob("*.jsonl") for line in path.read_text().splitlines()]
 
 
-def test_a_row_tells_what_a_rank_consumed(url: str, train: Train) -> None:
+def test_a_row_records_what_a_rank_consumed(url: str, train: Train) -> None:
     train(range(2, 3))
 
     row = list(read_trace(STORAGE, url))[1]
@@ -107,7 +107,7 @@ def test_parts_are_written_on_the_way(url: str, train: Train) -> None:
     assert places(url) == [(step, 0, 1) for step in range(1, 2 * PART_STEPS + 6)]
 
 
-def test_steps_that_are_done_again_are_there_once(url: str, train: Train) -> None:
+def test_steps_that_are_redone_are_there_once(url: str, train: Train) -> None:
     train(range(20))
     train(range(20, 30))  # written, but the checkpoint behind it was not committed
 
@@ -119,7 +119,7 @@ def test_steps_that_are_done_again_are_there_once(url: str, train: Train) -> Non
     assert sorted((row["step"], row["rank"], row["attempt"]) for row in raw_rows(url)) == expected
 
 
-def test_a_part_that_reaches_behind_the_checkpoint_is_cut(url: str, train: Train) -> None:
+def test_a_part_that_extends_past_the_checkpoint_is_cut(url: str, train: Train) -> None:
     train(range(30))
 
     train(range(20, 25), attempt=2)
@@ -175,7 +175,7 @@ def test_a_difference_is_named_by_step_and_sample(url: str, train: Train) -> Non
 
     assert len(lines) == 4
     assert lines[1] == f"step 2: crops of sample 100 are {(2, 0, 9, 8)!r} and {(3, 0, 9, 8)!r}"
-    assert lines[3] == "steps differ from here on: 4 and no step"
+    assert lines[3] == "steps differ from here: 4 and no step"
 
 
 def row(step: int, **changes: Any) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def test_a_missing_trace_or_one_of_another_version_is_refused(
         list(read_trace(STORAGE, url))
 
 
-def test_a_part_that_cannot_be_written_is_told_before_the_commit(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_cannot_be_written_is_reported_before_the_commit(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = TraceWriter(STORAGE, url, rank=0, world_size=1, attempt=1)
     writer.add(batch(0, 0, 1), learning_rate=0.1)
     monkeypatch.setattr(Storage, "write", lambda *_: (_ for _ in ()).throw(OSError("the store is gone")))

@@ -9,8 +9,9 @@ import pytest
 
 from jobs.stack import services
 from jobs.stack.keeper import BACKOFF_SECONDS, WINDOW_SECONDS, Keeper
-from jobs.stack.local_stack import ServiceRecord, Stack, read_stack
+from jobs.stack.lock import StackLock
 from jobs.stack.ports import choose
+from jobs.stack.record import ServiceRecord, Stack, read_stack
 from jobs.stack.services import StackSettings
 
 
@@ -24,15 +25,19 @@ class Clock:
 
 @pytest.fixture
 def stack(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stack:
-    """A stack of which every service ends at once."""
+    """A stack whose services all end at once."""
     monkeypatch.setattr(services, "command", lambda *_: [sys.executable, "-S", "-c", ""])
     (tmp_path / "logs").mkdir()
     settings = StackSettings("id", tmp_path, tmp_path, choose({}), "key", "secret", "internal", 1, None)
     return Stack(settings, None, {name: ServiceRecord() for name in settings.service_names})
 
 
+def keeper_of(stack: Stack, clock: Clock) -> Keeper:
+    return Keeper(stack, StackLock(stack.settings.home), clock)
+
+
 def see_death(keeper: Keeper, stack: Stack, name: str) -> None:
-    """Let the started service end, then let the keeper find out."""
+    """Let the started service end, then let the keeper notice."""
     process = recorded(stack, name).process
     assert process is not None
     while process.alive():
@@ -48,7 +53,7 @@ def recorded(stack: Stack, name: str) -> ServiceRecord:
 
 
 def test_a_death_is_followed_by_a_restart_at_once(stack: Stack) -> None:
-    keeper = Keeper(stack, Clock())
+    keeper = keeper_of(stack, Clock())
     keeper.tend("s3")
     see_death(keeper, stack, "s3")
 
@@ -59,7 +64,7 @@ def test_a_death_is_followed_by_a_restart_at_once(stack: Stack) -> None:
 
 def test_restarts_back_off_and_the_keeper_gives_up(stack: Stack) -> None:
     clock = Clock()
-    keeper = Keeper(stack, clock)
+    keeper = keeper_of(stack, clock)
     keeper.tend("s3")
     for backoff_seconds in BACKOFF_SECONDS:
         see_death(keeper, stack, "s3")
@@ -81,7 +86,7 @@ def test_restarts_back_off_and_the_keeper_gives_up(stack: Stack) -> None:
 
 def test_rare_deaths_never_make_the_keeper_give_up(stack: Stack) -> None:
     clock = Clock()
-    keeper = Keeper(stack, clock)
+    keeper = keeper_of(stack, clock)
     keeper.tend("s3")
     for _ in range(len(BACKOFF_SECONDS) + 2):
         see_death(keeper, stack, "s3")

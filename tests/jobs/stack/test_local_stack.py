@@ -27,8 +27,9 @@ import psutil
 import pytest
 
 from jobs.stack import processes as stack_processes
-from jobs.stack.local_stack import ServiceRecord, Stack, StackError, down, read_stack, up
+from jobs.stack.local_stack import StackError, down, up
 from jobs.stack.ports import PortError, choose
+from jobs.stack.record import ServiceRecord, Stack, read_stack
 from jobs.stack.services import StackSettings
 from pipeline.errors import UserError
 from pipeline.host.process_identity import ProcessIdentity
@@ -57,7 +58,7 @@ def s3_client(stack: Stack, secret_key: str | None = None) -> Any:
 
 
 def family(stack: Stack) -> set[psutil.Process]:
-    """Every process of the stack, found as a stranger would: by the recorded pids and what descends from them."""
+    """Every process of the stack, found from outside: by the recorded pids and their descendants."""
     recorded = [process for record in stack.records() if (process := record.process()) is not None]
     return stack_processes.with_descendants([*recorded, *stack_processes.marked(stack.settings.stack_id)])
 
@@ -91,7 +92,7 @@ def kill_service(stack: Stack, name: str) -> int:
 
 
 def test_every_service_is_healthy_when_up_returns(local_stack: Stack) -> None:
-    # Another test of the session may have killed a service, which then has another pid.
+    # Another test of the session may have killed a service, which then has a new pid.
     stack = Stack.load(local_stack.settings.home)
 
     assert stack is not None
@@ -100,7 +101,7 @@ def test_every_service_is_healthy_when_up_returns(local_stack: Stack) -> None:
     )
 
 
-def test_s3_serves_its_credentials_and_no_others(local_stack: Stack) -> None:
+def test_s3_accepts_its_own_credentials_and_no_others(local_stack: Stack) -> None:
     client = s3_client(local_stack)
     client.put_object(Bucket=local_stack.bucket, Key="served", Body=b"pixels")
 
@@ -109,7 +110,7 @@ def test_s3_serves_its_credentials_and_no_others(local_stack: Stack) -> None:
         s3_client(local_stack, secret_key="wrong").get_object(Bucket=local_stack.bucket, Key="served")
 
 
-def test_the_filer_behind_s3_serves_nobody_without_a_signature(local_stack: Stack) -> None:
+def test_the_filer_behind_s3_refuses_requests_without_a_signature(local_stack: Stack) -> None:
     s3_client(local_stack).put_object(Bucket=local_stack.bucket, Key="behind", Body=b"pixels")
 
     with pytest.raises(OSError, match="401"):
@@ -222,7 +223,7 @@ def test_a_port_in_use_is_refused_before_anything_starts(tmp_path: Path) -> None
     assert read_stack(tmp_path) is None
 
 
-def test_a_service_that_dies_at_start_is_quoted_and_nothing_is_left(
+def test_the_log_of_a_service_that_dies_at_start_is_quoted_and_nothing_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = tmp_path / "bin" / "prometheus"
@@ -239,7 +240,7 @@ def test_a_service_that_dies_at_start_is_quoted_and_nothing_is_left(
     assert not [process for process in psutil.process_iter() if str(home) in " ".join(_command_line(process))]
 
 
-def test_data_outlive_down_and_a_killed_keeper_outlives_nothing(
+def test_data_survives_down_and_a_killed_keeper_leaves_no_process_behind_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tools = tmp_path / "bin"
@@ -277,7 +278,7 @@ def test_data_outlive_down_and_a_killed_keeper_outlives_nothing(
     assert not stack_processes.running(processes)
 
 
-def test_down_spares_processes_that_only_have_a_recorded_pid(tmp_path: Path) -> None:
+def test_down_spares_processes_that_merely_have_a_recorded_pid(tmp_path: Path) -> None:
     bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
         real = ProcessIdentity.of(bystander.pid)
@@ -299,11 +300,14 @@ def test_down_spares_processes_that_only_have_a_recorded_pid(tmp_path: Path) -> 
 HOLDS_A_HOME = """
 import sys, time
 from pathlib import Path
-from jobs.stack.local_stack import read_stack
 from jobs.stack.keeper import Keeper
-keeper = Keeper(read_stack(Path(sys.argv[1])))
+from jobs.stack.lock import StackLock
+from jobs.stack.record import read_stack
+home = Path(sys.argv[1])
+lock = StackLock(home)
+keeper = Keeper(read_stack(home), lock)
 keeper.tend("s3")
-keeper._lock.hold()
+lock.hold()
 print("held", flush=True)
 time.sleep(60)
 """
@@ -336,14 +340,16 @@ def test_a_stack_of_another_container_is_neither_started_twice_nor_taken_down(tm
         with in_a_namespace_of_its_own.running(UP_AND_DOWN, str(tmp_path)) as third:
             assert third.stdout
             told = third.stdout.read().splitlines()
-        with pytest.raises(UserError, match="must not be of a stack that runs in another container"):
+        with pytest.raises(UserError, match="must not belong to a stack that runs in another container"):
             up(tmp_path)
-        assert len(told) == 2 and all("must not be of a stack that runs in another container" in line for line in told)
+        assert len(told) == 2 and all(
+            "must not belong to a stack that runs in another container" in line for line in told
+        )
         loaded = Stack.load(tmp_path)
         assert loaded is not None and not loaded.is_seen()
         assert settings.identities_path.exists() and settings.run_dir.exists()
 
-    # The container is gone, and what it recorded means nothing here.
+    # The container is gone, and the processes that it recorded mean nothing here.
     wait_until(lambda: Stack.load(tmp_path) is None)
     assert not down(tmp_path)
     assert not settings.run_dir.exists()

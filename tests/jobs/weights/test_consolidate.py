@@ -16,6 +16,7 @@ import torch
 from made_up_run import MATERIAL, STEP, assert_bit_equal, left_behind, made, make_run, tensors_of
 from safetensors import safe_open
 from safetensors.torch import load_file
+from testbed import is_consolidated
 from torch import Tensor
 from zero_material import Material
 
@@ -24,7 +25,7 @@ from jobs.checkpoint.checkpoint import Commit
 from jobs.errors import CheckpointError
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
-from jobs.weights.results import Wanted, consolidated_url, is_consolidated
+from jobs.weights.target import Target, consolidated_url
 from pipeline.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,7 +57,7 @@ def test_every_type_is_bit_equal_to_deepspeeds_own(tmp_path: Path, stage: int, w
         own = deepspeeds_own(run, dtype)
         # It forgets the frozen parameters of ZeRO 1.
         frozen = {name: value.to(module_dtype).to(dtype) for name, value in MATERIAL.frozen.items()}
-        assert_bit_equal(tensors_of(made(run, Wanted(name))), {**frozen, **own})
+        assert_bit_equal(tensors_of(made(run, Target(name))), {**frozen, **own})
 
 
 def test_a_file_has_a_checksum_and_says_what_it_was_made_of(run: RunDirectory) -> None:
@@ -83,7 +84,7 @@ def test_a_file_has_a_checksum_and_says_what_it_was_made_of(run: RunDirectory) -
 def test_several_files_are_no_larger_than_asked_for_and_have_an_index(run: RunDirectory, most_bytes: int) -> None:
     whole = tensors_of(made(run))
 
-    result = made(run, Wanted(shard_bytes=most_bytes))
+    result = made(run, Target(shard_bytes=most_bytes))
 
     assert all(Path(file.url).stat().st_size == file.bytes <= most_bytes for file in result.files)
     assert_bit_equal(tensors_of(result), whole)
@@ -102,52 +103,52 @@ def test_several_files_are_no_larger_than_asked_for_and_have_an_index(run: RunDi
 
 def test_a_tensor_larger_than_a_file_may_be_is_named(run: RunDirectory) -> None:
     with pytest.raises(CheckpointError, match=r"--shard-bytes: must hold the largest tensor, weight\.0"):
-        made(run, Wanted(shard_bytes=8000))
+        made(run, Target(shard_bytes=8000))
 
 
 @pytest.mark.parametrize(("out", "expected"), [("mine.safetensors", "mine.safetensors"), ("x", "x/model.safetensors")])
 def test_it_is_written_where_it_is_asked_for(run: RunDirectory, tmp_path: Path, out: str, expected: str) -> None:
-    result = made(run, Wanted(out=f"{tmp_path}/deep/{out}"))
+    result = made(run, Target(out=f"{tmp_path}/deep/{out}"))
 
     assert result.url == f"{tmp_path}/deep/{expected}"
     assert_bit_equal(load_file(result.url), tensors_of(made(run)))
 
 
-@pytest.mark.parametrize("wanted", [Wanted(), Wanted(shard_bytes=20_000)], ids=["one file", "several"])
-def test_what_is_there_is_refused_kept_or_replaced(run: RunDirectory, wanted: Wanted) -> None:
-    first = made(run, wanted, if_exists="refuse")
+@pytest.mark.parametrize("target", [Target(), Target(shard_bytes=20_000)], ids=["one file", "several"])
+def test_what_is_there_is_refused_kept_or_replaced(run: RunDirectory, target: Target) -> None:
+    first = made(run, target, if_exists="refuse")
     times = [Path(file.url).stat().st_mtime_ns for file in first.files]
 
     with pytest.raises(CheckpointError, match=r"target: must not exist, got .*--force"):
-        made(run, wanted, if_exists="refuse")
-    kept = made(run, wanted, if_exists="keep")
+        made(run, target, if_exists="refuse")
+    kept = made(run, target, if_exists="keep")
     assert (kept.files, kept.kept) == (first.files, len(first.files))
     assert [Path(file.url).stat().st_mtime_ns for file in first.files] == times
 
-    assert made(run, wanted, if_exists="replace").files == first.files
+    assert made(run, target, if_exists="replace").files == first.files
     assert all(Path(file.url).stat().st_mtime_ns > before for file, before in zip(first.files, times, strict=True))
 
 
 def test_files_of_another_size_are_replaced_whole(run: RunDirectory) -> None:
-    made(run, Wanted(shard_bytes=12_000))
+    made(run, Target(shard_bytes=12_000))
 
-    result = made(run, Wanted(shard_bytes=20_000), if_exists="replace")
+    result = made(run, Target(shard_bytes=20_000), if_exists="replace")
 
     names = {Path(file.url).name for file in result.files}
     there = {path.name.removesuffix(".sha256") for path in Path(result.url).iterdir()}
     assert there == {*names, "model.safetensors.index.json"}
 
 
-def test_a_file_of_somebody_else_is_not_replaced_unless_forced(run: RunDirectory, tmp_path: Path) -> None:
-    wanted = Wanted(out=f"{tmp_path}/mine.safetensors")
-    Path(wanted.out).write_bytes(b"my own")
+def test_a_foreign_file_is_not_replaced_unless_forced(run: RunDirectory, tmp_path: Path) -> None:
+    target = Target(out=f"{tmp_path}/mine.safetensors")
+    Path(target.out).write_bytes(b"my own")
 
     for how in ("refuse", "keep"):
         with pytest.raises(CheckpointError, match="target: must not exist"):
-            made(run, wanted, if_exists=how)
-        assert Path(wanted.out).read_bytes() == b"my own"
-    made(run, wanted, if_exists="replace")
-    assert_bit_equal(load_file(wanted.out), tensors_of(made(run)))
+            made(run, target, if_exists=how)
+        assert Path(target.out).read_bytes() == b"my own"
+    made(run, target, if_exists="replace")
+    assert_bit_equal(load_file(target.out), tensors_of(made(run)))
 
 
 def test_unknown_steps_and_files_without_a_commit_are_refused(run: RunDirectory) -> None:
@@ -171,7 +172,7 @@ def test_a_value_that_overflows_is_refused_and_its_tensor_named(tmp_path: Path, 
     run = make_run(tmp_path, 1, 2, with_value(value))
 
     with pytest.raises(CheckpointError, match=rf"--dtype: must hold every value of weight\.2, got '{dtype}, and one"):
-        made(run, Wanted(dtype, shard_bytes=12_000))
+        made(run, Target(dtype, shard_bytes=12_000))
     assert left_behind(run) == [f"step-00000007-{dtype}"]
     made(run)
 
@@ -180,7 +181,7 @@ def test_a_value_that_overflows_is_refused_and_its_tensor_named(tmp_path: Path, 
 def test_what_fits_or_was_never_finite_is_converted(tmp_path: Path, value: float) -> None:
     run = make_run(tmp_path, 1, 2, with_value(value))
 
-    found = tensors_of(made(run, Wanted("fp16")))["weight.2"][1234].float()
+    found = tensors_of(made(run, Target("fp16")))["weight.2"][1234].float()
 
     expected = torch.tensor(value).half().float()
     assert torch.equal(found.nan_to_num(nan=1.0), expected.nan_to_num(nan=1.0))
@@ -199,7 +200,7 @@ def test_a_consolidated_step_is_known(run: RunDirectory) -> None:
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, Any], field: str) -> None:
     with pytest.raises(UserError, match=f"^{field}: "):
-        Wanted(**options)
+        Target(**options)
 
 
 def test_a_missing_rank_is_refused(run: RunDirectory) -> None:
@@ -216,7 +217,7 @@ def test_a_missing_rank_is_refused(run: RunDirectory) -> None:
 def test_neither_torch_nor_deepspeed_is_imported(run: RunDirectory, tmp_path: Path) -> None:
     program = (
         "import sys\n"
-        "from jobs import consolidate, consolidate_command\n"
+        "from jobs.weights import consolidate, consolidate_command\n"
         "from jobs.run.directory import RunDirectory\n"
         "from pipeline.store.storage import Storage\n"
         f"consolidate.consolidate(RunDirectory(Storage(), {run.url!r}))\n"

@@ -1,4 +1,4 @@
-"""Consolidation from and to a real S3 server: by tasks of a real Ray cluster, and what it takes for a large model."""
+"""Consolidation from and to a real S3 server: by tasks of a real Ray cluster, and its memory for a large model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from zero_material import commit_zero_files, random_material, write_zero_files
 
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
-from jobs.stack.local_stack import Stack
-from jobs.weights.results import consolidated_url
+from jobs.stack.record import Stack
+from jobs.weights.target import consolidated_url
 from pipeline.store.storage import Storage
 
 ON_A_CLUSTER = """
@@ -31,10 +31,10 @@ session = Session.open(os.environ)
 session.export()
 session.connect()
 from jobs.weights.consolidate import consolidate
-from jobs.weights.results import Wanted
+from jobs.weights.target import Target
 from jobs.cluster.fan_out import fan_out
 tasks = functools.partial(fan_out, copying=True)
-result = consolidate(session.run(sys.argv[1]), wanted=Wanted(shard_bytes=int(sys.argv[2])), fan_out=tasks)
+result = consolidate(session.run(sys.argv[1]), target=Target(shard_bytes=int(sys.argv[2])), fan_out=tasks)
 print(*(file.url for file in result.files))
 """
 
@@ -73,7 +73,7 @@ def test_tasks_of_a_cluster_make_the_same_files_also_where_training_has_every_cp
 
 
 class Watch:
-    """The most resident memory of each process below one, looked at from outside."""
+    """The most resident memory of each process below one, measured from outside."""
 
     def __init__(self, process: psutil.Popen) -> None:
         self.peaks: dict[str, int] = defaultdict(int)

@@ -1,4 +1,4 @@
-"""Damaged checkpoints in consolidation: what is read and not as it was written is named, and nothing is left behind."""
+"""Damaged checkpoints in consolidation: whatever is read and was altered is named, and nothing is left behind."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from jobs.checkpoint.torch_archive import read_archive
 from jobs.errors import DamagedCheckpointError
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
-from jobs.weights.results import Wanted
+from jobs.weights.target import Target
 from pipeline.store.storage import Storage
 
 
@@ -49,14 +49,14 @@ DAMAGES: dict[str, tuple[str, Damage, str]] = {
 
 
 @pytest.mark.parametrize("name", DAMAGES)
-@pytest.mark.parametrize("wanted", [Wanted("bf16"), Wanted("bf16", shard_bytes=12_000)], ids=["one file", "several"])
-def test_damaged_files_are_found_and_leave_nothing(run: RunDirectory, wanted: Wanted, name: str) -> None:
+@pytest.mark.parametrize("target", [Target("bf16"), Target("bf16", shard_bytes=12_000)], ids=["one file", "several"])
+def test_damaged_files_are_found_and_leave_nothing(run: RunDirectory, target: Target, name: str) -> None:
     suffix, damage, what = DAMAGES[name]
     (path, *_) = archives(run, suffix)
     damage(path)
 
     with pytest.raises(DamagedCheckpointError, match=what) as caught:
-        made(run, wanted)
+        made(run, target)
 
     assert str(path) in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
@@ -84,7 +84,7 @@ def test_whole_files_that_hold_something_else_are_damage(tmp_path: Path, suffix:
     run = RunDirectory.of(Storage(), str(tmp_path / "runs"), "first")
     commit_zero_files(run, named_recipe("tiny"), files, step=7, stage=2, world_size=1, chunk_bytes=CHUNK_BYTES)
 
-    with pytest.raises(DamagedCheckpointError, match="hold something else than DeepSpeed writes"):
+    with pytest.raises(DamagedCheckpointError, match="hold something other than what DeepSpeed writes"):
         made(run)
 
 
@@ -126,24 +126,24 @@ def test_a_byte_that_was_altered_anywhere_is_found_where_it_is_read(
 ) -> None:
     storage = NotingStorage(retry_seconds=2)
     run = make_run(tmp_path, stage, world_size)
-    whole = made(RunDirectory(storage, run.url), Wanted(out=f"{tmp_path}/whole.safetensors"))
+    whole = made(RunDirectory(storage, run.url), Target(out=f"{tmp_path}/whole.safetensors"))
     draw = random.Random(stage)
     found = 0
     for number in range(60):
         path = draw.choice(archives(run, ".pt"))
         place = draw.randrange(path.stat().st_size)
         flip(lambda _, place=place: place)(path)  # type: ignore[misc]
-        wanted = Wanted(out=f"{tmp_path}/out-{number}.safetensors")
+        target = Target(out=f"{tmp_path}/out-{number}.safetensors")
 
         if place in storage.read_bytes[str(path)]:
             with pytest.raises(DamagedCheckpointError) as caught:
-                made(run, wanted)
+                made(run, target)
             assert str(path) in str(caught.value)
             assert f"altered at {place // CHUNK_BYTES * CHUNK_BYTES} " in str(caught.value)
-            assert not Path(wanted.out).exists()
+            assert not Path(target.out).exists()
             found += 1
         else:
-            assert made(run, wanted).files[0].sha256 == whole.files[0].sha256
+            assert made(run, target).files[0].sha256 == whole.files[0].sha256
         flip(lambda _, place=place: place)(path)  # type: ignore[misc]
     assert 10 < found < 60, "moments are not read, all else is"
 
@@ -154,11 +154,11 @@ def test_an_older_commit_without_checksums_of_chunks_is_read_whole_first(run: Ru
     for file in fields["files"]:
         del file["chunk_bytes"], file["chunk_crc32cs"]
     commit.write_text(json.dumps(fields))
-    made(run, Wanted(out=f"{run.url}/a.safetensors"))
+    made(run, Target(out=f"{run.url}/a.safetensors"))
     path = archives(run, "rank_1*_optim_states.pt")[0]
     flip(within("data/6", 4242))(path)
 
     with pytest.raises(DamagedCheckpointError, match="it was altered") as caught:
-        made(run, Wanted(out=f"{run.url}/b.safetensors"))
+        made(run, Target(out=f"{run.url}/b.safetensors"))
 
     assert str(path) in str(caught.value)

@@ -1,4 +1,4 @@
-"""Consolidations that are cut off, and what the same call does afterwards."""
+"""Consolidations that are interrupted, and repeated calls that resume them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ import pytest
 from counting_storage import CountingStorage
 from local_s3 import local_s3
 from made_up_run import PART_BYTES, STEP, assert_bit_equal, flip, left_behind, made, make_run, tensors_of
+from testbed import is_consolidated
 from zero_material import commit_zero_files, random_material, write_zero_files
 
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
 from jobs.weights.copy_tasks import Done, HashFile, Task
-from jobs.weights.results import Consolidated, Wanted, consolidated_url, is_consolidated
-from jobs.weights.writer import Progress
+from jobs.weights.target import ConsolidatedWeights, Target, consolidated_url
+from jobs.weights.writer import ConsolidationProgress
 from pipeline.store import parted_journal, parted_write
 from pipeline.store.storage import Storage
 
@@ -32,9 +33,9 @@ def run(tmp_path: Path) -> RunDirectory:
     return make_run(tmp_path, 2, 2)
 
 
-def test_whole_files_of_an_interrupted_call_are_kept_and_others_made_anew(run: RunDirectory) -> None:
-    wanted = Wanted(shard_bytes=12_000)
-    first = made(run, wanted)
+def test_whole_files_of_an_interrupted_call_are_kept_and_others_remade(run: RunDirectory) -> None:
+    target = Target(shard_bytes=12_000)
+    first = made(run, target)
     Path(first.url, "model.safetensors.index.json").unlink()
     urls = [Path(file.url) for file in first.files]
     urls[1].unlink()
@@ -42,8 +43,8 @@ def test_whole_files_of_an_interrupted_call_are_kept_and_others_made_anew(run: R
     Path(f"{urls[3]}.sha256").unlink()
     times = [path.stat().st_mtime_ns if path.exists() else 0 for path in urls]
 
-    seen: list[Progress] = []
-    again = made(run, wanted, on_progress=lambda _, now: seen.append(now))
+    seen: list[ConsolidationProgress] = []
+    again = made(run, target, on_progress=lambda _, now: seen.append(now))
 
     assert again.files == first.files
     assert again.kept == len(urls) - 3
@@ -53,7 +54,7 @@ def test_whole_files_of_an_interrupted_call_are_kept_and_others_made_anew(run: R
 
 
 def test_a_fault_leaves_finished_files_and_nothing_that_looks_complete(run: RunDirectory) -> None:
-    wanted = Wanted(shard_bytes=12_000)
+    target = Target(shard_bytes=12_000)
 
     def dies_half_way(work: Any, storage: Storage, url: str, tasks: Iterator[Task], **_: Any) -> Iterator[Done]:
         for number, task in enumerate(tasks):
@@ -62,37 +63,37 @@ def test_a_fault_leaves_finished_files_and_nothing_that_looks_complete(run: RunD
             yield work(storage, url, task)
 
     with pytest.raises(OSError, match="away"):
-        made(run, wanted, fan_out=dies_half_way)
+        made(run, target, fan_out=dies_half_way)
 
     names = {name.rpartition("/")[2] for name in left_behind(run)}
     assert "model.safetensors.index.json" not in names
     assert not [name for name in names if name.endswith(".parts")]
-    assert made(run, wanted).kept > 0
+    assert made(run, target).kept > 0
 
 
-def test_a_kill_in_the_middle_is_gone_on_from(run: RunDirectory) -> None:
+def test_a_call_resumes_after_a_kill_in_the_middle(run: RunDirectory) -> None:
     program = (
         "import sys, time\n"
-        "from jobs import consolidate\n"
-        "from jobs.weights.results import Wanted\n"
+        "from jobs.weights import consolidate\n"
+        "from jobs.weights.target import Target\n"
         "from jobs.run.directory import RunDirectory\n"
         "from pipeline.store.storage import Storage\n"
         "def slowly(stage, now):\n"
         "    print(now.done, flush=True)\n"
         "    time.sleep(0.02)\n"
-        f"wanted = Wanted(shard_bytes=12_000)\n"
+        f"target = Target(shard_bytes=12_000)\n"
         f"run = RunDirectory(Storage(), {run.url!r})\n"
-        f"consolidate.consolidate(run, wanted=wanted, part_bytes={PART_BYTES}, on_progress=slowly)\n"
+        f"consolidate.consolidate(run, target=target, part_bytes={PART_BYTES}, on_progress=slowly)\n"
     )
     with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout
         next(line for line in process.stdout if int(line) >= 11)
         process.kill()
-    wanted = Wanted(shard_bytes=12_000)
-    assert not any(run.storage.exists(mark) for mark in wanted.marks(wanted.url(run, STEP)))
+    target = Target(shard_bytes=12_000)
+    assert not any(run.storage.exists(mark) for mark in target.marks(target.url(run, STEP)))
 
     began = time.monotonic()
-    result = made(run, wanted)
+    result = made(run, target)
 
     assert result.kept > 0
     assert time.monotonic() - began < 10  # the dead one's claim is taken over at once on its own machine
@@ -118,7 +119,7 @@ consolidate(run, part_bytes=int(sys.argv[2]), on_progress=stop)
 
 
 def cut_off(run: RunDirectory, part_bytes: int, written_parts: int) -> list[dict[str, Any]]:
-    """Consolidate in another process, kill that when so many parts are noted, and give what is noted."""
+    """Consolidate in another process, kill that when its journal has so many parts, and return them."""
     environment = {**os.environ, "STORAGE": json.dumps(run.storage.to_json())}
     command = [sys.executable, "-c", HALF_WAY, run.url, str(part_bytes), str(written_parts)]
     process = subprocess.Popen(command, env=environment)
@@ -151,7 +152,7 @@ class Traffic:
 
         monkeypatch.setattr(parted_write, "write_part", count)
 
-    def of(self, run: RunDirectory, **options: Any) -> tuple[Consolidated, list[int], int]:
+    def of(self, run: RunDirectory, **options: Any) -> tuple[ConsolidatedWeights, list[int], int]:
         """A consolidation, the numbers of the parts that it sent, and the bytes that it read."""
         self.sent.clear()
         CountingStorage.read_bytes = 0
@@ -159,7 +160,7 @@ class Traffic:
         return made(counted, **options), sorted(self.sent), CountingStorage.read_bytes
 
 
-def test_a_single_file_on_s3_is_gone_on_with_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_file_on_s3_is_resumed_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     traffic = Traffic(monkeypatch)
     files, part_bytes = tmp_path / "files", 5 << 20
     write_zero_files(files, random_material(5_000_000, tensor_elements=1 << 20), 1, 2)
@@ -167,8 +168,8 @@ def test_a_single_file_on_s3_is_gone_on_with_after_a_kill(tmp_path: Path, monkey
     with local_s3(tmp_path / "s3") as server:
         run = RunDirectory.of(server.storage, f"{server.url}/runs", "killed")
         commit_zero_files(run, named_recipe("tiny"), files, step=STEP, stage=1, world_size=2)
-        out = Wanted(out=f"{server.url}/whole/model.safetensors")
-        whole, sent_at_first, read_at_first = traffic.of(run, wanted=out, part_bytes=part_bytes)
+        out = Target(out=f"{server.url}/whole/model.safetensors")
+        whole, sent_at_first, read_at_first = traffic.of(run, target=out, part_bytes=part_bytes)
         kept = {part["number"] for part in cut_off(run, part_bytes, 2)}
 
         result, sent, read = traffic.of(run, part_bytes=part_bytes)
@@ -205,9 +206,9 @@ def open_uploads(storage: Storage, url: str) -> list[str]:
     return storage.attempt(url, listed)
 
 
-def test_a_single_local_file_is_gone_on_with_after_a_kill(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_single_local_file_is_resumed_after_a_kill(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     traffic = Traffic(monkeypatch)
-    whole, sent_at_first, _ = traffic.of(run, wanted=Wanted(out=f"{run.url}/whole.safetensors"))
+    whole, sent_at_first, _ = traffic.of(run, target=Target(out=f"{run.url}/whole.safetensors"))
     kept = cut_off(run, PART_BYTES, 4)
     (hidden,) = Path(run.path("consolidated")).glob(".*.parts")
     lost = kept[1]["number"]
@@ -254,5 +255,5 @@ def test_parts_of_a_checkpoint_that_was_made_again_are_not_kept(
     result = made(run)
 
     assert result.kept_bytes == 0
-    assert_bit_equal(tensors_of(result), tensors_of(made(run, Wanted(out=f"{tmp_path}/fresh.safetensors"))))
+    assert_bit_equal(tensors_of(result), tensors_of(made(run, Target(out=f"{tmp_path}/fresh.safetensors"))))
     assert_bit_equal({"weight.0": tensors_of(result)["weight.0"]}, {"weight.0": other.groups[0]["weight.0"]})

@@ -16,9 +16,10 @@ from jobs.errors import CheckpointError, ExportError, WeightsFileError
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
 from jobs.weights import consolidated, onnx_export
-from jobs.weights.consolidated import Weights, model_json
+from jobs.weights.consolidated import Weights
 from jobs.weights.export import Source, export
 from jobs.weights.initial import import_weights, load_initial_weights, pinned
+from jobs.weights.weight_files import model_json, sha256_of
 from model import Backbone, ConvMAE, ConvMAEConfig
 from pipeline.store.storage import Storage
 
@@ -219,7 +220,7 @@ def test_sizes_that_cannot_be_are_refused(size: str) -> None:
 
 def test_a_consolidated_file_that_was_altered_is_refused(run: RunDirectory) -> None:
     path = Path(run.path("consolidated", "step-00000004.safetensors"))
-    Path(f"{path}.sha256").write_text(f"{consolidated.sha256_of(path)}  {path.name}\n")
+    Path(f"{path}.sha256").write_text(f"{sha256_of(path)}  {path.name}\n")
     assert consolidated.of_run(run, 4).metadata["step"] == "4"
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
@@ -247,7 +248,7 @@ def test_an_official_file_makes_the_round_trip(
 
     imported = import_weights(Storage(), str(tmp_path / "official.pth"), out, CONFIG)
 
-    assert imported.source_sha256 == consolidated.sha256_of(tmp_path / "official.pth")
+    assert imported.source_sha256 == sha256_of(tmp_path / "official.pth")
     weights = consolidated.of_file(Storage(), out)
     assert weights.metadata["source_sha256"] == imported.source_sha256
     model = ConvMAE(CONFIG)
@@ -285,7 +286,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path: Path, monkeypatch: pyte
     torch.save({"model": {"epoch": 3}}, tmp_path / "numbers.pth")
 
     for name in ("bad", "text", "numbers"):
-        with pytest.raises(WeightsFileError, match=r"must be a PyTorch file of tensors|must hold a state dict"):
+        with pytest.raises(WeightsFileError, match=r"must be a whole PyTorch file of tensors|must hold a state dict"):
             import_weights(Storage(), str(tmp_path / f"{name}.pth"), str(tmp_path / "out.safetensors"), CONFIG)
     assert not (tmp_path / "exploited").exists()
 
@@ -297,7 +298,7 @@ def test_a_run_keeps_the_digest_of_what_it_started_from(run: RunDirectory, tmp_p
 
     began = pinned(Storage(), recipe, other)
 
-    assert began.init_sha256 == consolidated.sha256_of(Path(start))
+    assert began.init_sha256 == sha256_of(Path(start))
     ConvMAE(SMALL).load_state_dict(load_initial_weights(Storage(), began, RankGroup()), strict=True)
     other.claim(began)
     Path(start).write_bytes(Path(start).read_bytes()[:-1] + b"x")

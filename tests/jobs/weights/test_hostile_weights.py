@@ -1,4 +1,4 @@
-"""Weights and checkpoints made by somebody who means harm: each ends in one line, in bounded time and memory."""
+"""Malicious weights and checkpoints: each ends in one line, in bounded time and memory."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from jobs.errors import DamagedCheckpointError, WeightsFileError
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
 from jobs.weights import consolidated, initial
-from jobs.weights.consolidated import model_json
 from jobs.weights.initial import import_weights, pinned
+from jobs.weights.weight_files import model_json
 from model import ConvMAE, ConvMAEConfig
 from pipeline.errors import StorageError
 from pipeline.store.storage import Storage
@@ -41,7 +41,7 @@ WEIGHT = OFFICIAL[NAME]
 
 
 def refused(path: Path) -> str:
-    """The line with which an import is refused; Python says nothing beside it."""
+    """The line with which an import is refused; Python prints nothing else."""
     with warnings.catch_warnings(record=True) as told, pytest.raises(WeightsFileError) as caught:
         import_weights(Storage(), str(path), f"{path}.out.safetensors", CONFIG)
     line = str(caught.value)
@@ -93,7 +93,7 @@ class Exploit:
 
 
 @pytest.mark.parametrize("key", [1, ("a",), None], ids=str)
-def test_names_that_are_no_text_are_refused(tmp_path: Path, key: object) -> None:
+def test_names_that_are_not_strings_are_refused(tmp_path: Path, key: object) -> None:
     path = saved(tmp_path / "a.pth", {"model": {**OFFICIAL, key: torch.zeros(1)}})
 
     assert "must hold a state dict" in refused(path)
@@ -114,7 +114,7 @@ def test_names_that_are_no_text_are_refused(tmp_path: Path, key: object) -> None
     ],
     ids=["sparse", "meta", "quantized", "complex", "bool", "int64", "nan", "inf", "too large for fp32"],
 )
-def test_tensors_that_are_no_weights_are_refused(tmp_path: Path, value: Tensor, what: str) -> None:
+def test_tensors_that_are_not_weights_are_refused(tmp_path: Path, value: Tensor, what: str) -> None:
     line = refused(saved(tmp_path / "a.pth", {"model": {**OFFICIAL, NAME: value}}))
 
     assert what in line.replace("encoder.", "")
@@ -163,7 +163,7 @@ def test_pickles_made_by_hand_are_refused(tmp_path: Path, name: str, form: str) 
     path = tmp_path / "a.pth"
     path.write_bytes(packed(PICKLES[name]) if form == "archive" else PICKLES[name])
 
-    assert "must be a PyTorch file of tensors alone" in refused(path)
+    assert "must be a whole PyTorch file of tensors alone" in refused(path)
 
 
 def test_attributes_that_a_file_gives_its_dict_are_not_used(tmp_path: Path) -> None:
@@ -196,7 +196,7 @@ def test_archives_that_would_unpack_to_more_than_they_are_are_refused(
         contents(data)
 
 
-def test_records_that_lie_over_each_other_are_refused() -> None:
+def test_records_that_overlap_are_refused() -> None:
     data = packed(b"\x80\x02N.", more=(("data/0", bytes(1000)),))
     start = data.index(b"PK\x01\x02")
     end = data.index(b"PK\x05\x06")
@@ -204,12 +204,12 @@ def test_records_that_lie_over_each_other_are_refused() -> None:
     data[start:end] = entries
     data[-22 + 12 : -22 + 16] = len(entries).to_bytes(4, "little")
 
-    with pytest.raises(DamagedCheckpointError, match="its records lie over each other"):
+    with pytest.raises(DamagedCheckpointError, match="its records overlap"):
         contents(data)
 
 
 def test_a_second_directory_that_only_torch_would_read_is_refused(tmp_path: Path) -> None:
-    """Its end gives the place of the first; Python looks right before the end."""
+    """Its end gives the offset of the first; Python reads right before the end."""
     large = packed(b"(" * 1000, compression=zipfile.ZIP_DEFLATED)
     path = tmp_path / "a.pth"
     path.write_bytes(large + packed(b"\x80\x02N."))
@@ -260,22 +260,22 @@ def with_metadata(path: Path, model: str) -> Path:
     [
         (json.dumps({**asdict(CONFIG), "decoder_depth": 10**7}), "decoder_depth: must be at most 1000, got 10000000"),
         (json.dumps({**asdict(CONFIG), "image_size": 16 * 10**6}), "image_size: each must be at most 16384"),
-        ("[" * 100_000, "must be of a model that is known"),
-        ('{"a":' * 100_000, "must be of a model that is known"),
-        (json.dumps({"masking": "x" * 100_000}), "must be of a model that is known"),
-        *[(f'{{"depth": {"[" * n}{"]" * n}}}', "must be of a model that is known") for n in range(900, 1000, 9)],
+        ("[" * 100_000, "must be of a known model"),
+        ('{"a":' * 100_000, "must be of a known model"),
+        (json.dumps({"masking": "x" * 100_000}), "must be of a known model"),
+        *[(f'{{"depth": {"[" * n}{"]" * n}}}', "must be of a known model") for n in range(900, 1000, 9)],
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_a_model_that_nobody_could_build_is_refused_at_once(tmp_path: Path, model: str, what: str) -> None:
+def test_a_model_that_cannot_be_built_is_refused_at_once(tmp_path: Path, model: str, what: str) -> None:
     path = with_metadata(tmp_path / "a.safetensors", model)
 
     assert what in refused(path)
-    with pytest.raises(WeightsFileError, match="must be of a model that is known"):
+    with pytest.raises(WeightsFileError, match="must be of a known model"):
         consolidated.of_file(Storage(), str(path))
 
 
-def test_weights_that_are_no_numbers_are_refused_before_a_run_starts(tmp_path: Path) -> None:
+def test_weights_that_are_not_numbers_are_refused_before_a_run_starts(tmp_path: Path) -> None:
     run = RunDirectory.of(Storage(), str(tmp_path / "runs"), "first")
     model = {f"model.{name}": value for name, value in asdict(CONFIG).items()}
     path = tmp_path / "a.safetensors"
@@ -367,7 +367,7 @@ STORAGE = (
     ids=["a shape of text", "a stride that is shorter", "a negative length", "a place of text"],
 )
 def test_tensors_that_cannot_be_are_damage(rest: bytes) -> None:
-    with pytest.raises(DamagedCheckpointError, match="a tensor whose place, shape and stride are no numbers"):
+    with pytest.raises(DamagedCheckpointError, match="a tensor whose place, shape and stride are not numbers"):
         contents(packed(b"\x80\x02" + STORAGE + rest + b"R."))
 
 
@@ -383,7 +383,7 @@ def test_a_tensor_takes_no_state_and_one_without_a_record_is_damage() -> None:
     assert contents(packed(b"\x80\x02" + tensor + b".", more=(("data/0", bytes(16)),))).place().elements == 4
 
 
-def test_a_store_that_does_not_answer_is_no_damage() -> None:
+def test_a_store_that_does_not_answer_is_not_damage() -> None:
     class Unreachable:
         def read_range(self, url: str, offset: int, length: int) -> bytes:  # noqa: ARG002
             raise StorageError("storage", "must answer", url, "wait")
@@ -397,7 +397,7 @@ def test_a_store_that_does_not_answer_is_no_damage() -> None:
 
 @dataclass(frozen=True)
 class CountingStorage(Storage):
-    """Gives up where a file is read over and over."""
+    """Fails if a file is read again and again."""
 
     def read_range(self, url: str, offset: int, length: int, etag: str | None = None) -> bytes:
         assert offset < 1 << 30, "long after its end"

@@ -1,4 +1,4 @@
-"""Weights as people hold them: each form of the official weights becomes the same file, or is refused with a remedy."""
+"""Weights as people have them: each form of the official weights becomes the same file, or is refused with a remedy."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from jobs.errors import WeightsFileError
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
 from jobs.weights import consolidated
-from jobs.weights.consolidated import model_json
 from jobs.weights.initial import Imported, import_weights, pinned
+from jobs.weights.weight_files import model_json
 from model import ConvMAE, ConvMAEConfig
 from pipeline.store.storage import Storage
 
@@ -54,7 +54,7 @@ def imported(path: Path, **options: Any) -> Imported:
 
 
 def taken(path: Path, **options: Any) -> State:
-    """What a run would start from, by official names."""
+    """The initial weights of a run, by official names."""
     model = ConvMAE(CONFIG)
     model.load_state_dict(dict(consolidated.of_file(Storage(), imported(path, **options).url).tensors), strict=True)
     return model.official_state_dict()
@@ -255,14 +255,14 @@ def test_norms_of_another_decoder_are_not_taken_for_the_encoders(tmp_path: Path)
     assert "missing encoder.norm.weight" in line and "unexpected decoder.norm.weight" in line
 
 
-def test_heads_of_attention_are_compared_where_a_file_tells_them(tmp_path: Path) -> None:
+def test_heads_of_attention_are_compared_if_a_file_states_them(tmp_path: Path) -> None:
     other = ConvMAEConfig(num_heads=2)
     path = safetensors(tmp_path / "a.safetensors", ours(OFFICIAL), {"model": model_json(other)})
 
     assert "must be of a model with num_heads = 4, not 2" in refused(path, fresh_decoder_seed=SEED)
 
 
-def test_the_command_tells_what_it_did_in_a_line_each(tmp_path: Path) -> None:
+def test_the_command_says_what_it_did_in_a_line_each(tmp_path: Path) -> None:
     model = named_recipe("tiny").model
     torch.manual_seed(3)
     state = ConvMAE(model).official_state_dict()
@@ -277,7 +277,7 @@ def test_the_command_tells_what_it_did_in_a_line_each(tmp_path: Path) -> None:
     assert ended.exit_code == 0, ended.output
     assert ended.output.splitlines()[:3] == [
         f"without their prefix module.: {len(encoder)} names",
-        "left out: 1 tensors of a head (module.head.bias)",
+        "skipped: 1 tensors of a head (module.head.bias)",
         f"fresh from seed 5: the decoder, {len(state) - len(encoder)} tensors",
     ]
     torch.manual_seed(5)

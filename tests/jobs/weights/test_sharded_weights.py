@@ -24,7 +24,8 @@ from jobs.weights.consolidate import consolidate
 from jobs.weights.consolidated import Weights
 from jobs.weights.export import Source, export
 from jobs.weights.file_layout import INDEX_NAME
-from jobs.weights.results import Consolidated, Wanted
+from jobs.weights.target import ConsolidatedWeights, Target
+from jobs.weights.weight_files import opened_file
 from model import Backbone, ConvMAE, ConvMAEConfig
 from pipeline.store.storage import Storage
 
@@ -55,8 +56,8 @@ def state(run: RunDirectory, tmp_path: Path) -> dict[str, Tensor]:
 
 
 @pytest.fixture
-def result(run: RunDirectory, state: dict[str, Tensor]) -> Consolidated:
-    made = consolidate(run, wanted=Wanted(shard_bytes=60_000))
+def result(run: RunDirectory, state: dict[str, Tensor]) -> ConsolidatedWeights:
+    made = consolidate(run, target=Target(shard_bytes=60_000))
     assert len(made.files) > 2
     return made
 
@@ -69,21 +70,21 @@ def assert_same(weights: Weights, state: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("place", ["", "/", f"/{INDEX_NAME}"], ids=["folder", "folder with a slash", "index"])
-def test_several_files_are_read_as_one(result: Consolidated, state: dict[str, Tensor], place: str) -> None:
+def test_several_files_are_read_as_one(result: ConsolidatedWeights, state: dict[str, Tensor], place: str) -> None:
     assert consolidated.is_weights(Storage(), result.url + place)
     assert_same(consolidated.of_file(Storage(), result.url + place), state)
     assert consolidated.folder_beside(result.url + place) == str(Path(result.url).parent)
 
 
 def test_a_folder_with_one_file_is_read_too(run: RunDirectory, state: dict[str, Tensor]) -> None:
-    result = consolidate(run, wanted=Wanted(shard_bytes=10**9))
+    result = consolidate(run, target=Target(shard_bytes=10**9))
     assert not Path(result.url, INDEX_NAME).exists()
 
     assert_same(consolidated.of_file(Storage(), result.url), state)
 
 
 def test_a_run_is_read_from_several_files_when_its_checkpoint_is_gone(
-    run: RunDirectory, result: Consolidated, state: dict[str, Tensor], tmp_path: Path
+    run: RunDirectory, result: ConsolidatedWeights, state: dict[str, Tensor], tmp_path: Path
 ) -> None:
     Path(run.path("commits", f"step-{STEP:08d}.json")).unlink()
 
@@ -99,7 +100,7 @@ def test_a_run_is_read_from_several_files_when_its_checkpoint_is_gone(
         consolidated.of_run(run)  # what is not finished does not count
 
 
-def test_each_file_is_compared_with_its_sha256(result: Consolidated) -> None:
+def test_each_file_is_compared_with_its_sha256(result: ConsolidatedWeights) -> None:
     path = Path(result.files[1].url)
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
@@ -109,14 +110,14 @@ def test_each_file_is_compared_with_its_sha256(result: Consolidated) -> None:
         consolidated.of_file(Storage(), result.url)
 
 
-def test_a_file_that_is_missing_is_named(result: Consolidated) -> None:
+def test_a_file_that_is_missing_is_named(result: ConsolidatedWeights) -> None:
     Path(result.files[2].url).unlink()
 
     with pytest.raises(WeightsFileError, match=rf"weights: must exist, got '{result.files[2].url}'"):
         consolidated.of_file(Storage(), result.url)
 
 
-def test_a_tensor_in_another_file_than_the_index_says_is_named(result: Consolidated) -> None:
+def test_a_tensor_in_another_file_than_the_index_says_is_named(result: ConsolidatedWeights) -> None:
     index = Path(result.url, INDEX_NAME)
     told = json.loads(index.read_text())
     name = next(name for name, file in told["weight_map"].items() if file == Path(result.files[0].url).name)
@@ -127,10 +128,10 @@ def test_a_tensor_in_another_file_than_the_index_says_is_named(result: Consolida
         consolidated.of_file(Storage(), result.url)
 
 
-def test_files_of_two_consolidations_are_not_mixed(result: Consolidated) -> None:
+def test_files_of_two_consolidations_are_not_mixed(result: ConsolidatedWeights) -> None:
     path = Path(result.files[1].url)
     tensors = load_file(path)
-    with consolidated.opened_file(path, str(path)) as file:
+    with opened_file(path, str(path)) as file:
         metadata = {**file.metadata(), "step": "8"}
     save_file(tensors, path, metadata=metadata)
     Path(f"{path}.sha256").unlink()
@@ -144,7 +145,7 @@ def test_several_files_are_made_and_read_on_s3(tmp_path: Path) -> None:
     with local_s3(tmp_path / "s3") as server:
         run = RunDirectory.of(server.storage, f"{server.url}/runs", "first")
         state = commit_small(run, tmp_path / "files")
-        result = consolidate(run, wanted=Wanted(shard_bytes=60_000))
+        result = consolidate(run, target=Target(shard_bytes=60_000))
 
         assert len(result.files) > 2
         assert_same(consolidated.of_file(server.storage, result.url), state)
@@ -183,7 +184,7 @@ def test_a_folder_without_weights_and_an_index_that_is_gone_are_refused(tmp_path
         consolidated.of_file(Storage(), f"{tmp_path}/{INDEX_NAME}")
 
 
-def test_the_command_exports_a_folder(result: Consolidated, state: dict[str, Tensor], tmp_path: Path) -> None:
+def test_the_command_exports_a_folder(result: ConsolidatedWeights, state: dict[str, Tensor], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "jobs.cli.main", "export", result.url, "--format", "backbone"]
     environment = {**os.environ, "CONVMAE_HOME": str(tmp_path / "no-stack")}
 

@@ -1,4 +1,4 @@
-"""What a listing gave is below its root, whatever it spells; what a user gave has one normal form."""
+"""Listed names lie below their root, whatever they spell; what a user gave has one normal form."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def put(client: Any, prefix: str, keys: Iterable[str]) -> set[str]:
 
 
 def read_or_refused(storage: Storage, root: str) -> dict[str, bytes | None]:
-    """What each listed name is read as; None where it is refused."""
+    """The object that each listed name is read as; None where it is refused."""
     found: dict[str, bytes | None] = {}
     for name in storage.list_files(root):
         try:
@@ -158,7 +158,7 @@ def test_a_key_with_a_query_is_written_and_deleted_as_itself(open_s3: Storage, c
     assert open_s3.list_files("s3://bucket/q") == {"a.jpg": 7}
 
 
-def test_objects_that_stand_for_folders_are_passed_over(open_s3: Storage, client: Any) -> None:
+def test_objects_that_stand_for_folders_are_ignored(open_s3: Storage, client: Any) -> None:
     for key in ("marked/", "marked/cats/", "marked/dogs_$folder$", "marked_$folder$", "marked/cats/empty/"):
         client.put_object(Bucket="bucket", Key=key, Body=b"")
     client.put_object(Bucket="bucket", Key="marked/cats/1.jpg", Body=b"cat")
@@ -240,6 +240,6 @@ def test_a_source_is_taken_exactly_since_slashes_in_a_row_are_part_of_keys() -> 
     assert Given("a//b.jpg").url("s3://b/lists") == "s3://b/lists/a//b.jpg"
 
 
-def test_a_path_is_told_from_a_name() -> None:
+def test_a_path_is_distinguished_from_a_name() -> None:
     assert all(map(is_place, ("a/b", "./a", "a/", "/a", "~/a", "~", ".", "..", "s3://b/a")))
     assert not any(map(is_place, ("a", "a.b", "run-1", ".a")))

@@ -1,4 +1,4 @@
-"""Which requests go through the user's proxy: decided for each URL, and seen by a proxy that counts them."""
+"""Requests through the user's proxy: decided for each URL, and seen by a proxy that counts them."""
 
 from __future__ import annotations
 
@@ -119,9 +119,9 @@ def test_a_star_stays_alone() -> None:
 def test_what_is_no_http_proxy_is_named_where_it_would_be_used(variable: str, text: str) -> None:
     proxies = Proxies.from_environment({variable: text})
 
-    with pytest.raises(StorageError, match=f"^{variable}: must be the address of an HTTP proxy") as told:
+    with pytest.raises(StorageError, match=f"^{variable}: must be the address of an HTTP proxy") as caught:
         proxies.for_url("http://photos.test/a.jpg")
-    assert "word" not in str(told.value)
+    assert "word" not in str(caught.value)
     assert proxies.for_url("http://127.0.0.1/a.jpg") is None
 
 
@@ -208,7 +208,7 @@ def test_a_tunnel_is_asked_for_where_the_address_is_https(proxy: ForwardProxy) -
     assert {*proxy.asked} == {("CONNECT", "no-such.test:443")}
 
 
-def test_a_proxy_is_told_its_password_and_says_when_it_wants_one(proxy: ForwardProxy) -> None:
+def test_a_proxy_gets_its_password_and_says_when_it_wants_one(proxy: ForwardProxy) -> None:
     proxy.authorization = "Basic " + b64encode(b"me:word").decode()
     address = proxy.endpoint.removeprefix("http://")
     known = Storage.from_environment({"HTTP_PROXY": f"http://me:word@{address}"})

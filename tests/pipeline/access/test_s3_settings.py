@@ -1,4 +1,4 @@
-"""How S3 is reached: what an environment says, compared with botocore's own client, and that nobody looks again."""
+"""Settings of S3: what an environment says, compared with botocore's own client, and looked up only once."""
 
 from __future__ import annotations
 
@@ -141,10 +141,10 @@ def test_it_is_what_botocore_finds_where_empty_variables_are_none(
 def test_it_says_where_each_comes_from(
     variables: dict[str, str], origins: tuple[str, ...], files: dict[str, str]
 ) -> None:
-    told = dict(Storage.from_environment({**files, **variables}).origins)
+    origins = dict(Storage.from_environment({**files, **variables}).origins)
 
     expected = [text.format(files["AWS_CONFIG_FILE"]) for text in origins]
-    assert [told["endpoint"], told["region"], told["credentials"]] == expected
+    assert [origins["endpoint"], origins["region"], origins["credentials"]] == expected
 
 
 @pytest.mark.parametrize(
@@ -196,20 +196,20 @@ def test_what_cannot_be_used_is_named_by_variable_or_file(
 ) -> None:
     (tmp_path / "config").write_bytes(config.encode("latin-1"))
 
-    with pytest.raises(StorageError, match=says) as told:
+    with pytest.raises(StorageError, match=says) as caught:
         Storage.from_environment({"AWS_CONFIG_FILE": str(tmp_path / "config"), **variables})
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     "text", ["aws_secret_access_key = hidden\n", "[default]\naws_secret_access_key hidden\n", "[default\nx = hidden\n"]
 )
-def test_a_damaged_file_is_told_by_line_and_not_by_what_it_holds(text: str, tmp_path: Path) -> None:
+def test_a_damaged_file_is_reported_by_line_and_not_by_what_it_holds(text: str, tmp_path: Path) -> None:
     (tmp_path / "credentials").write_text(text)
 
-    with pytest.raises(StorageError, match=r"^AWS_SHARED_CREDENTIALS_FILE: .*, line \d\)") as told:
+    with pytest.raises(StorageError, match=r"^AWS_SHARED_CREDENTIALS_FILE: .*, line \d\)") as caught:
         Storage.from_environment(named(tmp_path))
-    assert "hidden" not in str(told.value)
+    assert "hidden" not in str(caught.value)
 
 
 def test_an_accelerated_bucket_of_aws_stays_one(tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ HOSTILE = {
 }
 
 
-def test_nobody_who_gets_it_looks_again(guard: GuardedS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_process_that_gets_it_looks_again(guard: GuardedS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "config").write_text(f"[profile lab]\nendpoint_url = {guard.endpoint}\n")
     (tmp_path / "credentials").write_text("[lab]\naws_access_key_id = MINE\naws_secret_access_key = mine\n")
     given = pickle.dumps(Storage.from_environment({**named(tmp_path), "AWS_PROFILE": "lab"}))
@@ -298,7 +298,7 @@ def issue(folder: Path, number: int, **fields: Any) -> None:
     (folder / "keys.json").write_text(json.dumps({**keys, **fields}))
 
 
-def test_keys_that_a_process_makes_are_made_anew_when_they_are_refused(guard: GuardedS3, tmp_path: Path) -> None:
+def test_keys_that_a_process_makes_are_made_again_when_they_are_refused(guard: GuardedS3, tmp_path: Path) -> None:
     issue(tmp_path, 1)
     storage = Storage.from_environment(process_profile(tmp_path, guard.endpoint))
     assert storage.key is None and storage.read(URL) == b"data"
@@ -346,7 +346,7 @@ def test_they_travel_as_they_are_at_that_moment_and_are_asked_for_again_later(gu
         ("role_arn = arn:aws:iam::1:role/r\nweb_identity_token_file = /none\n", "profile it of .*config.*/none"),
     ],
 )
-def test_a_profile_that_has_no_keys_now_is_told_in_seconds(
+def test_a_profile_that_has_no_keys_now_is_reported_in_seconds(
     config: str, says: str, guard: GuardedS3, tmp_path: Path
 ) -> None:
     sessions = "[sso-session s]\nsso_region = us-east-1\nsso_start_url = https://x.test/start\n"
@@ -354,9 +354,9 @@ def test_a_profile_that_has_no_keys_now_is_told_in_seconds(
     storage = Storage.from_environment({**named(tmp_path), "AWS_PROFILE": "it"})
 
     for attempt in (lambda: storage.check("s3://bucket/folder", write=False), lambda: pickle.dumps(storage)):
-        with pytest.raises(CredentialsError, match=says) as told:
+        with pytest.raises(CredentialsError, match=says) as caught:
             attempt()
-        assert "\n" not in str(told.value)
+        assert "\n" not in str(caught.value)
     assert guard.seen == []
 
 

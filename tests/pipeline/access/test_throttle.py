@@ -7,7 +7,7 @@ import time
 import pytest
 from botocore import exceptions as boto
 
-from pipeline.access import faults
+from pipeline.access.retry import retry
 from pipeline.access.throttle import CUT_SECONDS, Throttle
 
 
@@ -37,7 +37,7 @@ class BusyStore:
 def read_in_threads(store: BusyStore, throttle: Throttle | None, threads: int) -> None:
     jitter = random.Random(0).random
     readers = [
-        threading.Thread(target=lambda: faults.retry(store, "s3://b/k", 60, throttle=throttle, jitter=jitter))
+        threading.Thread(target=lambda: retry(store, "s3://b/k", 60, throttle=throttle, jitter=jitter))
         for _ in range(threads)
     ]
     for reader in readers:
@@ -100,7 +100,7 @@ def test_no_more_requests_are_under_way_than_are_allowed() -> None:
 
 
 @pytest.mark.parametrize("error", [TimeoutError(), ConnectionResetError()])
-def test_a_store_that_is_away_is_not_a_busy_one(error: Exception) -> None:
+def test_a_store_that_is_unreachable_is_not_a_busy_one(error: Exception) -> None:
     throttle = Throttle(8)
     outcomes = iter([error])
 
@@ -108,6 +108,6 @@ def test_a_store_that_is_away_is_not_a_busy_one(error: Exception) -> None:
         for outcome in outcomes:
             raise outcome
 
-    faults.retry(call, "s3://b/k", 60, throttle=throttle)
+    retry(call, "s3://b/k", 60, throttle=throttle)
 
     assert throttle.limit == 8

@@ -28,7 +28,7 @@ def test_results_and_errors_come_back() -> None:
     threads.shutdown()
 
 
-def test_calls_that_nobody_waits_for_run_in_their_turn() -> None:
+def test_calls_without_a_result_run_in_their_turn() -> None:
     threads, ran = DaemonThreads(1, "test"), []
     for number in range(5):
         threads.start(partial(ran.append, number))

@@ -10,7 +10,7 @@ from pipeline.host.local_files import umask_here
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o027, 0o077])
 @pytest.mark.parametrize("proc", [Path("/proc"), Path("/nonexistent")])
-def test_the_umask_is_told_and_stays(umask: int, proc: Path) -> None:
+def test_the_umask_is_found_and_stays(umask: int, proc: Path) -> None:
     before = os.umask(umask)
     try:
         assert umask_here(proc) == umask

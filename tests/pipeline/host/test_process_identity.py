@@ -29,7 +29,7 @@ def sleeper() -> subprocess.Popen[bytes]:
     return subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
 
 
-def test_a_process_lives_until_it_has_ended_even_if_nobody_waits_for_it(sleeper: subprocess.Popen[bytes]) -> None:
+def test_a_process_lives_until_it_has_ended_even_if_it_is_not_waited_for(sleeper: subprocess.Popen[bytes]) -> None:
     identity = ProcessIdentity.of(sleeper.pid)
     assert (identity.alive(), identity.has_ended()) == (True, False)
     assert identity.process() == psutil.Process(sleeper.pid)
@@ -91,7 +91,7 @@ def test_an_identity_goes_through_json_and_what_is_missing_is_not_known() -> Non
     assert ProcessIdentity.of_json({"pid": True, "create_time": time.time()}) == ProcessIdentity(0)
 
 
-def test_a_name_with_brackets_and_blanks_is_read_over(tmp_path: Path) -> None:
+def test_a_name_with_brackets_and_blanks_is_skipped(tmp_path: Path) -> None:
     script = tmp_path / "a) S 1 (b"
     script.write_text("#!/bin/sh\nread line\n")
     script.chmod(0o755)

@@ -45,7 +45,7 @@ def test_the_folder_of_a_process_that_was_killed_goes_when_the_next_one_is_made(
             assert other.is_dir(), "its process lives"
         process.kill()
         process.wait()
-        assert other.is_dir(), "nobody could delete it yet"
+        assert other.is_dir(), "no process could delete it yet"
 
         with scratch_folder() as mine:
             assert list(temporary.iterdir()) == [Path(mine)]

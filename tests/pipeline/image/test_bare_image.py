@@ -1,4 +1,4 @@
-"""Metadata that no pixel needs costs no image: every odd file has the pixels of the same file without it."""
+"""Metadata that no pixel needs does not cost an image: every odd file has the pixels of the same file without it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ PLAIN = {
 
 
 def expected_pixels(name: str) -> Pixels:
-    """What other libraries than ours make of the plain file; of CMYK nobody but PIL makes RGB."""
+    """What other libraries than ours make of the plain file; only PIL makes RGB of CMYK."""
     data = PLAIN[name]
     if name in ("jpeg", "progressive"):
         return np.asarray(imagecodecs.jpeg8_decode(data))

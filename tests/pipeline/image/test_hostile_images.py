@@ -1,4 +1,4 @@
-"""Images made by somebody who means harm: refused by name, in little time and memory; honest odd ones are not."""
+"""Images made to do harm: refused by name, in little time and memory; honest odd ones are not."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_jpeg_that_goes_over_its_pixels_too_often_is_refused(make: Callable[[i
 
 
 @pytest.mark.parametrize("hidden", [b"\xff" * 9, b"junk", b"\xff\x00\xff\xd3"])
-def test_what_libjpeg_passes_over_hides_no_scan(hidden: bytes) -> None:
+def test_what_libjpeg_skips_hides_no_scan(hidden: bytes) -> None:
     with pytest.raises(ValueError, match="more than 100 scans"):
         refuse_scan_bomb(many_scans(MOST_SCANS + 1).replace(b"\xff\xda", hidden + b"\xff\xda"))
 
@@ -141,18 +141,18 @@ def test_every_image_is_opened_by_a_list_of_formats(path: Path) -> None:
 
 
 def test_what_pil_warns_of_does_not_reach_the_terminal(jpeg: MakeJpeg, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its warnings name files of this machine, and a data set of millions of images would have as many."""
+    """Its warnings name files of this machine, and a dataset of millions of images would have as many."""
     tiff = io.BytesIO()
     Image.new("RGB", (8, 8)).save(tiff, "TIFF")
     exif = b"Exif\0\0II*\0\x08\0\0\0\xff\xff" + bytes(range(1, 200))
     rotated = jpeg(1)[:2] + segment(0xE1, exif) + jpeg(1)[2:]
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)
 
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         assert other_formats.size_of(tiff.getvalue()) == (8, 8)  # a decompression bomb, to PIL
         monkeypatch.undo()
         photo_from(rotated)
         decode(tiff.getvalue())
 
-    assert told == []
+    assert warned == []

@@ -1,4 +1,4 @@
-"""What re-encoding and rarer formats do; that plain JPEGs keep their bytes is tested with shards."""
+"""Re-encoding and rarer formats; that plain JPEGs keep their bytes is tested with shards."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders, lists and URLs made by somebody who means harm: what is no image file costs itself, and nothing hangs."""
+"""Folders, lists and URLs made to do harm: what is no image file costs itself, and nothing hangs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MakeJpeg = Callable[..., bytes]
 
 
 def skipped_of(source: str, url: str) -> dict[str, str]:
-    """Reasons of what a single shard of a source leaves out."""
+    """Reasons why a single shard of a source skips images."""
     found = find_sources(Storage(), source)
     assert isinstance(found, Sources)
     (task,) = plan_shards(found, Sharding(100))
@@ -149,10 +149,10 @@ def test_what_is_no_store_is_an_unknown_protocol(url: str) -> None:
 
 
 @pytest.mark.parametrize("protocol", sorted(STORES.keys() - {"file", "local", "memory", "s3", "s3a"}))
-def test_every_promised_store_is_opened_or_tells_what_it_lacks(
+def test_every_promised_store_is_opened_or_says_what_it_lacks(
     protocol: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Servers are named in the URL, which the file systems of fsspec must be told of."""
+    """Servers are named in the URL, which fsspec's file systems must be given."""
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:1")
     monkeypatch.setattr("gcsfs.retry.random.random", lambda: -32.0)  # its pauses grow to half a minute
 

@@ -1,4 +1,4 @@
-"""What a web server does not give costs its own images, and an outage is not taken for that."""
+"""Images that a web server does not serve are skipped, and an outage is not taken for that."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from web_server import WebServer, serving
 
 from pipeline.access.places import Given
 from pipeline.errors import RefusedError, UnreachableError
-from pipeline.ingest import source_reader
 from pipeline.ingest.source import Source
 from pipeline.ingest.source_reader import SourceReader
 from pipeline.store.storage import Storage
@@ -26,11 +25,8 @@ def server(tmp_path: Path) -> Iterator[WebServer]:
         yield running
 
 
-def test_a_dead_server_costs_its_own_images_and_is_waited_for_once(
-    server: WebServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(source_reader, "HASTY_SECONDS", 0.5)
-    reader = SourceReader(Storage(retry_seconds=60.0), "")
+def test_a_dead_server_costs_its_own_images_and_is_waited_for_once(server: WebServer) -> None:
+    reader = SourceReader(Storage(retry_seconds=60.0), "", hasty_seconds=0.5)
     assert reader.read(Source(Given(f"{server.address}/there.jpg"), None, None)) == b"image"
 
     began = time.monotonic()
@@ -42,7 +38,7 @@ def test_a_dead_server_costs_its_own_images_and_is_waited_for_once(
     reader.check()
 
 
-def test_nothing_that_can_be_read_is_an_outage() -> None:
+def test_an_outage_is_when_nothing_can_be_read() -> None:
     reader = SourceReader(Storage(retry_seconds=0.5), "")
     with pytest.raises(RefusedError):
         reader.read(DEAD)
@@ -62,11 +58,8 @@ def test_a_server_that_goes_away_ends_the_task(tmp_path: Path) -> None:
         reader.read(source)
 
 
-def test_an_address_that_always_fails_is_waited_for_briefly_the_second_time(
-    server: WebServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(source_reader, "HASTY_SECONDS", 0.2)
-    reader = SourceReader(Storage(retry_seconds=2.0), "")
+def test_an_address_that_always_fails_is_waited_for_briefly_the_second_time(server: WebServer) -> None:
+    reader = SourceReader(Storage(retry_seconds=2.0), "", hasty_seconds=0.2)
     broken = Source(Given(f"{server.address}/broken.jpg"), None, None)
     seconds = []
     for _ in range(2):

@@ -52,14 +52,14 @@ def test_folders_with_brackets_in_their_names_are_folders(tmp_path: Path) -> Non
     assert tars(tmp_path / "photos [2024]") == ["a.tar"]
 
 
-def test_a_tar_that_braces_name_and_is_missing_is_told(folder: Path) -> None:
+def test_a_tar_that_braces_name_and_is_missing_is_reported(folder: Path) -> None:
     with pytest.raises(SourceError, match=r"part/03\.tar"):
         find_sources(Storage(), str(folder / "part" / "{00..03}.tar"))
     with pytest.raises(SourceError, match="must match at least one tar"):
         find_sources(Storage(), str(folder / "part" / "x*.tar"))
 
 
-def test_images_and_tars_in_one_folder_are_told_apart_by_the_user(folder: Path) -> None:
+def test_images_and_tars_in_one_folder_must_be_separated_by_the_user(folder: Path) -> None:
     (folder / "a.jpg").write_bytes(b"1")
 
     with pytest.raises(SourceError, match="not both"):

@@ -39,7 +39,7 @@ def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     ]
 
 
-def test_images_beside_class_folders_are_told_since_they_cost_all_labels(tmp_path: Path) -> None:
+def test_images_beside_class_folders_are_reported_since_they_cost_all_labels(tmp_path: Path) -> None:
     sources = find_sources(Storage(), fill(tmp_path, "cat/1.jpg", "dog/1.jpg", "stray.jpg"))
     flat = find_sources(Storage(), fill(tmp_path / "flat", "1.jpg", "2.jpg"))
 
@@ -81,7 +81,7 @@ def test_sources_on_a_url_have_paths_below_it() -> None:
     assert found == [("x/1.jpg", 1, 0), ("y/2.jpg", 2, 1)]
 
 
-def test_linked_folders_are_gone_into_and_links_upwards_end(tmp_path: Path) -> None:
+def test_linked_folders_are_followed_and_links_upwards_end(tmp_path: Path) -> None:
     elsewhere = fill(tmp_path / "elsewhere", "1.jpg", "deep/2.jpg")
     photos = tmp_path / "photos"
     fill(photos, "cat/0.jpg")
@@ -105,7 +105,7 @@ def test_hidden_folders_are_no_classes(tmp_path: Path) -> None:
 
 
 def test_pipes_are_not_opened_and_links_to_nowhere_are_sources(tmp_path: Path) -> None:
-    """The latter are skipped later, and told; a pipe would be waited for without end."""
+    """The latter are skipped later, and reported; a pipe would be waited for without end."""
     fill(tmp_path, "1.jpg")
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "nowhere.jpg").symlink_to(tmp_path / "gone")
@@ -115,9 +115,9 @@ def test_pipes_are_not_opened_and_links_to_nowhere_are_sources(tmp_path: Path) -
     assert [(image.path.text, image.size_bytes) for image in sources.images] == [("1.jpg", 1), ("nowhere.jpg", 0)]
 
 
-def test_files_that_are_no_images_by_name_are_told(tmp_path: Path) -> None:
+def test_files_that_are_no_images_by_name_are_reported(tmp_path: Path) -> None:
     images = find_sources(Storage(), fill(tmp_path / "a", "1.jpg", "2.jp2", "3.heic", ".DS_Store"))
     tars = find_sources(Storage(), fill(tmp_path / "b", "1.tar", "2.tar.gz", "1.parquet"))
 
-    assert images.passed_over == ("2.jp2", "3.heic")
-    assert tars.passed_over == ("2.tar.gz",)
+    assert images.skipped_files == ("2.jp2", "3.heic")
+    assert tars.skipped_files == ("2.tar.gz",)

@@ -113,7 +113,7 @@ def test_stray_bytes_between_segments_cost_no_image(jpeg: MakeJpeg) -> None:
 
 @pytest.mark.parametrize("truncated_globally", [False, True])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_truncated_images_are_corrupt_whatever_pil_was_told(
+def test_truncated_images_are_corrupt_whatever_pil_is_set_to(
     kind: str, truncated_globally: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", truncated_globally)
@@ -158,13 +158,13 @@ def test_the_index_finds_every_image(task: ShardTask, tmp_path: Path) -> None:
     assert report.tar_bytes == index.tar_bytes == len(tar)
     with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
         images = {member.name: archive.extractfile(member).read() for member in archive if member.name.endswith(".jpg")}
-    for row, key in enumerate(index.keys):
-        start, length = int(index.offsets[row]), int(index.lengths[row])
+    for row, key in enumerate(index.table["key"]):
+        start, length = int(index.table["offset"][row]), int(index.table["length"][row])
         image = tar[start : start + length]
         assert image == images[f"{key.decode()}.jpg"]
-        assert google_crc32c.value(image) == index.crcs[row]
-        assert decode(image).shape[:2] == (index.heights[row], index.widths[row])
-    assert index.labels.tolist() == [source.label for source in task.sources]
+        assert google_crc32c.value(image) == index.table["crc"][row]
+        assert decode(image).shape[:2] == (index.table["height"][row], index.table["width"][row])
+    assert index.table["label"].tolist() == [source.label for source in task.sources]
 
 
 def test_the_report_names_the_index(task: ShardTask, tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_corrupt_and_vanished_images_are_skipped_and_listed(tmp_path: Path, jpeg
     assert [item.path for item in report.skipped] == ["cut.jpg", "gone.jpg"]
     assert "Premature end" in report.skipped[0].reason
     index = ShardIndex.from_bytes(Storage().read(index_url(str(tmp_path / "out"), task.name)), "")
-    assert index.keys.tolist() == [b"00000001"] and index.labels.tolist() == [NO_LABEL]
+    assert index.table["key"].tolist() == [b"00000001"] and index.table["label"].tolist() == [NO_LABEL]
     assert write_shard(Storage(), str(tmp_path / "out"), task) == replace(report, kept=True)
 
 
@@ -241,7 +241,7 @@ def test_an_unfinished_shard_is_written_again(task: ShardTask, tmp_path: Path, d
     assert tar.read_bytes() == whole
 
 
-def test_a_full_temporary_disk_is_told(task: ShardTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_temporary_disk_is_reported(task: ShardTask, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(self: object, sample: object) -> None:
         raise OSError(28, "No space left on device")
 

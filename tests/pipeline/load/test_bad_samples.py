@@ -1,4 +1,4 @@
-"""Every way in which a sample can be unusable, on a local data set: named, or replaced by a pure function."""
+"""Every way in which a sample can be unusable, on a local dataset: named, or replaced by a pure function."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ DAMAGES: list[tuple[Callable[[Dataset], object], str, str, set[int]]] = [
 
 
 @pytest.mark.parametrize(("damage", "fault", "says", "bad"), DAMAGES)
-def test_it_is_told_by_name_or_replaced_and_told(
+def test_it_is_reported_by_name_or_replaced_and_reported(
     own_dataset: Dataset, damage: Callable[[Dataset], object], fault: str, says: str, bad: set[int]
 ) -> None:
     whole = batches(own_dataset)
@@ -93,10 +93,10 @@ def test_it_is_told_by_name_or_replaced_and_told(
     replaced = batches(fresh)
     for before, after in zip(whole, replaced, strict=True):
         assert torch.equal(before.sample_ids, after.sample_ids)
-        told = {item.bad.id for item in after.substitutions}
-        assert told == bad & set(before.sample_ids.tolist())
+        reported = {item.bad.id for item in after.substitutions}
+        assert reported == bad & set(before.sample_ids.tolist())
         for sample, one, other in zip(before.sample_ids.tolist(), before.images, after.images, strict=True):
-            assert torch.equal(one, other) != (sample in told)
+            assert torch.equal(one, other) != (sample in reported)
     assert {item.bad.fault for batch in replaced for item in batch.substitutions} == {fault}
 
 

@@ -178,7 +178,7 @@ def test_what_dead_writers_left_half_written_is_removed(tmp_path: Path, clock: C
 
 
 @pytest.mark.parametrize("content", [b"", b"12", b"nonsense", None])
-def test_a_sum_that_is_lost_is_counted_anew(tmp_path: Path, clock: Clock, content: bytes | None) -> None:
+def test_a_sum_that_is_lost_is_counted_again(tmp_path: Path, clock: Clock, content: bytes | None) -> None:
     cache = opened(tmp_path, clock)
     put(cache, "a", "b", "c")
     (tmp_path / "used").unlink() if content is None else (tmp_path / "used").write_bytes(content)
@@ -189,11 +189,8 @@ def test_a_sum_that_is_lost_is_counted_anew(tmp_path: Path, clock: Clock, conten
     assert opened(tmp_path, clock).used_bytes <= 4 * KILOBYTE
 
 
-def test_a_lock_that_somebody_keeps_costs_seconds_and_no_block_is_stored(
-    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(block_cache, "LOCK_SECONDS", 0.05)
-    cache = opened(tmp_path, clock)
+def test_a_lock_that_another_process_keeps_costs_seconds_and_no_block_is_stored(tmp_path: Path, clock: Clock) -> None:
+    cache = BlockCache(CachePlace(str(tmp_path), 4 * KILOBYTE), "d" * 64, clock, lock_seconds=0.05)
 
     with (tmp_path / "lock").open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

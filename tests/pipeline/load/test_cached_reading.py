@@ -22,7 +22,7 @@ from pipeline.store.storage import Storage
 
 @dataclass(frozen=True)
 class CountingStorage(Storage):
-    """Notes every ranged read of a tar."""
+    """A store that records every ranged read of a tar."""
 
     reads: list[tuple[str, int, int]] = field(default_factory=list, hash=False, compare=False)
 
@@ -59,7 +59,7 @@ def same(first: list[Batch], second: list[Batch]) -> bool:
 def test_the_second_epoch_asks_the_object_store_for_nothing(
     dataset: Dataset, tmp_path: Path, order: Order, open_bytes: int
 ) -> None:
-    """Also where windows do not fit into memory, and where an epoch leaves blocks out that the next one takes."""
+    """Also where windows do not fit into memory, and where an epoch omits blocks that the next one takes."""
     through, reads = cached(dataset, tmp_path)
     steps = order.steps_per_epoch
     plain = batches(dataset, 0, 6 * steps, order=order)
@@ -74,7 +74,7 @@ def test_the_second_epoch_asks_the_object_store_for_nothing(
         counts.append(len(reads))
 
     assert same(found, plain)
-    # What an epoch leaves out is fetched in the background: an epoch may be over before the last of it is there.
+    # What an epoch omits is fetched in the background: an epoch may be over before the last of it is there.
     assert counts[4 * steps - 1] == counts[-1]
     if open_bytes:
         blocks_and_shard_edges = order.blocks + len(dataset.manifest.shards)

@@ -1,4 +1,4 @@
-"""Faults of the object store, with a real S3 server: the same images come, or the fault is told; never a hang."""
+"""Faults of the object store, with a real S3 server: the same images come, or the fault is reported; never a hang."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 from chaos_proxy import ChaosProxy
 
-from jobs.stack.local_stack import Stack
+from jobs.stack.record import Stack
 from pipeline.errors import DatasetError, StalledError
 from pipeline.host import daemon_threads
 from pipeline.ingest.plan import Sharding, plan_shards
@@ -71,7 +71,7 @@ def undisturbed(dataset: Dataset) -> list[Batch]:
 
 
 def through(proxy: ChaosProxy, dataset: Dataset, **options: Any) -> Dataset:
-    """The data set as it is read through the proxy."""
+    """The dataset as it is read through the proxy."""
     return Dataset.open(replace(dataset.storage, endpoint_url=proxy.endpoint), dataset.url, **options)
 
 
@@ -140,7 +140,7 @@ def test_a_server_that_is_busy_for_a_while_changes_nothing_and_is_not_flooded(
 
 
 @pytest.mark.slow
-def test_bodies_that_break_off_are_taken_up_where_they_ended(
+def test_bodies_that_break_off_are_resumed_where_they_ended(
     proxy: ChaosProxy, dataset: Dataset, undisturbed: list[Batch]
 ) -> None:
     proxy.behaviour.cuts = lambda request: request.number % 3 == 1
@@ -169,7 +169,7 @@ def test_a_byte_that_is_damaged_on_the_way_is_read_again(
     assert len(proxy.tar_requests()) > 70
 
 
-def test_a_server_that_never_answers_is_told_with_stage_shard_and_image(
+def test_a_server_that_never_answers_is_reported_with_stage_shard_and_image(
     proxy: ChaosProxy, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(daemon_threads, "SHUTDOWN_SECONDS", 0.1)
@@ -208,7 +208,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("fault", "change"), DAMAGES)
-def test_an_object_that_was_altered_is_told_or_replaced(
+def test_an_object_that_was_altered_is_reported_or_replaced(
     storage: Storage, own_dataset: Dataset, undisturbed: list[Batch], fault: str, change: Any
 ) -> None:
     replaced_by(storage, own_dataset, change(own_dataset))
@@ -229,14 +229,14 @@ def test_an_object_that_was_altered_is_told_or_replaced(
     assert digests(found) == digests(undisturbed)
 
 
-def test_an_object_that_is_replaced_mid_epoch_is_told(storage: Storage, own_dataset: Dataset) -> None:
+def test_an_object_that_is_replaced_mid_epoch_is_reported(storage: Storage, own_dataset: Dataset) -> None:
     with pytest.raises(DatasetError, match="was replaced"):
         for batch in loader(own_dataset, prefetch_batches=0).batches(0, STEPS):
             if batch.step == EPOCH // 2:
                 replaced_by(storage, own_dataset, lambda data: data.extend(bytes(512)))
 
 
-def test_an_object_that_is_replaced_while_a_body_is_taken_up_again_is_not_mixed(
+def test_an_object_that_is_replaced_while_a_body_is_resumed_is_not_mixed(
     proxy: ChaosProxy, storage: Storage, own_dataset: Dataset
 ) -> None:
     """Even where no ETag is pinned."""

@@ -9,12 +9,13 @@ import pytest
 from pipeline.errors import DatasetError
 from pipeline.ingest.writer import index_url, tar_url
 from pipeline.load.dataset import Dataset
+from pipeline.shard.index_reader import IndexReader
 from pipeline.store.storage import Storage
 
 
 @dataclass(frozen=True)
 class CountingStorage(Storage):
-    """Notes every ranged read."""
+    """A store that records every ranged read."""
 
     reads: list[tuple[str, int, int]] = field(default_factory=list, hash=False, compare=False)
 
@@ -61,30 +62,33 @@ def test_only_the_indexes_that_are_needed_are_read(own_dataset: Dataset) -> None
 
 def test_the_index_cache_stays_within_its_bytes(dataset: Dataset) -> None:
     one = dataset.index(0).table.nbytes
-    small = Dataset(dataset.storage, dataset.url, dataset.manifest, index_cache_bytes=2 * one)
+    small = IndexReader(dataset.storage, dataset.url, dataset.manifest.shards, cache_bytes=2 * one)
 
     for _ in range(2):
-        small.read(np.arange(small.samples))
+        for shard, entry in enumerate(dataset.manifest.shards):
+            small.rows(shard, np.arange(entry.samples))
 
-    assert 0 < small._indexes.cached_bytes <= 2 * one
+    assert 0 < small.cached_bytes <= 2 * one
 
 
 def test_a_flipped_byte_is_found_and_named(own_dataset: Dataset) -> None:
     index = own_dataset.index(2)
     path = Path(tar_url(own_dataset.url, "shard-000002"))
     data = bytearray(path.read_bytes())
-    data[int(index.offsets[4]) + 100] ^= 1
+    data[int(index.table["offset"][4]) + 100] ^= 1
     path.write_bytes(data)
 
     with pytest.raises(DatasetError) as caught:
         own_dataset.read(np.arange(own_dataset.samples))
-    assert all(part in str(caught.value) for part in ("shard-000002.tar", "00000030", str(index.offsets[4]), "CRC32C"))
+    assert all(
+        part in str(caught.value) for part in ("shard-000002.tar", "00000030", str(index.table["offset"][4]), "CRC32C")
+    )
     assert len(own_dataset.read([29, 31])) == 2
 
 
 def test_a_truncated_shard_is_found(own_dataset: Dataset) -> None:
     path = Path(tar_url(own_dataset.url, "shard-000001"))
-    path.write_bytes(path.read_bytes()[: int(own_dataset.index(1).offsets[9]) + 10])
+    path.write_bytes(path.read_bytes()[: int(own_dataset.index(1).table["offset"][9]) + 10])
 
     with pytest.raises(DatasetError, match="end early"):
         own_dataset.read([22])

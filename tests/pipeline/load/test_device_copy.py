@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.load.dataset import Dataset
-from pipeline.load.device_copy import HandOver
+from pipeline.load.device_copy import DeviceCopy
 from pipeline.load.loader import Loader
 from pipeline.order.sample_order import Order
 
@@ -14,29 +14,29 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 
 def test_on_the_cpu_the_hosts_own_tensor_is_handed_over_unpinned() -> None:
-    hand_over = HandOver(torch.device("cpu"))
-    host = hand_over.empty((2, 3), torch.uint8)
+    device_copy = DeviceCopy(torch.device("cpu"))
+    host = device_copy.empty((2, 3), torch.uint8)
 
-    assert hand_over.finish(hand_over.start(host)) is host
+    assert device_copy.finish(device_copy.start(host)) is host
     assert not host.is_pinned()
 
 
 @needs_gpu
 def test_on_a_gpu_batches_are_pinned_and_copied_on_a_stream_of_their_own() -> None:
     device = torch.device("cuda", 0)
-    hand_over = HandOver(device)
-    host = hand_over.empty((64, 3, 224, 224), torch.uint8)
+    device_copy = DeviceCopy(device)
+    host = device_copy.empty((64, 3, 224, 224), torch.uint8)
     host.random_(0, 256)
     busy = torch.randn(4096, 4096, device=device)
     for _ in range(50):
         busy = torch.tanh(busy @ busy)
 
-    moving = hand_over.start(host)
-    assert moving.copied is not None
-    moving.copied.synchronize()
+    copy = device_copy.start(host)
+    assert copy.copied is not None
+    copy.copied.synchronize()
     ready_while_busy = not torch.cuda.current_stream(device).query()
 
-    images = hand_over.finish(moving)
+    images = device_copy.finish(copy)
     assert host.is_pinned() and images.device == device
     assert ready_while_busy
     assert torch.equal(images.cpu(), host)

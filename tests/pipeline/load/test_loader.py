@@ -23,7 +23,7 @@ from pipeline.store.storage import Storage
 
 @dataclass(frozen=True)
 class CountingStorage(Storage):
-    """Notes every ranged read."""
+    """A store that records every ranged read."""
 
     reads: list[tuple[str, int, int]] = field(default_factory=list, hash=False, compare=False)
 
@@ -87,7 +87,7 @@ def test_threads_prefetch_and_memory_change_nothing(
 
 
 @pytest.mark.parametrize("start", range(17))
-def test_a_run_resumed_at_any_step_goes_on_alike(dataset: Dataset, straight: list[Batch], start: int) -> None:
+def test_a_run_resumed_at_any_step_continues_alike(dataset: Dataset, straight: list[Batch], start: int) -> None:
     assert same(batches(dataset, start, 17), straight[start:])
 
 
@@ -104,7 +104,10 @@ def test_nothing_is_read_that_is_not_used_and_nothing_twice_in_an_epoch(
     places = {}
     for shard, entry in enumerate(dataset.manifest.shards):
         index = dataset.index(shard)
-        places |= {(entry.name, int(offset)): int(key) for key, offset in zip(index.keys, index.offsets, strict=True)}
+        places |= {
+            (entry.name, int(offset)): int(key)
+            for key, offset in zip(index.table["key"], index.table["offset"], strict=True)
+        }
     for url, offset, length in storage.reads:
         name = Path(url).stem
         covered.update(s for (shard, place), s in places.items() if shard == name and offset <= place < offset + length)
@@ -160,7 +163,7 @@ def test_an_error_in_a_thread_reaches_the_consumer(own_dataset: Dataset) -> None
     path = Path(tar_url(own_dataset.url, "shard-000002"))
     data = bytearray(path.read_bytes())
     index = own_dataset.index(2)
-    data[int(index.offsets[4]) + 100] ^= 1
+    data[int(index.table["offset"][4]) + 100] ^= 1
     path.write_bytes(data)
 
     with pytest.raises(DatasetError, match="00000030"):
@@ -178,5 +181,5 @@ def test_an_undecodable_sample_is_named(dataset: Dataset, monkeypatch: pytest.Mo
 
 
 def test_an_order_over_other_samples_is_refused(dataset: Dataset) -> None:
-    with pytest.raises(OrderError, match="must be the data set's 61, got 60"):
+    with pytest.raises(OrderError, match="must be the dataset's 61, got 60"):
         batches(dataset, 0, 1, order=replace(ORDER, samples=60))

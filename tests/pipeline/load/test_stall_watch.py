@@ -14,7 +14,7 @@ from pipeline.errors import StalledError
 from pipeline.host import daemon_threads
 from pipeline.load import image_maker
 from pipeline.load.dataset import Dataset
-from pipeline.load.device_copy import HandOver
+from pipeline.load.device_copy import DeviceCopy
 from pipeline.load.loader import Loader
 from pipeline.order.sample_order import Order
 from pipeline.store.storage import Storage
@@ -25,7 +25,7 @@ STALL_SECONDS = 0.4
 
 @dataclass(frozen=True)
 class HangingStorage(Storage):
-    """Never answers for one tar."""
+    """A store that never answers for one tar."""
 
     def read_range(self, url: str, offset: int, length: int, etag: str | None = None) -> bytes:
         if url.endswith("shard-000002.tar"):
@@ -38,7 +38,7 @@ RELEASE = threading.Event()
 
 @pytest.fixture(autouse=True)
 def hangs(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What hangs, hangs until the end of the test."""
+    """Whatever hangs, hangs until the end of the test."""
     monkeypatch.setattr(daemon_threads, "SHUTDOWN_SECONDS", 0.1)
     RELEASE.clear()
     yield
@@ -56,19 +56,19 @@ def stalled(dataset: Dataset) -> str:
     return str(caught.value)
 
 
-def test_a_read_that_hangs_is_told_with_shard_image_and_offset(
+def test_a_read_that_hangs_is_reported_with_shard_image_and_offset(
     dataset: Dataset, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        told = stalled(Dataset(HangingStorage(), dataset.url, dataset.manifest))
+        message = stalled(Dataset(HangingStorage(), dataset.url, dataset.manifest))
 
-    assert "stage read" in told
-    assert "shard-000002.tar" in told and ".jpg" in told and "offset" in told
+    assert "stage read" in message
+    assert "shard-000002.tar" in message and ".jpg" in message and "offset" in message
     assert any("stage read" in record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
     assert any("read_range" in record.getMessage() for record in caplog.records if record.levelno == logging.ERROR)
 
 
-def test_decoding_that_hangs_is_told(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_that_hangs_is_reported(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     hanging = dataset.read([int(ORDER.batch(0)[5])])[0]
     decode = image_maker.decode
 
@@ -78,20 +78,20 @@ def test_decoding_that_hangs_is_told(dataset: Dataset, monkeypatch: pytest.Monke
         return decode(data)
 
     monkeypatch.setattr(image_maker, "decode", slow)
-    told = stalled(dataset)
+    message = stalled(dataset)
 
-    assert "stage decode" in told
-    assert f"{hanging.member} at offset {hanging.offset} of {hanging.url}" in told
+    assert "stage decode" in message
+    assert f"{hanging.member} at offset {hanging.offset} of {hanging.url}" in message
 
 
-def test_a_hand_over_that_hangs_is_told(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    start = HandOver.start
+def test_a_copy_to_the_device_that_hangs_is_reported(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    start = DeviceCopy.start
 
-    def slow(self: HandOver, host: torch.Tensor) -> Any:
+    def slow(self: DeviceCopy, host: torch.Tensor) -> Any:
         RELEASE.wait(30)
         return start(self, host)
 
-    monkeypatch.setattr(HandOver, "start", slow)
+    monkeypatch.setattr(DeviceCopy, "start", slow)
 
     assert "step 0 hangs in stage hand-over" in stalled(dataset)
 

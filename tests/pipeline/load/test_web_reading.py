@@ -1,4 +1,4 @@
-"""Data sets, tars and images behind a plain web server."""
+"""Datasets, tars and images behind a plain web server."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_tars_are_indexed_and_read_where_they_are(indexed: Dataset, jpeg: MakeJp
     assert [sample.data for sample in indexed.read(np.arange(16))] == [jpeg(number) for number in range(16)]
 
 
-def test_a_body_that_breaks_off_is_taken_up_where_it_ended(server: WebServer) -> None:
+def test_a_body_that_breaks_off_is_resumed_where_it_ended(server: WebServer) -> None:
     data = np.random.default_rng(0).bytes(5 << 20)
     (server.folder / "x").write_bytes(data)
     server.cut_bodies = 2
@@ -150,7 +150,7 @@ def test_a_web_page_is_no_list(server: WebServer) -> None:
         find_sources(STORAGE, f"{server.address}/index.html")
 
 
-def test_a_server_that_is_away_is_not_taken_for_a_missing_object() -> None:
+def test_a_server_that_is_unreachable_is_not_taken_for_a_missing_object() -> None:
     storage = Storage(retry_seconds=0.2)
     for call in (storage.size, storage.etag, storage.read):
         with pytest.raises(StorageError, match=r"reachable.*check that the server runs \("):

@@ -25,7 +25,7 @@ IMAGENET = 1_281_167
 
 @dataclass(frozen=True)
 class CountingStorage(Storage):
-    """Notes every ranged read of a tar."""
+    """A store that records every ranged read of a tar."""
 
     reads: list[int] = field(default_factory=list, hash=False, compare=False)
 
@@ -78,7 +78,7 @@ def test_the_predicted_design_effect_is_measured(
 
 
 @pytest.mark.parametrize("epoch", [0, 3])
-def test_an_epoch_is_counted_out_as_it_is_dealt(epoch: int) -> None:
+def test_an_epoch_is_counted_as_it_is_dealt(epoch: int) -> None:
     sizes = np.array([0, 500, 13, 700, 788])
     order = Order(2001, 36, 6, 5, 8, 3)
     shards = np.repeat(np.arange(5), sizes)

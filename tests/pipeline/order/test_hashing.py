@@ -52,7 +52,7 @@ def test_uniforms_are_uniform_and_uncorrelated() -> None:
     assert np.abs(correlations).max() < 5 / np.sqrt(20000)
 
 
-def test_key_tells_order_and_length_apart() -> None:
+def test_key_distinguishes_order_and_length() -> None:
     keys = [hashing.key(*parts) for parts in [(1, 2), (2, 1), (1,), (1, 2, 0), (0, 1, 2), ()]]
 
     assert len(set(keys)) == len(keys)

@@ -63,7 +63,7 @@ def test_a_lane_belongs_to_the_rank_of_the_formula(order: Order, world_size: int
 
 @settings(max_examples=15, deadline=None)
 @given(order=orders())
-def test_lanes_keep_their_blocks_for_ever_and_share_none(order: Order) -> None:
+def test_lanes_keep_their_blocks_permanently_and_share_none(order: Order) -> None:
     before: dict[int, set[int]] = {}
     for epoch in (0, 5):
         owners: dict[int, set[int]] = {}
@@ -90,9 +90,7 @@ def test_blocks_cut_the_samples_without_gap(order: Order) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(order=orders(), epoch=st.integers(0, 3), lane=st.integers(0, 11))
-def test_an_epoch_leaves_out_whole_blocks_and_less_than_one_block_of_others(
-    order: Order, epoch: int, lane: int
-) -> None:
+def test_an_epoch_omits_whole_blocks_and_less_than_one_block_of_others(order: Order, epoch: int, lane: int) -> None:
     used = order.steps_per_epoch * order.lane_batch_size
     samples = order.lane_range(epoch, min(lane, order.lanes - 1), 0, used)
 

@@ -1,4 +1,4 @@
-"""Data made by somebody who means harm: each ends in a clear refusal, in bounded memory, and nothing is unpacked."""
+"""Data made to do harm: each ends in a clear refusal, in bounded memory, and nothing is unpacked."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_an_image_of_honest_size_is_decoded(jpeg: MakeJpeg) -> None:
 
 
 def manifest(folder: Path, **changes: Any) -> str:
-    """A data set of one shard whose manifest was changed, with a checksum that fits."""
+    """A dataset of one shard whose manifest was changed, with a checksum that fits."""
     shards: dict[str, Any] = {
         "name": ["shard-000000"],
         "samples": [1],
@@ -236,15 +236,15 @@ def test_a_data_set_in_a_store_does_not_lead_to_files_of_this_machine(tmp_path: 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "pipeline").glob("*.py")), ids=lambda path: path.stem)
 def test_nothing_that_runs_code_is_read_from_a_data_set(path: Path) -> None:
-    """No pickle, marshal or shelve; numpy and torch files only where they are told to refuse pickles."""
+    """No pickle, marshal or shelve; numpy and torch files only where they are set to refuse pickles."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import | ast.ImportFrom):
             names = [alias.name for alias in node.names] + [getattr(node, "module", None) or ""]
             assert not {"pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"} & set(names)
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
-            told = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
             assert called not in ("eval", "exec", "compile", "__import__", "pickle.loads")
             assert called != "torch.load"
             if called in ("np.load", "numpy.load"):
-                assert told.get("allow_pickle") == "False"
+                assert given.get("allow_pickle") == "False"

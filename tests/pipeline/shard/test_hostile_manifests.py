@@ -1,4 +1,4 @@
-"""Manifests and indexes made by somebody who means harm, with sums that fit: refused by name, or one fault each."""
+"""Manifests and indexes made to do harm, with sums that fit: refused by name, or one fault each."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def test_a_tar_without_a_whole_address_lies_below_its_data_set(tmp_path: Path, p
     fields = manifest(tmp_path)
     fields["shards"]["tar"] = [place]
 
-    with pytest.raises(DatasetError, match=r"must name tars below the data set.*index the tars again"):
+    with pytest.raises(DatasetError, match=r"must name tars below the dataset.*index the tars again"):
         loaded(tmp_path, fields)
 
 
@@ -145,7 +145,7 @@ def test_a_shard_lies_below_its_data_set(tmp_path: Path, name: str) -> None:
     fields = manifest(tmp_path)
     fields["shards"]["name"] = [name]
 
-    with pytest.raises(DatasetError, match="leads out of the data set"):
+    with pytest.raises(DatasetError, match="leads out of the dataset"):
         loaded(tmp_path, fields)
 
 
@@ -167,7 +167,7 @@ def test_more_samples_than_the_index_has_are_refused_by_its_name(own_dataset: Da
     dataset = Dataset.open(Storage(), str(folder))
 
     for use in (dataset.rows, dataset.read):
-        with pytest.raises(DatasetError, match=r"shard-000000\.index.*index the data set again"):
+        with pytest.raises(DatasetError, match=r"shard-000000\.index.*index the dataset again"):
             use([samples - 1])
 
 
@@ -184,7 +184,7 @@ def test_numbers_of_samples_that_would_overflow_are_refused() -> None:
 
 
 def with_rows(folder: Path, change: dict[str, int]) -> tuple[Dataset, ShardEntry]:
-    """The data set's first shard, of whose third row the index says something else, in a manifest that fits."""
+    """The dataset's first shard, of whose third row the index says something else, in a manifest that fits."""
     storage, url = Storage(), str(folder)
     index = Dataset.open(storage, url).index(0)
     rows = [index.row(place) for place in range(len(index))]

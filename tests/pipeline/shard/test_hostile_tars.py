@@ -1,4 +1,4 @@
-"""Tars, and names of tars, made by somebody who means harm: each is a fault, in time and memory that fit its bytes."""
+"""Tars, and names of tars, made to do harm: each is a fault, in time and memory that fit its bytes."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_names_of_honest_pax_headers_are_still_read(charset: bytes) -> None:
     assert image.member.encode("utf-8", "surrogateescape") == name + b".jpg"
 
 
-def test_a_global_header_of_many_keys_is_not_gone_through_for_every_member() -> None:
+def test_a_global_header_of_many_keys_is_not_scanned_for_every_member() -> None:
     keys = b"".join(record(f"k{number:06d}", b"") for number in range(70_000))
     members = [pax(path=b"%d.jpg" % number) + member("z") for number in range(1500)]
     began = time.process_time()
@@ -344,7 +344,7 @@ def test_a_tar_that_is_all_damage_is_given_up(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("kind", ["sparse", "pax", "chain"])
-def test_no_byte_is_gone_through_again_for_every_header_that_claims_it(kind: str) -> None:
+def test_no_byte_is_scanned_again_for_every_header_that_claims_it(kind: str) -> None:
     """Each block is a header that claims the blocks behind it, with a fault at the end."""
     head = bytearray(header("5 a=\n" * 15, 1 << 19, PAX if kind == "pax" else LONG_NAME))
     if kind == "sparse":
@@ -391,7 +391,7 @@ def test_what_was_salvaged_of_a_hostile_tar_verifies(
     assert report is not None and report.samples == 1
     verdict = verify_shard(Storage(), str(tmp_path), report.entry, deep=True)
     assert verdict.faults == ()
-    assert ShardIndex.from_bytes((tmp_path / "t.index").read_bytes(), "t").labels.tolist() == [3]
+    assert ShardIndex.from_bytes((tmp_path / "t.index").read_bytes(), "t").table["label"].tolist() == [3]
 
 
 # Names of tars

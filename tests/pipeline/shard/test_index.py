@@ -54,7 +54,7 @@ def test_a_name_that_is_not_utf8_keeps_its_bytes() -> None:
     index = ShardIndex.from_rows("a", 1, "", (), [IndexRow(name, 0, 1, 2, 3, 4, NO_LABEL)])
 
     assert ShardIndex.from_bytes(index.to_bytes(), "").row(0).member == f"{name}.jpg"
-    assert index.keys.tolist() == [b"caf\xe9/0001"]
+    assert index.table["key"].tolist() == [b"caf\xe9/0001"]
 
 
 @pytest.mark.parametrize("count", [1, PAGE_ROWS - 1, PAGE_ROWS, PAGE_ROWS + 1, 5 * PAGE_ROWS + 3])

@@ -22,7 +22,7 @@ SHARDS, SAMPLES = 6, 20 * PAGE_ROWS + 5
 
 @dataclass(frozen=True)
 class CountingStorage(Storage):
-    """Notes every ranged read."""
+    """A store that records every ranged read."""
 
     reads: list[tuple[str, int, int]] = field(default_factory=list, hash=False, compare=False)
 

@@ -20,7 +20,7 @@ def test_entries_come_back_as_they_were() -> None:
     assert table.samples.tolist() == [10, 0, 7]
 
 
-def test_columns_of_places_are_left_out_where_no_shard_has_one() -> None:
+def test_columns_of_places_are_omitted_where_no_shard_has_one() -> None:
     assert {"etag", "tar"} & set(ShardTable.of(ENTRIES[1:2]).to_json()) == set()
     assert {"etag", "tar"} <= set(ShardTable.of(ENTRIES).to_json())
 

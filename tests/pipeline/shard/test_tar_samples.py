@@ -92,7 +92,7 @@ def test_images_with_dots_in_their_names_are_not_lost() -> None:
     ]
 
 
-def test_what_webdataset_passes_over_is_passed_over() -> None:
+def test_what_webdataset_ignores_is_ignored() -> None:
     found = contents(
         [("__meta__/x.jpg", b"1"), (".hidden.jpg", b"2"), ("x/._a.jpg", b"3"), ("noext", b"4"), ("a.jpg", b"5")]
     )
@@ -166,7 +166,7 @@ def test_every_extension_of_an_image_is_read(extension: str) -> None:
     ],
 )
 @pytest.mark.parametrize("salvage", [False, True])
-def test_a_sample_without_an_image_that_is_read_is_told(name: str, kind: str, salvage: bool) -> None:
+def test_a_sample_without_an_image_that_is_read_is_reported(name: str, kind: str, salvage: bool) -> None:
     stem = sample_key(name)
     members = [(f"{stem}.json", b"{}"), (name, b"x"), ("a.jpg", b"A"), (f"{stem}.txt", b"caption")]
 
@@ -182,12 +182,12 @@ def test_a_sample_without_an_image_that_is_read_is_told(name: str, kind: str, sa
 @pytest.mark.parametrize(
     "beside", ["a.json", "a.txt", "a.cls", "a.npy", "a.seg.heic", "a.jxl", "a", "b.json", "b.txt", "b.xml", ".DS_Store"]
 )
-def test_what_stands_beside_an_image_or_is_text_is_not_told(beside: str) -> None:
+def test_what_stands_beside_an_image_or_is_text_is_not_reported(beside: str) -> None:
     for members in ([("a.jpg", b"A"), (beside, b"1")], [(beside, b"1"), ("a.jpg", b"A")]):
         assert contents(members).skipped == []
 
 
-def test_a_sample_whose_image_is_corrupt_is_told_once() -> None:
+def test_a_sample_whose_image_is_corrupt_is_reported_once() -> None:
     def corrupt(data: bytes) -> Measured:
         raise CorruptImage("no")
 
@@ -199,9 +199,11 @@ def test_a_sample_whose_image_is_corrupt_is_told_once() -> None:
 def test_kinds_are_counted_most_frequent_first_and_not_without_end() -> None:
     members = [(f"{n}.k{n % 30}", b"") for n in range(60)] + [("x.heic", b"")] * 1 + [("y.heic", b""), ("z.heic", b"")]
 
-    told = unread_kinds(contents(members).skipped)
+    summary = unread_kinds(contents(members).skipped)
 
-    assert told.startswith("63 samples have no image that is read (.heic 3, ") and told.endswith("and 11 more kinds)")
+    assert summary.startswith("63 samples have no image that is read (.heic 3, ") and summary.endswith(
+        "and 11 more kinds)"
+    )
 
 
 def test_of_very_many_samples_without_image_a_bounded_number_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def test_a_damaged_header_is_named_with_its_offset_and_costs_one_member(form: st
     assert members(bytes(data), salvage=False) == (good[:number], faults)
 
 
-def test_webdataset_loses_what_is_told_here() -> None:
+def test_webdataset_loses_what_is_reported_here() -> None:
     data = bytearray(tar_bytes(MEMBERS))
     data[members(bytes(data))[0][5].offset] ^= 0x55
 
@@ -78,7 +78,7 @@ def test_a_header_of_zeros_is_not_taken_for_the_end() -> None:
     assert found == [good[0], *good[2:]]
 
 
-def test_tars_written_one_behind_the_other_are_told_and_all_found() -> None:
+def test_tars_written_one_behind_the_other_are_reported_and_all_found() -> None:
     first, second = tar_bytes(MEMBERS[:3]), tar_bytes(MEMBERS[3:])
 
     found, faults = members(first + second)
@@ -88,7 +88,7 @@ def test_tars_written_one_behind_the_other_are_told_and_all_found() -> None:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_every_cut_is_told_and_what_lies_before_is_found(form: str) -> None:
+def test_every_cut_is_reported_and_what_lies_before_is_found(form: str) -> None:
     data = tar_bytes(MEMBERS[:5], FORMS[form])
     good, _ = members(data)
     end = good[-1].data_offset + -(-good[-1].size // 512) * 512
@@ -100,14 +100,14 @@ def test_every_cut_is_told_and_what_lies_before_is_found(form: str) -> None:
         assert found == [item for item in good if item.data_offset + item.size <= cut]
 
 
-def test_what_is_no_tar_is_told() -> None:
+def test_what_is_no_tar_is_reported() -> None:
     found, faults = members(b"this is no tar" * 100)
 
     assert found == []
     assert faults[0].offset == 0
 
 
-def test_folders_and_pipes_are_passed_over() -> None:
+def test_folders_and_pipes_are_ignored() -> None:
     output = io.BytesIO()
     with tarfile.open(fileobj=output, mode="w") as tar:
         for kind in (tarfile.DIRTYPE, tarfile.CHRTYPE, tarfile.FIFOTYPE):
@@ -140,7 +140,7 @@ def test_only_a_few_chunks_are_held_and_each_is_read_once() -> None:
     assert sorted(reads) == list(range(0, len(data), 4096))
 
 
-def test_large_members_that_nobody_reads_are_not_fetched() -> None:
+def test_large_members_that_are_not_read_are_not_fetched() -> None:
     data = tar_bytes([("a.mp4", bytes(10**6)), ("b.jpg", b"1"), ("c.mp4", bytes(10**6)), ("d.jpg", b"2")])
     fetched = 0
 
@@ -163,7 +163,7 @@ def test_a_file_that_became_shorter_is_cut_off() -> None:
 
 
 @pytest.mark.parametrize("form", ["gnu", "posix"])
-def test_a_sparse_member_is_told_and_what_follows_it_is_found(form: str, tmp_path: Path) -> None:
+def test_a_sparse_member_is_reported_and_what_follows_it_is_found(form: str, tmp_path: Path) -> None:
     with (tmp_path / "a.jpg").open("wb") as file:
         file.write(b"1")
         file.truncate(10 << 20)
@@ -178,7 +178,7 @@ def test_a_sparse_member_is_told_and_what_follows_it_is_found(form: str, tmp_pat
 
 
 @pytest.mark.parametrize("kind", [tarfile.SYMTYPE, tarfile.LNKTYPE])
-def test_links_are_told(kind: bytes) -> None:
+def test_links_are_reported(kind: bytes) -> None:
     output = io.BytesIO()
     with tarfile.open(fileobj=output, mode="w") as tar:
         link = tarfile.TarInfo("b.jpg")

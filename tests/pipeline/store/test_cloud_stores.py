@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from cloud_emulators import BUCKET, emulator, why_none
 
-from pipeline.errors import ClaimedError, StorageError
+from pipeline.errors import LeaseHeldError, StorageError
 from pipeline.store import lease
 from pipeline.store.storage import Storage
 
@@ -65,7 +65,7 @@ def test_what_is_written_can_be_read_listed_and_deleted(folder: str, tmp_path: P
 
 
 def winners(number: int, call: Callable[[int], bool]) -> list[int]:
-    """Which of so many threads that begin together are told that they were the one."""
+    """Which of so many threads that begin together learn that they were the one."""
     start, won = threading.Barrier(number), []
 
     def run(each: int) -> None:
@@ -105,20 +105,20 @@ def test_of_many_that_replace_one_succeeds(folder: str) -> None:
 
 
 def test_a_lease_is_held_by_one_and_taken_over_from_the_dead(folder: str) -> None:
-    with lease.claimed(STORAGE, folder, "drives", on_wait=pytest.fail, keeps_number=True) as held:
+    with lease.hold_lease(STORAGE, folder, "drives", on_wait=pytest.fail, keeps_number=True) as held:
         held.beat()
         threading.Timer(1, held.beat).start()
         with (
-            pytest.raises(ClaimedError, match="must not be worked on by"),
-            lease.claimed(STORAGE, folder, "drives too", on_wait=lambda text: None, dead_seconds=20),
+            pytest.raises(LeaseHeldError, match="must not be in use by"),
+            lease.hold_lease(STORAGE, folder, "drives too", on_wait=lambda text: None, dead_seconds=20),
         ):
             pytest.fail("two held it")
     silent = json.loads(STORAGE.read(f"{folder}/claim-000001.json")) | {"host": "elsewhere", "over": False}
     STORAGE.write(f"{folder}/claim-000002.json", json.dumps(silent).encode())
-    told: list[str] = []
-    with lease.claimed(STORAGE, folder, "drives", on_wait=told.append, keeps_number=True, dead_seconds=1) as held:
+    watched: list[str] = []
+    with lease.hold_lease(STORAGE, folder, "drives", on_wait=watched.append, keeps_number=True, dead_seconds=1) as held:
         held.check()
-        assert held.number == 3 and len(told) == 1
+        assert held.number == 3 and len(watched) == 1
 
 
 @pytest.mark.parametrize(

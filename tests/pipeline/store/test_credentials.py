@@ -23,7 +23,7 @@ URL = "s3://bucket/x"
 
 @pytest.fixture(scope="module")
 def server(open_s3: Storage) -> Storage:
-    """An S3 server with one bucket, in which one object lies."""
+    """An S3 server with one bucket, that holds one object."""
     open_s3.write(URL, b"data")
     return open_s3
 
@@ -42,7 +42,7 @@ def cloud() -> Iterator[MetadataServer]:
 
 @pytest.fixture
 def instance(guard: GuardedS3, cloud: MetadataServer, monkeypatch: pytest.MonkeyPatch) -> Storage:
-    """How a process on an instance of the cloud reaches the store: nobody gave it anything but the address."""
+    """Access of a process on an instance of the cloud, which was given only the address."""
     for name, value in cloud.environment().items():
         monkeypatch.setenv(name, value)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
@@ -75,7 +75,7 @@ def test_a_service_that_answers_late_is_asked_again(instance: Storage, guard: Gu
 
 
 @pytest.mark.parametrize("refusal", ["InvalidAccessKeyId", "ExpiredToken", "AccessDenied"])
-def test_keys_that_rotate_before_they_expire_are_fetched_anew(
+def test_keys_that_rotate_before_they_expire_are_fetched_again(
     instance: Storage, guard: GuardedS3, cloud: MetadataServer, refusal: str
 ) -> None:
     cloud.rotate(guard)
@@ -177,7 +177,7 @@ def test_a_token_file_that_is_missing_is_no_object_that_is_missing(
 
 
 @pytest.mark.parametrize("write", [False, True])
-def test_before_anything_starts_missing_credentials_are_told_within_seconds(instance: Storage, write: bool) -> None:
+def test_before_anything_starts_missing_credentials_are_reported_within_seconds(instance: Storage, write: bool) -> None:
     began = time.monotonic()
     with pytest.raises(CredentialsError, match="set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine"):
         replace(instance, retry_seconds=120).check("s3://bucket/folder", write=write)
@@ -202,7 +202,7 @@ def test_a_conditional_write_that_met_another_is_made_again(
     left[:] = [(409, code)] * 2
     assert instance.replace(f"{url}/new", b"mine too", b"mine")
     left[:] = [(409, code)] * 2
-    with lease.claimed(instance, f"{url}/claims", "x", on_wait=pytest.fail) as held:
+    with lease.hold_lease(instance, f"{url}/claims", "x", on_wait=pytest.fail) as held:
         assert held.number == 1
     left[:] = [(409, code)] * 2
     target = parted_write.begin(instance, f"{url}/parts")

@@ -36,7 +36,7 @@ def names(url: str) -> list[str]:
     return sorted(path.name for path in Path(url).parent.iterdir())
 
 
-def test_another_process_goes_on_with_what_was_noted(url: str) -> None:
+def test_another_process_resumes_what_was_noted(url: str) -> None:
     first = PartedJournal(Storage(), url, "content")
     write(first, 3, 1)
     first.save()
@@ -68,7 +68,7 @@ def test_it_is_written_when_time_has_passed_and_not_for_each_part(url: str) -> N
 
 
 @pytest.mark.parametrize("damage", ["another content", "no JSON", "no object", "a part without a number", "format 0"])
-def test_what_is_of_another_content_or_cannot_be_read_begins_anew(url: str, damage: str) -> None:
+def test_what_is_of_another_content_or_cannot_be_read_starts_over(url: str, damage: str) -> None:
     journal = PartedJournal(Storage(), url, "content")
     write(journal, 1, 2)
     journal.save()

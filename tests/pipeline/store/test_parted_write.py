@@ -69,7 +69,7 @@ def test_what_was_there_stays_until_the_new_one_is_whole(place: tuple[Storage, s
     assert storage.read(url) == CONTENT
 
 
-def test_what_was_never_finished_is_swept_away_by_the_next(place: tuple[Storage, str]) -> None:
+def test_what_was_never_finished_is_deleted_by_the_next(place: tuple[Storage, str]) -> None:
     storage, folder = place
     url = f"{folder}/object"
     other = parted_write.begin(storage, f"{url}-of-another-name")

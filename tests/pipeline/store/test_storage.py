@@ -100,7 +100,7 @@ def test_many_are_deleted_at_once_and_those_that_are_gone_are_no_error(place: tu
     assert storage.list_names(storage.join(folder, "d")) == ["other"]
 
 
-def test_what_cannot_be_deleted_is_told_and_the_others_are_gone(tmp_path: Path) -> None:
+def test_what_cannot_be_deleted_is_reported_and_the_others_are_gone(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "last").write_bytes(b"x")
 
@@ -169,7 +169,7 @@ def test_check_accepts_a_good_place_and_leaves_nothing_there(place: tuple[Storag
     ],
 )
 @pytest.mark.parametrize("write", [False, True])
-def test_check_tells_within_seconds_what_is_wrong_with_s3(
+def test_check_reports_within_seconds_what_is_wrong_with_s3(
     s3: Storage, changes: dict[str, str | None], url: str, says: str, write: bool
 ) -> None:
     began = time.monotonic()
@@ -187,7 +187,7 @@ def test_check_tells_within_seconds_what_is_wrong_with_s3(
         ("/proc/x/y", "folder"),
     ],
 )
-def test_check_tells_what_is_wrong_with_a_url(url: str, says: str) -> None:
+def test_check_reports_what_is_wrong_with_a_url(url: str, says: str) -> None:
     with pytest.raises(StorageError, match=says):
         Storage().check(url, write=True)
 
@@ -214,14 +214,14 @@ def test_an_at_sign_elsewhere_is_no_secret() -> None:
         normal(url)
 
 
-def test_check_tells_that_a_file_is_no_folder(tmp_path: Path) -> None:
+def test_check_reports_that_a_file_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
 
     with pytest.raises(StorageError, match="path"):
         Storage().check(str(tmp_path / "file"), write=True)
 
 
-def test_a_full_disk_is_told_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_reported_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage, url = Storage(), str(tmp_path / "x")
     storage.write(url, b"before")
 

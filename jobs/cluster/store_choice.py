@@ -1,7 +1,8 @@
-"""Whose object store a session works on: the user's, as their environment says it, or the local stack's; never of both.
+"""The choice of a session's object store: the user's, as their environment names it, or the local stack's; never a mix.
 
-What the shell names by itself wins as a whole: an endpoint, a key, a profile. So does a file of AWS that a variable
-names, if its profile has an endpoint or keys. All else, as `~/.aws` and a region, is not asked beside the local stack.
+What the shell names itself wins as a whole: an endpoint, a key, a profile. So does an AWS file that a variable names,
+if its profile has an endpoint or keys. Everything else, such as `~/.aws` and a region, is ignored beside the local
+stack.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 
-from jobs.cluster.keys_desk import DeskAddress
-from jobs.cluster.store_parcel import STORE_VARIABLE
-from jobs.stack.local_stack import Stack
+from jobs.cluster.job_store import STORE_VARIABLE
+from jobs.cluster.key_renewal import KeyRenewal
+from jobs.stack.record import Stack
 from jobs.stack.services import REGION
 from pipeline.access.proxies import Proxies
 from pipeline.access.s3_options import S3Options
@@ -23,12 +24,12 @@ from pipeline.store.storage import Storage
 STACK_ORIGIN = "the local stack"
 
 
-def session_store(environ: Mapping[str, str], stack: Stack | None) -> Storage:
-    """The store; what is wrong with the user's settings is told when S3 is used.
+def chosen_store(environ: Mapping[str, str], stack: Stack | None) -> Storage:
+    """The store; what is wrong with the user's settings is reported when S3 is used.
 
     Args:
         environ: What the command was started with.
-        stack: The local stack, where work goes to its cluster.
+        stack: The local stack, if work goes to its cluster.
     """
     if given := environ.get(STORE_VARIABLE):
         return Storage.from_json(json.loads(given))
@@ -36,7 +37,7 @@ def session_store(environ: Mapping[str, str], stack: Stack | None) -> Storage:
         found = Storage.from_environment(environ) if stack is None else _beside_stack(environ, stack)
     except StorageError as error:
         return Storage(fault=error, proxies=Proxies.from_environment(environ))
-    return found if found.profile is None else replace(found, renewal=DeskAddress.new())
+    return found if found.profile is None else replace(found, renewal=KeyRenewal.new())
 
 
 def is_of_stack(storage: Storage, stack: Stack | None) -> bool:

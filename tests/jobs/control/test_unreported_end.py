@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from jobs.control import lease
-from jobs.control.early_end import end_noted, note_end
+from jobs.control.unreported_end import end_noted, note_end
 from jobs.errors import OvertakenError
 from jobs.recipe.named_recipes import named_recipe
 from jobs.report.status import event_line, run_status

@@ -1,8 +1,8 @@
-"""How a session reaches its store, on its way to a job of the cluster.
+"""The store settings that a session sends to a job of the cluster.
 
-A job's command line, metadata and environment are shown by Ray's dashboard, so none of them can hold a key. The parcel
-goes into the cluster's key-value store, by the door through which Ray's packages come, under a name that nobody guesses
-and that is all the job is told. The job takes it out before it does anything else.
+Ray's dashboard shows a job's command line, metadata and environment, so none of them can hold a key. The settings go
+into the cluster's key-value store, the way Ray's packages do, as a parcel under a name that cannot be guessed. The job
+is given only this name, and takes the parcel out before it does anything else.
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ if TYPE_CHECKING:
 VARIABLE = "CONVMAE_STORE_PARCEL"
 """Of a job's environment: the parcel's name."""
 STORE_VARIABLE = "CONVMAE_STORE"
-"""Of a job's own processes: what was in it, as JSON. Holds secrets, and is never in a runtime environment."""
+"""Of a job's own processes: the parcel's content, as JSON. Holds secrets, and is never in a runtime environment."""
 SECONDS = 30.0
 
 
 def send(session: Session, client: Any) -> dict[str, str]:
-    """Put a session's store on its way; returns what the job's environment must have.
+    """Send a session's store settings; returns what the job's environment must have.
 
-    Nothing travels where the cluster's own settings are meant: the local stack's, or where the caller has none.
+    Nothing is sent if the cluster's own settings are to be used: on the local stack, or if the caller has none.
 
     Args:
         session: Whose store.
-        client: Of the cluster, for jobs.
+        client: The cluster's job client.
 
     Raises:
-        ClusterError: The cluster does not take it.
+        ClusterError: The cluster does not accept them.
         StorageError: There are no keys, or no such profile.
     """
     storage = session.storage
@@ -56,21 +56,25 @@ def send(session: Session, client: Any) -> dict[str, str]:
 
 
 def received(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a job's own processes, with what came for it; asks a process of its own, to import no Ray.
+    """The environment of a job's own processes, with the settings that were sent to it.
+
+    A separate process takes them out, so that this one imports no Ray.
 
     Args:
         environ: Of the job.
 
     Raises:
-        ClusterError: It did not come.
+        ClusterError: They did not arrive.
     """
     if not environ.get(VARIABLE):
         return dict(environ)
-    command = module_command(sys.executable, "jobs.cluster.store_parcel")
+    command = module_command(sys.executable, "jobs.cluster.job_store")
     taking = subprocess.run(command, env=dict(environ), capture_output=True, text=True, check=False)
     if taking.returncode or not taking.stdout:
         why = (taking.stderr.strip().splitlines() or ["it is gone"])[-1]
-        raise ClusterError(VARIABLE, f"must be there for the job ({why})", environ[VARIABLE], "submit it again")
+        raise ClusterError(
+            VARIABLE, f"must exist when the job starts ({why})", environ[VARIABLE], "submit the job again"
+        )
     return {**environ, STORE_VARIABLE: taking.stdout}
 
 

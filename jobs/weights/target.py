@@ -1,4 +1,4 @@
-"""What a consolidation shall make, where it lies, and what was made."""
+"""Target of a consolidation: type, size and place of the files; and the consolidated weights that it made."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ class WrittenFile:
 
 
 @dataclass(frozen=True)
-class Consolidated:
-    """A consolidated step."""
+class ConsolidatedWeights:
+    """The consolidated weights of a step."""
 
     url: str
     """Of the file, or of the folder that holds several."""
     step: int
     files: tuple[WrittenFile, ...]
     kept: int = 0
-    """Files that were there already and whole."""
+    """Files that already existed and were whole."""
     kept_bytes: int = 0
-    """Of the other files: what an earlier run had written."""
+    """Of the other files: bytes that an earlier call had written."""
     seconds: float = 0.0
 
     @property
@@ -41,8 +41,8 @@ class Consolidated:
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """What a consolidation shall make, checked.
+class Target:
+    """What a consolidation is to make, checked.
 
     Raises:
         CheckpointError: Options that do not fit together.
@@ -53,13 +53,13 @@ class Wanted:
     shard_bytes: int | None = None
     """No file is larger; None: one file."""
     out: str = ""
-    """URL of a `.safetensors` file or of a folder; empty: in the run directory."""
+    """URL of a `.safetensors` file or of a folder; empty: the run directory."""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
             raise CheckpointError("--dtype", "must be fp32, bf16 or fp16", self.dtype, "correct it")
         if self.shard_bytes is not None and self.out.endswith(".safetensors"):
-            raise CheckpointError("--out", "must be a folder when --shard-bytes is given", self.out, "take a folder")
+            raise CheckpointError("--out", "must be a folder when --shard-bytes is given", self.out, "give a folder")
 
     def url(self, run: RunDirectory, step: int) -> str:
         """Of the one file, or of the folder of several."""
@@ -71,45 +71,40 @@ class Wanted:
         return run.path("consolidated", name if self.shard_bytes is not None else f"{name}.safetensors")
 
     def marks(self, url: str) -> tuple[str, ...]:
-        """What lies there when, and only when, all is finished; any of these."""
+        """Objects of which any exists if, and only if, all is finished."""
         if self.shard_bytes is None:
             return (f"{url}.sha256",)
         return (Storage.join(url, INDEX_NAME), Storage.join(url, f"{FILE_NAME}.sha256"))
 
     def is_finished(self, storage: Storage, url: str) -> bool:
-        """Whether a result is there; a checksum whose file was deleted does not count."""
+        """Whether the files are finished; a checksum whose file was deleted does not count."""
         if self.shard_bytes is None and not storage.exists(url):
             return False
         return any(storage.exists(mark) for mark in self.marks(url))
 
-    def found(self, storage: Storage, url: str, step: int) -> Consolidated:
-        """A result that is finished."""
+    def found(self, storage: Storage, url: str, step: int) -> ConsolidatedWeights:
+        """The finished files."""
         urls = [url]
         if self.shard_bytes is not None:
             names = [name for name in storage.list_names(url) if name.endswith(".safetensors")]
             urls = [Storage.join(url, name) for name in names]
         files = tuple(WrittenFile(file, storage.size(file), recorded_sha256(storage, file)) for file in urls)
-        return Consolidated(url, step, files, kept=len(files))
+        return ConsolidatedWeights(url, step, files, kept=len(files))
 
 
-ONE_FILE = Wanted()
-"""All weights in fp32, in the run directory."""
-SEVERAL_FILES = Wanted(shard_bytes=0)
-"""The same as a folder of files of any size: enough to ask whether it is there."""
+ONE_FILE = Target()
+"""All weights in fp32 in one file of the run directory."""
+SEVERAL_FILES = Target(shard_bytes=0)
+"""The same as a folder of files of any size, which suffices to ask whether it exists."""
 
 
 def consolidated_url(run: RunDirectory, step: int) -> str:
-    """Where the fp32 weights of `step` are."""
+    """Where the consolidated fp32 weights of `step` are."""
     return ONE_FILE.url(run, step)
 
 
-def is_consolidated(run: RunDirectory, step: int) -> bool:
-    """Whether the fp32 weights of `step` are there."""
-    return ONE_FILE.is_finished(run.storage, consolidated_url(run, step))
-
-
 def recorded_sha256(storage: Storage, url: str) -> str:
-    """What the `.sha256` beside a file says; empty where there is none."""
+    """The checksum in the `.sha256` beside a file; empty if there is none."""
     try:
         words = storage.read(f"{url}.sha256").decode(errors="replace").split()
     except FileNotFoundError:

@@ -1,3 +1,5 @@
+"""Attempts at a call, and how their faults are sorted (pipeline.access.faults)."""
+
 from __future__ import annotations
 
 import errno
@@ -7,12 +9,12 @@ import aiohttp
 import pytest
 from botocore import exceptions as boto
 
-from pipeline.access import faults
+from pipeline.access.retry import LONGEST_WAIT_SECONDS, retry
 from pipeline.errors import CredentialsError, RefusedError, StorageError
 
 
 class Clock:
-    """Time that passes only while somebody sleeps."""
+    """Time that passes only in sleep."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -61,7 +63,7 @@ USERS = [
 
 
 @pytest.mark.parametrize("error", TRANSIENT, ids=repr)
-def test_transient_faults_are_outlived(error: Exception) -> None:
+def test_transient_faults_are_survived(error: Exception) -> None:
     clock = Clock()
     outcomes = iter([error] * 8)
 
@@ -70,11 +72,11 @@ def test_transient_faults_are_outlived(error: Exception) -> None:
             raise outcome
         return "done"
 
-    assert faults.retry(call, "s3://b/k", 120, clock=clock, sleep=clock.sleep) == "done"
+    assert retry(call, "s3://b/k", 120, clock=clock, sleep=clock.sleep) == "done"
 
 
 @pytest.mark.parametrize(("error", "field"), USERS, ids=repr)
-def test_faults_of_the_user_are_told_at_once(error: Exception, field: str) -> None:
+def test_faults_of_the_user_are_reported_at_once(error: Exception, field: str) -> None:
     clock = Clock()
     calls = []
 
@@ -83,7 +85,7 @@ def test_faults_of_the_user_are_told_at_once(error: Exception, field: str) -> No
         raise error
 
     with pytest.raises(StorageError) as caught:
-        faults.retry(call, "s3://b/k", 120, clock=clock, sleep=clock.sleep)
+        retry(call, "s3://b/k", 120, clock=clock, sleep=clock.sleep)
     assert caught.value.field == field
     assert "s3://b/k" in str(caught.value)
     assert len(calls) == 1
@@ -91,28 +93,28 @@ def test_faults_of_the_user_are_told_at_once(error: Exception, field: str) -> No
 
 @pytest.mark.parametrize("error", REFUSALS, ids=repr)
 def test_refused_credentials_are_renewed_before_each_further_attempt_until_the_deadline(error: Exception) -> None:
-    clock, told = Clock(), []
+    clock, calls = Clock(), []
 
     def call() -> str:
-        told.append("call")
+        calls.append("call")
         if clock.now < 60:
             raise error
         return "done"
 
     def renew() -> None:
-        told.append("renew")
+        calls.append("renew")
 
-    assert faults.retry(call, "s3://b/k", 120, renew=renew, clock=clock, sleep=clock.sleep) == "done"
-    assert told == ["call", "renew"] * (len(told) // 2) + ["call"]
+    assert retry(call, "s3://b/k", 120, renew=renew, clock=clock, sleep=clock.sleep) == "done"
+    assert calls == ["call", "renew"] * (len(calls) // 2) + ["call"]
     with pytest.raises(CredentialsError, match="s3://b/k"):
-        faults.retry(raising(error), "s3://b/k", 20, clock=clock, sleep=clock.sleep)
+        retry(raising(error), "s3://b/k", 20, clock=clock, sleep=clock.sleep)
 
 
-def test_a_web_servers_refusal_is_told_at_once() -> None:
+def test_a_web_servers_refusal_is_reported_at_once() -> None:
     error = aiohttp.ClientResponseError(request_info=None, history=(), status=403)  # type: ignore[arg-type]
 
     with pytest.raises(RefusedError, match="403"):
-        faults.retry(raising(error), "https://host/x", 120, sleep=lambda seconds: pytest.fail("it waited"))
+        retry(raising(error), "https://host/x", 120, sleep=lambda seconds: pytest.fail("it waited"))
 
 
 def test_transient_faults_renew_nothing() -> None:
@@ -123,7 +125,7 @@ def test_transient_faults_renew_nothing() -> None:
             raise outcome
         return "done"
 
-    assert faults.retry(call, "s3://b/k", 9, renew=lambda: pytest.fail("renewed"), sleep=lambda _: None) == "done"
+    assert retry(call, "s3://b/k", 9, renew=lambda: pytest.fail("renewed"), sleep=lambda _: None) == "done"
 
 
 def test_the_operation_that_was_refused_is_named() -> None:
@@ -132,7 +134,7 @@ def test_the_operation_that_was_refused_is_named() -> None:
     )
 
     with pytest.raises(CredentialsError, match="DeleteObject"):
-        faults.retry(raising(error), "s3://b/k", 0)
+        retry(raising(error), "s3://b/k", 0)
 
 
 def raising(error: Exception) -> Callable[[], None]:
@@ -150,7 +152,7 @@ def test_the_deadline_ends_the_attempts() -> None:
         raise ConnectionRefusedError(errno.ECONNREFUSED, "refused")
 
     with pytest.raises(StorageError, match="reachable"):
-        faults.retry(call, "s3://b/k", 120, clock=clock, sleep=clock.sleep)
+        retry(call, "s3://b/k", 120, clock=clock, sleep=clock.sleep)
     assert 100 < clock.now <= 121
 
 
@@ -159,7 +161,7 @@ def test_a_server_that_stays_broken_ends_in_an_oserror_with_the_url() -> None:
         raise client_error("InternalError", 500)
 
     with pytest.raises(OSError, match="InternalError") as caught:
-        faults.retry(call, "s3://b/k", 0)
+        retry(call, "s3://b/k", 0)
     assert caught.value.filename == "s3://b/k"
 
 
@@ -168,7 +170,7 @@ def test_a_missing_object_stays_a_filenotfounderror() -> None:
         raise FileNotFoundError("k")
 
     with pytest.raises(FileNotFoundError) as caught:
-        faults.retry(call, "s3://b/k", 120)
+        retry(call, "s3://b/k", 120)
     assert caught.value.filename == "s3://b/k"
 
 
@@ -184,6 +186,6 @@ def test_waits_grow_and_stay_below_their_limit() -> None:
         raise TimeoutError
 
     with pytest.raises(StorageError):
-        faults.retry(call, "s3://b/k", 120, clock=clock, sleep=sleep, jitter=lambda: 1.0)
+        retry(call, "s3://b/k", 120, clock=clock, sleep=sleep, jitter=lambda: 1.0)
     assert waits == sorted(waits)
-    assert waits[-1] == faults.LONGEST_WAIT_SECONDS
+    assert waits[-1] == LONGEST_WAIT_SECONDS

@@ -1,4 +1,4 @@
-"""Tells lines that others write into the log of a run's job from those of this project: Ray's, torch's, gRPC's."""
+"""A filter of a job's log: lines of this project, without those of Ray, torch and gRPC."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 _ORIGIN = re.compile(r"^(?:\x1b\[\d+m)?\([^()]*\b(?:pid|ip)=[^()]*\)(?:\x1b\[0m)? ")
-"""Of a worker's line, as Ray passes it on: `(RayTrainWorker pid=17, ip=10.0.0.2) `."""
+"""The prefix that Ray gives to a worker's line: `(RayTrainWorker pid=17, ip=10.0.0.2) `."""
 _REPEATED = re.compile(r" ?(?:\x1b\[\d+m)?\[repeated \d+x across cluster\].*$")
 _FOREIGN = re.compile(
     r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3}\t[A-Z]+ \S+:\d+ -- "  # Ray in Python
@@ -18,7 +18,7 @@ _FOREIGN = re.compile(
 
 
 def own_lines(lines: Iterable[str]) -> Iterator[str]:
-    """The lines of this project's own, without what Ray adds to them when many workers say the same.
+    """The lines of this project, without what Ray adds to them when many workers print the same.
 
     Args:
         lines: Of a job's log, without their ends.

@@ -7,7 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.store.crc_combine import CRC32, CRC32C, combined
+from pipeline.store.combined_crc import CRC32C, combined_crc
+
+CRC32 = 0xEDB88320
+"""The polynomial of `zlib.crc32`."""
 
 
 @pytest.mark.parametrize(
@@ -20,7 +23,7 @@ def test_the_checksum_of_a_whole_follows_from_those_of_its_parts(
     assert callable(crc)
     whole = 0
     for part in parts:
-        whole = combined(whole, crc(part), len(part), polynomial)
+        whole = combined_crc(whole, crc(part), len(part), polynomial)
 
     assert whole == crc(b"".join(parts))
 
@@ -28,6 +31,6 @@ def test_the_checksum_of_a_whole_follows_from_those_of_its_parts(
 def test_large_parts_are_put_together_at_once() -> None:
     zeros = 5 << 30  # more than would be worth making
 
-    assert combined(combined(1, 0, zeros, CRC32), 0, 0, CRC32) == combined(
-        combined(1, 0, zeros // 2, CRC32), 0, zeros // 2, CRC32
+    assert combined_crc(combined_crc(1, 0, zeros, CRC32), 0, 0, CRC32) == combined_crc(
+        combined_crc(1, 0, zeros // 2, CRC32), 0, zeros // 2, CRC32
     )

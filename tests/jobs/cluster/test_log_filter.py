@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from jobs.cluster.foreign_lines import own_lines
+from jobs.cluster.log_filter import own_lines
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from jobs.cluster.foreign_lines import own_lines
         "2026-11-28 07:40:39,123\tINFO packaging.py:385 -- Ignoring upload to cluster for: ['/x/.gitignore']",
     ],
 )
-def test_lines_of_ray_torch_and_grpc_are_left_out(line: str) -> None:
+def test_lines_of_ray_torch_and_grpc_are_dropped(line: str) -> None:
     assert list(own_lines([line])) == []
 
 
@@ -34,5 +34,5 @@ def test_lines_of_ray_torch_and_grpc_are_left_out(line: str) -> None:
         ("", ""),
     ],
 )
-def test_the_projects_own_are_shown_without_what_ray_adds(line: str, shown: str) -> None:
+def test_the_projects_own_lines_are_shown_without_what_ray_adds(line: str, shown: str) -> None:
     assert list(own_lines([line])) == [shown]

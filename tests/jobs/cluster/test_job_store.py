@@ -1,4 +1,4 @@
-"""What comes to a job besides its command line, and what is told where it does not come."""
+"""The store settings that are sent to a job, and the error if they do not arrive."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from jobs.cluster import store_parcel
+from jobs.cluster import job_store
 from jobs.cluster.session import Session
 from jobs.errors import ClusterError
 from pipeline.errors import StorageError
@@ -23,7 +23,7 @@ OWN = Storage("http://a.test", "KEY", "a-secret", "token")
 
 @dataclass
 class Head:
-    """Of a cluster, as a client of its jobs sees it."""
+    """A cluster's head, as a job client sees it."""
 
     status: int = 200
     taken: dict[str, bytes] = field(default_factory=dict)
@@ -39,39 +39,39 @@ def session(tmp_path: Path) -> Session:
     return Session.open({"CONVMAE_HOME": str(tmp_path), "RAY_ADDRESS": "http://10.0.0.1:8265"})
 
 
-def test_the_job_is_told_a_name_and_the_store_goes_another_way(session: Session) -> None:
+def test_the_job_is_given_only_a_name_and_the_settings_are_sent_apart(session: Session) -> None:
     head = Head()
-    told = store_parcel.send(replace(session, storage=OWN), head)
-    again = store_parcel.send(replace(session, storage=OWN), head)
+    told = job_store.send(replace(session, storage=OWN), head)
+    again = job_store.send(replace(session, storage=OWN), head)
 
-    assert told.keys() == {store_parcel.VARIABLE} and told != again
+    assert told.keys() == {job_store.VARIABLE} and told != again
     assert "secret" not in str(told)
-    content = head.taken[f"/api/packages/gcs/{told[store_parcel.VARIABLE]}"]
+    content = head.taken[f"/api/packages/gcs/{told[job_store.VARIABLE]}"]
     assert Storage.from_json(json.loads(content)) == OWN
 
 
 @pytest.mark.parametrize("storage", [Storage(), Storage(region="eu-west-1")])
-def test_who_has_neither_endpoint_nor_keys_leaves_all_to_the_cluster(session: Session, storage: Storage) -> None:
+def test_without_endpoint_and_keys_the_clusters_own_settings_are_used(session: Session, storage: Storage) -> None:
     head = Head()
 
-    assert store_parcel.send(replace(session, storage=storage), head) == {} and not head.taken
+    assert job_store.send(replace(session, storage=storage), head) == {} and not head.taken
     role = replace(session, storage=replace(storage, endpoint_url="http://a.test"))
-    assert store_parcel.send(role, head).keys() == {store_parcel.VARIABLE}, "the endpoint goes without keys, too"
+    assert job_store.send(role, head).keys() == {job_store.VARIABLE}, "the endpoint is sent without keys, too"
 
 
-def test_a_fault_is_told_before_anything_is_sent(session: Session) -> None:
+def test_a_fault_is_reported_before_anything_is_sent(session: Session) -> None:
     head, fault = Head(), StorageError("AWS_PROFILE", "must name a profile", "gone", "correct it")
 
     with pytest.raises(StorageError, match=r"^AWS_PROFILE"):
-        store_parcel.send(replace(session, storage=Storage(fault=fault)), head)
+        job_store.send(replace(session, storage=Storage(fault=fault)), head)
     assert not head.taken
     with pytest.raises(ClusterError, match=r"must take settings \(500\)"):
-        store_parcel.send(replace(session, storage=OWN), Head(500))
+        job_store.send(replace(session, storage=OWN), Head(500))
 
 
-def test_a_job_whose_parcel_is_gone_ends_in_one_line(tmp_path: Path) -> None:
+def test_a_job_whose_parcel_is_gone_fails_with_one_line(tmp_path: Path) -> None:
     environ = {
-        store_parcel.VARIABLE: "convmae-x.zip",
+        job_store.VARIABLE: "convmae-x.zip",
         "RAY_ADDRESS": "no address",
         "PATH": "/bin",
         "HOME": str(tmp_path),
@@ -82,5 +82,5 @@ def test_a_job_whose_parcel_is_gone_ends_in_one_line(tmp_path: Path) -> None:
 
     assert ended.returncode == 1
     (line,) = ended.stderr.splitlines()
-    assert line.startswith("failed: CONVMAE_STORE_PARCEL: must be there for the job")
-    assert store_parcel.received({"A": "b"}) == {"A": "b"}
+    assert line.startswith("failed: CONVMAE_STORE_PARCEL: must exist when the job starts")
+    assert job_store.received({"A": "b"}) == {"A": "b"}

@@ -1,23 +1,23 @@
-"""The CRC of a whole from the CRCs of its parts, so that parts can be checked by different processes.
+"""The CRC of a whole, computed from those of its parts, so that different processes can check the parts.
 
 A CRC is a polynomial over GF(2) modulo the generator: appending n bytes multiplies it by x^(8n). Values are reflected,
 as in zlib and google_crc32c: bit 31 is the coefficient of x^0.
+
+Hand-written, since neither `zlib` nor `google_crc32c` has it in Python.
 """
 
 from __future__ import annotations
 
 import functools
 
-CRC32 = 0xEDB88320
-"""Of zip archives and `zlib.crc32`."""
 CRC32C = 0x82F63B78
-"""Castagnoli's, of `google_crc32c`."""
+"""Castagnoli's polynomial, that of `google_crc32c`."""
 
 _ONE = 1 << 31
 _X_TO_8 = 1 << 23
 
 
-def combined(first: int, second: int, second_bytes: int, polynomial: int) -> int:
+def combined_crc(first: int, second: int, second_bytes: int, polynomial: int) -> int:
     """The CRC of A + B, given those of A and of B and the length of B."""
     return _product(first, _shift(second_bytes, polynomial), polynomial) ^ second
 

@@ -1,7 +1,7 @@
-"""Where processes of a cluster ask for newer keys, while the command lives that has the profile which makes them.
+"""Renewal of keys for the processes of a cluster, by the command whose profile makes them, for as long as it runs.
 
-Keys of SSO, an assumed role or a credential process can be made on the caller's machine alone. They travel as they are
-at that moment; when the store refuses them, the tasks and ranks ask here.
+Keys of SSO, an assumed role or a credential process can be made only on the caller's machine. They are sent as they are
+at that moment; when the store refuses them, tasks and ranks ask here for newer ones.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ ANSWER_SECONDS = 10.0
 LOOK_SECONDS = 2.0
 
 
-class KeysDesk:
-    """The newest keys of a command. A plain class: `open_desk` makes an actor of it.
+class NewestKeys:
+    """The newest keys of a command. A plain class: `start_renewal` makes an actor of it.
 
-    Failure: goes with the command's driver; who asks then looks for keys of its own.
+    Failure: ends with the command's driver; a process that asks afterwards looks for keys of its own.
     Blocking: every method is O(1).
     """
 
@@ -39,49 +39,50 @@ class KeysDesk:
         self._keys = keys
 
     def get(self) -> Keys:
-        """The newest; whoever asks was refused with older ones, or with these."""
+        """The newest; the store refused the caller with older ones, or with these."""
         self._asked = True
         return self._keys
 
     def was_asked(self) -> bool:
-        """Whether somebody asked since this was last called."""
+        """Whether `get` was called since this was last called."""
         asked, self._asked = self._asked, False
         return asked
 
 
 @dataclass(frozen=True)
-class DeskAddress:
-    """Asks the desk of one command; what travels with a Storage."""
+class KeyRenewal:
+    """Asks one command's NewestKeys; travels with a Storage."""
 
     name: str
 
     @classmethod
-    def new(cls) -> DeskAddress:
-        """Of a desk that is not open yet."""
+    def new(cls) -> KeyRenewal:
+        """Of an actor that is not started yet."""
         return cls(f"keys-{secrets.token_hex(8)}")
 
     def __call__(self) -> Keys | None:
-        """The newest keys; None where the desk is gone, or this process is not of its cluster."""
+        """The newest keys; None if the actor is gone, or this process does not belong to its cluster."""
         import ray
         from ray.exceptions import RayError
 
         if not ray.is_initialized():
             return None
         try:
-            desk: Any = ray.get_actor(self.name)
-            keys: Keys = ray.get(desk.get.remote(), timeout=ANSWER_SECONDS)
+            newest: Any = ray.get_actor(self.name)
+            keys: Keys = ray.get(newest.get.remote(), timeout=ANSWER_SECONDS)
         except (RayError, ValueError, TimeoutError):
             return None
         return keys
 
 
-def open_desk(storage: Storage) -> None:
-    """Open the desk of a store whose keys only this machine can renew, for as long as this process lives.
+def start_renewal(storage: Storage) -> None:
+    """Renew a store's keys that only this machine can make, for as long as this process lives.
 
-    Ray is connected. Does nothing for keys that do not expire, and where there are none by now: who needs them says so.
+    Ray must be connected. Does nothing for keys that do not expire, nor if there are none by now: whatever needs them
+    reports that.
     """
-    profile, address = storage.profile, storage.renewal
-    if profile is None or not isinstance(address, DeskAddress):
+    profile, renewal = storage.profile, storage.renewal
+    if profile is None or not isinstance(renewal, KeyRenewal):
         return
     try:
         now = storage.for_others()
@@ -94,25 +95,25 @@ def open_desk(storage: Storage) -> None:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    actor: Any = ray.remote(KeysDesk)
+    actor: Any = ray.remote(NewestKeys)
     keys = Keys(str(now.key), str(now.secret), now.token)
-    desk = actor.options(name=address.name, num_cpus=0, scheduling_strategy=here).remote(keys)
-    threading.Thread(target=_renew, args=(profile, desk, keys), name="keys-desk", daemon=True).start()
+    newest = actor.options(name=renewal.name, num_cpus=0, scheduling_strategy=here).remote(keys)
+    threading.Thread(target=_renew, args=(profile, newest, keys), name="key-renewal", daemon=True).start()
 
 
-def _renew(profile: ProfileKeys, desk: Any, known: Keys) -> None:
-    """Bring newer keys to the desk until it is gone: such as botocore renewed, and such as were asked for."""
+def _renew(profile: ProfileKeys, newest: Any, known: Keys) -> None:
+    """Put newer keys into the actor until it is gone: those that botocore renewed, and those that were asked for."""
     import ray
     from ray.exceptions import RayError
 
     while True:
         time.sleep(LOOK_SECONDS)
         try:
-            if ray.get(desk.was_asked.remote(), timeout=ANSWER_SECONDS):
+            if ray.get(newest.was_asked.remote(), timeout=ANSWER_SECONDS):
                 profile.forget()
             keys = profile.now()
             if keys != known:
-                ray.get(desk.put.remote(keys), timeout=ANSWER_SECONDS)
+                ray.get(newest.put.remote(keys), timeout=ANSWER_SECONDS)
                 known = keys
         except ProfileKeysError as error:
             logger.warning("keys could not be renewed: %s", error)

@@ -1,4 +1,4 @@
-"""The user's store or the local stack's, as a whole: no endpoint of one with keys of the other."""
+"""The user's store or the local stack's, as a whole: never the endpoint of one with keys of the other."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from jobs.cluster.job_store import STORE_VARIABLE
 from jobs.cluster.session import Session
-from jobs.cluster.session_store import STACK_ORIGIN, is_of_stack, session_store
-from jobs.cluster.store_parcel import STORE_VARIABLE
-from jobs.stack.local_stack import Stack
+from jobs.cluster.store_choice import STACK_ORIGIN, chosen_store, is_of_stack
 from jobs.stack.ports import Ports
+from jobs.stack.record import Stack
 from jobs.stack.services import StackSettings, service_environment
 from pipeline.errors import StorageError
 from pipeline.store.storage import Storage
@@ -37,7 +37,7 @@ def stack(tmp_path: Path) -> Stack:
 
 @pytest.fixture
 def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home whose owner has a default profile with keys and an endpoint, as many have."""
+    """A home whose owner has a default profile with keys and an endpoint, as many users do."""
     folder = tmp_path / "user" / ".aws"
     folder.mkdir(parents=True)
     (folder / "credentials").write_text("[default]\naws_access_key_id = DEFAULT\naws_secret_access_key = default\n")
@@ -69,9 +69,9 @@ def parts(storage: Storage) -> tuple[str | None, str | None, str | None]:
         {"AWS_ENDPOINT_URL": "STACK", "AWS_ACCESS_KEY_ID": "STACKKEY", "AWS_SECRET_ACCESS_KEY": "stack-secret"},
     ],
 )
-def test_what_names_no_store_leaves_the_stacks_alone(variables: dict[str, str], stack: Stack, files: Path) -> None:
+def test_variables_that_name_no_store_leave_the_stacks(variables: dict[str, str], stack: Stack, files: Path) -> None:
     environ = {name: value.replace("STACK", stack.endpoint, value == "STACK") for name, value in variables.items()}
-    found = session_store(environ, stack)
+    found = chosen_store(environ, stack)
 
     assert parts(found) == (stack.endpoint, "STACKKEY", None) and found.secret == "stack-secret"
     assert found.region == "us-east-1" and found.profile is None and is_of_stack(found, stack)
@@ -92,11 +92,11 @@ def test_what_names_no_store_leaves_the_stacks_alone(variables: dict[str, str], 
         ({"AWS_SHARED_CREDENTIALS_FILE": "FILES/credentials"}, ("http://work.test", "DEFAULT", None)),
     ],
 )
-def test_what_names_one_leads_to_it_with_nothing_of_the_stacks(
+def test_variables_that_name_a_store_choose_it_with_nothing_of_the_stacks(
     variables: dict[str, str], expected: tuple[str | None, ...], stack: Stack, files: Path
 ) -> None:
     environ = {name: value.replace("FILES", str(files)) for name, value in variables.items()}
-    found = session_store(environ, stack)
+    found = chosen_store(environ, stack)
 
     assert parts(found) == expected
     assert not is_of_stack(found, stack)
@@ -104,10 +104,10 @@ def test_what_names_one_leads_to_it_with_nothing_of_the_stacks(
 
 
 @pytest.mark.parametrize("variable", FAULTS)
-def test_a_fault_is_told_when_s3_is_used_and_not_before(variable: str, stack: Stack, tmp_path: Path) -> None:
+def test_a_fault_is_reported_when_s3_is_used_and_not_before(variable: str, stack: Stack, tmp_path: Path) -> None:
     for found in (
-        session_store({variable: FAULTS[variable]}, stack),
-        session_store({variable: FAULTS[variable]}, None),
+        chosen_store({variable: FAULTS[variable]}, stack),
+        chosen_store({variable: FAULTS[variable]}, None),
     ):
         found.write(str(tmp_path / "x"), b"a local file")
         with pytest.raises(StorageError, match=f"^{variable}: "):
@@ -116,20 +116,20 @@ def test_a_fault_is_told_when_s3_is_used_and_not_before(variable: str, stack: St
             found.check("s3://bucket/x", write=True)
 
 
-def test_a_file_that_cannot_go_with_the_stack_is_named(stack: Stack, tmp_path: Path) -> None:
+def test_a_file_that_does_not_fit_the_stack_is_named(stack: Stack, tmp_path: Path) -> None:
     (tmp_path / "config").write_text("[default]\ns3 =\n  use_accelerate_endpoint = true\n")
-    fault = session_store({"AWS_CONFIG_FILE": str(tmp_path / "config")}, stack).fault
+    fault = chosen_store({"AWS_CONFIG_FILE": str(tmp_path / "config")}, stack).fault
 
     assert str(fault).startswith(f"s3.use_accelerate_endpoint of profile default of {tmp_path / 'config'}: must be off")
 
 
-def test_what_came_with_a_job_is_all_that_counts(stack: Stack) -> None:
+def test_settings_sent_with_a_job_override_all_others(stack: Stack) -> None:
     callers = Storage(
         "http://callers.test", "CALLER", "callers", "token", client=(("s3.payload_signing_enabled", True),)
     )
     environ = {**OWN, "AWS_PROFILE": "gone", STORE_VARIABLE: json.dumps(callers.to_json())}
 
-    assert session_store(environ, stack) == callers
+    assert chosen_store(environ, stack) == callers
     opened = Session.open({**environ, "CONVMAE_HOME": "/nonexistent"})
     assert opened.storage == callers and STORE_VARIABLE not in opened.environ
 
@@ -137,7 +137,9 @@ def test_what_came_with_a_job_is_all_that_counts(stack: Stack) -> None:
 @pytest.mark.parametrize(
     "base", [{**OWN, "AWS_ENDPOINT_URL_S3": "http://a.test", "AWS_PROFILE": "p", "AWS_CA_BUNDLE": "x"}, {}]
 )
-def test_the_stacks_cluster_gets_nothing_of_who_started_it(base: Mapping[str, str], stack: Stack) -> None:
+def test_the_stacks_cluster_gets_no_store_settings_of_the_user_who_started_it(
+    base: Mapping[str, str], stack: Stack
+) -> None:
     found = {name: value for name, value in service_environment("ray", stack.settings, base).items() if "AWS_" in name}
 
     assert set(found) == {
