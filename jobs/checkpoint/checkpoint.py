@@ -39,7 +39,7 @@ COMMIT_NAME = re.compile(r"step-(\d{8,12})\.json")
 CHUNK_BYTES = 1 << 18
 """Each chunk has its own checksum, so that a byte range can be checked without the rest of its file: little is read
 beyond what is needed, and a gigabyte of checkpoint takes 32 KB of the commit object."""
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 Count = Annotated[int, Strict(), Field(ge=0, lt=LARGEST)]
@@ -144,7 +144,12 @@ def _from_format_1(fields: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, "claim": 0, "driver": "", "format_version": 2}
 
 
-_MIGRATIONS: Mapping[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {1: _from_format_1}
+def _from_format_2(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Format 2 had no digest."""
+    return {**fields, "digest": "", "format_version": 3}
+
+
+_MIGRATIONS: Mapping[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {1: _from_format_1, 2: _from_format_2}
 """From each older format to the next."""
 _OTHERS = "`convmae checkpoints` shows which others are whole"
 

@@ -91,7 +91,17 @@ def _plan_lines(recipe: Recipe, size: DatasetSize) -> Iterator[tuple[str, str]]:
     yield "warm-up steps", f"{schedule.warmup_steps:,.0f}"
     yield "peak learning rate", f"{recipe.learning_rate:g}"
     yield "training FLOPs", f"{training_flops * schedule.total_steps * recipe.global_batch_size / 1e18:.3f} EFLOP"
+    yield "same at any world size", _equality(recipe)
     yield from plan.lines()
+
+
+def _equality(recipe: Recipe) -> str:
+    """What of a run is equal at another world size, and what that rests on."""
+    if not recipe.is_exact:
+        return "samples, crops and masks; losses within rounding"
+    grains = recipe.global_batch_size // recipe.grain
+    rests_on = "the same kind of CPU or GPU, versions, threads of PyTorch and `compile`"
+    return f"every bit, by {grains:,} grains of {recipe.grain:,} images; it rests on {rests_on}"
 
 
 def _flops_per_image(recipe: Recipe) -> tuple[float, float]:

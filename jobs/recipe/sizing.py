@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from jobs.recipe.recipe import Recipe
 from model.cost import flops, parameters
 
-GRADIENT_BYTES = 2
-"""Of one gradient in bf16, as it is sent."""
+GRADIENT_BYTES = {"fp32": 4, "bf16": 4, "bf16_pure": 2}
+"""Of one gradient as it is sent, by precision."""
 
 
 @dataclass(frozen=True)
@@ -45,5 +45,5 @@ def estimated_step_seconds(recipe: Recipe, node: NodeType, nodes: int) -> float:
     images = recipe.global_batch_size / gpus
     compute = images * training_flops / (node.flops_per_second * node.reached)
     link = node.bytes_per_second_inside if nodes == 1 else node.bytes_per_second_between
-    reduce = 2 * parameters(recipe.model).trainable * GRADIENT_BYTES * (gpus - 1) / gpus / link
+    reduce = 2 * parameters(recipe.model).trainable * GRADIENT_BYTES[recipe.precision] * (gpus - 1) / gpus / link
     return compute + reduce

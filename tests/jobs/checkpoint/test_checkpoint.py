@@ -121,15 +121,25 @@ def test_another_format_is_refused(run: RunDirectory, local: Path) -> None:
 
     for version in (9, None):
         path.write_text(json.dumps(fields | {"format_version": version}))
-        with pytest.raises(CheckpointError, match=f"format_version: must be 1 or 2, got {version}"):
+        with pytest.raises(CheckpointError, match=f"format_version: must be 1, 2 or 3, got {version}"):
             checkpoint.latest_commit(run)
+
+
+def test_a_commit_of_format_2_is_migrated(run: RunDirectory, local: Path) -> None:
+    """As earlier releases wrote them: no digest."""
+    commit = save(run, local, 5)
+    fields = dataclasses.asdict(commit) | {"format_version": 2}
+    del fields["digest"]
+    Path(run.path("commits", "step-00000005.json")).write_text(json.dumps(fields))
+
+    assert checkpoint.read_commit(run, 5) == commit
 
 
 def test_a_commit_of_format_1_is_migrated(run: RunDirectory, local: Path) -> None:
     """As earlier releases wrote them: no claim, no driver, no chunks, files directly in the folder of their step."""
     commit = save(run, local, 5)
     fields = dataclasses.asdict(commit) | {"format_version": 1}
-    del fields["claim"], fields["driver"]
+    del fields["claim"], fields["driver"], fields["digest"]
     for file in fields["files"]:
         del file["chunk_bytes"], file["chunk_crc32cs"]
     Path(run.path("commits", "step-00000005.json")).write_text(json.dumps(fields))
