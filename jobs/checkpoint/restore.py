@@ -62,7 +62,7 @@ def restore_newest(
     steps = group.broadcast(group.together(lambda: checkpoint.committed_steps(run) if group.rank == 0 else []))
     for step in reversed(steps):
         try:
-            restored = _restore(run, step, owned, group)
+            restored = restore_step(run, step, owned, group)
         except DamagedCheckpointError as error:
             damage = str(error)
         else:
@@ -77,7 +77,7 @@ def restore_newest(
     return None
 
 
-def _restore(run: RunDirectory, step: int, owned: Mapping[str, range], group: RankGroup) -> Restored:
+def restore_step(run: RunDirectory, step: int, owned: Mapping[str, range], group: RankGroup) -> Restored:
     """A checkpoint.
 
     Raises:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
 from typing import Annotated
 
@@ -9,6 +11,7 @@ import typer
 
 from jobs.cli.elsewhere import at_run, at_store, go_there
 from jobs.cli.shared import AsJson, Overrides, RunName, RunRoot, amended_recipe, existing_run, open_session
+from jobs.errors import RunFailedError
 from jobs.terminal import bytes_text, print_json, print_table, progress_bar, say
 from pipeline.errors import UserError
 
@@ -46,6 +49,42 @@ def checkpoints(
     if faults:
         sys.stderr.write(f"failed: {len(faults)} faults in {sum(bool(row.faults) for row in rows)} checkpoints\n")
         sys.exit(1)
+
+
+@app.command(cls=at_run())
+def replay(  # noqa: PLR0917 - typer's
+    run: RunName,
+    first: Annotated[int, typer.Option("--from", min=0, help="Step of the checkpoint to begin with; 0: the start.")],
+    steps: Annotated[int, typer.Option("--steps", min=1, help="How many to compute again.")],
+    threads: Annotated[
+        int, typer.Option(min=0, help="Of PyTorch. 0: as many as a worker of the run had, from its cpus_per_worker.")
+    ] = 0,
+    run_root: RunRoot = "",
+    as_json: AsJson = False,
+) -> None:
+    """Compute steps of a run again, on this machine, and compare losses and digests with its history.
+
+    For runs whose bits are the same at any world size. Exit code 1 where they differ: then the run or this machine
+    computed something else, if both have the same kind of CPU or GPU, versions and threads.
+    """
+    import torch
+
+    from jobs.rank.replay import replay as replayed
+
+    directory = existing_run(open_session(), run, run_root)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    threads = threads or max(1, int(directory.read_recipe().cpus_per_worker))
+    first_apart = 0
+    for step in replayed(directory, first, steps, device=device, threads=threads):
+        first_apart = first_apart or (0 if step.agrees else step.step)
+        if as_json:
+            sys.stdout.write(json.dumps(dataclasses.asdict(step) | {"agrees": step.agrees}) + "\n")
+        else:
+            say(step.line())
+    if first_apart:
+        raise RunFailedError(f"step {first_apart} is the first that differs, on {device} with {threads} threads")
+    if not as_json:
+        say(f"all agree, on {device} with {threads} {'thread' if threads == 1 else 'threads'}")
 
 
 @app.command(cls=at_run())

@@ -42,7 +42,7 @@ from pipeline.load.block_cache import CachePlace
 from pipeline.load.dataset import Dataset
 from pipeline.load.image_maker import BadSamplePolicy
 from pipeline.load.loader import Loader
-from pipeline.order.sample_order import ORDER_VERSION
+from pipeline.order.sample_order import ORDER_VERSION, Order
 from pipeline.store.storage import Storage
 
 if TYPE_CHECKING:
@@ -88,6 +88,22 @@ def open_dataset(storage: Storage, recipe: Recipe) -> Dataset:
     """The data set of `recipe`, read as the recipe says."""
     cache = CachePlace(recipe.cache_dir, recipe.cache_bytes) if recipe.cache_dir else None
     return Dataset.open(storage, recipe.data, cache=cache, check_etags=recipe.check_etags)
+
+
+def rank_loader(dataset: Dataset, order: Order, recipe: Recipe, place: RankPlace) -> Loader:
+    """The batches of one rank, read as the recipe says."""
+    return Loader(
+        dataset,
+        order,
+        image_shape=recipe.model.image_shape,
+        seed=recipe.seed,
+        rank=place.rank,
+        world_size=place.world_size,
+        threads=recipe.loader_threads,
+        device=place.device,
+        policy=BadSamplePolicy(recipe.on_bad_sample, recipe.max_consecutive_bad_samples),
+        stall_seconds=recipe.stall_seconds,
+    )
 
 
 class Trainer:
@@ -142,7 +158,9 @@ class Trainer:
 
     def _train(self, steps: range) -> bool:
         """Train `steps`, saving on the way; True if the run should end before the last of them."""
-        with closing(self._loader().batches(steps.start, steps.stop)) as batches:
+        with closing(
+            rank_loader(self.dataset, self.order, self.recipe, self.place).batches(steps.start, steps.stop)
+        ) as batches:
             self.pulse.at("data", self.recipe.stall_seconds)
             for batch in batches:
                 compiles = self.recipe.compile and batch.step == steps.start
@@ -179,20 +197,6 @@ class Trainer:
         self.done_steps = steps.stop
         if any(self._is_due(step + 1) for step in steps):
             self._save()
-
-    def _loader(self) -> Loader:
-        return Loader(
-            self.dataset,
-            self.order,
-            image_shape=self.recipe.model.image_shape,
-            seed=self.recipe.seed,
-            rank=self.place.rank,
-            world_size=self.place.world_size,
-            threads=self.recipe.loader_threads,
-            device=self.place.device,
-            policy=BadSamplePolicy(self.recipe.on_bad_sample, self.recipe.max_consecutive_bad_samples),
-            stall_seconds=self.recipe.stall_seconds,
-        )
 
     def _train_step(self, batch: Batch) -> SharedStep:
         """One optimizer step on the global batch `batch.step`; returns what all ranks know of it."""

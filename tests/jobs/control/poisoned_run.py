@@ -1,4 +1,6 @@
-"""The command, with a loss that is NaN on one rank at the steps (from 1) that POISON lists: `POISON=7,8 python ...`.
+"""The command, with faults on the last rank at the steps (from 1) that a variable lists: `POISON=7,8 python ...`.
+
+POISON: its loss is NaN. FLIP: after the update one bit of a weight of its is another.
 
 Ray sends functions of the main module by value, so the workers run `poisoned` as it stands here.
 """
@@ -14,20 +16,30 @@ from jobs.rank.trainer import TrainJob
 from model.convmae import Output
 from pipeline.load.batch import Batch
 
-STEPS = frozenset(int(step) for step in os.environ["POISON"].split(","))
+POISONED, FLIPPED = (
+    frozenset(int(step) for step in os.environ.get(name, "0").split(",")) for name in ("POISON", "FLIP")
+)
 
 
 def poisoned(job: TrainJob) -> None:
-    """What a worker does, on the last rank with a NaN now and then."""
+    """What a worker does, on the last rank with a fault now and then."""
+    import torch
+
     from jobs.rank import trainer  # the worker's own, in which `train_worker` is what it was
     from jobs.rank.training_step import TrainingStep
 
     class PoisonedStep(TrainingStep):
         def forward(self, batch: Batch, chosen: slice) -> Output:
             output = super().forward(batch, chosen)
-            if batch.step + 1 in STEPS and self.place.rank == self.place.world_size - 1:
+            if batch.step + 1 in POISONED and self.place.rank == self.place.world_size - 1:
                 return output._replace(loss=output.loss * math.nan)
             return output
+
+        def update(self, step: int) -> None:
+            super().update(step)
+            if step in FLIPPED and self.place.rank == self.place.world_size - 1:
+                weight = next(self.engine.module.parameters()).data.view(-1)[:1].view(torch.int32)
+                weight.bitwise_xor_(1)
 
     trainer.train_worker(job, PoisonedStep)
 

@@ -16,12 +16,14 @@ SCRIPT = Path(__file__).with_name("poisoned_run.py")
 FIELDS = {"epochs": 10, "max_steps": 20, "checkpoint_every_steps": 5}
 
 
-def train(convmae: Command, data: str, name: str, poison: str, code: int = 0, **fields: object) -> list[dict[str, Any]]:
+def train(
+    convmae: Command, data: str, name: str, poison: str, code: int = 0, flip: str = "0", **fields: object
+) -> list[dict[str, Any]]:
     """History of a run that was poisoned."""
     workers = fields.pop("workers", 2)
     recipe = small_recipe(data, **{**FIELDS, "min_workers": workers, "max_workers": workers, **fields})
     command = [sys.executable, str(SCRIPT), "pretrain", *recipe, "--run", name]
-    environment = convmae.environment(POISON=poison, PYTHONPATH=str(SCRIPT.parents[2]))
+    environment = convmae.environment(POISON=poison, FLIP=flip, PYTHONPATH=str(SCRIPT.parents[3]))
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550, check=False)
     assert ended.returncode == code, ended.stderr
     return convmae.run(name).read_history()
@@ -78,3 +80,17 @@ def test_what_is_never_finite_is_given_up(convmae: Command, data: str) -> None:
 
     assert [row["step"] for row in rows if row["loss"] is None] == [3, 4, 5, 6]
     assert "the loss of rank 1 is not finite at step 7" in convmae.run("never").read_events()[-1]["reason"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+def test_a_replay_finds_the_step_at_which_one_rank_computed_with_another_bit(convmae: Command, data: str) -> None:
+    """The lowest bit of one weight, on one of two ranks."""
+    train(convmae, data, "flipped", "0", flip="7", digest_every_steps=1)
+
+    out, err = convmae("replay", "flipped", "--from", "5", "--steps", "4", code=1)
+
+    apart = [int(line.split()[1]) for line in out.splitlines() if "DIFFERS" in line]
+    assert apart and apart[0] == 8 and apart == list(range(8, 10)), out
+    assert "step 8 is the first that differs, on cpu with 1 thread" in err
+    assert "all agree" in convmae("replay", "flipped", "--from", "5", "--steps", "2")[0]

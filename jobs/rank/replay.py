@@ -1,0 +1,152 @@
+"""Steps of a run computed again, by one process from a checkpoint, and compared with what the run noted of them.
+
+Where a run's gradients are exact (jobs.rank.exact_gradients) every step can be checked anywhere: a loss or a digest
+that is not the run's own says that one of the two computed something else, for example on memory that lost a bit.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from jobs.checkpoint import checkpoint
+from jobs.checkpoint.rank_group import RankGroup
+from jobs.checkpoint.restore import restore_step
+from jobs.checkpoint.zero_state import owned_ranges, restore_optimizer
+from jobs.errors import CheckpointError, RecipeError, RunError
+from jobs.rank.engine import build_model, initialize_deepspeed, parameter_groups
+from jobs.rank.non_finite import SkippedSteps, stretches
+from jobs.rank.resumable import check_resumable
+from jobs.rank.step_reading import RankReading
+from jobs.rank.trainer import open_dataset, rank_loader
+from jobs.rank.training_step import RankPlace, TrainingStep, build_rank_engine
+from jobs.recipe.recipe import Recipe
+from jobs.recipe.schedule import Schedule, order_of
+from jobs.run.directory import RunDirectory
+from jobs.weights.initial import load_initial_weights
+
+
+@dataclass(frozen=True)
+class ReplayedStep:
+    """What one step gave, now and in the run."""
+
+    step: int
+    """Steps done with it."""
+    loss: float | None
+    """None where no update was made, or of the checkpoint itself."""
+    noted_loss: float | None
+    digest: str
+    """Of weights and moments after it; empty where the run noted none."""
+    noted_digest: str
+
+    @property
+    def agrees(self) -> bool:
+        """Whether all that the run noted is what was computed now, bit by bit."""
+        return self.loss == self.noted_loss and self.digest == self.noted_digest
+
+    def line(self) -> str:
+        """For people."""
+        parts = [f"step {self.step:>8}", "checkpoint" if self.loss is None else f"loss {self.loss:.6f}"]
+        if self.digest:
+            parts.append(f"digest {self.digest}")
+        if self.loss != self.noted_loss:
+            parts.append(f"DIFFERS from loss {self.noted_loss!r}, by {_apart(self.loss, self.noted_loss)}")
+        if self.digest != self.noted_digest:
+            parts.append(f"DIFFERS from digest {self.noted_digest}")
+        return "  ".join(parts)
+
+
+def _apart(one: float | None, other: float | None) -> str:
+    return f"{abs(one - other):.1e}" if one is not None and other is not None else "an update"
+
+
+def replay(run: RunDirectory, first: int, steps: int, *, device: str, threads: int) -> Iterator[ReplayedStep]:
+    """Compute steps again; the checkpoint comes first.
+
+    Args:
+        run: A run whose gradients are exact.
+        first: Steps of the checkpoint to begin with; 0: the weights that the run began with.
+        steps: How many to compute.
+        device: `cpu` or `cuda`.
+        threads: Of PyTorch, within an operation: as many as the run's workers had.
+
+    Raises:
+        RecipeError: The run's gradients are not exact.
+        CheckpointError: There is no such checkpoint, or it cannot be resumed here.
+        RunError: The run has not made that many steps.
+    """
+    recipe = run.read_recipe()
+    if not recipe.is_exact:
+        remedy = "only runs with reproducible=bits, and zero_stage 1 or 2, can be replayed"
+        raise RecipeError("reproducible", "must be bits for a replay", recipe.reproducible, remedy)
+    committed = checkpoint.committed_steps(run)
+    if first and first not in committed:
+        remedy = f"the run has those of steps {', '.join(map(str, committed)) or 'none'}, and its begin, 0"
+        raise CheckpointError("--from", "must be a step with a checkpoint", first, remedy)
+    noted = {row["step"]: row for row in run.read_history()}
+    if first + steps > max(noted, default=0):
+        remedy = f"lower --steps; the run has made {max(noted, default=0)} steps"
+        raise RunError("--steps", f"must end within the run, from step {first}", steps, remedy)
+    torch.set_num_threads(threads)
+    with _group_of_one(device) as place:
+        yield from _replayed(run, recipe, noted, range(first, first + steps), place)
+
+
+def _replayed(
+    run: RunDirectory, recipe: Recipe, noted: dict[int, dict[str, Any]], steps: range, place: RankPlace
+) -> Iterator[ReplayedStep]:
+    dataset = open_dataset(run.storage, recipe)
+    order = order_of(recipe, dataset.manifest.samples)
+    schedule = Schedule.of(recipe, order.steps_per_epoch)
+    model, group = build_model(recipe), RankGroup(device=place.device)
+    owned = owned_ranges(
+        model, parameter_groups(model, recipe.weight_decay), stage=recipe.zero_stage, rank=0, world_size=1
+    )
+    found = restore_step(run, steps.start, owned, group) if steps.start else None
+    if found:
+        check_resumable(found.commit, dataset.manifest.digest)
+        model.load_state_dict(found.state.weights, strict=True)
+    elif recipe.init_from:
+        model.load_state_dict(load_initial_weights(run.storage, recipe, group), strict=True)
+    engine = build_rank_engine(model.to(place.device), recipe, order, place)
+    if found:
+        restore_optimizer(engine, found.state)
+    reading = RankReading(dataset, 0, device=place.device, folders=[Path(tempfile.gettempdir())])
+    step = TrainingStep(engine, recipe, place, order, reading=reading)
+    if found and found.commit.digest:
+        yield ReplayedStep(steps.start, None, None, step.digest(), found.commit.digest)
+    ledger = [SkippedSteps.from_json(row) for row in run.read_left_out()]
+    for stretch in stretches(steps.start, steps.stop, ledger):
+        if stretch.skipped:
+            continue
+        loader = rank_loader(dataset, order, recipe, place)
+        with closing(loader.batches(stretch.steps.start, stretch.steps.stop)) as batches:
+            for batch in batches:
+                shared = step.gradients(batch, schedule.learning_rate(batch.step), instruction="", uploading=False)
+                step.discard() if shared.fault else step.update(batch.step + 1)
+                row = noted[batch.step + 1]
+                noted_digest = row.get("digest", "")
+                digest = step.digest() if noted_digest else ""
+                yield ReplayedStep(
+                    batch.step + 1, None if shared.fault else shared.loss, row["loss"], digest, noted_digest
+                )
+
+
+@contextmanager
+def _group_of_one(device: str) -> Iterator[RankPlace]:
+    with tempfile.TemporaryDirectory() as folder:
+        meeting_point = (Path(folder) / "meeting-point").as_uri()
+        backend = "nccl" if device == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method=meeting_point, rank=0, world_size=1)
+        try:
+            initialize_deepspeed(device)
+            yield RankPlace(0, 1, torch.device(device))
+        finally:
+            dist.destroy_process_group()
