@@ -37,6 +37,7 @@ from jobs.rank.training_step import RankPlace, TrainingStep
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import micro_batches, order_of
 from jobs.run.directory import RunDirectory
+from model.convmae import Output
 from model.noise import mask_noise
 from pipeline.load.batch import Batch
 
@@ -54,19 +55,31 @@ class Reading:
         assert not words.any()
 
 
+class PoisonedStep(TrainingStep):
+    """A step whose loss is NaN while it is told so."""
+
+    is_poisoned = False
+
+    def forward(self, batch: Batch, chosen: slice) -> Output:
+        output = super().forward(batch, chosen)
+        return output._replace(loss=output.loss * math.nan) if self.is_poisoned else output
+
+
 class ExactSteps:
     """Steps of jobs.rank.training_step, on images of which each rank has those of its lanes."""
 
     def __init__(self, engine: Any, recipe: Recipe) -> None:
         self._order = order_of(recipe, 1000)
         place = RankPlace(RANK, WORLD_SIZE, torch.device("cpu"))
-        self._step = TrainingStep(engine, recipe, place, self._order, reading=Reading())  # type: ignore[arg-type]
+        self._step = PoisonedStep(engine, recipe, place, self._order, reading=Reading())  # type: ignore[arg-type]
         self._recipe = recipe
         self.digests: list[str] = []
         self.norms: list[float] = []
 
     def train(self, step: int, poison: str = "") -> float:
-        self._step.engine.poison[0] = math.nan if poison == "gradient" and RANK == WORLD_SIZE - 1 else 1.0
+        is_last = RANK == WORLD_SIZE - 1
+        self._step.engine.poison[0] = math.nan if poison == "gradient" and is_last else 1.0
+        self._step.is_poisoned = poison == "loss" and is_last
         lanes, size = self._order.rank_lanes(RANK, WORLD_SIZE), self._recipe.lane_batch_size
         mine = slice(lanes.start * size, lanes.stop * size)
         shape = (self._recipe.global_batch_size, 3, *self._recipe.model.image_shape)
