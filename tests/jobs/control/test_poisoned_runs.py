@@ -23,11 +23,7 @@ def train(
     workers = fields.pop("workers", 2)
     recipe = small_recipe(data, **{**FIELDS, "min_workers": workers, "max_workers": workers, **fields})
     command = [sys.executable, str(SCRIPT), "pretrain", *recipe, "--run", name]
-<<<<<<< HEAD
     environment = convmae.environment(POISON=poison, FLIP=flip, PYTHONPATH=str(SCRIPT.parents[3]))
-=======
-    environment = convmae.environment(POISON=poison, PYTHONPATH=str(SCRIPT.parents[3]))
->>>>>>> rooms
     ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550, check=False)
     assert ended.returncode == code, ended.stderr
     return convmae.run(name).read_history()
