@@ -63,7 +63,7 @@ def test_hosts_have_names_files_processes_and_interfaces_of_their_own(network: N
     done(one.start(sys.executable, "-c", resolve, "two"), code=1)
     code = ("-c", "import jobs.recipe.recipe")
     done(one.start(sys.executable, *code))
-    assert "No module named 'jobs.recipe.recipe'" in done(two.start(sys.executable, *code), code=1)[1]
+    assert "No module named 'jobs.recipe'" in done(two.start(sys.executable, *code), code=1)[1]
     assert psutil.net_if_addrs().keys() == before and socket.gethostname() not in {"one", "two"}
 
 

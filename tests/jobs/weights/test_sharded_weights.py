@@ -124,7 +124,7 @@ def test_a_tensor_in_another_file_than_the_index_says_is_named(result: Consolida
     told["weight_map"][name] = Path(result.files[1].url).name
     index.write_text(json.dumps(told))
 
-    with pytest.raises(WeightsFileError, match=rf"says \(unexpected {name}\), got '{result.files[0].url}'"):
+    with pytest.raises(WeightsFileError, match=rf"lists \(unexpected {name}\), got '{result.files[0].url}'"):
         consolidated.of_file(Storage(), result.url)
 
 

@@ -141,10 +141,10 @@ def test_it_is_what_botocore_finds_where_empty_variables_are_none(
 def test_it_says_where_each_comes_from(
     variables: dict[str, str], origins: tuple[str, ...], files: dict[str, str]
 ) -> None:
-    origins = dict(Storage.from_environment({**files, **variables}).origins)
+    found = dict(Storage.from_environment({**files, **variables}).origins)
 
     expected = [text.format(files["AWS_CONFIG_FILE"]) for text in origins]
-    assert [origins["endpoint"], origins["region"], origins["credentials"]] == expected
+    assert [found["endpoint"], found["region"], found["credentials"]] == expected
 
 
 @pytest.mark.parametrize(

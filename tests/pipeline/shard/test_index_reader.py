@@ -124,9 +124,8 @@ def test_a_missing_index_is_named(tmp_path: Path, table: ShardTable) -> None:
         reader(Storage(), tmp_path, table, 0).rows(3, np.array([0]))
 
 
-@pytest.mark.parametrize("cache_bytes", [0, 1 << 30])
-def test_a_data_set_gives_rows_in_the_order_of_the_ids(tmp_path: Path, table: ShardTable, cache_bytes: int) -> None:
-    dataset = Dataset(Storage(), str(tmp_path), Manifest(2, "", (), 0, table), cache_bytes)
+def test_a_dataset_gives_rows_in_the_order_of_the_ids(tmp_path: Path, table: ShardTable) -> None:
+    dataset = Dataset(Storage(), str(tmp_path), Manifest(2, "", (), 0, table))
     ids = np.random.default_rng(1).integers(0, SHARDS * SAMPLES, 200)
 
     rows = dataset.rows(ids)
