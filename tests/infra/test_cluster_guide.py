@@ -33,7 +33,7 @@ def test_the_sizing_tables_follow_from_the_recipe() -> None:
         count = int(gpus)
         images = recipe.global_batch_size // count
         compute = images * plan["training_flops_per_image"] / (989e12 * 0.2)
-        reduce = 2 * plan["parameters"] * 2 * (count - 1) / count / link
+        reduce = 2 * plan["parameters"] * 4 * (count - 1) / count / link
         speed = recipe.global_batch_size / (compute + reduce)
         hours = epochs_images / speed / 3600
         wanted = [images, compute * 1e3, reduce * 1e3, speed, hours, hours * int(nodes), hours * int(nodes) * PRICE]
