@@ -15,7 +15,7 @@ NEWEST_TESTS := tests/jobs/cluster/test_ray_internals.py tests/jobs/checkpoint/t
 	tests/jobs/checkpoint/test_zero_state.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain down fix check test test-pythons test-newest test-slow test-hosts soak fuzz bench-recovery bench-hosts bench-plan bench-model bench-loader bench-checkpoint bench-consolidate bench-scale
+.PHONY: help install pretrain down fix check test test-pythons test-newest test-slow test-hosts soak fuzz bench-recovery bench-hosts bench-plan bench-model bench-loader bench-checkpoint bench-consolidate bench-scale bench-grains
 
 help:  ## Show these lines
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -101,6 +101,9 @@ bench-consolidate: $(INSTALLED)  ## A checkpoint to one file, from S3 to S3, aga
 
 bench-plan: $(INSTALLED)  ## What a plan over 2,000,000,000 samples costs
 	$(BIN)/python benchmarks/bench_plan.py
+
+bench-grains: $(INSTALLED)  ## The cost of the same bits at any world size
+	$(BIN)/python benchmarks/bench_grains.py
 
 bench-scale: $(INSTALLED)  ## What grows with the ranks: restoring, figures, deletes, polls; up to 1,024 on paper
 	$(BIN)/python benchmarks/bench_scale.py
