@@ -1,7 +1,7 @@
 """The cost of the same bits at any world size, against gradients as DeepSpeed reduces them: `make bench-grains`.
 
 Both sides train the same model on the same images, in the same processes and in turn; the other side has micro-batches
-of as many images as a grain. Printed are medians over rounds of the CPU seconds of rank 0, and of the seconds that passed.
+of as many images as a grain. Printed are medians over rounds of rank 0's CPU seconds, and of the seconds that passed.
 
     python benchmarks/bench_grains.py [--preset small] [--images 8] [--grain 4] [--worlds 1 2] [--rounds 7]
 """
