@@ -6,6 +6,7 @@ that is not the run's own says that one of the two computed something else, for 
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -144,6 +145,7 @@ def _group_of_one(device: str) -> Iterator[RankPlace]:
     with tempfile.TemporaryDirectory() as folder:
         meeting_point = (Path(folder) / "meeting-point").as_uri()
         backend = "nccl" if device == "cuda" else "gloo"
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it
         dist.init_process_group(backend, init_method=meeting_point, rank=0, world_size=1)
         try:
             initialize_deepspeed(device)

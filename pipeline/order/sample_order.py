@@ -117,7 +117,8 @@ class Order:
         """The lanes that `rank` owns, consecutive: {l : floor(l * world_size / L) = rank} where each may be alone."""
         most, together = self.lanes // self.lanes_together, self.lanes_together
         if not 1 <= world_size <= most:
-            rule = f"must be between 1 and {most}, {'lanes' if together == 1 else f'lanes in groups of {together}'}"
+            lanes = f"lanes {most}" if together == 1 else f"{most}, lanes {self.lanes} in groups of {together}"
+            rule = f"must be between 1 and {lanes}"
             raise OrderError("world_size", rule, world_size, f"take a number from 1 to {most}, or raise lanes")
         return range(-(-rank * most // world_size) * together, -(-(rank + 1) * most // world_size) * together)
 

@@ -25,7 +25,7 @@ PRIVATE_WORDS = frozenset(
         *("ds_numel", "ds_tensor", "__compatible_ops__", "fp32_flat_groups", "base_optimizer_state"),
         *("optimizer_state_dict", "partition_count", "param_shapes", "param_alignment_paddings", "mp_world_size"),
         *("frozen_param_shapes", "frozen_param_fragments", "shared_params", "num_experts", "ds_config"),
-        *("_model_states.pt", "_optim_states.pt"),
+        *("_model_states.pt", "_optim_states.pt", "partition_size", "compute_grad_norm"),
     }
 )
 """Attributes of engines, optimizers and parameters, and keys and names of files."""
@@ -37,7 +37,7 @@ def engine(stage: int, **other: Any) -> Any:
     two = dict.fromkeys(
         (
             *("check_grad_overflow", "single_partition_of_fp32_groups"),
-            *("real_dp_process_group", "round_robin_bit16_groups"),
+            *("real_dp_process_group", "round_robin_bit16_groups", "partition_size", "compute_grad_norm"),
         )
     )
     three = dict.fromkeys(("dp_process_group", "fp32_partitioned_groups_flat", "fp16_groups"))
@@ -72,6 +72,7 @@ def test_a_key_of_the_files_that_is_another_is_named_with_both_versions(monkeypa
         *((stage, name) for stage in (1, 2, 3) for name in ("averaged_gradients", "param_groups")),
         *((stage, name) for stage in (1, 2) for name in ("check_grad_overflow", "round_robin_bit16_groups")),
         *((stage, name) for stage in (1, 2) for name in ("single_partition_of_fp32_groups", "real_dp_process_group")),
+        *((stage, name) for stage in (1, 2) for name in ("partition_size", "compute_grad_norm")),
         *((3, name) for name in ("dp_process_group", "fp32_partitioned_groups_flat", "fp16_groups")),
     ],
 )

@@ -89,7 +89,7 @@ def test_a_name_is_new_then_resumes(plan: RunPlan) -> None:
 def test_a_live_run_is_not_claimed_twice(plan: RunPlan, live: None) -> None:
     plan.run.claim(plan.recipe)
     plan.run.write_stop_request()
-    other = dataclasses.replace(plan, recipe=plan.recipe.amended({"micro_batch_size": 1}))
+    other = dataclasses.replace(plan, recipe=plan.recipe.amended({"loader_threads": 7}))
 
     with pytest.raises(RunError, match="must not be running already") as caught:
         claim_run(other)
