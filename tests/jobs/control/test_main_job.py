@@ -184,6 +184,7 @@ def test_sharding_again_keeps_what_is_there(convmae: Command, photographs: Path,
     assert "broken.jpg" in listed[0]
 
 
+@pytest.mark.slow
 def test_stop_saves_and_the_same_command_goes_on(convmae: Command, data: str) -> None:
     endless = {"epochs": 100_000, "checkpoint_every_steps": 100_000}  # it must not end before it is stopped
     command = ("pretrain", *small_recipe(data, **endless), "--run", "stopped")
