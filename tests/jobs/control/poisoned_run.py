@@ -38,7 +38,8 @@ def poisoned(job: TrainJob) -> None:
         def update(self, step: int) -> None:
             super().update(step)
             if step in FLIPPED and self.place.rank == self.place.world_size - 1:
-                weight = next(self.engine.module.parameters()).data.view(-1)[:1].view(torch.int32)
+                trained = next(each for each in self.engine.module.parameters() if each.requires_grad)
+                weight = trained.data.view(-1)[:1].view(torch.int32)
                 weight.bitwise_xor_(1)
 
     trainer.train_worker(job, PoisonedStep)

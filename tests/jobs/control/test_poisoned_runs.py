@@ -86,7 +86,7 @@ def test_what_is_never_finite_is_given_up(convmae: Command, data: str) -> None:
 @pytest.mark.timeout(1200)
 def test_a_replay_finds_the_step_at_which_one_rank_computed_with_another_bit(convmae: Command, data: str) -> None:
     """The lowest bit of one weight, on one of two ranks."""
-    train(convmae, data, "flipped", "0", flip="7", digest_every_steps=1)
+    train(convmae, data, "flipped", "0", flip="7", digest_every_steps=1, keep_checkpoints=10)
 
     out, err = convmae("replay", "flipped", "--from", "5", "--steps", "4", code=1)
 
