@@ -40,7 +40,7 @@ pretrain: $(INSTALLED)  ## The main job, end to end; IMAGES=DIR takes your own p
 down: $(INSTALLED)  ## Stop the local stack; data is kept
 	@$(BIN)/convmae down
 
-fix: $(INSTALLED)  ## Format, and mend what can be mended
+fix: $(INSTALLED)  ## Format, and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 

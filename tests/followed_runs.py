@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-from patience import wait_until
+from patience import done, wait_until
+from ray_nodes import Cluster
+from testbed import TILES
 
 from jobs.run.directory import RunDirectory
+from pipeline.ingest.photographs import cut_tiles
 
 PATIENCE_SECONDS = 300
 SPREAD: dict[str, object] = {
@@ -24,6 +28,19 @@ SPREAD: dict[str, object] = {
     "max_restarts_without_progress": 5,
 }
 """Fields of a small recipe that lasts longer than a test, with a rank on each node of one CPU."""
+
+
+def made_dataset(cluster: Cluster, folder: Path) -> str:
+    """Shard real photographs on the cluster, into its store; returns the URL of the dataset.
+
+    Args:
+        cluster: Does it.
+        folder: Empty; takes the photographs.
+    """
+    cut_tiles(folder, TILES, seed=0)
+    url = f"{cluster.s3.url}/data"
+    done(cluster.convmae("shard", str(folder), url, "--samples-per-shard", "40"))
+    return url
 
 
 def until(

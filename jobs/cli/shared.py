@@ -49,7 +49,7 @@ def amended_recipe(name: str, overrides: Iterable[str] | None, *, strict: bool =
 
 def amended(recipe: Any, overrides: Iterable[str] | None, *, strict: bool = False) -> Any:
     """A recipe with FIELD=VALUE amendments."""
-    from jobs.recipe.recipe import parse_overrides
+    from jobs.recipe.overrides import parse_overrides
 
     changes = [*(overrides or ()), *(["on_damaged_checkpoint=fail"] if strict else [])]
     return recipe.amended(parse_overrides(changes))

@@ -66,7 +66,7 @@ def plan_run(
         persevere(lambda: _check_port(recipe.metrics_port), PortTakenError, patience_seconds)
     session.storage.check(run.url, write=True, exclusive=True, is_patient=is_patient)
     session.remember_run_root(run.root)
-    recipe = _as_begun(run, pinned(session.storage, recipe, run))
+    recipe = begun_way(run, pinned(session.storage, recipe, run))
     run.check_recipe(recipe)
     if trace_url:
         trace_url = normal(trace_url)
@@ -75,10 +75,10 @@ def plan_run(
     return RunPlan(recipe, run, Schedule.of(recipe, order.steps_per_epoch), trace_url, patience_seconds, first_tar)
 
 
-def _as_begun(run: RunDirectory, recipe: Recipe) -> Recipe:
-    """A recipe in the way in which its run was begun, if it was: before there were grains, or since."""
-    begun_before = run.exists() and "reproducible" not in run.read_recipe_fields()
-    return recipe.as_begun_before() if begun_before else recipe
+def begun_way(run: RunDirectory, recipe: Recipe) -> Recipe:
+    """The recipe, as it was meant before there were grains if its run was begun then."""
+    older = recipe.as_begun_before()
+    return older if run.exists() and run.read_recipe().trajectory() == older.trajectory() else recipe
 
 
 def check_folders(plan: RunPlan, claim: Lease) -> None:

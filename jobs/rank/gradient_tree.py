@@ -119,16 +119,15 @@ def _added(node: Node, grains: int, sums: Mapping[Node, Tensor]) -> Tensor | Non
 class Exchange:
     """Brings every rank's nodes of a partition to the rank that owns it. Collective."""
 
-    def __init__(self, grains_by_rank: Sequence[range], rank: int, partition_numels: Sequence[int]) -> None:
+    def __init__(self, grains_by_rank: Sequence[range], partition_numels: Sequence[int]) -> None:
         """Lay out who sends what; the same on all ranks.
 
         Args:
             grains_by_rank: The grains of each rank, in order, together [0, G).
-            rank: This one.
             partition_numels: Of each group of parameters, the elements that every rank owns; a vector is the groups
                 in turn, each with its ranks' partitions in turn.
         """
-        self._grains, self._rank = grains_by_rank[-1].stop, rank
+        self._grains = grains_by_rank[-1].stop
         self._nodes = [nodes_of(grains) for grains in grains_by_rank]
         self._numels = partition_numels
 
@@ -136,7 +135,7 @@ class Exchange:
         """This rank's partition of the sum over all grains, for each group.
 
         Args:
-            sums: Of this rank's nodes, as `PartialSums` has them; kept as they are where nobody else has any.
+            sums: Of this rank's nodes, as `PartialSums` has them; those of a rank that is alone are changed in place.
         """
         world_size, first = len(self._nodes), 0
         partitions = []

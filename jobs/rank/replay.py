@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -20,28 +20,29 @@ import torch.distributed as dist
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.rank_group import RankGroup
 from jobs.checkpoint.restore import restore_step
-from jobs.checkpoint.zero_state import owned_ranges, restore_optimizer
 from jobs.errors import CheckpointError, RecipeError, RunError
-from jobs.rank.engine import build_model, initialize_deepspeed, parameter_groups
+from jobs.rank.engine import build_model, initialize_deepspeed
 from jobs.rank.non_finite import SkippedSteps, stretches
+from jobs.rank.restored_engine import restored_engine, values_of_rank
 from jobs.rank.resumable import check_resumable
 from jobs.rank.step_reading import RankReading
 from jobs.rank.trainer import open_dataset, rank_loader
-from jobs.rank.training_step import RankPlace, TrainingStep, build_rank_engine
+from jobs.rank.training_step import RankPlace, TrainingStep
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import Schedule, order_of
 from jobs.run.directory import RunDirectory
-from jobs.weights.initial import load_initial_weights
 
 
 @dataclass(frozen=True)
 class ReplayedStep:
     """What one step gave, now and in the run."""
 
+    kind: Literal["checkpoint", "step"]
+    """The checkpoint comes first, before any step is computed."""
     step: int
     """Steps done with it."""
     loss: float | None
-    """None where no update was made, or of the checkpoint itself."""
+    """None of the checkpoint, and where no update was made."""
     noted_loss: float | None
     digest: str
     """Of weights and moments after it; empty where the run noted none."""
@@ -54,7 +55,8 @@ class ReplayedStep:
 
     def line(self) -> str:
         """For people."""
-        parts = [f"step {self.step:>8}", "checkpoint" if self.loss is None else f"loss {self.loss:.6f}"]
+        done = self.kind if self.kind == "checkpoint" else _loss_text(self.loss)
+        parts = [f"step {self.step:>8}", done]
         if self.digest:
             parts.append(f"digest {self.digest}")
         if self.loss != self.noted_loss:
@@ -62,6 +64,10 @@ class ReplayedStep:
         if self.digest != self.noted_digest:
             parts.append(f"DIFFERS from digest {self.noted_digest}")
         return "  ".join(parts)
+
+
+def _loss_text(loss: float | None) -> str:
+    return "no update" if loss is None else f"loss {loss:.6f}"
 
 
 def _apart(one: float | None, other: float | None) -> str:
@@ -106,23 +112,18 @@ def _replayed(
     dataset = open_dataset(run.storage, recipe)
     order = order_of(recipe, dataset.manifest.samples)
     schedule = Schedule.of(recipe, order.steps_per_epoch)
-    model, group = build_model(recipe), RankGroup(device=place.device)
-    owned = owned_ranges(
-        model, parameter_groups(model, recipe.weight_decay), stage=recipe.zero_stage, rank=0, world_size=1
-    )
-    found = restore_step(run, steps.start, owned, group) if steps.start else None
-    if found:
+    model = build_model(recipe)
+    found = None
+    if steps.start:
+        group = RankGroup(device=place.device)
+        found = restore_step(run, steps.start, values_of_rank(model, recipe, place), group)
         check_resumable(found.commit, dataset.manifest.digest)
-        model.load_state_dict(found.state.weights, strict=True)
-    elif recipe.init_from:
-        model.load_state_dict(load_initial_weights(run.storage, recipe, group), strict=True)
-    engine = build_rank_engine(model.to(place.device), recipe, order, place)
-    if found:
-        restore_optimizer(engine, found.state)
+    state = found.state if found else None
+    engine = restored_engine(model, state, recipe=recipe, order=order, place=place, storage=run.storage)
     reading = RankReading(dataset, 0, device=place.device, folders=[Path(tempfile.gettempdir())])
     step = TrainingStep(engine, recipe, place, order, reading=reading)
     if found and found.commit.digest:
-        yield ReplayedStep(steps.start, None, None, step.digest(), found.commit.digest)
+        yield ReplayedStep("checkpoint", steps.start, None, None, step.digest(), found.commit.digest)
     ledger = [SkippedSteps.from_json(row) for row in run.read_left_out()]
     for stretch in stretches(steps.start, steps.stop, ledger):
         if stretch.skipped:
@@ -132,12 +133,10 @@ def _replayed(
             for batch in batches:
                 shared = step.gradients(batch, schedule.learning_rate(batch.step), instruction="", uploading=False)
                 step.discard() if shared.fault else step.update(batch.step + 1)
+                loss = None if shared.fault else shared.loss
                 row = noted[batch.step + 1]
-                noted_digest = row.get("digest", "")
-                digest = step.digest() if noted_digest else ""
-                yield ReplayedStep(
-                    batch.step + 1, None if shared.fault else shared.loss, row["loss"], digest, noted_digest
-                )
+                digest = step.digest() if "digest" in row else ""
+                yield ReplayedStep("step", batch.step + 1, loss, row["loss"], digest, row.get("digest", ""))
 
 
 @contextmanager

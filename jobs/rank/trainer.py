@@ -18,25 +18,23 @@ from jobs.checkpoint.checkpoint import Commit
 from jobs.checkpoint.rank_group import RankGroup
 from jobs.checkpoint.restore import restore_newest
 from jobs.checkpoint.saver import CheckpointSaver
-from jobs.checkpoint.zero_state import ZeroState, owned_ranges, restore_optimizer
 from jobs.errors import CheckpointError, DamagedCheckpointError
-from jobs.rank.engine import build_model, initialize_deepspeed, parameter_groups
+from jobs.rank.engine import build_model, initialize_deepspeed
 from jobs.rank.history_row import done_row, skipped_row
 from jobs.rank.instruction import PAUSE_SECONDS
 from jobs.rank.monitor_line import MonitorLine
 from jobs.rank.non_finite import NonFiniteLossError, RolledBackError, SkippedSteps, rollbacks_in_a_row, stretches
+from jobs.rank.restored_engine import restored_engine, values_of_rank
 from jobs.rank.resumable import check_resumable, software_versions
 from jobs.rank.standby import ask_for_successor
 from jobs.rank.step_reading import RankReading
-from jobs.rank.training_step import RankPlace, SharedStep, TrainingStep, build_rank_engine
+from jobs.rank.training_step import RankPlace, SharedStep, TrainingStep
 from jobs.rank.watchdog import COMPILE_ALLOWED_SECONDS, SAVE_ALLOWED_SECONDS
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import Schedule, order_of
 from jobs.run.directory import RunDirectory
 from jobs.run.shared_folder import Landmarks, check_seen_here
 from jobs.run.trace import TraceWriter, begin_trace
-from jobs.weights.initial import load_initial_weights
-from model.convmae import ConvMAE
 from pipeline.load.batch import Batch
 from pipeline.load.block_cache import CachePlace
 from pipeline.load.dataset import Dataset
@@ -46,7 +44,6 @@ from pipeline.order.sample_order import ORDER_VERSION, Order
 from pipeline.store.storage import Storage
 
 if TYPE_CHECKING:
-    import deepspeed
     from ray.actor import ActorHandle
 
 logger = logging.getLogger(__name__)
@@ -123,7 +120,7 @@ class Trainer:
         model = build_model(self.recipe)
         found = restore_newest(
             job.run,
-            self._owned_ranges(model),
+            values_of_rank(model, self.recipe, place),
             self._group,
             check=lambda commit: check_resumable(commit, self.dataset.manifest.digest),
             on_damage=self._skip_checkpoint,
@@ -131,7 +128,14 @@ class Trainer:
         self.done_steps = found.commit.step if found else 0
         self.attempt, self.skipped = self._begin_attempt(found.commit if found else None)
         self.pulse = self.line.begin_pulse(self.attempt, place.rank, self.recipe.hang_seconds)
-        self.engine = self._restored_engine(model, found.state if found else None)
+        self.engine = restored_engine(
+            model,
+            found.state if found else None,
+            recipe=self.recipe,
+            order=self.order,
+            place=place,
+            storage=job.run.storage,
+        )
         if place.rank == 0:
             self.line.restored()
         self.saver = CheckpointSaver(
@@ -330,21 +334,3 @@ class Trainer:
             begun = [number, [SkippedSteps.from_json(row) for row in self.run_directory.read_left_out()]]
         dist.broadcast_object_list(begun, src=0)
         return begun[0], begun[1]
-
-    def _owned_ranges(self, model: ConvMAE) -> dict[str, range]:
-        """Of each trained parameter, what this rank updates."""
-        groups = parameter_groups(model, self.recipe.weight_decay)
-        rank, world_size = self.place.rank, self.place.world_size
-        return owned_ranges(model, groups, stage=self.recipe.zero_stage, rank=rank, world_size=world_size)
-
-    def _restored_engine(self, model: ConvMAE, state: ZeroState | None) -> deepspeed.DeepSpeedEngine:
-        if state:
-            model.load_state_dict(state.weights, strict=True)
-        elif self.recipe.init_from:
-            weights = load_initial_weights(self.run_directory.storage, self.recipe, self._group)
-            model.load_state_dict(weights, strict=True)
-        model.to(self.place.device)
-        engine = build_rank_engine(model, self.recipe, self.order, self.place)
-        if state:
-            restore_optimizer(engine, state)
-        return engine

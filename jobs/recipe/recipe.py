@@ -12,7 +12,6 @@ import dataclasses
 import difflib
 import hashlib
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
@@ -34,15 +33,13 @@ from model import ConvMAEConfig
 from model.config import SWITCHES
 from model.errors import ModelConfigError
 from pipeline.access.places import normal
-from pipeline.errors import StorageError, clipped
+from pipeline.errors import StorageError
 from pipeline.load.image_maker import MAX_CONSECUTIVE_BAD_SAMPLES, OnBadSample
 from pipeline.load.stall_watch import STALL_SECONDS
 from pipeline.store.storage import is_local, is_web
 
 MOST = 10**9
 """Of anything that is counted; a larger number is a typing error."""
-LONGEST_ARGUMENT = 4096
-"""Characters of a `field=value`."""
 STANDARD_WORKERS = 64
 """GPUs that the published batch of 4,096 is meant for."""
 URL_FIELDS = ("data", "run_root", "init_from")
@@ -372,33 +369,6 @@ class Recipe(BaseModel):
         if "preset" not in model_fields:
             model_fields = {**fields["model"], **model_fields}
         return Recipe.from_json({**fields, "model": model_fields})
-
-
-def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """Read `field=value` arguments.
-
-    Raises:
-        RecipeError: For an argument without `=` or of absurd length, or a key given twice.
-    """
-    overrides: dict[str, Any] = {}
-    for argument in arguments:
-        key, equals, text = argument.partition("=")
-        if not equals or not key.strip():
-            raise RecipeError("argument", "must be field=value", clipped(argument), "write, for example, epochs=400")
-        if len(argument) > LONGEST_ARGUMENT:
-            rule = f"must be at most {LONGEST_ARGUMENT} characters"
-            raise RecipeError(key[:40], rule, f"{text[:40]}...", "put it into a .toml file, or correct it")
-        if key in overrides:
-            raise RecipeError(key, "must be given once", argument, "drop one of the two")
-        overrides[key] = _toml_value(text)
-    return overrides
-
-
-def _toml_value(text: str) -> Any:
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, RecursionError):  # not TOML, or too deep, or a number with too many digits
-        return text
 
 
 def unknown_key(key: str, known: Sequence[str]) -> RecipeError:

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from mutations import ODD_TEXTS, damaged, json_values, scalars, texts
 
 from jobs.recipe.named_recipes import named_recipe, recipe_names
+from jobs.recipe.overrides import parse_overrides
 from jobs.recipe.plan import IMAGENET, recipe_json, recipe_lines
-from jobs.recipe.recipe import Recipe, parse_overrides
+from jobs.recipe.recipe import Recipe
 from jobs.terminal import MOST_BYTES, parsed_bytes
 from model import ConvMAEConfig
 

@@ -18,7 +18,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import _generate_availab
 
 from jobs.cluster.fan_out import INGEST_RESOURCE
 from jobs.recipe.named_recipes import named_recipe
-from jobs.recipe.recipe import parse_overrides
+from jobs.recipe.overrides import parse_overrides
 
 SCHEMAS = {
     "RayCluster": "kuberay/rayclusters.v1.json.gz",

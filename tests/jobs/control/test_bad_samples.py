@@ -1,4 +1,4 @@
-"""A run over a data set that is damaged: it stops by name, or goes on and keeps a ledger."""
+"""A run over a data set that is damaged: it stops by name, or continues and keeps a ledger."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ TRACES = "s3://convmae/traces/"
 
 @pytest.fixture(scope="module")
 def undisturbed(convmae: Command, data: str) -> list[float]:
-    """Losses of a run that nobody touched."""
+    """Losses of an uninterrupted run."""
     convmae("pretrain", *small_recipe(data, **FIELDS), "--run", "undisturbed", "--trace", TRACES + "undisturbed")
     return losses(convmae.run("undisturbed"))
 

@@ -1,22 +1,20 @@
-"""Nodes die, leave with notice and come; the run goes on by itself, on the trajectory of one that was left alone."""
+"""Nodes die, leave with notice and come; the run continues by itself, on the trajectory of an uninterrupted one."""
 
 from __future__ import annotations
 
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
-from followed_runs import PATIENCE_SECONDS, SPREAD, events, has_trained, trains, until
+from followed_runs import PATIENCE_SECONDS, SPREAD, events, has_trained, made_dataset, trains, until
 from patience import done, wait_until
 from ray_nodes import Cluster, ray_cluster
-from testbed import TILES, losses, small_recipe
+from testbed import losses, small_recipe
 
 from jobs.checkpoint.checkpoint import Commit, committed_steps, read_commit
 from jobs.run.directory import RunDirectory
-from pipeline.ingest.photographs import cut_tiles
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -35,11 +33,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def data(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> str:
     """URL of a data set."""
-    folder: Path = tmp_path_factory.mktemp("photographs")
-    cut_tiles(folder, TILES, seed=0)
-    url = f"{cluster.s3.url}/data"
-    done(cluster.convmae("shard", str(folder), url, "--samples-per-shard", "40"))
-    return url
+    return made_dataset(cluster, tmp_path_factory.mktemp("photographs"))
 
 
 def recipe_of(cluster: Cluster, data: str, **fields: object) -> Sequence[str]:

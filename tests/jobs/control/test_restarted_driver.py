@@ -9,20 +9,18 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 import yaml
-from followed_runs import SPREAD, has_trained
+from followed_runs import SPREAD, has_trained, made_dataset
 from manifests import INFRA
 from patience import done, wait_until
 from ray_nodes import RAY, Cluster, free_port, ray_cluster
-from testbed import TILES, losses, small_recipe
+from testbed import losses, small_recipe
 
 from jobs.run.directory import RunDirectory
-from pipeline.ingest.photographs import cut_tiles
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
@@ -46,11 +44,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def data(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> str:
     """URL of a data set."""
-    folder: Path = tmp_path_factory.mktemp("photographs")
-    cut_tiles(folder, TILES, seed=0)
-    url = f"{cluster.s3.url}/data"
-    done(cluster.convmae("shard", str(folder), url, "--samples-per-shard", "40"))
-    return url
+    return made_dataset(cluster, tmp_path_factory.mktemp("photographs"))
 
 
 def fields_of(cluster: Cluster, data: str, **fields: object) -> Sequence[str]:

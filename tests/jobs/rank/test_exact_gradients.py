@@ -126,13 +126,15 @@ def test_the_norm_is_that_of_float64_and_does_not_depend_on_how_values_are_dealt
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(100_003, generator=generator) * torch.logspace(-12, 2, 100_003)
 
-    whole = exact_norm([values], all_reduce=alone)
+    whole = exact_norm([values], len(values), all_reduce=alone)
     assert whole == pytest.approx(float(values.double().norm()), rel=1e-9)
     for cuts in ([7], [1, 50_000], [3, 4, 99_999]):
-        assert exact_norm(list(torch.tensor_split(values, cuts)), all_reduce=alone) == whole
-    assert exact_norm([torch.zeros(3)], all_reduce=alone) == 0.0
+        assert exact_norm(list(torch.tensor_split(values, cuts)), len(values), all_reduce=alone) == whole
+    filled_up = torch.cat([values, torch.zeros(1 << 17)])
+    assert exact_norm([filled_up], len(values), all_reduce=alone) == whole, "as much as a world size may ask for"
+    assert exact_norm([torch.zeros(3)], 3, all_reduce=alone) == 0.0
     for bad in (math.nan, math.inf, -math.inf):
-        assert exact_norm([torch.tensor([1.0, bad])], all_reduce=alone) == math.inf
+        assert exact_norm([torch.tensor([1.0, bad])], 2, all_reduce=alone) == math.inf
 
 
 def alone(tensor: torch.Tensor, op: object = None) -> None:

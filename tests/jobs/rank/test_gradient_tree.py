@@ -105,7 +105,7 @@ def test_each_owner_gets_its_partition_of_the_sum(
     monkeypatch.setattr(gradient_tree, "dist", ranks)
 
     def partitions(rank: int) -> list[torch.Tensor]:
-        return Exchange(by_rank, rank, numels).gather(held(whole, by_rank[rank]).vectors())
+        return Exchange(by_rank, numels).gather(held(whole, by_rank[rank]).vectors())
 
     first = 0
     found = ranks.run(partitions)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.errors import RecipeError
+from jobs.control.run_plan import begun_way
+from jobs.errors import RecipeError, RunError
 from jobs.recipe.named_recipes import named_recipe
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import order_of
@@ -88,5 +89,9 @@ def test_a_run_that_was_begun_before_there_were_grains_keeps_its_way(name: str, 
     assert not recipe.is_exact
     assert recipe.precision == {"fp32": "fp32", "bf16": "bf16_pure"}[fields["precision"]]
     assert recipe.digest() == OLDER_DIGESTS[name]
-    run.claim(recipe)
-    assert run.read_recipe() == recipe, "also after it was written anew"
+    for _ in range(2):  # the second time it is as it was written the first time
+        again = begun_way(run, named_recipe(name))
+        assert again == recipe
+        run.claim(again)
+    with pytest.raises(RunError, match="epochs: "):
+        run.check_recipe(begun_way(run, named_recipe(name).amended({"epochs": 99})))

@@ -10,7 +10,8 @@ import pytest
 
 from jobs.errors import RecipeError
 from jobs.recipe.named_recipes import named_recipe, recipe_names
-from jobs.recipe.recipe import PLACEMENT_FIELDS, Recipe, difference, parse_overrides
+from jobs.recipe.overrides import parse_overrides
+from jobs.recipe.recipe import PLACEMENT_FIELDS, Recipe, difference
 from model import ConvMAEConfig
 
 TINY = named_recipe("tiny")

@@ -14,7 +14,7 @@ from jobs.checkpoint import checkpoint
 from jobs.checkpoint.retention import carry_out, plan_pruning
 from jobs.errors import CheckpointError, DamagedCheckpointError, RecipeError, RunError
 from jobs.recipe.named_recipes import LARGEST_FILE_BYTES, named_recipe
-from jobs.recipe.recipe import LONGEST_ARGUMENT, parse_overrides
+from jobs.recipe.overrides import LONGEST_ARGUMENT, parse_overrides
 from jobs.report.status import list_cells, status_or_error
 from jobs.run.directory import RunDirectory, list_runs
 from pipeline.errors import UserError
