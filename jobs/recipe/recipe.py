@@ -283,7 +283,7 @@ class Recipe(BaseModel):
             grains = filter(self._is_grain, range(1, self.global_batch_size + 1))
             nearest = min(grains, key=lambda size: abs(size - self.grain_size))
             lane = f"global_batch_size / lanes = {self.lane_batch_size}"
-            rule = f"must divide {lane}, or be so many times a divisor of lanes"
+            rule = f"must divide {lane}, or be {self.lane_batch_size} times a divisor of lanes"
             raise RecipeError("grain_size", rule, self.grain_size, f"the nearest that does is grain_size={nearest}")
         if self.max_workers > self.lanes // self.lanes_together:
             most = self.lanes // self.lanes_together

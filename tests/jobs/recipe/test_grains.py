@@ -54,7 +54,7 @@ def test_a_grain_that_cuts_lanes_is_refused_with_the_nearest() -> None:
         BASE.amended({"grain_size": 24})
 
     assert str(refused.value) == (
-        "grain_size: must divide global_batch_size / lanes = 16, or be so many times a divisor of lanes, got 24; "
+        "grain_size: must divide global_batch_size / lanes = 16, or be 16 times a divisor of lanes, got 24; "
         "the nearest that does is grain_size=16"
     )
 
