@@ -69,4 +69,4 @@ class WorkerGroup:
     def close(self) -> None:
         for process in self._processes:
             process.kill()
-            process.wait()
+            process.communicate()  # closes its pipes, too

@@ -153,6 +153,7 @@ def test_a_run_is_watched_to_its_end(convmae: Command, finished: str) -> None:
     assert json.loads(line)["worker_hours"] > 0
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_started_over(convmae: Command, data: str, finished: str) -> None:
     before = convmae.run(finished).read_history()
 
