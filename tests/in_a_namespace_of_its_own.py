@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import select
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+
+import psutil
 
 UNSHARE = ("unshare", "--pid", "--fork", "--kill-child", "--mount-proc")
 SHOWS_THE_OUTER_PROC = ("unshare", "--pid", "--fork", "--kill-child")
@@ -26,7 +29,7 @@ def is_allowed() -> bool:
 
 @contextmanager
 def running(script: str, *arguments: str, unshare: tuple[str, ...] = UNSHARE) -> Iterator[subprocess.Popen[str]]:
-    """Run a script there while the context is open; its namespace ends with it."""
+    """Run a script there while the context is open; its namespace, with what its processes held, ends with it."""
     command = [*unshare, sys.executable, "-c", script, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(PROJECT)}
     pipe = subprocess.PIPE
@@ -34,4 +37,8 @@ def running(script: str, *arguments: str, unshare: tuple[str, ...] = UNSHARE) ->
         try:
             yield process
         finally:
+            inside = [os.pidfd_open(child.pid) for child in psutil.Process(process.pid).children(recursive=True)]
             process.kill()
+            for handle in inside:  # they are killed as their parent's end reaches them, and hold locks until then
+                select.select([handle], [], [], 30)
+                os.close(handle)

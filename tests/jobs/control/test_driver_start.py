@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray_here import ray_here
 
 from jobs.cluster.session import Session
 from jobs.control import driver, workflow
@@ -180,12 +181,8 @@ def test_a_cluster_that_does_not_answer_is_waited_for_by_a_patient_driver_alone(
 
 @pytest.fixture(scope="module")
 def cluster(token_of_this_process: str) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as environment:
-        environment.delenv("RAY_AUTH_MODE", raising=False)  # Ray sets it and would leave it to the tests after us
-        environment.setenv("RAY_AUTH_TOKEN", token_of_this_process)  # else Ray makes one in the home folder
-        ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False, namespace="convmae")
+    with ray_here(token_of_this_process, num_cpus=1, namespace="convmae"):
         yield
-        ray.shutdown()
 
 
 def config_of(run: RunDirectory, port: int = 0) -> MonitorConfig:

@@ -13,6 +13,7 @@ import pytest
 import ray
 from PIL import Image
 from pipeline_tars import tar_bytes
+from ray_here import ray_here
 
 from jobs.cluster.fan_out import Progress
 from jobs.data import ingest as ingest_module
@@ -29,12 +30,8 @@ from pipeline.store.storage import Storage
 
 @pytest.fixture(scope="module")
 def cluster(token_of_this_process: str) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as environment:
-        environment.delenv("RAY_AUTH_MODE", raising=False)  # Ray sets it and would leave it to the tests after us
-        environment.setenv("RAY_AUTH_TOKEN", token_of_this_process)  # else Ray makes one in the home folder
-        ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    with ray_here(token_of_this_process, num_cpus=2):
         yield
-        ray.shutdown()
 
 
 @pytest.fixture
