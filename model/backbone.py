@@ -94,7 +94,7 @@ class Backbone(nn.Module):
 
 
 def load_encoder(encoder: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Give an encoder without final norm the weights of a pretrained model; arguments and errors as ``Backbone.load``."""
+    """Load an encoder without final norm; arguments and errors are those of ``Backbone.load``."""
     given = {name.removeprefix("encoder.").removeprefix("decoder."): value for name, value in state.items()}
     wanted = encoder.state_dict()
     check_names(given, wanted, _NOT_OF_THE_MAPS)

@@ -19,8 +19,8 @@ from model.vit import ViTEncoder
 class PooledEncoder(nn.Module):
     """The mean over all patches after the last block, then a LayerNorm.
 
-    ``norm``, the last one of pretraining, is left out: there it sees tokens to which fusion has added the first two stages.
-    The official fine-tuning deletes it and puts ``fc_norm`` behind the mean, which nothing has trained before it begins.
+    ``norm``, the last one of pretraining, is left out: there it sees tokens to which fusion has added the first two
+    stages. The official fine-tuning deletes it and puts ``fc_norm`` behind the mean, which nothing has trained before.
 
     Args:
         config: That of the pretraining, with its image size: position embeddings are interpolated from there.

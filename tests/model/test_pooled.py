@@ -89,7 +89,7 @@ def test_official_names_and_ours_load_alike_and_another_architecture_is_refused(
 
     with torch.no_grad():
         assert torch.equal(ours(images(64, 96)), official(images(64, 96)))
-    with pytest.raises(WeightsError, match="missing blocks2.1"):
+    with pytest.raises(WeightsError, match=r"missing blocks2\.1"):
         ours.load(ConvMAE(dataclasses.replace(SMALL, depth=(1, 1, 2))).state_dict())
 
 
