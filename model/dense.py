@@ -109,7 +109,7 @@ def _encode_vit(encoder: ViTEncoder, images: Tensor, mask: Mask) -> Tensor:
 def _vit_tokens(encoder: ViTEncoder, images: Tensor, kept: Tensor | None) -> Tensor:
     """(B, 1 + K, C) before the final norm, the class token first; every patch where ``kept`` is None."""
     maps = _convolve(encoder.patch_embed.proj, images)
-    first, patches = encoder.pos_embed.split([1, encoder.pos_embed.shape[1] - 1], dim=1)
+    first, patches = encoder.pos_embed[:, :1], encoder.pos_embed[:, 1:]
     x = maps.flatten(2).transpose(1, 2) + interpolated(patches, encoder.grid, (maps.shape[2], maps.shape[3]))
     if kept is not None:
         x = x.take_along_dim(kept[..., None], dim=1)

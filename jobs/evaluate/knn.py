@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -46,18 +45,27 @@ def knn_rankings(
     Raises:
         EvaluationError: A k is less than 1, or there are fewer train samples.
     """
-    for k in neighbours:
-        if not 1 <= k <= len(train):
-            remedy = "use a smaller --k, or more samples to learn from"
-            raise EvaluationError("--k", f"must be from 1 to the {len(train)} train samples", k, remedy)
+    check_neighbours(neighbours, len(train))
     most = max(neighbours)
     directions, found = _directions(train).T.contiguous(), [list[Int64s]() for _ in neighbours]
-    for chunk in _directions(test).split(max(1, CHUNK_SIMILARITIES // len(train))):
+    for chunk in torch.split(_directions(test), max(1, CHUNK_SIMILARITIES // len(train))):
         similarities, places = _nearest(chunk @ directions, most)
         weights, voters = np.exp(similarities / TEMPERATURE), train_labels[places]
         for rows, k in zip(found, neighbours, strict=True):
             rows.append(ranked(_votes(weights[:, :k], voters[:, :k], classes)))
     return [np.concatenate(rows) for rows in found]
+
+
+def check_neighbours(neighbours: Sequence[int], train_samples: int) -> None:
+    """Refuse numbers of neighbours that there are not.
+
+    Raises:
+        EvaluationError: A k is less than 1, or there are fewer train samples.
+    """
+    for k in neighbours:
+        if not 1 <= k <= train_samples:
+            remedy = "use a smaller --k, or more samples to learn from"
+            raise EvaluationError("--k", f"must be from 1 to the {train_samples} train samples", k, remedy)
 
 
 def _directions(features: Float32s) -> Tensor:
@@ -79,7 +87,6 @@ def _votes(weights: Float64s, voters: Int64s, classes: int) -> Float64s:
     """(n, K), minus infinity where nobody votes."""
     rows = np.arange(len(weights))[:, None] * classes
     places = (rows + voters).ravel()
-    votes = np.bincount(places, weights.ravel(), minlength=len(weights) * classes)
+    votes: Float64s = np.bincount(places, weights.ravel(), minlength=len(weights) * classes).astype(np.float64)
     votes[np.bincount(places, minlength=len(votes)) == 0] = -np.inf
-    shaped: npt.NDArray[np.float64] = votes.reshape(-1, classes)
-    return shaped
+    return votes.reshape(-1, classes)

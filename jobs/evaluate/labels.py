@@ -171,7 +171,7 @@ def _indexes(dataset: Dataset) -> Iterator[ShardIndex]:
 def _listed(dataset: Dataset, storage: Storage, url: str) -> LabelledSamples:
     wanted = _read_list(storage, url)
     classes = tuple(sorted(set(wanted.values())))
-    places = {name: place for place, name in enumerate(classes)}
+    numbers = {name: number for number, name in enumerate(classes)}
     ids, labels, seen, first = [], [], set[bytes](), 0
     for index in _indexes(dataset):
         for place, key in enumerate(index.table["key"].tolist()):
@@ -180,13 +180,13 @@ def _listed(dataset: Dataset, storage: Storage, url: str) -> LabelledSamples:
                     raise _odd_list(url, f"the key {clipped(_text(key))!r} is of several samples", "use distinct keys")
                 seen.add(key)
                 ids.append(first + place)
-                labels.append(places[wanted[key]])
+                labels.append(numbers[wanted[key]])
         first += len(index)
     if missing := next((key for key in wanted if key not in seen), None):
         remedy = "`convmae order` shows keys; each line is a key, a tab and a label"
         raise _odd_list(url, f"no sample has the key {clipped(_text(missing))!r}", remedy)
-    found = (np.array(values, np.int64) for values in (ids, labels))
-    return LabelledSamples(dataset.url, dataset.digest, classes, *found, unlabelled=first - len(ids))
+    places = np.array(ids, np.int64), np.array(labels, np.int64)
+    return LabelledSamples(dataset.url, dataset.digest, classes, *places, first - len(ids))
 
 
 def _read_list(storage: Storage, url: str) -> dict[bytes, str]:

@@ -87,7 +87,7 @@ def fitted_probe(features: Float32s, labels: Int64s, classes: int, l2: float = L
         solver.zero_grad()
         loss = functional.cross_entropy(functional.linear(inputs, weight, bias), truth)
         loss = loss + l2 / (2 * len(inputs)) * weight.square().sum()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
     solver.step(objective)  # type: ignore[no-untyped-call]

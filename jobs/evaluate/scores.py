@@ -114,7 +114,8 @@ class Scores:
 
     @cached_property
     def _is_hit(self) -> npt.NDArray[np.bool_]:
-        return self.ranking[:, 0] == self.labels
+        is_hit: npt.NDArray[np.bool_] = self.ranking[:, 0] == self.labels
+        return is_hit
 
     def to_json(self) -> dict[str, Any]:
         """All figures as plain values."""

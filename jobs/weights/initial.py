@@ -104,6 +104,26 @@ def import_weights(
         return _written(storage, out, tensors, metadata, notes)
 
 
+def read_foreign(
+    storage: Storage, source: str, config: ConvMAEConfig, *, encoder_alone: bool = False
+) -> dict[str, Tensor]:
+    """Weights of the official code, published or your own, by our names.
+
+    Args:
+        storage: Reaches the file.
+        source: URL of a PyTorch or safetensors file.
+        config: Of the model that the weights are of.
+        encoder_alone: Leave out the decoder, which the file then need not have.
+
+    Raises:
+        WeightsFileError: As `import_weights`.
+    """
+    with local_copy(storage, source) as path:
+        tensors, _ = _taken(path, source, config, fresh_decoder=encoder_alone)
+        check_finite(tensors.items(), source)
+        return tensors
+
+
 def _written(
     storage: Storage, out: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], notes: tuple[str, ...]
 ) -> Imported:

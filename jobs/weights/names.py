@@ -58,8 +58,7 @@ def weight_names(
         WeightsFileError: A name is missing, unexpected or duplicated, a shape differs, or the file is an encoder
             without decoder and `fresh_decoder` is not set.
     """
-    with torch.device("meta"):
-        ours = list(ConvMAE(config).state_dict())
+    ours = list(model_names(config))
     places, heads, notes = _placed(given, ours, url)
     lacking = _lacking(ours, places, fresh_decoder=fresh_decoder)
     if fresh_decoder and (replaced := [name for name in lacking if name in places]):
@@ -74,6 +73,12 @@ def weight_names(
         rule = f"must have a decoder (it is an encoder alone, {len(lacking)} tensors of pretraining are missing)"
         raise WeightsFileError("weights", rule, url, f"start from it with a freshly initialised decoder: {_FRESH}")
     return WeightNames(places, tuple(lacking), tuple(notes))
+
+
+def model_names(config: ConvMAEConfig) -> tuple[str, ...]:
+    """Our names of all tensors of a model."""
+    with torch.device("meta"):
+        return tuple(ConvMAE(config).state_dict())
 
 
 def fresh_tensors(names: tuple[str, ...], config: ConvMAEConfig, seed: int) -> dict[str, Tensor]:

@@ -1,0 +1,126 @@
+"""What is evaluated: weights and their model, from a run, a file or a seed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from jobs.errors import EvaluationError, WeightsFileError
+from jobs.evaluate.encoder import FrozenEncoder
+from jobs.run.directory import RunDirectory
+from jobs.weights import consolidated
+from jobs.weights.consolidated import Weights
+from jobs.weights.image_size import image_shape
+from jobs.weights.initial import read_foreign
+from jobs.weights.names import fresh_tensors, model_names
+from jobs.weights.weight_files import SUFFIX
+from model import ConvMAE, ConvMAEConfig
+from pipeline.store.storage import Storage
+
+RANDOM = "random"
+"""Instead of a run or a file: weights that nothing has trained, as a control."""
+OFFICIAL_RECIPE = "convmae_base_official"
+"""Whose model a file of the official code has, unless another recipe is named."""
+_STEP = re.compile(r"(.+)@([0-9]{1,12})")
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """Weights to evaluate."""
+
+    name: str
+    """For people."""
+    config: ConvMAEConfig
+    tensors: Mapping[str, Tensor]
+    """By our names; without those of the decoder where the source has none."""
+    origin: Mapping[str, Any]
+    """`kind` (`run`, `file` or `random`), and what is known of where they come from."""
+
+    @classmethod
+    def of_run(cls, run: RunDirectory, step: int | None = None) -> Subject:
+        """The weights of one of a run's steps; None: the newest.
+
+        Raises:
+            CheckpointError: There is no such step, or a file of it is missing or altered.
+        """
+        weights = consolidated.of_run(run, step)
+        known = _known(weights)
+        return cls(f"{run.name}, step {known.get('step', '?')}", weights.config, weights.tensors, {
+            "kind": "run", "url": run.url, **known
+        })  # fmt: skip
+
+    @classmethod
+    def of_file(
+        cls, storage: Storage, url: str, config: ConvMAEConfig | None = None, *, encoder_alone: bool = False
+    ) -> Subject:
+        """The weights in a file: consolidated ones know their model, those of the official code are of `config`.
+
+        Args:
+            storage: Reaches the file.
+            url: Of a safetensors or PyTorch file, or of a folder of consolidated weights.
+            config: Of a foreign file's model; None: it is a consolidated one.
+            encoder_alone: Whether a foreign file may lack the decoder.
+
+        Raises:
+            WeightsFileError: It is missing, altered, or of another architecture.
+        """
+        name = url.rpartition("/")[2]
+        if config is not None:
+            tensors = read_foreign(storage, url, config, encoder_alone=encoder_alone)
+            return cls(name, config, tensors, {"kind": "file", "url": url})
+        weights = consolidated.of_file(storage, url)
+        return cls(name, weights.config, weights.tensors, {"kind": "file", "url": url, **_known(weights)})
+
+    @classmethod
+    def of_seed(cls, config: ConvMAEConfig, seed: int, recipe: str) -> Subject:
+        """The weights with which a run of that seed begins."""
+        tensors = fresh_tensors(model_names(config), config, seed)
+        origin = {"kind": RANDOM, "recipe": recipe, "seed": seed}
+        return cls(f"random weights of {recipe}, seed {seed}", config, tensors, origin)
+
+    def encoder(self, image_size: str = "") -> FrozenEncoder:
+        """The encoder, for images of a size as written on the command line; empty: that of the pretraining.
+
+        Raises:
+            UserError: The size is invalid.
+            WeightsFileError: A weight is not finite.
+        """
+        return FrozenEncoder.of(self.config, self.tensors, image_shape(image_size, self.config), self.name)
+
+    def model(self) -> ConvMAE:
+        """The whole model, in evaluation mode.
+
+        Raises:
+            WeightsFileError: There is no decoder.
+        """
+        model = ConvMAE(self.config)
+        if missing := [name for name in model.state_dict() if name not in self.tensors]:
+            rule = f"must have a decoder ({len(missing)} tensors of pretraining are missing)"
+            raise WeightsFileError("weights", rule, self.name, "give weights of a pretraining")
+        model.load_state_dict(dict(self.tensors))
+        return model.eval().requires_grad_(False)
+
+
+def parted(what: str, step: int | None) -> tuple[str, int | None]:
+    """A run and a step out of RUN@STEP, or what else was given.
+
+    Raises:
+        EvaluationError: A step is given twice.
+    """
+    match = _STEP.fullmatch(what)
+    if match is None or what.endswith(SUFFIX):
+        return what, step
+    if step is not None:
+        raise EvaluationError("--step", "must not be given with RUN@STEP", step, "give one of the two")
+    return match[1], int(match[2])
+
+
+def _known(weights: Weights) -> dict[str, Any]:
+    """What the metadata say of run, step and epoch."""
+    metadata = weights.metadata
+    numbers = {name: int(metadata[name]) for name in ("step", "epoch") if metadata.get(name, "").isdecimal()}
+    return ({"run": metadata["run"]} if "run" in metadata else {}) | numbers
