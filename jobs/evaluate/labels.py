@@ -146,7 +146,7 @@ def _draws(sample_ids: Int64s, seed: int) -> npt.NDArray[np.float64]:
 
 
 def _own(dataset: Dataset) -> LabelledSamples:
-    labels = np.concatenate([np.empty(0, np.int64), *(index.table["label"] for index in _indexes(dataset))])
+    labels = np.concatenate([np.empty(0, np.int64), *(index.table["label"] for index in indexes(dataset))])
     ids = np.flatnonzero(labels != NO_LABEL)
     found, classes = labels[ids], dataset.manifest.classes
     if classes:
@@ -160,8 +160,8 @@ def _own(dataset: Dataset) -> LabelledSamples:
     return LabelledSamples(dataset.url, dataset.digest, classes, ids, found, len(labels) - len(ids), is_named)
 
 
-def _indexes(dataset: Dataset) -> Iterator[ShardIndex]:
-    """Of all shards, in order; several are read at once."""
+def indexes(dataset: Dataset) -> Iterator[ShardIndex]:
+    """The indexes of all shards, in order; several are read at once."""
     shards = len(dataset.manifest.shards)
     with ThreadPoolExecutor(min(INDEX_THREADS, max(1, shards)), "convmae-index") as threads:
         for start in range(0, shards, INDEX_THREADS):  # so that no more than these are held
@@ -173,7 +173,7 @@ def _listed(dataset: Dataset, storage: Storage, url: str) -> LabelledSamples:
     classes = tuple(sorted(set(wanted.values())))
     numbers = {name: number for number, name in enumerate(classes)}
     ids, labels, seen, first = [], [], set[bytes](), 0
-    for index in _indexes(dataset):
+    for index in indexes(dataset):
         for place, key in enumerate(index.table["key"].tolist()):
             if key in wanted:
                 if key in seen:

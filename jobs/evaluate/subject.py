@@ -17,14 +17,16 @@ from jobs.weights.consolidated import Weights
 from jobs.weights.image_size import image_shape
 from jobs.weights.initial import read_foreign
 from jobs.weights.names import fresh_tensors, model_names
-from jobs.weights.weight_files import SUFFIX
+from jobs.weights.weight_files import SUFFIX, local_copy, model_config, opened_file
 from model import ConvMAE, ConvMAEConfig
+from pipeline.access.places import is_place, normal
 from pipeline.store.storage import Storage
 
 RANDOM = "random"
 """Instead of a run or a file: weights that nothing has trained, as a control."""
 OFFICIAL_RECIPE = "convmae_base_official"
 """Whose model a file of the official code has, unless another recipe is named."""
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 _STEP = re.compile(r"(.+)@([0-9]{1,12})")
 
 
@@ -72,7 +74,13 @@ class Subject:
         if config is not None:
             tensors = read_foreign(storage, url, config, encoder_alone=encoder_alone)
             return cls(name, config, tensors, {"kind": "file", "url": url})
-        weights = consolidated.of_file(storage, url)
+        try:
+            weights = consolidated.of_file(storage, url)
+        except WeightsFileError:
+            # What `convmae export --format backbone` wrote knows its model too.
+            if not encoder_alone or (known := _model_of(storage, url)) is None:
+                raise
+            return cls.of_file(storage, url, known, encoder_alone=True)
         return cls(name, weights.config, weights.tensors, {"kind": "file", "url": url, **_known(weights)})
 
     @classmethod
@@ -105,6 +113,18 @@ class Subject:
         return model.eval().requires_grad_(False)
 
 
+def is_file(storage: Storage, what: str) -> bool:
+    """Whether weights are meant by a file, or a folder of consolidated ones, rather than by a run.
+
+    Args:
+        storage: Reaches it.
+        what: As it was given; a bare word without a suffix of weights is a run.
+    """
+    if what.endswith(TORCH_SUFFIXES) or consolidated.is_weights(storage, normal(what) if is_place(what) else what):
+        return True
+    return is_place(what) and storage.exists(normal(what))
+
+
 def parted(what: str, step: int | None) -> tuple[str, int | None]:
     """A run and a step out of RUN@STEP, or what else was given.
 
@@ -117,6 +137,19 @@ def parted(what: str, step: int | None) -> tuple[str, int | None]:
     if step is not None:
         raise EvaluationError("--step", "must not be given with RUN@STEP", step, "give one of the two")
     return match[1], int(match[2])
+
+
+def _model_of(storage: Storage, url: str) -> ConvMAEConfig | None:
+    """The model that the metadata of a file name; None where they do not, or the file has a decoder."""
+    if not url.endswith(SUFFIX):
+        return None
+    try:
+        with local_copy(storage, url) as path, opened_file(path, url) as file:
+            config = model_config(dict(file.metadata() or {}), url)
+            has_decoder = any("decoder" in name for name in file.keys())  # noqa: SIM118  it is no mapping
+    except WeightsFileError:
+        return None
+    return None if has_decoder else config
 
 
 def _known(weights: Weights) -> dict[str, Any]:
