@@ -78,7 +78,6 @@ def evaluate(
     session = open_session()
     json_url = json_file if json_file in ("", STANDARD_OUTPUT) else normal(json_file)
     outputs = Outputs(json_url, page and normal(page))
-    outputs.check(session.storage)
     plan = SamplePlan(
         data=normal(data),
         train_data=train_data and normal(train_data),
@@ -133,10 +132,11 @@ def embed(
     The features are those that `convmae evaluate` uses: the mean over the patches of the last stage, then a LayerNorm.
     FIELD=VALUE changes the model of --recipe.
     """
-    from jobs.evaluate.commands import check_embed, embed_and_say
+    from jobs.evaluate.commands import embed_and_say
+    from jobs.evaluate.feature_files import check_suffix
 
     session, data, out = open_session(), normal(dataset), normal(out)
-    check_embed(session.storage, out)
+    check_suffix(out)
     session.storage.check(data, write=False)
     subject = _subject(
         session,
@@ -169,11 +169,11 @@ def reconstruct(
     Each picture is cut to its centre. What a model of normalised patches predicts is shown with the mean and variance
     of the original patch.
     """
-    from jobs.evaluate.commands import check_picture, reconstruct_and_say
+    from jobs.evaluate.commands import check_suffix, reconstruct_and_say
     from jobs.evaluate.subject import RANDOM
 
     session, out = open_session(), normal(out)
-    check_picture(session.storage, out)
+    check_suffix("--out", out, ".png")
     of_weights = seed if weights == RANDOM else None
     subject = _subject(session, weights, step=step, recipe=recipe, seed=of_weights, run_root=run_root)
     reconstruct_and_say(session, subject, pictures, out, seed=seed)

@@ -24,7 +24,7 @@ from jobs.evaluate.evaluation import (
     probe_features,
 )
 from jobs.evaluate.evaluation_page import ACCURACY_COLUMNS, accuracy_rows, evaluation_html
-from jobs.evaluate.feature_files import FeatureTable, check_suffix, keys_and_labels, write_features
+from jobs.evaluate.feature_files import FeatureTable, keys_and_labels, write_features
 from jobs.evaluate.features import FeaturePlan, Runner, features, here, on_cluster
 from jobs.evaluate.pictures import found_pictures, png, reconstructed
 from jobs.evaluate.subject import Subject
@@ -48,21 +48,26 @@ class Outputs:
     page: str = ""
     """URL; empty: none."""
 
-    def check(self, storage: Storage) -> None:
-        """Fail before anything is computed if one cannot be written.
+    def __post_init__(self) -> None:
+        check_suffix("--page", self.page, ".html")
 
-        Raises:
-            EvaluationError: The page's name is not that of one.
-            StorageError: It cannot be written there.
-        """
-        if self.page and not self.page.endswith(".html"):
-            raise EvaluationError("--page", "must end in .html", self.page, "write it like evaluation.html")
-        for url in (self.json, self.page):
-            if url and url != STANDARD_OUTPUT:
-                check_target(storage, url)
+    @property
+    def files(self) -> list[str]:
+        """URLs of those that are written."""
+        return [url for url in (self.json, self.page) if url and url != STANDARD_OUTPUT]
 
 
-def check_target(storage: Storage, url: str) -> None:
+def check_suffix(field: str, url: str, suffix: str) -> None:
+    """Refuse the name of another kind of file.
+
+    Raises:
+        EvaluationError: It is one.
+    """
+    if url and not url.endswith(suffix):
+        raise EvaluationError(field, f"must end in {suffix}", url, f"write it like evaluation{suffix}")
+
+
+def _check_writable(storage: Storage, url: str) -> None:
     """Fail if a file cannot be written.
 
     Raises:
@@ -90,6 +95,8 @@ def evaluate_and_say(
     encoder = subject.encoder(image_size)
     samples = ProbeSamples.of(storage, sample_plan)
     check_probes(samples, probe_plan)
+    for url in outputs.files:
+        _check_writable(storage, url)
     runner, feature_plan = _runner(session, [samples.train.url, samples.test.url], device)
     began = time.monotonic()
     with _shown("features", sys.stderr if quiet else sys.stdout) as show:
@@ -104,7 +111,7 @@ def evaluate_and_say(
     counts = f"{len(samples.test)} test samples of {classes} classes, {len(samples.train)} to learn from"
     say(f"{subject.name}: {counts}, in {seconds}")
     print_table(ACCURACY_COLUMNS, accuracy_rows(scores))
-    for url in filter(None, (outputs.json, outputs.page)):
+    for url in outputs.files:
         say(url)
 
 
@@ -120,6 +127,7 @@ def embed_and_say(session: Session, subject: Subject, data: str, out: str, *, im
     if not dataset.samples:
         raise EvaluationError("DATASET", "must hold samples", data, "give another one")
     keys, labels = keys_and_labels(dataset)
+    _check_writable(storage, out)
     runner, plan = _runner(session, [data], device)
     import numpy as np
 
@@ -146,27 +154,6 @@ def reconstruct_and_say(session: Session, subject: Subject, pictures: Sequence[s
     urls = found_pictures(storage, pictures, str(Path.cwd()))
     storage.write(out, png(reconstructed(storage, urls, subject.model(), seed=seed)))
     say(f"{out}: {len(urls)} pictures, by {subject.name}")
-
-
-def check_embed(storage: Storage, out: str) -> None:
-    """Refuse a file of features that cannot be written.
-
-    Raises:
-        UserError: It is of another format, or cannot be written there.
-    """
-    check_suffix(out)
-    check_target(storage, out)
-
-
-def check_picture(storage: Storage, out: str) -> None:
-    """Refuse a picture that cannot be written.
-
-    Raises:
-        UserError: It is of another format, or cannot be written there.
-    """
-    if not out.endswith(".png"):
-        raise EvaluationError("--out", "must end in .png", out, "write it like pictures.png")
-    check_target(storage, out)
 
 
 def _runner(session: Session, urls: Sequence[str], device: str) -> tuple[Runner, FeaturePlan]:

@@ -18,7 +18,7 @@ from jobs.evaluate.encoder import Float32s, FrozenEncoder
 from jobs.evaluate.features import FeaturePlan, Runner, features
 from jobs.evaluate.knn import NEIGHBOURS, TEMPERATURE, check_neighbours, knn_rankings
 from jobs.evaluate.labels import TEST_RATIO, LabelledSamples, divided, labelled_samples, matched
-from jobs.evaluate.linear import L2, fitted_probe
+from jobs.evaluate.linear import L2, check_l2, fitted_probe
 from jobs.evaluate.scores import Scores
 from jobs.evaluate.subject import Subject
 from pipeline.load.dataset import Dataset
@@ -137,9 +137,10 @@ def check_probes(samples: ProbeSamples, plan: ProbePlan) -> None:
     """Refuse what cannot be probed, before features are computed.
 
     Raises:
-        EvaluationError: There are fewer train samples than neighbours, or train is of one class.
+        EvaluationError: There are fewer train samples than neighbours, one part is of one class, or `l2` is impossible.
     """
     check_neighbours(plan.neighbours, len(samples.train))
+    check_l2(plan.l2)
     for name, part in (("train", samples.train), ("test", samples.test)):
         if len(part.present) < 2:
             remedy = "use more of them: --samples 0 takes all"

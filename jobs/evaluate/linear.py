@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -53,6 +52,16 @@ class LinearProbe:
         return ranked(functional.linear(standardised, self.weight, self.bias).numpy())
 
 
+def check_l2(l2: float) -> None:
+    """Refuse a weight without which separable classes have no minimum.
+
+    Raises:
+        EvaluationError: It is not a positive number.
+    """
+    if not (math.isfinite(l2) and l2 > 0):
+        raise EvaluationError("--l2", "must be a positive number", l2, "use 1, as scikit-learn's C = 1")
+
+
 def fitted_probe(features: Float32s, labels: Int64s, classes: int, l2: float = L2) -> LinearProbe:
     """Fit a probe by L-BFGS from zero.
 
@@ -63,10 +72,9 @@ def fitted_probe(features: Float32s, labels: Int64s, classes: int, l2: float = L
         l2: Weight of the squared weights.
 
     Raises:
-        EvaluationError: `l2` is not a positive number; without it separable classes have no minimum.
+        EvaluationError: As `check_l2`.
     """
-    if not (np.isfinite(l2) and l2 > 0):
-        raise EvaluationError("--l2", "must be a positive number", l2, "use 1, as scikit-learn's C = 1")
+    check_l2(l2)
     given, truth = torch.from_numpy(features).double(), torch.from_numpy(labels)
     deviation, mean = torch.std_mean(given, dim=0, correction=0)
     deviation[deviation <= _LEAST_DEVIATION * mean.abs()] = 1
