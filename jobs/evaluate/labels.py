@@ -191,16 +191,18 @@ def _listed(dataset: Dataset, storage: Storage, url: str) -> LabelledSamples:
 
 def _read_list(storage: Storage, url: str) -> dict[bytes, str]:
     try:
-        lines = storage.read(url).decode("utf-8-sig").splitlines()
+        # As in lists of images, lines end at a line feed alone: names may hold what Python also splits at.
+        lines = storage.read(url).decode("utf-8-sig").split("\n")
     except FileNotFoundError:
         raise EvaluationError("--labels", "must exist", url, "give a text file: key, tab, label") from None
     except UnicodeDecodeError:
         raise _odd_list(url, "it is not UTF-8", "save it as UTF-8") from None
     wanted: dict[bytes, str] = {}
     for number, line in enumerate(lines, 1):
-        if not line.strip():
+        if not line.strip() or line.startswith("#"):
             continue
-        key, _, label = (part.strip() for part in line.partition("\t"))
+        key, _, label = line.partition("\t")
+        label = label.strip()
         if not (key and label):
             raise _odd_list(url, f"line {number} has no key and label", "write key, tab and label in each line")
         if wanted.setdefault(key.encode(), label) != label:

@@ -56,7 +56,7 @@ def test_numbers_are_names_where_there_are_none_and_samples_without_a_label_are_
 
 
 def test_a_list_gives_labels_by_key(tmp_path: Path) -> None:
-    STORAGE.write(str(tmp_path / "list.tsv"), "\ufeffk5\twolf\r\nk0\t dog \n\nk2\tdog\n".encode())
+    STORAGE.write(str(tmp_path / "list.tsv"), "\ufeff# mine\nk5\twolf\r\nk0\t dog \n\nk2\tdog\n".encode())
     dataset = numbered(tmp_path / "data", [1] * 6)
 
     found = labelled_samples(dataset, STORAGE, str(tmp_path / "list.tsv"), field="--data")
