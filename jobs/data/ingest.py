@@ -15,6 +15,7 @@ from pathlib import Path
 from jobs.cluster.fan_out import Progress, fan_out
 from jobs.run.shared_folder import Landmarks, claim_landmarks, file_landmarks
 from pipeline.access.places import normal
+from pipeline.access.urls import is_local
 from pipeline.errors import DamagedTarsError, DatasetError, RefusedError, SourceError
 from pipeline.ingest.plan import Ingest, ShardPlan, plan_shards
 from pipeline.ingest.source import Sources, Tars
@@ -26,7 +27,7 @@ from pipeline.shard.manifest import Manifest, existing_manifest
 from pipeline.shard.table import ShardReport
 from pipeline.shard.tar_samples import unread_kinds
 from pipeline.store.lease import Lease, hold_lease
-from pipeline.store.storage import Storage, is_local
+from pipeline.store.storage import Storage
 
 logger = logging.getLogger(__name__)
 

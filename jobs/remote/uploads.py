@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from jobs.terminal import bytes_text, progress_bar, say
+from pipeline.access.urls import is_local
 from pipeline.errors import SourceError
 from pipeline.host.local_files import local_files
-from pipeline.store.storage import Storage, is_local
+from pipeline.store.storage import Storage
 
 THREADS = 16
 

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.errors import NotSharedError
 from jobs.run.directory import RunDirectory
+from pipeline.access.urls import is_local
 from pipeline.errors import UserError
 from pipeline.shard.manifest import MANIFEST_NAME
 from pipeline.store.lease import Lease
-from pipeline.store.storage import Storage, is_local
+from pipeline.store.storage import Storage
 
 if TYPE_CHECKING:  # it imports torch, for which tasks that only copy should not wait
     from jobs.recipe.recipe import Recipe

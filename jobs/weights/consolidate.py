@@ -29,8 +29,9 @@ from jobs.run.directory import RunDirectory
 from jobs.weights.file_layout import DTYPES, PART_BYTES, WeightFile, one_file, several_files
 from jobs.weights.target import ONE_FILE, ConsolidatedWeights, Target
 from jobs.weights.writer import FanOut, Show, WeightWriter
+from pipeline.access.urls import is_local
 from pipeline.store.lease import hold_lease
-from pipeline.store.storage import Storage, is_local
+from pipeline.store.storage import Storage
 
 logger = logging.getLogger(__name__)
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from pipeline.image.augment import CropRow, Draws
 from pipeline.load.device_copy import DeviceCopy, StartedCopy
-from pipeline.load.image_maker import Substitution
-from pipeline.load.read_ahead import Pending
+
+if TYPE_CHECKING:
+    from pipeline.image.augment import CropRow, Draws
+    from pipeline.load.image_maker import Substitution
+    from pipeline.load.read_ahead import Pending
 
 
 @dataclass(frozen=True, eq=False)

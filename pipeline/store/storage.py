@@ -26,8 +26,6 @@ from pipeline.store import conditional_write, file_systems
 from pipeline.store.ranged_read import HttpRangedRead, RangedRead, fsspec_read
 from pipeline.store.s3_filesystem import MAX_CONNECTIONS
 
-__all__ = ["Storage", "is_local", "is_s3", "is_web"]
-
 T = TypeVar("T")
 
 CHECK_SECONDS = 3.0
