@@ -121,7 +121,7 @@ def rooms_of_moments(
             if name not in tensors or wanted.stop > tensors[name].elements:
                 rule, remedy = f"must hold {moment} of {name}", "resume with the model that the run began with"
                 raise CheckpointError("checkpoint", rule, run_name, remedy)
-            tensor = torch.empty(len(wanted), dtype=_DTYPES[tensors[name].dtype])
+            tensor = torch.empty(len(wanted), device="cpu", dtype=_DTYPES[tensors[name].dtype])
             moments[moment][name] = tensor
             copies += _copies(tensors[name], wanted, tensor.view(torch.uint8))
     return moments, copies

@@ -54,7 +54,7 @@ class StartedBatch:
         self.draws = draws
         """(n, ...), of the images' crops."""
         self.sample_ids = device_copy.empty((len(pending),), torch.int64)
-        self.sample_ids[:] = torch.tensor([item.sample_id for item in pending])
+        self.sample_ids[:] = torch.tensor([item.sample_id for item in pending], device="cpu")
         self.images = device_copy.empty((len(pending), 3, *image_shape), torch.uint8)
         self.pixels = self.images.numpy()
         """The same memory."""
