@@ -45,5 +45,5 @@ def test_the_operations_are_those_that_pytorch_counts() -> None:
     options = bench_gpu.parse(["--preset", "small", "--device", "cpu"])
     one, two = (bench_gpu.flops_of(bench_gpu.Side("sparse", "fp32", bench_gpu.options_of(options, n))) for n in (1, 2))
 
-    assert two == pytest.approx(2 * one, rel=0.01)
+    assert two == pytest.approx(2 * one, rel=0.02)
     assert one > 1e9
