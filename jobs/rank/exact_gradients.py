@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
     from jobs.rank.training_step import Forward, OnMask
 
+_KINDS = 1 + len(MOMENTS)
+"""Values that each trained element has: its own and its moments."""
 NORM_WORDS = 2 + INTEGER_WORDS
 """Largest exponent, whether something is not finite, and the sum of squares."""
 _CHUNKS = {"cpu": 1 << 16, "cuda": 1 << 24}
@@ -184,14 +186,19 @@ def digest_words(engine: deepspeed.DeepSpeedEngine) -> Tensor:
     """(INTEGER_WORDS,) of a digest of all weights and moments, to be added up over ranks; of those of this rank.
 
     It is the sum, modulo 2**64, of each value's bits times an odd number that follows from its place in the model: a
-    bit that is flipped anywhere changes it, and it is the same at any world size.
+    bit that is flipped anywhere changes it, and it is the same at any world size. Frozen weights, which every rank has
+    whole, are counted on rank 0.
     """
-    starts, position = {}, 0
+    starts, position, frozen = {}, 0, []
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
             starts[name] = position
             position += parameter.numel()
+        else:
+            frozen.append(parameter.detach().float().flatten())
     total = torch.zeros(1, device=engine.device, dtype=torch.int64)
+    if frozen and dist.get_rank() == 0:
+        total += _bits(torch.cat(frozen), _KINDS * position)
     for flat, pieces in owned_slices(engine):
         slots = adam_slots(engine, flat)
         kinds = [flat.data, *(slots[moment] for moment in MOMENTS if moment in slots)]

@@ -14,6 +14,7 @@ import torch
 from steps import Rank, recipe_for
 from torch import Tensor
 
+from jobs.checkpoint.deepspeed_internals import adam_slots, owned_slices
 from jobs.rank import step_words
 from jobs.rank.engine import ADAM_BETAS, build_model, parameter_groups
 from jobs.rank.exact_gradients import norm_of, norm_words
@@ -195,3 +196,17 @@ def test_a_step_waits_for_the_device_once(device: torch.device, stage: int, monk
     assert not [warning for warning in waited if "synchroniz" in str(warning.message)]
     host_only = {"numpy": 2 * len(batches)} if device.type == "cpu" else {}
     assert dict(seen) == host_only, "on the CPU sample ids and words are the host's own"
+
+
+@pytest.mark.parametrize("kind", ["trained", "frozen", "moment"])
+def test_one_bit_of_any_value_changes_the_digest(device: torch.device, kind: str) -> None:
+    rank = Rank(recipe_for(device), device)
+    rank.train()
+    (flat, _), *_ = owned_slices(rank.engine)
+    frozen = next(value for value in rank.engine.module.parameters() if not value.requires_grad)
+    values = {"trained": flat.data, "frozen": frozen.data.view(-1), "moment": adam_slots(rank.engine, flat)["exp_avg"]}
+    before = rank.step.digest()
+
+    values[kind][7:8].view(torch.int32).bitwise_xor_(1)
+
+    assert rank.step.digest() != before
