@@ -23,7 +23,7 @@ from jobs.rank.exact_gradients import ExactGradients, digest_of, digest_words, g
 from jobs.rank.instruction import INSTRUCTIONS, Instruction
 from jobs.rank.non_finite import FAULT_WORDS, NonFiniteLossError, fault_of, write_faults
 from jobs.rank.step_reading import RankReading, StepReading, from_words, word_count
-from jobs.rank.step_words import INTEGER_WORDS, StepWords, integer_of, words_of
+from jobs.rank.step_words import INTEGER_WORDS, StepWords, integer_of, wait_for, words_of
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import micro_batches
 from model.convmae import Output
@@ -191,6 +191,7 @@ class TrainingStep:
         *,
         reading: RankReading,
         on_mask: OnMask = lambda _: None,
+        wait: Callable[[torch.device], None] = wait_for,
     ) -> None:
         """Name what a step works with.
 
@@ -201,6 +202,7 @@ class TrainingStep:
             order: Of the run's samples.
             reading: Adds what the rank read, and how it fared.
             on_mask: Is given the masks, in the order of images.
+            wait: Returns when the device is done.
         """
         self.engine = engine
         self._recipe, self.place, self._reading, self._on_mask = recipe, place, reading, on_mask
@@ -208,7 +210,8 @@ class TrainingStep:
         first, last = FAULT_WORDS, FAULT_WORDS + self._gradients.words
         self._of_faults, self._of_gradients = slice(first), slice(first, last)
         self._of_state, self._of_host = slice(last, last + INTEGER_WORDS), slice(last + INTEGER_WORDS, None)
-        self._words = StepWords(self._of_state.stop, _HOST_WORDS + word_count(place.world_size), place.device)
+        of_host = _HOST_WORDS + word_count(place.world_size)
+        self._words = StepWords(self._of_state.stop, of_host, place.device, wait=wait)
         # DeepSpeed's own call would hook into a backward pass that is none of its own.
         self._model = engine.module if recipe.is_exact else engine
 

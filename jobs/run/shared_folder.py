@@ -60,9 +60,9 @@ class Landmark:
 Landmarks = tuple[Landmark, ...]
 
 
-def run_landmarks(recipe: Recipe, run: RunDirectory, claim: Lease) -> Landmarks:
+def run_landmarks(recipe: Recipe, run: RunDirectory, lease: Lease) -> Landmarks:
     """Landmarks of what every rank needs as long as the run trains, if it lies on a local disk."""
-    return (*claim_landmarks("run_root", run.url, claim), *manifest_landmarks(run.storage, recipe.data))
+    return (*lease_landmarks("run_root", run.url, lease), *manifest_landmarks(run.storage, recipe.data))
 
 
 def input_landmarks(storage: Storage, recipe: Recipe, first_tar: str) -> Landmarks:
@@ -85,9 +85,9 @@ def file_landmarks(storage: Storage, field: str, folder: str, url: str) -> Landm
     return ()
 
 
-def claim_landmarks(field: str, folder: str, claim: Lease) -> Landmarks:
-    """A landmark of this process's claim on a folder, if that is on a local disk."""
-    return (Landmark(field, folder, claim.url, claim.first_bytes),) if is_local(folder) else ()
+def lease_landmarks(field: str, folder: str, lease: Lease) -> Landmarks:
+    """A landmark of this process's lease of a folder, if that is on a local disk."""
+    return (Landmark(field, folder, lease.url, lease.first_bytes),) if is_local(folder) else ()
 
 
 @contextlib.contextmanager

@@ -233,13 +233,13 @@ class Storage(StoreAccess):
             conditional_write.refuse_unconditional(url)
         hasty = replace(self, retry_seconds=min(CHECK_SECONDS, self.retry_seconds))
         try:
-            (self if is_patient else hasty)._probe(url, write=write)
+            (self if is_patient else hasty).probe(url, write=write)
         except FileNotFoundError as error:
             endpoint = dict(self.origins).get("endpoint", "AWS_ENDPOINT_URL")
             remedy = "take a folder that can be made" if is_local(url) else f"check the bucket and {endpoint}"
             raise StorageError("storage", "must accept this URL", url, remedy) from error
 
-    def _probe(self, url: str, *, write: bool) -> None:
+    def probe(self, url: str, *, write: bool) -> None:
         file_systems.file_system(self, url)
         if protocol_of(url) in S3:
             # HEAD answers carry no reason; a listing of one says which of key, secret and bucket is wrong.

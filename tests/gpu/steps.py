@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from jobs.checkpoint.deepspeed_internals import MOMENTS, adam_slots, owned_slice
 from jobs.checkpoint.zero_state import ZeroState, restore_optimizer
 from jobs.rank.engine import build_model
 from jobs.rank.gpu import compute_as
+from jobs.rank.step_words import wait_for
 from jobs.rank.training_step import RankPlace, SharedStep, TrainingStep, build_rank_engine
 from jobs.recipe.named_recipes import named_recipe
 from jobs.recipe.recipe import Recipe
@@ -60,7 +62,13 @@ class PoisonedStep(TrainingStep):
 class Rank:
     """A rank that is alone, from its first step or from a state."""
 
-    def __init__(self, recipe: Recipe, device: torch.device, state: ZeroState | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        device: torch.device,
+        state: ZeroState | None = None,
+        wait: Callable[[torch.device], None] = wait_for,
+    ) -> None:
         compute_as(recipe)
         self.recipe, self.device = recipe, device
         self.order, self.place = order_of(recipe, SAMPLES), RankPlace(0, 1, device)
@@ -70,7 +78,7 @@ class Rank:
         self.engine = build_rank_engine(model.to(device), recipe, self.order, self.place)
         if state:
             restore_optimizer(self.engine, state)
-        self.step = PoisonedStep(self.engine, recipe, self.place, self.order, reading=NoReading())  # type: ignore[arg-type]
+        self.step = PoisonedStep(self.engine, recipe, self.place, self.order, reading=NoReading(), wait=wait)  # type: ignore[arg-type]
         self.done = int(state.optimizer_step) if state else 0
 
     def batch(self) -> Batch:
