@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import tempfile
@@ -305,8 +306,8 @@ class Trainer:
     def _training_step(self, step_of: type[TrainingStep]) -> TrainingStep:
         folders = [Path(tempfile.gettempdir()), *([Path(self.recipe.cache_dir)] if self.recipe.cache_dir else [])]
         reading = RankReading(self.dataset, self.place.rank, device=self.place.device, folders=folders)
-        masks = {"on_mask": self.trace.note_masks} if self.trace else {}
-        return step_of(self.engine, self.recipe, self.place, self.order, reading=reading, **masks)
+        step = functools.partial(step_of, self.engine, self.recipe, self.place, self.order, reading=reading)
+        return step(on_mask=self.trace.note_masks) if self.trace else step()
 
     def _is_due(self, step: int) -> bool:
         return self.schedule.ends_in_a_checkpoint(step, self.recipe)

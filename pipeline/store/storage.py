@@ -240,6 +240,7 @@ class Storage(StoreAccess):
             raise StorageError("storage", "must accept this URL", url, remedy) from error
 
     def probe(self, url: str, *, write: bool) -> None:
+        """Look whether a store answers, and takes what is written, as `check` does; raises what its client raises."""
         file_systems.file_system(self, url)
         if protocol_of(url) in S3:
             # HEAD answers carry no reason; a listing of one says which of key, secret and bucket is wrong.
