@@ -9,13 +9,16 @@ VERSIONS := 3.11 3.12 3.13
 PYTHONS ?= $(foreach version,3.12 3.13,$(firstword $(wildcard \
 	/usr/bin/python$(version) /usr/local/bin/python$(version) $(HOME)/.pyenv/versions/$(version).*/bin/python$(version))))
 
+# What test-gpu runs by: often an image's own Python, with its own torch.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+
 # The door of each, and what stands right behind it: the scaling policy, the process group, an engine of every stage.
 NEWEST_TESTS := tests/jobs/cluster/test_ray_internals.py tests/jobs/checkpoint/test_deepspeed_internals.py \
 	tests/jobs/control/test_node_policy.py tests/jobs/rank/test_process_group.py tests/jobs/rank/test_standby.py \
 	tests/jobs/checkpoint/test_zero_state.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain down fix check test test-pythons test-newest test-slow test-hosts soak fuzz bench-recovery bench-hosts bench-plan bench-model bench-loader bench-checkpoint bench-consolidate bench-scale bench-grains
+.PHONY: help install pretrain down fix check test test-pythons test-newest test-gpu bench-gpu test-slow test-hosts soak fuzz bench-recovery bench-hosts bench-plan bench-model bench-loader bench-checkpoint bench-consolidate bench-scale bench-grains
 
 help:  ## Show these lines
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -67,6 +70,16 @@ test-newest:  ## What is used of the insides of Ray and DeepSpeed, against the n
 	@.venv-newest/bin/pip install -qq --no-compile --disable-pip-version-check -c .venv-newest/constraints.txt -e '.[local,export,dev]'
 	@.venv-newest/bin/pip list --format=freeze | grep -E '^(ray|deepspeed)=='
 	@.venv-newest/bin/python -m pytest -k 'not pinned_version' $(NEWEST_TESTS)
+
+test-gpu:  ## What needs a GPU, by an interpreter with torch, DeepSpeed, simplejpeg, safetensors, pydantic, NumPy, pytest: GPU_PYTHON=...
+	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		CONVMAE_TEST_DEVICE=cuda $(GPU_PYTHON) -m pytest -p no:cacheprovider --confcutdir=tests/gpu tests/gpu; \
+	else echo "test-gpu: torch sees no GPU here: skipped"; fi
+
+bench-gpu:  ## Images a second, MFU, memory on a GPU, as a table and as bench-gpu.json; GPU_PYTHON as for test-gpu
+	@if $(GPU_PYTHON) -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then \
+		PYTHONPATH=. $(GPU_PYTHON) benchmarks/bench_gpu.py $(if $(IMAGES),--images "$(IMAGES)"); \
+	else echo "bench-gpu: torch sees no GPU here: skipped"; fi
 
 test-slow: $(INSTALLED)  ## The tests that take minutes
 	$(BIN)/python -m pytest -m slow

@@ -140,7 +140,7 @@ def figure_costs(ranks: int) -> dict[str, float]:
     for pulse in pulses:
         watch.hear(pulse, 0.0)
     return {
-        "every rank, a step: write": cpu_of(lambda: reading.write(words, batch)),
+        "every rank, a step: write": cpu_of(lambda: reading.write(words.numpy(), batch)),
         "as it was: lists of all ranks, and tuples": cpu_of(lambda: as_it_was(words)),
         "rank 0, a step: parse and pack": cpu_of(
             lambda: (slowest(from_words(words.numpy())[1], "step_seconds"), pickle.dumps(table))

@@ -28,7 +28,8 @@ from jobs.checkpoint.rank_group import RankGroup
 from jobs.checkpoint.restore import restore_newest
 from jobs.checkpoint.zero_files import check_sizes, look_into
 from jobs.checkpoint.zero_layout import ZeroFiles
-from jobs.checkpoint.zero_state import ZeroState, owned_ranges, read_zero_state
+from jobs.checkpoint.zero_reading import read_zero_state
+from jobs.checkpoint.zero_state import ZeroState, owned_ranges
 from jobs.run.directory import RunDirectory
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -18,11 +18,12 @@ from restore_rank import Shapes, owned_of
 
 from jobs.checkpoint.checked_files import CheckedFiles
 from jobs.checkpoint.checkpoint import CHUNK_BYTES, CheckpointFile, Commit, file_url
+from jobs.checkpoint.deepspeed_internals import MOMENTS
 from jobs.checkpoint.rank_group import RankGroup
 from jobs.checkpoint.torch_archive import ByteRange, Record, TensorPlace
-from jobs.checkpoint.zero_files import MOMENTS, FilesFound, ModelFile, OptimizerFile
+from jobs.checkpoint.zero_files import FilesFound, ModelFile, OptimizerFile
 from jobs.checkpoint.zero_layout import ZeroFiles
-from jobs.checkpoint.zero_state import WholeTensors, rooms_of_moments
+from jobs.checkpoint.zero_reading import WholeTensors, rooms_of_moments
 from jobs.run.directory import RunDirectory
 from pipeline.store.storage import Storage
 

@@ -48,6 +48,10 @@ class ClusterError(UserError):
     """No Ray cluster to work on, or one that cannot be used as asked."""
 
 
+class DeviceError(UserError):
+    """A GPU that a rank must not train on, or that is not as it must be."""
+
+
 class NotSharedError(UserError):
     """A folder on a local disk that not every node which uses it sees."""
 

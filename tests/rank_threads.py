@@ -1,4 +1,4 @@
-"""Ranks in threads, with the parts of torch.distributed that jobs.checkpoint.rank_group needs."""
+"""Ranks in threads, with the parts of torch.distributed that restoring and the exchange of gradients need."""
 
 from __future__ import annotations
 
@@ -39,13 +39,20 @@ class Ranks:
         values.copy_(functools.reduce(op, by_rank))
 
     def all_to_all_single(
-        self, got: torch.Tensor, sent: torch.Tensor, got_splits: list[int], sent_splits: list[int]
-    ) -> None:
+        self,
+        got: torch.Tensor,
+        sent: torch.Tensor,
+        got_splits: list[int],
+        sent_splits: list[int],
+        *,
+        async_op: bool,  # noqa: ARG002
+    ) -> SimpleNamespace:
         by_rank: list[Any] = []
         self.all_gather_object(by_rank, sent.clone().split(sent_splits))
         parts = [of_rank[self._mine.rank] for of_rank in by_rank]
         assert [len(part) for part in parts] == got_splits
         got.copy_(torch.cat(parts))
+        return SimpleNamespace(wait=lambda: None)
 
     def run(self, work: Callable[[int], Any]) -> list[Any]:
         """The results of `work` on all ranks; raises what it raised on any."""

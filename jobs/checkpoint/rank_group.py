@@ -85,7 +85,7 @@ class RankGroup:
 
     def total(self, count: int) -> int:
         """Sum over ranks."""
-        return int(self._reduced(torch.tensor([count]), dist.ReduceOp.SUM).item())
+        return int(self._reduced(torch.tensor([count], device="cpu"), dist.ReduceOp.SUM).item())
 
     def union(self, bits: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Which of n bits are set on some rank."""
@@ -93,7 +93,7 @@ class RankGroup:
         return self._reduced(words, dist.ReduceOp.MAX).numpy().astype(np.bool_)
 
     def _lowest(self, number: int) -> int:
-        return int(self._reduced(torch.tensor([number]), dist.ReduceOp.MIN).item())
+        return int(self._reduced(torch.tensor([number], device="cpu"), dist.ReduceOp.MIN).item())
 
     def _reduced(self, values: Tensor, operation: Any) -> Tensor:
         if self.world_size == 1 or not values.numel():
@@ -114,7 +114,7 @@ class Room:
         """
         sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in kinds.items()}
         starts = [0, *itertools.accumulate(-(-size // WORD_BYTES) * WORD_BYTES for size in sizes.values())]
-        self.bytes = torch.zeros(starts[-1], dtype=torch.uint8)
+        self.bytes = torch.zeros(starts[-1], device="cpu", dtype=torch.uint8)
         self.tensors: Mapping[str, Tensor] = {
             name: self.bytes[start : start + sizes[name]].view(dtype).view(tuple(shape))
             for start, (name, (shape, dtype)) in zip(starts, kinds.items(), strict=False)

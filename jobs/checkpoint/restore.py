@@ -21,7 +21,8 @@ from jobs.checkpoint.checkpoint import Commit
 from jobs.checkpoint.rank_group import RankGroup
 from jobs.checkpoint.zero_files import check_sizes, file_names, look_into
 from jobs.checkpoint.zero_layout import ZeroFiles
-from jobs.checkpoint.zero_state import ZeroState, read_zero_state
+from jobs.checkpoint.zero_reading import read_zero_state
+from jobs.checkpoint.zero_state import ZeroState
 from jobs.errors import CheckpointError, DamagedCheckpointError
 from jobs.run.directory import RunDirectory
 

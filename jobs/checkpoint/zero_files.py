@@ -17,6 +17,7 @@ import numpy as np
 
 from jobs.checkpoint import deepspeed_internals as keys
 from jobs.checkpoint.checkpoint import Commit, file_url
+from jobs.checkpoint.deepspeed_internals import MOMENTS
 from jobs.checkpoint.torch_archive import Files, LazyTensor, TensorPlace, damaged, read_archive
 from jobs.errors import CheckpointError
 from jobs.run.directory import RunDirectory
@@ -24,8 +25,6 @@ from pipeline.errors import UserError
 
 _THREADS = 8
 """Files that are looked into at once."""
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""AdamW's state of a parameter."""
 _SCALARS = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I64": "<i8", "I32": "<i4"}
 
 Shape = tuple[int, ...]

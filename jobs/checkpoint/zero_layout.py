@@ -20,9 +20,9 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from jobs.checkpoint.checkpoint import Commit
+from jobs.checkpoint.deepspeed_internals import MOMENTS
 from jobs.checkpoint.torch_archive import ITEM_BYTES, ByteRange, Files, TensorPlace
 from jobs.checkpoint.zero_files import (
-    MOMENTS,
     FilesFound,
     ModelFile,
     OptimizerFile,

@@ -16,9 +16,8 @@ from typer import Context
 from typer.core import TyperCommand
 
 from pipeline.access.places import is_place, normal
-from pipeline.access.urls import with_known_scheme
+from pipeline.access.urls import is_local, is_s3, with_known_scheme
 from pipeline.errors import UserError
-from pipeline.store.storage import is_local, is_s3
 
 if TYPE_CHECKING:
     from jobs.cluster.session import Session

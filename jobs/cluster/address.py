@@ -107,7 +107,7 @@ class ClusterAddress:
         if self.is_http or not self.host:
             return not self.is_http
         self.check_answers()
-        return bool({node.node_manager_address for node in _nodes(self)} & own_addresses())
+        return bool({node.node_manager_address for node in known_nodes(self)} & own_addresses())
 
     def check_logs(self) -> None:
         """Check that this user may write where drivers on this machine log; else Ray would abort the process.
@@ -118,7 +118,7 @@ class ClusterAddress:
         if self.is_http or not self.host:
             return
         here = own_addresses()
-        for node in _nodes(self):
+        for node in known_nodes(self):
             logs = Path(node.session_dir or "/", "logs")
             if node.session_dir and node.node_manager_address in here and not os.access(logs, os.W_OK | os.X_OK):
                 rule = f"must be a cluster whose logs on this machine, in {logs}, this user may write"
@@ -166,7 +166,7 @@ def own_addresses() -> set[str]:
     }
 
 
-def _nodes(address: ClusterAddress) -> list[Any]:
+def known_nodes(address: ClusterAddress) -> list[Any]:
     """What Ray's head says of each node."""
     from ray.exceptions import RayError
 

@@ -23,7 +23,8 @@ from jobs.cluster.node_probe import NodeFacts, NodeProbe
 from jobs.cluster.session import Session
 from jobs.cluster.store_check import settings_finding, store_findings
 from jobs.errors import ClusterError
-from pipeline.store.storage import Storage, is_local, is_s3
+from pipeline.access.urls import is_local, is_s3
+from pipeline.store.storage import Storage
 
 PROBE_BYTES = 32 * 1024**2
 CLOCK_READINGS = 5

@@ -35,7 +35,7 @@ from pipeline.store.lease import Lease
 logger = logging.getLogger(__name__)
 
 
-def train(session: Session, plan: RunPlan, claim: Lease, on_status: Callable[[Mapping[str, Any]], None]) -> str:
+def train(session: Session, plan: RunPlan, lease: Lease, on_status: Callable[[Mapping[str, Any]], None]) -> str:
     """Run `plan` on the connected cluster until it is `finished` or `stopped` (the outcome returned).
 
     SIGINT and SIGTERM stop it gracefully: a checkpoint is saved first.
@@ -43,15 +43,15 @@ def train(session: Session, plan: RunPlan, claim: Lease, on_status: Callable[[Ma
     Args:
         session: Connected to a cluster.
         plan: From `plan_run`, claimed.
-        claim: From `sole_driver`.
+        lease: From `sole_driver`.
         on_status: Called about once a second with what the monitor says.
 
     Raises:
         OvertakenError: Another driver took over, since this one did not reach the store for too long.
         RunFailedError: With the root cause, if the run had to be given up.
     """
-    monitor = _start_monitor(session, plan, claim)
-    return drive(plan, claim, monitor, lambda: _fit(plan, claim, monitor), on_status)
+    monitor = _start_monitor(session, plan, lease)
+    return drive(plan, lease, monitor, lambda: _fit(plan, lease, monitor), on_status)
 
 
 def _kill(actor: Any) -> None:
@@ -62,7 +62,7 @@ def _kill(actor: Any) -> None:
 
 def drive(
     plan: RunPlan,
-    claim: Lease,
+    lease: Lease,
     monitor: Any,
     fit: Callable[[], None],
     on_status: Callable[[Mapping[str, Any]], None],
@@ -73,7 +73,7 @@ def drive(
 
     Args:
         plan: As for `train`.
-        claim: As for `train`.
+        lease: As for `train`.
         monitor: Its handle.
         fit: Trains to the end, on a thread of its own.
         on_status: As for `train`.
@@ -84,7 +84,7 @@ def drive(
     with _StopOnSignal(monitor):
         training.start()
         try:
-            for status in _statuses(training, claim, monitor):
+            for status in _statuses(training, lease, monitor):
                 weights.look(status.get("checkpoint_step"))
                 on_status(status)
                 if status["state"] == "stopping" and status["waiting"]:
@@ -93,7 +93,7 @@ def drive(
             kill(monitor)
             raise overtaken(plan.run, error) from None
     if training.failure:
-        raise _failed(plan.run, claim, monitor, root_cause(training.failure)) from training.failure
+        raise _failed(plan.run, lease, monitor, root_cause(training.failure)) from training.failure
     is_finished = is_committed_to_the_end(plan)
     weights.finish(plan.schedule.total_steps if is_finished else None)
     on_status(_final_status(monitor, outcome := "finished" if is_finished else "stopped"))
@@ -124,7 +124,7 @@ class _Training(threading.Thread):
             self.failure = error
 
 
-def _statuses(training: _Training, claim: Lease, monitor: Any) -> Iterator[Mapping[str, Any]]:
+def _statuses(training: _Training, lease: Lease, monitor: Any) -> Iterator[Mapping[str, Any]]:
     """What the monitor says, about once a second while the run trains.
 
     Raises:
@@ -135,7 +135,7 @@ def _statuses(training: _Training, claim: Lease, monitor: Any) -> Iterator[Mappi
 
     while training.is_alive():
         training.join(timeout=1.0)
-        claim.check()
+        lease.check()
         try:
             status: Mapping[str, Any] = ray.get(monitor.status.remote())
         except RayError:
@@ -144,7 +144,7 @@ def _statuses(training: _Training, claim: Lease, monitor: Any) -> Iterator[Mappi
         yield status
 
 
-def _start_monitor(session: Session, plan: RunPlan, claim: Lease) -> Any:
+def _start_monitor(session: Session, plan: RunPlan, lease: Lease) -> Any:
     import ray
     from ray.exceptions import ActorUnavailableError, RayActorError
     from ray.util import get_node_ip_address
@@ -163,7 +163,7 @@ def _start_monitor(session: Session, plan: RunPlan, claim: Lease) -> Any:
         targets_folder=str(session.stack.targets_dir) if session.is_local and session.stack else "",
     )
     patience_seconds = plan.run.storage.retry_seconds
-    monitor = persevere(lambda: _new_monitor(plan.run, config, claim), MonitorLivesError, patience_seconds)
+    monitor = persevere(lambda: _new_monitor(plan.run, config, lease), MonitorLivesError, patience_seconds)
     try:
         check_ray()
     except DependencyError:
@@ -178,7 +178,7 @@ def _start_monitor(session: Session, plan: RunPlan, claim: Lease) -> Any:
     return monitor
 
 
-def _new_monitor(run: RunDirectory, config: MonitorConfig, claim: Lease) -> Any:
+def _new_monitor(run: RunDirectory, config: MonitorConfig, lease: Lease) -> Any:
     """The actor, on this node; ends that of a driver before this one, which Ray may not have noticed to be dead.
 
     Raises:
@@ -196,8 +196,8 @@ def _new_monitor(run: RunDirectory, config: MonitorConfig, claim: Lease) -> Any:
         return options.remote(config)
     except ValueError as error:
         try:
-            claim.beat()
-            claim.check()
+            lease.beat()
+            lease.check()
         except LeaseHeldError as lost:
             raise overtaken(run, lost) from None
         with contextlib.suppress(ValueError):  # it is gone meanwhile
@@ -225,14 +225,14 @@ def _consolidator(plan: RunPlan, monitor: Any) -> MilestoneConsolidator:
     return MilestoneConsolidator(plan.run, done, failed)
 
 
-def _fit(plan: RunPlan, claim: Lease, monitor: Any) -> None:
+def _fit(plan: RunPlan, lease: Lease, monitor: Any) -> None:
     from jobs.control.worker_group import fit
 
-    marks = run_landmarks(plan.recipe, plan.run, claim)
-    fit(TrainJob(plan.recipe, plan.run, monitor, claim.number, claim.holder.text, plan.trace_url, marks))
+    marks = run_landmarks(plan.recipe, plan.run, lease)
+    fit(TrainJob(plan.recipe, plan.run, monitor, lease.number, lease.holder.text, plan.trace_url, marks))
 
 
-def _failed(run: RunDirectory, claim: Lease, monitor: Any, reason: str) -> OvertakenError | RunFailedError:
+def _failed(run: RunDirectory, lease: Lease, monitor: Any, reason: str) -> OvertakenError | RunFailedError:
     """The error of a run that was given up, which its monitor is told; of this driver alone, if the run has another."""
     import ray
     from ray.exceptions import RayActorError
@@ -241,9 +241,9 @@ def _failed(run: RunDirectory, claim: Lease, monitor: Any, reason: str) -> Overt
         ray.get(monitor.end.remote("failed", reason))
     except RayActorError:  # who takes over ends the monitor, also of a driver that cannot read yet that it has lost
         with contextlib.suppress(OSError, UserError):
-            claim.beat()  # waits for a store that is unreachable
+            lease.beat()  # waits for a store that is unreachable
         try:
-            claim.check()
+            lease.check()
         except LeaseHeldError as error:
             return overtaken(run, error)
     return RunFailedError(reason)

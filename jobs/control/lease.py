@@ -55,8 +55,8 @@ def sole_driver(
             on_wait=on_wait,
             keeps_number=True,
             beat_seconds=beat_seconds,
-        ) as claim:
-            yield claim
+        ) as lease:
+            yield lease
     except LeaseHeldError as error:
         raise RunError("run", error.rule, run.name, _ask_the_other(run)) from None
 

@@ -81,7 +81,7 @@ def begun_way(run: RunDirectory, recipe: Recipe) -> Recipe:
     return older if run.exists() and run.read_recipe().trajectory() == older.trajectory() else recipe
 
 
-def check_folders(plan: RunPlan, claim: Lease) -> None:
+def check_folders(plan: RunPlan, lease: Lease) -> None:
     """Refuse folders on local disks that some node of the connected cluster which may have ranks does not see.
 
     Raises:
@@ -90,7 +90,7 @@ def check_folders(plan: RunPlan, claim: Lease) -> None:
     recipe, storage = plan.recipe, plan.run.storage
     kind, least = ("GPU", 1.0) if recipe.device == "cuda" else ("CPU", recipe.cpus_per_worker)
     with planted(storage, "trace", plan.trace_url) as trace:
-        landmarks = (*run_landmarks(recipe, plan.run, claim), *input_landmarks(storage, recipe, plan.first_tar), *trace)
+        landmarks = (*run_landmarks(recipe, plan.run, lease), *input_landmarks(storage, recipe, plan.first_tar), *trace)
         check_seen_by_all(storage, landmarks, lambda resources: resources.get(kind, 0.0) >= least)
 
 

@@ -15,6 +15,7 @@ import ray
 from ray.train import UserCallback
 
 from jobs.cluster.node_watch import NodeWatch
+from jobs.cluster.ray_internals.polls import PatientPolls
 from jobs.cluster.ray_internals.train import (
     ControllerCallback,
     FailureConfig,
@@ -58,13 +59,14 @@ def fit(job: TrainJob) -> None:
     resources = {"CPU": recipe.cpus_per_worker} | ({"GPU": 1.0} if recipe.device == "cuda" else {})
     with scratch_folder() as folder, NodeWatch(job.monitor):
         reporter: Any = ControllerReporter(job.monitor)
-        variables = rank_environment(os.environ, recipe.device, recipe.cpus_per_worker)
+        patient_polls: Any = PatientPolls()
+        variables = rank_environment(os.environ, recipe.device, recipe.cpus_per_worker, standby=recipe.standby)
         run_config = RunConfig(
             name=job.run.name,
             storage_path=folder,  # Ray's own bookkeeping; checkpoints are ours
             failure_config=FailureConfig(max_failures=-1),
-            callbacks=[FailureReporter(job.monitor), reporter],
-            worker_runtime_env={"env_vars": variables} if recipe.standby else {},
+            callbacks=[FailureReporter(job.monitor), reporter, patient_polls],
+            worker_runtime_env={"env_vars": variables},
             logging_config=LoggingConfig(log_level="ERROR"),
         )
         scaling_config = ScalingConfig(
@@ -75,7 +77,7 @@ def fit(job: TrainJob) -> None:
         )
         trainer: Any = TrainerWithPolicy(
             lambda: train_worker(job),
-            torch_config=RanksOverNodes(),
+            torch_config=RanksOverNodes.of(recipe),
             scaling_config=scaling_config,
             run_config=run_config,
         )

@@ -28,8 +28,8 @@ def train_here(session: Session, plan: RunPlan) -> None:
         RunFailedError: If the run had to be given up.
     """
     persevere(session.connect, ClusterError, plan.patience_seconds)
-    with sole_driver(plan.run, lambda other: say(f"is {other} alive? watching its lease")) as claim:
-        check_folders(plan, claim)
+    with sole_driver(plan.run, lambda other: say(f"is {other} alive? watching its lease")) as lease:
+        check_folders(plan, lease)
         claimed = claim_run(plan, is_sole_driver=True)
         if claimed == "finished":
             say_finished(session, plan.run)
@@ -37,7 +37,7 @@ def train_here(session: Session, plan: RunPlan) -> None:
         say(f"{'begins' if claimed == 'new' else 'resumes'}: {plan.run.url}")
         with end_noted(plan.run), progress_bar(plan.run.name) as show:
             outcome = driver.train(
-                session, plan, claim, lambda now: show(now["step"], now["total_steps"], status_text(now))
+                session, plan, lease, lambda now: show(now["step"], now["total_steps"], status_text(now))
             )
         if outcome != "finished":
             say(f"{plan.run.name}: {outcome}; the same command resumes it from its checkpoint")

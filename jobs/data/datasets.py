@@ -14,6 +14,7 @@ from jobs.cluster.session import Session
 from jobs.errors import RunFailedError
 from jobs.terminal import bytes_text, duration_text, print_json, progress_bar, say
 from pipeline.access.places import normal
+from pipeline.access.urls import is_local
 from pipeline.errors import DamagedManifestError, DamagedTarsError, SourceError
 from pipeline.ingest.plan import Ingest, Sharding
 from pipeline.ingest.source import Sources, Tars
@@ -21,7 +22,7 @@ from pipeline.ingest.sources import find_sources
 from pipeline.shard.manifest import MANIFEST_NAME, SKIPPED_NAME, Manifest
 from pipeline.shard.tar_samples import IMAGE_EXTENSIONS
 from pipeline.shard.verify import Fault
-from pipeline.store.storage import Storage, is_local
+from pipeline.store.storage import Storage
 
 if TYPE_CHECKING:
     from jobs.cluster.fan_out import Progress

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from jobs.cluster.fan_out import Progress, fan_out
 from jobs.data.ingest import WORK_FOLDER, Show, source_landmarks, sweep
-from jobs.run.shared_folder import Landmarks, claim_landmarks
+from jobs.run.shared_folder import Landmarks, lease_landmarks
 from pipeline.access.places import normal
 from pipeline.errors import DamagedTarsError, SourceError
 from pipeline.ingest.index_tar import IndexTask, TarReport, index_tar
@@ -74,14 +74,14 @@ def index_dataset(
     work = Storage.join(destination, WORK_FOLDER)
     manifest, done, skipped = existing_manifest(storage, destination, tasks), [], list[Skipped]()
     if manifest is None:
-        with hold_lease(storage, work, "convmae index", on_wait=on_wait) as claim:
-            # The previous holder of the claim may have finished the data set, or made another one.
+        with hold_lease(storage, work, "convmae index", on_wait=on_wait) as lease:
+            # The previous holder of the lease may have finished the data set, or made another one.
             manifest = existing_manifest(storage, destination, tasks)
             if manifest is None:
-                landmarks = (*claim_landmarks("URL", destination, claim), *source_landmarks(storage, tars))
-                done = _indexed(storage, destination, tasks, claim, on_progress, landmarks=landmarks)
+                landmarks = (*lease_landmarks("URL", destination, lease), *source_landmarks(storage, tars))
+                done = _indexed(storage, destination, tasks, lease, on_progress, landmarks=landmarks)
                 manifest, skipped = _manifest(tars, tasks, done)
-                claim.check()
+                lease.check()
                 manifest.save(storage, destination, skipped)
         sweep(work)
     read = sum(not report.kept for report in done)
@@ -101,13 +101,13 @@ def _task(tars: Tars, tar: Tar, *, deep: bool, salvage: bool) -> IndexTask:
 
 
 def _indexed(
-    storage: Storage, destination: str, tasks: list[IndexTask], claim: Lease, on_progress: Show, *, landmarks: Landmarks
+    storage: Storage, destination: str, tasks: list[IndexTask], lease: Lease, on_progress: Show, *, landmarks: Landmarks
 ) -> list[TarReport]:
     """The report of every tar, by name."""
     progress = Progress(total=len(tasks))
 
     def tick() -> None:
-        claim.check()
+        lease.check()
         on_progress("tars", progress)
 
     done: list[TarReport] = []

@@ -1,6 +1,6 @@
 """Ingest of photographs into a data set on object storage, one Ray task per shard.
 
-Tasks are in pipeline.ingest.writer; here is only their coordination: fail fast, claim, fan out, commit last.
+Tasks are in pipeline.ingest.writer; here is only their coordination: fail fast, take the lease, fan out, commit last.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from jobs.cluster.fan_out import Progress, fan_out
-from jobs.run.shared_folder import Landmarks, claim_landmarks, file_landmarks
+from jobs.run.shared_folder import Landmarks, file_landmarks, lease_landmarks
 from pipeline.access.places import normal
+from pipeline.access.urls import is_local
 from pipeline.errors import DamagedTarsError, DatasetError, RefusedError, SourceError
 from pipeline.ingest.plan import Ingest, ShardPlan, plan_shards
 from pipeline.ingest.source import Sources, Tars
@@ -26,7 +27,7 @@ from pipeline.shard.manifest import Manifest, existing_manifest
 from pipeline.shard.table import ShardReport
 from pipeline.shard.tar_samples import unread_kinds
 from pipeline.store.lease import Lease, hold_lease
-from pipeline.store.storage import Storage, is_local
+from pipeline.store.storage import Storage
 
 logger = logging.getLogger(__name__)
 
@@ -91,11 +92,11 @@ def ingest(
     reports: list[ShardReport] = []
     manifest, bad_labels, unread = existing_manifest(storage, destination, [job]), 0, ""
     if manifest is None:
-        with hold_lease(storage, work, "convmae shard", on_wait=on_wait) as claim:
-            # The previous holder of the claim may have finished the data set, or made another one.
+        with hold_lease(storage, work, "convmae shard", on_wait=on_wait) as lease:
+            # The previous holder of the lease may have finished the data set, or made another one.
             manifest = existing_manifest(storage, destination, [job])
             if manifest is None:
-                manifest, reports, found = _made(storage, job, destination, claim, on_progress, salvage=salvage)
+                manifest, reports, found = _made(storage, job, destination, lease, on_progress, salvage=salvage)
                 bad_labels, unread = found.bad_labels, unread_kinds(found.skipped)
         sweep(work)
     written = sum(not report.kept for report in reports)
@@ -115,15 +116,15 @@ def _keep_apart(job: Ingest, destination: str) -> None:
 
 
 def _made(
-    storage: Storage, job: Ingest, destination: str, claim: Lease, on_progress: Show, *, salvage: bool
+    storage: Storage, job: Ingest, destination: str, lease: Lease, on_progress: Show, *, salvage: bool
 ) -> tuple[Manifest, list[ShardReport], _Resolved]:
     """Write everything; returns the manifest, the report of each shard, and the resolved sources."""
 
     def show(stage: str, progress: Progress) -> None:
-        claim.check()
+        lease.check()
         on_progress(stage, progress)
 
-    landmarks = (*claim_landmarks("destination", destination, claim), *source_landmarks(storage, job.found))
+    landmarks = (*lease_landmarks("destination", destination, lease), *source_landmarks(storage, job.found))
     resolved = _resolved(storage, Storage.join(destination, WORK_FOLDER), job, show, landmarks, salvage=salvage)
     reports = _written(storage, destination, plan_shards(resolved.sources, job.sharding), show, landmarks)
     skipped = [*resolved.skipped, *(item for report in reports for item in report.skipped)]
@@ -131,7 +132,7 @@ def _made(
     if not manifest.samples:
         why = f"the first of {len(skipped)} is {skipped[0].path}: {skipped[0].reason}" if skipped else "it has none"
         raise SourceError("source", "must have an image that decodes", job.found.root, why)
-    claim.check()
+    lease.check()
     manifest.save(storage, destination, skipped)
     for listing in resolved.listings:
         storage.delete(listing)

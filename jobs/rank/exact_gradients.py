@@ -17,9 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jobs.checkpoint.deepspeed_internals import adam_slots, give_gradients, owned_slices, parameter_groups_in_order
-from jobs.checkpoint.zero_files import MOMENTS
+from jobs.checkpoint.deepspeed_internals import (
+    MOMENTS,
+    adam_slots,
+    give_gradients,
+    owned_slices,
+    parameter_groups_in_order,
+)
 from jobs.rank.gradient_tree import Exchange, PartialSums
+from jobs.rank.step_words import INTEGER_WORDS, integer_of, integer_words
 from jobs.recipe.recipe import Recipe
 from pipeline.load.batch import Batch
 
@@ -28,8 +34,12 @@ if TYPE_CHECKING:
 
     from jobs.rank.training_step import Forward, OnMask
 
-_CHUNK = 1 << 20
-"""Elements that are looked at together: in 64 bits they are twice as large."""
+_KINDS = 1 + len(MOMENTS)
+"""Values that each trained element has: its own and its moments."""
+NORM_WORDS = 2 + INTEGER_WORDS
+"""Largest exponent, whether something is not finite, and the sum of squares."""
+_CHUNKS = {"cpu": 1 << 16, "cuda": 1 << 24}
+"""Elements that are looked at together, in 64 bits: a core's cache holds them; a GPU is busy with them."""
 _SPREAD, _MIX = 0x9E3779B97F4A7C15 - (1 << 64), 0xBF58476D1CE4E5B9 - (1 << 64)
 """Odd constants of SplitMix64 (Steele, Lea and Flood, 2014), as signed integers."""
 
@@ -48,7 +58,7 @@ def grains_of_ranks(lanes_by_rank: Sequence[range], *, lane_batch_size: int, gra
 class ExactGradients:
     """The gradient as the sum over the grains of the global batch, of which each rank computes some.
 
-    Attributes are those of `jobs.rank.training_step.Gradients`.
+    Attributes are those of `jobs.rank.training_step.Gradients`. Words: a loss for each grain, and the norm's.
     """
 
     def __init__(
@@ -62,7 +72,7 @@ class ExactGradients:
             grains_by_rank: From `grains_of_ranks`.
             rank: This one.
         """
-        self._engine, self._recipe, self._grains = engine, recipe, grains_by_rank[rank]
+        self._engine, self._recipe, self._grains, self._rank = engine, recipe, grains_by_rank[rank], rank
         self._parameters: list[Tensor] = []
         self._firsts: list[int] = []
         numels, position = [], 0
@@ -76,32 +86,30 @@ class ExactGradients:
             position += numel * len(grains_by_rank)
         self._sums = PartialSums(position, self._parameters[0].device)
         self._elements = sum(parameter.numel() for parameter in self._parameters)
-        self._exchange = Exchange(grains_by_rank, numels)
+        self._exchange = Exchange(grains_by_rank, numels, rank)
         self._partitions: list[Tensor] = []
         self.loss_words = grains_by_rank[-1].stop
+        self.words = self.loss_words + NORM_WORDS
         self.norm = 0.0
 
-    def compute(self, batch: Batch, forward: Forward, on_mask: OnMask) -> Tensor:
-        """Compute this rank's grains and bring all together; (G,) losses, of which only this rank's are not 0."""
-        size, losses = self._recipe.grain, torch.zeros(self.loss_words, device=batch.images.device, dtype=torch.float64)
+    def compute(self, batch: Batch, forward: Forward, on_mask: OnMask, words: Tensor) -> None:
+        """Compute this rank's grains and bring all together."""
+        size = self._recipe.grain
         for number, grain in enumerate(self._grains):
             output = forward(batch, slice(number * size, (number + 1) * size))
             on_mask(output.mask)
             share = output.loss * (size / self._recipe.global_batch_size)
             gradients = torch.autograd.grad(share, self._parameters)
-            self._sums.add(grain, functools.partial(self._fill, gradients))
-            losses[grain] = share.detach()
+            self._sums.add(grain, functools.partial(self._write, gradients))
+            self._exchange.send_complete(self._sums.vectors())
+            words[grain] = share.detach()
         self._partitions = self._exchange.gather(self._sums.vectors())
-        self.norm = exact_norm(self._partitions, self._elements)
-        return losses
+        words[self.loss_words :] = norm_words(self._partitions, self._elements, rank=self._rank)
 
-    def loss(self, words: Sequence[float]) -> float:
-        """The mean loss over the global batch: its grains' shares, added in their order."""
-        return float(sum(words))
-
-    def are_finite(self) -> bool:
-        """Whether all gradients are; the same on all ranks."""
-        return math.isfinite(self.norm)
+    def read(self, words: Sequence[float]) -> tuple[float, bool]:
+        """The mean loss, of its grains' shares in their order, and whether all gradients are finite."""
+        self.norm = norm_of(words[self.loss_words :], self._elements)
+        return float(sum(words[: self.loss_words])), math.isfinite(self.norm)
 
     def update(self) -> bool:
         """Update the weights; always true."""
@@ -119,16 +127,21 @@ class ExactGradients:
         self._partitions = []
         self._sums.clear()
 
-    def _fill(self, gradients: Sequence[Tensor], vector: Tensor) -> None:
+    def _write(self, gradients: tuple[Tensor, ...], vector: Tensor, add: bool) -> None:
         rooms = [
             vector[first : first + parameter.numel()].view_as(parameter)
             for first, parameter in zip(self._firsts, self._parameters, strict=True)
         ]
-        torch._foreach_copy_(rooms, list(gradients))
+        if add:
+            torch._foreach_add_(rooms, gradients)
+        else:
+            torch._foreach_copy_(rooms, gradients)
 
 
-def exact_norm(partitions: Sequence[Tensor], elements: int, all_reduce: Callable[..., Any] = dist.all_reduce) -> float:
-    """Euclidean norm of what all ranks hold together; infinite where some element is not finite. Collective.
+def norm_words(
+    partitions: Sequence[Tensor], elements: int, *, rank: int, all_reduce: Callable[..., Any] = dist.all_reduce
+) -> Tensor:
+    """(NORM_WORDS,) of the Euclidean norm of what all ranks hold together, to be added up over them. Collective.
 
     Squares are rounded to multiples of one quantum, which follows from the largest element and from the number of
     elements, and added up as integers: the sum is the same however elements are dealt to ranks. The quantum is such
@@ -138,40 +151,54 @@ def exact_norm(partitions: Sequence[Tensor], elements: int, all_reduce: Callable
     Args:
         partitions: What this rank holds; zeros that fill it up add nothing.
         elements: Over all ranks, without what fills up: that depends on the world size.
+        rank: This one; rank 0 alone writes what all ranks know.
         all_reduce: Of the ranks.
     """
-    device = partitions[0].device
-    largest = torch.zeros(1, device=device, dtype=torch.float64)
-    for partition in partitions:
-        largest = torch.maximum(largest, partition.abs().amax().double())
-    largest = largest.nan_to_num(nan=math.inf, posinf=math.inf)
+    largest = torch.stack([partition.abs().amax() for partition in partitions]).amax().double()
+    largest = largest.nan_to_num(nan=math.inf, posinf=math.inf).view(1)
     all_reduce(largest, op=dist.ReduceOp.MAX)
-    most = float(largest)
-    if not math.isfinite(most) or most == 0.0:
-        return most
-    exponent = math.frexp(most)[1]
-    bits = min(52, 62 - elements.bit_length())
-    total = torch.zeros(1, device=device, dtype=torch.int64)
+    is_finite = largest.isfinite()
+    exponent = torch.frexp(torch.where(is_finite, largest, 0.0)).exponent
+    scale = torch.ldexp(torch.ones_like(largest), _square_bits(elements) // 2 - exponent)
+    total = torch.zeros(1, device=largest.device, dtype=torch.int64)
     for partition in partitions:
         for chunk in _chunks(partition):
-            scaled = torch.ldexp(chunk.double(), torch.tensor(-exponent, device=device))
-            total += torch.ldexp(scaled.square_(), torch.tensor(bits, device=device)).round_().long().sum()
-    all_reduce(total)
-    return math.ldexp(math.sqrt(math.ldexp(float(total), -bits)), exponent)
+            total += (chunk.double() * scale).square_().round_().long().sum()
+    known = torch.cat([exponent.double(), (~is_finite).double()])
+    return torch.cat([known if rank == 0 else torch.zeros_like(known), integer_words(total)])
 
 
-def state_digest(engine: deepspeed.DeepSpeedEngine, all_reduce: Callable[..., Any] = dist.all_reduce) -> str:
-    """Of all weights and moments, bit by bit, with their places; the same at any world size. Collective.
+def norm_of(words: Sequence[float], elements: int) -> float:
+    """The norm, of the sums of all ranks' `norm_words`; infinite where some element is not finite."""
+    exponent, not_finite, *total = words
+    if not_finite:
+        return math.inf
+    squares = math.ldexp(float(integer_of(total)), -_square_bits(elements))
+    return math.ldexp(math.sqrt(squares), int(exponent))
+
+
+def _square_bits(elements: int) -> int:
+    """Bits of the largest square, which is below 1 when it is scaled: an even number."""
+    return min(52, 62 - elements.bit_length()) // 2 * 2
+
+
+def digest_words(engine: deepspeed.DeepSpeedEngine) -> Tensor:
+    """(INTEGER_WORDS,) of a digest of all weights and moments, to be added up over ranks; of those of this rank.
 
     It is the sum, modulo 2**64, of each value's bits times an odd number that follows from its place in the model: a
-    bit that is flipped anywhere changes it.
+    bit that is flipped anywhere changes it, and it is the same at any world size. Frozen weights, which every rank has
+    whole, are counted on rank 0.
     """
-    starts, position = {}, 0
+    starts, position, frozen = {}, 0, []
     for name, parameter in engine.module.named_parameters():
         if parameter.requires_grad:
             starts[name] = position
             position += parameter.numel()
+        else:
+            frozen.append(parameter.detach().float().flatten())
     total = torch.zeros(1, device=engine.device, dtype=torch.int64)
+    if frozen and dist.get_rank() == 0:
+        total += _bits(torch.cat(frozen), _KINDS * position)
     for flat, pieces in owned_slices(engine):
         slots = adam_slots(engine, flat)
         kinds = [flat.data, *(slots[moment] for moment in MOMENTS if moment in slots)]
@@ -179,8 +206,12 @@ def state_digest(engine: deepspeed.DeepSpeedEngine, all_reduce: Callable[..., An
             for piece in pieces:
                 place = (kind * position) + starts[piece.name] + piece.start
                 total += _bits(values[piece.offset : piece.offset + piece.length], place)
-    all_reduce(total)
-    return f"{int(total) % 2**64:016x}"
+    return integer_words(total)
+
+
+def digest_of(words: Sequence[float]) -> str:
+    """The digest, of the sums of all ranks' `digest_words`."""
+    return f"{integer_of(words):016x}"
 
 
 def _bits(values: Tensor, first: int) -> Tensor:
@@ -197,4 +228,5 @@ def _bits_of_chunks(values: Tensor, first: int) -> Iterator[Tensor]:
 
 
 def _chunks(values: Tensor) -> Iterator[Tensor]:
-    return (values[first : first + _CHUNK] for first in range(0, len(values), _CHUNK))
+    size = _CHUNKS[values.device.type]
+    return (values[first : first + size] for first in range(0, len(values), size))

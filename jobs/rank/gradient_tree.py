@@ -11,7 +11,7 @@ fixes virtual ranks for the same end.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -67,21 +67,31 @@ class PartialSums:
         self._open: list[tuple[Node, Tensor]] = []
         self._spare: list[Tensor] = []
 
-    def add(self, grain: int, fill: Callable[[Tensor], None]) -> None:
+    def add(self, grain: int, write: Callable[[Tensor, bool], None]) -> None:
         """Add the next grain's gradient.
 
         Args:
             grain: Its number; one more than that of the last.
-            fill: Writes it into a vector; what it leaves alone stays 0.
+            write: Writes it into a vector, or adds it where the second argument says so; leaves the rest alone.
         """
-        vector = self._spare.pop() if self._spare else torch.zeros(self._numel, device=self._device)
-        fill(vector)
-        self._open.append((Node(grain, 0), vector))
+        node = Node(grain, 0)
+        if self._open and _are_siblings(self._open[-1][0], node):
+            write(self._open[-1][1], True)
+            self._merge()
+        else:
+            vector = self._spare.pop() if self._spare else torch.zeros(self._numel, device=self._device)
+            write(vector, False)
+            self._open.append((node, vector))
         while len(self._open) > 1 and _are_siblings(self._open[-2][0], self._open[-1][0]):
-            (_, right), (node, left) = self._open.pop(), self._open.pop()
-            left.add_(right)
+            _, right = self._open.pop()
+            self._open[-1][1].add_(right)
             self._spare.append(right)
-            self._open.append((Node(node.start, node.height + 1), left))
+            self._merge()
+
+    def _merge(self) -> None:
+        """The last sum holds that of its sibling, too."""
+        node, vector = self._open[-1]
+        self._open[-1] = (Node(node.start, node.height + 1), vector)
 
     def vectors(self) -> Sequence[tuple[Node, Tensor]]:
         """The sums of the nodes that are there, in their order."""
@@ -116,46 +126,85 @@ def _added(node: Node, grains: int, sums: Mapping[Node, Tensor]) -> Tensor | Non
     return left if right is None else left.add_(right)
 
 
-class Exchange:
-    """Brings every rank's nodes of a partition to the rank that owns it. Collective."""
+class Round(NamedTuple):
+    """A node of each rank that has so many, on its way to the owners of its partitions."""
 
-    def __init__(self, grains_by_rank: Sequence[range], partition_numels: Sequence[int]) -> None:
+    senders: Sequence[int]
+    received: Sequence[Tensor]
+    """For each group of parameters, (senders, elements) of this rank's partition."""
+    works: Sequence[dist.Work]
+
+
+class Exchange:
+    """Brings every rank's nodes of a partition to the rank that owns it.
+
+    A node is on its way as soon as no later grain belongs to it, while the next grain is computed: with a world size
+    that is no power of two these are all but a rank's last ones.
+    """
+
+    def __init__(self, grains_by_rank: Sequence[range], partition_numels: Sequence[int], rank: int) -> None:
         """Lay out who sends what; the same on all ranks.
 
         Args:
             grains_by_rank: The grains of each rank, in order, together [0, G).
             partition_numels: Of each group of parameters, the elements that every rank owns; a vector is the groups
                 in turn, each with its ranks' partitions in turn.
+            rank: This one.
         """
         self._grains = grains_by_rank[-1].stop
         self._nodes = [nodes_of(grains) for grains in grains_by_rank]
-        self._numels = partition_numels
+        self._numels, self._mine = partition_numels, self._nodes[rank]
+        self._count = max(map(len, self._nodes)) if len(self._nodes) > 1 else 0
+        self._rounds: list[Round] = []
 
-    def gather(self, sums: Sequence[tuple[Node, Tensor]]) -> list[Tensor]:
-        """This rank's partition of the sum over all grains, for each group.
+    def send_complete(self, sums: Sequence[tuple[Node, Tensor]]) -> None:
+        """Send what no later grain belongs to; those of a round wait for nobody. Every rank sends its rounds in order.
 
         Args:
-            sums: Of this rank's nodes, as `PartialSums` has them; those of a rank that is alone are changed in place.
+            sums: Of this rank's nodes so far, as `PartialSums` has them; left alone until `gather`.
         """
-        world_size, first = len(self._nodes), 0
-        partitions = []
-        for numel in self._numels:
-            parts = [vector[first : first + numel * world_size] for _, vector in sums]
-            partitions.append(add_tree(self._grains, dict(self._received(parts, numel))))
-            first += numel * world_size
+        while len(self._rounds) < self._count:
+            turn = len(self._rounds)
+            if turn < len(self._mine) and (turn >= len(sums) or sums[turn][0] != self._mine[turn]):
+                return
+            self._rounds.append(self._sent(turn, sums))
+
+    def gather(self, sums: Sequence[tuple[Node, Tensor]]) -> list[Tensor]:
+        """This rank's partition of the sum over all grains, for each group. Collective.
+
+        Args:
+            sums: Of all nodes of this rank; those of a rank that is alone are changed in place.
+        """
+        self.send_complete(sums)
+        rounds, self._rounds = self._rounds, []
+        for work in (work for each in rounds for work in each.works):
+            work.wait()
+        partitions, first = [], 0
+        for index, numel in enumerate(self._numels):
+            if not rounds:
+                found = {node: vector[first : first + numel] for node, vector in sums}
+            else:
+                pairs = ((turn, each) for turn, each in enumerate(rounds))
+                found = {
+                    self._nodes[sender][turn]: part
+                    for turn, each in pairs
+                    for sender, part in zip(each.senders, each.received[index], strict=True)
+                }
+            partitions.append(add_tree(self._grains, found))
+            first += numel
         return partitions
 
-    def _received(self, parts: Sequence[Tensor], numel: int) -> Iterator[tuple[Node, Tensor]]:
-        """Every node's part of this rank's partition of one group, in as many rounds as a rank has nodes at most."""
-        world_size = len(self._nodes)
-        if world_size == 1:
-            yield from zip(self._nodes[0], parts, strict=True)
-            return
-        for turn in range(max(map(len, self._nodes))):
-            senders = [rank for rank, nodes in enumerate(self._nodes) if turn < len(nodes)]
-            sent = parts[turn] if turn < len(parts) else parts[0][:0]
-            got = sent.new_empty(numel * len(senders))
+    def _sent(self, turn: int, sums: Sequence[tuple[Node, Tensor]]) -> Round:
+        world_size, first = len(self._nodes), 0
+        senders = [rank for rank, nodes in enumerate(self._nodes) if turn < len(nodes)]
+        received, works = [], []
+        for numel in self._numels:
+            vector = sums[turn][1] if turn < len(self._mine) else sums[0][1][:0]
+            sent = vector[first : first + numel * world_size]
+            got = sent.new_empty(len(senders), numel)
             from_each = [numel if rank in senders else 0 for rank in range(world_size)]
-            dist.all_to_all_single(got, sent, from_each, [len(sent) // world_size] * world_size)
-            for rank, part in zip(senders, got.view(len(senders), numel), strict=True):
-                yield self._nodes[rank][turn], part
+            to_each = [len(sent) // world_size] * world_size
+            works.append(dist.all_to_all_single(got.view(-1), sent, from_each, to_each, async_op=True))
+            received.append(got)
+            first += numel * world_size
+        return Round(senders, received, works)

@@ -11,21 +11,19 @@ from pipeline.order.sample_order import ConsumedDigest, Order
 
 
 def done_row(
-    step: int, epoch: int, learning_rate: float, shared: SharedStep, digest: str, *, world_size: int, attempt: int
+    step: int, epoch: int, learning_rate: float, shared: SharedStep, *, world_size: int, attempt: int
 ) -> dict[str, Any]:
-    """The row of a step that is done; one without an update says why.
+    """The row of a step that is done, without a digest; one without an update says why.
 
     Args:
         step: From 1.
         epoch: Of its batch.
         learning_rate: Of its update.
         shared: What all ranks know of it, as rank 0 has it.
-        digest: Of all weights and moments after it; empty where none was made.
         world_size: Ranks that did it.
         attempt: In which.
     """
     assert shared.figures
-    also = {"digest": digest, "skipped": shared.fault}
     reading, ranks = shared.figures
     return {
         "step": step,
@@ -39,7 +37,8 @@ def done_row(
         # Of the slowest rank: since the last step, or since the attempt could read.
         "step_seconds": round(slowest(ranks, "step_seconds"), 6),
         "data_wait_seconds": round(slowest(ranks, "data_wait_seconds"), 6),
-    } | {name: text for name, text in also.items() if text}
+        **({"skipped": shared.fault} if shared.fault else {}),
+    }
 
 
 def skipped_row(step: int, order: Order, schedule: Schedule, *, world_size: int, attempt: int) -> dict[str, Any]:

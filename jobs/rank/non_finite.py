@@ -11,9 +11,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-FAULT_WORDS = 3
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FAULT_WORDS = 2
 
 
 class NonFiniteLossError(RuntimeError):
@@ -24,19 +27,20 @@ class RolledBackError(RuntimeError):
     """A loss or gradient was not finite, and the steps since the newest checkpoint are skipped: restart from there."""
 
 
-def fault_words(rank: int, *, loss_is_finite: bool, gradients_are_finite: bool) -> list[float]:
-    """What this rank found, as numbers that the ranks add up."""
-    return [float(not loss_is_finite), 0.0 if loss_is_finite else float(rank), float(not gradients_are_finite)]
+def write_faults(words: Tensor, losses: Tensor, rank: int) -> None:
+    """Write (FAULT_WORDS,) of what this rank found in its losses, on their device, to be added up over ranks."""
+    words[0] = ~losses.isfinite().all()
+    words[1] = words[0] * rank
 
 
-def fault_of(words: Sequence[float]) -> str:
+def fault_of(words: Sequence[float], *, gradients_are_finite: bool) -> str:
     """What the sums say is not finite, for people; empty where all is."""
-    ranks, sum_of_ranks, gradients = (int(word) for word in words)
+    ranks, sum_of_ranks = (int(word) for word in words)
     if ranks == 1:
         return f"the loss of rank {sum_of_ranks}"
     if ranks:
         return f"the loss of {ranks} ranks"
-    return "the gradient" if gradients else ""
+    return "" if gradients_are_finite else "the gradient"
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,24 @@ from jobs.cluster.ray_internals.train import (
     WorkerGroupStartupFailedError,
     shutdown_torch,
 )
+from jobs.rank.gpu import check_untouched
+from jobs.rank.watchdog import COMPILE_ALLOWED_SECONDS, SAVE_ALLOWED_SECONDS
+from jobs.recipe.recipe import Recipe
 
 LEAVE_SECONDS = 2.0
+MARGIN_SECONDS = 120
+"""By which a collective outlasts what a rank may take for its slowest work."""
 
 
 class RanksOverNodes(TorchConfig):
     """Ray Train's configuration, for ranks on hosts whose interfaces have any names."""
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> RanksOverNodes:
+        """With time for a collective as the recipe allows: the run's own watch, which names who hangs, comes first."""
+        allowed = (recipe.hang_seconds, recipe.stall_seconds, SAVE_ALLOWED_SECONDS)
+        compiling = COMPILE_ALLOWED_SECONDS if recipe.compile else 0.0
+        return cls(timeout_s=int(max(*allowed, compiling) + MARGIN_SECONDS))
 
     @property
     def backend_cls(self) -> type[RanksBackend]:
@@ -30,7 +42,7 @@ class RanksOverNodes(TorchConfig):
 
 
 class RanksBackend(TorchBackend):
-    """Ray Train's backend, with the interface chosen on each node before the ranks connect."""
+    """Ray Train's backend, with GPUs checked, and the interface chosen on each node, before the ranks connect."""
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
         """Connect the ranks. Blocks until they have found each other.
@@ -39,7 +51,7 @@ class RanksBackend(TorchBackend):
             WorkerGroupStartupFailedError: They did not. Ray Train tries again after this one and no other.
         """
         try:
-            worker_group.execute(choose_own_interface)
+            worker_group.execute(make_ready)
             super().on_start(worker_group, backend_config)
         except RayTaskError as error:
             raise WorkerGroupStartupFailedError("the ranks could not be connected") from error
@@ -50,6 +62,7 @@ class RanksBackend(TorchBackend):
         ray.wait(left, num_returns=len(left), timeout=LEAVE_SECONDS)
 
 
-def choose_own_interface() -> None:
-    """Choose this process's interface. Runs in a rank."""
+def make_ready() -> None:
+    """Check the GPU and choose the interface of this process. Runs in a rank."""
+    check_untouched()
     choose_interface(get_node_ip_address(), os.environ)  # type: ignore[no-untyped-call]

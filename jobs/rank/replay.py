@@ -22,6 +22,7 @@ from jobs.checkpoint.rank_group import RankGroup
 from jobs.checkpoint.restore import restore_step
 from jobs.errors import CheckpointError, RecipeError, RunError
 from jobs.rank.engine import build_model, initialize_deepspeed
+from jobs.rank.gpu import compute_as
 from jobs.rank.non_finite import SkippedSteps, stretches
 from jobs.rank.restored_engine import restored_engine, values_of_rank
 from jobs.rank.resumable import check_resumable
@@ -102,6 +103,7 @@ def replay(run: RunDirectory, first: int, steps: int, *, device: str, threads: i
         remedy = f"lower --steps; the run has made {max(noted, default=0)} steps"
         raise RunError("--steps", f"must end within the run, from step {first}", steps, remedy)
     torch.set_num_threads(threads)
+    compute_as(recipe)
     with _group_of_one(device) as place:
         yield from _replayed(run, recipe, noted, range(first, first + steps), place)
 

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 
 from jobs.cluster.ray_internals.core import own_environment, own_raylet, prestart_workers, setup_hook_variable
+from jobs.rank.gpu import gpu_environment
 
 logger = logging.getLogger(__name__)
 
@@ -76,19 +77,23 @@ class Newcomers:
         return True
 
 
-def rank_environment(environ: Mapping[str, str], device: str, cpus: float) -> dict[str, str]:
+def rank_environment(environ: Mapping[str, str], device: str, cpus: float, *, standby: bool) -> dict[str, str]:
     """Variables with which a rank's process, and the standbys for its place, are started.
 
     Args:
         environ: The driver's.
         device: `cpu` or `cuda`.
         cpus: Of a rank.
+        standby: Whether processes import in advance.
     """
     variables = {
         "DS_ACCELERATOR": device,
         # Ray sets it when a process is given its work, and by then torch has looked.
         "OMP_NUM_THREADS": environ.get("OMP_NUM_THREADS") or str(max(1, int(cpus))),
+        **(gpu_environment(environ) if device == "cuda" else {}),
     }
+    if not standby:
+        return variables
     try:
         return {setup_hook_variable(): HOOK, **variables}
     except Exception as error:

@@ -11,18 +11,19 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import psutil
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from jobs.metrics.rank_figures import FigureTable, RankFigures
 from pipeline.load.batch import Batch
-from pipeline.load.dataset import Dataset
 from pipeline.load.read_counters import ReadCounts
+
+if TYPE_CHECKING:
+    from pipeline.load.dataset import Dataset
 
 
 class StepReading(NamedTuple):
@@ -73,7 +74,7 @@ class RankReading:
         self._counts = ReadCounts()
         self._evictions = 0
 
-    def write(self, words: Tensor, batch: Batch) -> None:
+    def write(self, words: NDArray[np.float64], batch: Batch) -> None:
         """Put numbers that the ranks add up into their places; call once a step.
 
         Args:
@@ -96,8 +97,8 @@ class RankReading:
             block_cache_bytes=float(cache.used_bytes if cache and self._rank == 0 else 0),
         )
         first = len(StepReading._fields) + self._rank * len(RankFigures._fields)
-        words[: len(reading)] = torch.tensor(reading, dtype=words.dtype)
-        words[first : first + len(RankFigures._fields)] = torch.tensor(self._figures(batch), dtype=words.dtype)
+        words[: len(reading)] = reading
+        words[first : first + len(RankFigures._fields)] = self._figures(batch)
 
     def _figures(self, batch: Batch) -> RankFigures:
         now = self._clock()

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import os
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +23,7 @@ from jobs.checkpoint.restore import restore_newest
 from jobs.checkpoint.saver import CheckpointSaver
 from jobs.errors import CheckpointError, DamagedCheckpointError
 from jobs.rank.engine import build_model, initialize_deepspeed
+from jobs.rank.gpu import check_given, compute_as
 from jobs.rank.history_row import done_row, skipped_row
 from jobs.rank.instruction import PAUSE_SECONDS
 from jobs.rank.monitor_line import MonitorLine
@@ -73,11 +77,15 @@ def train_worker(job: TrainJob, step_of: type[TrainingStep] = TrainingStep) -> N
         job: What to train.
         step_of: Does each step.
     """
-    import ray.train
+    import ray
     import ray.train.torch
 
     context = ray.train.get_context()
-    device = ray.train.torch.get_device() if job.recipe.device == "cuda" else torch.device("cpu")
+    device = torch.device("cpu")
+    if job.recipe.device == "cuda":
+        given = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
+        device = ray.train.torch.get_device()
+        check_given(device, os.environ.get("CUDA_VISIBLE_DEVICES", ""), given)
     Trainer(job, RankPlace(context.get_world_rank(), context.get_world_size(), device), step_of).run()
 
 
@@ -116,6 +124,7 @@ class Trainer:
         self.order = order_of(self.recipe, self.dataset.manifest.samples)
         self.schedule = Schedule.of(self.recipe, self.order.steps_per_epoch)
         initialize_deepspeed(self.recipe.device)
+        compute_as(self.recipe)
         self._group = RankGroup(place.rank, place.world_size, place.device)
         model = build_model(self.recipe)
         found = restore_newest(
@@ -146,6 +155,8 @@ class Trainer:
         self._skipped_in_a_row = 0
         self._has_successor = False
         self._quarantined: set[int] = set()
+        self._undigested: Callable[[str], None] | None = None
+        """Reports the last step, once the digest of what it left is known: it travels with the next step."""
 
     def run(self) -> None:
         """Train to the end of the schedule; saves on the way, at the end, and when asked to stop."""
@@ -155,6 +166,7 @@ class Trainer:
             elif self._train(stretch.steps):
                 break
         self.pulse.at("end", SAVE_ALLOWED_SECONDS)
+        self._settle_digest()
         self.saver.close()
         self.pulse.close()
         if self.trace:
@@ -207,7 +219,14 @@ class Trainer:
         learning_rate = self.schedule.learning_rate(batch.step)
         self._quarantine(batch)
         instruction = self.line.instruction() if self.place.rank == 0 else ""
-        shared = self.step.gradients(batch, learning_rate, instruction=instruction, uploading=self.saver.is_uploading)
+        shared = self.step.gradients(
+            batch,
+            learning_rate,
+            instruction=instruction,
+            uploading=self.saver.is_uploading,
+            with_digest=self._undigested is not None,
+        )
+        self._report_undigested(shared.state)
         self._update(batch.step + 1, shared.fault)
         self.done_steps = batch.step + 1
         if self.trace:
@@ -215,18 +234,37 @@ class Trainer:
         if self.saver.is_under_way and not shared.uploading:
             self.pulse.at("commit", SAVE_ALLOWED_SECONDS)
             self.saver.finish()
+        report = self._reporter(batch.epoch, learning_rate, shared)
         due = self.done_steps % self.recipe.digest_every_steps == 0 or self._is_due(self.done_steps)
-        self._report(batch.epoch, learning_rate, shared, self.step.digest() if due or shared.instruction else "")
+        if self.recipe.is_exact and (due or shared.instruction):
+            self._undigested = report
+        else:
+            report("")
         return shared
 
-    def _report(self, epoch: int, learning_rate: float, shared: SharedStep, digest: str) -> None:
-        """Report the step that is done, as the rank that knows of all."""
+    def _reporter(self, epoch: int, learning_rate: float, shared: SharedStep) -> Callable[[str], None]:
+        """Reports the step that is done, given the digest of what it left, as the rank that knows of all."""
         if not shared.figures:
-            return
-        reading, ranks = shared.figures
+            return lambda _: None
         place = {"world_size": self.place.world_size, "attempt": self.attempt}
-        row = done_row(self.done_steps, epoch, learning_rate, shared, digest, **place)
-        self.line.report_step(row, self.step.gradient_norm, reading, ranks)
+        row = done_row(self.done_steps, epoch, learning_rate, shared, **place)
+        norm, (reading, ranks) = self.step.gradient_norm, shared.figures
+
+        def report(digest: str) -> None:
+            self.line.report_step({**row, **({"digest": digest} if digest else {})}, norm, reading, ranks)
+
+        return report
+
+    def _report_undigested(self, digest: str) -> None:
+        if self._undigested:
+            self._undigested(digest)
+            self._undigested = None
+
+    def _settle_digest(self) -> str:
+        """The digest of the state as it is; reports the step that waits for it. Collective."""
+        digest = self.step.digest()
+        self._report_undigested(digest)
+        return digest
 
     def _update(self, step: int, fault: str) -> None:
         """Update the weights, or do what the recipe says where something is not finite; the same on every rank."""
@@ -268,8 +306,8 @@ class Trainer:
     def _training_step(self, step_of: type[TrainingStep]) -> TrainingStep:
         folders = [Path(tempfile.gettempdir()), *([Path(self.recipe.cache_dir)] if self.recipe.cache_dir else [])]
         reading = RankReading(self.dataset, self.place.rank, device=self.place.device, folders=folders)
-        masks = {"on_mask": self.trace.note_masks} if self.trace else {}
-        return step_of(self.engine, self.recipe, self.place, self.order, reading=reading, **masks)
+        step = functools.partial(step_of, self.engine, self.recipe, self.place, self.order, reading=reading)
+        return step(on_mask=self.trace.note_masks) if self.trace else step()
 
     def _is_due(self, step: int) -> bool:
         return self.schedule.ends_in_a_checkpoint(step, self.recipe)
@@ -277,10 +315,11 @@ class Trainer:
     def _save(self) -> None:
         """Begin a checkpoint of the steps done; every rank must come here after the same step."""
         self.pulse.at("save", SAVE_ALLOWED_SECONDS)
+        digest = self._settle_digest()
         self.line.settle()
         if self.trace:
             self.trace.flush()  # the trace up to a commit is never lost
-        self.saver.begin(self._commit(), self._write_zero_files)
+        self.saver.begin(self._commit(digest), self._write_zero_files)
 
     def _begin_trace(self) -> TraceWriter:
         storage, url, place = self.run_directory.storage, self.job.trace_url, self.place
@@ -291,7 +330,7 @@ class Trainer:
     def _write_zero_files(self, folder: Path) -> None:
         self.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
 
-    def _commit(self) -> Commit:
+    def _commit(self, digest: str) -> Commit:
         recipe = self.recipe
         counters = self.line.save_began(self.done_steps) if self.place.rank == 0 else {}
         return Commit(
@@ -312,7 +351,7 @@ class Trainer:
             files=(),
             claim=self.job.claim,
             driver=self.job.driver,
-            digest=self.step.digest(),
+            digest=digest,
         )
 
     def _skip_checkpoint(self, step: int, damage: str) -> None:

@@ -11,16 +11,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from jobs.metrics.rank_figures import FigureTable
 from jobs.rank.engine import build_engine, discard_step, has_finite_gradients, set_learning_rate
-from jobs.rank.exact_gradients import ExactGradients, grains_of_ranks, state_digest
+from jobs.rank.exact_gradients import ExactGradients, digest_of, digest_words, grains_of_ranks
 from jobs.rank.instruction import INSTRUCTIONS, Instruction
-from jobs.rank.non_finite import FAULT_WORDS, NonFiniteLossError, fault_of, fault_words
+from jobs.rank.non_finite import FAULT_WORDS, NonFiniteLossError, fault_of, write_faults
 from jobs.rank.step_reading import RankReading, StepReading, from_words, word_count
+from jobs.rank.step_words import INTEGER_WORDS, StepWords, integer_of, wait_for, words_of
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import micro_batches
 from model.convmae import Output
@@ -31,6 +34,9 @@ from pipeline.order.sample_order import ConsumedDigest, Order
 
 if TYPE_CHECKING:
     import deepspeed
+
+_HOST_WORDS = 3 + INTEGER_WORDS
+"""The instruction, whether a rank uploads, and a digest of what was consumed: its count and total."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +61,8 @@ class SharedStep(NamedTuple):
     """Whether some rank is uploading a checkpoint."""
     samples: str
     """Digest of the samples that were used."""
+    state: str
+    """Digest of all weights and moments before the update, where it was asked for; else empty."""
     figures: tuple[StepReading, FigureTable] | None
     """Of all ranks, and by rank; rank 0 alone has them."""
 
@@ -68,17 +76,16 @@ OnMask = Callable[[Tensor], None]
 class Gradients(Protocol):
     """How the gradients of a step come about."""
 
+    words: int
+    """Numbers that the ranks add up."""
     loss_words: int
-    """Numbers of which the loss is made."""
+    """The first of them, of which the loss is made."""
 
-    def compute(self, batch: Batch, forward: Forward, on_mask: OnMask) -> Tensor:
-        """Compute this rank's part; (loss_words,) float64, which all ranks add up. Collective."""
+    def compute(self, batch: Batch, forward: Forward, on_mask: OnMask, words: Tensor) -> None:
+        """Compute this rank's part, and write (words,) float64, which are 0, on the device. Collective."""
 
-    def loss(self, words: Sequence[float]) -> float:
-        """The mean loss over the global batch, of the words of all ranks."""
-
-    def are_finite(self) -> bool:
-        """Whether what this rank holds of the sum over all ranks is."""
+    def read(self, words: Sequence[float]) -> tuple[float, bool]:
+        """The mean loss over the global batch, and whether all gradients are finite, of the sums over all ranks."""
 
     def update(self) -> bool:
         """Update the weights; False if the norm of the gradients is not finite. Collective."""
@@ -98,7 +105,7 @@ class ReducedGradients:
     over W ranks.
     """
 
-    loss_words = 1
+    words, loss_words = 2, 1
 
     def __init__(
         self, engine: deepspeed.DeepSpeedEngine, recipe: Recipe, place: RankPlace, sizes: Sequence[int]
@@ -113,10 +120,9 @@ class ReducedGradients:
         """
         self._engine, self._recipe, self._place, self._sizes = engine, recipe, place, sizes
 
-    def compute(self, batch: Batch, forward: Forward, on_mask: OnMask) -> Tensor:
-        """Run every micro-batch; (1,) this rank's part of the mean loss."""
-        recipe, place = self._recipe, self._place
-        loss_sum, first = torch.zeros(1, device=place.device, dtype=torch.float64), 0
+    def compute(self, batch: Batch, forward: Forward, on_mask: OnMask, words: Tensor) -> None:
+        """Run every micro-batch."""
+        recipe, place, first = self._recipe, self._place, 0
         for index, size in enumerate(self._sizes):
             # A rank without images for this micro-batch still takes part in the reduction, with weight 0.
             output = forward(batch, slice(first, first + size) if size else slice(0, 1))
@@ -124,19 +130,16 @@ class ReducedGradients:
                 on_mask(output.mask)
             weight = size * place.world_size * len(self._sizes) / recipe.global_batch_size
             self._engine.backward(output.loss * weight)
-            loss_sum += output.loss.detach() * size / recipe.global_batch_size
+            words[0] += output.loss.detach() * size / recipe.global_batch_size
             first += size
             if index + 1 < len(self._sizes):
                 self._engine.step()
-        return loss_sum
+        words[1] = ~has_finite_gradients(self._engine)
 
-    def loss(self, words: Sequence[float]) -> float:
-        """The sum over ranks is the mean loss."""
-        return words[0]
-
-    def are_finite(self) -> bool:
-        """Whether this rank's share of the reduced gradients is."""
-        return has_finite_gradients(self._engine)
+    def read(self, words: Sequence[float]) -> tuple[float, bool]:
+        """The ranks' parts of the mean loss, and the number of ranks that found something not finite."""
+        loss, not_finite = words
+        return loss, not not_finite
 
     def update(self) -> bool:
         """Update the weights; False where DeepSpeed found the norm not finite."""
@@ -188,6 +191,7 @@ class TrainingStep:
         *,
         reading: RankReading,
         on_mask: OnMask = lambda _: None,
+        wait: Callable[[torch.device], None] = wait_for,
     ) -> None:
         """Name what a step works with.
 
@@ -198,15 +202,29 @@ class TrainingStep:
             order: Of the run's samples.
             reading: Adds what the rank read, and how it fared.
             on_mask: Is given the masks, in the order of images.
+            wait: Returns when the device is done.
         """
         self.engine = engine
         self._recipe, self.place, self._reading, self._on_mask = recipe, place, reading, on_mask
         self._gradients: Gradients = gradients_of(engine, recipe, order, place)
+        first, last = FAULT_WORDS, FAULT_WORDS + self._gradients.words
+        self._of_faults, self._of_gradients = slice(first), slice(first, last)
+        self._of_state, self._of_host = slice(last, last + INTEGER_WORDS), slice(last + INTEGER_WORDS, None)
+        of_host = _HOST_WORDS + word_count(place.world_size)
+        self._words = StepWords(self._of_state.stop, of_host, place.device, wait=wait)
         # DeepSpeed's own call would hook into a backward pass that is none of its own.
         self._model = engine.module if recipe.is_exact else engine
 
-    def gradients(self, batch: Batch, learning_rate: float, *, instruction: Instruction, uploading: bool) -> SharedStep:
-        """Gradients of the mean loss over the global batch. Collective.
+    def gradients(
+        self,
+        batch: Batch,
+        learning_rate: float,
+        *,
+        instruction: Instruction,
+        uploading: bool,
+        with_digest: bool = False,
+    ) -> SharedStep:
+        """Gradients of the mean loss over the global batch. Collective; waits for the device, once in a step.
 
         The monitor's instruction travels from rank 0 with the loss, so that all ranks follow it after the same step; so
         does whether a rank is uploading, and what each rank read.
@@ -216,29 +234,37 @@ class TrainingStep:
             learning_rate: Of the update that follows.
             instruction: The monitor's, on rank 0.
             uploading: Whether this rank uploads a checkpoint.
+            with_digest: Whether to compute that of the state before the update.
         """
         set_learning_rate(self.engine, learning_rate)
-        place, losses = self.place, self._gradients.loss_words
-        first_fault, first_figure = losses + 2, losses + 2 + FAULT_WORDS
-        total = torch.zeros(first_figure + word_count(place.world_size), device=place.device, dtype=torch.float64)
-        total[:losses] = self._gradients.compute(batch, self.forward, self._on_mask)
-        total[losses] = float(INSTRUCTIONS.index(instruction) if place.rank == 0 else 0)
-        total[losses + 1] = float(uploading)
-        faults = fault_words(
-            place.rank,
-            loss_is_finite=bool(total[:losses].isfinite().all()),
-            gradients_are_finite=self._gradients.are_finite(),
+        self._write_words_of_host(batch, instruction, uploading)
+        words = self._words.send()
+        of_gradients = words[self._of_gradients]
+        self._gradients.compute(batch, self.forward, self._on_mask, of_gradients)
+        write_faults(words[self._of_faults], of_gradients[: self._gradients.loss_words], self.place.rank)
+        with_digest = with_digest and self._recipe.is_exact
+        if with_digest:
+            words[self._of_state] = digest_words(self.engine)
+        return self._shared(self._words.add_up(), with_digest=with_digest)
+
+    def _write_words_of_host(self, batch: Batch, instruction: Instruction, uploading: bool) -> None:
+        words, consumed = self._words.of_host(), ConsumedDigest.of(batch.sample_ids.numpy())
+        told = INSTRUCTIONS.index(instruction) if self.place.rank == 0 else 0
+        words[:_HOST_WORDS] = [told, uploading, consumed.count, *words_of(consumed.total)]
+        self._reading.write(words[_HOST_WORDS:], batch)
+
+    def _shared(self, summed: NDArray[np.float64], *, with_digest: bool) -> SharedStep:
+        loss, are_finite = self._gradients.read(summed[self._of_gradients].tolist())
+        told, uploads, count, *total = summed[self._of_host][:_HOST_WORDS].tolist()
+        return SharedStep(
+            loss=loss,
+            fault=fault_of(summed[self._of_faults].tolist(), gradients_are_finite=are_finite),
+            instruction=INSTRUCTIONS[int(told)],
+            uploading=uploads > 0,
+            samples=str(ConsumedDigest(int(count), integer_of(total))),
+            state=digest_of(summed[self._of_state].tolist()) if with_digest else "",
+            figures=from_words(summed[self._of_host][_HOST_WORDS:].copy()) if self.place.rank == 0 else None,
         )
-        total[first_fault:first_figure] = torch.tensor(faults, device=place.device, dtype=torch.float64)
-        self._reading.write(total[first_figure:], batch)
-        consumed = torch.tensor(ConsumedDigest.of(batch.sample_ids.numpy()).words(), device=place.device)
-        dist.all_reduce(total)
-        dist.all_reduce(consumed)
-        words = total[:first_figure].tolist()
-        loss, (instructed, uploads, *faults) = self._gradients.loss(words[:losses]), words[losses:]
-        digest = str(ConsumedDigest.from_words(consumed.tolist()))
-        figures = from_words(total[first_figure:].cpu().numpy()) if place.rank == 0 else None
-        return SharedStep(loss, fault_of(faults), INSTRUCTIONS[int(instructed)], uploads > 0, digest, figures)
 
     def update(self, step: int) -> None:
         """Update the weights; every rank must call it for the same step.
@@ -254,8 +280,12 @@ class TrainingStep:
         self._gradients.discard()
 
     def digest(self) -> str:
-        """Of all weights and moments; empty where they depend on the world size. Collective."""
-        return state_digest(self.engine) if self._recipe.is_exact else ""
+        """Of all weights and moments; empty where they depend on the world size. Collective, and waits."""
+        if not self._recipe.is_exact:
+            return ""
+        words = digest_words(self.engine)
+        dist.all_reduce(words)
+        return digest_of(words.tolist())
 
     @property
     def gradient_norm(self) -> float:

@@ -33,10 +33,10 @@ from model import ConvMAEConfig
 from model.config import SWITCHES
 from model.errors import ModelConfigError
 from pipeline.access.places import normal
+from pipeline.access.urls import is_local, is_web
 from pipeline.errors import StorageError
-from pipeline.load.image_maker import MAX_CONSECUTIVE_BAD_SAMPLES, OnBadSample
+from pipeline.load.bad_sample import MAX_CONSECUTIVE_BAD_SAMPLES, OnBadSample
 from pipeline.load.stall_watch import STALL_SECONDS
-from pipeline.store.storage import is_local, is_web
 
 MOST = 10**9
 """Of anything that is counted; a larger number is a typing error."""

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from jobs.terminal import bytes_text, progress_bar, say
+from pipeline.access.urls import is_local
 from pipeline.errors import SourceError
 from pipeline.host.local_files import local_files
-from pipeline.store.storage import Storage, is_local
+from pipeline.store.storage import Storage
 
 THREADS = 16
 
@@ -64,7 +65,7 @@ def upload(storage: Storage, source: str, url: str, on_progress: Callable[[int, 
     storage.check(url, write=True)
     files = dict(local_files(str(path))) if path.is_dir() else {path.name: path.stat().st_size}
     root = path if path.is_dir() else path.parent
-    there = _written_at(storage, url)
+    there = written_at(storage, url)
     missing = {name: size for name, size in files.items() if not _is_there(root / name, size, there.get(name))}
     sent, number = 0, len(files) - len(missing)
     on_progress(number, len(files), sent)
@@ -74,7 +75,7 @@ def upload(storage: Storage, source: str, url: str, on_progress: Callable[[int, 
     return Upload(url if path.is_dir() else Storage.join(url, path.name), len(files), len(files) - len(missing), sent)
 
 
-def _written_at(storage: Storage, url: str) -> dict[str, tuple[int, float]]:
+def written_at(storage: Storage, url: str) -> dict[str, tuple[int, float]]:
     """Size in bytes of each object under a URL, and the Unix time at which it was written; 0 if that is unknown."""
 
     def find(filesystem: Any, path: str) -> dict[str, tuple[int, float]]:

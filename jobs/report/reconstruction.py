@@ -80,7 +80,9 @@ def reconstruction_grid(
     model = ConvMAE(config).eval()
     samples = varied(usable(dataset, spread_samples(dataset.samples, CANDIDATES * count, seed)), count)
     crops = [center_crop(decode(sample.data), config.image_shape) for sample in samples]
-    noise = mask_noise(seed, 0, torch.tensor([sample.id for sample in samples]), config.mask_patches, "cpu")
+    noise = mask_noise(
+        seed, 0, torch.tensor([sample.id for sample in samples], device="cpu"), config.mask_patches, "cpu"
+    )
     images, rows = torch.from_numpy(np.stack(crops)), list[tuple[str, Tensor]]()
     for stage in stages:
         model.load_state_dict(stage.weights)

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from jobs.errors import NotSharedError
 from jobs.run.directory import RunDirectory
+from pipeline.access.urls import is_local
 from pipeline.errors import UserError
 from pipeline.shard.manifest import MANIFEST_NAME
 from pipeline.store.lease import Lease
-from pipeline.store.storage import Storage, is_local
+from pipeline.store.storage import Storage
 
 if TYPE_CHECKING:  # it imports torch, for which tasks that only copy should not wait
     from jobs.recipe.recipe import Recipe
@@ -59,9 +60,9 @@ class Landmark:
 Landmarks = tuple[Landmark, ...]
 
 
-def run_landmarks(recipe: Recipe, run: RunDirectory, claim: Lease) -> Landmarks:
+def run_landmarks(recipe: Recipe, run: RunDirectory, lease: Lease) -> Landmarks:
     """Landmarks of what every rank needs as long as the run trains, if it lies on a local disk."""
-    return (*claim_landmarks("run_root", run.url, claim), *manifest_landmarks(run.storage, recipe.data))
+    return (*lease_landmarks("run_root", run.url, lease), *manifest_landmarks(run.storage, recipe.data))
 
 
 def input_landmarks(storage: Storage, recipe: Recipe, first_tar: str) -> Landmarks:
@@ -84,9 +85,9 @@ def file_landmarks(storage: Storage, field: str, folder: str, url: str) -> Landm
     return ()
 
 
-def claim_landmarks(field: str, folder: str, claim: Lease) -> Landmarks:
-    """A landmark of this process's claim on a folder, if that is on a local disk."""
-    return (Landmark(field, folder, claim.url, claim.first_bytes),) if is_local(folder) else ()
+def lease_landmarks(field: str, folder: str, lease: Lease) -> Landmarks:
+    """A landmark of this process's lease of a folder, if that is on a local disk."""
+    return (Landmark(field, folder, lease.url, lease.first_bytes),) if is_local(folder) else ()
 
 
 @contextlib.contextmanager

@@ -29,8 +29,9 @@ from jobs.run.directory import RunDirectory
 from jobs.weights.file_layout import DTYPES, PART_BYTES, WeightFile, one_file, several_files
 from jobs.weights.target import ONE_FILE, ConsolidatedWeights, Target
 from jobs.weights.writer import FanOut, Show, WeightWriter
+from pipeline.access.urls import is_local
 from pipeline.store.lease import hold_lease
-from pipeline.store.storage import Storage, is_local
+from pipeline.store.storage import Storage
 
 logger = logging.getLogger(__name__)
 
@@ -102,9 +103,9 @@ def consolidate(
         storage.check(url.rpartition("/")[0], write=True, exclusive=True)
     if (found := _existing(storage, target, url, commit.step, if_exists)) is not None:
         return found
-    claim_folder = f"{url.rpartition('/')[0]}/.{url.rpartition('/')[2]}.claims"
-    with _swept(claim_folder), hold_lease(storage, claim_folder, "convmae consolidate", on_wait=on_wait) as claim:
-        # The previous holder of the claim may have finished it.
+    lease_folder = f"{url.rpartition('/')[0]}/.{url.rpartition('/')[2]}.claims"
+    with _swept(lease_folder), hold_lease(storage, lease_folder, "convmae consolidate", on_wait=on_wait) as lease:
+        # The previous holder of the lease may have finished it.
         if (found := _existing(storage, target, url, commit.step, if_exists)) is not None:
             return found
         if if_exists == "replace":
@@ -113,7 +114,7 @@ def consolidate(
         source = CheckedFiles(run, replace(commit, files=tuple(with_chunks(run, commit.step, commit.files))))
         files = _planned(source, target, url, part_bytes)
         tasks = fan_out or in_threads(part_bytes, dtype=target.dtype)
-        writer = WeightWriter(source, url, files, tasks, show=on_progress, check=claim.check)
+        writer = WeightWriter(source, url, files, tasks, show=on_progress, check=lease.check)
         written = tuple(writer.run(keep=if_exists != "replace"))
         if if_exists == "replace" and target.shard_bytes is not None:
             _delete_others(storage, url, files)

@@ -16,7 +16,7 @@ from jobs.checkpoint.checked_files import CheckedFiles, with_chunks
 from jobs.checkpoint.checkpoint import Commit
 from jobs.checkpoint.rank_group import RankGroup
 from jobs.checkpoint.zero_layout import ZeroFiles
-from jobs.checkpoint.zero_state import read_zero_state
+from jobs.checkpoint.zero_reading import read_zero_state
 from jobs.errors import CheckpointError, WeightsFileError
 from jobs.run.directory import RunDirectory
 from jobs.weights.file_layout import FILE_NAME, INDEX_NAME

@@ -257,7 +257,7 @@ def _state_dict(path: Path) -> dict[str, Tensor] | None:
         if is_archive:
             found = torch.load(path, map_location="cpu", weights_only=True)
         else:
-            with _BoundedPickles(io.FileIO(path)) as older:
+            with _BoundedPickles(io.FileIO(path), LARGEST_PICKLE_BYTES) as older:
                 found = torch.load(older, map_location="cpu", weights_only=True)
     if not isinstance(found, dict):
         return None
@@ -311,7 +311,9 @@ def _is_read_alike(file: BinaryIO, size: int, found: int) -> bool:
 class _BoundedPickles(io.BufferedReader):
     """A file of PyTorch before 1.6: pickles, which Python reads through this, and values, which torch reads past it."""
 
-    _left = LARGEST_PICKLE_BYTES
+    def __init__(self, raw: io.RawIOBase, limit_bytes: int) -> None:
+        super().__init__(raw)
+        self._limit_bytes = self._left = limit_bytes
 
     def read(self, size: int | None = -1, /) -> bytes:
         return self._counted(super().read(size))
@@ -322,5 +324,5 @@ class _BoundedPickles(io.BufferedReader):
     def _counted(self, data: bytes) -> bytes:
         self._left -= len(data)
         if self._left < 0:
-            raise ValueError(f"more than {LARGEST_PICKLE_BYTES} bytes of objects")
+            raise ValueError(f"more than {self._limit_bytes} bytes of objects")
         return data

@@ -60,7 +60,7 @@ def write(backbone: Backbone, path: Path, image_size: tuple[int, int]) -> None:
     Raises:
         ExportError: ONNX Runtime computes something other than PyTorch.
     """
-    images = torch.randn(2, 3, *image_size, generator=torch.Generator().manual_seed(0))
+    images = torch.randn(2, 3, *image_size, device="cpu", generator=torch.Generator().manual_seed(0))
     maps = _Maps(backbone.float()).eval()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():

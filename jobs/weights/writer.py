@@ -63,7 +63,7 @@ class WeightWriter:
     """One consolidation in progress.
 
     Owns: the answers of tasks, never weights.
-    Concurrency: used by one thread, which holds a claim on the target.
+    Concurrency: used by one thread, which holds a lease on the target.
     Failure: what is not finished is invisible. After bad input, what was written is removed; after any other fault,
         finished files and journals stay, and the next call resumes from them.
     """
@@ -86,7 +86,7 @@ class WeightWriter:
             files: The files to make.
             fan_out: Runs the tasks.
             show: Called with progress.
-            check: Raises LeaseHeldError if the claim on the target was lost.
+            check: Raises LeaseHeldError if the lease on the target was lost.
         """
         self.kept = 0
         """Files that already existed and were whole."""

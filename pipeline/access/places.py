@@ -97,9 +97,9 @@ def normal(url: str) -> str:
     Raises:
         StorageError: It is no URL.
     """
-    place = Given(url).url(str(Path.cwd()))
+    place = Given(url).url(os.curdir)  # the working folder may be gone, and matters to relative paths alone
     if is_local(place):
-        plain = os.path.realpath(place) if ".." in place.split("/") else os.path.normpath(place)
+        plain = os.path.realpath(place) if ".." in place.split("/") else os.path.abspath(place)  # noqa: PTH100
         return "/" + plain.lstrip("/")
     if is_web(place):
         return place if "?" in place else place.rstrip("/")

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from pipeline.access.places import Given, Listed
+from pipeline.access.urls import is_local
 from pipeline.errors import RefusedError
 from pipeline.shard.index import LARGEST_IMAGE_BYTES
 from pipeline.shard.tar_samples import IMAGE_EXTENSIONS
-from pipeline.store.storage import Storage, is_local
+from pipeline.store.storage import Storage
 
 IMAGE_SUFFIXES = frozenset(f".{extension}" for extension in IMAGE_EXTENSIONS)
 

@@ -9,10 +9,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from pipeline.access.places import Given
+from pipeline.access.urls import is_web
 from pipeline.errors import SourceError, StorageError, clipped
 from pipeline.ingest.source import IMAGE_SUFFIXES, Source, Sources, address, parted, suffix
 from pipeline.ingest.source_reader import HASTY_SECONDS
-from pipeline.store.storage import Storage, is_web
+from pipeline.store.storage import Storage
 
 ASKING_THREADS = 32
 LARGEST_LABEL = 2**63 - 1

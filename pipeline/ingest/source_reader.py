@@ -8,9 +8,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from urllib.parse import urlsplit
 
+from pipeline.access.urls import is_web
 from pipeline.errors import RefusedError, UnreachableError
 from pipeline.ingest.source import Source
-from pipeline.store.storage import Storage, is_web
+from pipeline.store.storage import Storage
 
 HASTY_SECONDS = 10.0
 """For a web server that never answered while others did, or that failed last; lists are full of these."""

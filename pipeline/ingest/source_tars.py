@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.access.places import Listed
+from pipeline.access.urls import is_web
 from pipeline.errors import SourceError
 from pipeline.ingest.braces import expanded
 from pipeline.ingest.source import Source, Tar, Tars, address
@@ -31,7 +32,7 @@ from pipeline.shard.index import NO_LABEL, Skipped
 from pipeline.shard.tar_samples import read_samples
 from pipeline.shard.tar_scan import RangedFile, TarFault
 from pipeline.store.json_text import parsed_object
-from pipeline.store.storage import Storage, is_web
+from pipeline.store.storage import Storage
 
 LISTING_VERSION = 3
 

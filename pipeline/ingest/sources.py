@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipeline.access.places import Given, Listed
+from pipeline.access.urls import is_web
 from pipeline.errors import SourceError
 from pipeline.ingest import source_lists, source_tars
 from pipeline.ingest.source import IMAGE_SUFFIXES, Source, Sources, Tar, Tars, address, parted, suffix
-from pipeline.store.storage import Storage, is_web
+from pipeline.store.storage import Storage
 
 PACKED_SUFFIXES = (".tar.gz", ".tgz", ".tar.zst", ".tar.bz2", ".tar.xz", ".zip")
 

@@ -9,6 +9,8 @@ from pipeline.errors import DatasetError
 
 FaultKind = Literal["index", "missing", "replaced", "truncated", "header", "checksum", "undecodable"]
 """In the order in which they are checked for."""
+OnBadSample = Literal["fail", "skip"]
+MAX_CONSECUTIVE_BAD_SAMPLES = 100
 
 _FIELDS: dict[FaultKind, str] = {"index": "shard index", "undecodable": "sample"}
 

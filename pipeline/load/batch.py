@@ -5,14 +5,17 @@ from __future__ import annotations
 import threading
 from concurrent.futures import Future
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from pipeline.image.augment import CropRow, Draws
 from pipeline.load.device_copy import DeviceCopy, StartedCopy
-from pipeline.load.image_maker import Substitution
-from pipeline.load.read_ahead import Pending
+
+if TYPE_CHECKING:
+    from pipeline.image.augment import CropRow, Draws
+    from pipeline.load.image_maker import Substitution
+    from pipeline.load.read_ahead import Pending
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +54,7 @@ class StartedBatch:
         self.draws = draws
         """(n, ...), of the images' crops."""
         self.sample_ids = device_copy.empty((len(pending),), torch.int64)
-        self.sample_ids[:] = torch.tensor([item.sample_id for item in pending])
+        self.sample_ids[:] = torch.tensor([item.sample_id for item in pending], device="cpu")
         self.images = device_copy.empty((len(pending), 3, *image_shape), torch.uint8)
         self.pixels = self.images.numpy()
         """The same memory."""

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from pipeline.errors import DatasetError
 from pipeline.image.augment import CropRow, Draws, augmented, random_crop
 from pipeline.image.decode import Pixels, decode
-from pipeline.load.bad_sample import BadSample
+from pipeline.load.bad_sample import MAX_CONSECUTIVE_BAD_SAMPLES, BadSample, OnBadSample
 from pipeline.load.dataset import Dataset
 from pipeline.load.shard_reader import Sample
 from pipeline.order.sample_order import Order
 from pipeline.order.substitutes import block_mates, from_elsewhere
-
-OnBadSample = Literal["fail", "skip"]
-MAX_CONSECUTIVE_BAD_SAMPLES = 100
 
 
 @dataclass(frozen=True)

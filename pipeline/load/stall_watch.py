@@ -8,10 +8,13 @@ import sys
 import threading
 import time
 import traceback
+from typing import TYPE_CHECKING
 
 from pipeline.errors import StalledError
-from pipeline.load.batch import StartedBatch
 from pipeline.load.thread_activity import Stage, ThreadActivities
+
+if TYPE_CHECKING:
+    from pipeline.load.batch import StartedBatch
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,12 @@ from typing import Any, Protocol
 
 import google_crc32c
 
+from pipeline.access.urls import is_local
 from pipeline.errors import DamagedManifestError, DatasetError, StorageError, clipped
 from pipeline.shard.index import Skipped
 from pipeline.shard.table import CONTENT_COLUMNS, ShardReport, ShardTable, leads_away
 from pipeline.store.json_text import parsed_object
-from pipeline.store.storage import Storage, is_local
+from pipeline.store.storage import Storage
 
 FORMAT_VERSION = 2
 MANIFEST_NAME = "manifest.json"

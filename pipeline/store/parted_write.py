@@ -19,7 +19,8 @@ from typing import Any
 import google_crc32c
 
 from pipeline.access import faults
-from pipeline.store.storage import Storage, is_local, is_s3
+from pipeline.access.urls import is_local, is_s3
+from pipeline.store.storage import Storage
 
 MOST_PARTS = 10_000
 """S3's limit for one object."""

@@ -26,8 +26,6 @@ from pipeline.store import conditional_write, file_systems
 from pipeline.store.ranged_read import HttpRangedRead, RangedRead, fsspec_read
 from pipeline.store.s3_filesystem import MAX_CONNECTIONS
 
-__all__ = ["Storage", "is_local", "is_s3", "is_web"]
-
 T = TypeVar("T")
 
 CHECK_SECONDS = 3.0
@@ -235,13 +233,14 @@ class Storage(StoreAccess):
             conditional_write.refuse_unconditional(url)
         hasty = replace(self, retry_seconds=min(CHECK_SECONDS, self.retry_seconds))
         try:
-            (self if is_patient else hasty)._probe(url, write=write)
+            (self if is_patient else hasty).probe(url, write=write)
         except FileNotFoundError as error:
             endpoint = dict(self.origins).get("endpoint", "AWS_ENDPOINT_URL")
             remedy = "take a folder that can be made" if is_local(url) else f"check the bucket and {endpoint}"
             raise StorageError("storage", "must accept this URL", url, remedy) from error
 
-    def _probe(self, url: str, *, write: bool) -> None:
+    def probe(self, url: str, *, write: bool) -> None:
+        """Look whether a store answers, and takes what is written, as `check` does; raises what its client raises."""
         file_systems.file_system(self, url)
         if protocol_of(url) in S3:
             # HEAD answers carry no reason; a listing of one says which of key, secret and bucket is wrong.

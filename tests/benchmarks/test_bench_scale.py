@@ -11,7 +11,8 @@ from scale_layout import made_up, restoring
 from zero_material import commit_zero_files, random_material, write_zero_files
 
 from jobs.checkpoint.checked_files import CheckedFiles
-from jobs.checkpoint.zero_files import MOMENTS, OptimizerFile, look_into
+from jobs.checkpoint.deepspeed_internals import MOMENTS
+from jobs.checkpoint.zero_files import OptimizerFile, look_into
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
 from pipeline.store.storage import Storage

@@ -29,6 +29,7 @@ _PARCEL = "the store's settings on their way to a job"
 _KILL = "ending actors of which there is no handle"
 _GROUP = "sizing the worker group by the nodes that answer"
 _TOLD = "what becomes of the worker group besides its end"
+_ASK = "a worker whose connection broke is asked again"
 _CONNECT = "connecting the ranks by the right interface"
 _START = "starting the worker group"
 _STANDBY = "processes that have imported what a rank needs"
@@ -63,6 +64,9 @@ OF_DRIVERS = (
     Internal(f"{_TRAIN}.execution.callback:ControllerCallback.after_controller_state_update", _TOLD),
     Internal(f"{_TRAIN}.execution.callback:ControllerCallback.before_controller_execute_failure_decision", _TOLD),
     Internal(f"{_TRAIN}.execution.callback:ControllerCallback.on_controller_start_worker_group", _GROUP),
+    Internal(f"{_TRAIN}.execution.callback:WorkerGroupCallback.after_worker_group_start", _ASK),
+    Internal(f"{_TRAIN}.execution.worker_group.poll:WorkerStatus", _ASK),
+    Internal(f"{_TRAIN}.execution.worker_group.worker_group:WorkerGroup._poll_workers_and_collect_errors", _ASK),
     Internal(f"{_CONTROLLER}:PreemptingState", _TOLD),
     Internal(f"{_CONTROLLER}:ReschedulingState", _TOLD),
     Internal(f"{_TRAIN}.exceptions:WorkerGroupStartupFailedError", _TOLD),

@@ -78,7 +78,7 @@ def test_a_user_who_may_not_write_rays_logs_is_refused_before_ray_aborts(
         SimpleNamespace(node_manager_address="127.0.0.1", session_dir=str(tmp_path)),
         SimpleNamespace(node_manager_address="192.0.2.1", session_dir="/nonexistent"),
     ]
-    monkeypatch.setattr(cluster_address, "_nodes", lambda _: nodes)
+    monkeypatch.setattr(cluster_address, "known_nodes", lambda _: nodes)
     address = ClusterAddress.parse("127.0.0.1:6379")
 
     address.check_logs()  # folders of other machines do not matter

@@ -110,7 +110,7 @@ def test_the_store_is_asked_for_as_long_as_the_run_would(
     laptop: Session, data: str, tmp_path: Path, is_patient: bool, retry_seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[str, float]] = []
-    monkeypatch.setattr(Storage, "_probe", lambda self, url, write: asked.append((url, self.retry_seconds)))
+    monkeypatch.setattr(Storage, "probe", lambda self, url, write: asked.append((url, self.retry_seconds)))
 
     plan = plan_run(laptop, recipe(data, tmp_path, 0), "first", is_patient=is_patient)
 

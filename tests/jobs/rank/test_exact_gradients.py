@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +13,7 @@ import torch
 from zero_groups import WorkerGroup
 from zero_material import commit_zero_files
 
-from jobs.rank.exact_gradients import exact_norm
+from jobs.rank.exact_gradients import norm_of, norm_words
 from jobs.recipe.named_recipes import named_recipe
 from jobs.recipe.recipe import Recipe
 from jobs.run.directory import RunDirectory
@@ -126,15 +126,19 @@ def test_the_norm_is_that_of_float64_and_does_not_depend_on_how_values_are_dealt
     generator = torch.Generator().manual_seed(0)
     values = torch.randn(100_003, generator=generator) * torch.logspace(-12, 2, 100_003)
 
-    whole = exact_norm([values], len(values), all_reduce=alone)
+    whole = norm([values], len(values))
     assert whole == pytest.approx(float(values.double().norm()), rel=1e-9)
     for cuts in ([7], [1, 50_000], [3, 4, 99_999]):
-        assert exact_norm(list(torch.tensor_split(values, cuts)), len(values), all_reduce=alone) == whole
+        assert norm(torch.tensor_split(values, cuts), len(values)) == whole
     filled_up = torch.cat([values, torch.zeros(1 << 17)])
-    assert exact_norm([filled_up], len(values), all_reduce=alone) == whole, "as much as a world size may ask for"
-    assert exact_norm([torch.zeros(3)], 3, all_reduce=alone) == 0.0
+    assert norm([filled_up], len(values)) == whole, "as much as a world size may ask for"
+    assert norm([torch.zeros(3)], 3) == 0.0
     for bad in (math.nan, math.inf, -math.inf):
-        assert exact_norm([torch.tensor([1.0, bad])], 2, all_reduce=alone) == math.inf
+        assert norm([torch.tensor([1.0, bad])], 2) == math.inf
+
+
+def norm(partitions: Sequence[torch.Tensor], elements: int) -> float:
+    return norm_of(norm_words(partitions, elements, rank=0, all_reduce=alone).tolist(), elements)
 
 
 def alone(tensor: torch.Tensor, op: object = None) -> None:

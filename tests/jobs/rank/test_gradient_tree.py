@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -30,8 +31,12 @@ def by_definition(leaves: list[torch.Tensor]) -> torch.Tensor:
 def held(leaves: list[torch.Tensor], grains: range) -> PartialSums:
     sums = PartialSums(leaves[0].numel(), torch.device("cpu"))
     for grain in grains:
-        sums.add(grain, lambda vector, grain=grain: vector.copy_(leaves[grain]))  # type: ignore[misc]
+        sums.add(grain, functools.partial(write, leaves[grain]))
     return sums
+
+
+def write(leaf: torch.Tensor, vector: torch.Tensor, add: bool) -> None:
+    vector.copy_(vector + leaf if add else leaf)
 
 
 @pytest.fixture
@@ -85,7 +90,7 @@ def test_open_nodes_are_few_and_their_room_is_used_again(leaves: list[torch.Tens
     most, rooms = 0, set()
     for _ in range(2):
         for grain in range(64):
-            sums.add(grain, lambda vector: vector.fill_(1.0))  # type: ignore[arg-type,return-value]
+            sums.add(grain, functools.partial(write, torch.ones(60)))
             most = max(most, len(sums.vectors()))
             rooms |= {vector.data_ptr() for _, vector in sums.vectors()}
         assert [node for node, _ in sums.vectors()] == [Node(0, 6)]
@@ -105,7 +110,11 @@ def test_each_owner_gets_its_partition_of_the_sum(
     monkeypatch.setattr(gradient_tree, "dist", ranks)
 
     def partitions(rank: int) -> list[torch.Tensor]:
-        return Exchange(by_rank, numels).gather(held(whole, by_rank[rank]).vectors())
+        exchange, sums = Exchange(by_rank, numels, rank), PartialSums(whole[0].numel(), torch.device("cpu"))
+        for grain in by_rank[rank]:
+            sums.add(grain, functools.partial(write, whole[grain]))
+            exchange.send_complete(sums.vectors())
+        return exchange.gather(sums.vectors())
 
     first = 0
     found = ranks.run(partitions)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
+import math
 
-from jobs.rank.non_finite import SkippedSteps, fault_of, fault_words, rollbacks_in_a_row, stretches
+import pytest
+import torch
+
+from jobs.rank.non_finite import FAULT_WORDS, SkippedSteps, fault_of, rollbacks_in_a_row, stretches, write_faults
 
 
 def agreed(*found: tuple[bool, bool]) -> str:
     """What all ranks say, when each found its loss and gradients finite or not."""
-    words = [
-        fault_words(rank, loss_is_finite=loss, gradients_are_finite=gradients)
-        for rank, (loss, gradients) in enumerate(found)
-    ]
-    return fault_of([sum(column) for column in zip(*words, strict=True)])
+    words = torch.zeros(len(found), FAULT_WORDS)
+    for rank, (loss, _) in enumerate(found):
+        write_faults(words[rank], torch.tensor([1.0, 2.0 if loss else math.nan]), rank)
+    return fault_of(words.sum(0).tolist(), gradients_are_finite=all(gradients for _, gradients in found))
 
 
 @pytest.mark.parametrize(

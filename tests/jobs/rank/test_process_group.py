@@ -12,7 +12,7 @@ from ray.train.v2.api.exceptions import ControllerError
 from jobs.cluster.interfaces import UNREACHED_REMEDY
 from jobs.cluster.ray_internals.train import WorkerGroupStartupFailedError
 from jobs.control.failure_cause import describe_start_failure
-from jobs.rank.process_group import RanksBackend, RanksOverNodes, choose_own_interface
+from jobs.rank.process_group import RanksBackend, RanksOverNodes, make_ready
 
 
 class Group:
@@ -29,7 +29,7 @@ class Group:
         self.told.append(function)
 
     def execute_single(self, *_: object) -> None:
-        assert self.told == [choose_own_interface], "each rank has its interface before any connects"
+        assert self.told == [make_ready], "each rank is checked, and has its interface, before any connects"
         raise self._error
 
 

@@ -77,7 +77,7 @@ def test_importing_asks_cuda_nothing_and_leaves_nothing_out() -> None:
 )
 def test_torch_computes_on_the_cpus_of_a_rank(environ: dict[str, str], cpus: float, threads: str) -> None:
     """Ray says so when an actor starts, which is after a process that waits has imported torch."""
-    assert rank_environment(environ, "cpu", cpus)["OMP_NUM_THREADS"] == threads
+    assert rank_environment(environ, "cpu", cpus, standby=True)["OMP_NUM_THREADS"] == threads
 
 
 class Warned:
@@ -117,7 +117,7 @@ def test_a_rank_without_a_successor_is_warned_once(warned: Warned) -> None:
 def test_a_ray_without_the_hook_starts_ranks_all_the_same(warned: Warned, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(ray_constants, "WORKER_PROCESS_SETUP_HOOK_ENV_VAR")
 
-    assert rank_environment({}, "cuda", 2.0) == {"DS_ACCELERATOR": "cuda", "OMP_NUM_THREADS": "2"}
+    assert rank_environment({}, "cpu", 2.0, standby=True) == {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "2"}
 
     (line,) = warned.lines
     assert line.startswith("standbys cannot import anything in advance: ray: must have ray._private.ray_constants.")

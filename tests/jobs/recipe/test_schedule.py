@@ -106,6 +106,7 @@ class FakeEngine:
     def __init__(self, micro_batches_per_step: int) -> None:
         self._count = micro_batches_per_step
         self.optimizer = SimpleNamespace(averaged_gradients={}, param_groups=[])
+        self.device = torch.device("cpu")
 
     def backward(self, loss: Tensor) -> None:
         torch.autograd.backward(loss / self._count)
@@ -154,4 +155,6 @@ def backward_of_rank(recipe: Any, place: RankPlace, parts: list[int], images: Te
     def forward(batch: Any, chosen: slice) -> Output:
         return Output(sample_losses(weights, batch.images[chosen]).mean(), torch.empty(0))
 
-    return float(ReducedGradients(engine, recipe, place, parts).compute(batch, forward, lambda _: None))
+    words = torch.zeros(ReducedGradients.words, dtype=torch.float64)
+    ReducedGradients(engine, recipe, place, parts).compute(batch, forward, lambda _: None, words)
+    return float(words[0])

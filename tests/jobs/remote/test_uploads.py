@@ -66,7 +66,7 @@ def test_only_missing_changed_and_newer_files_are_sent_again(folder: Path, monke
     os.utime(folder / "cat/1.jpg", (1100, 1100))  # of the same size, but written since
     there["dog/deep/2.jpg"] = (1, 1000.0)
     sent: list[str] = []
-    monkeypatch.setattr("jobs.remote.uploads._written_at", lambda storage, url: there)
+    monkeypatch.setattr("jobs.remote.uploads.written_at", lambda storage, url: there)
     monkeypatch.setattr(Storage, "upload", lambda self, path, url: sent.append(Path(path).name))
 
     done = upload(Storage(), str(folder), URL.format("again"), lambda *_: None)

@@ -18,7 +18,7 @@ from testbed import TILES, losses, small_recipe
 
 from jobs.errors import NotSharedError
 from jobs.run.directory import RunDirectory
-from jobs.run.shared_folder import Landmark, check_seen_here, claim_landmarks, file_landmarks, planted, refuse_unseen
+from jobs.run.shared_folder import Landmark, check_seen_here, file_landmarks, lease_landmarks, planted, refuse_unseen
 from pipeline.ingest.photographs import cut_tiles
 from pipeline.store.lease import hold_lease
 from pipeline.store.storage import Storage
@@ -101,7 +101,7 @@ check_seen_here(Storage(), pickle.loads(bytes.fromhex(sys.argv[1])))
 def test_a_process_with_a_disk_of_its_own_at_the_same_path_is_refused(tmp_path: Path, own_disk: bool) -> None:
     mount = f"mount -t tmpfs none {tmp_path} && " if own_disk else ""
     with hold_lease(Storage(), str(tmp_path / "claims"), "drives", on_wait=lambda who: None) as claim:
-        landmarks = claim_landmarks("run_root", str(tmp_path), claim)
+        landmarks = lease_landmarks("run_root", str(tmp_path), claim)
         words = [sys.executable, "-c", ELSEWHERE, pickle.dumps(landmarks).hex()]
         command = ["unshare", "--mount", "sh", "-c", f'{mount}exec "$@"', "sh", *words]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)

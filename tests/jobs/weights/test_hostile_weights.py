@@ -222,7 +222,7 @@ def test_a_large_pickle_of_an_older_file_is_not_read_to_its_end(
 ) -> None:
     path = tmp_path / "a.pth"
     torch.save({"model": OFFICIAL}, path, _use_new_zipfile_serialization=False)
-    monkeypatch.setattr(initial._BoundedPickles, "_left", 1000)
+    monkeypatch.setattr(initial, "LARGEST_PICKLE_BYTES", 1000)
 
     assert "ValueError" in refused(path)
 

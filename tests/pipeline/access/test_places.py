@@ -243,3 +243,13 @@ def test_a_source_is_taken_exactly_since_slashes_in_a_row_are_part_of_keys() -> 
 def test_a_path_is_distinguished_from_a_name() -> None:
     assert all(map(is_place, ("a/b", "./a", "a/", "/a", "~/a", "~", ".", "..", "s3://b/a")))
     assert not any(map(is_place, ("a", "a.b", "run-1", ".a")))
+
+
+def test_a_whole_url_is_read_where_the_working_folder_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+
+    assert normal("s3a://bucket/run/") == "s3://bucket/run"
+    assert normal("/data//run/") == "/data/run"
