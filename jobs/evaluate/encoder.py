@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -110,7 +111,7 @@ def encode(encoder: FrozenEncoder, pixels: Pixels, device: str) -> Float32s:
         EvaluationError: A feature is infinite or not a number.
     """
     model = encoder.built(device)
-    with torch.inference_mode(), _exact():
+    with torch.inference_mode(), _exact(device):
         found: Float32s = model(normalise(torch.from_numpy(pixels).to(device))).cpu().numpy()
     if not np.isfinite(found).all():
         rule = "must give finite features in fp32"
@@ -147,12 +148,17 @@ def one_thread() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _exact() -> Iterator[None]:
-    """Products in fp32, by kernels that give the same bits each time."""
-    matmul: Any = torch.backends.cuda.matmul
-    before, matmul.allow_tf32 = matmul.allow_tf32, False
+def _exact(device: str) -> Iterator[None]:
+    """On a GPU: fp32 as such, not TF32, by kernels that give the same bits each time."""
+    if device == "cpu":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may sum in another order
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    flags: Any = torch.backends.flags
     try:
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+        with flags(fp32_precision="ieee"):
             yield
     finally:
-        matmul.allow_tf32 = before
+        torch.use_deterministic_algorithms(before)
