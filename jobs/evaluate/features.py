@@ -116,7 +116,6 @@ def features(
         for first, part in runner.fan_out(embedded, storage, url, tasks, on_tick=tick):
             found[first : first + len(part)] = part
             progress = progress.after(kept=False, samples=len(part), bad=0)
-    tick()
     return found
 
 

@@ -45,6 +45,7 @@ dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
 .pairs dt { flex-shrink: 0 }
 .pairs dd { text-align: right; font-size: .85rem }
 .table { overflow: auto; max-height: 32rem }
+.table + .table, h1 + .facts { margin-top: 1rem }
 .picture { overflow-x: auto }
 .bars { display: flex; gap: 1px; height: 2.2rem; border-radius: .3rem; overflow: hidden }
 .bars div { flex-basis: 0; min-width: 2px; overflow: hidden; background: var(--card); color: var(--ink);
