@@ -26,6 +26,7 @@ from jobs.evaluate.evaluation import (
 from jobs.evaluate.evaluation_page import ACCURACY_COLUMNS, accuracy_rows, evaluation_html
 from jobs.evaluate.feature_files import FeatureTable, keys_and_labels, write_features
 from jobs.evaluate.features import FeaturePlan, Runner, features, here, on_cluster
+from jobs.evaluate.labels import class_names
 from jobs.evaluate.pictures import found_pictures, png, reconstructed
 from jobs.evaluate.subject import Subject
 from jobs.terminal import bytes_text, duration_text, print_json, print_table, progress_bar, say
@@ -140,7 +141,7 @@ def embed_and_say(session: Session, subject: Subject, data: str, out: str, *, im
         "image_size": list(encoder.image_shape),
         "data": {"url": data, "dataset_digest": digest},
     }
-    size = write_features(storage, out, FeatureTable(keys, labels, dataset.manifest.classes, found, about))
+    size = write_features(storage, out, FeatureTable(keys, labels, class_names(dataset), found, about))
     say(f"{out}: {len(found)} samples, {encoder.channels} features each ({bytes_text(size)}), by {subject.name}")
 
 

@@ -148,7 +148,7 @@ def _draws(sample_ids: Int64s, seed: int) -> npt.NDArray[np.float64]:
 def _own(dataset: Dataset) -> LabelledSamples:
     labels = np.concatenate([np.empty(0, np.int64), *(index.table["label"] for index in indexes(dataset))])
     ids = np.flatnonzero(labels != NO_LABEL)
-    found, classes = labels[ids], dataset.manifest.classes
+    found, classes = labels[ids], class_names(dataset)
     if classes:
         if len(found) and found.max() >= len(classes):
             rule = f"must be of one of the {len(classes)} classes of the manifest"
@@ -158,6 +158,11 @@ def _own(dataset: Dataset) -> LabelledSamples:
         classes = tuple(map(str, numbers.tolist()))
     is_named = bool(dataset.manifest.classes)
     return LabelledSamples(dataset.url, dataset.digest, classes, ids, found, len(labels) - len(ids), is_named)
+
+
+def class_names(dataset: Dataset) -> tuple[str, ...]:
+    """Those of the manifest; folders may have names that are no UTF-8, and files of others need some."""
+    return tuple(name.encode("utf-8", "backslashreplace").decode() for name in dataset.manifest.classes)
 
 
 def indexes(dataset: Dataset) -> Iterator[ShardIndex]:

@@ -55,6 +55,12 @@ def test_numbers_are_names_where_there_are_none_and_samples_without_a_label_are_
     assert found.unlabelled == 2
 
 
+def test_names_that_are_no_utf8_are_escaped(tmp_path: Path) -> None:
+    found = labelled_samples(numbered(tmp_path, [0, 1], ("caf\u00e9", "caf\udce9")), STORAGE, field="--data")
+
+    assert found.classes == ("caf\u00e9", "caf\\udce9")
+
+
 def test_a_list_gives_labels_by_key(tmp_path: Path) -> None:
     STORAGE.write(str(tmp_path / "list.tsv"), "\ufeff# mine\nk5\twolf\r\nk0\t dog \n\nk2\tdog\n".encode())
     dataset = numbered(tmp_path / "data", [1] * 6)
