@@ -132,7 +132,7 @@ def parted(what: str, step: int | None) -> tuple[str, int | None]:
         EvaluationError: A step is given twice.
     """
     match = _STEP.fullmatch(what)
-    if match is None or what.endswith(SUFFIX):
+    if match is None:
         return what, step
     if step is not None:
         raise EvaluationError("--step", "must not be given with RUN@STEP", step, "give one of the two")

@@ -17,13 +17,13 @@ from pipeline.load.dataset import Dataset
 
 @pytest.fixture(scope="module")
 def cluster(token_of_this_process: str) -> Iterator[None]:
-    with ray_here(token_of_this_process, num_cpus=2):
+    with ray_here(token_of_this_process, num_cpus=4, num_gpus=1):
         yield
 
 
-@pytest.mark.parametrize("task_batches", [1, 5])
+@pytest.mark.parametrize(("task_batches", "on_gpu"), [(1, False), (5, False), (5, True)])
 def test_tasks_of_a_cluster_give_the_bits_of_this_process(
-    cluster: None, dataset: Dataset, small: ConvMAEConfig, task_batches: int
+    cluster: None, dataset: Dataset, small: ConvMAEConfig, task_batches: int, on_gpu: bool
 ) -> None:
     encoder = Subject.of_seed(small, 3, "small").encoder()
     plan = FeaturePlan(batch_size=4, task_batches=task_batches)
@@ -41,5 +41,5 @@ def test_tasks_of_a_cluster_give_the_bits_of_this_process(
             on_progress=lambda now: counts.append(now.samples),
         ).tobytes()
 
-    assert found(on_cluster(STORAGE, [dataset.url], on_gpu=False)) == found(here(width=1))
+    assert found(on_cluster(STORAGE, [dataset.url], on_gpu=on_gpu)) == found(here(width=1))
     assert counts[-1] == dataset.samples
