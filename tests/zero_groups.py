@@ -15,6 +15,7 @@ from jobs.run.directory import RunDirectory
 
 WORKER = Path(__file__).with_name("zero_worker.py")
 PROJECT = Path(jobs.__file__).parent.parent
+FOLDERS = (".", "tests", "tests/gpu", "benchmarks")
 
 
 class WorkerGroup:
@@ -22,7 +23,9 @@ class WorkerGroup:
 
     def __init__(self, world_size: int, folder: Path) -> None:
         environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join(str(PROJECT / folder) for folder in (".", "tests", "benchmarks")),
+            "PYTHONPATH": os.pathsep.join(
+                str(PROJECT / folder) for folder in (".", "tests", "tests/gpu", "benchmarks")
+            ),
             "MEETING_POINT": (folder / f"meeting-point-of-{world_size}").as_uri(),
             "WORLD_SIZE": str(world_size),
             "OMP_NUM_THREADS": "1",

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from counting_storage import CountingStorage
+from steps import NoReading, PoisonedStep
 
 from jobs.checkpoint.rank_group import RankGroup
 from jobs.checkpoint.restore import restore_newest
@@ -33,11 +34,10 @@ from jobs.rank.engine import (
     parameter_groups,
     set_learning_rate,
 )
-from jobs.rank.training_step import RankPlace, TrainingStep
+from jobs.rank.training_step import RankPlace
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import micro_batches, order_of
 from jobs.run.directory import RunDirectory
-from model.convmae import Output
 from model.noise import mask_noise
 from pipeline.load.batch import Batch
 
@@ -48,30 +48,13 @@ def rank_sizes(batch: int) -> list[int]:
     return [(rank + 1) * batch // WORLD_SIZE - rank * batch // WORLD_SIZE for rank in range(WORLD_SIZE)]
 
 
-class Reading:
-    """Stands for what a rank read."""
-
-    def write(self, words: np.ndarray, _: Batch) -> None:  # type: ignore[type-arg]
-        assert not words.any()
-
-
-class PoisonedStep(TrainingStep):
-    """A step whose loss is NaN while it is told so."""
-
-    is_poisoned = False
-
-    def forward(self, batch: Batch, chosen: slice) -> Output:
-        output = super().forward(batch, chosen)
-        return output._replace(loss=output.loss * math.nan) if self.is_poisoned else output
-
-
 class ExactSteps:
     """Steps of jobs.rank.training_step, on images of which each rank has those of its lanes."""
 
     def __init__(self, engine: Any, recipe: Recipe) -> None:
         self._order = order_of(recipe, 1000)
         place = RankPlace(RANK, WORLD_SIZE, torch.device("cpu"))
-        self._step = PoisonedStep(engine, recipe, place, self._order, reading=Reading())  # type: ignore[arg-type]
+        self._step = PoisonedStep(engine, recipe, place, self._order, reading=NoReading())  # type: ignore[arg-type]
         self._recipe = recipe
         self.digests: list[str] = []
         self.norms: list[float] = []

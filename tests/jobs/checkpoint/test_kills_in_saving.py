@@ -72,7 +72,10 @@ def test_a_rank_is_killed_while_it_saves(
     assassin = Assassin(f"/{name}{in_path}", arrives=arrives)
     with ChaosProxy(local_stack.endpoint).running() as proxy:
         proxy.behaviour.before_write = assassin.before_write
-        convmae("pretrain", *small_recipe(data, **FIELDS), "--run", name, AWS_ENDPOINT_URL=proxy.endpoint)
+        stack = local_stack.environment().items()
+        store = {name: value for name, value in stack if name.startswith("AWS_")} | {"AWS_ENDPOINT_URL": proxy.endpoint}
+        recipe = small_recipe(data, **FIELDS, run_root="s3://convmae/runs")
+        convmae("pretrain", *recipe, "--run", name, **store)
 
     run = convmae.run(name)
     assert "RayTrainWorker" in assassin.killed

@@ -76,7 +76,7 @@ def test_world_size_follows_the_nodes_and_the_dead_leave_no_series(cluster: Clus
         assert not [name for name in counters if asked(url, f"resets({name}{{{RUN}}}{seen}) > 0")]
         (sizes,) = asked(url, f"max_over_time(convmae_world_size_ranks{{{RUN}}}{seen})")
         assert float(sizes["value"][1]) == 2
-        done(cluster, "stop", run.url)
+        done(cluster.convmae("stop", run.url))
 
 
 def ranks(url: str) -> set[str]:
