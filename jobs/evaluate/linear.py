@@ -25,7 +25,7 @@ from jobs.evaluate.scores import Int64s, ranked
 L2 = 1.0
 MOST_ITERATIONS = 2000
 LEAST_GRADIENT = 1e-7
-"""Times the root of the curvature, which is at least `l2` / n: what doubles resolve in the objective, tenfold."""
+"""In coordinates of about the same curvature; the objective, in double precision, resolves a few times less."""
 _LEAST_DEVIATION = 1e-8
 """Relative to the mean; what varies less is rounding of a constant."""
 
@@ -78,14 +78,15 @@ def fitted_probe(features: Float32s, labels: Int64s, classes: int, l2: float = L
     given, truth = torch.from_numpy(features).double(), torch.from_numpy(labels)
     deviation, mean = torch.std_mean(given, dim=0, correction=0)
     deviation[deviation <= _LEAST_DEVIATION * mean.abs()] = 1
-    inputs = (given - mean) / deviation
+    inputs, back = _evened((given - mean) / deviation, classes, l2 / len(given))
+    decay = l2 / (2 * len(given)) * back.square().sum(0)
     weight = torch.zeros(classes, given.shape[1], dtype=torch.float64, requires_grad=True)
     bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
-    tolerance = LEAST_GRADIENT * math.sqrt(l2 / len(inputs))
     solver = torch.optim.LBFGS(
         [weight, bias],
         max_iter=MOST_ITERATIONS,
-        tolerance_grad=tolerance,
+        max_eval=2 * MOST_ITERATIONS,
+        tolerance_grad=LEAST_GRADIENT,
         tolerance_change=0,
         history_size=20,
         line_search_fn="strong_wolfe",
@@ -94,7 +95,7 @@ def fitted_probe(features: Float32s, labels: Int64s, classes: int, l2: float = L
     def objective() -> Tensor:
         solver.zero_grad()
         loss = functional.cross_entropy(functional.linear(inputs, weight, bias), truth)
-        loss = loss + l2 / (2 * len(inputs)) * weight.square().sum()
+        loss = loss + (decay * weight.square()).sum()
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
@@ -102,4 +103,25 @@ def fitted_probe(features: Float32s, labels: Int64s, classes: int, l2: float = L
     objective()
     gradient = max(part.grad.abs().max().item() for part in (weight, bias) if part.grad is not None)
     iterations = int(solver.state[weight]["n_iter"])
-    return LinearProbe(mean, deviation, weight.detach(), bias.detach(), iterations, gradient <= tolerance)
+    found = weight.detach() @ back.T
+    return LinearProbe(mean, deviation, found, bias.detach(), iterations, gradient <= LEAST_GRADIENT)
+
+
+def _evened(inputs: Tensor, classes: int, decay: float) -> tuple[Tensor, Tensor]:
+    """Inputs in coordinates in which the objective curves about the same in all directions.
+
+    Features are nearly collinear, and L-BFGS would take thousands of iterations. At weights of zero the curvature is
+    (1 - 1/K) / K times the covariance of the inputs, plus the decay; its eigenvectors are the new directions.
+
+    Args:
+        inputs: (n, C) of mean zero.
+        classes: K.
+        decay: Of the squared weights, for the mean over samples.
+
+    Returns:
+        inputs: (n, C) in the new coordinates.
+        back: (C, C) whose transpose turns weights there into those of the old ones; columns are orthogonal.
+    """
+    curvatures, directions = torch.linalg.eigh(inputs.T @ inputs / len(inputs))
+    back = directions / ((1 - 1 / classes) / classes * curvatures.clamp(min=0) + decay).sqrt()
+    return inputs @ back, back
