@@ -80,6 +80,10 @@ class ExportError(UserError):
     """An export that cannot be made: an existing target, a missing package, a model that the format cannot hold."""
 
 
+class EvaluationError(UserError):
+    """An evaluation that cannot be made: a dataset without labels, classes that differ, too few samples."""
+
+
 class OvertakenError(RunError):
     """A driver that was silent too long, so that another one has taken over its run."""
 

@@ -7,6 +7,7 @@ from model.dense import Features
 from model.errors import ModelConfigError, WeightsError
 from model.noise import mask_noise
 from model.pixels import denormalise, normalise
+from model.pooled import PooledEncoder
 
 __all__ = [
     "Backbone",
@@ -15,6 +16,7 @@ __all__ = [
     "Features",
     "ModelConfigError",
     "Output",
+    "PooledEncoder",
     "WeightsError",
     "denormalise",
     "mask_noise",

@@ -90,7 +90,12 @@ class Backbone(nn.Module):
         Raises:
             WeightsError: If a name of the encoder is missing, a name is unknown or a shape differs; lists all of them.
         """
-        given = {name.removeprefix("encoder.").removeprefix("decoder."): value for name, value in state.items()}
-        wanted = self.encoder.state_dict()
-        check_names(given, wanted, _NOT_OF_THE_MAPS)
-        self.encoder.load_state_dict({name: given[name] for name in wanted})
+        load_encoder(self.encoder, state)
+
+
+def load_encoder(encoder: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load an encoder without final norm; arguments and errors are those of ``Backbone.load``."""
+    given = {name.removeprefix("encoder.").removeprefix("decoder."): value for name, value in state.items()}
+    wanted = encoder.state_dict()
+    check_names(given, wanted, _NOT_OF_THE_MAPS)
+    encoder.load_state_dict({name: given[name] for name in wanted})

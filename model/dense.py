@@ -49,6 +49,16 @@ def features(encoder: Encoder, images: Tensor) -> Features:
     return Features(x1, x2, x3.mT.reshape(*x3.mT.shape[:2], *(side // 2 for side in x2.shape[2:])))
 
 
+def last_tokens(encoder: Encoder | ViTEncoder, images: Tensor) -> Tensor:
+    """(B, L, C): patches after the last block, before the final norm; of whole images, as ``features``.
+
+    Without the class token, where there is one: both official fine-tunings leave it out of their mean.
+    """
+    if isinstance(encoder, ViTEncoder):
+        return _vit_tokens(encoder, images, None)[:, 1:]
+    return features(encoder, images).stage3.flatten(2).mT
+
+
 def encode(encoder: Encoder | ViTEncoder, images: Tensor, mask: Mask) -> Tensor:
     """The result of ``encoder(images, mask.kept)``, computed for all patches."""
     return _encode(encoder, images, mask) if isinstance(encoder, Encoder) else _encode_vit(encoder, images, mask)
@@ -92,14 +102,22 @@ def _encode(encoder: Encoder, images: Tensor, mask: Mask) -> Tensor:
 
 
 def _encode_vit(encoder: ViTEncoder, images: Tensor, mask: Mask) -> Tensor:
-    x = _convolve(encoder.patch_embed.proj, images).flatten(2).transpose(1, 2) + encoder.pos_embed[:, 1:]
-    x = x.take_along_dim(mask.kept[..., None], dim=1)
-    first = (encoder.cls_token + encoder.pos_embed[:, :1]).to(x.dtype)
+    out: Tensor = encoder.norm(_vit_tokens(encoder, images, mask.kept))
+    return out
+
+
+def _vit_tokens(encoder: ViTEncoder, images: Tensor, kept: Tensor | None) -> Tensor:
+    """(B, 1 + K, C) before the final norm, the class token first; every patch where ``kept`` is None."""
+    maps = _convolve(encoder.patch_embed.proj, images)
+    first, patches = encoder.pos_embed[:, :1], encoder.pos_embed[:, 1:]
+    x = maps.flatten(2).transpose(1, 2) + interpolated(patches, encoder.grid, (maps.shape[2], maps.shape[3]))
+    if kept is not None:
+        x = x.take_along_dim(kept[..., None], dim=1)
+    first = (encoder.cls_token + first).to(x.dtype)
     x = torch.cat([first.expand(x.shape[0], -1, -1), x], dim=1)
     for block in encoder.blocks:
-        x = block(x)
-    out: Tensor = encoder.norm(x)
-    return out
+        x = run(block, x, recompute=encoder.recompute)
+    return x
 
 
 def _stage1(encoder: Encoder, images: Tensor, visible: Tensor | None) -> Tensor:

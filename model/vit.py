@@ -41,6 +41,7 @@ class ViTEncoder(nn.Module):
         super().__init__()
         dim = config.embed_dim[2]
         self.recompute = recompute
+        self.grid = config.grid
         self.patch_embed = PixelEmbed(dim)
         self.cls_token = nn.Parameter(nn.init.normal_(torch.empty(1, 1, dim), std=0.02))
         self.pos_embed = position_parameter(config.position, dim, config.grid, config.class_tokens)

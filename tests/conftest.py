@@ -24,6 +24,7 @@ STACK_FILES = frozenset(
         "jobs/checkpoint/test_damaged_checkpoints",
         "jobs/data/test_datasets",
         "jobs/cli/test_environments",
+        "jobs/evaluate/test_evaluate_command",
         "jobs/control/test_failures",
         "jobs/control/test_folder_runs",
         "jobs/control/test_goodput_run",

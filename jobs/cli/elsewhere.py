@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 RECIPES = ("recipe", "target")
 """Parameters that name a recipe; the second may name a data set instead."""
+WEIGHTS = ("what", "weights")
+"""Parameters that name weights: a run, a file, or neither."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def _urls(session: Session, parameters: Mapping[str, Any], needs: Needs) -> Iter
         UserError: It works on a run, and no run root is known.
     """
     fields = dict(_url_fields(parameters))
-    yield from (str(parameters[name]) for name in needs.places if parameters[name])
+    yield from (place for _, place in _places(parameters, needs.places))
     yield from fields.values()
     if needs.run:
         name = str(parameters.get("run") or parameters.get("checkpoint") or "")
@@ -129,7 +131,7 @@ def go_there(
     for name in RECIPES:
         if _is_recipe(parameters.get(name)):
             parameters[name] = _attached_recipe(str(parameters[name]), parameters.get("overrides"), attached)
-    own = [(name, str(parameters[name] or "")) for name in places if not _is_recipe(ctx.params[name])]
+    own = [(name, place) for name, place in _places(parameters, places) if not _is_recipe(ctx.params[name])]
     for field, place in [*own, *_url_fields(parameters)]:
         refuse_own_path(field, place)
     for field, place in _own_words(parameters):
@@ -146,10 +148,20 @@ def _own_words(parameters: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "--run-root", str(parameters.get("run_root") or "")
     run = str(parameters.get("run") or "")
     yield "run", run if is_place(run) else ""
+    for name in WEIGHTS:
+        weights = str(parameters.get(name) or "")
+        yield name, weights if is_place(weights) or Path(weights).is_file() else ""
     for override in parameters.get("overrides") or ():
         field, _, value = override.partition("=")
         if field == "cache_dir":
             yield field, value
+
+
+def _places(parameters: Mapping[str, Any], names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """The paths and URLs that some parameters hold, one or several each; `-` is the terminal."""
+    for name in names:
+        value = parameters[name] or ()
+        yield from ((name, str(place)) for place in ([value] if isinstance(value, str) else value) if place != "-")
 
 
 def _refuse_unless_absolute(field: str, place: str) -> None:
@@ -184,7 +196,7 @@ def arguments(ctx: Context, parameters: Mapping[str, Any]) -> list[str]:
         elif getattr(parameter, "is_flag", False):
             words += [parameter.opts[0]] if value else []
         elif value is not None and value != parameter.default:
-            words.append(f"{parameter.opts[0]}={value}")
+            words += [f"{parameter.opts[0]}={item}" for item in (value if parameter.multiple else [value])]
     return [*words, "--", *map(str, positional)]
 
 

@@ -25,6 +25,8 @@ TASKS_PER_CPU = 2
 """In flight: enough that no core waits for the driver, and so few that a full disk stops the rest."""
 COPIES_PER_NODE = 4
 """In flight, of tasks that copy: they fill a node's network before its memory."""
+GPU_TASK_CPUS = 4
+"""Cores of a task that takes a GPU: they decode what it computes on."""
 TICK_SECONDS = 1.0
 INGEST_RESOURCE = "ingest"
 """What a node offers that is reserved for ingests, which have rights of their own; its amount is the tasks at once."""
@@ -63,6 +65,7 @@ def fan_out(
     *,
     on_tick: Callable[[], None],
     copying: bool = False,
+    on_gpu: bool = False,
     landmarks: Sequence[Landmark] = (),
 ) -> Iterator[Result]:
     """Run `work(storage, url, task)` on the cluster for each task; results come in any order.
@@ -77,6 +80,7 @@ def fan_out(
         on_tick: Called at the start and about every second, also while no task ends. What it raises ends the fan-out.
         copying: The tasks wait for storage more than they compute. They ask for no CPU, so that they also run where
             training has all of them, a few on each node.
+        on_gpu: A task takes a GPU and GPU_TASK_CPUS cores.
         landmarks: Of folders on local disks, which every node that a task comes to must see.
 
     Raises:
@@ -86,14 +90,14 @@ def fan_out(
     import ray
 
     remote: Any = ray.remote(_worked)
-    places = copying_places() if copying else itertools.repeat(task_needs())
+    places = copying_places() if copying else itertools.repeat(task_needs(on_gpu=on_gpu))
     shared, guards = ray.put(storage), (tuple(landmarks), umask_here())
     waiting = iter(tasks)
     running: list[Any] = []
     on_tick()
     try:
         while True:
-            started = itertools.islice(waiting, max(0, task_limit(copying) - len(running)))
+            started = itertools.islice(waiting, max(0, task_limit(copying, on_gpu=on_gpu) - len(running)))
             running += [
                 remote.options(name=work.__name__, **next(places)).remote(work, shared, url, task, guards)
                 for task in started
@@ -159,16 +163,18 @@ def _worked(
     return work(storage, url, task)
 
 
-def task_needs() -> dict[str, Any]:
+def task_needs(*, on_gpu: bool = False) -> dict[str, Any]:
     """Ray's options for a task that computes."""
-    if _offered(INGEST_RESOURCE):
+    if on_gpu:
+        return {"num_cpus": GPU_TASK_CPUS, "num_gpus": 1}
+    if offered(INGEST_RESOURCE):
         return {"num_cpus": 0, "resources": {INGEST_RESOURCE: 1}}
     return {"num_cpus": 1}
 
 
 def copying_places() -> Iterator[dict[str, Any]]:
     """Ray's options for tasks that copy, in turn: not on nodes for ingests, which may not write what is copied."""
-    if not _offered(INGEST_RESOURCE):
+    if not offered(INGEST_RESOURCE):
         return itertools.repeat({"num_cpus": 0, "scheduling_strategy": "SPREAD"})
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -177,11 +183,13 @@ def copying_places() -> Iterator[dict[str, Any]]:
     return itertools.cycle({"num_cpus": 0, "scheduling_strategy": place} for place in places)
 
 
-def task_limit(copying: bool) -> int:
+def task_limit(copying: bool, *, on_gpu: bool = False) -> int:
     """How many tasks may be in flight; may change at any time, as nodes come and go."""
+    if on_gpu:
+        return max(1, TASKS_PER_CPU * int(offered("GPU")))
     if copying:
         return COPIES_PER_NODE * max(1, sum(not node["Resources"].get(INGEST_RESOURCE) for node in _nodes()))
-    return max(1, TASKS_PER_CPU * int(_offered(INGEST_RESOURCE) or _offered("CPU") or 1))
+    return max(1, TASKS_PER_CPU * int(offered(INGEST_RESOURCE) or offered("CPU") or 1))
 
 
 def _nodes() -> list[Mapping[str, Any]]:
@@ -190,7 +198,7 @@ def _nodes() -> list[Mapping[str, Any]]:
     return [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
 
 
-def _offered(resource: str) -> float:
+def offered(resource: str) -> float:
     """By all nodes together, whether it is in use or not."""
     import ray
 

@@ -1,13 +1,20 @@
-"""The page of a run's report: a `string.Template` for values that are already HTML."""
+"""A page of ours, whatever it reports: one self-contained HTML file, for screens, phones, print and dark mode."""
 
-PAGE = """<!doctype html>
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from html import escape
+from string import Template
+
+_PAGE = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<title>$name · ConvMAE run</title>
+<title>$title</title>
 <style>
 :root { --page: #fff; --card: #f5f6f8; --ink: #1b1f24; --faint: #616a75; --rule: #dfe3e8; --accent: #2563a8;
   --mark: #c2571a; --good: #1d7a46; --bad: #b3261e }
@@ -38,6 +45,7 @@ dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
 .pairs dt { flex-shrink: 0 }
 .pairs dd { text-align: right; font-size: .85rem }
 .table { overflow: auto; max-height: 32rem }
+.table + .table, h1 + .facts { margin-top: 1rem }
 .picture { overflow-x: auto }
 .bars { display: flex; gap: 1px; height: 2.2rem; border-radius: .3rem; overflow: hidden }
 .bars div { flex-basis: 0; min-width: 2px; overflow: hidden; background: var(--card); color: var(--ink);
@@ -50,6 +58,11 @@ th { position: sticky; top: 0; background: var(--page); color: var(--faint); fon
 th, td:not(:last-child) { white-space: nowrap }
 td:last-child { min-width: 12rem; overflow-wrap: anywhere }
 img, svg { display: block; width: 100%; height: auto }
+.matrix { width: auto }
+.matrix td, .matrix th { padding: .2rem .45rem; border: 0; text-align: right; white-space: nowrap; min-width: 0 }
+.matrix td { background: color-mix(in srgb, var(--accent) calc(var(--share) * 80%), var(--card));
+  print-color-adjust: exact; -webkit-print-color-adjust: exact }
+.matrix td.hit { font-weight: 600 }
 img { border: 1px solid var(--rule); border-radius: .5rem }
 svg text { font-family: inherit !important }
 svg.narrow { display: none }
@@ -62,10 +75,7 @@ svg.narrow { display: none }
 </head>
 <body>
 <header>
-<p>ConvMAE pretraining · recipe $recipe · $heard</p>
-<h1>$name <span class="state" data-state="$state">$state</span></h1>
-$reason
-<div class="bar"><div style="width: $done_percent%"></div></div>
+$header
 <dl class="facts">$facts</dl>
 </header>
 <main>
@@ -73,3 +83,47 @@ $sections</main>
 </body>
 </html>
 """
+
+
+def page(*, title: str, header: str, facts: Iterable[tuple[str, str]], sections: Iterable[str]) -> str:
+    """A whole page.
+
+    Args:
+        title: Of the window; text.
+        header: HTML that stands above the facts.
+        facts: Name and value of each figure at the top; text.
+        sections: HTML, as `section` makes it.
+    """
+    shown = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
+    return Template(_PAGE).substitute(title=escape(title), header=header, facts=shown, sections="".join(sections))
+
+
+def section(title: str, body: str) -> str:
+    """A titled part; nothing where the body is empty."""
+    return f"<section><h2>{escape(title)}</h2>{body}</section>\n" if body else ""
+
+
+def paragraph(text: str) -> str:
+    """Text in a paragraph."""
+    return f"<p>{escape(text)}</p>"
+
+
+def pairs(rows: Iterable[tuple[str, object]]) -> str:
+    """Names and values in two columns; what is no text is shown as JSON."""
+    shown = (f"<div><dt>{escape(name)}</dt><dd>{escape(_value_text(value))}</dd></div>" for name, value in rows)
+    return f'<dl class="pairs">{"".join(shown)}</dl>'
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """Rows of text below the names of their columns."""
+    names = "".join(f"<th>{escape(name)}</th>" for name in head)
+    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+    return f'<div class="table"><table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cell(value: object) -> str:
+    return f"<td>{escape(str(value))}</td>"
+
+
+def _value_text(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import base64
 import itertools
-import json
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from html import escape
-from string import Template
 
 from jobs.metrics.goodput import measured_goodput
 from jobs.recipe.recipe import Recipe
 from jobs.report.charts import CANVASES, training_chart
-from jobs.report.page import PAGE
+from jobs.report.page import page, pairs, paragraph, section, table
 from jobs.report.reported_run import ReportedRun
 from jobs.run.directory import REPORT_NAME, RunDirectory
 from jobs.terminal import duration_text
@@ -50,26 +48,30 @@ def write_report(run: RunDirectory) -> str:
 def report_html(run: ReportedRun) -> str:
     """The page as HTML. All outside text (names, reasons, paths) is escaped."""
     sections = [
-        _section("Training", _charts(run)),
-        _section("Reconstructions", _picture(run)),
-        _section("Attempts", _bars(run) + _timeline(run)),
-        _section("Checkpoints", _checkpoints(run)),
-        _section("Data faults", _faults(run)),
-        _section("Skipped images", _skipped(run)),
-        _section("Recipe", _pairs(_recipe_fields(run.recipe))),
-        _section("Software and data", _pairs(_origins(run))),
+        section("Training", _charts(run)),
+        section("Reconstructions", _picture(run)),
+        section("Attempts", _bars(run) + _timeline(run)),
+        section("Checkpoints", _checkpoints(run)),
+        section("Data faults", _faults(run)),
+        section("Skipped images", _skipped(run)),
+        section("Recipe", pairs(_recipe_fields(run.recipe))),
+        section("Software and data", pairs(_origins(run))),
     ]
+    return page(title=f"{run.name} · ConvMAE run", header=_header(run), facts=_facts(run), sections=sections)
+
+
+def _header(run: ReportedRun) -> str:
+    heard = f"last heard of {_time_text(run.heard_at)} UTC" if run.heard_at else ""
+    name, recipe, state = (escape(text) for text in (run.name, run.recipe.name, run.state))
     total_steps = run.heartbeat.get("total_steps", 0)
-    return Template(PAGE).substitute(
-        name=escape(run.name),
-        recipe=escape(run.recipe.name),
-        state=escape(run.state),
-        heard=f"last heard of {_time_text(run.heard_at)} UTC" if run.heard_at else "",
-        reason=_paragraph(run.ending) if run.ending else "",
-        done_percent=f"{100 * run.step / total_steps:.1f}" if total_steps else "0",
-        facts="".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in _facts(run)),
-        sections="".join(sections),
-    )
+    done_percent = f"{100 * run.step / total_steps:.1f}" if total_steps else "0"
+    lines = [
+        f"<p>ConvMAE pretraining · recipe {recipe} · {heard}</p>",
+        f'<h1>{name} <span class="state" data-state="{state}">{state}</span></h1>',
+        paragraph(run.ending) if run.ending else "",
+        f'<div class="bar"><div style="width: {done_percent}%"></div></div>',
+    ]
+    return "\n".join(lines)
 
 
 def _facts(run: ReportedRun) -> Iterable[tuple[str, str]]:
@@ -102,7 +104,7 @@ def _world_sizes(sizes: Iterable[int]) -> str:
 
 def _charts(run: ReportedRun) -> str:
     if not len(run.history):
-        return _paragraph("No step was recorded yet.")
+        return paragraph("No step was recorded yet.")
     restarts = [event["step"] for event in run.attempts if event["kind"] != "start"]
     epoch_steps = run.heartbeat.get("steps_per_epoch")
     charts = "".join(
@@ -115,7 +117,7 @@ def _charts(run: ReportedRun) -> str:
         )
         for canvas in CANVASES
     )
-    return charts + (_paragraph("Dashed lines: the step from which a later attempt resumed.") if restarts else "")
+    return charts + (paragraph("Dashed lines: the step from which a later attempt resumed.") if restarts else "")
 
 
 def _picture(run: ReportedRun) -> str:
@@ -127,7 +129,7 @@ def _picture(run: ReportedRun) -> str:
     if run.recipe.model.norm_pix:
         note += " The model predicts normalised patches: each is shown with mean and variance of the original patch."
     image = f'<img src="{source}" alt="Originals, masked images and reconstructions">'
-    return f'<div class="picture">{image}</div>{_paragraph(note)}'
+    return f'<div class="picture">{image}</div>{paragraph(note)}'
 
 
 def _bars(run: ReportedRun) -> str:
@@ -147,13 +149,13 @@ def _bars(run: ReportedRun) -> str:
             f"{escape(str(event['world_size']))}</div>"
         )
     note = "Workers of each attempt over time; a mark on the left of one says that a failure came before it."
-    return f'<div class="bars" role="img" aria-label="{escape(note)}">{"".join(bars)}</div>{_paragraph(note)}'
+    return f'<div class="bars" role="img" aria-label="{escape(note)}">{"".join(bars)}</div>{paragraph(note)}'
 
 
 def _timeline(run: ReportedRun) -> str:
     turns = [event for event in run.events if "steps_redone" in event or event["kind"] in _ENDINGS]
     if not turns:
-        return _paragraph("The run has not started yet.")
+        return paragraph("The run has not started yet.")
     rows = [
         (
             event["attempt"],
@@ -167,13 +169,13 @@ def _timeline(run: ReportedRun) -> str:
         for event in turns[-MOST_ATTEMPTS:]
     ]
     head = ("attempt", "time (UTC)", "what", "workers", "at step", "steps redone", "reason")
-    return _unlisted(len(turns) - len(rows)) + _table(head, rows)
+    return _unlisted(len(turns) - len(rows)) + table(head, rows)
 
 
 def _checkpoints(run: ReportedRun) -> str:
     saved = [event for event in run.events if event["kind"] == "checkpoint"]
     if not saved:
-        return _paragraph("No checkpoint was committed yet.")
+        return paragraph("No checkpoint was committed yet.")
     stalls = [event["stall_seconds"] for event in saved]
     written_bytes = _bytes_text(sum(event["bytes"] for event in saved))
     stall = f"in {sum(stalls):,.1f} s of paused training, {max(stalls):.2f} s the longest"
@@ -190,13 +192,13 @@ def _checkpoints(run: ReportedRun) -> str:
         if number < MOST_CHECKPOINTS or event["step"] in run.kept_steps
     ]
     head = ("step", "time (UTC)", "size", "stall (s)", "still exists", "milestone")
-    total = _paragraph(f"{len(saved):,} written, {written_bytes}, {stall}.")
-    return total + _unlisted(len(saved) - len(rows)) + _table(head, rows)
+    total = paragraph(f"{len(saved):,} written, {written_bytes}, {stall}.")
+    return total + _unlisted(len(saved) - len(rows)) + table(head, rows)
 
 
 def _faults(run: ReportedRun) -> str:
     if not run.faults:
-        return _paragraph("None: every sample that was read is as it was ingested.")
+        return paragraph("None: every sample that was read is as it was ingested.")
     kinds = Counter(str(row["fault"]) for row in run.faults)
     counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common())
     rows = [
@@ -205,18 +207,18 @@ def _faults(run: ReportedRun) -> str:
     ]
     total = f"{len(run.faults):,} samples were found unusable and replaced: {counts}."
     total += f" The first {MOST_FAULTS} of them:" if len(rows) < len(run.faults) else ""
-    return _paragraph(total) + _table(("step", "fault", "sample", "where", "reason"), rows)
+    return paragraph(total) + table(("step", "fault", "sample", "where", "reason"), rows)
 
 
 def _skipped(run: ReportedRun) -> str:
     if run.skipped is None:
-        return _paragraph("The data set's list of skipped images is not there.")
+        return paragraph("The data set's list of skipped images is not there.")
     if not run.skipped:
-        return _paragraph("None: every image of the source is in the data set.")
+        return paragraph("None: every image of the source is in the data set.")
     shown = run.skipped[:MOST_SKIPPED]
     count = f"Images of the source that are not in the data set: {len(run.skipped):,}."
     count += f" The first {MOST_SKIPPED} of them:" if len(shown) < len(run.skipped) else ""
-    return _paragraph(count) + _table(("image", "reason"), [(item["path"], item["reason"]) for item in shown])
+    return paragraph(count) + table(("image", "reason"), [(item["path"], item["reason"]) for item in shown])
 
 
 def _recipe_fields(recipe: Recipe) -> Iterable[tuple[str, object]]:
@@ -235,35 +237,8 @@ def _origins(run: ReportedRun) -> Iterable[tuple[str, object]]:
         yield from run.commit.versions.items()
 
 
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>{body}</section>\n" if body else ""
-
-
-def _paragraph(text: str) -> str:
-    return f"<p>{escape(text)}</p>"
-
-
-def _pairs(pairs: Iterable[tuple[str, object]]) -> str:
-    rows = (f"<div><dt>{escape(name)}</dt><dd>{escape(_value_text(value))}</dd></div>" for name, value in pairs)
-    return f'<dl class="pairs">{"".join(rows)}</dl>'
-
-
 def _unlisted(count: int) -> str:
-    return _paragraph(f"{count:,} older ones are not listed.") if count else ""
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    names = "".join(f"<th>{escape(name)}</th>" for name in head)
-    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
-    return f'<div class="table"><table><thead><tr>{names}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _cell(value: object) -> str:
-    return f"<td>{escape(str(value))}</td>"
-
-
-def _value_text(value: object) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return paragraph(f"{count:,} older ones are not listed.") if count else ""
 
 
 def _time_text(seconds: float) -> str:

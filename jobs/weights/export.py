@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from jobs.errors import ExportError
 from jobs.run.directory import RunDirectory
 from jobs.weights import onnx_export
 from jobs.weights.consolidated import Weights
+from jobs.weights.image_size import image_shape
 from jobs.weights.model_card import write_card
 from jobs.weights.weight_files import model_json, sha256_of, write_tensors
 from model import Backbone, ConvMAE, ConvMAEConfig
@@ -47,16 +47,9 @@ class Source:
         """Weights with an image size as written on the command line; empty: that of the pretraining.
 
         Raises:
-            ExportError: The size is invalid.
+            UserError: The size is invalid.
         """
-        match = re.fullmatch(r"(\d+)(?:x(\d+))?", image_size)
-        if not image_size:
-            return cls(weights, run, weights.config.image_shape)
-        sides = (int(match[1]), int(match[2] or match[1])) if match else (0, 0)
-        if not all(sides) or any(side % PATCH_PIXELS for side in sides):
-            rule = f"must be a side or HEIGHTxWIDTH, multiples of {PATCH_PIXELS}"
-            raise ExportError("--image-size", rule, image_size, "write 512, or 512x768")
-        return cls(weights, run, sides)
+        return cls(weights, run, image_shape(image_size, weights.config))
 
     @property
     def stem(self) -> str:

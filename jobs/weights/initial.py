@@ -104,6 +104,26 @@ def import_weights(
         return _written(storage, out, tensors, metadata, notes)
 
 
+def read_foreign(
+    storage: Storage, source: str, config: ConvMAEConfig, *, encoder_alone: bool = False
+) -> dict[str, Tensor]:
+    """Weights of the official code, published or your own, by our names.
+
+    Args:
+        storage: Reaches the file.
+        source: URL of a PyTorch or safetensors file.
+        config: Of the model that the weights are of.
+        encoder_alone: Leave out the decoder, which the file then need not have, nor what only pretraining has.
+
+    Raises:
+        WeightsFileError: As `import_weights`.
+    """
+    with local_copy(storage, source) as path:
+        tensors, _ = _taken(path, source, config, fresh_decoder=encoder_alone, without_norm=encoder_alone)
+        check_finite(tensors.items(), source)
+        return tensors
+
+
 def _written(
     storage: Storage, out: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], notes: tuple[str, ...]
 ) -> Imported:
@@ -117,19 +137,19 @@ def _written(
 
 
 def _taken(
-    path: Path, url: str, config: ConvMAEConfig, *, fresh_decoder: bool
+    path: Path, url: str, config: ConvMAEConfig, *, fresh_decoder: bool, without_norm: bool = False
 ) -> tuple[dict[str, Tensor], WeightNames]:
     """The tensors of a local file by our names, each of a type that weights may have."""
     if not _is_safetensors(path, url):
         state = _loaded(path, url)
-        names = weight_names(state, config, url, fresh_decoder=fresh_decoder)
+        names = weight_names(state, config, url, fresh_decoder=fresh_decoder, without_norm=without_norm)
         tensors = {name: state[theirs] for name, theirs in names.places.items()}
         check_dtypes({name: tensor.dtype for name, tensor in tensors.items()}, url)
         return tensors, names
     with opened_file(path, url) as file:
         if "model" in (metadata := dict(file.metadata() or {})):
             check_heads(model_config(metadata, url), config, url)
-        names = weight_names(shapes_of(file), config, url, fresh_decoder=fresh_decoder)
+        names = weight_names(shapes_of(file), config, url, fresh_decoder=fresh_decoder, without_norm=without_norm)
         check_dtypes({name: file.get_slice(theirs).get_dtype() for name, theirs in names.places.items()}, url)
         return {name: file.get_tensor(theirs) for name, theirs in names.places.items()}, names
 

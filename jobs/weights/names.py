@@ -28,6 +28,7 @@ _FINE_TUNED = (_HEAD, "fc_norm.")
 _DECODER = "decoder."
 _FUSION = ("encoder.stage1_output_decode.", "encoder.stage2_output_decode.")
 """Layers of the encoder that only pretraining has; they make the decoder's input."""
+_NORM = "encoder.norm."
 _FRESH = "--fresh-decoder"
 
 
@@ -44,7 +45,12 @@ class WeightNames:
 
 
 def weight_names(
-    given: Mapping[str, Any], config: ConvMAEConfig, url: str, *, fresh_decoder: bool = False
+    given: Mapping[str, Any],
+    config: ConvMAEConfig,
+    url: str,
+    *,
+    fresh_decoder: bool = False,
+    without_norm: bool = False,
 ) -> WeightNames:
     """Find every tensor of a model in a file.
 
@@ -53,15 +59,17 @@ def weight_names(
         config: Of the model.
         url: Of the file, for the message.
         fresh_decoder: Skip the file's decoder, if it has one, for a freshly initialised one.
+        without_norm: The encoder's last norm may be missing, as in an exported backbone.
 
     Raises:
         WeightsFileError: A name is missing, unexpected or duplicated, a shape differs, or the file is an encoder
             without decoder and `fresh_decoder` is not set.
     """
-    with torch.device("meta"):
-        ours = list(ConvMAE(config).state_dict())
+    ours = list(model_names(config))
     places, heads, notes = _placed(given, ours, url)
     lacking = _lacking(ours, places, fresh_decoder=fresh_decoder)
+    if without_norm:
+        lacking += [name for name in ours if name.startswith(_NORM) and name not in places]
     if fresh_decoder and (replaced := [name for name in lacking if name in places]):
         notes.append(f"skipped: {len(replaced)} tensors of the file's decoder, for a fresh one")
         places = {name: theirs for name, theirs in places.items() if name not in lacking}
@@ -74,6 +82,12 @@ def weight_names(
         rule = f"must have a decoder (it is an encoder alone, {len(lacking)} tensors of pretraining are missing)"
         raise WeightsFileError("weights", rule, url, f"start from it with a freshly initialised decoder: {_FRESH}")
     return WeightNames(places, tuple(lacking), tuple(notes))
+
+
+def model_names(config: ConvMAEConfig) -> tuple[str, ...]:
+    """Our names of all tensors of a model."""
+    with torch.device("meta"):
+        return tuple(ConvMAE(config).state_dict())
 
 
 def fresh_tensors(names: tuple[str, ...], config: ConvMAEConfig, seed: int) -> dict[str, Tensor]:

@@ -33,10 +33,14 @@ class BadSample:
     fault: FaultKind
     reason: str
 
-    def error(self) -> DatasetError:
-        """The error that stops a run which does not skip."""
+    def error(self, remedy: str = "continue without it: on_bad_sample=skip") -> DatasetError:
+        """The error that stops a run which does not skip.
+
+        Args:
+            remedy: What can be done beside restoring it or making the dataset again.
+        """
         rule = "must be a whole JPEG" if self.fault == "undecodable" else "must be as it was ingested"
-        remedy = f"{self.reason}; restore it, make the dataset again, or continue without it: on_bad_sample=skip"
+        remedy = f"{self.reason}; restore it, make the dataset again, or {remedy}"
         return DatasetError(_FIELDS.get(self.fault, "shard"), rule, self.url, remedy)
 
     def to_json(self) -> dict[str, Any]:

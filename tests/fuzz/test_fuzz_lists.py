@@ -10,9 +10,14 @@ from fuzzing import Fuzz, reading_only
 from hypothesis import strategies as st
 from mutations import damaged, texts
 
+from jobs.evaluate.labels import labelled_samples
 from pipeline.ingest.braces import MOST_NAMES, expanded
 from pipeline.ingest.source import Sources
 from pipeline.ingest.sources import find_sources
+from pipeline.load.dataset import Dataset
+from pipeline.shard.index import IndexRow, ShardIndex
+from pipeline.shard.manifest import Manifest
+from pipeline.shard.table import ShardEntry, ShardTable
 from pipeline.store.storage import Storage
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
@@ -51,6 +56,8 @@ LABELS = (
     "9" * 30,
     "label",
 )
+
+KEYS = ("0001", "a/b c", "caf\u00e9", "x\u2028y", "x\x85y", " k", "not there")
 
 names = st.one_of(st.sampled_from(NAMES), texts.map(lambda text: f"{text}.jpg"), texts)
 labels = st.one_of(st.sampled_from(LABELS), st.integers(0, 1000).map(str), texts)
@@ -92,6 +99,39 @@ def test_a_list_gives_one_image_a_line_or_is_refused(fuzz: Fuzz, tmp_path: Path)
                 assert found.classes[image.label] in line
 
     fuzz(list_files, lists(), batch=150)
+
+
+@st.composite
+def label_lists(draw: Draw) -> bytes:
+    """Lines of keys and labels; now and then damaged."""
+    seldom = st.integers(0, 7).map(lambda number: number == 7)
+    keys = draw(st.lists(st.sampled_from(KEYS[:-1]), min_size=2, max_size=6, unique=True)) + [KEYS[-1]] * draw(seldom)
+    lines = [(key, draw(labels if draw(seldom) else st.sampled_from(("cat", "dog", "7")))) for key in keys]
+    between = " " if draw(seldom) else "\t"
+    text = draw(st.sampled_from(("\n", "\n", "\r\n"))).join([*(f"{key}{between}{label}" for key, label in lines), ""])
+    data = text.encode("utf-8", "surrogatepass")
+    return draw(damaged(data)) if draw(seldom) else data
+
+
+def test_a_list_gives_each_key_its_label_or_is_refused(fuzz: Fuzz, tmp_path: Path) -> None:
+    rows = [IndexRow(key, 512, 9, 1, 2, 3, -1) for key in KEYS[:-1]]
+    index = ShardIndex.from_rows("s", 5000, "", (), rows)
+    entry = ShardEntry.of(index)
+    Storage().write(entry.index_url(str(tmp_path / "data")), index.to_bytes())
+    dataset = Dataset(Storage(), str(tmp_path / "data"), Manifest(2, "digest", (), 0, ShardTable.of([entry])))
+    place = tmp_path / "labels.tsv"
+
+    def list_labels(data: bytes) -> None:
+        place.write_bytes(data)
+        with reading_only(tmp_path):
+            found = labelled_samples(dataset, Storage(), str(place), field="--data")
+        parts = [line.partition("\t") for line in listed(data.decode("utf-8-sig"))]
+        expected = {key: label.strip() for key, _, label in parts}
+        pairs = zip(found.sample_ids.tolist(), found.labels.tolist(), strict=True)
+        assert {KEYS[number]: found.classes[label] for number, label in pairs} == expected
+        assert found.unlabelled == len(rows) - len(expected)
+
+    fuzz(list_labels, label_lists(), batch=150)
 
 
 patterns = st.lists(

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from model import ConvMAE, ConvMAEConfig, mask_noise
+from model import ConvMAE, ConvMAEConfig, PooledEncoder, mask_noise
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -56,6 +56,22 @@ def test_noise_is_that_of_the_cpu_bit_by_bit(device: torch.device) -> None:
     found = mask_noise(2**63 + 5, 3, ids.to(device), 197, device)
 
     assert torch.equal(found.cpu(), mask_noise(2**63 + 5, 3, ids, 197, "cpu"))
+
+
+def test_features_are_the_official_tokens_pooled_and_the_same_bits_each_time(
+    golden: dict[str, Tensor], device: torch.device
+) -> None:
+    encoder = PooledEncoder(ConvMAEConfig())
+    encoder.load(official_weights(golden))
+    encoder.to(device)
+
+    with torch.no_grad():
+        found, again = (encoder(golden["input.imgs"]) for _ in range(2))
+
+    mean = golden["dense.stage3_tokens"].mean(1)
+    expected = torch.nn.functional.layer_norm(mean, mean.shape[1:], eps=1e-6)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(found, again)
 
 
 def gradients(model: ConvMAE) -> dict[str, Tensor]:

@@ -36,6 +36,9 @@ def parsed(words: list[str]) -> tuple[Any, dict[str, Any]]:
         ["status", "first", "-w"],
         ["shard", "--", "-odd-name", "s3://b/--out"],
         ["list"],
+        ["evaluate", "first", "--data", "s3://b/d", "--k", "3", "--k", "5", "--json", "-", "--l2", "0.5"],
+        ["embed", "s3://b/d", "s3://b/f.npz", "seed=3", "--weights", "random", "--recipe", "tiny"],
+        ["reconstruct", "s3://b/1.jpg", "s3://b/2.jpg", "--weights", "first", "--out", "s3://b/x.png", "--seed", "4"],
     ],
 )
 def test_the_words_that_are_sent_mean_what_was_typed(words: list[str]) -> None:
@@ -134,6 +137,31 @@ def test_a_recipe_is_inspected_there_by_its_name_or_its_file(sent: Any, tmp_path
     words, files, _ = sent("inspect", "mine.toml", "data=s3://b/d")
     assert words == ["inspect", "--", "mine.toml", "data=s3://b/d"] and set(files) == {"mine.toml"}
     assert sent("inspect", "s3://b/d")[0] == ["inspect", "--", "s3://b/d"]
+
+
+def test_an_evaluation_is_sent_there_with_places_that_the_cluster_reaches(sent: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('base = "tiny"\n')
+    (tmp_path / "mine.pth").write_bytes(b"weights")
+    there = ["--data=s3://b/d", "--run-root=s3://b/runs"]
+
+    assert sent("evaluate", "first@5", *there, "--json", "-")[0] == [
+        "evaluate", there[0], "--json=-", there[1], "--", "first@5"
+    ]  # fmt: skip
+    words, files, _ = sent("evaluate", "random", "--recipe", "mine.toml", *there)
+    assert words == ["evaluate", there[0], "--recipe=mine.toml", there[1], "--", "random"]
+    assert set(files) == {"mine.toml"}
+    assert sent("reconstruct", "s3://b/1.jpg", "--weights", "first", "--out", "s3://b/x.png", there[1])
+    for own in (
+        ("evaluate", "first", "--data", str(tmp_path)),
+        ("evaluate", "first", *there, "--page", "page.html"),
+        ("evaluate", "first", *there, "--json", str(tmp_path / "mine.pth")),
+        ("embed", "s3://b/d", "out.npz", "--weights", "first"),
+        ("reconstruct", "mine.pth", "--weights", "s3://b/w.safetensors", "--out", "s3://b/x.png", there[1]),
+    ):
+        with pytest.raises(UserError, match="must be a place that the cluster's nodes reach"):
+            sent(*own)
+    with pytest.raises(UserError, match="what: must mean the same on the cluster as here"):
+        sent("evaluate", "mine.pth", *there)
 
 
 def test_verbose_may_be_given_anywhere() -> None:

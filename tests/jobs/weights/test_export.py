@@ -21,6 +21,7 @@ from jobs.weights.export import Source, export
 from jobs.weights.initial import import_weights, load_initial_weights, pinned
 from jobs.weights.weight_files import model_json, sha256_of
 from model import Backbone, ConvMAE, ConvMAEConfig
+from pipeline.errors import UserError
 from pipeline.store.storage import Storage
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -214,7 +215,7 @@ def test_what_a_format_cannot_hold_is_refused(
 
 @pytest.mark.parametrize("size", ["0", "100", "64x", "large", "64x100"])
 def test_sizes_that_cannot_be_are_refused(size: str) -> None:
-    with pytest.raises(ExportError, match="--image-size: must be a side or HEIGHTxWIDTH, multiples of 16"):
+    with pytest.raises(UserError, match="--image-size: must be a side or HEIGHTxWIDTH, multiples of 16"):
         Source.of(random_weights(SMALL), None, size)
 
 
