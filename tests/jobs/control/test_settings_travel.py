@@ -163,7 +163,7 @@ CLOTHES: dict[str, tuple[dict[str, Any], int, str]] = {
     "a secret of nobody": ({"AWS_SECRET_ACCESS_KEY": "t"}, 0, "runs under"),
     "a region": ({"AWS_REGION": "eu-west-1"}, 0, "runs under"),
     "a profile that is not there": ({"AWS_PROFILE": "gone"}, 2, "error: AWS_PROFILE: must name a profile"),
-    "keys": ({"AWS_ACCESS_KEY_ID": "A", "AWS_SECRET_ACCESS_KEY": "x"}, 2, "error: run_root: .*AWS_ACCESS_KEY_ID leads"),
+    "keys": ({"AWS_ACCESS_KEY_ID": "A", "AWS_SECRET_ACCESS_KEY": "x"}, 2, "error: run_root: .*AWS_ACCESS_KEY_ID names"),
     "half a key": ({"AWS_ACCESS_KEY_ID": "A"}, 2, "error: AWS_SECRET_ACCESS_KEY: must come with AWS_ACCESS_KEY_ID"),
     "a retry mode": ({"AWS_RETRY_MODE": "foo"}, 2, "error: AWS_RETRY_MODE: must be a retry mode"),
     "no address": ({"AWS_ENDPOINT_URL": "x"}, 2, "error: AWS_ENDPOINT_URL: must be an S3 endpoint"),
