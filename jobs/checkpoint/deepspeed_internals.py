@@ -30,6 +30,8 @@ MODULE, SHAPES, ALIASES = "module", "param_shapes", "shared_params"
 """In a file of model states, like all that follow."""
 FROZEN_SHAPES, FROZEN_FRAGMENTS = "frozen_param_shapes", "frozen_param_fragments"
 CONFIG, TENSOR_PARALLEL_RANKS, EXPERTS = "ds_config", "mp_world_size", "num_experts"
+OVERFLOW_LOOKED_FOR = "check_grad_overflow"
+"""Of the configuration's part for bf16: whether every step does."""
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state of a parameter, besides its count of steps."""
 

@@ -23,7 +23,7 @@ from jobs.checkpoint.zero_layout import Held, SourceTensor, ZeroFiles
 from jobs.checkpoint.zero_state import ZeroState
 from jobs.errors import CheckpointError
 
-_READ_AGAIN, _REQUESTS = 4, 16
+READ_AGAIN, REQUESTS = 4, 16
 """Moments are read by their owners if all owners together read at most this many times what there is, in at most this
 many requests per rank in addition to those that would read each byte once."""
 _DTYPES = {
@@ -139,9 +139,9 @@ def _is_read_by_owners(
     places = (place for vectors in by_vectors.values() for vector in vectors for place in vector.places)
     there = files.holding(place.byte_range for place in places)
     mine = files.holding(copy.source for copy in copies)
-    allowed = _REQUESTS * group.world_size + sum(1 for _ in files.requests(there))
+    allowed = REQUESTS * group.world_size + sum(1 for _ in files.requests(there))
     return (
-        group.total(len(mine)) <= _READ_AGAIN * len(there)
+        group.total(len(mine)) <= READ_AGAIN * len(there)
         and group.total(sum(1 for _ in files.requests(mine))) <= allowed
     )  # fmt: skip
 

@@ -95,7 +95,9 @@ class _Keyed:
 def _built(keyed: _Keyed, device: str) -> PooledEncoder:
     model = PooledEncoder(keyed.encoder.config)
     # Copies: what Ray hands to a task is read-only memory.
-    model.encoder.load_state_dict({name: torch.tensor(array) for name, array in keyed.encoder.arrays.items()})
+    model.encoder.load_state_dict(
+        {name: torch.tensor(array, device="cpu") for name, array in keyed.encoder.arrays.items()}
+    )
     return model.eval().requires_grad_(False).to(device)
 
 

@@ -80,8 +80,8 @@ def fitted_probe(features: Float32s, labels: Int64s, classes: int, l2: float = L
     deviation[deviation <= _LEAST_DEVIATION * mean.abs()] = 1
     inputs, back = _evened((given - mean) / deviation, classes, l2 / len(given))
     decay = l2 / (2 * len(given)) * back.square().sum(0)
-    weight = torch.zeros(classes, given.shape[1], dtype=torch.float64, requires_grad=True)
-    bias = torch.zeros(classes, dtype=torch.float64, requires_grad=True)
+    weight = torch.zeros(classes, given.shape[1], device="cpu", dtype=torch.float64, requires_grad=True)
+    bias = torch.zeros(classes, device="cpu", dtype=torch.float64, requires_grad=True)
     solver = torch.optim.LBFGS(
         [weight, bias],
         max_iter=MOST_ITERATIONS,

@@ -68,7 +68,7 @@ def reconstructed(storage: Storage, urls: Sequence[str], model: ConvMAE, *, seed
     """
     config = model.config
     images = torch.from_numpy(np.stack([_cropped(storage, url, config.image_shape) for url in urls]))
-    noise = mask_noise(seed, 0, torch.arange(len(urls)), config.mask_patches, "cpu")
+    noise = mask_noise(seed, 0, torch.arange(len(urls), device="cpu"), config.mask_patches, "cpu")
     grids = []
     for start in range(0, len(urls), COLUMNS):
         part = slice(start, start + COLUMNS)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from jobs.checkpoint.deepspeed_internals import (
+    OVERFLOW_LOOKED_FOR,
     check_deepspeed,
     check_engine,
     overflow_looked_for,
@@ -99,7 +100,7 @@ def build_engine(
         "zero_optimization": {"stage": recipe.zero_stage},
         "zero_allow_untested_optimizer": True,
         # Whether gradients are finite is looked at before a step, so that ranks agree on what to do if they are not.
-        "bf16": {"enabled": recipe.precision == "bf16_pure", "check_grad_overflow": False},
+        "bf16": {"enabled": recipe.precision == "bf16_pure", OVERFLOW_LOOKED_FOR: False},
         "steps_per_print": 2**62,
     }
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)

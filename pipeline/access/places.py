@@ -80,8 +80,8 @@ class Given:
             return text
         path = rest if separator else text
         path = _from_home(path.removeprefix("localhost") if separator and path.startswith("localhost/") else path)
-        if is_local(folder):
-            return str(Path(path_of(folder), path))
+        if is_local(folder):  # whose path is asked for where it matters alone: the working folder may be gone
+            return str(Path(path) if path.startswith("/") else Path(path_of(folder), path))
         if separator or path.startswith("/"):
             remedy = "copy what names it to this machine, or name a place in a store"
             raise StorageError("URL", f"must not lead from {folder} to files of this machine", self.text, remedy)
@@ -97,7 +97,7 @@ def normal(url: str) -> str:
     Raises:
         StorageError: It is no URL.
     """
-    place = Given(url).url(os.curdir)  # the working folder may be gone, and matters to relative paths alone
+    place = Given(url).url(os.curdir)
     if is_local(place):
         plain = os.path.realpath(place) if ".." in place.split("/") else os.path.abspath(place)  # noqa: PTH100
         return "/" + plain.lstrip("/")

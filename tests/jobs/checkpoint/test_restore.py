@@ -17,7 +17,7 @@ from counting_storage import CountingStorage
 from rank_threads import Ranks
 from zero_material import Material, commit_zero_files, random_material, write_zero_files
 
-from jobs.checkpoint import checkpoint, rank_group, zero_state
+from jobs.checkpoint import checkpoint, rank_group, zero_reading
 from jobs.checkpoint.rank_group import RankGroup
 from jobs.checkpoint.restore import Restored, restore_newest
 from jobs.checkpoint.zero_state import owned_ranges
@@ -130,8 +130,8 @@ def test_every_rank_gets_the_weights_and_its_share_bit_for_bit(
 @pytest.fixture
 def _moments_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the ranks would read too much, if each read the moments that it owns; in buckets of a tensor or two."""
-    monkeypatch.setattr(zero_state, "_READ_AGAIN", 0)
-    for module in (zero_state, rank_group):
+    monkeypatch.setattr(zero_reading, "READ_AGAIN", 0)
+    for module in (zero_reading, rank_group):
         monkeypatch.setattr(module, "BUCKET_BYTES", 1 << 14)
 
 
