@@ -21,7 +21,10 @@ def cluster(token_of_this_process: str) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize(("task_batches", "on_gpu"), [(1, False), (5, False), (5, True)])
+@pytest.mark.parametrize(
+    ("task_batches", "on_gpu"),
+    [pytest.param(1, False, marks=pytest.mark.slow), pytest.param(5, False, marks=pytest.mark.slow), (5, True)],
+)
 def test_tasks_of_a_cluster_give_the_bits_of_this_process(
     cluster: None, dataset: Dataset, small: ConvMAEConfig, task_batches: int, on_gpu: bool
 ) -> None:
