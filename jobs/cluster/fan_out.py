@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from jobs.errors import RunFailedError
 from jobs.run.shared_folder import Landmark, Landmarks, check_seen_here
@@ -55,6 +55,21 @@ class Progress:
             self.kept_samples + samples * kept,
             self.bad + bad,
         )
+
+
+class FanOut(Protocol):
+    """Runs tasks: `fan_out` on a cluster, or `fan_out_locally` in threads of this process."""
+
+    def __call__(
+        self,
+        work: Callable[[Storage, str, Task], Result],
+        storage: Storage,
+        url: str,
+        tasks: Iterable[Task],
+        *,
+        on_tick: Callable[[], None],
+    ) -> Iterator[Result]:
+        """As `fan_out`."""
 
 
 def fan_out(

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from jobs.cluster.fan_out import GPU_TASK_CPUS, Progress, fan_out, fan_out_locally
+from jobs.cluster.fan_out import GPU_TASK_CPUS, FanOut, Progress, fan_out, fan_out_locally
 from jobs.evaluate.encoder import Float32s, FrozenEncoder, encode, one_thread
 from jobs.run.shared_folder import manifest_landmarks
 from pipeline.errors import DatasetError
@@ -29,23 +29,6 @@ TASK_BATCHES = 8
 """Batches of a task: so many that starting it costs little beside them."""
 
 Int64s = npt.NDArray[np.int64]
-Task = TypeVar("Task")
-Done = TypeVar("Done")
-
-
-class FanOut(Protocol):
-    """Runs tasks: `jobs.cluster.fan_out.fan_out` on a cluster, or threads of this process."""
-
-    def __call__(
-        self,
-        work: Callable[[Storage, str, Task], Done],
-        storage: Storage,
-        url: str,
-        tasks: Iterable[Task],
-        *,
-        on_tick: Callable[[], None],
-    ) -> Iterator[Done]:
-        """As `jobs.cluster.fan_out.fan_out`."""
 
 
 @dataclass(frozen=True)

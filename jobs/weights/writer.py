@@ -13,9 +13,9 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from jobs.checkpoint.checked_files import CheckedFiles
+from jobs.cluster.fan_out import FanOut
 from jobs.errors import CheckpointError
 from jobs.weights.copy_tasks import Done, HashFile, MakeFile, MakePart, Task, work
 from jobs.weights.file_layout import INDEX_NAME, WeightFile, index_of
@@ -42,21 +42,6 @@ class ConsolidationProgress:
 
 Show = Callable[[str, ConsolidationProgress], None]
 """Called with the name and progress of a stage, after each task and about every second."""
-
-
-class FanOut(Protocol):
-    """Runs tasks: `jobs.cluster.fan_out.fan_out` on a cluster, or threads of this process."""
-
-    def __call__(
-        self,
-        work: Callable[[Storage, str, Task], Done],
-        storage: Storage,
-        url: str,
-        tasks: Iterable[Task],
-        *,
-        on_tick: Callable[[], None],
-    ) -> Iterator[Done]:
-        """As `jobs.cluster.fan_out.fan_out`."""
 
 
 class WeightWriter:

@@ -1,8 +1,8 @@
 """Questions of Ray Train's controller to its workers, which get over a connection that broke. Imports Ray Train late.
 
-A link that is silent for some seconds may end a connection on one side alone: the worker's kernel gives up a reply that
-nobody acknowledges, while the controller, which has nothing to send, takes it for open. Ray Train waits ten minutes for
-that reply, and then ends a group that has trained on, or has long finished. Here a question is asked anew, which shows
+A link that is silent for some seconds may end a connection on one side alone: the worker's socket is gone, while the
+controller, which has nothing to send, takes it for open. Ray Train waits ten minutes for the answer, and then ends a
+group that has trained on, or has long finished. Here a question is asked anew, which shows
 that the connection is broken; and a worker that cannot be reached for a while is taken for one that works, since who
 hangs, and whose node is gone, is the run's own watch's to find.
 """

@@ -1,4 +1,4 @@
-"""What a rank on a GPU is told and checks; what needs one is in tests/gpu."""
+"""What a rank on a GPU is given and checks; what needs one is in tests/gpu."""
 
 from __future__ import annotations
 
