@@ -23,12 +23,12 @@ from jobs.checkpoint import checkpoint
 from jobs.checkpoint.checked_files import CheckedFiles, with_chunks
 from jobs.checkpoint.checkpoint import Commit
 from jobs.checkpoint.zero_layout import ZeroFiles
-from jobs.cluster.fan_out import fan_out_locally
+from jobs.cluster.fan_out import FanOut, fan_out_locally
 from jobs.errors import CheckpointError
 from jobs.run.directory import RunDirectory
 from jobs.weights.file_layout import DTYPES, PART_BYTES, WeightFile, one_file, several_files
 from jobs.weights.target import ONE_FILE, ConsolidatedWeights, Target
-from jobs.weights.writer import FanOut, Show, WeightWriter
+from jobs.weights.writer import Show, WeightWriter
 from pipeline.access.urls import is_local
 from pipeline.store.lease import hold_lease
 from pipeline.store.storage import Storage

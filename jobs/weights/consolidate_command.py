@@ -16,7 +16,7 @@ from jobs.terminal import bytes_text, duration_text, progress_bar, say
 from jobs.weights.consolidate import consolidate, in_threads
 from jobs.weights.file_layout import PART_BYTES
 from jobs.weights.target import ConsolidatedWeights, Target
-from jobs.weights.writer import ConsolidationProgress, FanOut
+from jobs.weights.writer import ConsolidationProgress
 
 CLUSTER_BYTES = 2 << 30
 """From this size, tasks on a cluster are worth their start; smaller checkpoints take seconds here."""
