@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 from jobs.checkpoint.checkpoint import Commit, commit_url
+from jobs.cluster.fan_out import FanOut
 from jobs.cluster.session import Session
 from jobs.run.directory import RunDirectory
 from jobs.run.shared_folder import Landmarks, file_landmarks, planted
