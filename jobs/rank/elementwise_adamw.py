@@ -2,7 +2,7 @@
 
 PyTorch's fused AdamW on a CPU rounds the values that do not fill a vector register otherwise than the others, and which
 these are depends on the world size. Here they are moved to registers of their own, filled up with zeros. The unfused
-one is elementwise by itself, and takes four times as long (`make bench-grains`).
+one is elementwise by itself, and takes nine times as long (docs/decisions/0045-same-bits.md).
 """
 
 from __future__ import annotations
