@@ -162,7 +162,8 @@ def test_every_promised_store_is_opened_or_says_what_it_lacks(
     if isinstance(refused.value, StorageError):
         assert refused.value.rule in ("needs a package that is not installed", "must be reachable")
         assert "AWS_" not in refused.value.remedy
-    assert not caplog.records, "one line, without a library's traceback"
+    libraries = [record for record in caplog.records if not record.name.startswith("pipeline.")]
+    assert not libraries, "one line, without a library's traceback"
 
 
 @pytest.mark.parametrize("url", ["a\0b", "s3://bucket/a\0b", "memory://a\0b/c", "http://host/\0"])
