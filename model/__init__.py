@@ -1,6 +1,7 @@
 """ConvMAE in pure PyTorch: masking, sparse encoder, decoder, loss, weights. No I/O, no process group."""
 
 from model.backbone import Backbone
+from model.classifier import Classifier
 from model.config import ConvMAEConfig
 from model.convmae import ConvMAE, Output
 from model.dense import Features
@@ -11,6 +12,7 @@ from model.pooled import PooledEncoder
 
 __all__ = [
     "Backbone",
+    "Classifier",
     "ConvMAE",
     "ConvMAEConfig",
     "Features",

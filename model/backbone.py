@@ -19,6 +19,7 @@ from model.config import PARTS, PATCH_PIXELS, ConvMAEConfig, check_choice
 from model.dense import Features
 from model.encoder import Encoder
 from model.errors import ModelConfigError
+from model.vit import ViTEncoder
 from model.weights import check_names
 
 _NOT_OF_THE_MAPS = (
@@ -47,14 +48,9 @@ class Backbone(nn.Module):
         config.require_convolutions()
         for stage in recompute:
             check_choice("recompute", stage, PARTS[:3])
-        if not 0 <= drop_path < 1:
-            raise ModelConfigError("drop_path", "must be in [0, 1)", drop_path, "the official fine-tuning uses 0.1")
         self.config = config
-        self.encoder = Encoder(dataclasses.replace(config, fusion=False), recompute)
-        self.encoder.norm = nn.Identity()  # so that every parameter gets a gradient
-        blocks = [*self.encoder.blocks1, *self.encoder.blocks2, *self.encoder.blocks3]
-        for block, rate in zip(blocks, torch.linspace(0, drop_path, len(blocks)).tolist(), strict=True):
-            block.drop_path = rate
+        self.encoder = plain_encoder(config, recompute)
+        set_drop_path(self.encoder, drop_path)
 
     @property
     def channels(self) -> tuple[int, int, int]:
@@ -78,6 +74,7 @@ class Backbone(nn.Module):
             raise ModelConfigError("images", "must be normalised floats", images.dtype, "pass them through normalise()")
         height, width = images.shape[2:]
         filled = functional.pad(images, (0, -width % PATCH_PIXELS, 0, -height % PATCH_PIXELS))
+        assert isinstance(self.encoder, Encoder)
         return dense.features(self.encoder, filled)
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -91,6 +88,31 @@ class Backbone(nn.Module):
             WeightsError: If a name of the encoder is missing, a name is unknown or a shape differs; lists all of them.
         """
         load_encoder(self.encoder, state)
+
+
+def plain_encoder(config: ConvMAEConfig, recompute: Collection[str] = ()) -> Encoder | ViTEncoder:
+    """An encoder without fusion and final norm, so that every parameter gets a gradient; as ``Backbone`` has it."""
+    plain = dataclasses.replace(config, fusion=False)
+    encoder = Encoder(plain, recompute) if config.has_convolutions else ViTEncoder(plain, "stage3" in recompute)
+    encoder.norm = nn.Identity()
+    return encoder
+
+
+def set_drop_path(encoder: Encoder | ViTEncoder, rate: float) -> int:
+    """Set the blocks' rates of stochastic depth, from 0 at the first to ``rate`` at the last; returns their number.
+
+    Raises:
+        ModelConfigError: If the rate is not in [0, 1).
+    """
+    if not 0 <= rate < 1:
+        raise ModelConfigError("drop_path", "must be in [0, 1)", rate, "the official fine-tuning uses 0.1")
+    if isinstance(encoder, Encoder):
+        blocks = [*encoder.blocks1, *encoder.blocks2, *encoder.blocks3]
+    else:
+        blocks = [*encoder.blocks]
+    for block, of_block in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist(), strict=True):
+        block.drop_path = of_block
+    return len(blocks)
 
 
 def load_encoder(encoder: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -72,18 +73,26 @@ class ConvMlp(nn.Module):
         return out
 
 
-def drop_path(branch: Tensor, rate: float, training: bool) -> Tensor:
+def drop_path(branch: Tensor, rate: float, training: bool, noise: Tensor | None = None) -> Tensor:
     """Stochastic depth (Huang et al. 2016, arXiv:1603.09382): zero a branch for some images, scale it for the others.
 
     Args:
         branch: (B, ...).
-        rate: Probability of zero, from PyTorch's generator.
+        rate: Probability of zero.
         training: Otherwise nothing happens.
+        noise: (B,) in [0, 1), of which the lowest share is dropped; None: from PyTorch's generator.
     """
     if not rate or not training:
         return branch
-    kept = branch.new_empty(branch.shape[0], *[1] * (branch.ndim - 1)).bernoulli_(1 - rate)
-    return branch * kept.div_(1 - rate)
+    if noise is None:
+        noise = torch.rand(branch.shape[0], device=branch.device)
+    kept = (noise >= rate).to(branch.dtype).div_(1 - rate)
+    return branch * kept.view(-1, *[1] * (branch.ndim - 1))
+
+
+def branches(noise: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The noise of a block's two branches, each (B,): (B, 2) by column."""
+    return (None, None) if noise is None else (noise[:, 0], noise[:, 1])
 
 
 class ConvBlock(nn.Module):
@@ -183,30 +192,32 @@ class TransformerBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=TRANSFORMER_EPS)
         self.mlp = Mlp(dim, dim * mlp_ratio)
 
-    def forward(self, x_BNC: Tensor, wanted: Tensor | None = None) -> Tensor:
+    def forward(self, x_BNC: Tensor, wanted: Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         """Advance tokens by one block.
 
         Args:
             x_BNC: All tokens.
             wanted: (B, M) those to compute; None for all N.
+            noise: (B, 2) of ``drop_path``, for both branches.
 
         Returns:
             (B, M, C).
         """
-        return self.advance(x_BNC, self.qkv(x_BNC), wanted)
+        return self.advance(x_BNC, self.qkv(x_BNC), wanted, noise)
 
     def qkv(self, x_BNC: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, 3 * C): queries, keys and values; each token's depends on it alone."""
         out: Tensor = self.attn.qkv(self.norm1(x_BNC))
         return out
 
-    def advance(self, x_BNC: Tensor, qkv_BND: Tensor, wanted: Tensor | None) -> Tensor:
+    def advance(self, x_BNC: Tensor, qkv_BND: Tensor, wanted: Tensor | None, noise: Tensor | None = None) -> Tensor:
         """Do what ``forward`` does, given the tokens' ``qkv``."""
         mixed = self.attn(qkv_BND, wanted)
         if wanted is not None:
             x_BNC = select(x_BNC, wanted)
-        x_BNC = x_BNC + drop_path(mixed, self.drop_path, self.training)
-        out: Tensor = x_BNC + drop_path(self.mlp(self.norm2(x_BNC)), self.drop_path, self.training)
+        first, second = branches(noise)
+        x_BNC = x_BNC + drop_path(mixed, self.drop_path, self.training, first)
+        out: Tensor = x_BNC + drop_path(self.mlp(self.norm2(x_BNC)), self.drop_path, self.training, second)
         return out
 
 

@@ -8,6 +8,8 @@ Letters: B images, C channels, H and W rows and columns of a stage's map.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -15,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.blocks import ConvBlock, PatchEmbed, drop_path, run
+from model.blocks import ConvBlock, PatchEmbed, branches, drop_path, run
 from model.decoder import Decoder
 from model.encoder import Encoder
 from model.masking import Mask
@@ -39,24 +41,31 @@ class Features(NamedTuple):
         return functional.max_pool2d(self.stage3, 2, ceil_mode=True)
 
 
-def features(encoder: Encoder, images: Tensor) -> Features:
-    """Encode whole images, (B, 3, H, W), of any size that is a multiple of 16."""
-    x1 = _stage1(encoder, images, None)
-    x2 = _stage2(encoder, x1, None)
+def features(encoder: Encoder, images: Tensor, noise: Tensor | None = None) -> Features:
+    """Encode whole images.
+
+    Args:
+        encoder: With convolution stages.
+        images: (B, 3, H, W), of any size that is a multiple of 16.
+        noise: (B, blocks, 2) in [0, 1) for stochastic depth; None: from PyTorch's generator, where there is any.
+    """
+    noises = _of_blocks(noise)
+    x1 = _stage1(encoder, images, None, noises)
+    x2 = _stage2(encoder, x1, None, noises)
     x3 = _stage3_input(encoder, x2)
     for block in encoder.blocks3:
-        x3 = run(block, x3, recompute="stage3" in encoder.recompute)
+        x3 = run(block, x3, None, next(noises), recompute="stage3" in encoder.recompute)
     return Features(x1, x2, x3.mT.reshape(*x3.mT.shape[:2], *(side // 2 for side in x2.shape[2:])))
 
 
-def last_tokens(encoder: Encoder | ViTEncoder, images: Tensor) -> Tensor:
+def last_tokens(encoder: Encoder | ViTEncoder, images: Tensor, noise: Tensor | None = None) -> Tensor:
     """(B, L, C): patches after the last block, before the final norm; of whole images, as ``features``.
 
     Without the class token, where there is one: both official fine-tunings leave it out of their mean.
     """
     if isinstance(encoder, ViTEncoder):
-        return _vit_tokens(encoder, images, None)[:, 1:]
-    return features(encoder, images).stage3.flatten(2).mT
+        return _vit_tokens(encoder, images, None, noise)[:, 1:]
+    return features(encoder, images, noise).stage3.flatten(2).mT
 
 
 def encode(encoder: Encoder | ViTEncoder, images: Tensor, mask: Mask) -> Tensor:
@@ -81,11 +90,11 @@ def _encode(encoder: Encoder, images: Tensor, mask: Mask) -> Tensor:
     visible = (1 - mask.mask).to(images.dtype).view(-1, 1, *encoder.config.noise_shape)
     if encoder.config.masking == "block":
         visible1, visible2 = (functional.interpolate(visible, scale_factor=scale) for scale in (4, 2))
-        x1 = _stage1(encoder, images, visible1)
-        x2 = _stage2(encoder, x1, visible2)
+        x1 = _stage1(encoder, images, visible1, _of_blocks(None))
+        x2 = _stage2(encoder, x1, visible2, _of_blocks(None))
     else:
-        x1 = _stage1(encoder, images, visible) * visible
-        x2 = _stage2(encoder, x1, None)
+        x1 = _stage1(encoder, images, visible, _of_blocks(None)) * visible
+        x2 = _stage2(encoder, x1, None, _of_blocks(None))
     tokens = [_stage3_input(encoder, x2)]
     if encoder.config.fusion:
         fusions = ((encoder.stage1_output_decode, x1), (encoder.stage2_output_decode, x2))
@@ -106,7 +115,7 @@ def _encode_vit(encoder: ViTEncoder, images: Tensor, mask: Mask) -> Tensor:
     return out
 
 
-def _vit_tokens(encoder: ViTEncoder, images: Tensor, kept: Tensor | None) -> Tensor:
+def _vit_tokens(encoder: ViTEncoder, images: Tensor, kept: Tensor | None, noise: Tensor | None = None) -> Tensor:
     """(B, 1 + K, C) before the final norm, the class token first; every patch where ``kept`` is None."""
     maps = _convolve(encoder.patch_embed.proj, images)
     first, patches = encoder.pos_embed[:, :1], encoder.pos_embed[:, 1:]
@@ -115,24 +124,37 @@ def _vit_tokens(encoder: ViTEncoder, images: Tensor, kept: Tensor | None) -> Ten
         x = x.take_along_dim(kept[..., None], dim=1)
     first = (encoder.cls_token + first).to(x.dtype)
     x = torch.cat([first.expand(x.shape[0], -1, -1), x], dim=1)
-    for block in encoder.blocks:
-        x = run(block, x, recompute=encoder.recompute)
+    for block, of_block in zip(encoder.blocks, _of_blocks(noise), strict=False):
+        x = run(block, x, None, of_block, recompute=encoder.recompute)
     return x
 
 
-def _stage1(encoder: Encoder, images: Tensor, visible: Tensor | None) -> Tensor:
-    return _stage(encoder.patch_embed1, encoder.blocks1, images, visible, "stage1" in encoder.recompute)
+_Noises = Iterator[Tensor | None]
+"""(B, 2) of each block in turn; None: none is given."""
 
 
-def _stage2(encoder: Encoder, x1: Tensor, visible: Tensor | None) -> Tensor:
-    return _stage(encoder.patch_embed2, encoder.blocks2, x1, visible, "stage2" in encoder.recompute)
+def _of_blocks(noise: Tensor | None) -> _Noises:
+    return itertools.repeat(None) if noise is None else iter(noise.unbind(1))
 
 
-def _stage(embed: PatchEmbed, blocks: nn.ModuleList, x: Tensor, visible: Tensor | None, recompute: bool) -> Tensor:
+def _stage1(encoder: Encoder, images: Tensor, visible: Tensor | None, noises: _Noises) -> Tensor:
+    return _stage(
+        encoder.patch_embed1, encoder.blocks1, images, visible, noises, recompute="stage1" in encoder.recompute
+    )
+
+
+def _stage2(encoder: Encoder, x1: Tensor, visible: Tensor | None, noises: _Noises) -> Tensor:
+    recompute = "stage2" in encoder.recompute
+    return _stage(encoder.patch_embed2, encoder.blocks2, x1, visible, noises, recompute=recompute)
+
+
+def _stage(
+    embed: PatchEmbed, blocks: nn.ModuleList, x: Tensor, visible: Tensor | None, noises: _Noises, *, recompute: bool
+) -> Tensor:
     x = _embed(embed, x)
     for block in blocks:
         assert isinstance(block, ConvBlock)
-        x = run(partial(_block, block), x, visible, recompute=recompute)
+        x = run(partial(_block, block), x, visible, next(noises), recompute=recompute)
     return x
 
 
@@ -147,12 +169,13 @@ def _embed(embed: PatchEmbed, x: Tensor) -> Tensor:
     return functional.gelu(_norm(embed.norm, _convolve(embed.proj, x)))
 
 
-def _block(block: ConvBlock, x: Tensor, visible: Tensor | None) -> Tensor:
+def _block(block: ConvBlock, x: Tensor, visible: Tensor | None, noise: Tensor | None) -> Tensor:
+    first, second = branches(noise)
     y = _convolve(block.conv1, _norm(block.norm1, x))
     y = _depthwise(block.attn, y if visible is None else visible * y)
-    x = x + drop_path(_convolve(block.conv2, y), block.drop_path, block.training)
+    x = x + drop_path(_convolve(block.conv2, y), block.drop_path, block.training, first)
     y = _convolve(block.mlp.fc1, _norm(block.norm2, x))
-    return x + drop_path(_convolve(block.mlp.fc2, functional.gelu(y)), block.drop_path, block.training)
+    return x + drop_path(_convolve(block.mlp.fc2, functional.gelu(y)), block.drop_path, block.training, second)
 
 
 def _convolve(conv: nn.Conv2d, x: Tensor) -> Tensor:

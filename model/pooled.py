@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 from torch import Tensor, nn
 
 from model import dense
-from model.backbone import load_encoder
+from model.backbone import load_encoder, plain_encoder
 from model.blocks import TRANSFORMER_EPS
 from model.config import PATCH_PIXELS, ConvMAEConfig
-from model.encoder import Encoder
 from model.errors import ModelConfigError
-from model.vit import ViTEncoder
 
 
 class PooledEncoder(nn.Module):
@@ -32,9 +29,7 @@ class PooledEncoder(nn.Module):
     def __init__(self, config: ConvMAEConfig) -> None:
         super().__init__()
         self.config = config
-        plain = dataclasses.replace(config, fusion=False)
-        self.encoder: Encoder | ViTEncoder = Encoder(plain) if config.has_convolutions else ViTEncoder(plain)
-        self.encoder.norm = nn.Identity()
+        self.encoder = plain_encoder(config)
         self.fc_norm = nn.LayerNorm(config.embed_dim[2], eps=TRANSFORMER_EPS)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -43,14 +38,23 @@ class PooledEncoder(nn.Module):
         Raises:
             ModelConfigError: The shape is another one, or the images were not normalised.
         """
-        if images.ndim != 4 or images.shape[1] != 3 or any(side % PATCH_PIXELS for side in images.shape[2:]):
-            rule = f"must have shape (batch, 3, height, width), sides multiples of {PATCH_PIXELS}"
-            raise ModelConfigError("images", rule, tuple(images.shape), "resize them")
-        if not images.is_floating_point():
-            raise ModelConfigError("images", "must be normalised floats", images.dtype, "pass them through normalise()")
-        out: Tensor = self.fc_norm(dense.last_tokens(self.encoder, images).mean(dim=1))
+        out: Tensor = self.fc_norm(dense.last_tokens(self.encoder, checked_images(images)).mean(dim=1))
         return out
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Take the weights of a pretrained model, as ``Backbone.load`` does; ``fc_norm`` stays as it is."""
         load_encoder(self.encoder, state)
+
+
+def checked_images(images: Tensor) -> Tensor:
+    """The images.
+
+    Raises:
+        ModelConfigError: They are not (B, 3, H, W) with sides that are whole patches, or were not normalised.
+    """
+    if images.ndim != 4 or images.shape[1] != 3 or any(side % PATCH_PIXELS for side in images.shape[2:]):
+        rule = f"must have shape (batch, 3, height, width), sides multiples of {PATCH_PIXELS}"
+        raise ModelConfigError("images", rule, tuple(images.shape), "resize them")
+    if not images.is_floating_point():
+        raise ModelConfigError("images", "must be normalised floats", images.dtype, "pass them through normalise()")
+    return images

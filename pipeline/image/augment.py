@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -57,19 +58,21 @@ def crop_draws(seed: int, epoch: int, samples: npt.NDArray[np.int64]) -> Draws:
     return hashing.uniforms(hashing.key(_STREAM, seed, epoch), samples, 4 * ATTEMPTS + 1)
 
 
-def random_crop(draws: Draws, height: int, width: int) -> Crop:
+def random_crop(draws: Draws, height: int, width: int, scale_range: tuple[float, float] = SCALE) -> Crop:
     """The crop and flip of one sample in one epoch.
 
     Args:
         draws: (41,); its row of crop_draws().
         height: Of the image, in pixels.
         width: Of the image, in pixels.
+        scale_range: Of the crop's share of the image's area.
     """
+    least, most = scale_range
     *attempts, last = draws.tolist()
     flip = last < 0.5
     for attempt in range(ATTEMPTS):
         scale, ratio, down, right = attempts[4 * attempt : 4 * attempt + 4]
-        area = height * width * (SCALE[0] + scale * (SCALE[1] - SCALE[0]))
+        area = height * width * (least + scale * (most - least))
         low, high = math.log(RATIO[0]), math.log(RATIO[1])
         aspect = math.exp(low + ratio * (high - low))
         crop_width, crop_height = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
@@ -77,6 +80,46 @@ def random_crop(draws: Draws, height: int, width: int) -> Crop:
             top, left = int(down * (height - crop_height + 1)), int(right * (width - crop_width + 1))
             return Crop(top, left, crop_height, crop_width, flip)
     return _widest(height, width, flip)
+
+
+class Augmentation(Protocol):
+    """What makes an image of a batch out of a decoded one, by draws that belong to its sample and epoch."""
+
+    def draws(self, seed: int, epoch: int, samples: npt.NDArray[np.int64]) -> Draws:
+        """Draws of some samples in one epoch; a row depends on seed, epoch and its sample alone.
+
+        Args:
+            seed: The run's.
+            epoch: From 0.
+            samples: (n,) ids in the dataset.
+        """
+
+    def image(self, pixels: Pixels, draws: Draws, image_shape: tuple[int, int]) -> tuple[Pixels, Crop]:
+        """(3, H, W), and what it shows.
+
+        Args:
+            pixels: (height, width, 3).
+            draws: The sample's row.
+            image_shape: H and W, in pixels.
+        """
+
+
+@dataclass(frozen=True)
+class RandomCrops:
+    """Random resized crops and flips: those of the MAE recipe, if nothing else is said."""
+
+    scale: tuple[float, float] = SCALE
+    """Range of the crop's share of the image's area."""
+
+    def draws(self, seed: int, epoch: int, samples: npt.NDArray[np.int64]) -> Draws:
+        """As `crop_draws`."""
+        return crop_draws(seed, epoch, samples)
+
+    def image(self, pixels: Pixels, draws: Draws, image_shape: tuple[int, int]) -> tuple[Pixels, Crop]:
+        """As `Augmentation.image`."""
+        height, width = pixels.shape[:2]
+        crop = random_crop(draws, height, width, self.scale)
+        return augmented(pixels, crop, image_shape), crop
 
 
 def augmented(pixels: Pixels, crop: Crop, image_shape: tuple[int, int]) -> Pixels:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import DatasetError
-from pipeline.image.augment import CropRow, Draws, augmented, random_crop
+from pipeline.image.augment import Augmentation, CropRow, Draws
 from pipeline.image.decode import Pixels, decode
 from pipeline.load.bad_sample import MAX_CONSECUTIVE_BAD_SAMPLES, BadSample, OnBadSample
 from pipeline.load.dataset import Dataset
@@ -53,13 +53,21 @@ class ImageMaker:
     """
 
     def __init__(
-        self, dataset: Dataset, order: Order, image_shape: tuple[int, int], seed: int, policy: BadSamplePolicy
+        self,
+        dataset: Dataset,
+        order: Order,
+        image_shape: tuple[int, int],
+        *,
+        seed: int,
+        policy: BadSamplePolicy,
+        augmentation: Augmentation,
     ) -> None:
         self._dataset = dataset
         self._order = order
         self._image_shape = image_shape
         self._seed = seed
         self._policy = policy
+        self._augmentation = augmentation
         self._known_bad: set[int] = set()
 
     def fill(
@@ -121,7 +129,6 @@ class ImageMaker:
             except ValueError as error:
                 name = f"{sample.shard}/{sample.member}"
                 return sample.bad("undecodable", f"{name} at offset {sample.offset} does not decode ({error})")
-            chosen = random_crop(draws, *pixels.shape[:2])
-            out[:] = augmented(pixels, chosen, self._image_shape)
+            out[:], chosen = self._augmentation.image(pixels, draws, self._image_shape)
             crop[:] = (chosen.top, chosen.left, chosen.height, chosen.width, chosen.flip)
         return None

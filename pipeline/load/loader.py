@@ -18,7 +18,7 @@ import torch
 
 from pipeline.errors import OrderError
 from pipeline.host.daemon_threads import DaemonThreads
-from pipeline.image.augment import crop_draws
+from pipeline.image.augment import Augmentation, RandomCrops
 from pipeline.load.batch import Batch, StartedBatch
 from pipeline.load.dataset import Dataset
 from pipeline.load.device_copy import DeviceCopy
@@ -54,6 +54,7 @@ class Loader:
         device: torch.device | None = None,
         policy: BadSamplePolicy | None = None,
         stall_seconds: float = STALL_SECONDS,
+        augmentation: Augmentation | None = None,
     ) -> None:
         """Decide how to read; does no I/O. Long by its arguments alone.
 
@@ -63,7 +64,7 @@ class Loader:
             image_shape: Height and width of the images, in pixels.
             rank: Of this process, in [0, world_size).
             world_size: Number of processes that share a step.
-            seed: Of crops and flips.
+            seed: Of the augmentation.
             threads: Decode threads.
             prefetch_batches: Batches that are worked on ahead of the consumer, as far as the device.
             open_bytes: Memory for read, undecoded images. If a rank's open windows need more, samples are read one by
@@ -71,6 +72,7 @@ class Loader:
             device: Where the images go; None: they stay on the host.
             policy: What to do with samples that cannot be used; None: fail.
             stall_seconds: How long the consumer may wait for one batch.
+            augmentation: What is made of a decoded image; None: the crops and flips of pretraining.
 
         Raises:
             OrderError: The order is over another number of samples.
@@ -88,7 +90,10 @@ class Loader:
         self._device = device or torch.device("cpu")
         self._policy = policy or BadSamplePolicy()
         self._watch = StallWatch(stall_seconds, dataset.activities)
-        self._maker = ImageMaker(dataset, order, image_shape, seed, self._policy)
+        self._augmentation = augmentation or RandomCrops()
+        self._maker = ImageMaker(
+            dataset, order, image_shape, seed=seed, policy=self._policy, augmentation=self._augmentation
+        )
         window_bytes = int(len(self._lanes) * order.window_samples * dataset.mean_sample_bytes)
         self._whole_windows = min(window_bytes, dataset.manifest.tar_bytes) <= open_bytes
         if not self._whole_windows:
@@ -132,7 +137,8 @@ class Loader:
 
     def _start(self, step: int, ahead: ReadAhead, decoders: DaemonThreads, device_copy: DeviceCopy) -> StartedBatch:
         pending = ahead.request(step)
-        draws = crop_draws(self._seed, self._order.epoch(step), np.array([item.sample_id for item in pending]))
+        sample_ids = np.array([item.sample_id for item in pending])
+        draws = self._augmentation.draws(self._seed, self._order.epoch(step), sample_ids)
         batch = StartedBatch(step, pending, draws, self._image_shape, device_copy)
         for place in range(len(pending)):
             decoders.start(partial(self._fill, batch, place))
