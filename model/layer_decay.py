@@ -24,7 +24,8 @@ def layer_scales(model: nn.Module, decay: float) -> dict[str, float]:
         (f"{name}.", part) for name, part in model.named_modules() if isinstance(part, Encoder | ViTEncoder)
     )
     assert not others
-    stage, last = ("blocks3" if isinstance(encoder, Encoder) else "blocks"), encoder.config.depth[2] + 1
+    stage = "blocks3" if isinstance(encoder, Encoder) else "blocks"
+    last = len(list(encoder.get_submodule(stage).children())) + 1
     return {
         name: decay ** (last - (_layer(name.removeprefix(prefix), stage) if name.startswith(prefix) else last))
         for name, parameter in model.named_parameters()
