@@ -81,6 +81,7 @@ class UPerNet(nn.Module):
         self,
         backbone: Backbone,
         classes: int,
+        *,
         channels: int = 768,
         auxiliary_channels: int = 256,
         auxiliary_weight: float = 0.4,
