@@ -11,19 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from pictures import UNLABELLED, DataError, Pixels, read_pixels, read_size
 
-from pipeline.errors import UserError
-
-UNLABELLED = 255
 _SUFFIXES = (".jpg", ".jpeg", ".png")
-
-Pixels = npt.NDArray[np.uint8]
-
-
-class DataError(UserError):
-    """A folder of pictures and annotations that cannot be trained on."""
 
 
 @dataclass(frozen=True)
@@ -44,23 +34,17 @@ class AdeFolder:
         Raises:
             DataError: If a file cannot be read, or a pixel has a class that the schedule does not count.
         """
-        picture = np.asarray(_opened(self.pictures[index]).convert("RGB"))
-        values = np.asarray(_opened(self.maps[index]))
+        path = self.maps[index]
+        picture, values = read_pixels(self.pictures[index], "RGB"), read_pixels(path)
         if values.ndim != 2 or values.dtype != np.uint8:
-            raise DataError(
-                str(self.maps[index]), "must have one byte a pixel", values.shape, "save it with mode L or P"
-            )
-        labels = np.where(values == 0, UNLABELLED, values - 1).astype(np.uint8) if self.zero_is_unlabelled else values
+            raise DataError(str(path), "must have one byte a pixel", values.shape, "save it with mode L or P")
+        # Zero less one is 255 in eight bits, but 255 itself must stay.
+        labels = np.where(values == UNLABELLED, values, values - 1) if self.zero_is_unlabelled else values
         found = labels[labels != UNLABELLED]
         if found.size and found.max() >= self.classes:
-            most = self.classes - 1 + self.zero_is_unlabelled
+            rule = f"must have values up to {self.classes - 1 + self.zero_is_unlabelled}, or 255 for unlabelled"
             remedy = "correct the map, or give --set classes=N or --set zero_is_unlabelled=false"
-            raise DataError(
-                str(self.maps[index]),
-                f"must have values up to {most}, or 255",
-                int(values[labels != 255].max()),
-                remedy,
-            )
+            raise DataError(str(path), rule, int(found.max()) + self.zero_is_unlabelled, remedy)
         return picture, labels
 
 
@@ -72,8 +56,8 @@ def open_split(root: Path, split: str, classes: int, zero_is_unlabelled: bool) -
     """
     pictures, maps = _by_stem(root / "images" / split), _by_stem(root / "annotations" / split)
     for stem in sorted(pictures.keys() ^ maps.keys()):
-        has, lacks = ("a picture", "map") if stem in pictures else ("a map", "picture")
-        raise DataError(f"{root} ({split})", f"needs a {lacks} for each", stem, f"add it, or remove {has} of that name")
+        has, lacks = ("picture", "map") if stem in pictures else ("map", "picture")
+        raise DataError(f"{root} ({split})", f"must have a {lacks} for each {has}", stem, f"add it, or remove the {has}")
     names = sorted(pictures)
     made = AdeFolder(tuple(pictures[n] for n in names), tuple(maps[n] for n in names), classes, zero_is_unlabelled)
     with ThreadPoolExecutor(8) as threads:
@@ -91,9 +75,7 @@ def _by_stem(folder: Path) -> dict[str, Path]:
         if path.suffix.lower() not in _SUFFIXES:
             continue
         if path.stem in found:
-            raise DataError(
-                str(folder), "must have one file of a name", path.name, f"remove it or {found[path.stem].name}"
-            )
+            raise DataError(str(folder), "must have one file of a name", path.name, f"remove {found[path.stem].name}")
         found[path.stem] = path
     if not found:
         raise DataError(str(folder), f"must have files ending in {', '.join(_SUFFIXES)}", "none", "fill the folder")
@@ -101,16 +83,7 @@ def _by_stem(folder: Path) -> dict[str, Path]:
 
 
 def _compare(picture: Path, labels: Path) -> None:
-    with _opened(picture) as first, _opened(labels) as second:
-        if first.size != second.size:
-            rule = f"must have the size of its picture, {first.width}x{first.height}"
-            raise DataError(
-                str(labels), rule, f"{second.width}x{second.height}", "make the map anew, or remove both files"
-            )
-
-
-def _opened(path: Path) -> Image.Image:
-    try:
-        return Image.open(path)
-    except (OSError, UnidentifiedImageError) as error:
-        raise DataError(str(path), "must be a picture", type(error).__name__, "replace the file") from None
+    (width, height), size = read_size(picture), read_size(labels)
+    if size != (width, height):
+        rule = f"must have the size of its picture, {width}x{height}"
+        raise DataError(str(labels), rule, f"{size[0]}x{size[1]}", "make the map anew, or remove both files")

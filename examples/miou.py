@@ -5,11 +5,10 @@ From one confusion matrix over all pixels of all pictures, as ADE20K's figures a
 
 from __future__ import annotations
 
+from pictures import UNLABELLED
 from torch import Tensor
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
-
-UNLABELLED = 255
 
 
 def segmentation_metrics(classes: int) -> MetricCollection:

@@ -7,13 +7,12 @@ GroupNorm, where the official code synchronises BatchNorm: batches of a process 
 from __future__ import annotations
 
 import torch
+from pictures import UNLABELLED
 from torch import Tensor, nn
 from torch.nn import functional
 
 from model import Backbone
 from model.dense import Features
-
-UNLABELLED = 255
 
 
 def convolution(inputs: int, outputs: int, side: int) -> nn.Sequential:
