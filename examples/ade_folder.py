@@ -57,7 +57,8 @@ def open_split(root: Path, split: str, classes: int, zero_is_unlabelled: bool) -
     pictures, maps = _by_stem(root / "images" / split), _by_stem(root / "annotations" / split)
     for stem in sorted(pictures.keys() ^ maps.keys()):
         has, lacks = ("picture", "map") if stem in pictures else ("map", "picture")
-        raise DataError(f"{root} ({split})", f"must have a {lacks} for each {has}", stem, f"add it, or remove the {has}")
+        rule, remedy = f"must have a {lacks} for each {has}", f"add it, or remove the {has}"
+        raise DataError(f"{root} ({split})", rule, stem, remedy)
     names = sorted(pictures)
     made = AdeFolder(tuple(pictures[n] for n in names), tuple(maps[n] for n in names), classes, zero_is_unlabelled)
     with ThreadPoolExecutor(8) as threads:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,6 +27,8 @@ from pretrained import backbone
 from schedule import DetectionSchedule, ScheduleError, read_schedule
 from torch import Tensor, distributed, nn
 from training import Job, Ranks, TrainingError, load_trained, train
+
+from model import Backbone
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,8 @@ def find(model: nn.Module, data: CocoFolder, ranks: Ranks) -> list[Found]:
         for index in range(ranks.rank, len(data), ranks.world):
             (output,) = model([scaled(data.picture(index)).to(ranks.device)])
             masks = (output["masks"][:, 0] > 0.5).to(torch.uint8).cpu().numpy()
-            rows = zip(output["boxes"].tolist(), output["labels"].tolist(), output["scores"].tolist(), masks, strict=True)
-            for box, label, score, mask in rows:
+            columns = (output[name].tolist() for name in ("boxes", "labels", "scores"))
+            for box, label, score, mask in zip(*columns, masks, strict=True):
                 found.append(found_object(data.image_ids[index], data.category_ids[label - 1], score, box, mask))
     return found
 
@@ -136,7 +138,8 @@ def run(given: Sequence[str]) -> int:
     return exit_code(lambda: main(read, os.environ))
 
 
-def _detector():  # type: ignore[no-untyped-def]  # torchvision need not be there
+def _detector() -> Callable[[Backbone, int, int], nn.Module]:
+    """Imported late, since torchvision need not be there."""
     try:
         from mask_rcnn import detector
     except (ImportError, RuntimeError) as error:  # RuntimeError: one that was built for another torch

@@ -41,7 +41,7 @@ def scaled_crop(
         scale: Range of the factor by which the picture is larger than what fits into the square.
 
     Returns:
-        Picture and masks, neither side longer than the square's, and which objects are still seen; masks of those alone.
+        Picture, masks of what is still seen, neither side longer than the square's, and which of the objects are.
     """
     height, width = picture.shape[:2]
     factor = _between(scale, draws[0]) * min(side / height, side / width)
@@ -79,6 +79,7 @@ def labelled_crop(
     picture: Pixels,
     labels: Pixels,
     draws: Draws,
+    *,
     image_scale: tuple[int, int],
     scale: tuple[float, float],
     side: int,

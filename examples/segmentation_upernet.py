@@ -50,10 +50,10 @@ def load_crop(data: AdeFolder, schedule: SegmentationSchedule, seed: int, epoch:
     return labelled_crop(
         *data.sample(sample),
         draws_of(seed, epoch, sample, SEGMENTATION_DRAWS),
-        schedule.image_scale,
-        schedule.scale,
-        schedule.crop,
-        schedule.most_of_one_class,
+        image_scale=schedule.image_scale,
+        scale=schedule.scale,
+        side=schedule.crop,
+        most_of_one_class=schedule.most_of_one_class,
     )
 
 

@@ -128,8 +128,10 @@ def train(model: nn.Module, job: Job[Sample], ranks: Ranks, say: Callable[[str],
     part = _part_of_batch(job, ranks)
     optimizer = made_optimizer(model, job.schedule)
     first = _restored(model, optimizer, job, ranks)
-    if first and ranks.rank == 0:
-        say(f"resumed after step {first} of {job.schedule.steps}")
+    if ranks.rank == 0:
+        _keep_rows(job.out / LOG, first)
+        if first:
+            say(f"resumed after step {first} of {job.schedule.steps}")
     wrapped = DistributedDataParallel(model) if ranks.world > 1 else model
     for step, samples in _read_ahead(job, ranks, part, first):
         torch.manual_seed(hashing.key(_STEP, job.seed, step, ranks.rank))
@@ -214,6 +216,13 @@ def _log(job: Job[Sample], done: int, factor: float, losses: Mapping[str, float]
         say(f"step {done}  " + "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))
 
 
+def _keep_rows(path: Path, steps: int) -> None:
+    """Take the rows of steps that are done again out of the log, which has one a step."""
+    if path.exists():
+        rows = path.read_text().splitlines()[:steps]
+        path.write_text("".join(f"{row}\n" for row in rows))
+
+
 def _agreed(job: Job[Sample], ranks: Ranks) -> dict[str, Any]:
     return {"seed": job.seed, "processes": ranks.world, "micro_batch": job.micro_batch, **_plain(job.schedule)}
 
@@ -274,4 +283,5 @@ def _load_weights(model: nn.Module, state: Mapping[str, Tensor], out: Path) -> N
         model.load_state_dict(state)
     except RuntimeError:
         rule = "must be of the architecture of the training that it holds"
-        raise TrainingError("--weights", rule, str(out), "give the weights that it began with, or another --out") from None
+        remedy = "give the weights that it began with, or another --out"
+        raise TrainingError("--weights", rule, str(out), remedy) from None

@@ -24,7 +24,7 @@ def write_ade(root: Path, split: str, count: int, side: int = 64) -> None:
         draw.rectangle((2, 2, side - 3, side - 3), fill=BACKGROUND)
         draw.rectangle(square, fill=SQUARE)
         draw.ellipse(disc, fill=DISC)
-        picture.save(root / "images" / split / f"{number:03}.jpg", quality=95)
+        picture.save(root / "images" / split / f"{number:03}.jpg", quality=95, subsampling=0)
         labels.save(root / "annotations" / split / f"{number:03}.png")
 
 
@@ -35,7 +35,7 @@ def write_coco(root: Path, split: str, count: int, side: int = 128) -> Path:
     images, annotations = [], []
     for number, (picture, square, disc) in enumerate(_scenes(split, count, side)):
         name = f"{number:03}.jpg"
-        picture.save(root / split / name, quality=95)
+        picture.save(root / split / name, quality=95, subsampling=0)
         images.append({"id": number + 10, "file_name": name, "width": side, "height": side})
         for category, box, outline in ((3, square, _corners(square)), (7, disc, _circle(disc))):
             left, top, right, bottom = box

@@ -17,6 +17,7 @@ from PIL import Image
 from pictures import DataError
 
 GRADIENT = np.arange(64 * 64 * 3, dtype=np.uint32).reshape(64, 64, 3).astype(np.uint8)
+HOW: dict[str, Any] = {"image_scale": (64, 32), "scale": (1, 1), "side": 32, "most_of_one_class": 0.75}
 
 
 def test_objects_of_coco_are_their_outlines_and_classes(tmp_path: Path) -> None:
@@ -165,11 +166,11 @@ def test_a_crop_of_one_class_is_tried_again() -> None:
     draws = np.full(SEGMENTATION_DRAWS, 0.9)
     draws[1:3], draws[3:5] = (0, 0), (0, 0.5)
 
-    cut, classes = labelled_crop(picture, labels, draws, (64, 32), (1, 1), 32, 0.75)
+    cut, classes = labelled_crop(picture, labels, draws, **HOW)
 
     assert classes[0].tolist() == [0] * 16 + [1] * 16
     assert (cut[..., 0] == classes * 100).all()
-    _, alone = labelled_crop(picture * 0, labels * 0, draws, (64, 32), (1, 1), 32, 0.75)
+    _, alone = labelled_crop(picture * 0, labels * 0, draws, **HOW)
     assert alone.shape == (32, 32)
 
 

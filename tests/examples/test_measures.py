@@ -67,7 +67,7 @@ def test_of_two_categories_one_found_is_half_and_an_error_that_is_surer_halves_i
 
 
 def test_a_mask_is_measured_apart_from_its_box(scenes: CocoFolder) -> None:
-    """12 of a square's 21 rows pass thresholds 0.5 and 0.55; of a disc they are 59 %, which may pass 0.6 by rounding."""
+    """12 of a square's 21 rows pass 0.5 and 0.55; of a disc they are 59 %, which may pass 0.6 by rounding."""
     cut = []
     for row, mask in zip(truth(scenes), scenes.objects(0)[0], strict=True):
         left, top, width, height = row["bbox"]

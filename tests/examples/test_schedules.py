@@ -5,7 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from schedule import DetectionSchedule, Schedule, ScheduleError, SegmentationSchedule, learning_rate_factor, read_schedule
+from schedule import (
+    DetectionSchedule,
+    Schedule,
+    ScheduleError,
+    SegmentationSchedule,
+    learning_rate_factor,
+    read_schedule,
+)
 from torch import nn
 from training import made_optimizer, places_of_step
 

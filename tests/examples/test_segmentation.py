@@ -77,6 +77,9 @@ def test_a_training_that_was_cut_off_has_the_bits_of_one_that_was_not(
     results = [json.loads((tmp_path / name / "result.json").read_text()) for name in ("whole", "cut")]
     assert results[0] == results[1]
     assert results[0]["step"] == 6
+    logs = [(tmp_path / name / training.LOG).read_text() for name in ("whole", "cut")]
+    assert logs[0] == logs[1]
+    assert [json.loads(line)["step"] for line in logs[0].splitlines()] == [1, 2, 3, 4, 5, 6]
     assert segmentation_upernet.run([*words(data, tmp_path / "cut", *more), "--set", "learning_rate=1.0"]) == 2
     assert capsys.readouterr().err.startswith("learning_rate: must be 0.001, as in the training in ")
 
