@@ -34,6 +34,7 @@ STACK_FILES = frozenset(
         "jobs/metrics/test_live_metrics",
         "jobs/control/test_main_job",
         "jobs/control/test_poisoned_runs",
+        "jobs/control/test_probed_run",
         "jobs/control/test_racing_drivers",
         "jobs/remote/test_command",
         "jobs/control/test_settings_travel",

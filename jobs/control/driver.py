@@ -245,16 +245,15 @@ def _new_monitor(run: RunDirectory, config: MonitorConfig, lease: Lease) -> Any:
 def _prober(plan: RunPlan, monitor: Any) -> Prober | None:
     """Measures the encoder beside the training; what comes of it are events, never the run's end."""
     import ray
-    from ray.exceptions import RayError
+    from ray.exceptions import RayActorError, RayError
 
     if plan.probes is None:
         return None
 
     def report(method: str, step: int, about: Any) -> None:
         with contextlib.suppress(RayError):  # of a monitor that does not come back the run itself dies
-            persevere(
-                lambda: ray.get(getattr(monitor, method).remote(step, about)), RayError, plan.run.storage.retry_seconds
-            )
+            patience_seconds = plan.run.storage.retry_seconds
+            persevere(lambda: ray.get(getattr(monitor, method).remote(step, about)), RayActorError, patience_seconds)
 
     def done(step: int, fields: Mapping[str, Any]) -> None:
         report("probed", step, fields)
@@ -262,7 +261,8 @@ def _prober(plan: RunPlan, monitor: Any) -> Prober | None:
     def failed(step: int, error: str) -> None:
         report("probe_failed", step, error)
 
-    return Prober(plan.run, plan.probes, ProbeTasks(plan.run, plan.probes), done, failed)
+    tasks = ProbeTasks(plan.run, plan.probes)
+    return Prober(plan.run, plan.probes, tasks, done, failed, hurry=tasks.hurry)
 
 
 def _consolidator(plan: RunPlan, monitor: Any, prober: Prober | None) -> MilestoneConsolidator:

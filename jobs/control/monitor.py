@@ -55,6 +55,8 @@ class RunMonitor(RankReports, GroupReports):
     def probed(self, step: int, fields: Mapping[str, Any]) -> None:
         """Note the accuracies at a step; returns when storage has them, since nobody measures them again."""
         with self._lock:
+            if any((event["step"], event["plan"]) == (step, fields["plan"]) for event in self._probed):
+                return  # whoever reports did not get the answer
             self._probed.append(self._add_event(PROBE_EVENT, step=step, **fields))
             self._figures.count("probes")
             self._figures.update(probe_seconds=fields["duration_seconds"])

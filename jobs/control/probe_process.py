@@ -17,9 +17,10 @@ CORES_A_THREAD = 8
 class ProbeProcess:
     """Probes weights with the CPU time that nothing else on the node wants. Ray makes an actor of it."""
 
-    def __init__(self) -> None:
-        """Lower the priority of this thread and of all that it will start."""
-        take_idle_cpu()
+    def __init__(self, *, is_idle: bool) -> None:
+        """Lower the priority of this thread and of all that it will start, if there is training to be slowed."""
+        if is_idle:
+            take_idle_cpu()
 
     def probe(self, storage: Storage, data: ProbedData, weights: ProbedWeights) -> dict[str, Any]:
         """As `probed`."""

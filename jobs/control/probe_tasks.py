@@ -38,7 +38,7 @@ class ProbeTasks:
         self._process: Any = None
         self._end: threading.Timer | None = None
         self._lock = threading.Lock()
-        self._is_busy = False
+        self._is_busy = self._is_hurried = False
 
     def __call__(self, weights: ProbedWeights) -> Mapping[str, Any]:
         """The fields of a probe's event.
@@ -47,24 +47,44 @@ class ProbeTasks:
             UserError, OSError: What it met.
             ProbeDiedError: Its process died.
         """
+        while True:
+            was_hurried = self._is_hurried
+            try:
+                return self._measured(weights)
+            except ProbeDiedError:
+                if was_hurried == self._is_hurried:
+                    raise
+            finally:
+                self._rest()
+
+    def hurry(self) -> None:
+        """Take an ordinary priority from now on, since nothing trains any more. A probe under way begins anew.
+
+        No process may raise its priority again, and beside other people's work an idle one might never end.
+        """
+        with self._lock:
+            self._is_hurried = True
+            process, self._process = self._process, None
+        _kill(process)
+
+    def _measured(self, weights: ProbedWeights) -> Mapping[str, Any]:
         import ray
         from ray.exceptions import RayError, RayTaskError
 
         with self._lock:
             self._is_busy = True
-        try:
             process = self._process = self._process or self._started()
+        try:
             found: Mapping[str, Any] = ray.get(process.probe.remote(self._run.storage, self._probes.data, weights))
         except RayTaskError as error:
             if isinstance(error.cause, UserError | OSError):
                 raise error.cause from None
             raise
         except RayError as error:
-            self._process = None
+            with self._lock:
+                self._process = None if self._process is process else self._process
             what = str(error).strip().splitlines()
             raise ProbeDiedError(f"the probe's process died: {what[0] if what else type(error).__name__}") from error
-        finally:
-            self._rest()
         return found
 
     def _rest(self) -> None:
@@ -77,21 +97,19 @@ class ProbeTasks:
             self._end.start()
 
     def _end_process(self) -> None:
-        import ray
-
         with self._lock:
             if self._is_busy or self._process is None:
                 return
             process, self._process = self._process, None
-        with contextlib.suppress(Exception):
-            ray.kill(process)
+        _kill(process)
 
     def _started(self) -> Any:
         import ray
 
         actor: Any = ray.remote(ProbeProcess)
         variables = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
-        return actor.options(num_cpus=0, runtime_env={"env_vars": variables}, **self._place()).remote()
+        options = {"num_cpus": 0, "runtime_env": {"env_vars": variables}, **self._place()}
+        return actor.options(**options).remote(is_idle=not self._is_hurried)
 
     def _place(self) -> dict[str, Any]:
         """This node where folders on local disks are read, else one that has an idle CPU."""
@@ -106,6 +124,14 @@ class ProbeTasks:
         if node := _idle_node():
             return {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True)}
         return next(copying_places())
+
+
+def _kill(process: Any) -> None:
+    import ray
+
+    if process is not None:
+        with contextlib.suppress(Exception):  # it is dead
+            ray.kill(process)
 
 
 def _idle_node() -> str:

@@ -51,6 +51,8 @@ class Prober:
         measure: Measure,
         on_done: Callable[[int, Mapping[str, Any]], None],
         on_failure: Callable[[int, str], None],
+        *,
+        hurry: Callable[[], None] = lambda: None,
     ) -> None:
         """Read which steps were probed already.
 
@@ -60,7 +62,9 @@ class Prober:
             measure: Measures weights.
             on_done: Is called, in the thread, with a step and the fields of its event.
             on_failure: Is called with a step, and why it was not probed.
+            hurry: Is called when nothing trains any more that would be slowed.
         """
+        self._hurry = hurry
         self._run, self._probes, self._measure = run, probes, measure
         self._on_done, self._on_failure = on_done, on_failure
         curve = ProbeCurve.of(run.read_events())
@@ -103,7 +107,8 @@ class Prober:
         self._add(step, copied.url)
 
     def close(self) -> None:
-        """Have the thread end when nothing waits any more."""
+        """Have the thread end when nothing waits any more; nothing trains from now on."""
+        self._hurry()
         self.begin()
         with self._changed:
             self._closing = True
