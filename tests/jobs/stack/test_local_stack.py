@@ -63,7 +63,7 @@ def family(stack: Stack) -> set[psutil.Process]:
     return stack_processes.with_descendants([*recorded, *stack_processes.marked(stack.settings.stack_id)])
 
 
-def wait_until(condition: Callable[[], bool], limit_seconds: float = 30) -> float:
+def wait_until(condition: Callable[[], bool], limit_seconds: float = 120) -> float:
     started = time.monotonic()
     while not condition():
         assert time.monotonic() - started < limit_seconds, "the condition did not come true"
