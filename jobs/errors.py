@@ -84,6 +84,10 @@ class EvaluationError(UserError):
     """An evaluation that cannot be made: a dataset without labels, classes that differ, too few samples."""
 
 
+class ProbeDiedError(Exception):
+    """A probe whose process died: killed, out of memory, or gone with its node."""
+
+
 class OvertakenError(RunError):
     """A driver that was silent too long, so that another one has taken over its run."""
 

@@ -35,6 +35,7 @@ STACKS = (
         "jobs/control/test_trajectory",
         "jobs/control/test_hangs",
         "jobs/control/test_poisoned_runs",
+        "jobs/control/test_probed_run",
         "jobs/control/test_racing_drivers",
         "jobs/control/test_soak",
         "jobs/checkpoint/test_damaged_checkpoints",

@@ -232,17 +232,25 @@ def stop(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
 def history(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
     """Print one line per step: step, epoch, loss, learning rate, world size, attempt.
 
-    Some lines end with a digest of all weights and moments: equal runs have equal ones, at any world size.
+    Some lines end with a digest of all weights and moments: equal runs have equal ones, at any world size; some with
+    the accuracy of the encoder, by kNN and a linear probe.
     """
-    for row in existing_run(open_session(), run, run_root).read_history():
+    from jobs.run.accuracy_text import accuracies_text
+    from jobs.run.probe_rows import ProbeCurve
+
+    directory = existing_run(open_session(), run, run_root)
+    probed = {row.step: dict(row.accuracies) for row in ProbeCurve.of(directory.read_events()).rows}
+    for row in directory.read_history():
+        accuracies = probed.get(row["step"])
         if as_json:
-            sys.stdout.write(json.dumps(row) + "\n")
+            sys.stdout.write(json.dumps({**row, **({"accuracies": accuracies} if accuracies else {})}) + "\n")
         else:
             line = (
                 f"step {row['step']:>8}  epoch {row['epoch']:>4}  loss {figure(row['loss'], '.6f')}  "
                 f"lr {row['learning_rate']:.3e}  world {row['world_size']:>3}  attempt {row['attempt']:>3}"
             )
-            say(line + (f"  digest {row['digest']}" if "digest" in row else ""))
+            digest = f"  digest {row['digest']}" if "digest" in row else ""
+            say(line + digest + (f"  {accuracies_text(accuracies)}" if accuracies else ""))
 
 
 @app.command(cls=at_store("url", "other"))

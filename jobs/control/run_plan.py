@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from jobs.cluster.session import Session
+from jobs.control.probe_plan import RunProbes, planned_probes
 from jobs.errors import PortTakenError, RecipeError
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import Schedule, order_of
@@ -35,6 +36,10 @@ class RunPlan:
     """How long its driver waits for a cluster that does not answer."""
     first_tar: str = ""
     """URL of a tar of the data set, which may lie elsewhere than the manifest."""
+    probes: RunProbes | None = None
+    """How its encoder is measured beside the training; None: not at all."""
+    probe_note: str = ""
+    """Why not, where that may surprise."""
 
 
 def plan_run(
@@ -72,7 +77,16 @@ def plan_run(
         trace_url = normal(trace_url)
         check_trace(session.storage, trace_url, run.url)
     first_tar = next((entry.tar_url(recipe.data) for entry in manifest.shards), "")
-    return RunPlan(recipe, run, Schedule.of(recipe, order.steps_per_epoch), trace_url, patience_seconds, first_tar)
+    schedule = Schedule.of(recipe, order.steps_per_epoch)
+    probes, note = planned_probes(session.storage, recipe, schedule, is_known=_has_probe_fields(run, recipe))
+    return RunPlan(recipe, run, schedule, trace_url, patience_seconds, first_tar, probes, note)
+
+
+def _has_probe_fields(run: RunDirectory, recipe: Recipe) -> bool:
+    """Whether the run has begun with the same fields of probes, which were found good then."""
+    return run.exists() and all(
+        getattr(run.read_recipe(), field) == getattr(recipe, field) for field in ("probe_data", "probe_labels")
+    )
 
 
 def begun_way(run: RunDirectory, recipe: Recipe) -> Recipe:

@@ -35,6 +35,8 @@ def train_here(session: Session, plan: RunPlan) -> None:
             say_finished(session, plan.run)
             return
         say(f"{'begins' if claimed == 'new' else 'resumes'}: {plan.run.url}")
+        if plan.probe_note:
+            say(plan.probe_note)
         with end_noted(plan.run), progress_bar(plan.run.name) as show:
             outcome = driver.train(
                 session, plan, lease, lambda now: show(now["step"], now["total_steps"], status_text(now))
@@ -86,6 +88,8 @@ def train_as_job(session: Session, plan: RunPlan, *, follow: bool, as_json: bool
         say_finished(session, plan.run)
     else:
         say(f"submitted {job} ({'a new run' if claimed == 'new' else 'resumes'}): {plan.run.url}")
+        if plan.probe_note:
+            say(plan.probe_note)
         if follow:
             say_outcome(plan.run, follow_job(session, plan.run, job))
         else:

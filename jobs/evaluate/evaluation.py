@@ -6,6 +6,8 @@ of a milestone.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -66,6 +68,15 @@ class ProbeSamples:
 
     train: LabelledSamples
     test: LabelledSamples
+
+    @property
+    def digest(self) -> str:
+        """Of which samples there are, and of which classes."""
+        content = hashlib.sha256()
+        for part in (self.train, self.test):
+            content.update(json.dumps([part.dataset_digest, part.classes]).encode())
+            content.update(part.sample_ids.tobytes() + part.labels.tobytes())
+        return content.hexdigest()[:16]
 
     @classmethod
     def of(cls, storage: Storage, plan: SamplePlan) -> ProbeSamples:

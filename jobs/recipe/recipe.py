@@ -42,7 +42,7 @@ MOST = 10**9
 """Of anything that is counted; a larger number is a typing error."""
 STANDARD_WORKERS = 64
 """GPUs that the published batch of 4,096 is meant for."""
-URL_FIELDS = ("data", "run_root", "init_from")
+URL_FIELDS = ("data", "run_root", "init_from", "probe_data", "probe_labels")
 HANG_SECONDS = 300.0
 OnNonFinite = Literal["stop", "skip_batch", "rollback"]
 """What to do with a step whose loss or gradient is not finite: see `jobs.rank.non_finite`."""
@@ -79,6 +79,12 @@ PLACEMENT_FIELDS = frozenset(
         "on_nonfinite_loss",
         "max_nonfinite_in_a_row",
         "max_restarts_without_progress",
+        "probes",
+        "probe_data",
+        "probe_labels",
+        "probe_epochs",
+        "probe_samples",
+        "probe_wait_seconds",
         "metrics_port",
     }
 )
@@ -229,6 +235,19 @@ class Recipe(BaseModel):
     """Epochs after which a checkpoint is saved and never deleted (the epochs of the paper's ablation)."""
     max_restarts_without_progress: int = Field(default=3, ge=0, le=MOST)
     """Restarts in a row without a new committed checkpoint before the run is abandoned."""
+    probes: Switch = True
+    """Measure the encoder beside the training, by kNN and a linear probe on labelled samples: before the first step, at
+    milestones, every `probe_epochs`, and at the end. Where there are no labels nothing is measured."""
+    probe_data: str = ""
+    """URL of the labelled data set on which it is measured. Empty: `data`, if that has labels."""
+    probe_labels: str = ""
+    """URL of a list of labels for it, a key, a tab and a label in each line. Empty: its own."""
+    probe_epochs: int = Field(default=0, ge=0, le=MOST)
+    """Epochs between probes, at whose end a checkpoint is saved, too; 0: at milestones alone."""
+    probe_samples: int = Field(default=10_000, ge=0, le=MOST)
+    """Most samples of it that are used, chosen by a hash of their ids; 0: all. They bound memory and time."""
+    probe_wait_seconds: float = Field(default=1800.0, ge=0)
+    """How long the end of a run waits for probes that are left."""
     metrics_port: int = Field(default=0, ge=0, le=65535)
     """Port of the run's /metrics endpoint; 0: any free one."""
 

@@ -52,13 +52,21 @@ class Schedule:
         epoch, rest = divmod(step, self.steps_per_epoch)
         return rest == 0 and epoch in milestone_epochs
 
+    def is_probe_epoch(self, step: int, recipe: Recipe) -> bool:
+        """Whether `step` finished steps end one of every `probe_epochs`."""
+        epoch, rest = divmod(step, self.steps_per_epoch)
+        return (
+            recipe.probes and rest == 0 and epoch > 0 and recipe.probe_epochs > 0 and epoch % recipe.probe_epochs == 0
+        )
+
     def ends_in_a_checkpoint(self, step: int, recipe: Recipe) -> bool:
-        """Whether the ranks save after `step` finished steps without being asked: by steps, milestones, and the end."""
+        """Whether the ranks save after `step` finished steps unasked: by steps, milestones, probes and the end."""
         by_steps = recipe.checkpoint_interval == "steps"  # otherwise the monitor asks for it
         return (
             (by_steps and step % recipe.checkpoint_every_steps == 0)
             or step == self.total_steps
             or self.is_milestone(step, recipe.milestone_epochs)
+            or self.is_probe_epoch(step, recipe)
         )
 
 

@@ -15,10 +15,12 @@ from html import escape
 
 from jobs.metrics.goodput import measured_goodput
 from jobs.recipe.recipe import Recipe
+from jobs.report.accuracy import ACCURACY_HEAD, accuracy_chart, accuracy_rows
 from jobs.report.charts import CANVASES, training_chart
 from jobs.report.page import page, pairs, paragraph, section, table
 from jobs.report.reported_run import ReportedRun
 from jobs.run.directory import REPORT_NAME, RunDirectory
+from jobs.run.probe_rows import MAIN_PROBE
 from jobs.terminal import duration_text
 
 MOST_ATTEMPTS = 400
@@ -49,6 +51,7 @@ def report_html(run: ReportedRun) -> str:
     """The page as HTML. All outside text (names, reasons, paths) is escaped."""
     sections = [
         section("Training", _charts(run)),
+        section("Accuracy", _accuracy(run)),
         section("Reconstructions", _picture(run)),
         section("Attempts", _bars(run) + _timeline(run)),
         section("Checkpoints", _checkpoints(run)),
@@ -82,6 +85,8 @@ def _facts(run: ReportedRun) -> Iterable[tuple[str, str]]:
         yield "Epoch", f"{run.step / epoch_steps:.4g} / {run.recipe.epochs:,}"
     if len(run.history):
         yield "Final loss" if finished else "Latest loss", f"{run.history.losses[-1]:.4f}"
+    if newest := run.accuracies.newest:
+        yield "kNN accuracy", f"{newest.accuracies[MAIN_PROBE]:.1%}"
     yield "Images trained", f"{run.step * batch:,}"
     yield "Attempts", f"{len(attempts):,}"
     if attempts:
@@ -118,6 +123,21 @@ def _charts(run: ReportedRun) -> str:
         for canvas in CANVASES
     )
     return charts + (paragraph("Dashed lines: the step from which a later attempt resumed.") if restarts else "")
+
+
+def _accuracy(run: ReportedRun) -> str:
+    curve, failed = run.accuracies, sum(event["kind"] == "probe-failed" for event in run.events)
+    faults = paragraph(f"{failed:,} probes failed: see the events `probe-failed`.") if failed else ""
+    if not curve.rows:
+        return faults or paragraph("Not measured.")
+    control = "weights of init_from" if run.recipe.init_from else "random weights"
+    epoch_steps = run.heartbeat.get("steps_per_epoch")
+    charts = "".join(
+        accuracy_chart(curve, epoch_steps=epoch_steps, control=control, canvas=canvas) for canvas in CANVASES
+    )
+    note = f"Top-1 on {curve.rows[-1].tested:,} labelled samples that the probes have not seen; intervals are of these "
+    note += f"samples alone, at 95 %. Step 0 is before training: {control}."
+    return charts + paragraph(note) + table(ACCURACY_HEAD, list(accuracy_rows(curve))) + faults
 
 
 def _picture(run: ReportedRun) -> str:

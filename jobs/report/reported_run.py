@@ -13,6 +13,7 @@ from jobs.recipe.recipe import Recipe
 from jobs.report.charts import History
 from jobs.report.reconstruction import RECONSTRUCTIONS_NAME
 from jobs.run.directory import RunDirectory
+from jobs.run.probe_rows import ProbeCurve
 from pipeline.shard.manifest import SKIPPED_NAME
 from pipeline.store.json_text import parsed_object
 
@@ -84,6 +85,11 @@ class ReportedRun:
         """When the run was last heard of, as Unix time; 0 if never."""
         said = self.events[-1]["at_seconds"] if self.events else 0.0
         return float(self.heartbeat.get("updated_at_seconds", said))
+
+    @property
+    def accuracies(self) -> ProbeCurve:
+        """Of the encoder, over the steps."""
+        return ProbeCurve.of(self.events)
 
     @property
     def attempts(self) -> list[Mapping[str, Any]]:

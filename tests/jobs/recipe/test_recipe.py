@@ -68,6 +68,12 @@ OTHER_VALUES: dict[str, Any] = {
     "on_damaged_checkpoint": "fail",
     "milestone_epochs": [10],
     "max_restarts_without_progress": 9,
+    "probes": False,
+    "probe_data": "s3://bucket/labelled",
+    "probe_labels": "s3://bucket/labels.txt",
+    "probe_epochs": 5,
+    "probe_samples": 100,
+    "probe_wait_seconds": 0.0,
     "metrics_port": 9000,
 }
 
@@ -103,7 +109,9 @@ def test_resuming_may_change_how_a_run_executes_and_nothing_else() -> None:
         "stall_seconds",
     }
 
-    assert workers | computing | saving | watching | reading | {"run_root", "max_steps"} == PLACEMENT_FIELDS
+    probing = {"probes", *(f"probe_{name}" for name in ("data", "labels", "epochs", "samples", "wait_seconds"))}
+
+    assert workers | computing | saving | watching | reading | probing | {"run_root", "max_steps"} == PLACEMENT_FIELDS
     assert set(Recipe.model_fields) >= PLACEMENT_FIELDS
 
 
@@ -114,6 +122,17 @@ def test_a_field_changes_the_digest_unless_it_is_placement(key: str) -> None:
     assert changed != TINY
     assert (changed.digest() == TINY.digest()) == (key in PLACEMENT_FIELDS)
     assert (changed.trajectory() == TINY.trajectory()) == (key in PLACEMENT_FIELDS)
+
+
+@pytest.mark.parametrize(
+    ("name", "digest"),
+    [
+        ("tiny", "2c5541eb1b14c27d9e81ab3d0a65c9a71b11f122447efb9f01ae42795804f78d"),
+        ("convmae_base", "fabd908257856c2c7d2f9b588db3262d9a40d3bad78bb30a8af45a7b5bf5d7a6"),
+    ],
+)
+def test_a_recipe_has_the_digest_that_it_had_before_probes(name: str, digest: str) -> None:
+    assert named_recipe(name).digest() == digest
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ConvMAEConfig)])
