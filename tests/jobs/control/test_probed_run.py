@@ -34,7 +34,7 @@ def test_accuracies_are_those_that_the_command_gives_for_each_step(convmae: Comm
         report = json.loads(convmae("evaluate", *words, "--data", data, "--samples", "10000", "--json", "-")[0])
         assert list(row.accuracies.values()) == [each["top1"]["accuracy"] for each in report["results"]]
         assert row.tested == report["test"]["samples"]
-    assert not run.storage.list_names(run.path("probes"))
+    assert not run.storage.list_files(run.path("probes")), "an empty folder may be listed for a while"
     assert [is_consolidated(run, row.step) for row in rows[1:]] == [True, False, True]
     history = [json.loads(line) for line in convmae("history", "probed", "--json")[0].splitlines()]
     assert [row["step"] for row in history if "accuracies" in row] == [row.step for row in rows[1:]]
