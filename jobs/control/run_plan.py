@@ -10,6 +10,7 @@ import torch
 
 from jobs.cluster.session import Session
 from jobs.errors import PortTakenError, RecipeError
+from jobs.evaluate.training_labels import TrainingLabels
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import Schedule, order_of
 from jobs.run.directory import RunDirectory
@@ -20,6 +21,7 @@ from jobs.weights.initial import pinned
 from pipeline.access.places import normal
 from pipeline.shard.manifest import Manifest
 from pipeline.store.lease import Lease
+from pipeline.store.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -60,12 +62,13 @@ def plan_run(
     patience_seconds = run.storage.retry_seconds if is_patient else 0.0
     session.storage.check(recipe.data, write=False, is_patient=is_patient)
     manifest = Manifest.load(session.storage, recipe.data)
-    order = order_of(recipe, manifest.samples)
     _check_capacity(session, recipe)
     if drives or session.is_local:
         persevere(lambda: _check_port(recipe.metrics_port), PortTakenError, patience_seconds)
     session.storage.check(run.url, write=True, exclusive=True, is_patient=is_patient)
     session.remember_run_root(run.root)
+    recipe, samples = _with_labels(session.storage, recipe, run, manifest.samples)
+    order = order_of(recipe, samples)
     recipe = begun_way(run, pinned(session.storage, recipe, run))
     run.check_recipe(recipe)
     if trace_url:
@@ -73,6 +76,23 @@ def plan_run(
         check_trace(session.storage, trace_url, run.url)
     first_tar = next((entry.tar_url(recipe.data) for entry in manifest.shards), "")
     return RunPlan(recipe, run, Schedule.of(recipe, order.steps_per_epoch), trace_url, patience_seconds, first_tar)
+
+
+def _with_labels(storage: Storage, recipe: Recipe, run: RunDirectory, samples: int) -> tuple[Recipe, int]:
+    """The recipe with the classes and labels of a fine-tuning, and how many samples it trains with.
+
+    Raises:
+        EvaluationError: They cannot be trained with, or are not those that the run began with.
+    """
+    if recipe.finetune is None:
+        return recipe, samples
+    if recipe.finetune.validation_data:
+        storage.check(recipe.finetune.validation_data, write=False)
+    if run.exists() and (began := run.read_recipe().finetune):
+        given = {"finetune.classes": list(began.classes), "finetune.samples_sha256": began.samples_sha256}
+        recipe = recipe.amended(given)
+    labels = TrainingLabels.of(storage, recipe)
+    return labels.pinned(recipe), len(labels.train)
 
 
 def begun_way(run: RunDirectory, recipe: Recipe) -> Recipe:
