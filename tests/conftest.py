@@ -25,7 +25,6 @@ STACKS = (
         "jobs/cli/test_environments",
         "jobs/evaluate/test_evaluate_command",
         "jobs/control/test_bad_samples",
-        "jobs/control/test_finetune_run",
         "jobs/control/test_folder_runs",
         "jobs/control/test_goodput_run",
         "jobs/control/test_iam_policies",
