@@ -107,6 +107,44 @@ def submit(
     train_as_job(session, plan, follow=follow, as_json=as_json)
 
 
+@app.command(cls=at_run("trace"))
+def finetune(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    *,
+    weights: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            metavar="WHAT",
+            help="Pretrained weights: a run, RUN@STEP, a consolidated .safetensors file, an official .pth file, or "
+            "`random`; default: init_from.",
+            show_default=False,
+        ),
+    ] = "",
+    run: RunOption = "",
+    trace: TraceOption = "",
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Show progress until the run ends.")] = False,
+    strict: Strict = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a classifier from pretrained weights, as a Ray job: a run like any other. The same command resumes it.
+
+    RECIPE is one of a fine-tuning or of linear probing: convmae_base_finetune, convmae_base_linear, tiny_finetune ...
+    """
+    from jobs.control.run_plan import plan_run
+    from jobs.control.workflow import train_as_job
+    from jobs.weights.pretrained import check_is_finetuning, resolved_weights
+
+    session, resolved = open_session(), amended_recipe(recipe, overrides, strict=strict)
+    check_is_finetuning(resolved)
+    resolved = resolved.amended(
+        resolved_weights(session.storage, resolved, weights, lambda name: existing_run(session, name, ""))
+    )
+    plan = plan_run(session, resolved, run or resolved.name, trace, drives=False)
+    train_as_job(session, plan, follow=follow, as_json=as_json)
+
+
 @app.command(cls=at_run())
 def resume(
     run: RunName,

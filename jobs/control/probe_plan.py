@@ -66,7 +66,7 @@ def planned_probes(
         RecipeError: `probe_data` or `probe_labels` cannot be used: no labels, one class, too few samples.
         UserError: There is no dataset.
     """
-    if not recipe.probes:
+    if not recipe.is_probed:
         return None, ""
     data = ProbedData(recipe.probe_data or recipe.data, recipe.probe_labels, recipe.probe_samples)
     is_named = bool(recipe.probe_data or recipe.probe_labels)

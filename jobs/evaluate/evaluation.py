@@ -19,7 +19,7 @@ from jobs.errors import EvaluationError
 from jobs.evaluate.encoder import Float32s, FrozenEncoder
 from jobs.evaluate.features import FeaturePlan, Runner, features
 from jobs.evaluate.knn import NEIGHBOURS, TEMPERATURE, check_neighbours, knn_rankings
-from jobs.evaluate.labels import TEST_RATIO, LabelledSamples, divided, labelled_samples, matched
+from jobs.evaluate.labels import TEST_RATIO, LabelledSamples, divided, labelled_samples, matched, refuse_overlap
 from jobs.evaluate.linear import L2, check_l2, fitted_probe
 from jobs.evaluate.scores import Scores
 from jobs.evaluate.subject import Subject
@@ -94,16 +94,8 @@ class ProbeSamples:
         if not plan.train_data:
             return cls(*divided(test, plan.test_ratio, plan.seed))
         train = _chosen(storage, plan.train_data, plan.train_labels, "--train-data", plan)
-        _refuse_overlap(train, test)
+        refuse_overlap(train, test, "--train-data")
         return cls(train, matched(train, test))
-
-
-def _refuse_overlap(train: LabelledSamples, test: LabelledSamples) -> None:
-    if train.dataset_digest != test.dataset_digest:
-        return
-    if shared := len(np.intersect1d(train.sample_ids, test.sample_ids)):
-        remedy = f"{shared} samples are in both; leave --train-data out, and --data is divided"
-        raise EvaluationError("--train-data", "must not hold what is tested on", train.url, remedy)
 
 
 def _chosen(storage: Storage, url: str, labels: str, field: str, plan: SamplePlan) -> LabelledSamples:

@@ -33,6 +33,14 @@ GAUGES = {
     "epoch": ("convmae_epoch", "Epoch of the last step, from 0."),
     "loss": ("convmae_loss", "Mean loss of the last global batch."),
     "learning_rate": ("convmae_learning_rate", "Learning rate of the last step."),
+    "validation_top1": (
+        "convmae_validation_accuracy_ratio",
+        "Share of validation samples whose class a fine-tuning gets.",
+    ),
+    "validation_top5": (
+        "convmae_validation_top_five_ratio",
+        "Share of them whose class is among the first five; no series with up to five classes.",
+    ),
     "gradient_norm": ("convmae_gradient_norm", "Global gradient norm of the last step."),
     "images_per_second": ("convmae_images_per_second", "Images trained per second over the last steps, all ranks."),
     "data_wait_ratio": ("convmae_data_wait_ratio", "Share of the last steps that the slowest rank waited for data."),

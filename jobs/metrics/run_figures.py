@@ -18,6 +18,8 @@ _KEPT = (
     "step",
     "world_size",
     "last_step_at_seconds",
+    "validation_top1",
+    "validation_top5",
     "checkpoint_step",
     "checkpoint_at_seconds",
     "checkpoint_bytes",

@@ -39,6 +39,8 @@ class ReportedRun:
     """Images that the data set skipped; None if its list is gone."""
     picture: bytes | None
     """A PNG of reconstructions."""
+    validations: Sequence[Mapping[str, Any]] = ()
+    """Rows of the history that have the accuracy of a fine-tuning."""
 
     @classmethod
     def read(cls, run: RunDirectory) -> ReportedRun:
@@ -48,6 +50,7 @@ class ReportedRun:
             RunError: If there is no such run.
         """
         recipe = run.read_recipe()
+        rows = run.read_history()
         skipped = _read_or_none(run, run.storage.join(recipe.data, SKIPPED_NAME)) if recipe.data else None
         return cls(
             name=run.name,
@@ -55,7 +58,8 @@ class ReportedRun:
             recipe=recipe,
             heartbeat=run.read_heartbeat(),
             events=run.read_events(),
-            history=History.of(run.read_history()),
+            history=History.of(rows),
+            validations=[row for row in rows if "validation_top1" in row],
             kept_steps=frozenset(checkpoint.committed_steps(run)),
             commit=checkpoint.latest_commit(run),
             faults=run.read_quarantine(),

@@ -65,6 +65,9 @@ class _HistoryRow(TypedDict):
     data_wait_seconds: NotRequired[Number]
     samples: NotRequired[Text]
     digest: NotRequired[Text]
+    validation_top1: NotRequired[Number]
+    validation_top5: NotRequired[Number]
+    validation_samples: NotRequired[Integer]
     skipped: NotRequired[Text]
 
 
