@@ -32,6 +32,7 @@ STACKS = (
     ),
     (
         "jobs/control/test_failures",
+        "jobs/control/test_finetune_run",
         "jobs/control/test_trajectory",
         "jobs/control/test_hangs",
         "jobs/control/test_poisoned_runs",
