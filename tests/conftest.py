@@ -19,6 +19,7 @@ from pipeline.store.storage import Storage
 STACK_FILES = frozenset(
     f"tests/{name}.py"
     for name in (
+        "jobs/ablate/test_killed_ablation",
         "jobs/control/test_bad_samples",
         "jobs/weights/test_consolidate_cluster",
         "jobs/checkpoint/test_damaged_checkpoints",

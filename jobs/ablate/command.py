@@ -96,8 +96,8 @@ def train_and_say(ablation: Ablation, *, at_most: int, as_json: bool) -> None:
         RunFailedError: Runs are missing at the end; names them.
     """
     session, spec = ablation.session, ablation.spec
-    if error := missing_data(spec):
-        raise error
+    if fault := missing_data(spec):
+        raise fault
     session.storage.check(ablation.root, write=True)
     submission.job_client(session)  # a cluster that does not answer is found at once
     try:
@@ -158,8 +158,8 @@ def write_and_say(ablation: Ablation, *, as_json: bool) -> None:
     """Write the results of what there is now, and print the tables."""
     storage = ablation.session.storage
     storage.check(ablation.root, write=True)
-    if error := missing_data(ablation.spec):
-        raise error
+    if fault := missing_data(ablation.spec):
+        raise fault
     results = collected(ablation.spec, ablation.runs, ablation.measurement)
     files = {
         "results.json": json.dumps(results, indent=1) + "\n",
