@@ -31,6 +31,7 @@ STACKS = (
         "jobs/control/test_settings_travel",
     ),
     (
+        "jobs/ablate/test_killed_ablation",
         "jobs/control/test_failures",
         "jobs/control/test_finetune_run",
         "jobs/control/test_trajectory",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -43,6 +44,12 @@ class LabelledSamples:
 
     def __len__(self) -> int:
         return len(self.sample_ids)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what they are: the dataset, the samples, and the name of the class of each."""
+        known = f"{self.dataset_digest} {self.classes}".encode()
+        return hashlib.sha256(known + self.sample_ids.tobytes() + self.labels.tobytes()).hexdigest()
 
     @property
     def present(self) -> tuple[str, ...]:
