@@ -143,6 +143,13 @@ def test_layer_decay_is_that_of_the_official_fine_tuning() -> None:
     assert set(layer_scales(made(SMALL, kind="linear"), 0.65).values()) == {1.0}
 
 
+def test_names_and_shapes_are_known_without_memory() -> None:
+    with torch.device("meta"):
+        model = Classifier(SMALL, 5, drop_path=0.1)
+
+    assert model.state_dict().keys() == made(SMALL).state_dict().keys()
+
+
 def test_what_cannot_be_classified_is_refused() -> None:
     with pytest.raises(ModelConfigError, match="classes: must be at least two, got 1"):
         Classifier(SMALL, 1)

@@ -12,6 +12,7 @@ import pytest
 from labelled_data import STORAGE, labelled_dataset
 from patience import wait_until
 from ray_here import ray_here
+from testbed import processes
 
 from jobs.control.probe_plan import RunProbes
 from jobs.control.probe_tasks import ProbeTasks
@@ -44,8 +45,7 @@ def tasks_on(url: str, folder: Path) -> ProbeTasks:
 
 
 def probing() -> list[psutil.Process]:
-    found = psutil.Process().children(recursive=True)
-    return [process for process in found if "ray::ProbeProcess" in " ".join(process.cmdline())]
+    return processes("ray::ProbeProcess", psutil.Process().children(recursive=True))
 
 
 def test_a_probe_takes_idle_cpu_time_until_nothing_trains(cluster: None, labelled: str, tmp_path: Path) -> None:
