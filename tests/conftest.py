@@ -31,10 +31,13 @@ STACKS = (
         "jobs/control/test_settings_travel",
     ),
     (
+        "jobs/ablate/test_killed_ablation",
         "jobs/control/test_failures",
+        "jobs/control/test_finetune_run",
         "jobs/control/test_trajectory",
         "jobs/control/test_hangs",
         "jobs/control/test_poisoned_runs",
+        "jobs/control/test_probed_run",
         "jobs/control/test_racing_drivers",
         "jobs/control/test_soak",
         "jobs/checkpoint/test_damaged_checkpoints",
