@@ -16,7 +16,7 @@ from jobs.ablate.measurement import Measurement
 from jobs.ablate.results import collected, missing_data
 from jobs.ablate.schedule import TICK_SECONDS, Schedule
 from jobs.ablate.spec import Spec, Trial
-from jobs.ablate.table import columns, csv_text, markdown, rows, statement_columns, statement_rows
+from jobs.ablate.table import csv_text, markdown, narrow_tables, statement_lines
 from jobs.cluster import submission
 from jobs.cluster.session import Session
 from jobs.control.run_plan import plan_run
@@ -172,9 +172,10 @@ def write_and_say(ablation: Ablation, *, as_json: bool) -> None:
     if as_json:
         print_json(results)
         return
-    print_table(columns(results), rows(results))
-    if results["statements"]:
-        print_table(statement_columns(), statement_rows(results))
+    for head, body in narrow_tables(results):
+        print_table(head, body)
+    for line in statement_lines(results):
+        say(line)
     for url in _copied(ablation, files):
         say(url)
 

@@ -88,6 +88,24 @@ def _cost(runs: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
     return f"{whole:.2f}", f"{max(0.0, whole - sum(cost['productive'] for cost in costs)):.2f}"
 
 
+def narrow_tables(results: Results) -> Iterator[tuple[list[str], list[list[str]]]]:
+    """The same for terminals, in tables of few columns: one for each measure, then loss, hours and others' figures."""
+    head, body = columns(results), rows(results)
+    first = head.index("loss") + 1
+    groups = [list(range(start, start + 3)) for start in range(first, first + 3 * len(measures(results)), 3)]
+    shown = {0, 1, *(place for group in groups for place in group)}
+    groups.append([place for place in range(len(head)) if place not in shown])
+    for group in groups:
+        yield [head[place] for place in (0, 1, *group)], [[row[place] for place in (0, 1, *group)] for row in body]
+
+
+def statement_lines(results: Results) -> Iterator[str]:
+    """What others found, and whether ours agrees, for terminals."""
+    for one in results["statements"]:
+        measure = f" by {one['measure']}" if one["measure"] else ""
+        yield f"{one['verdict']}{measure}: {one['text']} ({one['source']}); ours: {one['figures']}"
+
+
 def statement_columns() -> tuple[str, ...]:
     """Of the table of statements."""
     return "statement", "source", "ours, by", "ours", "verdict"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jobs.ablate.ablation_page import ablation_html
-from jobs.ablate.table import columns, csv_text, markdown, rows
+from jobs.ablate.table import columns, csv_text, markdown, narrow_tables, rows, statement_lines
 
 
 def run(seed: int, accuracy: float, random: float, whole: float) -> dict[str, Any]:
@@ -49,3 +49,13 @@ def test_markdown_csv_and_page_say_the_same() -> None:
     assert "<td>36.0 ± 1.0</td>" in html
     assert "Letters &lt;b&gt;" in html
     assert html.count('<svg class="wide"') == 2  # figures of the probe, and losses
+
+
+def test_a_terminal_gets_tables_of_few_columns_with_the_same_figures() -> None:
+    probe, rest = narrow_tables(RESULTS)
+
+    assert probe[0] == ["variant", "seeds", "linear probe", "random", "gain"]
+    assert probe[1][0] == ["a", "3/3", "36.0 ± 1.0", "30.0 ± 1.0", "+6.0 ± 0.0"]
+    assert rest[0] == ["variant", "seeds", "loss", "paper: top-1", "GPU-hours", "of them lost"]
+    assert rest[1][1] == ["b", "1/2", "0.5000", "-", "1.00", "0.00"]
+    assert list(statement_lines(RESULTS)) == ["undecided by linear probe: t (s); ours: 36.0 → 40.0"]
