@@ -25,7 +25,7 @@ from steps import NoReading, PoisonedStep
 from jobs.checkpoint.rank_group import RankGroup
 from jobs.checkpoint.restore import restore_newest
 from jobs.checkpoint.zero_state import owned_ranges, restore_optimizer
-from jobs.rank.classification import Classification
+from jobs.finetune.classification import Classification
 from jobs.rank.engine import (
     build_engine,
     build_model,

@@ -15,13 +15,12 @@ from jobs.control.lease import claim_run, is_committed_to_the_end, is_live
 from jobs.control.run_plan import RunPlan
 from jobs.control.workflow import end_of_job
 from jobs.errors import RunFailedError
-from jobs.run.directory import FINAL_STATES, REPORT_NAME, RunDirectory
+from jobs.run.directory import FINAL_STATES, REPORT_NAME, STOP_REQUEST_NAME, RunDirectory
 from jobs.terminal import ShowProgress
 from pipeline.store.storage import Storage
 
 ELSEWHERE = "elsewhere"
 """In place of a job: the run is alive, but no job of this cluster works on it."""
-STOP_NAME = "stop-request.json"
 
 
 @dataclass(frozen=True)
@@ -75,7 +74,7 @@ class ClusterRuns:
 
     def is_stopped(self) -> bool:
         """Whether `--stop` was typed since this command began."""
-        return self.session.storage.exists(Storage.join(self.folder, STOP_NAME))
+        return self.session.storage.exists(Storage.join(self.folder, STOP_REQUEST_NAME))
 
     def show(self, done: int, running: Sequence[Trial], show: ShowProgress) -> None:
         """Show how far the runs have come."""
@@ -99,7 +98,7 @@ def stop_all(session: Session, runs: Sequence[RunDirectory], folder: str) -> lis
     Returns:
         The runs that were asked.
     """
-    session.storage.write(Storage.join(folder, STOP_NAME), b"{}\n")
+    session.storage.write(Storage.join(folder, STOP_REQUEST_NAME), b"{}\n")
     asked = []
     for run in runs:
         if not run.exists():

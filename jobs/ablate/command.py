@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.ablate.ablation_page import ablation_html
-from jobs.ablate.cluster_runs import STOP_NAME, ClusterRuns, stop_all
+from jobs.ablate.cluster_runs import ClusterRuns, stop_all
 from jobs.ablate.estimate import PLAN_COLUMNS, estimates, plan_rows, total_text
 from jobs.ablate.measurement import Measurement
 from jobs.ablate.results import collected, missing_data
@@ -21,7 +21,7 @@ from jobs.cluster import submission
 from jobs.cluster.session import Session
 from jobs.control.run_plan import plan_run
 from jobs.errors import AblationError, RunFailedError
-from jobs.run.directory import RunDirectory
+from jobs.run.directory import STOP_REQUEST_NAME, RunDirectory
 from jobs.terminal import print_json, print_table, progress_bar, say
 from pipeline.errors import LeaseHeldError
 from pipeline.store.lease import hold_lease
@@ -123,7 +123,7 @@ def _trained(ablation: Ablation, at_most: int, *, quiet: bool) -> Schedule:
         measurement.check(trial)
     session.connect()
     runs = ClusterRuns(session, plans, ablation.folder)
-    session.storage.delete(Storage.join(ablation.folder, STOP_NAME))
+    session.storage.delete(Storage.join(ablation.folder, STOP_REQUEST_NAME))
     schedule = Schedule(
         runs,
         lambda trial: measurement.make(session, trial, plans[trial].run),
@@ -135,7 +135,7 @@ def _trained(ablation: Ablation, at_most: int, *, quiet: bool) -> Schedule:
         _follow(schedule, runs, order, quiet=quiet)
     except KeyboardInterrupt:
         names = ", ".join(trial.run_name for trial in schedule.running) or "none"
-        say(f"runs that go on: {names}; the same command follows them, `{ablation.words} --stop` stops them")
+        say(f"still running: {names}; the same command follows them, `{ablation.words} --stop` stops them")
         raise
     return schedule
 

@@ -48,7 +48,7 @@ class Schedule:
     """One command's work on an ablation.
 
     Owns: what became of each run while this command looked.
-    Failure: a run that fails, or cannot be evaluated, is told and left; the others go on.
+    Failure: a run that fails, or cannot be evaluated, is reported and left; the others continue.
     """
 
     runs: Runs

@@ -36,7 +36,7 @@ def ablate(
 ) -> None:
     """Train, evaluate and compare variants of a recipe over several seeds.
 
-    The runs are ordinary ones, which `list`, `stop` and `resume` know. The same command goes on where it was cut off:
+    The runs are ordinary ones, which `list`, `stop` and `resume` know. The same command resumes where it was cut off:
     finished runs are kept, those at work are followed, others are resumed. Ctrl-C leaves the runs at work.
     """
     from jobs.ablate.command import opened, show_plan, stop_and_say, train_and_say, write_and_say

@@ -21,11 +21,11 @@ from jobs.control.failure_cause import root_cause
 from jobs.control.lease import is_committed_to_the_end, overtaken
 from jobs.control.milestones import MilestoneConsolidator
 from jobs.control.monitor import RunMonitor
-from jobs.control.probe_tasks import ProbeTasks
-from jobs.control.prober import Prober
 from jobs.control.run_memory import MonitorConfig
 from jobs.control.run_plan import RunPlan
 from jobs.errors import DependencyError, MonitorLivesError, OvertakenError, RunFailedError
+from jobs.probes.probe_tasks import ProbeTasks
+from jobs.probes.prober import Prober
 from jobs.rank.trainer import TrainJob
 from jobs.recipe.checkpoint_interval import IntervalRule
 from jobs.run.directory import RunDirectory

@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 
 from jobs.checkpoint import checkpoint
-from jobs.control.prober import Prober
+from jobs.probes.prober import Prober
 from jobs.run.directory import RunDirectory
 from jobs.weights.consolidate import consolidate, in_threads
 from jobs.weights.target import ConsolidatedWeights

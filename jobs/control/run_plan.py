@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 
 from jobs.cluster.session import Session
-from jobs.control.probe_plan import RunProbes, planned_probes
 from jobs.errors import PortTakenError, RecipeError
-from jobs.evaluate.training_labels import TrainingLabels
+from jobs.finetune.training_labels import TrainingLabels
+from jobs.probes.probe_plan import RunProbes, planned_probes
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import Schedule, order_of
 from jobs.run.directory import RunDirectory

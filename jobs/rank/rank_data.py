@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jobs.checkpoint.rank_group import RankGroup
-from jobs.evaluate.training_labels import TrainingLabels
+from jobs.finetune.training_labels import TrainingLabels
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import order_of
 from pipeline.load.block_cache import CachePlace

@@ -23,8 +23,9 @@ from jobs.checkpoint.rank_group import RankGroup
 from jobs.checkpoint.restore import restore_newest
 from jobs.checkpoint.saver import CheckpointSaver
 from jobs.errors import CheckpointError, DamagedCheckpointError
-from jobs.evaluate.training_labels import TrainingLabels
-from jobs.rank.classification import Classification
+from jobs.finetune.classification import Classification
+from jobs.finetune.training_labels import TrainingLabels
+from jobs.finetune.validation import Validation
 from jobs.rank.engine import build_model, initialize_deepspeed
 from jobs.rank.gpu import check_given, compute_as
 from jobs.rank.history_row import done_row, skipped_row
@@ -38,7 +39,6 @@ from jobs.rank.resumable import check_resumable, software_versions
 from jobs.rank.standby import ask_for_successor
 from jobs.rank.step_reading import RankReading
 from jobs.rank.training_step import RankPlace, SharedStep, TrainingStep
-from jobs.rank.validation import Validation
 from jobs.rank.watchdog import COMPILE_ALLOWED_SECONDS, SAVE_ALLOWED_SECONDS
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import Schedule

@@ -14,8 +14,6 @@ from jobs.errors import RecipeError
 
 PLACEMENT_FIELDS = frozenset({"validation_data", "validation_labels", "validate_epochs"})
 """Of a fine-tuning: what may change when a run is resumed. They decide what is measured, not what is trained."""
-PINNED_FIELDS = frozenset({"classes", "samples_sha256"})
-"""Determined when a run begins."""
 
 
 class Finetune(BaseModel):

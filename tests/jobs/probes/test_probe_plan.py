@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from labelled_data import STORAGE, labelled_dataset
 
-from jobs.control.probe_plan import RunProbes, planned_probes
 from jobs.evaluate.evaluation import ProbePlan, ProbeSamples, SamplePlan, probe, probe_features
 from jobs.evaluate.features import FeaturePlan, here
-from jobs.evaluate.run_probe import ProbedData, ProbedWeights, probed
 from jobs.evaluate.subject import Subject
+from jobs.probes.probe_plan import RunProbes, planned_probes
+from jobs.probes.run_probe import ProbedData, ProbedWeights, probed
 from jobs.recipe.named_recipes import named_recipe
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import Schedule

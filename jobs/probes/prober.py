@@ -9,9 +9,9 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from jobs.control.probe_plan import RunProbes
 from jobs.errors import ProbeDiedError
-from jobs.evaluate.run_probe import ProbedWeights
+from jobs.probes.probe_plan import RunProbes
+from jobs.probes.run_probe import ProbedWeights
 from jobs.run.directory import RunDirectory
 from jobs.run.probe_rows import ProbeCurve
 from jobs.weights.consolidate import consolidate, in_threads

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from jobs.evaluate.labels import Int64s
-from jobs.rank.erasing import erased
-from jobs.rank.mixing import Mixing, mixed, smoothed
+from jobs.finetune.erasing import erased
+from jobs.finetune.mixing import Mixing, mixed, smoothed
 from jobs.recipe.recipe import Recipe
 from model.classifier import Classifier
 from model.convmae import Output

@@ -14,10 +14,10 @@ from probe_events import probe_event
 from zero_material import commit_zero_files, random_material, write_zero_files
 
 from jobs.control.milestones import MilestoneConsolidator
-from jobs.control.probe_plan import RunProbes
-from jobs.control.prober import Prober
 from jobs.errors import EvaluationError, ProbeDiedError
-from jobs.evaluate.run_probe import ProbedData, ProbedWeights
+from jobs.probes.probe_plan import RunProbes
+from jobs.probes.prober import Prober
+from jobs.probes.run_probe import ProbedData, ProbedWeights
 from jobs.recipe.named_recipes import named_recipe
 from jobs.recipe.schedule import Schedule
 from jobs.run.directory import RunDirectory
@@ -131,7 +131,7 @@ def test_an_event_on_other_samples_does_not_count(run: RunDirectory) -> None:
     assert sorted(bench.done) == [0, 2]
 
 
-def test_what_fails_is_told_and_what_died_is_tried_once_more(run: RunDirectory) -> None:
+def test_what_fails_is_reported_and_what_died_is_tried_once_more(run: RunDirectory) -> None:
     faults: list[Exception] = [
         ProbeDiedError("its process died"),
         ProbeDiedError("its process died"),
@@ -150,7 +150,7 @@ def test_what_fails_is_told_and_what_died_is_tried_once_more(run: RunDirectory) 
     assert files(run) == []
 
 
-def test_weights_that_cannot_be_copied_are_told_and_training_goes_on(run: RunDirectory) -> None:
+def test_weights_that_cannot_be_copied_are_reported_and_training_continues(run: RunDirectory) -> None:
     bench = Bench(run)
     commit(run, 2)
     for file in Path(run.path("checkpoints")).rglob("*_optim_states.pt"):
@@ -181,7 +181,7 @@ def test_the_end_waits_no_longer_than_it_is_told_to(run: RunDirectory) -> None:
 
 
 def test_too_many_copies_do_not_pile_up(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.control.prober.MOST_WAITING", 1)
+    monkeypatch.setattr("jobs.probes.prober.MOST_WAITING", 1)
     bench = Bench(run, is_open=False)
 
     consolidated(bench, range(1, 5), None)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from jobs.errors import EvaluationError, RecipeError
 from jobs.evaluate.knn import NEIGHBOURS
-from jobs.evaluate.run_probe import ProbedData, ProbedWeights, probe_samples
+from jobs.probes.run_probe import ProbedData, ProbedWeights, probe_samples
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import Schedule
 from jobs.weights.weight_files import model_json

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from jobs.evaluate.run_probe import ProbedData, ProbedWeights, probed
+from jobs.probes.run_probe import ProbedData, ProbedWeights, probed
 from pipeline.host.idle_cpu import take_idle_cpu
 from pipeline.store.storage import Storage
 

@@ -14,10 +14,10 @@ from patience import wait_until
 from ray_here import ray_here
 from testbed import processes
 
-from jobs.control.probe_plan import RunProbes
-from jobs.control.probe_tasks import ProbeTasks
 from jobs.errors import EvaluationError, ProbeDiedError
-from jobs.evaluate.run_probe import ProbedData
+from jobs.probes.probe_plan import RunProbes
+from jobs.probes.probe_tasks import ProbeTasks
+from jobs.probes.run_probe import ProbedData
 from jobs.recipe.named_recipes import named_recipe
 from jobs.recipe.schedule import Schedule
 from jobs.run.directory import RunDirectory

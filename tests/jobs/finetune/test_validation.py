@@ -9,8 +9,8 @@ import torch
 import torch.distributed as dist
 from labelled_data import STORAGE, labelled_dataset
 
-from jobs.evaluate.training_labels import TrainingLabels
-from jobs.rank.validation import Validation
+from jobs.finetune.training_labels import TrainingLabels
+from jobs.finetune.validation import Validation
 from jobs.recipe.named_recipes import named_recipe
 from model import Classifier
 from model.pixels import normalise

@@ -7,7 +7,7 @@ import pytest
 from labelled_data import STORAGE, labelled_dataset
 
 from jobs.errors import EvaluationError
-from jobs.evaluate.training_labels import TrainingLabels
+from jobs.finetune.training_labels import TrainingLabels
 from jobs.recipe.named_recipes import named_recipe
 from jobs.recipe.recipe import Recipe
 from pipeline.load.chosen_samples import ChosenSamples

@@ -12,10 +12,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from jobs.cluster.fan_out import INGEST_RESOURCE, copying_places, offered
-from jobs.control.probe_plan import RunProbes
-from jobs.control.probe_process import ProbeProcess
 from jobs.errors import ProbeDiedError
-from jobs.evaluate.run_probe import ProbedWeights
+from jobs.probes.probe_plan import RunProbes
+from jobs.probes.probe_process import ProbeProcess
+from jobs.probes.run_probe import ProbedWeights
 from jobs.run.directory import RunDirectory
 from pipeline.access.urls import is_local
 from pipeline.errors import UserError

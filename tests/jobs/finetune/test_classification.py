@@ -13,7 +13,7 @@ import torch
 from zero_groups import WorkerGroup
 from zero_material import commit_zero_files
 
-from jobs.rank.classification import Classification
+from jobs.finetune.classification import Classification
 from jobs.rank.engine import LEARNING_RATE_SCALE, build_model, optimizer_groups
 from jobs.recipe.named_recipes import named_recipe
 from jobs.recipe.recipe import Recipe
