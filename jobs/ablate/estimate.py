@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jobs.ablate.spec import Spec, Trial
-from jobs.recipe.plan import DatasetSize
+from jobs.recipe.plan import IMAGENET, DatasetSize
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import Schedule, order_of
 from jobs.recipe.sizing import H100_FLOPS_PER_SECOND, NodeType, estimated_step_seconds
@@ -24,6 +24,8 @@ NODE = NodeType(gpus=8, flops_per_second=H100_FLOPS_PER_SECOND)
 class Estimate:
     """Of one run."""
 
+    images: int
+    """Of its data set."""
     steps: int
     seconds: float
     """On its `max_workers`."""
@@ -43,16 +45,16 @@ class Estimate:
         if recipe.device == "cuda":
             node = NodeType(min(NODE.gpus, workers), NODE.flops_per_second)
             seconds = steps * estimated_step_seconds(recipe, node, math.ceil(workers / NODE.gpus))
-            return cls(steps, seconds, workers * seconds / 3600, "GPU-hours")
+            return cls(samples, steps, seconds, workers * seconds / 3600, "GPU-hours")
         cores = workers * max(1.0, recipe.cpus_per_worker)
         per_image = flops(recipe.model, recipe.micro_batch_size).training / recipe.micro_batch_size
         seconds = steps * recipe.global_batch_size * per_image / (CORE_FLOPS_PER_SECOND * cores)
-        return cls(steps, seconds, cores * seconds / 3600, "core-hours")
+        return cls(samples, steps, seconds, cores * seconds / 3600, "core-hours")
 
 
 def estimates(storage: Storage, spec: Spec) -> dict[Trial, Estimate]:
-    """Of each run; where no data is named, on ImageNet-1k."""
-    sizes: dict[str, int] = {}
+    """Of each run; where no data is named, on as many images as the spec is meant for."""
+    sizes = {"": spec.file.images or IMAGENET.samples}
     for trial in spec.trials:
         if trial.recipe.data not in sizes:
             sizes[trial.recipe.data] = DatasetSize.of(storage, trial.recipe).samples
@@ -84,4 +86,5 @@ def total_text(found: dict[Trial, Estimate]) -> str:
     units = dict.fromkeys(one.unit for one in found.values())
     sums = (f"{sum(one.hours for one in found.values() if one.unit == unit):,.1f} {unit}" for unit in units)
     basis = "estimated by data sheets of H100 GPUs" if "GPU-hours" in units else "estimated from one measured speed"
-    return f"{len(found)} runs, {' and '.join(sums)} of training ({basis})"
+    images = " or ".join(f"{count:,}" for count in sorted({one.images for one in found.values()}))
+    return f"{len(found)} runs on {images} images, {' and '.join(sums)} of training ({basis})"

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from jobs.errors import AblationError, RecipeError
 from jobs.recipe.named_recipes import file_fields, named_recipe
 from jobs.recipe.overrides import parse_overrides
-from jobs.recipe.recipe import Recipe
+from jobs.recipe.recipe import MOST, Recipe
 from jobs.run.directory import RUN_NAME
 from pipeline.access.places import normal
 
@@ -142,6 +142,8 @@ class SpecFile(_Part):
     variants: tuple[VariantPart, ...] = ()
     seeds: tuple[int, ...] = (0, 1, 2)
     """Each variant is trained once with each."""
+    images: int = Field(default=0, ge=0, le=MOST)
+    """Of the data set that it is meant for, by which costs are estimated where none is named; 0: as ImageNet-1k has."""
     evaluation: EvaluationPart = EvaluationPart()
     paper: tuple[PaperFigure, ...] = ()
     statements: tuple[Statement, ...] = ()

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from jobs.ablate.estimate import estimates
 from jobs.ablate.spec import Spec, spec_names
 from jobs.errors import AblationError, RecipeError
+from pipeline.store.storage import Storage
 
 SHIPPED = ("epochs", "masking", "kernel", "fusion", "mae", "loss")
 SOURCE = "review of arXiv:2205.03892 by Zheng, 2022-11-25"
@@ -61,7 +63,9 @@ def test_figures_of_others_are_those_of_their_sources(name: str) -> None:
 @pytest.mark.parametrize("name", [f"{name}_small" for name in SHIPPED])
 def test_small_specs_train_on_two_cores_for_less_than_two_hours(name: str) -> None:
     images_per_second = 400  # of both cores, at 64 x 64 pixels
-    images = sum(trial.recipe.epochs * 20_000 for trial in Spec.load(name).trials)
+    spec = Spec.load(name)
+    images = sum(trial.recipe.epochs * 20_000 for trial in spec.trials)
+    assert {one.images for one in estimates(Storage(), spec).values()} == {20_000}
 
     assert images / images_per_second < 1.6 * 3600  # the rest is for evaluations and starts
 
