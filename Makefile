@@ -51,17 +51,18 @@ check: $(INSTALLED)  ## Lint, format, types, layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy examples
 	$(BIN)/lint-imports
 
 test: check  ## Checks, then all tests but the slow ones
-	$(BIN)/python -m pytest -n 3
+	$(BIN)/python -m pytest -n 2
 
 test-pythons:  ## The fast tests on each other Python that is found, or in PYTHONS="/path/to/python3.13 ..."
 	@test -n "$(strip $(PYTHONS))" || echo "no other Python is found: skipped; name them with PYTHONS"
 	@for python in $(PYTHONS); do \
 		venv=.venv-$$($$python -c 'import sys; print("%d.%d" % sys.version_info[:2])') && \
 		$(MAKE) --no-print-directory install PYTHON=$$python VENV=$$venv && \
-		$$venv/bin/python -m pytest -n 3 -m 'not slow and not soak and not stack' || exit 1; \
+		$$venv/bin/python -m pytest -n 2 -m 'not slow and not soak and not stack' || exit 1; \
 	done
 
 test-newest:  ## What is used of the insides of Ray and DeepSpeed, against the newest of both; see docs/private-api.md

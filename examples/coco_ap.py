@@ -43,7 +43,7 @@ def average_precision(api: COCO, found: Sequence[Found]) -> dict[str, float]:
 
     -1, as COCO has it, where there is no object of a size.
     """
-    figures = {}
+    figures: dict[str, float] = {}
     for kind, name in (("bbox", "box"), ("segm", "mask")):
         with contextlib.redirect_stdout(io.StringIO()):
             evaluation = COCOeval(api, _results(api, found, kind), kind)

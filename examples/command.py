@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import distributed
+
 from model import ModelConfigError
 from pipeline.errors import UserError
 
@@ -52,6 +54,9 @@ def exit_code(work: Callable[[], None]) -> int:
     except (UserError, ModelConfigError) as error:
         sys.stderr.write(f"{error}\n")
         return 2
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
     return 0
 
 

@@ -28,8 +28,6 @@ from schedule import DetectionSchedule, ScheduleError, read_schedule
 from torch import Tensor, distributed, nn
 from training import Job, Ranks, TrainingError, load_trained, train
 
-from model import Backbone
-
 
 @dataclass(frozen=True)
 class Example:
@@ -106,8 +104,13 @@ def main(given: argparse.Namespace, environment: Mapping[str, str]) -> None:
     training = training.with_objects()
     ranks = Ranks.joined(environment)
     torch.manual_seed(given.seed)
-    model = detector(backbone(given.weights, schedule.drop_path), schedule.classes, schedule.image_size)
-    model.to(ranks.device)
+    model = detector(
+        backbone(given.weights, schedule.drop_path),
+        schedule.classes,
+        image_size=schedule.image_size,
+        channels=schedule.channels,
+        regions=schedule.regions,
+    ).to(ranks.device)
     identity = {"categories": list(training.categories.values())}
     make_folder(given.out)
     if not given.test_only:
@@ -138,7 +141,7 @@ def run(given: Sequence[str]) -> int:
     return exit_code(lambda: main(read, os.environ))
 
 
-def _detector() -> Callable[[Backbone, int, int], nn.Module]:
+def _detector() -> Callable[..., nn.Module]:
     """Imported late, since torchvision need not be there."""
     try:
         from mask_rcnn import detector

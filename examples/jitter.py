@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 from pictures import UNLABELLED, Pixels
+from PIL import Image
 
 from pipeline.order import hashing
 
@@ -25,7 +25,8 @@ _BRIGHTNESS, _CONTRAST, _HUE = 32, (0.5, 1.5), 18 / 180
 
 def draws_of(seed: int, epoch: int, sample: int, count: int) -> Draws:
     """(count,) numbers in [0, 1)."""
-    return hashing.uniforms(hashing.key(_STREAM, seed, epoch), np.array([sample], np.int64), count)[0]
+    (draws,) = hashing.uniforms(hashing.key(_STREAM, seed, epoch), np.array([sample], np.int64), count)
+    return np.asarray(draws)
 
 
 def scaled_crop(
@@ -55,7 +56,7 @@ def scaled_crop(
     masks = np.stack(cut) if cut else np.zeros((0, rows_kept, columns_kept), np.uint8)
     if draws[3] < 0.5:
         picture, masks = picture[:, ::-1], masks[:, :, ::-1]
-    seen = masks.any(axis=(1, 2))
+    seen = np.asarray(masks.any(axis=(1, 2)))
     return np.ascontiguousarray(picture), np.ascontiguousarray(masks[seen]), seen
 
 

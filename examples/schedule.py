@@ -60,6 +60,10 @@ class DetectionSchedule(Schedule):
     """Side of the square that an image is scaled into, in pixels."""
     scale: tuple[float, float] = (0.1, 2.0)
     """Range of large-scale jitter: by how much more than into the square an image is scaled before it is cropped."""
+    channels: int = Field(256, gt=0, multiple_of=8)
+    """Of the feature pyramid and the heads."""
+    regions: int = Field(512, gt=0)
+    """Of an image, from which the box head learns."""
 
 
 class SegmentationSchedule(Schedule):
@@ -78,7 +82,7 @@ class SegmentationSchedule(Schedule):
     channels: int = Field(768, gt=0, multiple_of=8)
     """Of the head."""
     auxiliary_channels: int = Field(256, gt=0, multiple_of=8)
-    """Of the head on the second map, which helps training alone."""
+    """Of the head on the third map, which helps training alone."""
     auxiliary_weight: float = Field(0.4, ge=0)
     dropout: float = Field(0.1, ge=0, lt=1)
     """Before the last convolution of both heads."""

@@ -64,7 +64,7 @@ def losses_of(side: int, device: torch.device, model: nn.Module, crops: list[Cro
     for image, label, (picture, classes) in zip(images, labels, crops, strict=True):
         rows, columns = classes.shape
         image[:, :rows, :columns] = normalised(picture)
-        label[:rows, :columns] = torch.from_numpy(classes)
+        label[:rows, :columns] = torch.from_numpy(np.array(classes))
     losses: dict[str, Tensor] = model(images.to(device), labels.to(device))
     return losses
 

@@ -201,7 +201,8 @@ def _updated(
             if isinstance(model, DistributedDataParallel) and number + 1 < count:
                 stack.enter_context(model.no_sync())
             losses = job.losses(model, samples[number * job.micro_batch : (number + 1) * job.micro_batch])
-            (torch.stack(list(losses.values())).sum() / count).backward()
+            whole = torch.stack(list(losses.values())).sum() / count
+            whole.backward()  # type: ignore[no-untyped-call]
         for name, loss in losses.items():
             sums[name] = sums.get(name, torch.zeros_like(loss)) + loss.detach() / count
     optimizer.step()

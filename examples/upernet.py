@@ -1,7 +1,7 @@
 """The backbone's maps in UPerNet (Xiao et al. 2018, arXiv:1807.10221): pyramid pooling, a top-down path, one fused map.
 
-A head of a fully convolutional network on the second map (stride 8) helps training, as in mmsegmentation. Norms are
-GroupNorm, where the official code synchronises BatchNorm: batches of a process are small.
+A head of a fully convolutional network on the third map (stride 16) helps training, as in the official configuration.
+Norms are GroupNorm, where the official code synchronises BatchNorm: batches of a process are small.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class UPerNet(nn.Module):
         backbone: The encoder.
         classes: Without the unlabelled.
         channels: Of the head.
-        auxiliary_channels: Of the head on the second map.
+        auxiliary_channels: Of the head on the third map.
         auxiliary_weight: Of that head's loss.
         dropout: Before the last convolution of both.
     """
@@ -91,7 +91,7 @@ class UPerNet(nn.Module):
         self.auxiliary_weight = auxiliary_weight
         self.head = UPerHead(backbone.channels, classes, channels, dropout)
         self.auxiliary = nn.Sequential(
-            convolution(backbone.channels[1], auxiliary_channels, 3),
+            convolution(backbone.channels[2], auxiliary_channels, 3),
             nn.Dropout2d(dropout),
             nn.Conv2d(auxiliary_channels, classes, 1),
         )
@@ -106,7 +106,7 @@ class UPerNet(nn.Module):
         maps: Features = self.backbone(images)
         return {
             "loss": _cross_entropy(self.head(maps), labels),
-            "auxiliary_loss": self.auxiliary_weight * _cross_entropy(self.auxiliary(maps.stage2), labels),
+            "auxiliary_loss": self.auxiliary_weight * _cross_entropy(self.auxiliary(maps.stage3), labels),
         }
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor | dict[str, Tensor]:

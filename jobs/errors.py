@@ -84,6 +84,14 @@ class EvaluationError(UserError):
     """An evaluation that cannot be made: a dataset without labels, classes that differ, too few samples."""
 
 
+class ProbeDiedError(Exception):
+    """A probe whose process died: killed, out of memory, or gone with its node."""
+
+
+class AblationError(UserError):
+    """An ablation that cannot be made as asked: an unknown key of its spec, a variant without a name of its own."""
+
+
 class OvertakenError(RunError):
     """A driver that was silent too long, so that another one has taken over its run."""
 

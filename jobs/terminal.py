@@ -215,7 +215,9 @@ def status_text(status: Mapping[str, Any]) -> str:
         parts.append(f"{world_size} workers")
     if status.get("restarts"):
         parts.append(f"{status['restarts']} restarts")
-    if (eta := status.get("eta_seconds")) is not None:
+    if status.get("probes_left"):
+        parts.append(f"{status['probes_left']} probes left")
+    elif (eta := status.get("eta_seconds")) is not None:
         parts.append(f"ETA {duration_text(eta)}")
     return " · ".join(parts)
 

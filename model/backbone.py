@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Mapping
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -110,8 +109,8 @@ def set_drop_path(encoder: Encoder | ViTEncoder, rate: float) -> int:
         blocks = [*encoder.blocks1, *encoder.blocks2, *encoder.blocks3]
     else:
         blocks = [*encoder.blocks]
-    for block, of_block in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist(), strict=True):
-        block.drop_path = of_block
+    for place, block in enumerate(blocks):  # no tensors: models are also built without memory, to learn their names
+        block.drop_path = rate * place / max(1, len(blocks) - 1)
     return len(blocks)
 
 

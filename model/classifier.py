@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -29,8 +30,9 @@ class Classifier(nn.Module):
         config: That of the pretraining, with the image size whose position embeddings are trained here.
         classes: Outputs of the head.
         kind: ``full``: all of it is trained, the positions too. ``linear``: the head alone, behind a batch norm without
-            parameters; what is before it is frozen.
-        drop_path: Probability of dropping the last block's branches; grows linearly from 0 at the first block.
+            parameters; what is before it is frozen, and stays in evaluation mode.
+        drop_path: Probability of dropping the last block's branches; grows linearly from 0 at the first block. Without
+            effect on a ``linear`` one.
         recompute: As for ``Backbone``; for MAE ``stage3`` is all of it.
 
     Source: models_convvit.py with ``global_pool``, main_finetune.py and main_linprobe.py of
@@ -70,8 +72,14 @@ class Classifier(nn.Module):
 
     @property
     def noise_draws(self) -> int:
-        """Values of ``noise`` that an image needs: one for each branch of each block."""
-        return 2 * self.blocks
+        """Values of ``noise`` that an image needs: one for each branch of each block that is trained."""
+        return 2 * self.blocks if self.kind == "full" else 0
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of what is trained; nothing is dropped in a frozen encoder."""
+        super().train(mode)
+        self.encoder.train(mode and self.kind == "full")
+        return self
 
     def features(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """(B, C): what the head sees; arguments as of ``forward``."""
@@ -86,7 +94,7 @@ class Classifier(nn.Module):
         Args:
             images: (B, 3, H, W) normalised, H and W multiples of 16.
             noise: (B, noise_draws) in [0, 1) for stochastic depth while training, as of ``sample_noise``; None: from
-                PyTorch's generator.
+                PyTorch's generator, where there are draws.
 
         Raises:
             ModelConfigError: The shape is another one, or the images were not normalised.

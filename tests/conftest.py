@@ -16,53 +16,55 @@ from jobs.stack.local_stack import down, up
 from jobs.stack.record import Stack
 from pipeline.store.storage import Storage
 
-STACKS = (
-    (
-        "jobs/control/test_main_job",
-        "jobs/remote/test_command",
-        "jobs/stack/test_local_stack",
-        "jobs/data/test_datasets",
-        "jobs/cli/test_environments",
-        "jobs/evaluate/test_evaluate_command",
-        "jobs/control/test_bad_samples",
-        "jobs/control/test_folder_runs",
-        "jobs/control/test_goodput_run",
-        "jobs/control/test_iam_policies",
-        "jobs/control/test_settings_travel",
-    ),
-    (
-        "jobs/control/test_failures",
-        "jobs/control/test_trajectory",
-        "jobs/control/test_hangs",
-        "jobs/control/test_poisoned_runs",
-        "jobs/control/test_racing_drivers",
-        "jobs/control/test_soak",
+STACK_FILES = frozenset(
+    f"tests/{name}.py"
+    for name in (
+        "jobs/ablate/test_killed_ablation",
         "jobs/checkpoint/test_damaged_checkpoints",
         "jobs/checkpoint/test_kills_in_saving",
+        "jobs/cli/test_environments",
+        "jobs/control/test_bad_samples",
+        "jobs/control/test_failures",
+        "jobs/finetune/test_finetune_run",
+        "jobs/control/test_folder_runs",
+        "jobs/control/test_goodput_run",
+        "jobs/control/test_hangs",
+        "jobs/control/test_iam_policies",
+        "jobs/control/test_main_job",
+        "jobs/control/test_poisoned_runs",
+        "jobs/probes/test_probed_run",
+        "jobs/control/test_racing_drivers",
+        "jobs/control/test_settings_travel",
+        "jobs/control/test_soak",
+        "jobs/control/test_trajectory",
+        "jobs/data/test_datasets",
+        "jobs/evaluate/test_evaluate_command",
         "jobs/metrics/test_live_metrics",
+        "jobs/remote/test_command",
+        "jobs/stack/test_local_stack",
         "jobs/weights/test_consolidate_cluster",
         "pipeline/load/test_chaos",
-    ),
+    )
 )
-"""Files with tests of a local stack. Those of a group share one and run in turn, beside the other group and all other
-tests (`pytest -n 3`); they begin first, since they take longest and mostly wait."""
-STACK_OF = {f"tests/{name}.py": number for number, names in enumerate(STACKS) for name in names}
+"""Files with tests of the local stack. They share one and run in turn, beside all other tests (`pytest -n 2`); they
+begin first, since they take longest. Two stacks beside each other take two cores twice as long."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of a local stack, check that STACKS lists their files, and put them first."""
+    """Mark the tests of the local stack, check that STACK_FILES lists their files, and put them first."""
     for item in items:
         file = item.nodeid.partition("::")[0]
         if "local_stack" in getattr(item, "fixturenames", ()):
             item.add_marker("stack")
-            if file not in STACK_OF:
-                raise pytest.UsageError(f"{file} has tests of the local stack: add it to STACKS in tests/conftest.py")
-    items.sort(key=lambda item: item.nodeid.partition("::")[0] not in STACK_OF)
+            if file not in STACK_FILES:
+                rule = f"{file} has tests of the local stack: add it to STACK_FILES in tests/conftest.py"
+                raise pytest.UsageError(rule)
+    items.sort(key=lambda item: item.nodeid.partition("::")[0] not in STACK_FILES)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Distribute single tests, but those of a stack as one group.
+    """Distribute single tests, but those of the stack as one group.
 
     pytest-xdist 3.8's own groups, which are marks, are not seen by pytest 9.2.
     """
@@ -70,8 +72,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            stack = STACK_OF.get(nodeid.partition("::")[0])
-            return nodeid if stack is None else f"stack {stack}"
+            return "stack" if nodeid.partition("::")[0] in STACK_FILES else nodeid
 
     return Scheduling(config, log)
 
@@ -96,7 +97,7 @@ def state_folder(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="session")
 def local_stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """The local stack, with real services, in a home of its own; one for a whole process of tests."""
+    """The local stack, with real services, in a home of its own; one for the whole test session."""
     os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112  Ray's own is 15: ranks would wait for other tests
     home = tmp_path_factory.mktemp("stack")
     yield up(home, num_cpus=4)

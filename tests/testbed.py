@@ -28,6 +28,7 @@ SMALL: dict[str, object] = {
     "lanes": 12,
     "micro_batch_size": 4,
     "base_learning_rate": 0.02,
+    "probes": False,  # most tests look at something else, and a probe imports PyTorch once more
     "standby": False,  # most tests restart nothing, and importing takes seconds of both cores
 }
 TILES = 96

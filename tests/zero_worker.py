@@ -25,13 +25,14 @@ from steps import NoReading, PoisonedStep
 from jobs.checkpoint.rank_group import RankGroup
 from jobs.checkpoint.restore import restore_newest
 from jobs.checkpoint.zero_state import owned_ranges, restore_optimizer
+from jobs.finetune.classification import Classification
 from jobs.rank.engine import (
     build_engine,
     build_model,
     discard_step,
     has_finite_gradients,
     initialize_deepspeed,
-    parameter_groups,
+    optimizer_groups,
     set_learning_rate,
 )
 from jobs.rank.training_step import RankPlace
@@ -54,7 +55,11 @@ class ExactSteps:
     def __init__(self, engine: Any, recipe: Recipe) -> None:
         self._order = order_of(recipe, 1000)
         place = RankPlace(RANK, WORLD_SIZE, torch.device("cpu"))
-        self._step = PoisonedStep(engine, recipe, place, self._order, reading=NoReading())  # type: ignore[arg-type]
+        objective = None
+        if recipe.finetune:
+            labels = np.arange(1000) % len(recipe.finetune.classes)
+            objective = Classification(recipe, labels, engine.module, place.device)
+        self._step = PoisonedStep(engine, recipe, place, self._order, reading=NoReading(), objective=objective)  # type: ignore[arg-type]
         self._recipe = recipe
         self.digests: list[str] = []
         self.norms: list[float] = []
@@ -121,7 +126,7 @@ class _Scaled(torch.autograd.Function):
 def run(case: dict[str, Any]) -> dict[str, Any]:
     recipe = Recipe.from_json(case["recipe"])
     model = build_model(recipe)
-    groups = parameter_groups(model, recipe.weight_decay)
+    groups = optimizer_groups(model, recipe)
     owned = owned_ranges(model, groups, stage=recipe.zero_stage, rank=RANK, world_size=WORLD_SIZE)
     CountingStorage.forget()
     state = None
@@ -139,9 +144,10 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     if state:
         restore_optimizer(engine, state)
     engine.poison = poison = [1.0]
-    engine.module.decoder.register_forward_hook(lambda module, given, result: _Scaled.apply(result, poison))
+    last = engine.module.head if recipe.finetune else engine.module.decoder
+    last.register_forward_hook(lambda module, given, result: _Scaled.apply(result, poison))
     step, losses = int(state.optimizer_step) if state else 0, []
-    exact = ExactSteps(engine, recipe) if recipe.is_exact else None
+    exact = ExactSteps(engine, recipe) if recipe.is_exact or recipe.finetune else None
     train = exact.train if exact else partial(train_step, engine, recipe)
     for action in case["steps"]:
         if action == "train":

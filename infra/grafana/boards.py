@@ -9,6 +9,7 @@ from infra.grafana.panels import RUN, Board, Figure, Graph, Query, Section
 
 RATE = "$__rate_interval"
 BY_RANK = "{{run}} rank {{rank}}"
+BY_PROBE = "{{run}} {{probe}}"
 BY_GPU = "{{Hostname}}{{hostname}} GPU {{gpu}}"
 """DCGM's exporter writes the one up to 4.8.2, the other after; a label that is not there is empty."""
 
@@ -120,6 +121,29 @@ OVERVIEW = Board(
                     logarithmic=True,
                 ),
                 Graph("Learning rate", "Linear warm-up, half-cosine to zero.", "sci", [_of("convmae_learning_rate")]),
+                Graph(
+                    "Accuracy",
+                    "By kNN and a linear probe on labelled samples; rises over epochs, above that before training.",
+                    "percentunit",
+                    [
+                        Query(f"convmae_probe_accuracy_ratio{{{RUN}}}", BY_PROBE),
+                        Query(f"convmae_probe_control_accuracy_ratio{{{RUN}}}", f"{BY_PROBE} before training"),
+                    ],
+                    12,
+                    floor=None,
+                ),
+                Graph(
+                    "Accuracy of kNN, k = 20",
+                    "With its 95 % interval; an alert says when it falls below what it was.",
+                    "percentunit",
+                    [
+                        Query(f'convmae_probe_accuracy_ratio{{{RUN}, probe="knn_20"}}'),
+                        Query(f'convmae_probe_accuracy_low_ratio{{{RUN}, probe="knn_20"}}', "{{run}} low"),
+                        Query(f'convmae_probe_accuracy_high_ratio{{{RUN}, probe="knn_20"}}', "{{run}} high"),
+                    ],
+                    12,
+                    floor=None,
+                ),
             ],
         ),
         Section(

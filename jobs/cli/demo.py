@@ -13,11 +13,12 @@ from typing import Any
 from jobs.cluster import submission
 from jobs.cluster.session import Session, home_folder
 from jobs.control.lease import is_live
-from jobs.control.run_plan import plan_run
+from jobs.control.run_plan import RunPlan, plan_run
 from jobs.control.workflow import follow_job, say_outcome, train_as_job
 from jobs.data.datasets import shard_and_say
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
+from jobs.run.probe_rows import MAIN_PROBE, ProbeCurve
 from jobs.stack import local_stack
 from jobs.terminal import say
 from pipeline.ingest.photographs import PHOTOGRAPHS, cut_tiles
@@ -32,6 +33,9 @@ SEED = 0
 SHARDING = Sharding(SAMPLES_PER_SHARD, seed=SEED)
 STEPS = 400
 """About three and a half minutes of training on two cores."""
+PROBES = 5
+"""About so many while it trains."""
+PROBE_SAMPLES = 2000
 
 
 def run_demo(environ: Mapping[str, str], images: str) -> None:
@@ -72,6 +76,7 @@ def run_demo(environ: Mapping[str, str], images: str) -> None:
         say("the same command resumes it")
         return
     _show_results(plan.run, home / "results" / run_name, session)
+    say(accuracy_line(ProbeCurve.of(plan.run.read_events()), plan))
 
 
 def run_and_source(images: str, home: Path) -> tuple[str, Path]:
@@ -95,6 +100,7 @@ def length_fields(manifest: Manifest) -> dict[str, Any]:
     steps_per_epoch = max(1, manifest.samples // max(1, batch))
     epochs = math.ceil(STEPS / steps_per_epoch)
     fields: dict[str, Any] = {"epochs": epochs, "warmup_epochs": epochs / 20}
+    fields |= {"probe_epochs": max(1, epochs // PROBES), "probe_samples": PROBE_SAMPLES}
     if milestones := sorted({epoch for epoch in (1, epochs // 5) if 0 < epoch < epochs}):
         fields["milestone_epochs"] = milestones
     if epochs * steps_per_epoch > 2 * STEPS:
@@ -122,6 +128,15 @@ def _show_results(run: RunDirectory, folder: Path, session: Session) -> None:
         say(f"Prometheus       {session.stack.prometheus_url}")
     command = own_command(Path(sys.argv[0]).absolute(), Path.cwd())
     say(f"next             {command} status {run.name}, {command} history {run.name}, {command} down")
+
+
+def accuracy_line(curve: ProbeCurve, plan: RunPlan) -> str:
+    """What the encoder has learned: its accuracy beside that of random weights."""
+    if curve.newest and curve.control:
+        accuracies = (row.accuracies[MAIN_PROBE] for row in (curve.newest, curve.control))
+        return "kNN accuracy {:.1%} (random weights {:.1%})".format(*accuracies).replace("%", " %")
+    why = plan.probe_note or f"this run was not probed; `convmae evaluate {plan.run.name} --data URL` measures it"
+    return f"kNN accuracy unknown: {why}"
 
 
 def own_command(executable: Path, folder: Path) -> str:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 RECIPES = ("recipe", "target")
 """Parameters that name a recipe; the second may name a data set instead."""
+EVALUATION_FIELDS = tuple(f"evaluation.{name}" for name in ("data", "train_data", "labels", "train_labels"))
+"""Fields of an ablation's evaluation that are paths or URLs."""
 WEIGHTS = ("what", "weights")
 """Parameters that name weights: a run, a file, or neither."""
 
@@ -131,6 +133,8 @@ def go_there(
     for name in RECIPES:
         if _is_recipe(parameters.get(name)):
             parameters[name] = _attached_recipe(str(parameters[name]), parameters.get("overrides"), attached)
+    if str(parameters.get("spec", "")).endswith(".toml"):
+        parameters["spec"] = _attached_spec(str(parameters["spec"]), parameters.get("overrides"), attached)
     own = [(name, place) for name, place in _places(parameters, places) if not _is_recipe(ctx.params[name])]
     for field, place in [*own, *_url_fields(parameters)]:
         refuse_own_path(field, place)
@@ -206,7 +210,7 @@ def _url_fields(parameters: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
     for override in parameters.get("overrides") or ():
         field, _, value = override.partition("=")
-        if field in URL_FIELDS:
+        if field in (*URL_FIELDS, *EVALUATION_FIELDS):
             yield field, value
 
 
@@ -235,6 +239,27 @@ def _attached_recipe(name: str, overrides: Iterable[str] | None, attached: dict[
             _refuse_unless_absolute(field, value)
     attached[Path(name).name] = Path(name).read_text("utf-8-sig")
     return Path(name).name
+
+
+def _attached_spec(word: str, overrides: Iterable[str] | None, attached: dict[str, str]) -> str:
+    """An ablation's spec there; its file is sent along with the recipes beside it. A fault is refused here.
+
+    Raises:
+        UserError: It is not valid, or a place in it means another one there.
+    """
+    from jobs.ablate.spec import PLACES, Spec, base_files
+    from jobs.recipe.recipe import URL_FIELDS
+
+    spec = Spec.load(word, list(overrides or ()))
+    for name in PLACES:
+        _refuse_unless_absolute(f"evaluation.{name}", str(getattr(spec.file.evaluation, name)))
+    for field in (*URL_FIELDS, "cache_dir"):
+        _refuse_unless_absolute(field, str(spec.file.recipe.get(field, "")))
+    for path in (Path(word), *base_files(Path(word))):
+        if path.parent != Path(word).parent:
+            raise UserError("base", "must lie beside the spec to be sent along", str(path), "move it there")
+        attached[path.name] = path.read_text("utf-8-sig")
+    return Path(word).name
 
 
 def known_run_root(session: Session, given: str = "") -> str:

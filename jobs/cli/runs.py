@@ -107,6 +107,44 @@ def submit(
     train_as_job(session, plan, follow=follow, as_json=as_json)
 
 
+@app.command(cls=at_run("trace"))
+def finetune(
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    *,
+    weights: Annotated[
+        str,
+        typer.Option(
+            "--from",
+            metavar="WHAT",
+            help="Pretrained weights: a run, RUN@STEP, a consolidated .safetensors file, an official .pth file, or "
+            "`random`; default: init_from.",
+            show_default=False,
+        ),
+    ] = "",
+    run: RunOption = "",
+    trace: TraceOption = "",
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Show progress until the run ends.")] = False,
+    strict: Strict = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train a classifier from pretrained weights, as a Ray job: a run like any other. The same command resumes it.
+
+    RECIPE is one of a fine-tuning or of linear probing: convmae_base_finetune, convmae_base_linear, tiny_finetune ...
+    """
+    from jobs.control.run_plan import plan_run
+    from jobs.control.workflow import train_as_job
+    from jobs.weights.pretrained import check_is_finetuning, resolved_weights
+
+    session, resolved = open_session(), amended_recipe(recipe, overrides, strict=strict)
+    check_is_finetuning(resolved)
+    resolved = resolved.amended(
+        resolved_weights(session.storage, resolved, weights, lambda name: existing_run(session, name, ""))
+    )
+    plan = plan_run(session, resolved, run or resolved.name, trace, drives=False)
+    train_as_job(session, plan, follow=follow, as_json=as_json)
+
+
 @app.command(cls=at_run())
 def resume(
     run: RunName,
@@ -232,17 +270,25 @@ def stop(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
 def history(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
     """Print one line per step: step, epoch, loss, learning rate, world size, attempt.
 
-    Some lines end with a digest of all weights and moments: equal runs have equal ones, at any world size.
+    Some lines end with a digest of all weights and moments: equal runs have equal ones, at any world size; some with
+    the accuracy of the encoder, by kNN and a linear probe.
     """
-    for row in existing_run(open_session(), run, run_root).read_history():
+    from jobs.run.accuracy_text import accuracies_text
+    from jobs.run.probe_rows import ProbeCurve
+
+    directory = existing_run(open_session(), run, run_root)
+    probed = {row.step: dict(row.accuracies) for row in ProbeCurve.of(directory.read_events()).rows}
+    for row in directory.read_history():
+        accuracies = probed.get(row["step"])
         if as_json:
-            sys.stdout.write(json.dumps(row) + "\n")
+            sys.stdout.write(json.dumps({**row, **({"accuracies": accuracies} if accuracies else {})}) + "\n")
         else:
             line = (
                 f"step {row['step']:>8}  epoch {row['epoch']:>4}  loss {figure(row['loss'], '.6f')}  "
                 f"lr {row['learning_rate']:.3e}  world {row['world_size']:>3}  attempt {row['attempt']:>3}"
             )
-            say(line + (f"  digest {row['digest']}" if "digest" in row else ""))
+            digest = f"  digest {row['digest']}" if "digest" in row else ""
+            say(line + digest + (f"  {accuracies_text(accuracies)}" if accuracies else ""))
 
 
 @app.command(cls=at_store("url", "other"))

@@ -10,6 +10,7 @@ import contextlib
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from types import FrameType
 from typing import Any
@@ -23,6 +24,8 @@ from jobs.control.monitor import RunMonitor
 from jobs.control.run_memory import MonitorConfig
 from jobs.control.run_plan import RunPlan
 from jobs.errors import DependencyError, MonitorLivesError, OvertakenError, RunFailedError
+from jobs.probes.probe_tasks import ProbeTasks
+from jobs.probes.prober import Prober
 from jobs.rank.trainer import TrainJob
 from jobs.recipe.checkpoint_interval import IntervalRule
 from jobs.run.directory import RunDirectory
@@ -79,13 +82,18 @@ def drive(
         on_status: As for `train`.
         kill: Ends the monitor.
     """
-    weights = _consolidator(plan, monitor)
+    import ray
+
+    prober = _prober(plan, monitor)
+    weights = _consolidator(plan, monitor, prober)
     training = _Training(fit)
     with _StopOnSignal(monitor):
         training.start()
         try:
             for status in _statuses(training, lease, monitor):
                 weights.look(status.get("checkpoint_step"))
+                if prober and status["state"] == "running":
+                    prober.begin()
                 on_status(status)
                 if status["state"] == "stopping" and status["waiting"]:
                     break  # there are no ranks that could save
@@ -95,7 +103,13 @@ def drive(
     if training.failure:
         raise _failed(plan.run, lease, monitor, root_cause(training.failure)) from training.failure
     is_finished = is_committed_to_the_end(plan)
+    if is_finished:
+        ray.get(monitor.trained.remote())
     weights.finish(plan.schedule.total_steps if is_finished else None)
+    if prober and is_finished:
+        _await_probes(prober, plan, lease, monitor, on_status)
+    elif prober:
+        prober.leave()
     on_status(_final_status(monitor, outcome := "finished" if is_finished else "stopped"))
     kill(monitor)
     return outcome
@@ -124,8 +138,30 @@ class _Training(threading.Thread):
             self.failure = error
 
 
-def _statuses(training: _Training, lease: Lease, monitor: Any) -> Iterator[Mapping[str, Any]]:
-    """What the monitor says, about once a second while the run trains.
+def _await_probes(
+    prober: Prober, plan: RunPlan, lease: Lease, monitor: Any, on_status: Callable[[Mapping[str, Any]], None]
+) -> None:
+    """Until all probes of a finished training are made, the recipe's limit has passed, or somebody asks to stop."""
+    began, limit_seconds = time.monotonic(), plan.recipe.probe_wait_seconds
+    prober.close()
+    reason = f"the end of the run waited {limit_seconds:g} s for it (probe_wait_seconds)"
+    with _StopOnSignal(monitor):
+        try:
+            for status in _statuses(prober.thread, lease, monitor):
+                on_status({**status, "probes_left": len(prober.left)})
+                if status["state"] == "stopping":
+                    reason = "the run was asked to stop before it"
+                    break
+                if time.monotonic() - began >= limit_seconds:
+                    break
+        except LeaseHeldError as error:
+            _kill(monitor)
+            raise overtaken(plan.run, error) from None
+    prober.give_up(f"{reason}; `convmae evaluate {plan.run.name}@STEP` measures it")
+
+
+def _statuses(work: threading.Thread, lease: Lease, monitor: Any) -> Iterator[Mapping[str, Any]]:
+    """What the monitor says, about once a second while a thread works.
 
     Raises:
         LeaseHeldError: Another driver has taken the run over.
@@ -133,8 +169,8 @@ def _statuses(training: _Training, lease: Lease, monitor: Any) -> Iterator[Mappi
     import ray
     from ray.exceptions import RayError
 
-    while training.is_alive():
-        training.join(timeout=1.0)
+    while work.is_alive():
+        work.join(timeout=1.0)
         lease.check()
         try:
             status: Mapping[str, Any] = ray.get(monitor.status.remote())
@@ -206,7 +242,30 @@ def _new_monitor(run: RunDirectory, config: MonitorConfig, lease: Lease) -> Any:
         raise MonitorLivesError("run", rule, run.name, "look at the cluster with `convmae doctor`") from error
 
 
-def _consolidator(plan: RunPlan, monitor: Any) -> MilestoneConsolidator:
+def _prober(plan: RunPlan, monitor: Any) -> Prober | None:
+    """Measures the encoder beside the training; what comes of it are events, never the run's end."""
+    import ray
+    from ray.exceptions import RayActorError, RayError
+
+    if plan.probes is None:
+        return None
+
+    def report(method: str, step: int, about: Any) -> None:
+        with contextlib.suppress(RayError):  # of a monitor that does not come back the run itself dies
+            patience_seconds = plan.run.storage.retry_seconds
+            persevere(lambda: ray.get(getattr(monitor, method).remote(step, about)), RayActorError, patience_seconds)
+
+    def done(step: int, fields: Mapping[str, Any]) -> None:
+        report("probed", step, fields)
+
+    def failed(step: int, error: str) -> None:
+        report("probe_failed", step, error)
+
+    tasks = ProbeTasks(plan.run, plan.probes)
+    return Prober(plan.run, plan.probes, tasks, done, failed, hurry=tasks.hurry)
+
+
+def _consolidator(plan: RunPlan, monitor: Any, prober: Prober | None) -> MilestoneConsolidator:
     """Writes the weights of milestones beside the training; what comes of it are events, never the run's end."""
 
     import ray
@@ -222,7 +281,7 @@ def _consolidator(plan: RunPlan, monitor: Any) -> MilestoneConsolidator:
     def failed(step: int, error: str) -> None:
         report(monitor.consolidation_failed, step=step, error=error)
 
-    return MilestoneConsolidator(plan.run, done, failed)
+    return MilestoneConsolidator(plan.run, done, failed, prober)
 
 
 def _fit(plan: RunPlan, lease: Lease, monitor: Any) -> None:

@@ -47,6 +47,8 @@ def write_run_report(run: RunDirectory) -> str:
 
 def _report(run: RunDirectory, step: int) -> str:
     recipe = run.read_recipe()
+    if recipe.finetune:  # a classifier reconstructs nothing
+        return write_report(run)
     dataset = Dataset.open(run.storage, recipe.data, check_etags=recipe.check_etags)
     write_reconstructions(run, _stages(run, step), dataset)
     return write_report(run)

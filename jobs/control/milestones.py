@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 
 from jobs.checkpoint import checkpoint
+from jobs.probes.prober import Prober
 from jobs.run.directory import RunDirectory
 from jobs.weights.consolidate import consolidate, in_threads
 from jobs.weights.target import ConsolidatedWeights
@@ -33,6 +34,7 @@ class MilestoneConsolidator:
         run: RunDirectory,
         on_done: Callable[[ConsolidatedWeights], None],
         on_failure: Callable[[int, str], None],
+        prober: Prober | None = None,
     ) -> None:
         """Start the thread.
 
@@ -40,8 +42,9 @@ class MilestoneConsolidator:
             run: The run.
             on_done: Is called, in the thread, with each step that was consolidated.
             on_failure: Is called with a step, and why it could not be.
+            prober: Is offered every step, once its weights are kept if they are to be.
         """
-        self._run, self._on_done, self._on_failure = run, on_done, on_failure
+        self._run, self._on_done, self._on_failure, self._prober = run, on_done, on_failure, prober
         self._looked_at: set[int] = set()
         self._newest: int | None = None
         self._asked: queue.Queue[int | None] = queue.Queue()
@@ -78,11 +81,13 @@ class MilestoneConsolidator:
 
     def _take(self, step: int, *, whatever: bool) -> None:
         try:
-            if whatever or checkpoint.read_commit(self._run, step).milestone:
+            if is_kept := whatever or checkpoint.read_commit(self._run, step).milestone:
                 result = consolidate(self._run, step, fan_out=in_threads(most=THREADS))
                 if not result.kept:
                     self._on_done(result)
             self._looked_at.add(step)
+            if self._prober:
+                self._prober.offer(step, is_kept=is_kept)
         except Exception as error:
             self._looked_at.add(step)
             logger.warning("step %d was not consolidated", step, exc_info=True)

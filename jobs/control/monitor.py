@@ -9,12 +9,15 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from jobs.control.group_reports import GroupReports
 from jobs.control.rank_reports import RankReports
 from jobs.control.run_memory import Clock, MonitorConfig
 from jobs.rank.watchdog import examined_on_its_node
+from jobs.run.probe_rows import PROBE_EVENT, ProbeCurve
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,29 @@ class RunMonitor(RankReports, GroupReports):
         with self._lock:
             self._figures.count("consolidation_failures")
             self._add_event("consolidation-failed", step=step, reason=error)
+
+    def probed(self, step: int, fields: Mapping[str, Any]) -> None:
+        """Note the accuracies at a step; returns when storage has them, since nobody measures them again."""
+        with self._lock:
+            if any((event["step"], event["plan"]) == (step, fields["plan"]) for event in self._probed):
+                return  # whoever reports did not get the answer
+            self._probed.append(self._add_event(PROBE_EVENT, step=step, **fields))
+            self._figures.count("probes")
+            self._figures.update(probe_seconds=fields["duration_seconds"])
+            self._figures.probed(ProbeCurve.of(self._probed))
+        self.flush()
+
+    def probe_failed(self, step: int, error: str) -> None:
+        """Note a step whose weights could not be probed; training continues."""
+        with self._lock:
+            self._figures.count("probe_failures")
+            self._add_event("probe-failed", step=step, reason=error)
+
+    def trained(self) -> None:
+        """Note that all ranks have returned: they are silent from now on, while what is left is done."""
+        with self._lock:
+            self._watch.end()
+            self._figures.trained()
 
     def request_stop(self, reason: str) -> None:
         """Ask the run to save a checkpoint and end after the current step."""

@@ -18,6 +18,7 @@ from jobs.rank.watchdog import HangWatch
 from jobs.recipe.checkpoint_interval import IntervalRule
 from jobs.recipe.schedule import Schedule
 from jobs.run.directory import RunDirectory
+from jobs.run.probe_rows import PROBE_EVENT, ProbeCurve
 from jobs.run.record import RunRecord
 
 FLUSH_INTERVAL_SECONDS = 2.0
@@ -81,6 +82,7 @@ class RunMemory:
         self._first_attempt_here = self._record.attempt + 1
         self._driver_died = before.get("state") == "running"  # and nobody ended it
         self._left_out = config.run.read_left_out()
+        self._probed = [event for event in events if event["kind"] == PROBE_EVENT]
         every_steps = None if self._saves.seconds is not None else config.checkpoint_interval.every_steps
         fixed = {
             "run": config.run.name,
@@ -103,6 +105,7 @@ class RunMemory:
             wall=clock.wall,
             monotonic=clock.monotonic,
         )
+        self._figures.probed(ProbeCurve.of(self._probed))
 
     def status(self) -> dict[str, Any]:
         """What the heartbeat says, fresh."""
@@ -125,8 +128,10 @@ class RunMemory:
                 self._record.written(tail)
                 self._figures.saved(heartbeat)
 
-    def _add_event(self, kind: str, **fields: Any) -> None:
-        self._saves.see(self._record.add_event(kind, fields))
+    def _add_event(self, kind: str, **fields: Any) -> dict[str, Any]:
+        event = self._record.add_event(kind, fields)
+        self._saves.see(event)
+        return event
 
     def _add_row(self, row: dict[str, Any]) -> None:
         self._record.add_row(row)

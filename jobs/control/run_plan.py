@@ -10,6 +10,8 @@ import torch
 
 from jobs.cluster.session import Session
 from jobs.errors import PortTakenError, RecipeError
+from jobs.finetune.training_labels import TrainingLabels
+from jobs.probes.probe_plan import RunProbes, planned_probes
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import Schedule, order_of
 from jobs.run.directory import RunDirectory
@@ -20,6 +22,7 @@ from jobs.weights.initial import pinned
 from pipeline.access.places import normal
 from pipeline.shard.manifest import Manifest
 from pipeline.store.lease import Lease
+from pipeline.store.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,10 @@ class RunPlan:
     """How long its driver waits for a cluster that does not answer."""
     first_tar: str = ""
     """URL of a tar of the data set, which may lie elsewhere than the manifest."""
+    probes: RunProbes | None = None
+    """How its encoder is measured beside the training; None: not at all."""
+    probe_note: str = ""
+    """Why not, where that may surprise."""
 
 
 def plan_run(
@@ -60,19 +67,46 @@ def plan_run(
     patience_seconds = run.storage.retry_seconds if is_patient else 0.0
     session.storage.check(recipe.data, write=False, is_patient=is_patient)
     manifest = Manifest.load(session.storage, recipe.data)
-    order = order_of(recipe, manifest.samples)
     _check_capacity(session, recipe)
     if drives or session.is_local:
         persevere(lambda: _check_port(recipe.metrics_port), PortTakenError, patience_seconds)
     session.storage.check(run.url, write=True, exclusive=True, is_patient=is_patient)
     session.remember_run_root(run.root)
+    recipe, samples = _with_labels(session.storage, recipe, run, manifest.samples)
+    order = order_of(recipe, samples)
     recipe = begun_way(run, pinned(session.storage, recipe, run))
     run.check_recipe(recipe)
     if trace_url:
         trace_url = normal(trace_url)
         check_trace(session.storage, trace_url, run.url)
     first_tar = next((entry.tar_url(recipe.data) for entry in manifest.shards), "")
-    return RunPlan(recipe, run, Schedule.of(recipe, order.steps_per_epoch), trace_url, patience_seconds, first_tar)
+    schedule = Schedule.of(recipe, order.steps_per_epoch)
+    probes, note = planned_probes(session.storage, recipe, schedule, is_known=_has_probe_fields(run, recipe))
+    return RunPlan(recipe, run, schedule, trace_url, patience_seconds, first_tar, probes, note)
+
+
+def _has_probe_fields(run: RunDirectory, recipe: Recipe) -> bool:
+    """Whether the run has begun with the same fields of probes, which were found good then."""
+    return run.exists() and all(
+        getattr(run.read_recipe(), field) == getattr(recipe, field) for field in ("probe_data", "probe_labels")
+    )
+
+
+def _with_labels(storage: Storage, recipe: Recipe, run: RunDirectory, samples: int) -> tuple[Recipe, int]:
+    """The recipe with the classes and labels of a fine-tuning, and how many samples it trains with.
+
+    Raises:
+        EvaluationError: They cannot be trained with, or are not those that the run began with.
+    """
+    if recipe.finetune is None:
+        return recipe, samples
+    if recipe.finetune.validation_data:
+        storage.check(recipe.finetune.validation_data, write=False)
+    if run.exists() and (began := run.read_recipe().finetune):
+        given = {"finetune.classes": list(began.classes), "finetune.samples_sha256": began.samples_sha256}
+        recipe = recipe.amended(given)
+    labels = TrainingLabels.of(storage, recipe)
+    return labels.pinned(recipe), len(labels.train)
 
 
 def begun_way(run: RunDirectory, recipe: Recipe) -> Recipe:

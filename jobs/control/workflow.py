@@ -35,6 +35,8 @@ def train_here(session: Session, plan: RunPlan) -> None:
             say_finished(session, plan.run)
             return
         say(f"{'begins' if claimed == 'new' else 'resumes'}: {plan.run.url}")
+        if plan.probe_note:
+            say(plan.probe_note)
         with end_noted(plan.run), progress_bar(plan.run.name) as show:
             outcome = driver.train(
                 session, plan, lease, lambda now: show(now["step"], now["total_steps"], status_text(now))
@@ -86,6 +88,8 @@ def train_as_job(session: Session, plan: RunPlan, *, follow: bool, as_json: bool
         say_finished(session, plan.run)
     else:
         say(f"submitted {job} ({'a new run' if claimed == 'new' else 'resumes'}): {plan.run.url}")
+        if plan.probe_note:
+            say(plan.probe_note)
         if follow:
             say_outcome(plan.run, follow_job(session, plan.run, job))
         else:
@@ -115,13 +119,28 @@ def follow_job(session: Session, run: RunDirectory, job: str, stream: TextIO | N
         now = run.read_heartbeat()
         if now:
             show(now["step"], now["total_steps"], status_text(now))
+    return end_of_job(session, run, job, state)
+
+
+def end_of_job(session: Session, run: RunDirectory, job: str, state: str) -> Mapping[str, Any]:
+    """What an ended job left: the run's last heartbeat.
+
+    Args:
+        session: Says which cluster.
+        run: The job's run.
+        job: Its submission id.
+        state: In which it ended, as `submission.job_state` gives it.
+
+    Raises:
+        RunFailedError: It ended badly; quotes the error that it printed.
+    """
     if state == "LOST":
         raise RunFailedError(f"the Ray head died, and job {job} with it; the same command resumes {run.name}")
     if state != "SUCCEEDED":
-        reason = _last_word(session, run, client.get_job_info(job).message)
+        reason = _last_word(session, run, submission.job_client(session).get_job_info(job).message)
         note_end(run, 0.0, reason)  # a job that Ray could not start has reported nothing
         raise RunFailedError(f"job {job} {state.lower()}: {reason}")
-    return now
+    return run.read_heartbeat()
 
 
 def _last_word(session: Session, run: RunDirectory, message: str | None) -> str:

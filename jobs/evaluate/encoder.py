@@ -113,7 +113,7 @@ def encode(encoder: FrozenEncoder, pixels: Pixels, device: str) -> Float32s:
         EvaluationError: A feature is infinite or not a number.
     """
     model = encoder.built(device)
-    with torch.inference_mode(), _exact(device):
+    with torch.inference_mode(), exactly(device):
         found: Float32s = model(normalise(torch.from_numpy(pixels).to(device))).cpu().numpy()
     if not np.isfinite(found).all():
         rule = "must give finite features in fp32"
@@ -150,7 +150,7 @@ def one_thread() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _exact(device: str) -> Iterator[None]:
+def exactly(device: str) -> Iterator[None]:
     """On a GPU: fp32 as such, not TF32, by kernels that give the same bits each time."""
     if device == "cpu":
         yield

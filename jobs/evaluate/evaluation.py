@@ -6,6 +6,8 @@ of a milestone.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,7 +19,7 @@ from jobs.errors import EvaluationError
 from jobs.evaluate.encoder import Float32s, FrozenEncoder
 from jobs.evaluate.features import FeaturePlan, Runner, features
 from jobs.evaluate.knn import NEIGHBOURS, TEMPERATURE, check_neighbours, knn_rankings
-from jobs.evaluate.labels import TEST_RATIO, LabelledSamples, divided, labelled_samples, matched
+from jobs.evaluate.labels import TEST_RATIO, LabelledSamples, divided, labelled_samples, matched, refuse_overlap
 from jobs.evaluate.linear import L2, check_l2, fitted_probe
 from jobs.evaluate.scores import Scores
 from jobs.evaluate.subject import Subject
@@ -67,6 +69,15 @@ class ProbeSamples:
     train: LabelledSamples
     test: LabelledSamples
 
+    @property
+    def digest(self) -> str:
+        """Of which samples there are, and of which classes."""
+        content = hashlib.sha256()
+        for part in (self.train, self.test):
+            content.update(json.dumps([part.dataset_digest, part.classes]).encode())
+            content.update(part.sample_ids.tobytes() + part.labels.tobytes())
+        return content.hexdigest()[:16]
+
     @classmethod
     def of(cls, storage: Storage, plan: SamplePlan) -> ProbeSamples:
         """Read labels, choose samples and divide them.
@@ -83,16 +94,8 @@ class ProbeSamples:
         if not plan.train_data:
             return cls(*divided(test, plan.test_ratio, plan.seed))
         train = _chosen(storage, plan.train_data, plan.train_labels, "--train-data", plan)
-        _refuse_overlap(train, test)
+        refuse_overlap(train, test, "--train-data")
         return cls(train, matched(train, test))
-
-
-def _refuse_overlap(train: LabelledSamples, test: LabelledSamples) -> None:
-    if train.dataset_digest != test.dataset_digest:
-        return
-    if shared := len(np.intersect1d(train.sample_ids, test.sample_ids)):
-        remedy = f"{shared} samples are in both; leave --train-data out, and --data is divided"
-        raise EvaluationError("--train-data", "must not hold what is tested on", train.url, remedy)
 
 
 def _chosen(storage: Storage, url: str, labels: str, field: str, plan: SamplePlan) -> LabelledSamples:

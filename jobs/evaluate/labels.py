@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -42,6 +44,12 @@ class LabelledSamples:
 
     def __len__(self) -> int:
         return len(self.sample_ids)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what they are: the dataset, the samples, and the name of the class of each."""
+        known = f"{self.dataset_digest} {self.classes}".encode()
+        return hashlib.sha256(known + self.sample_ids.tobytes() + self.labels.tobytes()).hexdigest()
 
     @property
     def present(self) -> tuple[str, ...]:
@@ -110,16 +118,54 @@ def divided(samples: LabelledSamples, ratio: float, seed: int) -> tuple[Labelled
     """
     if not 0 < ratio < 1:
         raise EvaluationError("--test-ratio", "must be between 0 and 1", ratio, "use 0.2")
-    order = np.lexsort((samples.sample_ids, _draws(samples.sample_ids, seed), samples.labels))
-    _, starts, counts = np.unique(samples.labels[order], return_index=True, return_counts=True)
-    place_in_class = np.arange(len(samples)) - np.repeat(starts, counts)
-    wanted = np.minimum(np.rint(counts * ratio).astype(np.int64), counts - 1)
-    tested = np.zeros(len(samples), bool)
-    tested[order] = place_in_class < np.repeat(wanted, counts)
+    tested = _of_each_class(samples, seed, lambda counts: np.minimum(np.rint(counts * ratio), counts - 1))
     if not tested.any():
         remedy = "give more samples, a larger --test-ratio, or a second dataset with --train-data"
         raise EvaluationError("--data", "must leave samples to test on", f"{len(samples)} samples", remedy)
     return samples.only(~tested), samples.only(tested)
+
+
+def fraction_of(samples: LabelledSamples, fraction: float, seed: int) -> LabelledSamples:
+    """Of each class, the share of samples whose ids have the lowest hashes; at least one.
+
+    A smaller fraction is a part of a larger one.
+
+    Args:
+        samples: Of one dataset.
+        fraction: In (0, 1].
+        seed: Another one gives another choice.
+    """
+    return samples.only(_of_each_class(samples, seed, lambda counts: np.maximum(np.rint(counts * fraction), 1)))
+
+
+def _of_each_class(
+    samples: LabelledSamples, seed: int, wanted: Callable[[Int64s], npt.NDArray[Any]]
+) -> npt.NDArray[np.bool_]:
+    """(n,) which samples are chosen: of each class as many as `wanted` makes of its count, by the lowest hashes."""
+    order = np.lexsort((samples.sample_ids, _draws(samples.sample_ids, seed), samples.labels))
+    _, starts, counts = np.unique(samples.labels[order], return_index=True, return_counts=True)
+    place_in_class = np.arange(len(samples)) - np.repeat(starts, counts)
+    chosen = np.zeros(len(samples), bool)
+    chosen[order] = place_in_class < np.repeat(wanted(counts), counts)
+    return chosen
+
+
+def refuse_overlap(train: LabelledSamples, test: LabelledSamples, field: str) -> None:
+    """Refuse samples of one dataset that are in both.
+
+    Args:
+        train: Samples to learn from.
+        test: Samples to test on.
+        field: What is to be left out, for the message.
+
+    Raises:
+        EvaluationError: There are some.
+    """
+    if train.dataset_digest != test.dataset_digest:
+        return
+    if shared := len(np.intersect1d(train.sample_ids, test.sample_ids)):
+        remedy = f"{shared} samples are in both; leave it out, and have one data set divided"
+        raise EvaluationError(field, "must not hold what is tested on", train.url, remedy)
 
 
 def matched(train: LabelledSamples, test: LabelledSamples) -> LabelledSamples:

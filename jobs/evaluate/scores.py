@@ -5,7 +5,6 @@ Letters: n test samples, K classes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,13 +13,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from jobs.run.intervals import wilson_interval
+
 RANKS = 5
 """Best classes of a sample that are kept."""
 NO_CLASS = -1
 MOST_CONFUSION_CLASSES = 2000
 """Of more classes the matrix is left out of JSON: ImageNet-21k's has 480 million places."""
-Z_95 = 1.959963984540054
-"""Of the standard normal distribution: 95 % lie within."""
 
 Int64s = npt.NDArray[np.int64]
 Float64s = npt.NDArray[np.float64]
@@ -47,24 +46,6 @@ class Accuracy:
         """Accuracy, interval and counts."""
         interval = None if self.interval is None else list(self.interval)
         return {"accuracy": self.ratio, "interval": interval, "correct": self.correct, "samples": self.samples}
-
-
-def wilson_interval(correct: int, samples: int, z: float = Z_95) -> tuple[float, float]:
-    """The score interval of a share, which also holds near 0 and 1 and for few samples.
-
-    Args:
-        correct: From 0 to `samples`.
-        samples: At least 1.
-        z: Quantile of the standard normal distribution.
-
-    Source: Wilson 1927, doi:10.1080/01621459.1927.10502953; recommended by Brown, Cai and DasGupta 2001,
-    doi:10.1214/ss/1009213286.
-    """
-    share, wide = correct / samples, z * z / samples
-    middle = (share + wide / 2) / (1 + wide)
-    half = z * math.sqrt(share * (1 - share) / samples + wide / (4 * samples)) / (1 + wide)
-    # The ends are exact there, and rounding would put them a little beside.
-    return (middle - half if correct else 0.0), (middle + half if correct < samples else 1.0)
 
 
 @dataclass(frozen=True, eq=False)

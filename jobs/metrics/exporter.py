@@ -21,6 +21,7 @@ from prometheus_client.registry import Collector
 from jobs.errors import PortTakenError
 from jobs.metrics.rank_figures import FigureTable, RankFigures
 from jobs.run.patience import persevere
+from jobs.run.probe_rows import PROBE_NAMES, ProbeCurve
 
 RANKS_SILENT_SECONDS = 20.0
 """Series of ranks end when no step was reported for this long, or for RANKS_SILENT_STEPS of the slowest rank's."""
@@ -32,6 +33,14 @@ GAUGES = {
     "epoch": ("convmae_epoch", "Epoch of the last step, from 0."),
     "loss": ("convmae_loss", "Mean loss of the last global batch."),
     "learning_rate": ("convmae_learning_rate", "Learning rate of the last step."),
+    "validation_top1": (
+        "convmae_validation_accuracy_ratio",
+        "Share of validation samples whose class a fine-tuning gets.",
+    ),
+    "validation_top5": (
+        "convmae_validation_top_five_ratio",
+        "Share of them whose class is among the first five; no series with up to five classes.",
+    ),
     "gradient_norm": ("convmae_gradient_norm", "Global gradient norm of the last step."),
     "images_per_second": ("convmae_images_per_second", "Images trained per second over the last steps, all ranks."),
     "data_wait_ratio": ("convmae_data_wait_ratio", "Share of the last steps that the slowest rank waited for data."),
@@ -56,6 +65,8 @@ GAUGES = {
     "checkpoint_bytes": ("convmae_checkpoint_bytes", "Size of the newest committed checkpoint."),
     "checkpoint_seconds": ("convmae_checkpoint_duration_seconds", "Seconds from its beginning to its commit."),
     "checkpoint_stall_seconds": ("convmae_checkpoint_last_stall_seconds", "Seconds that training paused for it."),
+    "probe_epoch": ("convmae_probe_epoch", "Epochs finished by the weights that were probed last."),
+    "probe_seconds": ("convmae_probe_duration_seconds", "Seconds that the last probe took."),
 }
 
 COUNTERS = {
@@ -69,6 +80,8 @@ COUNTERS = {
     "skipped_steps": "Steps without an update, since a loss or gradient was not finite, including redone ones.",
     "rollbacks": "Returns to a checkpoint since a loss or gradient was not finite.",
     "consolidation_failures": "Milestones, or last checkpoints, whose weights could not be written.",
+    "probes": "Probes made.",
+    "probe_failures": "Probes that failed, including tries that were repeated.",
     "substitutions": "Samples that were replaced since they are unusable, including redone ones.",
     "storage_requests": "Ranged reads of images from the object store, all ranks.",
     "storage_read_bytes": "Bytes of images received from the object store, all ranks.",
@@ -89,6 +102,15 @@ KNOWN_LABELS = {
     "failures": ("NonFiniteLossError", "StalledError", "other"),
 }
 """Their series start at zero, since `increase` does not see one that appears with its first event."""
+
+PROBE_GAUGES = {
+    "accuracy": "Top-1 accuracy of the newest weights that were probed.",
+    "accuracy_low": "Lower end of its 95 % confidence interval.",
+    "accuracy_high": "Upper end of its 95 % confidence interval.",
+    "control_accuracy": "Top-1 accuracy before training: of random weights, unless the run starts from others.",
+    "best_accuracy_low": "Lower end of the interval of the best accuracy that the run has had.",
+}
+"""Gauges `convmae_probe_<name>_ratio`, by probe."""
 
 RANK_GAUGES = {
     "step_seconds": "Seconds between the last two steps of the rank.",
@@ -186,6 +208,10 @@ class RunExporter:
             self._counters[name] = Counter(f"convmae_{name}", text, [*labels, label], registry=registry)
             for value in KNOWN_LABELS[name]:
                 self._counters[name].labels(run, value)
+        self._probes = {
+            name: Gauge(f"convmae_probe_{name}_ratio", text, ["run", "probe"], registry=registry)
+            for name, text in PROBE_GAUGES.items()
+        }
         self._ranks = RankSeries(run)
         registry.register(self._ranks)
         server = persevere(lambda: _served(registry, host, port), PortTakenError, patience_seconds)
@@ -217,6 +243,20 @@ class RunExporter:
         self._recovery.clear()
         for phase, value in seconds.items():
             self._recovery.labels(self._run, phase).set(value)
+
+    def probed(self, curve: ProbeCurve) -> None:
+        """Set the accuracies of each probe; what is not known has no series."""
+        for gauge in self._probes.values():
+            gauge.clear()
+        newest, control = curve.newest, curve.control
+        for name in PROBE_NAMES:
+            found = {"control_accuracy": control.accuracies[name]} if control else {}
+            if newest and (best := curve.best(name)):
+                low, high = newest.interval(name)
+                found |= {"accuracy": newest.accuracies[name], "accuracy_low": low, "accuracy_high": high}
+                found["best_accuracy_low"] = best.interval(name)[0]
+            for key, value in found.items():
+                self._probes[key].labels(self._run, name).set(value)
 
     def announce(self, folder: Path) -> None:
         """Let the Prometheus of the local stack, which watches `folder`, find this endpoint.

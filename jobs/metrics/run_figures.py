@@ -11,17 +11,21 @@ from typing import Any
 
 from jobs.metrics.exporter import COUNTERS, RunExporter, name_and_label, saved_counters
 from jobs.metrics.rank_figures import FigureTable, RankFigures
+from jobs.run.probe_rows import ProbeCurve
 
 RATE_WINDOW_STEPS = 20
 _KEPT = (
     "step",
     "world_size",
     "last_step_at_seconds",
+    "validation_top1",
+    "validation_top5",
     "checkpoint_step",
     "checkpoint_at_seconds",
     "checkpoint_bytes",
     "checkpoint_seconds",
     "checkpoint_stall_seconds",
+    "probe_seconds",
 )
 """What a new driver keeps from the last heartbeat of the previous one."""
 
@@ -197,6 +201,16 @@ class RunFigures:
             "eta_seconds": (self._status["total_steps"] - step) * step_seconds,
         }
 
+    def probed(self, curve: ProbeCurve) -> None:
+        """Take the accuracies so far."""
+        newest, control = curve.newest, curve.control
+        self.update(
+            probe_epoch=newest.epoch if newest else None,
+            probe_accuracies=dict(newest.accuracies) if newest else {},
+            probe_control=dict(control.accuracies) if control else {},
+        )
+        self._exporter.probed(curve)
+
     def restarted(self, kind: str) -> None:
         """Count a restart of the worker group: `restart` or `resize`."""
         self._status["restarts"] += 1
@@ -205,6 +219,11 @@ class RunFigures:
     def recovered(self, seconds: Mapping[str, float]) -> None:
         """Serve how long each phase of the last restart took."""
         self._exporter.recovered(seconds)
+
+    def trained(self) -> None:
+        """Note that no rank trains any more, since nothing is left to train."""
+        self._exporter.update_ranks(())
+        self._status["eta_seconds"] = 0.0
 
     def ended(self, outcome: str) -> None:
         """Note that the run is `finished`, `stopped` or `failed`."""

@@ -23,14 +23,20 @@ from jobs.checkpoint.deepspeed_internals import (
     use_no_kernels,
 )
 from jobs.rank.elementwise_adamw import ElementwiseAdamW
+from jobs.rank.flat_momentum import FlatMomentum
 from jobs.recipe.recipe import Recipe
-from model import ConvMAE
+from model import Classifier, ConvMAE
+from model.layer_decay import layer_scales
 
 if TYPE_CHECKING:
     import deepspeed
 
 ADAM_BETAS = (0.9, 0.95)
 """Of AdamW in pretraining (arXiv:2205.03892, appendix; as MAE)."""
+FINETUNE_BETAS = (0.9, 0.999)
+"""Of AdamW in fine-tuning: PyTorch's, which main_finetune.py leaves as they are."""
+LEARNING_RATE_SCALE = "lr_scale"
+"""Key of a parameter group: the factor of its learning rate."""
 
 
 def initialize_deepspeed(device: str) -> None:
@@ -68,10 +74,40 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 
-def build_model(recipe: Recipe) -> ConvMAE:
+def optimizer_groups(model: nn.Module, recipe: Recipe) -> list[dict[str, Any]]:
+    """Groups of the recipe's optimizer: of a fine-tuning also by the factor of their learning rate."""
+    part = recipe.finetune
+    if part is None:
+        return parameter_groups(model, recipe.weight_decay)
+    assert isinstance(model, Classifier)
+    if part.kind == "linear":
+        trusts = part.optimizer == "lars"
+        return [
+            {"params": [value], "weight_decay": decay, "trusted_elements": value.numel() if trusts and decays else 0}
+            for value in model.parameters()
+            if value.requires_grad
+            for decays in [value.ndim > 1]
+            for decay in [recipe.weight_decay if decays else 0.0]
+        ]
+    scales, named = layer_scales(model, part.layer_decay), dict(model.named_parameters())
+    decaying, _ = ({id(value) for value in group["params"]} for group in parameter_groups(model, recipe.weight_decay))
+    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    for name, scale in scales.items():
+        decay = recipe.weight_decay if id(named[name]) in decaying else 0.0
+        empty = {"params": [], "weight_decay": decay, LEARNING_RATE_SCALE: scale}
+        groups.setdefault((scale, decay), empty)["params"].append(named[name])
+    return list(groups.values())
+
+
+def build_model(recipe: Recipe) -> ConvMAE | Classifier:
     """The recipe's model, freshly initialised from its seed; recomputed and compiled as it says."""
     torch.manual_seed(recipe.seed)
-    model = ConvMAE(recipe.model, recompute=recipe.recompute)
+    model: ConvMAE | Classifier
+    if recipe.finetune:
+        part, stages = recipe.finetune, tuple(stage for stage in recipe.recompute if stage != "decoder")
+        model = Classifier(recipe.model, len(part.classes), kind=part.kind, drop_path=part.drop_path, recompute=stages)
+    else:
+        model = ConvMAE(recipe.model, recompute=recipe.recompute)
     if recipe.compile:
         model.compile()
     return model
@@ -88,9 +124,7 @@ def build_engine(
     """
     import deepspeed
 
-    groups = parameter_groups(model, recipe.weight_decay)
-    adamw = ElementwiseAdamW if recipe.is_exact else torch.optim.AdamW
-    optimizer = adamw(groups, lr=recipe.learning_rate, betas=ADAM_BETAS, fused=True)
+    optimizer = _optimizer(model, recipe)
     config = {
         # Only the ratio of these three matters to DeepSpeed: micro-batches of unequal size are ours to weight.
         "train_micro_batch_size_per_gpu": recipe.micro_batch_size,
@@ -108,10 +142,20 @@ def build_engine(
     return engine
 
 
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    groups, part = optimizer_groups(model, recipe), recipe.finetune
+    if part and part.optimizer != "adamw":
+        return FlatMomentum(groups, recipe.learning_rate)
+    for group in groups:
+        group.pop("trusted_elements", None)
+    adamw = ElementwiseAdamW if recipe.is_exact else torch.optim.AdamW
+    return adamw(groups, lr=recipe.learning_rate, betas=FINETUNE_BETAS if part else ADAM_BETAS, fused=True)
+
+
 def set_learning_rate(engine: deepspeed.DeepSpeedEngine, learning_rate: float) -> None:
-    """Learning rate of the next update, in every parameter group."""
+    """Learning rate of the next update, in every parameter group by its factor."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get(LEARNING_RATE_SCALE, 1.0)
 
 
 def has_finite_gradients(engine: deepspeed.DeepSpeedEngine) -> Tensor:

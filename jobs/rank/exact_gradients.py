@@ -186,8 +186,8 @@ def digest_words(engine: deepspeed.DeepSpeedEngine) -> Tensor:
     """(INTEGER_WORDS,) of a digest of all weights and moments, to be added up over ranks; of those of this rank.
 
     It is the sum, modulo 2**64, of each value's bits times an odd number that follows from its place in the model: a
-    bit that is flipped anywhere changes it, and it is the same at any world size. Frozen weights, which every rank has
-    whole, are counted on rank 0.
+    bit that is flipped anywhere changes it, and it is the same at any world size. Frozen weights and buffers, which
+    every rank has whole, are counted on rank 0.
     """
     starts, position, frozen = {}, 0, []
     for name, parameter in engine.module.named_parameters():
@@ -196,6 +196,7 @@ def digest_words(engine: deepspeed.DeepSpeedEngine) -> Tensor:
             position += parameter.numel()
         else:
             frozen.append(parameter.detach().float().flatten())
+    frozen += [value.float().flatten() for value in engine.module.buffers() if value.is_floating_point()]
     total = torch.zeros(1, device=engine.device, dtype=torch.int64)
     if frozen and dist.get_rank() == 0:
         total += _bits(torch.cat(frozen), _KINDS * position)

@@ -24,13 +24,14 @@ from jobs.errors import CheckpointError, RecipeError, RunError
 from jobs.rank.engine import build_model, initialize_deepspeed
 from jobs.rank.gpu import compute_as
 from jobs.rank.non_finite import SkippedSteps, stretches
+from jobs.rank.rank_data import RankData
 from jobs.rank.restored_engine import restored_engine, values_of_rank
 from jobs.rank.resumable import check_resumable
 from jobs.rank.step_reading import RankReading
-from jobs.rank.trainer import open_dataset, rank_loader
+from jobs.rank.trainer import objective_of, rank_loader
 from jobs.rank.training_step import RankPlace, TrainingStep
 from jobs.recipe.recipe import Recipe
-from jobs.recipe.schedule import Schedule, order_of
+from jobs.recipe.schedule import Schedule
 from jobs.run.directory import RunDirectory
 
 
@@ -111,8 +112,8 @@ def replay(run: RunDirectory, first: int, steps: int, *, device: str, threads: i
 def _replayed(
     run: RunDirectory, recipe: Recipe, noted: dict[int, dict[str, Any]], steps: range, place: RankPlace
 ) -> Iterator[ReplayedStep]:
-    dataset = open_dataset(run.storage, recipe)
-    order = order_of(recipe, dataset.manifest.samples)
+    data = RankData.open(run.storage, recipe, RankGroup(device=place.device))
+    dataset, order = data.dataset, data.order
     schedule = Schedule.of(recipe, order.steps_per_epoch)
     model = build_model(recipe)
     found = None
@@ -122,8 +123,9 @@ def _replayed(
         check_resumable(found.commit, dataset.manifest.digest)
     state = found.state if found else None
     engine = restored_engine(model, state, recipe=recipe, order=order, place=place, storage=run.storage)
+    objective = objective_of(recipe, engine.module, data.labels, place.device)
     reading = RankReading(dataset, 0, device=place.device, folders=[Path(tempfile.gettempdir())])
-    step = TrainingStep(engine, recipe, place, order, reading=reading)
+    step = TrainingStep(engine, recipe, place, order, reading=reading, objective=objective)
     if found and found.commit.digest:
         yield ReplayedStep("checkpoint", steps.start, None, None, step.digest(), found.commit.digest)
     ledger = [SkippedSteps.from_json(row) for row in run.read_left_out()]

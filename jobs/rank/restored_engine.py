@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from jobs.checkpoint.rank_group import RankGroup
 from jobs.checkpoint.zero_state import ZeroState, owned_ranges, restore_optimizer
-from jobs.rank.engine import parameter_groups
+from jobs.rank.engine import optimizer_groups
 from jobs.rank.training_step import RankPlace, build_rank_engine
 from jobs.recipe.recipe import Recipe
-from jobs.weights.initial import load_initial_weights
-from model.convmae import ConvMAE
+from jobs.weights.initial import load_initial_weights, load_pretrained_encoder
+from model import Classifier, ConvMAE
 from pipeline.order.sample_order import Order
 from pipeline.store.storage import Storage
 
@@ -18,14 +20,20 @@ if TYPE_CHECKING:
     import deepspeed
 
 
-def values_of_rank(model: ConvMAE, recipe: Recipe, place: RankPlace) -> dict[str, range]:
+def values_of_rank(model: nn.Module, recipe: Recipe, place: RankPlace) -> dict[str, range]:
     """Of each trained parameter, the values that a rank updates, and whose moments it needs."""
-    groups = parameter_groups(model, recipe.weight_decay)
+    groups = optimizer_groups(model, recipe)
     return owned_ranges(model, groups, stage=recipe.zero_stage, rank=place.rank, world_size=place.world_size)
 
 
 def restored_engine(
-    model: ConvMAE, state: ZeroState | None, *, recipe: Recipe, order: Order, place: RankPlace, storage: Storage
+    model: ConvMAE | Classifier,
+    state: ZeroState | None,
+    *,
+    recipe: Recipe,
+    order: Order,
+    place: RankPlace,
+    storage: Storage,
 ) -> deepspeed.DeepSpeedEngine:
     """Put a model into an engine that continues from a state. Collective.
 
@@ -41,7 +49,10 @@ def restored_engine(
         model.load_state_dict(state.weights, strict=True)
     elif recipe.init_from:
         group = RankGroup(place.rank, place.world_size, place.device)
-        model.load_state_dict(load_initial_weights(storage, recipe, group), strict=True)
+        if isinstance(model, Classifier):
+            model.load_pretrained(*load_pretrained_encoder(storage, recipe, group))
+        else:
+            model.load_state_dict(load_initial_weights(storage, recipe, group), strict=True)
     engine = build_rank_engine(model.to(place.device), recipe, order, place)
     if state:
         restore_optimizer(engine, state)

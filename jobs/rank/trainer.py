@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.checkpoint import Commit
@@ -22,12 +23,17 @@ from jobs.checkpoint.rank_group import RankGroup
 from jobs.checkpoint.restore import restore_newest
 from jobs.checkpoint.saver import CheckpointSaver
 from jobs.errors import CheckpointError, DamagedCheckpointError
+from jobs.finetune.classification import Classification
+from jobs.finetune.training_labels import TrainingLabels
+from jobs.finetune.validation import Validation
 from jobs.rank.engine import build_model, initialize_deepspeed
 from jobs.rank.gpu import check_given, compute_as
 from jobs.rank.history_row import done_row, skipped_row
 from jobs.rank.instruction import PAUSE_SECONDS
 from jobs.rank.monitor_line import MonitorLine
 from jobs.rank.non_finite import NonFiniteLossError, RolledBackError, SkippedSteps, rollbacks_in_a_row, stretches
+from jobs.rank.objective import Objective, Reconstruction
+from jobs.rank.rank_data import RankData
 from jobs.rank.restored_engine import restored_engine, values_of_rank
 from jobs.rank.resumable import check_resumable, software_versions
 from jobs.rank.standby import ask_for_successor
@@ -35,17 +41,18 @@ from jobs.rank.step_reading import RankReading
 from jobs.rank.training_step import RankPlace, SharedStep, TrainingStep
 from jobs.rank.watchdog import COMPILE_ALLOWED_SECONDS, SAVE_ALLOWED_SECONDS
 from jobs.recipe.recipe import Recipe
-from jobs.recipe.schedule import Schedule, order_of
+from jobs.recipe.schedule import Schedule
 from jobs.run.directory import RunDirectory
 from jobs.run.shared_folder import Landmarks, check_seen_here
 from jobs.run.trace import TraceWriter, begin_trace
+from model import Classifier
+from pipeline.image.augment import Augmentation, RandomCrops
+from pipeline.image.rand_augment import RandAugmented
 from pipeline.load.batch import Batch
-from pipeline.load.block_cache import CachePlace
 from pipeline.load.dataset import Dataset
 from pipeline.load.image_maker import BadSamplePolicy
 from pipeline.load.loader import Loader
 from pipeline.order.sample_order import ORDER_VERSION, Order
-from pipeline.store.storage import Storage
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -89,12 +96,6 @@ def train_worker(job: TrainJob, step_of: type[TrainingStep] = TrainingStep) -> N
     Trainer(job, RankPlace(context.get_world_rank(), context.get_world_size(), device), step_of).run()
 
 
-def open_dataset(storage: Storage, recipe: Recipe) -> Dataset:
-    """The data set of `recipe`, read as the recipe says."""
-    cache = CachePlace(recipe.cache_dir, recipe.cache_bytes) if recipe.cache_dir else None
-    return Dataset.open(storage, recipe.data, cache=cache, check_etags=recipe.check_etags)
-
-
 def rank_loader(dataset: Dataset, order: Order, recipe: Recipe, place: RankPlace) -> Loader:
     """The batches of one rank, read as the recipe says."""
     return Loader(
@@ -108,7 +109,27 @@ def rank_loader(dataset: Dataset, order: Order, recipe: Recipe, place: RankPlace
         device=place.device,
         policy=BadSamplePolicy(recipe.on_bad_sample, recipe.max_consecutive_bad_samples),
         stall_seconds=recipe.stall_seconds,
+        augmentation=augmentation_of(recipe),
     )
+
+
+def augmentation_of(recipe: Recipe) -> Augmentation:
+    """What makes an image of a batch out of a photograph."""
+    part = recipe.finetune
+    if part is None:
+        return RandomCrops()
+    crops = RandomCrops((part.least_crop, 1.0))
+    if not part.randaugment_operations:
+        return crops
+    return RandAugmented(crops, part.randaugment_operations, part.randaugment_magnitude)
+
+
+def objective_of(recipe: Recipe, model: nn.Module, labels: TrainingLabels | None, device: torch.device) -> Objective:
+    """What the model is trained for."""
+    if labels is None:
+        return Reconstruction(recipe, device)
+    assert isinstance(model, Classifier)
+    return Classification(recipe, labels.train.labels, model, device)
 
 
 class Trainer:
@@ -120,12 +141,12 @@ class Trainer:
         self.job, self.recipe, self.run_directory, self.place = job, job.recipe, job.run, place
         self.line = MonitorLine(job.monitor)
         check_seen_here(job.run.storage, job.landmarks)
-        self.dataset = open_dataset(job.run.storage, job.recipe)
-        self.order = order_of(self.recipe, self.dataset.manifest.samples)
-        self.schedule = Schedule.of(self.recipe, self.order.steps_per_epoch)
         initialize_deepspeed(self.recipe.device)
         compute_as(self.recipe)
         self._group = RankGroup(place.rank, place.world_size, place.device)
+        self.data = RankData.open(job.run.storage, job.recipe, self._group)
+        self.dataset, self.order = self.data.dataset, self.data.order
+        self.schedule = Schedule.of(self.recipe, self.order.steps_per_epoch)
         model = build_model(self.recipe)
         found = restore_newest(
             job.run,
@@ -152,6 +173,7 @@ class Trainer:
         )
         self.trace = self._begin_trace() if job.trace_url else None
         self.step = self._training_step(step_of)
+        self._validation = self._opened_validation()
         self._skipped_in_a_row = 0
         self._has_successor = False
         self._quarantined: set[int] = set()
@@ -234,7 +256,7 @@ class Trainer:
         if self.saver.is_under_way and not shared.uploading:
             self.pulse.at("commit", SAVE_ALLOWED_SECONDS)
             self.saver.finish()
-        report = self._reporter(batch.epoch, learning_rate, shared)
+        report = self._reporter(batch.epoch, learning_rate, shared, self._measured())
         due = self.done_steps % self.recipe.digest_every_steps == 0 or self._is_due(self.done_steps)
         if self.recipe.is_exact and (due or shared.instruction):
             self._undigested = report
@@ -242,12 +264,28 @@ class Trainer:
             report("")
         return shared
 
-    def _reporter(self, epoch: int, learning_rate: float, shared: SharedStep) -> Callable[[str], None]:
+    def _measured(self) -> dict[str, Any]:
+        """The accuracy of a fine-tuning, where it is due after the steps done. Collective."""
+        if not (self._validation and self.schedule.ends_in_validation(self.done_steps, self.recipe)):
+            return {}
+        on_batch = functools.partial(self.pulse.at, "validate", self.recipe.stall_seconds)
+        return self._validation.measure(self.engine.module, self.place.device, on_batch)
+
+    def _opened_validation(self) -> Validation | None:
+        labels, place = self.data.labels, self.place
+        if labels is None or labels.validation is None:
+            return None
+        storage = self.run_directory.storage
+        return Validation(storage, self.recipe, labels.validation, place.rank, place.world_size)
+
+    def _reporter(
+        self, epoch: int, learning_rate: float, shared: SharedStep, measured: Mapping[str, Any]
+    ) -> Callable[[str], None]:
         """Reports the step that is done, given the digest of what it left, as the rank that knows of all."""
         if not shared.figures:
             return lambda _: None
         place = {"world_size": self.place.world_size, "attempt": self.attempt}
-        row = done_row(self.done_steps, epoch, learning_rate, shared, **place)
+        row = {**done_row(self.done_steps, epoch, learning_rate, shared, **place), **measured}
         norm, (reading, ranks) = self.step.gradient_norm, shared.figures
 
         def report(digest: str) -> None:
@@ -306,7 +344,10 @@ class Trainer:
     def _training_step(self, step_of: type[TrainingStep]) -> TrainingStep:
         folders = [Path(tempfile.gettempdir()), *([Path(self.recipe.cache_dir)] if self.recipe.cache_dir else [])]
         reading = RankReading(self.dataset, self.place.rank, device=self.place.device, folders=folders)
-        step = functools.partial(step_of, self.engine, self.recipe, self.place, self.order, reading=reading)
+        objective = objective_of(self.recipe, self.engine.module, self.data.labels, self.place.device)
+        step = functools.partial(
+            step_of, self.engine, self.recipe, self.place, self.order, reading=reading, objective=objective
+        )
         return step(on_mask=self.trace.note_masks) if self.trace else step()
 
     def _is_due(self, step: int) -> bool:

@@ -7,6 +7,7 @@ step is the mean over the global batch, whatever the world size: to the bit wher
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -22,13 +23,12 @@ from jobs.rank.engine import build_engine, discard_step, has_finite_gradients, s
 from jobs.rank.exact_gradients import ExactGradients, digest_of, digest_words, grains_of_ranks
 from jobs.rank.instruction import INSTRUCTIONS, Instruction
 from jobs.rank.non_finite import FAULT_WORDS, NonFiniteLossError, fault_of, write_faults
+from jobs.rank.objective import Objective, Reconstruction
 from jobs.rank.step_reading import RankReading, StepReading, from_words, word_count
 from jobs.rank.step_words import INTEGER_WORDS, StepWords, integer_of, wait_for, words_of
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import micro_batches
 from model.convmae import Output
-from model.noise import mask_noise
-from model.pixels import normalise
 from pipeline.load.batch import Batch
 from pipeline.order.sample_order import ConsumedDigest, Order
 
@@ -190,6 +190,7 @@ class TrainingStep:
         order: Order,
         *,
         reading: RankReading,
+        objective: Objective | None = None,
         on_mask: OnMask = lambda _: None,
         wait: Callable[[torch.device], None] = wait_for,
     ) -> None:
@@ -201,17 +202,23 @@ class TrainingStep:
             place: Of this rank.
             order: Of the run's samples.
             reading: Adds what the rank read, and how it fared.
+            objective: What the model is trained for; None: pretraining.
             on_mask: Is given the masks, in the order of images.
             wait: Returns when the device is done.
         """
         self.engine = engine
         self._recipe, self.place, self._reading, self._on_mask = recipe, place, reading, on_mask
         self._gradients: Gradients = gradients_of(engine, recipe, order, place)
-        first, last = FAULT_WORDS, FAULT_WORDS + self._gradients.words
-        self._of_faults, self._of_gradients = slice(first), slice(first, last)
-        self._of_state, self._of_host = slice(last, last + INTEGER_WORDS), slice(last + INTEGER_WORDS, None)
+        self._objective = objective or Reconstruction(recipe, place.device)
+        sizes = (FAULT_WORDS, self._gradients.words, self._objective.words, INTEGER_WORDS)
+        first, second, third, last = itertools.accumulate(sizes)
+        self._of_faults, self._of_gradients = slice(first), slice(first, second)
+        self._of_objective, self._of_state = slice(second, third), slice(third, last)
+        self._of_host = slice(last, None)
+        self._statistics: list[float] = []
+        """Of the objective, over all ranks, for the update."""
         of_host = _HOST_WORDS + word_count(place.world_size)
-        self._words = StepWords(self._of_state.stop, of_host, place.device, wait=wait)
+        self._words = StepWords(last, of_host, place.device, wait=wait)
         # DeepSpeed's own call would hook into a backward pass that is none of its own.
         self._model = engine.module if recipe.is_exact else engine
 
@@ -241,6 +248,7 @@ class TrainingStep:
         words = self._words.send()
         of_gradients = words[self._of_gradients]
         self._gradients.compute(batch, self.forward, self._on_mask, of_gradients)
+        self._objective.write(words[self._of_objective])
         write_faults(words[self._of_faults], of_gradients[: self._gradients.loss_words], self.place.rank)
         with_digest = with_digest and self._recipe.is_exact
         if with_digest:
@@ -255,6 +263,7 @@ class TrainingStep:
 
     def _shared(self, summed: NDArray[np.float64], *, with_digest: bool) -> SharedStep:
         loss, are_finite = self._gradients.read(summed[self._of_gradients].tolist())
+        self._statistics = summed[self._of_objective].tolist()
         told, uploads, count, *total = summed[self._of_host][:_HOST_WORDS].tolist()
         return SharedStep(
             loss=loss,
@@ -274,6 +283,7 @@ class TrainingStep:
         """
         if not self._gradients.update():
             raise NonFiniteLossError(f"the gradient's norm is not finite at step {step}; no update was made")
+        self._objective.update(self._statistics)
 
     def discard(self) -> None:
         """Forget the gradients in place of an update; every rank must call it for the same step."""
@@ -294,8 +304,8 @@ class TrainingStep:
 
     @property
     def learning_rate(self) -> float:
-        """The one that the optimizer has now."""
-        return float(self.engine.optimizer.param_groups[0]["lr"])
+        """The one that the optimizer has now; of layers with a factor the highest."""
+        return float(max(group["lr"] for group in self.engine.optimizer.param_groups))
 
     def forward(self, batch: Batch, chosen: slice) -> Output:
         """The model's output for one micro-batch, with its loss.
@@ -304,9 +314,4 @@ class TrainingStep:
             batch: This rank's part of the global batch.
             chosen: The images of the micro-batch.
         """
-        device = self.place.device
-        sample_ids = batch.sample_ids[chosen].to(device, non_blocking=True)
-        noise = mask_noise(self._recipe.seed, batch.epoch, sample_ids, self._recipe.model.mask_patches, device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=self._recipe.precision == "bf16"):
-            output: Output = self._model(normalise(batch.images[chosen]), noise=noise)
-        return output
+        return self._objective.output(self._model, batch, chosen)

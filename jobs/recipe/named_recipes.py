@@ -24,7 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from jobs.errors import RecipeError
-from jobs.recipe.recipe import Recipe, unknown_key
+from jobs.recipe.finetune import Finetune
+from jobs.recipe.recipe import PARTS, Recipe, unknown_key
 from model import ConvMAEConfig
 
 LARGEST_FILE_BYTES = 16384
@@ -71,14 +72,88 @@ def _tiny() -> Recipe:
     )
 
 
+def _finetuning(name: str, model: ConvMAEConfig) -> Recipe:
+    """The paper's: FINETUNE.md and main_finetune.py of github.com/Alpha-VL/ConvMAE."""
+    return _imagenet(
+        name,
+        "base",
+        model=model,
+        finetune=Finetune(),
+        epochs=100,
+        warmup_epochs=5.0,
+        base_learning_rate=5e-4,
+        global_batch_size=1024,
+        micro_batch_size=32,
+        lanes=64,
+        max_workers=32,
+        milestone_epochs=(),
+    )
+
+
+def _probing(name: str, model: ConvMAEConfig, batch_size: int) -> Recipe:
+    """Linear probing as main_linprobe.py of both has it; FINETUNE.md says the batch of ConvMAE's."""
+    part = Finetune(
+        kind="linear",
+        optimizer="lars",
+        randaugment_operations=0,
+        erasing=0.0,
+        mixup=0.0,
+        cutmix=0.0,
+        label_smoothing=0.0,
+        drop_path=0.0,
+        layer_decay=1.0,
+        min_learning_rate=0.0,
+    )
+    return _imagenet(
+        name,
+        "base",
+        model=model,
+        finetune=part,
+        epochs=90,
+        warmup_epochs=10.0,
+        base_learning_rate=0.1,
+        weight_decay=0.0,
+        global_batch_size=batch_size,
+        micro_batch_size=512,
+        grain_size=batch_size // 32,
+        lanes=32,
+        max_workers=32,
+        milestone_epochs=(),
+    )
+
+
+def _tiny_finetuning() -> Recipe:
+    """For the encoders of `tiny`, on two CPU cores: the paper's, weaker in all that slows small models down."""
+    part = Finetune(
+        validation_ratio=0.2, validate_epochs=5, randaugment_magnitude=5.0, mixup=0.0, cutmix=0.0, drop_path=0.0
+    )
+    return _tiny().model_copy(
+        update={"name": "tiny_finetune", "finetune": part, "warmup_epochs": 2.0, "base_learning_rate": 4e-3}
+    )
+
+
+def _tiny_probing() -> Recipe:
+    """Linear probing of the encoders of `tiny`, on two CPU cores."""
+    part = _probing("", ConvMAEConfig(), 4096).finetune
+    assert part
+    part = part.model_copy(update={"validation_ratio": 0.2, "validate_epochs": 5})
+    return _tiny().model_copy(
+        update={"name": "tiny_linear", "finetune": part, "warmup_epochs": 2.0, "base_learning_rate": 4.0}
+        | {"weight_decay": 0.0}
+    )
+
+
 def _build() -> dict[str, Recipe]:
-    recipes = [_tiny()]
+    recipes = [_tiny(), _tiny_finetuning(), _tiny_probing()]
     for size in SIZES:
         recipes.append(_imagenet(f"convmae_{size}", size))
     official = ConvMAEConfig.preset("base", loss="mse", norm_pix=True)
     recipes.append(_imagenet("convmae_base_official", "base", model=official))
     baseline = ConvMAEConfig.preset("mae_base", loss="mse", norm_pix=True)
     recipes.append(_imagenet("mae_base", "base", model=baseline))
+    plain = ConvMAEConfig.preset("base", loss="l1", norm_pix=False)
+    recipes += [_finetuning("convmae_base_finetune", plain), _finetuning("mae_base_finetune", baseline)]
+    recipes += [_probing("convmae_base_linear", plain, 4096), _probing("mae_base_linear", baseline, 16384)]
     for epochs in SHORTER_EPOCHS:
         recipes.append(_imagenet(f"convmae_base_{epochs}", "base", epochs=epochs))
     return {recipe.name: recipe for recipe in recipes}
@@ -129,6 +204,7 @@ def _file_recipe(path: Path) -> Recipe:
     base = fields.pop("base", None)
     if not isinstance(base, str) or base.endswith(".toml"):
         raise RecipeError("base", "must name the recipe that the file changes", base, f"one of {', '.join(_build())}")
-    if isinstance(fields.get("model"), dict):
-        fields |= {f"model.{key}": value for key, value in fields.pop("model").items()}
+    for part in PARTS:
+        if isinstance(fields.get(part), dict):
+            fields |= {f"{part}.{key}": value for key, value in fields.pop(part).items()}
     return named_recipe(base).amended({"name": path.stem, **fields})

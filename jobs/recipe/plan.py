@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jobs.recipe.reading_plan import ReadingPlan
-from jobs.recipe.recipe import Recipe
+from jobs.recipe.recipe import PARTS, Recipe
 from jobs.recipe.schedule import Schedule, order_of
 from model.cost import flops, parameters
 from pipeline.order.forecast import Int64s
@@ -66,11 +66,12 @@ def recipe_json(recipe: Recipe, size: DatasetSize) -> dict[str, Any]:
 def recipe_lines(recipe: Recipe, size: DatasetSize) -> Iterator[tuple[str, str]]:
     """Field and value: the resolved recipe, then what follows from it."""
     fields = recipe.to_json()
-    model = fields.pop("model")
+    parts = {name: fields.pop(name) for name in PARTS}
     for name, value in fields.items():
         yield name, _text(value)
-    for name, value in model.items():
-        yield f"model.{name}", _text(value)
+    for part, values in parts.items():
+        for name, value in (values or {}).items():
+            yield f"{part}.{name}", _text(value)
     yield from _plan_lines(recipe, size)
 
 

@@ -1,7 +1,8 @@
 """The recipe: everything that decides a run, typed, frozen and validated before anything starts.
 
-A recipe is flat: `field=value` on the command line sets `Recipe.field`, and `model.field=value` sets a field of
-`ConvMAEConfig`. Values are read as TOML, so `epochs=400`, `norm_pix=false` and `[48, 96, 192]` mean what they look
+A recipe is flat: `field=value` on the command line sets `Recipe.field`, `model.field=value` a field of
+`ConvMAEConfig`, and `finetune.field=value` one of `Finetune`, where the recipe is of a fine-tuning. Values are read
+as TOML, so `epochs=400`, `norm_pix=false` and `[48, 96, 192]` mean what they look
 like; a bare word is a string.
 """
 
@@ -29,6 +30,8 @@ from pydantic import (
 )
 
 from jobs.errors import RecipeError
+from jobs.recipe import finetune
+from jobs.recipe.finetune import Finetune
 from model import ConvMAEConfig
 from model.config import SWITCHES
 from model.errors import ModelConfigError
@@ -42,7 +45,8 @@ MOST = 10**9
 """Of anything that is counted; a larger number is a typing error."""
 STANDARD_WORKERS = 64
 """GPUs that the published batch of 4,096 is meant for."""
-URL_FIELDS = ("data", "run_root", "init_from")
+URL_FIELDS = ("data", "run_root", "init_from", "probe_data", "probe_labels")
+FINETUNE_URL_FIELDS = ("labels", "validation_data", "validation_labels")
 HANG_SECONDS = 300.0
 OnNonFinite = Literal["stop", "skip_batch", "rollback"]
 """What to do with a step whose loss or gradient is not finite: see `jobs.rank.non_finite`."""
@@ -79,6 +83,12 @@ PLACEMENT_FIELDS = frozenset(
         "on_nonfinite_loss",
         "max_nonfinite_in_a_row",
         "max_restarts_without_progress",
+        "probes",
+        "probe_data",
+        "probe_labels",
+        "probe_epochs",
+        "probe_samples",
+        "probe_wait_seconds",
         "metrics_port",
     }
 )
@@ -116,8 +126,37 @@ def _model_config(value: object) -> ConvMAEConfig:
 ModelField = Annotated[ConvMAEConfig, BeforeValidator(_model_config), PlainSerializer(dataclasses.asdict)]
 
 
+def _finetune(value: object) -> Finetune | None:
+    """Build the part that makes a recipe a fine-tuning from a mapping; None: it is a pretraining."""
+    if value is None or isinstance(value, Finetune):
+        return value
+    assert isinstance(value, Mapping)
+    fields: dict[str, Any] = dict(value)
+    for key in fields:
+        if key not in Finetune.model_fields:
+            raise unknown_key(f"finetune.{key}", [f"finetune.{name}" for name in Finetune.model_fields])
+    if isinstance(fields.get("classes"), list):
+        fields["classes"] = tuple(fields["classes"])
+    for name in FINETUNE_URL_FIELDS:
+        if isinstance(url := fields.get(name), str) and url:
+            fields[name] = _normal_field(f"finetune.{name}", url)
+    try:
+        return Finetune(**fields)
+    except ValidationError as error:
+        raise _first_fault(error, Finetune, "finetune.") from None
+
+
+FinetuneField = Annotated[Finetune | None, BeforeValidator(_finetune)]
+_BY_FIELD = {
+    "model": "write model.preset=base, or model.<field>=value",
+    "finetune": "write finetune.<field>=value",
+}
+PARTS = tuple(_BY_FIELD)
+"""Fields that have fields of their own, which are written `model.<field>`."""
+
+
 class Recipe(BaseModel):
-    """One pretraining run. Frozen; the batch arithmetic is checked when it is built."""
+    """One run: a pretraining, or a fine-tuning. Frozen; the batch arithmetic is checked when it is built."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True
@@ -131,8 +170,11 @@ class Recipe(BaseModel):
     """URL under which the run directory `<run_root>/<run name>` is made. Empty: the local stack's bucket."""
     model: ModelField
     """Architecture, masking and loss (`model.<field>`)."""
+    finetune: FinetuneField = None
+    """What makes the run a fine-tuning (`finetune.<field>`); only recipes that are made for it have it."""
     init_from: str = ""
-    """URL of weights to start from, as `convmae import` or `convmae consolidate` wrote them. Empty: random ones."""
+    """URL of weights to start from, as `convmae import` or `convmae consolidate` wrote them; for a fine-tuning also a
+    file of the official code. Empty: random ones."""
     init_sha256: str = ""
     """SHA-256 of that file; determined when a run begins."""
 
@@ -229,6 +271,19 @@ class Recipe(BaseModel):
     """Epochs after which a checkpoint is saved and never deleted (the epochs of the paper's ablation)."""
     max_restarts_without_progress: int = Field(default=3, ge=0, le=MOST)
     """Restarts in a row without a new committed checkpoint before the run is abandoned."""
+    probes: Switch = True
+    """Measure the encoder beside the training, by kNN and a linear probe on labelled samples: before the first step, at
+    milestones, every `probe_epochs`, and at the end. Where there are no labels nothing is measured."""
+    probe_data: str = ""
+    """URL of the labelled data set on which it is measured. Empty: `data`, if that has labels."""
+    probe_labels: str = ""
+    """URL of a list of labels for it, a key, a tab and a label in each line. Empty: its own."""
+    probe_epochs: int = Field(default=0, ge=0, le=MOST)
+    """Epochs between probes, at whose end a checkpoint is saved, too; 0: at milestones alone."""
+    probe_samples: int = Field(default=10_000, ge=0, le=MOST)
+    """Most samples of it that are used, chosen by a hash of their ids; 0: all. They bound memory and time."""
+    probe_wait_seconds: float = Field(default=1800.0, ge=0)
+    """How long the end of a run waits for probes that are left."""
     metrics_port: int = Field(default=0, ge=0, le=65535)
     """Port of the run's /metrics endpoint; 0: any free one."""
 
@@ -248,6 +303,11 @@ class Recipe(BaseModel):
         return self.reproducible == "bits" and self.zero_stage < 3
 
     @property
+    def is_probed(self) -> bool:
+        """Whether the encoder is measured while it trains; a fine-tuning is validated instead."""
+        return self.probes and self.finetune is None
+
+    @property
     def grain(self) -> int:
         """Images in a grain: `grain_size`, else the largest that divides a lane's share of the batch or consists of
         such shares, fits in a micro-batch, and is at most a 64th of the batch where lanes' shares are smaller."""
@@ -260,6 +320,11 @@ class Recipe(BaseModel):
     def lanes_together(self) -> int:
         """Lanes that make up a grain, and so are on one rank."""
         return max(1, self.grain // self.lane_batch_size) if self.is_exact else 1
+
+    @property
+    def mixed_images(self) -> int:
+        """Neighbours of a batch that mixup and CutMix mix with each other; whatever the world size, on one rank."""
+        return self.grain if self.is_exact else self.lane_batch_size
 
     def _is_grain(self, size: int) -> bool:
         lane, (lanes, rest) = self.lane_batch_size, divmod(size, self.lane_batch_size)
@@ -308,11 +373,37 @@ class Recipe(BaseModel):
         if self.warmup_epochs >= self.epochs:
             remedy = f"set warmup_epochs={self.epochs / 10:g}, a tenth of the epochs, or train longer"
             raise RecipeError("warmup_epochs", f"must be below epochs = {self.epochs}", self.warmup_epochs, remedy)
+        if self.finetune:
+            self._check_finetune(self.finetune)
         return self
+
+    def _check_finetune(self, part: Finetune) -> None:
+        if part.mixes and self.mixed_images < 2:
+            size = "a grain" if self.is_exact else "a lane's share of the batch"
+            rule = f"need {size} of at least 2 images, which are mixed with each other"
+            remedy = "lower lanes or raise global_batch_size, or set finetune.mixup=0 finetune.cutmix=0"
+            raise RecipeError("finetune.mixup and cutmix", rule, self.mixed_images, remedy)
+        if part.min_learning_rate > self.learning_rate:
+            rule = f"must be at most the peak, {self.learning_rate:g}"
+            remedy = "lower it, or raise base_learning_rate"
+            raise RecipeError("finetune.min_learning_rate", rule, part.min_learning_rate, remedy)
+        if part.kind == "linear" and not self.is_exact:
+            # Its batch norm has the statistics of grains.
+            name, value = ("zero_stage", 3) if self.zero_stage == 3 else ("reproducible", self.reproducible)
+            remedy = "set zero_stage=1 reproducible=bits"
+            raise RecipeError(name, "must give the same bits at any world size with kind=linear", value, remedy)
+        if part.kind == "linear" and self.precision == "bf16_pure":
+            rule = "must be bf16 or fp32 with kind=linear, whose batch norm adds up small differences"
+            raise RecipeError("precision", rule, self.precision, "set precision=bf16")
 
     def trajectory(self) -> dict[str, Any]:
         """The fields that decide what is computed; equal for every attempt of one run."""
         fields = {key: value for key, value in self.to_json().items() if key not in PLACEMENT_FIELDS}
+        if self.finetune:
+            part = {key: value for key, value in fields["finetune"].items() if key not in finetune.PLACEMENT_FIELDS}
+            fields["finetune"] = part
+        else:
+            del fields["finetune"]  # so that a pretraining is what it was before there were fine-tunings
         if self.is_exact:
             return fields | {"grain_size": self.grain}
         # As it was before there were grains, so that checkpoints of older runs are theirs.
@@ -341,7 +432,7 @@ class Recipe(BaseModel):
         """
         for key in fields:
             if key not in cls.model_fields:
-                raise unknown_key(key, [*cls.model_fields, "model.<field>"])
+                raise unknown_key(key, [*cls.model_fields, "model.<field>", "finetune.<field>"])
         # Tuples are lists in JSON and TOML, and an integer is a valid float: strict mode would refuse both.
         values = dict(fields)
         for key in ("milestone_epochs", "recompute"):
@@ -350,25 +441,32 @@ class Recipe(BaseModel):
         try:
             return cls(**values)
         except ValidationError as error:
-            raise _first_fault(error) from None
+            raise _first_fault(error, cls) from None
 
     def amended(self, overrides: Mapping[str, Any]) -> Recipe:
-        """This recipe with the values of `overrides` (flat keys; `model.<field>` for the model's).
+        """This recipe with the values of `overrides` (flat keys; `model.<field>` and `finetune.<field>` for parts).
 
         Raises:
             RecipeError: As `from_json`.
         """
-        if "model" in overrides:
-            remedy = "write model.preset=base, or model.<field>=value"
-            raise RecipeError("model", "must be set field by field", overrides["model"], remedy)
         fields = self.to_json()
-        model_fields = {
-            key.removeprefix("model."): value for key, value in overrides.items() if key.startswith("model.")
-        }
-        fields.update({key: value for key, value in overrides.items() if not key.startswith("model.")})
-        if "preset" not in model_fields:
-            model_fields = {**fields["model"], **model_fields}
-        return Recipe.from_json({**fields, "model": model_fields})
+        parts: dict[str, dict[str, Any]] = {name: {} for name in PARTS}
+        for key, value in overrides.items():
+            part, dot, name = key.partition(".")
+            if key in PARTS:
+                raise RecipeError(key, "must be set field by field", value, _BY_FIELD[key])
+            if dot and part in PARTS:
+                parts[part][name] = value
+            else:
+                fields[key] = value
+        if "preset" not in parts["model"]:
+            parts["model"] = {**fields["model"], **parts["model"]}
+        if parts["finetune"] and self.finetune is None:
+            key, value = next(item for item in overrides.items() if item[0].startswith("finetune."))
+            remedy = "take a recipe of a fine-tuning, like convmae_base_finetune or tiny_finetune"
+            raise RecipeError(key, "is of fine-tunings alone", value, remedy)
+        parts["finetune"] = {**(fields["finetune"] or {}), **parts["finetune"]}
+        return Recipe.from_json({**fields, "model": parts["model"], "finetune": parts["finetune"] or None})
 
 
 def unknown_key(key: str, known: Sequence[str]) -> RecipeError:
@@ -378,7 +476,7 @@ def unknown_key(key: str, known: Sequence[str]) -> RecipeError:
     return RecipeError(key, "is not a field of a recipe", key, remedy)
 
 
-def _first_fault(error: ValidationError) -> RecipeError:
+def _first_fault(error: ValidationError, of: type[BaseModel], prefix: str = "") -> RecipeError:
     fault = error.errors()[0]
     cause = fault.get("ctx", {}).get("error")
     if isinstance(cause, RecipeError):
@@ -386,7 +484,8 @@ def _first_fault(error: ValidationError) -> RecipeError:
     field = str(fault["loc"][0])
     rule = fault["msg"].replace("Input should", "should").replace("Field required", "is required")
     value = None if fault["type"] == "missing" else fault["input"]
-    return RecipeError(field, rule, value, f"give {field}=<{_type_name(Recipe.model_fields[field].annotation)}>")
+    remedy = f"give {prefix}{field}=<{_type_name(of.model_fields[field].annotation)}>"
+    return RecipeError(f"{prefix}{field}", rule, value, remedy)
 
 
 def _normal_field(name: str, url: str) -> str:

@@ -24,6 +24,8 @@ class Schedule:
     """Steps that warm-up and cosine span: all epochs, whatever `max_steps` is."""
     warmup_steps: float
     peak_learning_rate: float
+    min_learning_rate: float = 0.0
+    """At the end of the cosine."""
 
     @classmethod
     def of(cls, recipe: Recipe, steps_per_epoch: int) -> Schedule:
@@ -35,30 +37,47 @@ class Schedule:
             schedule_steps=schedule_steps,
             warmup_steps=recipe.warmup_epochs * steps_per_epoch,
             peak_learning_rate=recipe.learning_rate,
+            min_learning_rate=recipe.finetune.min_learning_rate if recipe.finetune else 0.0,
         )
 
     def learning_rate(self, step: int) -> float:
-        """Learning rate of step `step` (from 0): linear warm-up from 0, then a half-cosine to 0.
+        """Learning rate of step `step` (from 0): linear warm-up from 0, then a half-cosine to the least.
 
         Source: arXiv:2205.03892, section 4.1; per step instead of per epoch, as in the released code.
         """
         if step < self.warmup_steps:
             return self.peak_learning_rate * step / self.warmup_steps
         progress = (step - self.warmup_steps) / (self.schedule_steps - self.warmup_steps)
-        return self.peak_learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+        falling = (self.peak_learning_rate - self.min_learning_rate) * 0.5 * (1 + math.cos(math.pi * progress))
+        return self.min_learning_rate + falling
 
     def is_milestone(self, step: int, milestone_epochs: tuple[int, ...]) -> bool:
         """Whether `step` finished steps end one of the epochs whose checkpoint is kept permanently."""
         epoch, rest = divmod(step, self.steps_per_epoch)
         return rest == 0 and epoch in milestone_epochs
 
+    def is_probe_epoch(self, step: int, recipe: Recipe) -> bool:
+        """Whether `step` finished steps end one of every `probe_epochs`."""
+        epoch, rest = divmod(step, self.steps_per_epoch)
+        by_epochs = epoch > 0 and recipe.probe_epochs > 0 and epoch % recipe.probe_epochs == 0
+        return recipe.is_probed and rest == 0 and by_epochs
+
+    def ends_in_validation(self, step: int, recipe: Recipe) -> bool:
+        """Whether the accuracy of a fine-tuning is measured after `step` finished steps: by epochs, and at the end."""
+        if not (recipe.finetune and recipe.finetune.has_validation):
+            return False
+        epoch, rest = divmod(step, self.steps_per_epoch)
+        by_epochs = rest == 0 and recipe.finetune.validate_epochs > 0 and epoch % recipe.finetune.validate_epochs == 0
+        return by_epochs or step == self.total_steps
+
     def ends_in_a_checkpoint(self, step: int, recipe: Recipe) -> bool:
-        """Whether the ranks save after `step` finished steps without being asked: by steps, milestones, and the end."""
+        """Whether the ranks save after `step` finished steps unasked: by steps, milestones, probes and the end."""
         by_steps = recipe.checkpoint_interval == "steps"  # otherwise the monitor asks for it
         return (
             (by_steps and step % recipe.checkpoint_every_steps == 0)
             or step == self.total_steps
             or self.is_milestone(step, recipe.milestone_epochs)
+            or self.is_probe_epoch(step, recipe)
         )
 
 

@@ -27,9 +27,11 @@ TREND_POINTS = 120
 """Points of the line of means that is drawn over it."""
 
 # matplotlib writes fixed colours; these stand for CSS variables and are replaced by them.
-_INK, _FAINT, _RULE, _ACCENT, _MARK = "#010101", "#020202", "#030303", "#040404", "#050505"
-_VARIABLES = {_INK: "var(--ink)", _FAINT: "var(--faint)", _RULE: "var(--rule)", _ACCENT: "var(--accent)"}
+_INK, FAINT, _RULE, _ACCENT, _MARK = "#010101", "#020202", "#030303", "#040404", "#050505"
+_VARIABLES = {_INK: "var(--ink)", FAINT: "var(--faint)", _RULE: "var(--rule)", _ACCENT: "var(--accent)"}
 _VARIABLES[_MARK] = "var(--mark)"
+COLOURS = (FAINT, _ACCENT, _MARK)
+"""Of lines in one panel."""
 
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
@@ -131,14 +133,14 @@ def training_chart(
     figure = Figure(figsize=inches, dpi=72, layout="constrained")
     panels = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     for panel, (title, _, draw) in zip(panels, drawn, strict=True):
-        _prepare(panel, title, restarts)
+        prepare(panel, title, restarts)
         draw(panel, history)
     label = "step" if epoch_steps is None else f"step ({epoch_steps:,} in an epoch)"
-    panels[-1].set_xlabel(label, color=_FAINT, fontsize=11)
+    panels[-1].set_xlabel(label, color=FAINT, fontsize=11)
     panels[-1].xaxis.set_major_locator(MaxNLocator(max(3, canvas.width_pixels // 110), integer=True))
     panels[-1].xaxis.set_major_formatter(EngFormatter(sep="") if history.steps[-1] >= 10_000 else "{x:.0f}")
     shown = ", ".join(title for title, *_ in drawn)
-    return _svg(figure, canvas, f"{shown} over {len(history):,} steps")
+    return drawn_svg(figure, canvas, f"{shown} over {len(history):,} steps")
 
 
 def _draw_learning_rate(panel: Axes, history: History) -> None:
@@ -166,18 +168,20 @@ def _draw_loss(panel: Axes, history: History) -> None:
     panel.plot(history.steps[-1:], history.losses[-1:], "o", color=_ACCENT, markersize=4, clip_on=False)
 
 
-def _prepare(panel: Axes, title: str, restarts: Sequence[int]) -> None:
+def prepare(panel: Axes, title: str, restarts: Sequence[int] = ()) -> None:
+    """Give a panel its title and the look of all; each restart becomes a vertical line."""
     panel.set_title(title, loc="left", color=_INK, fontsize=12)
     panel.patch.set_visible(False)
     panel.spines[:].set_visible(False)
     panel.margins(x=0.01)
     panel.grid(axis="y", color=_RULE, linewidth=0.8)
-    panel.tick_params(colors=_FAINT, length=0, labelsize=11)
+    panel.tick_params(colors=FAINT, length=0, labelsize=11)
     for step in dict.fromkeys(restarts):
         panel.axvline(step, color=_MARK, linewidth=1, dashes=(3, 3))
 
 
-def _svg(figure: Figure, canvas: Canvas, description: str) -> str:
+def drawn_svg(figure: Figure, canvas: Canvas, description: str) -> str:
+    """The figure as one `<svg>` element, in the colours of the page."""
     data = io.StringIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": canvas.name}):
         figure.savefig(data, format="svg", metadata=_NO_METADATA, transparent=True)

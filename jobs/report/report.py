@@ -15,10 +15,12 @@ from html import escape
 
 from jobs.metrics.goodput import measured_goodput
 from jobs.recipe.recipe import Recipe
+from jobs.report.accuracy import ACCURACY_HEAD, accuracy_chart, accuracy_rows
 from jobs.report.charts import CANVASES, training_chart
 from jobs.report.page import page, pairs, paragraph, section, table
 from jobs.report.reported_run import ReportedRun
 from jobs.run.directory import REPORT_NAME, RunDirectory
+from jobs.run.probe_rows import MAIN_PROBE
 from jobs.terminal import duration_text
 
 MOST_ATTEMPTS = 400
@@ -29,6 +31,8 @@ MOST_FAULTS = 50
 """Samples found unusable that are named."""
 MOST_BARS = 60
 """Newest attempts that the timeline shows; narrower bars could not be distinguished on a phone."""
+MOST_VALIDATIONS = 100
+"""Newest measurements of accuracy that are listed."""
 MOST_SKIPPED = 20
 """Skipped images that are named."""
 _ENDINGS = frozenset({"finished", "stopped", "failed"})
@@ -49,6 +53,7 @@ def report_html(run: ReportedRun) -> str:
     """The page as HTML. All outside text (names, reasons, paths) is escaped."""
     sections = [
         section("Training", _charts(run)),
+        section("Accuracy", _accuracy(run)),
         section("Reconstructions", _picture(run)),
         section("Attempts", _bars(run) + _timeline(run)),
         section("Checkpoints", _checkpoints(run)),
@@ -66,7 +71,7 @@ def _header(run: ReportedRun) -> str:
     total_steps = run.heartbeat.get("total_steps", 0)
     done_percent = f"{100 * run.step / total_steps:.1f}" if total_steps else "0"
     lines = [
-        f"<p>ConvMAE pretraining · recipe {recipe} · {heard}</p>",
+        f"<p>ConvMAE {'fine-tuning' if run.recipe.finetune else 'pretraining'} · recipe {recipe} · {heard}</p>",
         f'<h1>{name} <span class="state" data-state="{state}">{state}</span></h1>',
         paragraph(run.ending) if run.ending else "",
         f'<div class="bar"><div style="width: {done_percent}%"></div></div>',
@@ -82,6 +87,10 @@ def _facts(run: ReportedRun) -> Iterable[tuple[str, str]]:
         yield "Epoch", f"{run.step / epoch_steps:.4g} / {run.recipe.epochs:,}"
     if len(run.history):
         yield "Final loss" if finished else "Latest loss", f"{run.history.losses[-1]:.4f}"
+    if newest := run.accuracies.newest:
+        yield "kNN accuracy", f"{newest.accuracies[MAIN_PROBE]:.1%}"
+    if run.validations:
+        yield "Validation top-1", f"{run.validations[-1]['validation_top1']:.1%}"
     yield "Images trained", f"{run.step * batch:,}"
     yield "Attempts", f"{len(attempts):,}"
     if attempts:
@@ -118,6 +127,39 @@ def _charts(run: ReportedRun) -> str:
         for canvas in CANVASES
     )
     return charts + (paragraph("Dashed lines: the step from which a later attempt resumed.") if restarts else "")
+
+
+def _accuracy(run: ReportedRun) -> str:
+    """Of a pretraining by its probes; of a fine-tuning as it was measured while it trained."""
+    if run.validations:
+        return _validations(run)
+    curve, failed = run.accuracies, sum(event["kind"] == "probe-failed" for event in run.events)
+    faults = paragraph(f"{failed:,} probes failed: see the events `probe-failed`.") if failed else ""
+    if not curve.rows:
+        return faults or paragraph("Not measured.")
+    control = "weights of init_from" if run.recipe.init_from else "random weights"
+    epoch_steps = run.heartbeat.get("steps_per_epoch")
+    charts = "".join(
+        accuracy_chart(curve, epoch_steps=epoch_steps, control=control, canvas=canvas) for canvas in CANVASES
+    )
+    note = f"Top-1 on {curve.rows[-1].tested:,} labelled samples that the probes have not seen; intervals are of these "
+    note += f"samples alone, at 95 %. Step 0 is before training: {control}."
+    return charts + paragraph(note) + table(ACCURACY_HEAD, list(accuracy_rows(curve))) + faults
+
+
+def _validations(run: ReportedRun) -> str:
+    rows = [
+        (
+            f"{row['step']:,}",
+            f"{row['epoch'] + 1:,}",
+            f"{row['validation_top1']:.2%}",
+            f"{row['validation_top5']:.2%}" if "validation_top5" in row else "",
+        )
+        for row in run.validations[-MOST_VALIDATIONS:]
+    ]
+    return table(("step", "epoch", "top-1", "top-5"), rows) + paragraph(
+        f"On {run.validations[-1]['validation_samples']:,} validation samples, by the weights of that step."
+    )
 
 
 def _picture(run: ReportedRun) -> str:
@@ -223,8 +265,8 @@ def _skipped(run: ReportedRun) -> str:
 
 def _recipe_fields(recipe: Recipe) -> Iterable[tuple[str, object]]:
     for name, value in recipe.to_json().items():
-        if name == "model":
-            yield from ((f"model.{key}", item) for key, item in value.items())
+        if isinstance(value, dict):
+            yield from ((f"{name}.{key}", item) for key, item in value.items())
         else:
             yield name, value
 

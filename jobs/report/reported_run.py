@@ -13,6 +13,7 @@ from jobs.recipe.recipe import Recipe
 from jobs.report.charts import History
 from jobs.report.reconstruction import RECONSTRUCTIONS_NAME
 from jobs.run.directory import RunDirectory
+from jobs.run.probe_rows import ProbeCurve
 from pipeline.shard.manifest import SKIPPED_NAME
 from pipeline.store.json_text import parsed_object
 
@@ -38,6 +39,8 @@ class ReportedRun:
     """Images that the data set skipped; None if its list is gone."""
     picture: bytes | None
     """A PNG of reconstructions."""
+    validations: Sequence[Mapping[str, Any]] = ()
+    """Rows of the history that have the accuracy of a fine-tuning."""
 
     @classmethod
     def read(cls, run: RunDirectory) -> ReportedRun:
@@ -47,6 +50,7 @@ class ReportedRun:
             RunError: If there is no such run.
         """
         recipe = run.read_recipe()
+        rows = run.read_history()
         skipped = _read_or_none(run, run.storage.join(recipe.data, SKIPPED_NAME)) if recipe.data else None
         return cls(
             name=run.name,
@@ -54,7 +58,8 @@ class ReportedRun:
             recipe=recipe,
             heartbeat=run.read_heartbeat(),
             events=run.read_events(),
-            history=History.of(run.read_history()),
+            history=History.of(rows),
+            validations=[row for row in rows if "validation_top1" in row],
             kept_steps=frozenset(checkpoint.committed_steps(run)),
             commit=checkpoint.latest_commit(run),
             faults=run.read_quarantine(),
@@ -84,6 +89,11 @@ class ReportedRun:
         """When the run was last heard of, as Unix time; 0 if never."""
         said = self.events[-1]["at_seconds"] if self.events else 0.0
         return float(self.heartbeat.get("updated_at_seconds", said))
+
+    @property
+    def accuracies(self) -> ProbeCurve:
+        """Of the encoder, over the steps."""
+        return ProbeCurve.of(self.events)
 
     @property
     def attempts(self) -> list[Mapping[str, Any]]:

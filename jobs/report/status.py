@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from jobs.checkpoint import checkpoint
+from jobs.run.accuracy_text import accuracy_text
 from jobs.run.directory import FINAL_STATES, RunDirectory
 from jobs.terminal import duration_text, figure
 from pipeline.errors import UserError
@@ -73,6 +74,10 @@ def status_lines(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "step", f"{step:,} of {total:,}" + (f" ({step / total:.1%})" if total else "")
     yield "epoch", _epochs(status)
     yield "loss", figure(status.get("loss"), ".6f")
+    if accuracy := accuracy_text(status):
+        yield "accuracy", accuracy
+    if status.get("validation_top1") is not None:
+        yield "validation", _validation(status)
     yield "learning rate", figure(status.get("learning_rate"), ".3e")
     yield "images/s", figure(status.get("images_per_second"), ".1f")
     yield "data wait", figure(status.get("data_wait_ratio"), ".1%")
@@ -92,6 +97,12 @@ def status_lines(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "ETA", duration_text(status.get("eta_seconds"))
         yield "metrics", status.get("metrics_url", "-")
     yield "directory", status["url"]
+
+
+def _validation(status: Mapping[str, Any]) -> str:
+    """The newest accuracy of a fine-tuning."""
+    top5 = status.get("validation_top5")
+    return f"top-1 {status['validation_top1']:.1%}" + ("" if top5 is None else f", top-5 {top5:.1%}")
 
 
 def _epochs(status: Mapping[str, Any]) -> str:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # it imports torch, for which commands that only read should 
     from jobs.recipe.recipe import Recipe
 
 REPORT_NAME = "report.html"
+STOP_REQUEST_NAME = "stop-request.json"
 HISTORY_PART_STEPS = 1000
 """Steps in one part of the history, which is the most that one flush rewrites."""
 
@@ -209,13 +210,13 @@ class RunDirectory:
 
     def write_stop_request(self) -> None:
         """Ask the run, wherever its driver is, to save a checkpoint and end."""
-        self.storage.write(self.path("stop-request.json"), _json_bytes({}))
+        self.storage.write(self.path(STOP_REQUEST_NAME), _json_bytes({}))
 
     def take_stop_request(self) -> bool:
         """Whether the run was asked to stop; removes the request."""
-        if not self.storage.exists(self.path("stop-request.json")):
+        if not self.storage.exists(self.path(STOP_REQUEST_NAME)):
             return False
-        self.storage.delete(self.path("stop-request.json"))
+        self.storage.delete(self.path(STOP_REQUEST_NAME))
         return True
 
     def _parts(self, folder: str) -> list[str]:

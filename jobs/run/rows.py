@@ -14,6 +14,7 @@ from pydantic import Field, Strict, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
 from jobs.errors import RunError
+from jobs.run.probe_rows import PROBE_EVENT, PROBE_NAMES
 from pipeline.errors import clipped
 from pipeline.store.json_text import parsed_json
 
@@ -28,6 +29,7 @@ Integer = Annotated[int, Strict(), Field(gt=-LARGEST, lt=LARGEST)]
 Number = Annotated[float, Strict(), Field(gt=-LARGEST, lt=LARGEST)]
 Time = Annotated[float, Strict(), Field(ge=0, le=_LAST_SECOND)]
 """A Unix time, in seconds, that a calendar has."""
+Ratio = Annotated[float, Strict(), Field(ge=0, le=1)]
 Text = Annotated[str, Strict()]
 
 
@@ -44,6 +46,12 @@ class _Event(TypedDict):
     down_seconds: NotRequired[Number]
     seconds: NotRequired[Number]
     reason: NotRequired[Text]
+    epoch: NotRequired[Integer]
+    plan: NotRequired[Text]
+    tested: NotRequired[Annotated[Integer, Field(gt=0)]]
+    knn_10: NotRequired[Ratio]
+    knn_20: NotRequired[Ratio]
+    linear: NotRequired[Ratio]
 
 
 class _HistoryRow(TypedDict):
@@ -57,6 +65,9 @@ class _HistoryRow(TypedDict):
     data_wait_seconds: NotRequired[Number]
     samples: NotRequired[Text]
     digest: NotRequired[Text]
+    validation_top1: NotRequired[Number]
+    validation_top5: NotRequired[Number]
+    validation_samples: NotRequired[Integer]
     skipped: NotRequired[Text]
 
 
@@ -96,6 +107,9 @@ class _Heartbeat(TypedDict):
     checkpoint_at_seconds: NotRequired[Time | None]
     checkpoint_seconds: NotRequired[Number | None]
     checkpoint_interval_seconds: NotRequired[Number | None]
+    probe_epoch: NotRequired[Integer | None]
+    probe_accuracies: NotRequired[dict[Text, Ratio]]
+    probe_control: NotRequired[dict[Text, Ratio]]
     device: NotRequired[Text]
     metrics_url: NotRequired[Text]
 
@@ -111,6 +125,7 @@ _OF_KINDS: Mapping[str, tuple[str, ...]] = {
     "checkpoint": ("bytes", "stall_seconds", "duration_seconds"),
     "recovered": ("down_seconds",),
     "checkpoint-interval": ("seconds",),
+    PROBE_EVENT: ("epoch", "plan", "tested", *PROBE_NAMES),
 }
 """Fields that events must have besides, by their kind."""
 _COUNTERS = TypeAdapter(dict[str, Number])

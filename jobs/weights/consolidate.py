@@ -144,7 +144,9 @@ def _planned(source: CheckedFiles, target: Target, url: str, part_bytes: int) ->
 
 def _metadata(run: RunDirectory, commit: Commit, target: Target) -> dict[str, str]:
     # Read without `read_recipe`, which would import torch: more memory than all else here.
-    model = run.read_recipe_fields()["model"]
+    fields = run.read_recipe_fields()
+    model, part = fields["model"], fields.get("finetune")
+    classifier = {"kind": part["kind"], "classes": part["classes"]} if part else None
     git = commit.versions.get("git")
     return {
         "format": "pt",
@@ -157,6 +159,7 @@ def _metadata(run: RunDirectory, commit: Commit, target: Target) -> dict[str, st
         "model": json.dumps(model, sort_keys=True),
         "versions": json.dumps(dict(commit.versions), sort_keys=True),
         **({"git_commit": git} if git else {}),
+        **({"classifier": json.dumps(classifier, sort_keys=True)} if classifier else {}),
     }
 
 

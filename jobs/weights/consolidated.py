@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from jobs.checkpoint import checkpoint
@@ -23,8 +24,10 @@ from jobs.weights.file_layout import FILE_NAME, INDEX_NAME
 from jobs.weights.target import SEVERAL_FILES, recorded_sha256
 from jobs.weights.weight_checks import check_against, check_dtypes
 from jobs.weights.weight_files import SUFFIX, local_copy, model_config, opened_file, sha256_of, tensors_in
-from model import ConvMAEConfig
-from model.errors import listed
+from model import Classifier, ConvMAEConfig
+from model.classifier import KINDS
+from model.errors import WeightsError, listed
+from model.weights import check_names
 from pipeline.errors import clipped
 from pipeline.store.json_text import parsed_object
 from pipeline.store.storage import Storage
@@ -35,13 +38,51 @@ _RESULT = re.compile(r"step-(\d+)(\.safetensors)?")
 
 
 @dataclass(frozen=True)
+class ClassifierHead:
+    """What a file says of a classifier beside its model."""
+
+    kind: str
+    """`full` or `linear`."""
+    classes: tuple[str, ...]
+    """Names, in the order of the outputs."""
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, str], url: str) -> ClassifierHead | None:
+        """From the metadata of a file; None where it is of a pretraining.
+
+        Raises:
+            WeightsFileError: It is damaged.
+        """
+        if "classifier" not in metadata:
+            return None
+        try:
+            fields = parsed_object(metadata["classifier"])
+            kind, classes = fields["kind"], fields["classes"]
+            if kind not in KINDS or not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+                raise ValueError("no kind and classes")
+        except (ValueError, LookupError) as error:
+            remedy = "get the file again from where it was written"
+            raise WeightsFileError("weights", f"must name its classes ({clipped(str(error))})", url, remedy) from None
+        return cls(kind, tuple(classes))
+
+
+@dataclass(frozen=True)
 class Weights:
-    """A whole pretraining model, for `ConvMAE(config).load_state_dict(tensors)`."""
+    """A whole model: of a pretraining, for `ConvMAE(config).load_state_dict(tensors)`, or a classifier."""
 
     config: ConvMAEConfig
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
     """Run, step, epoch, digests and versions, as far as they are known."""
+    head: ClassifierHead | None = None
+    """Of a fine-tuning; None: it is a pretraining's model."""
+
+    def classifier(self) -> Classifier:
+        """The model of a fine-tuning, with these weights, in evaluation mode."""
+        assert self.head
+        model = Classifier(self.config, len(self.head.classes), kind=self.head.kind)
+        model.load_state_dict(dict(self.tensors), strict=True)
+        return model.eval().requires_grad_(False)
 
     def check(self, value: str) -> None:
         """Compare the tensors with the configuration.
@@ -49,6 +90,15 @@ class Weights:
         Raises:
             WeightsFileError: As `check_against` and `check_dtypes`.
         """
+        if self.head:
+            with torch.device("meta"):
+                expected = Classifier(self.config, len(self.head.classes), kind=self.head.kind).state_dict()
+            try:
+                check_names(self.tensors, expected)
+            except WeightsError as error:
+                assert isinstance(error.value, list)
+                raise WeightsFileError("weights", error.rule, value, listed(error.value)) from None
+            return
         check_against(self.tensors, self.config, value)
         check_dtypes({name: tensor.dtype for name, tensor in self.tensors.items()}, value)
 
@@ -159,7 +209,8 @@ def of_run(run: RunDirectory, step: int | None = None) -> Weights:
 
 
 def _of_checkpoint(run: RunDirectory, commit: Commit) -> Weights:
-    config = run.read_recipe().model
+    recipe = run.read_recipe()
+    config, part = recipe.model, recipe.finetune
     commit = replace(commit, files=tuple(with_chunks(run, commit.step, commit.files)))
     files = CheckedFiles(run, commit)
     tensors = read_zero_state(files, ZeroFiles.read(run, commit, files), {}, RankGroup()).weights
@@ -171,7 +222,8 @@ def _of_checkpoint(run: RunDirectory, commit: Commit) -> Weights:
         "dataset_digest": commit.dataset_digest,
         "versions": json.dumps(dict(commit.versions), sort_keys=True),
     }
-    weights = Weights(config, tensors, metadata)
+    head = ClassifierHead(part.kind, part.classes) if part else None
+    weights = Weights(config, tensors, metadata, head)
     weights.check(f"step {commit.step} of {run.name}")
     return weights
 
@@ -198,8 +250,8 @@ def read_weights(path: Path, url: str) -> Weights:
 
 
 def _weights(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], url: str) -> Weights:
-    others = {name: value for name, value in metadata.items() if name not in ("model", "format")}
-    weights = Weights(model_config(metadata, url), tensors, others)
+    others = {name: value for name, value in metadata.items() if name not in ("model", "format", "classifier")}
+    weights = Weights(model_config(metadata, url), tensors, others, ClassifierHead.of(metadata, url))
     weights.check(url)
     return weights
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -128,9 +128,16 @@ def _exists(storage: Storage, target: str, *, is_folder: bool) -> bool:
 
 def _write_official(source: Source, folder: Path, name: str) -> None:
     weights = source.weights
-    check_official(weights.config)
-    state = {key: value.contiguous() for key, value in to_official(weights.tensors).items()}
+    if weights.head:
+        check_official(replace(weights.config, fusion=weights.config.has_convolutions))  # a classifier has none
+        official = weights.classifier().to_official()
+    else:
+        check_official(weights.config)
+        official = to_official(weights.tensors)
+    state = {key: value.contiguous() for key, value in official.items()}
     about = {**weights.metadata, "model": model_json(weights.config)}
+    if weights.head:
+        about["classifier"] = json.dumps(asdict(weights.head), sort_keys=True)
     torch.save({"model": state, ABOUT: about}, folder / name)
 
 
@@ -158,6 +165,9 @@ def _write_backbone(source: Source, folder: Path, name: str) -> None:
 
 def _write_hugging_face(source: Source, folder: Path, _: str) -> None:
     weights = source.weights
+    if weights.head:
+        remedy = "use --format official, or backbone for the encoder"
+        raise ExportError("--format", "must be official, backbone or onnx for a classifier", "hf", remedy)
     model = ConvMAE(weights.config)
     model.load_state_dict(dict(weights.tensors), strict=True)
     _save(model.state_dict(), folder / "model.safetensors", weights)

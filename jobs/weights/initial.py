@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import warnings
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,6 +39,7 @@ from jobs.weights.weight_files import (
     write_tensors,
 )
 from model import ConvMAEConfig
+from model.config import PATCH_PIXELS
 from pipeline.errors import clipped
 from pipeline.host.scratch import scratch_folder
 from pipeline.store.storage import Storage
@@ -45,6 +47,8 @@ from pipeline.store.storage import Storage
 _NESTED = ("model", "state_dict", "module")
 """Names under which training code keeps a state dict: the official one, many others, DeepSpeed."""
 _DEEPEST_NESTING = 3
+_OF_ENCODER = ("embed_dim", "depth", "num_heads", "mlp_ratio", "kernel_size", "position")
+"""Fields of a model that an encoder has, but for its image size."""
 _END_BYTES = 22
 """Of a zip archive's end, without a comment."""
 _END_64_BYTES = 56 + 20
@@ -176,6 +180,9 @@ def pinned(storage: Storage, recipe: Recipe, run: RunDirectory) -> Recipe:
         if began.init_from == recipe.init_from and recipe.init_sha256 in ("", began.init_sha256):
             return recipe.amended({"init_sha256": began.init_sha256})
     with local_copy(storage, recipe.init_from) as path:
+        if recipe.finetune:
+            _encoder_in(path, recipe.init_from, recipe.model)
+            return recipe.amended({"init_sha256": _checked_sha256(path, recipe)})
         check_header(path, recipe.init_from, recipe.model)
         check_values(path, recipe.init_from)
         return recipe.amended({"init_sha256": _checked_sha256(path, recipe)})
@@ -193,7 +200,71 @@ def load_initial_weights(storage: Storage, recipe: Recipe, group: RankGroup) -> 
             _checked_sha256(path, recipe)
             return dict(load_file(path))
 
-    state = group.together(lambda: read() if group.rank == 0 else {})
+    return _shared(group, group.together(lambda: read() if group.rank == 0 else {}))
+
+
+def load_pretrained_encoder(
+    storage: Storage, recipe: Recipe, group: RankGroup
+) -> tuple[dict[str, Tensor], tuple[int, int]]:
+    """The encoder that a new fine-tuning starts from, and its grid of patches. Collective, as `load_initial_weights`.
+
+    Raises:
+        WeightsFileError: The file is not the one that the run was submitted with; the same on all ranks.
+    """
+
+    def read() -> tuple[dict[str, Tensor], tuple[int, int]]:
+        if group.rank:
+            return {}, (0, 0)
+        with local_copy(storage, recipe.init_from) as path:
+            _checked_sha256(path, recipe)
+            return _encoder_in(path, recipe.init_from, recipe.model)
+
+    state, grid = group.together(read)
+    return _shared(group, state), group.broadcast(grid)
+
+
+def _encoder_in(path: Path, url: str, config: ConvMAEConfig) -> tuple[dict[str, Tensor], tuple[int, int]]:
+    """The encoder of a pretraining in a local file, of our code or of the official one, and its grid of patches.
+
+    Raises:
+        WeightsFileError: It is of another architecture, damaged, or not finite.
+    """
+    source = config
+    if _is_safetensors(path, url):
+        with opened_file(path, url) as file:
+            metadata = dict(file.metadata() or {})
+        if "model" in metadata:
+            source = model_config(metadata, url)
+            _check_encoder(source, config, url)
+    elif (position := _loaded(path, url).get("pos_embed")) is not None and position.ndim == 3:
+        side = math.isqrt(position.shape[1])  # the official code knows squares alone
+        if (side, side) != config.grid and side**2 + config.class_tokens == position.shape[1]:
+            source = replace(config, image_size=side * PATCH_PIXELS)
+    tensors, _ = _taken(path, url, source, fresh_decoder=True, without_norm=True)
+    check_finite(tensors.items(), url)
+    return {name: value.float() for name, value in tensors.items()}, source.grid
+
+
+def _check_encoder(theirs: ConvMAEConfig, config: ConvMAEConfig, url: str) -> None:
+    """Compare what makes up an encoder, but for the image size.
+
+    Raises:
+        WeightsFileError: A field differs; the remedy has all that do.
+    """
+    fields = [name for name in _OF_ENCODER if getattr(theirs, name) != getattr(config, name)]
+    if fields:
+        rule = f"must be of the recipe's architecture ({fields[0]} is {getattr(theirs, fields[0])} there"
+        rule += f", and {getattr(config, fields[0])} in the recipe)"
+        changes = " ".join(f"model.{name}={_written_field(getattr(theirs, name))}" for name in fields)
+        raise WeightsFileError("init_from", rule, url, f"give other weights, or set {changes}")
+
+
+def _written_field(value: object) -> str:
+    return f"[{','.join(map(str, value))}]" if isinstance(value, tuple) else str(value)
+
+
+def _shared(group: RankGroup, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict of rank 0, on all ranks."""
     kinds = group.broadcast({name: (value.shape, value.dtype) for name, value in state.items()})
     shared = Room(kinds)
     for name, value in state.items():

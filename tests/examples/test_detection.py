@@ -55,7 +55,7 @@ def test_a_torchvision_that_does_not_work_is_one_line_and_code_2(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_a_training_that_was_resumed_has_the_bits_of_one_that_was_not(data: Path, tmp_path: Path) -> None:
-    """Its first half is one that was killed after the checkpoint of the second step."""
+    """About ten seconds. Its first half is one that was killed after the checkpoint of the second step."""
     whole, cut = (
         words(data, tmp_path / name, "--set", "steps=4", "--save-every-steps", "2") for name in ("whole", "cut")
     )
@@ -83,13 +83,14 @@ def test_a_training_that_was_resumed_has_the_bits_of_one_that_was_not(data: Path
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_training_finds_squares_and_discs(data: Path, tmp_path: Path) -> None:
+    """About two minutes."""
     assert detection_mask_rcnn.run(words(data, tmp_path / "begun", "--set", "steps=1", "--set", "warmup_steps=0")) == 0
     assert detection_mask_rcnn.run(words(data, tmp_path / "trained")) == 0
 
     begun, trained = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("begun", "trained"))
     assert begun["box_ap"] < 0.05
-    assert trained["box_ap"] > 0.3
-    assert trained["mask_ap"] > 0.3
+    assert trained["box_ap"] > 0.6
+    assert trained["mask_ap"] > 0.6
 
 
 @needs_torchvision

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from jitter import SEGMENTATION_DRAWS, boxes_of, distorted, draws_of, labelled_crop, scaled_crop
 from made_scenes import write_ade, write_coco
-from PIL import Image
 from pictures import DataError
+from PIL import Image
 
 GRADIENT = np.arange(64 * 64 * 3, dtype=np.uint32).reshape(64, 64, 3).astype(np.uint8)
 HOW: dict[str, Any] = {"image_scale": (64, 32), "scale": (1, 1), "side": 32, "most_of_one_class": 0.75}

@@ -43,6 +43,7 @@ def test_the_paper_of_coco_has_25_epochs_and_a_cosine() -> None:
 def test_vitdet_on_coco_takes_tenths() -> None:
     schedule = read("coco_vitdet")
 
+    assert schedule.steps * schedule.batch_size / 118_000 == pytest.approx(25, abs=0.001)
     assert learning_rate_factor(schedule, 125) == pytest.approx((1 + 0.001) / 2)
     assert [learning_rate_factor(schedule, step) for step in (250, 163_888)] == [1, 1]
     assert learning_rate_factor(schedule, 163_889) == pytest.approx(0.1)

@@ -87,13 +87,14 @@ def test_a_training_that_was_cut_off_has_the_bits_of_one_that_was_not(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_training_finds_the_shapes(data: Path, tmp_path: Path) -> None:
+    """About half a minute."""
     assert segmentation_upernet.run(words(data, tmp_path / "begun", "--set", "steps=1", "--set", "warmup_steps=0")) == 0
     assert segmentation_upernet.run(words(data, tmp_path / "trained")) == 0
 
     begun, trained = (json.loads((tmp_path / name / "result.json").read_text()) for name in ("begun", "trained"))
     assert begun["miou"] < 0.4
-    assert trained["miou"] > 0.7
-    assert min(trained["iou"]) > 0.5
+    assert trained["miou"] > 0.8
+    assert min(trained["iou"]) > 0.7
 
 
 def test_the_logits_of_windows_are_their_mean_wherever_windows_lie() -> None:
@@ -123,8 +124,10 @@ def test_what_cannot_be_trained_is_one_line_and_code_2(
     save_file({"a": torch.zeros(1)}, tmp_path / "bare.safetensors")
 
     assert refused(words(tmp_path / "none", out), capsys).startswith("--data: must have this folder, got")
-    assert refused(words(data, out, "--set", "classes=2"), capsys).partition(".png: ")[2].startswith(
-        "must have values up to 2, or 255 for unlabelled, got 3"
+    assert (
+        refused(words(data, out, "--set", "classes=2"), capsys)
+        .partition(".png: ")[2]
+        .startswith("must have values up to 2, or 255 for unlabelled, got 3")
     )
     assert "must be a safetensors file" in refused(words(data, out, "--weights", str(tmp_path / "no")), capsys)
     for name in ("other", "mae"):

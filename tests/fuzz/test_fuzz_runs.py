@@ -18,6 +18,7 @@ from committed import save
 from fuzzing import Fuzz, reading_only
 from hypothesis import strategies as st
 from mutations import json_documents, json_lines
+from probe_events import probe_events
 
 from jobs.cli.main import app
 from jobs.control import lease
@@ -54,6 +55,9 @@ HEARTBEAT = {
     "checkpoint_at_seconds": 1.7e9,
     "checkpoint_seconds": 0.5,
     "checkpoint_interval_seconds": 60.0,
+    "probe_epoch": 1,
+    "probe_accuracies": {"knn_20": 0.5},
+    "probe_control": {"knn_20": 0.25},
     "device": "cpu",
     "metrics_url": "http://127.0.0.1:1/metrics",
 }
@@ -78,6 +82,7 @@ EVENTS = [
         "down_seconds": 4.0,
         "world_size": 2,
     },
+    *probe_events({0: 0.25, 4: 0.5}),
     {"at_seconds": 1.7e9 + 20, "attempt": 1, "kind": "finished", "step": 4},
 ]
 HISTORY = [
@@ -281,6 +286,7 @@ def test_a_report_is_written_or_says_what_is_damaged(fuzz: Fuzz, sound: RunDirec
         assert page.rstrip().endswith("</html>")
         assert "<script>alert" not in page
 
+    write_report(sound)  # the first one imports and compiles what draws, and looks for fonts: no example's time
     fuzz(run_reports, st.tuples(examples(files), json_lines(skipped)), batch=8)
 
 

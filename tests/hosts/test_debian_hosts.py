@@ -24,6 +24,7 @@ def debian(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHosts]:
 
 
 @pytest.mark.timeout(1500)
+@pytest.mark.slow
 def test_ranks_on_debian_hosts_find_each_other(debian: RayHosts) -> None:
     out, _ = done(debian.convmae(debian.laptop, "doctor", "--store", f"{debian.url}/runs"), within_seconds=600)
 

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from prometheus_server import PROMTOOL
 
-from jobs.metrics.exporter import COUNTERS, GAUGES, KNOWN_LABELS, LABELLED_COUNTERS, RANK_GAUGES
+from jobs.metrics.exporter import COUNTERS, GAUGES, KNOWN_LABELS, LABELLED_COUNTERS, PROBE_GAUGES, RANK_GAUGES
 
 ROOT = Path(__file__).parents[2]
 RULES = ROOT / "infra" / "prometheus" / "convmae.rules.yml"
@@ -84,6 +84,7 @@ def test_rules_query_series_that_are_served() -> None:
     foreign = {"DCGM_FI_DEV_XID_ERRORS"}
     served = {f"convmae_{name}_total" for name in (*COUNTERS, *LABELLED_COUNTERS)}
     served |= {name for name, _ in GAUGES.values()} | {f"convmae_rank_{name}" for name in RANK_GAUGES}
+    served |= {f"convmae_probe_{name}_ratio" for name in PROBE_GAUGES}
     for rule in rules():
         names = set(re.findall(r"\b(?:convmae|DCGM)[\w:]+", rule["expr"]))
         assert names <= recorded | foreign | served, rule["expr"]

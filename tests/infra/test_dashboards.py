@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft7Validator
 from panel_queries import GPU, NODE, boards, legends, panel_queries
+from probe_events import probe_events
 from prometheus_client import CollectorRegistry, Gauge, start_http_server
 from prometheus_server import PROMETHEUS, asked, prometheus, wait_for_series
 
@@ -15,6 +16,7 @@ from infra.grafana.boards import BOARDS
 from infra.grafana.build import FOLDER, board_json
 from jobs.metrics.exporter import COUNTERS, GAUGES, RunExporter
 from jobs.metrics.rank_figures import RankFigures
+from jobs.run.probe_rows import ProbeCurve
 
 ROOT = Path(__file__).parents[2]
 SCHEMAS = ROOT / "tests" / "schemas" / "grafana"
@@ -123,6 +125,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     exporter = RunExporter("first", "127.0.0.1", 0)
     exporter.update(dict.fromkeys(GAUGES, 1.0))
     exporter.update_ranks([RankFigures(step_seconds=600.0), RankFigures(step_seconds=600.0)])
+    exporter.probed(ProbeCurve.of(probe_events({0: 0.25, 8: 0.5})))
     for name in COUNTERS:
         exporter.count(name, 1)
     rules = ROOT / "infra" / "prometheus" / "convmae.rules.yml"

@@ -55,6 +55,36 @@ def test_logits_are_the_head_of_the_official_tokens(
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_logits_of_mae_are_those_of_a_plain_vit_that_leaves_the_class_token_out_of_its_mean() -> None:
+    """Written from He et al. 2022 and models_vit.py with global_pool, in double precision."""
+    model = with_head(made(MAE)).double().eval()
+    state, heads = model.to_official(), MAE.num_heads
+
+    def normed(x: Tensor, name: str) -> Tensor:
+        scaled = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+        return scaled * state[f"{name}.weight"] + state[f"{name}.bias"]
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+    def attention(x: Tensor, name: str) -> Tensor:
+        query, key, value = linear(x, f"{name}.qkv").unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1)
+        return linear((weights @ value).transpose(1, 2).flatten(2), f"{name}.proj")
+
+    patches = images().double().unflatten(2, (4, 16)).unflatten(4, (6, 16)).permute(0, 2, 4, 1, 3, 5)
+    kernel = state["patch_embed.proj.weight"].flatten(1)
+    x = patches.flatten(3).flatten(1, 2) @ kernel.T + state["patch_embed.proj.bias"]
+    x = torch.cat([state["cls_token"].expand(4, -1, -1), x], dim=1) + state["pos_embed"]
+    for block in (f"blocks.{place}" for place in range(MAE.depth[2])):
+        x = x + attention(normed(x, f"{block}.norm1"), f"{block}.attn")
+        hidden = linear(normed(x, f"{block}.norm2"), f"{block}.mlp.fc1")
+        x = x + linear(hidden * (1 + torch.erf(hidden / 2**0.5)) / 2, f"{block}.mlp.fc2")
+    expected = linear(normed(x[:, 1:].mean(1), "fc_norm"), "head")
+
+    torch.testing.assert_close(model(images().double()), expected)
+
+
 @pytest.mark.parametrize("config", [SMALL, MAE], ids=["ConvMAE", "MAE"])
 def test_official_names_are_those_of_the_fine_tuning_class_and_load_again(config: ConvMAEConfig) -> None:
     model = with_head(made(config)).eval()
@@ -88,6 +118,16 @@ def test_only_the_head_of_a_linear_one_is_trained() -> None:
     ]
     assert made(SMALL).encoder.pos_embed.requires_grad
     assert not made(dataclasses.replace(SMALL, position="none")).encoder.pos_embed.requires_grad
+
+
+def test_a_frozen_encoder_drops_no_branches_while_its_head_is_trained() -> None:
+    """Else features would follow from PyTorch's generator, and differ between world sizes."""
+    model = made(SMALL, kind="linear", drop_path=0.5).train()
+    expected = made(SMALL).eval().features(images())
+
+    assert model.noise_draws == 0
+    torch.testing.assert_close(model.features(images()), expected)
+    assert model.head.training and not model.eval().head.training
 
 
 @pytest.mark.parametrize("config", [SMALL, MAE], ids=["ConvMAE", "MAE"])
@@ -141,6 +181,13 @@ def test_layer_decay_is_that_of_the_official_fine_tuning() -> None:
     assert layer_scales(made(MAE), 0.5)["encoder.blocks.1.mlp.fc1.weight"] == 0.25
     assert layer_scales(made(MAE), 0.5)["encoder.cls_token"] == 0.5**4
     assert set(layer_scales(made(SMALL, kind="linear"), 0.65).values()) == {1.0}
+
+
+def test_names_and_shapes_are_known_without_memory() -> None:
+    with torch.device("meta"):
+        model = Classifier(SMALL, 5, drop_path=0.1)
+
+    assert model.state_dict().keys() == made(SMALL).state_dict().keys()
 
 
 def test_what_cannot_be_classified_is_refused() -> None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
+from probe_events import probe_events
 
 from jobs.cli import demo
+from jobs.control.run_plan import RunPlan
 from jobs.recipe.named_recipes import named_recipe
 from jobs.recipe.schedule import Schedule, order_of
+from jobs.run.directory import RunDirectory
+from jobs.run.probe_rows import ProbeCurve
 from pipeline.errors import SourceError
 from pipeline.ingest.photographs import cut_tiles
 from pipeline.shard.manifest import Manifest
 from pipeline.shard.table import ShardEntry, ShardTable
+from pipeline.store.storage import Storage
 
 
 @pytest.mark.parametrize("samples", [8, 20, 63, 64, 400, 1024, 5000, 100_000, 1_281_167])
@@ -56,3 +62,15 @@ def test_the_command_is_shown_as_one_types_it(tmp_path: Path) -> None:
 
     assert demo.own_command(command, tmp_path) == ".venv/bin/convmae"
     assert demo.own_command(command, tmp_path / "elsewhere") == "convmae"
+
+
+def test_the_last_line_is_the_accuracy_beside_that_of_random_weights(tmp_path: Path) -> None:
+    tiny, run = named_recipe("tiny"), RunDirectory.of(Storage(), str(tmp_path), "demo")
+    plan = RunPlan(tiny, run, Schedule.of(tiny, 1))
+
+    line = demo.accuracy_line(ProbeCurve.of(probe_events({0: 0.292, 200: 0.9, 400: 0.362})), plan)
+
+    assert line == "kNN accuracy 36.2 % (random weights 29.2 %)"
+    assert "`convmae evaluate demo --data URL`" in demo.accuracy_line(ProbeCurve(), plan)  # of an earlier release
+    noted = dataclasses.replace(plan, probe_note="the images have no labels")
+    assert demo.accuracy_line(ProbeCurve(), noted) == "kNN accuracy unknown: the images have no labels"

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from monitored_runs import (
@@ -24,6 +25,7 @@ from monitored_runs import (
     served,
     steps_of,
 )
+from probe_events import probe_event
 
 from jobs.run.directory import HISTORY_PART_STEPS, RunDirectory
 
@@ -324,3 +326,31 @@ def test_only_a_run_that_failed_stays_a_target(start: Start, tmp_path: Path, out
     monitor.end(outcome)
 
     assert len(list(folder.iterdir())) == left
+
+
+def test_accuracies_are_kept_over_drivers_and_a_late_probe_is_not_the_newest(start: Start, run: RunDirectory) -> None:
+    first = start()
+    begin(first)
+    for step, accuracy in ((0, 0.25), (400, 0.9), (200, 0.5)):
+        first.probed(step, fields_of(step, accuracy))
+    first.probed(400, fields_of(400, 0.9))  # whose answer was lost
+    first.probe_failed(300, "the probe's process died")
+    first.flush()
+    assert [event["step"] for event in run.read_events() if event["kind"] == "probe"] == [0, 400, 200]
+
+    for monitor in (first, start()):
+        series = scraped(monitor)
+        assert series["convmae_probe_accuracy_ratio knn_20"] == 0.9
+        assert series["convmae_probe_control_accuracy_ratio linear"] == pytest.approx(0.27)
+        low, high = (series[f"convmae_probe_accuracy_{end}_ratio knn_20"] for end in ("low", "high"))
+        assert (low, high) == (pytest.approx(0.8506, abs=1e-4), pytest.approx(0.9343, abs=1e-4))
+        assert series["convmae_probe_best_accuracy_low_ratio knn_20"] == low
+        assert (series["convmae_probe_epoch"], series["convmae_probe_duration_seconds"]) == (4, 2.5)
+        assert (series["convmae_probes_total"], series["convmae_probe_failures_total"]) == (3, 1)
+        status = monitor.status()
+        assert (status["probe_accuracies"]["knn_20"], status["probe_control"]["knn_20"]) == (0.9, 0.25)
+
+
+def fields_of(step: int, accuracy: float) -> dict[str, Any]:
+    event = probe_event(step, accuracy) | {"epoch": step // SCHEDULE.steps_per_epoch}
+    return {key: value for key, value in event.items() if key not in ("at_seconds", "attempt", "kind", "step")}

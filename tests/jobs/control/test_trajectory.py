@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 
@@ -45,7 +46,7 @@ def alone(convmae: Command, data: str) -> list[float]:
 
 @pytest.mark.parametrize(
     ("workers", "zero_stage"),
-    [(5, 1), *(pytest.param(w, z, marks=pytest.mark.slow) for w in (1, 2, 3, 4) for z in (1, 2, 3))],
+    [pytest.param(w, z, marks=pytest.mark.slow) for w, z in [(5, 1), *itertools.product((1, 2, 3, 4), (1, 2, 3))]],
 )
 def test_losses_do_not_depend_on_workers_or_zero_stage(
     convmae: Command, data: str, alone: list[float], workers: int, zero_stage: int

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from scipy.stats import binomtest
 from sklearn.metrics import confusion_matrix
 
-from jobs.evaluate.scores import NO_CLASS, RANKS, Accuracy, Scores, ranked, wilson_interval
+from jobs.evaluate.scores import NO_CLASS, RANKS, Accuracy, Scores, ranked
+from jobs.run.intervals import wilson_interval
 
 NAMES = tuple("abcdefg")
 

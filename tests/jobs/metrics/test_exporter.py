@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from probe_events import probe_events
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -19,6 +20,7 @@ from jobs.metrics.exporter import (
     RunExporter,
 )
 from jobs.metrics.rank_figures import RankFigures
+from jobs.run.probe_rows import ProbeCurve
 
 DOCS = Path(__file__).parents[3] / "docs" / "reference.md"
 
@@ -38,6 +40,7 @@ def full() -> RunExporter:
         exporter.count(name, 1)
     for name in LABELLED_COUNTERS:
         exporter.count(name, 1, "why")
+    exporter.probed(ProbeCurve.of(probe_events({0: 0.25, 8: 0.5})))
     exporter.recovered({"detect": 0.5, "down": 8.0})
     return exporter
 
@@ -74,7 +77,7 @@ def test_names_and_labels_are_of_the_agreed_form(full: RunExporter) -> None:
         assert re.fullmatch(r"convmae(_[a-z]+)+", family.name)
         assert family.documentation.endswith(".")
         for sample in family.samples:
-            assert set(sample.labels) <= {"run", "rank", "reason", "cause", "phase"}
+            assert set(sample.labels) <= {"run", "rank", "reason", "cause", "phase", "probe"}
 
 
 def test_what_is_not_known_has_no_series(full: RunExporter) -> None:

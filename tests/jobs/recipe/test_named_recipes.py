@@ -13,7 +13,10 @@ def test_the_promised_names_exist() -> None:
     sizes = {f"convmae_{size}" for size in ("small", "base", "large", "huge")}
     shorter = {f"convmae_base_{epochs}" for epochs in (200, 400, 800)}
 
-    assert set(recipe_names()) == {"tiny", "convmae_base_official", "mae_base"} | sizes | shorter
+    kinds = ("finetune", "linear")
+    tuned = {f"{model}_{kind}" for model in ("convmae_base", "mae_base", "tiny") for kind in kinds}
+
+    assert set(recipe_names()) == {"tiny", "convmae_base_official", "mae_base"} | sizes | shorter | tuned
     assert all(named_recipe(name).name == name for name in recipe_names())
 
 
@@ -52,6 +55,33 @@ def test_sizes_differ_in_the_model_alone(size: str) -> None:
 
     assert recipe.model == ConvMAEConfig.preset(size, loss="l1", norm_pix=False)
     assert recipe.to_json() | {"name": "", "model": {}} == base.to_json() | {"name": "", "model": {}}
+
+
+@pytest.mark.parametrize("name", ["convmae_base_finetune", "mae_base_finetune"])
+def test_finetuning_is_the_papers(name: str) -> None:
+    recipe = named_recipe(name)
+    part = recipe.finetune
+
+    # FINETUNE.md and main_finetune.py of the official code.
+    assert part
+    assert (recipe.epochs, recipe.warmup_epochs, recipe.global_batch_size) == (100, 5, 1024)
+    assert (recipe.base_learning_rate, recipe.weight_decay, part.min_learning_rate) == (5e-4, 0.05, 1e-6)
+    assert (part.layer_decay, part.drop_path, part.label_smoothing) == (0.65, 0.1, 0.1)
+    assert (part.mixup, part.cutmix, part.erasing) == (0.8, 1.0, 0.25)
+    assert (part.randaugment_operations, part.randaugment_magnitude) == (2, 9)
+
+
+@pytest.mark.parametrize(("name", "batch"), [("convmae_base_linear", 4096), ("mae_base_linear", 16384)])
+def test_linear_probing_is_that_of_the_official_code(name: str, batch: int) -> None:
+    recipe = named_recipe(name)
+    part = recipe.finetune
+
+    # main_linprobe.py, and the batches of FINETUNE.md and of MAE's FINETUNE.md.
+    assert part
+    assert (part.kind, part.optimizer, recipe.weight_decay) == ("linear", "lars", 0)
+    assert (recipe.epochs, recipe.warmup_epochs, recipe.global_batch_size) == (90, 10, batch)
+    assert (recipe.base_learning_rate, part.min_learning_rate) == (0.1, 0)
+    assert (part.randaugment_operations, part.mixup, part.cutmix, part.erasing, part.label_smoothing) == (0, 0, 0, 0, 0)
 
 
 def test_the_demonstration_needs_no_gpu() -> None:

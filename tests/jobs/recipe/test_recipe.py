@@ -9,12 +9,14 @@ import pydantic
 import pytest
 
 from jobs.errors import RecipeError
+from jobs.recipe import finetune
 from jobs.recipe.named_recipes import named_recipe, recipe_names
 from jobs.recipe.overrides import parse_overrides
 from jobs.recipe.recipe import PLACEMENT_FIELDS, Recipe, difference
 from model import ConvMAEConfig
 
 TINY = named_recipe("tiny")
+FINETUNE = named_recipe("tiny_finetune")
 
 # Another value for every field, so that what a digest covers is shown field by field.
 OTHER_VALUES: dict[str, Any] = {
@@ -24,6 +26,24 @@ OTHER_VALUES: dict[str, Any] = {
     "init_sha256": "ab" * 32,
     "run_root": "s3://bucket/runs",
     "model.mask_ratio": 0.6,
+    "finetune.kind": "linear",
+    "finetune.labels": "s3://bucket/labels.txt",
+    "finetune.label_fraction": 0.05,
+    "finetune.split_seed": 1,
+    "finetune.classes": ["cat", "dog"],
+    "finetune.samples_sha256": "ab" * 32,
+    "finetune.validation_ratio": 0.1,
+    "finetune.validate_epochs": 7,
+    "finetune.least_crop": 0.2,
+    "finetune.randaugment_operations": 1,
+    "finetune.randaugment_magnitude": 7.0,
+    "finetune.erasing": 0.5,
+    "finetune.mixup": 0.3,
+    "finetune.cutmix": 0.4,
+    "finetune.label_smoothing": 0.2,
+    "finetune.drop_path": 0.2,
+    "finetune.layer_decay": 0.75,
+    "finetune.min_learning_rate": 1e-7,
     "epochs": 50,
     "max_steps": 7,
     "warmup_epochs": 1.5,
@@ -68,6 +88,12 @@ OTHER_VALUES: dict[str, Any] = {
     "on_damaged_checkpoint": "fail",
     "milestone_epochs": [10],
     "max_restarts_without_progress": 9,
+    "probes": False,
+    "probe_data": "s3://bucket/labelled",
+    "probe_labels": "s3://bucket/labels.txt",
+    "probe_epochs": 5,
+    "probe_samples": 100,
+    "probe_wait_seconds": 0.0,
     "metrics_port": 9000,
 }
 
@@ -103,17 +129,73 @@ def test_resuming_may_change_how_a_run_executes_and_nothing_else() -> None:
         "stall_seconds",
     }
 
-    assert workers | computing | saving | watching | reading | {"run_root", "max_steps"} == PLACEMENT_FIELDS
+    probing = {"probes", *(f"probe_{name}" for name in ("data", "labels", "epochs", "samples", "wait_seconds"))}
+
+    assert workers | computing | saving | watching | reading | probing | {"run_root", "max_steps"} == PLACEMENT_FIELDS
     assert set(Recipe.model_fields) >= PLACEMENT_FIELDS
 
 
 @pytest.mark.parametrize("key", OTHER_VALUES)
 def test_a_field_changes_the_digest_unless_it_is_placement(key: str) -> None:
-    changed = TINY.amended({key: OTHER_VALUES[key]})
+    before = FINETUNE if key.startswith("finetune.") else TINY
+    changed = before.amended({key: OTHER_VALUES[key]})
+    is_placement = key in PLACEMENT_FIELDS | {f"finetune.{name}" for name in finetune.PLACEMENT_FIELDS}
 
-    assert changed != TINY
-    assert (changed.digest() == TINY.digest()) == (key in PLACEMENT_FIELDS)
-    assert (changed.trajectory() == TINY.trajectory()) == (key in PLACEMENT_FIELDS)
+    assert changed != before
+    assert (changed.digest() == before.digest()) == is_placement
+    assert (changed.trajectory() == before.trajectory()) == is_placement
+
+
+@pytest.mark.parametrize(
+    ("name", "digest"),
+    [
+        ("tiny", "2c5541eb1b14c27d9e81ab3d0a65c9a71b11f122447efb9f01ae42795804f78d"),
+        ("convmae_base", "fabd908257856c2c7d2f9b588db3262d9a40d3bad78bb30a8af45a7b5bf5d7a6"),
+        ("mae_base", "51ecf83456faeafb24aba836692b1b767c881fd7305f97607155235a3bd890fe"),
+    ],
+)
+def test_a_pretraining_has_the_digest_that_it_had_before_there_were_finetunings(name: str, digest: str) -> None:
+    assert named_recipe(name).digest() == digest
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        ({"finetune.optimizer": "lars"}, "finetune.optimizer"),
+        ({"finetune.mixup": 0.8, "lanes": 64, "grain_size": 1}, "finetune.mixup and cutmix"),
+        ({"finetune.validation_data": "s3://bucket/val"}, "finetune.validation_ratio"),
+        ({"finetune.validation_labels": "s3://bucket/val.txt"}, "finetune.validation_labels"),
+        ({"finetune.kind": "linear", "zero_stage": 3}, "zero_stage"),
+        ({"finetune.kind": "linear", "precision": "bf16_pure"}, "precision"),
+        ({"finetune.min_learning_rate": 1}, "finetune.min_learning_rate"),
+        ({"finetune.layer_decay": 1.5}, "finetune.layer_decay"),
+        ({"finetune.layerdecay": 0.5}, "finetune.layerdecay"),
+        ({"finetune": 1}, "finetune"),
+    ],
+)
+def test_a_finetuning_that_cannot_be_trained_is_refused(overrides: dict[str, Any], field: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        FINETUNE.amended(overrides)
+
+    assert caught.value.field == field
+
+
+def test_fields_of_a_finetuning_are_refused_in_a_pretraining() -> None:
+    error = refused({"finetune.mixup": 0.1})
+
+    assert error.field == "finetune.mixup"
+    assert "tiny_finetune" in error.remedy
+
+
+@pytest.mark.parametrize(
+    ("name", "digest"),
+    [
+        ("tiny", "2c5541eb1b14c27d9e81ab3d0a65c9a71b11f122447efb9f01ae42795804f78d"),
+        ("convmae_base", "fabd908257856c2c7d2f9b588db3262d9a40d3bad78bb30a8af45a7b5bf5d7a6"),
+    ],
+)
+def test_a_recipe_has_the_digest_that_it_had_before_probes(name: str, digest: str) -> None:
+    assert named_recipe(name).digest() == digest
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ConvMAEConfig)])

@@ -158,3 +158,12 @@ def backward_of_rank(recipe: Any, place: RankPlace, parts: list[int], images: Te
     words = torch.zeros(ReducedGradients.words, dtype=torch.float64)
     ReducedGradients(engine, recipe, place, parts).compute(batch, forward, lambda _: None, words)
     return float(words[0])
+
+
+def test_ranks_save_at_the_epochs_of_probes() -> None:
+    recipe = RECIPE.amended({"checkpoint_every_steps": 1000, "milestone_epochs": [], "probe_epochs": 2})
+    schedule = Schedule.of(recipe, steps_per_epoch=4)
+
+    assert [step for step in range(1, 21) if schedule.ends_in_a_checkpoint(step, recipe)] == [8, 16]
+    off = recipe.amended({"probes": False})
+    assert not any(schedule.ends_in_a_checkpoint(step, off) for step in range(1, 21))

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from probe_events import probe_events
 
 from jobs.checkpoint.checkpoint import CheckpointFile, Commit, write_commit
 from jobs.errors import RunError
@@ -486,3 +487,23 @@ def test_report_prints_and_loads_nothing_from_elsewhere(page_of_a_run: Path) -> 
     assert printed.read_bytes().startswith(b"%PDF")
     assert "Refused to" not in log
     assert "ERR_" not in log
+
+
+def test_the_accuracy_is_drawn_from_epoch_0_with_its_intervals(tmp_path: Path) -> None:
+    run = finished_run(tmp_path)
+    before, _ = report_of(run)
+    assert "kNN accuracy" not in before.facts and "Not measured." in before.texts
+    failed = {"at_seconds": 4000.0, "attempt": 3, "kind": "probe-failed", "step": 40, "reason": SCRIPT}
+    run.write_events(3, [attempt_event(3, ATTEMPTS[2]), *probe_events({0: 0.25, 60: 0.5, 20: 0.4}), failed])
+
+    page, text = report_of(run)
+
+    assert page.facts["kNN accuracy"] == "50.0%"
+    rows = [cells for cells in page.cells if len(cells) == 5]
+    assert [cells[0] for cells in rows] == ["60", "20", "0"]
+    assert rows[0][3] == "50.0% (43.1% to 56.9%)"  # 100 of 200, by Wilson
+    assert "random weights, kNN" in text and "weights of init_from" not in text
+    assert "Top-1 on 200 labelled samples" in text
+    assert "1 probes failed" in text
+    run.storage.write(run.path("recipe.json"), json.dumps(recipe(init_from="s3://b/w.safetensors").to_json()).encode())
+    assert "weights of init_from, kNN" in report_of(run)[1]

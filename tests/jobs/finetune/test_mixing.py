@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from jobs.rank.erasing import erased, erased_boxes
-from jobs.rank.mixing import Mix, Mixing, mixed, smoothed
+from jobs.finetune.erasing import erased, erased_boxes
+from jobs.finetune.mixing import Mix, Mixing, mixed, smoothed
 
 SHAPE = (24, 32)
 

@@ -1,0 +1,90 @@
+"""What an ablation will cost, before it begins: hours of GPUs by data sheets, or of cores by one measured speed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from jobs.ablate.spec import Spec, Trial
+from jobs.recipe.plan import IMAGENET, DatasetSize
+from jobs.recipe.recipe import Recipe
+from jobs.recipe.schedule import Schedule, order_of
+from jobs.recipe.sizing import H100_FLOPS_PER_SECOND, NodeType, estimated_step_seconds
+from jobs.terminal import duration_text
+from model.cost import flops
+from pipeline.store.storage import Storage
+
+CORE_FLOPS_PER_SECOND = 19e9
+"""Reached by one core of a server: `tiny` at 64x64 pixels trains 200 images/s on it, decoding included."""
+NODE = NodeType(gpus=8, flops_per_second=H100_FLOPS_PER_SECOND)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Of one run."""
+
+    images: int
+    """Of its data set."""
+    steps: int
+    seconds: float
+    """On its `max_workers`."""
+    hours: float
+    """Of GPUs or cores, all workers together."""
+    unit: str
+
+    @classmethod
+    def of(cls, recipe: Recipe, samples: int) -> Estimate:
+        """Of a run on a dataset of so many samples.
+
+        Raises:
+            UserError: The dataset is too small for a batch.
+        """
+        steps = Schedule.of(recipe, order_of(recipe, samples).steps_per_epoch).total_steps
+        workers = recipe.max_workers
+        if recipe.device == "cuda":
+            node = NodeType(min(NODE.gpus, workers), NODE.flops_per_second)
+            seconds = steps * estimated_step_seconds(recipe, node, math.ceil(workers / NODE.gpus))
+            return cls(samples, steps, seconds, workers * seconds / 3600, "GPU-hours")
+        cores = workers * max(1.0, recipe.cpus_per_worker)
+        per_image = flops(recipe.model, recipe.micro_batch_size).training / recipe.micro_batch_size
+        seconds = steps * recipe.global_batch_size * per_image / (CORE_FLOPS_PER_SECOND * cores)
+        return cls(samples, steps, seconds, cores * seconds / 3600, "core-hours")
+
+
+def estimates(storage: Storage, spec: Spec) -> dict[Trial, Estimate]:
+    """Of each run; where no data is named, on as many images as the spec is meant for."""
+    sizes = {"": spec.file.images or IMAGENET.samples}
+    for trial in spec.trials:
+        if trial.recipe.data not in sizes:
+            sizes[trial.recipe.data] = DatasetSize.of(storage, trial.recipe).samples
+    return {trial: Estimate.of(trial.recipe, sizes[trial.recipe.data]) for trial in spec.trials}
+
+
+PLAN_COLUMNS = ("variant", "differs by", "runs", "workers", "steps", "one run alone", "hours")
+
+
+def plan_rows(found: dict[Trial, Estimate]) -> Iterator[tuple[str, ...]]:
+    """A row for each variant."""
+    for variant in dict.fromkeys(trial.variant.name for trial in found):
+        runs = [(trial, one) for trial, one in found.items() if trial.variant.name == variant]
+        trial, one = runs[0]
+        changes = ", ".join(f"{field}={value}" for field, value in trial.variant.changes.items())
+        yield (
+            variant,
+            changes or trial.variant.base,
+            f"{len(runs)}",
+            f"{trial.recipe.max_workers} {trial.recipe.device}",
+            f"{one.steps:,}",
+            duration_text(one.seconds),
+            f"{sum(each.hours for _, each in runs):,.1f}",
+        )
+
+
+def total_text(found: dict[Trial, Estimate]) -> str:
+    """All runs in one line."""
+    units = dict.fromkeys(one.unit for one in found.values())
+    sums = (f"{sum(one.hours for one in found.values() if one.unit == unit):,.1f} {unit}" for unit in units)
+    basis = "estimated by data sheets of H100 GPUs" if "GPU-hours" in units else "estimated from one measured speed"
+    images = " or ".join(f"{count:,}" for count in sorted({one.images for one in found.values()}))
+    return f"{len(found)} runs on {images} images, {' and '.join(sums)} of training ({basis})"

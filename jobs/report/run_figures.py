@@ -1,0 +1,82 @@
+"""What runs are compared by: their curve, their cost and how far they came, from the run directory alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from jobs.recipe.recipe import Recipe
+from jobs.report.charts import TREND_POINTS, History, trend
+from jobs.run.directory import RunDirectory
+
+FINAL_SHARE = 0.02
+"""Of a run's steps: the last ones, whose mean loss is its final loss."""
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Hours of GPUs, or of cores where a run trains on CPUs."""
+
+    unit: str
+    """`GPU-hours` or `core-hours`."""
+    productive: float
+    """In steps that count: each once, of its last attempt."""
+    whole: float | None
+    """With steps that were redone, restarts, waits and saves; None where the run has not reported it."""
+
+    @classmethod
+    def of(cls, recipe: Recipe, rows: Sequence[Mapping[str, Any]], heartbeat: Mapping[str, Any]) -> Cost:
+        """The cost of a run.
+
+        Args:
+            recipe: Says what a worker has.
+            rows: Its history.
+            heartbeat: Its newest.
+        """
+        is_gpu = recipe.device == "cuda"
+        each = 1.0 if is_gpu else max(1.0, recipe.cpus_per_worker)
+        steps = sum(row["world_size"] * row.get("step_seconds", 0.0) for row in rows)
+        worker_seconds = heartbeat.get("worker_seconds_total")
+        whole = None if worker_seconds is None else each * worker_seconds / 3600
+        return cls("GPU-hours" if is_gpu else "core-hours", each * steps / 3600, whole)
+
+
+@dataclass(frozen=True)
+class RunFigures:
+    """One run."""
+
+    state: str
+    step: int
+    total_steps: int
+    cost: Cost
+    final_loss: float | None
+    epochs: tuple[float, ...]
+    """Of the curve's points."""
+    losses: tuple[float, ...]
+    """Means around them."""
+
+    @classmethod
+    def read(cls, run: RunDirectory, recipe: Recipe) -> RunFigures:
+        """Read history and heartbeat."""
+        heartbeat, rows = run.read_heartbeat(), run.read_history()
+        history = History.of(rows)
+        steps_per_epoch = heartbeat.get("steps_per_epoch") or 0
+        epochs: tuple[float, ...] = ()
+        losses: tuple[float, ...] = ()
+        if len(history):
+            steps, means = trend(history.steps, history.losses, TREND_POINTS)
+            epochs = tuple((steps / steps_per_epoch if steps_per_epoch else steps).tolist())
+            losses = tuple(means.tolist())
+        last = max(1, round(len(history) * FINAL_SHARE))
+        return cls(
+            state=str(heartbeat.get("state", "not started")),
+            step=int(heartbeat.get("step", 0)),
+            total_steps=int(heartbeat.get("total_steps", 0)),
+            cost=Cost.of(recipe, rows, heartbeat),
+            final_loss=float(np.mean(history.losses[-last:])) if len(history) else None,
+            epochs=epochs,
+            losses=losses,
+        )

@@ -1,0 +1,61 @@
+"""The weights that a fine-tuning starts from, as a user names them: they become `init_from` of its recipe."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from jobs.errors import RecipeError
+from jobs.recipe.recipe import Recipe
+from jobs.run.directory import RunDirectory
+from jobs.weights import consolidated
+from jobs.weights.consolidate import consolidate
+from pipeline.access.places import is_place, normal
+from pipeline.store.storage import Storage
+
+RANDOM = "random"
+"""In place of weights: those that nothing has trained."""
+_TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+_STEP = re.compile(r"(.+)@([0-9]{1,12})")
+
+
+def check_is_finetuning(recipe: Recipe) -> None:
+    """Refuse the recipe of a pretraining.
+
+    Raises:
+        RecipeError: It is one.
+    """
+    if recipe.finetune is None:
+        remedy = "take convmae_base_finetune, convmae_base_linear, tiny_finetune, tiny_linear, or a .toml of one"
+        raise RecipeError("RECIPE", "must be of a fine-tuning", recipe.name, remedy)
+
+
+def resolved_weights(
+    storage: Storage, recipe: Recipe, what: str, run_of: Callable[[str], RunDirectory]
+) -> dict[str, str]:
+    """The fields of a recipe that name the weights; those of a run are consolidated where they are not.
+
+    Args:
+        storage: Reaches files.
+        recipe: Of a fine-tuning.
+        what: A run, RUN@STEP, a file, or `random`; empty: what the recipe says.
+        run_of: The directory of a run that exists.
+
+    Raises:
+        UserError: There are no such weights, or none were named.
+    """
+    if not what:
+        if recipe.init_from:
+            return {}
+        remedy = "give --from RUN, or --from random for weights that nothing has trained"
+        raise RecipeError("--from", "must name the weights to start from", "", remedy)
+    if recipe.init_from and recipe.init_from != what:
+        raise RecipeError("--from", "must not be given with init_from", what, "give one of the two")
+    if what == RANDOM:
+        return {}
+    place = normal(what) if is_place(what) else what
+    if what.endswith(_TORCH_SUFFIXES) or consolidated.is_weights(storage, place):
+        return {"init_from": normal(what)}
+    match = _STEP.fullmatch(what)
+    run, step = (match[1], int(match[2])) if match else (what, None)
+    return {"init_from": consolidate(run_of(run), step).url}

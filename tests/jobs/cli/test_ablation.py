@@ -1,0 +1,72 @@
+"""Commands on several runs, on a machine without stack and cluster."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from command_line import Typed, assert_refused
+
+from jobs.recipe.named_recipes import named_recipe
+from jobs.run.directory import RunDirectory
+from jobs.run.evaluations import key_of, url_of
+from pipeline.store.storage import Storage
+
+REPORT = {
+    "weights": {"name": "second, step 4", "step": 4},
+    "train": {"url": "s3://b/train", "samples": 80},
+    "test": {"url": "s3://b/test", "samples": 20},
+    "results": [{"method": "knn", "settings": {"k": 20}, "top1": {"accuracy": 0.35, "samples": 20}}],
+}
+
+
+@pytest.fixture
+def two(root: str) -> str:
+    """A run root with a second run, of a wider kernel and half the steps, which was evaluated."""
+    run = RunDirectory.of(Storage(), root, "second")
+    run.claim(named_recipe("tiny").amended({"model.kernel_size": 7, "epochs": 20}))
+    row = {"epoch": 0, "learning_rate": 1e-3, "world_size": 2, "attempt": 1, "step_seconds": 900.0}
+    run.write_history(1, 1, [{"step": step, "loss": 1 / step, **row} for step in range(1, 5)])
+    beat = {"state": "stopped", "step": 4, "total_steps": 9, "updated_at_seconds": 1.7e9, "steps_per_epoch": 2}
+    run.write_heartbeat(beat | {"worker_seconds_total": 9000.0})
+    Storage().write(url_of(run.url, key_of({"of": "it"})), json.dumps(REPORT).encode())
+    return root
+
+
+def test_runs_are_compared_by_recipe_loss_cost_and_accuracy(typed: Typed, two: str, tmp_path: Path) -> None:
+    page = tmp_path / "out" / "both.html"
+
+    ended = typed("compare", "first", "second", "--run-root", two, "--page", str(page))
+    found = json.loads(typed("compare", "first", "second", "--run-root", two, "--json").output)
+
+    assert (ended.code, ended.error) == (0, "")
+    assert found["differences"] == {"model.kernel_size": [5, 7], "epochs": [40, 20]}
+    second = found["runs"][1]
+    assert second["curve"] == {"epochs": [0.5, 1.0, 1.5, 2.0], "losses": [1.0, 0.5, pytest.approx(1 / 3), 0.25]}
+    assert second["cost"] == {"unit": "core-hours", "productive": 2.0, "whole": 2.5}  # 2 workers, 4 steps of 900 s
+    assert second["accuracies"][0]["top1"] == {"kNN, k = 20": 35.0}
+    assert "35.0 %" in ended.output
+    html = page.read_text()
+    assert html.count('<svg class="wide"') == 1
+    assert "<td>model.kernel_size</td><td>5</td><td>7</td>" in html
+
+
+def test_one_run_or_none_or_an_unknown_one_is_refused(typed: Typed, two: str) -> None:
+    assert_refused(typed("compare", "first", "--run-root", two), "must be at least two")
+    assert_refused(typed("compare", "first", "secnd", "--run-root", two), "did you mean second?")
+
+
+def test_a_plan_needs_neither_cluster_nor_data(typed: Typed) -> None:
+    ended = typed("ablate", "epochs", "--plan")
+    rows = json.loads(typed("ablate", "epochs", "--plan", "--json").output)
+
+    assert ended.code == 0
+    assert "12 runs" in ended.output
+    assert [row["steps"] for row in rows[::3]] == [62_400, 124_800, 249_600, 499_200]  # 312 in an epoch of ImageNet
+
+
+def test_what_an_ablation_lacks_is_told_before_it_begins(typed: Typed, two: str) -> None:
+    assert_refused(typed("ablate", "kernel", f"run_root={two}"), "data: must be the URL of a dataset")
+    assert_refused(typed("ablate", "kernal"), "did you mean kernel?")
+    assert_refused(typed("ablate", "kernel", "evaluation.kind=finetune"), "convmae finetune")
