@@ -69,7 +69,7 @@ def open_split(root: Path, split: str, classes: int, zero_is_unlabelled: bool) -
 
 def _by_stem(folder: Path) -> dict[str, Path]:
     if not folder.is_dir():
-        remedy = "lay the data out as ADEChallengeData2016: images/SPLIT and annotations/SPLIT"
+        remedy = "lay the data out as ADEChallengeData2016, or name its parts by --train-split and --val-split"
         raise DataError("--data", "must have this folder", str(folder), remedy)
     found: dict[str, Path] = {}
     for path in sorted(folder.iterdir()):

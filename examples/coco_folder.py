@@ -128,7 +128,8 @@ def _read(path: Path) -> dict[str, list[Row]]:
     try:
         content = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        rule, remedy = "must have this file of JSON", "lay the data out as COCO: annotations/instances_SPLIT.json"
+        rule = "must have this file of JSON"
+        remedy = "lay the data out as COCO, or name its parts by --train-split and --val-split"
         raise DataError("--data", rule, f"{path} ({type(error).__name__})", remedy) from None
     for name in _NEEDED:
         rows = content.get(name) if isinstance(content, dict) else None

@@ -2,8 +2,8 @@
 
 What a step does is a function of (seed, step) and of the weights and moments before it: samples are chosen by position,
 draws of augmentation are keyed by (seed, epoch, sample), and PyTorch's generator is seeded anew in each step for
-drop path, dropout and Mask R-CNN's choice of regions. So no state of a generator is saved, and a resumed training has
-the bits of one that went on, on the same machine with as many processes.
+drop path, dropout and Mask R-CNN's choice of regions. So no state of a generator is saved, and on CPUs a resumed training
+has the bits of one that went on, with as many processes. On GPUs some of PyTorch's kernels add in no fixed order.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def train(model: nn.Module, job: Job[Sample], ranks: Ranks, say: Callable[[str],
         if ranks.rank == 0:
             _log(job, done, factor, losses, say)
         if not all(math.isfinite(loss) for loss in losses.values()):
-            remedy = "lower it by --set learning_rate=..., and begin in another --out"
+            remedy = "lower the learning rate by --set learning_rate=..., in another --out"
             raise TrainingError(f"losses of step {done}", "must be finite", losses, remedy)
         if ranks.rank == 0 and (done % job.save_every_steps == 0 or done == job.schedule.steps):
             _save(model, optimizer, job, ranks, done)

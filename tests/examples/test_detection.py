@@ -83,7 +83,7 @@ def test_a_training_that_was_resumed_has_the_bits_of_one_that_was_not(data: Path
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_training_finds_squares_and_discs(data: Path, tmp_path: Path) -> None:
-    """About two minutes."""
+    """About a minute."""
     assert detection_mask_rcnn.run(words(data, tmp_path / "begun", "--set", "steps=1", "--set", "warmup_steps=0")) == 0
     assert detection_mask_rcnn.run(words(data, tmp_path / "trained")) == 0
 
