@@ -134,7 +134,7 @@ def finetune(
     """
     from jobs.control.run_plan import plan_run
     from jobs.control.workflow import train_as_job
-    from jobs.weights.pretrained import check_is_finetuning, resolved_weights
+    from jobs.weights.named_weights import check_is_finetuning, resolved_weights
 
     session, resolved = open_session(), amended_recipe(recipe, overrides, strict=strict)
     check_is_finetuning(resolved)

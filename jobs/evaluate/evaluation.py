@@ -49,25 +49,48 @@ class SamplePlan:
     """Of each dataset, chosen by a hash of their ids; 0: all."""
     seed: int = 0
     """Of the choice and the division."""
+    learns: bool = True
+    """Whether there is something to learn; else all of `data` is tested on."""
 
 
 @dataclass(frozen=True)
 class ProbePlan:
-    """Which probes are made."""
+    """What is measured."""
 
     neighbours: tuple[int, ...] = NEIGHBOURS
     """Each k of kNN; empty: none."""
     is_linear: bool = True
     l2: float = L2
     """Of the linear probe."""
+    has_head: bool = False
+    """Whether a fine-tuned classifier's own head is measured, too."""
+
+    @property
+    def has_probes(self) -> bool:
+        """Whether something learns from features."""
+        return bool(self.neighbours) or self.is_linear
 
 
 @dataclass(frozen=True)
 class ProbeSamples:
-    """Labelled samples to learn from and to test on, with the same classes."""
+    """Labelled samples to learn from, of which there may be none, and to test on, with the same classes."""
 
     train: LabelledSamples
     test: LabelledSamples
+
+    def tested_without(self, used: LabelledSamples) -> ProbeSamples:
+        """The same, tested on no sample that a classifier was trained with.
+
+        Raises:
+            EvaluationError: None is left.
+        """
+        if used.dataset_digest != self.test.dataset_digest:
+            return self
+        test = self.test.only(~np.isin(self.test.sample_ids, used.sample_ids))
+        if not len(test):
+            remedy = "give other data: on these the accuracy of a head says nothing"
+            raise EvaluationError("--data", "must hold images that it was not trained with", self.test.url, remedy)
+        return ProbeSamples(self.train, test)
 
     @property
     def digest(self) -> str:
@@ -91,6 +114,8 @@ class ProbeSamples:
         if plan.most_samples < 0:
             raise EvaluationError("--samples", "must be at least 1, or 0 for all", plan.most_samples, "use 0")
         test = _chosen(storage, plan.data, plan.labels, "--data", plan)
+        if not plan.learns:
+            return cls(test.only(np.zeros(len(test), bool)), test)
         if not plan.train_data:
             return cls(*divided(test, plan.test_ratio, plan.seed))
         train = _chosen(storage, plan.train_data, plan.train_labels, "--train-data", plan)
@@ -144,7 +169,8 @@ def check_probes(samples: ProbeSamples, plan: ProbePlan) -> None:
     """
     check_neighbours(plan.neighbours, len(samples.train))
     check_l2(plan.l2)
-    for name, part in (("train", samples.train), ("test", samples.test)):
+    parts = [("train", samples.train)] if plan.has_probes else []
+    for name, part in (*parts, ("test", samples.test)):
         if len(part.present) < 2:
             remedy = "use more of them: --samples 0 takes all"
             raise EvaluationError(name, "must have samples of at least two classes", f"{len(part)} samples", remedy)
