@@ -255,7 +255,7 @@ def _finetuning(session: Any, recipe: Any, what: str, subject: Any, run_root: st
     Raises:
         UserError: It does not fit.
     """
-    from jobs.control.finetune_evaluation import finetuned_run
+    from jobs.control.finetune_evaluation import finetuned, planned_finetuning
     from jobs.evaluate.commands import Finetuned
     from jobs.evaluate.subject import Subject
     from jobs.weights.named_weights import RANDOM, resolved_weights
@@ -263,13 +263,14 @@ def _finetuning(session: Any, recipe: Any, what: str, subject: Any, run_root: st
     if what == RANDOM:
         recipe = recipe.amended({"seed": subject.origin["seed"]})
     fields = resolved_weights(session.storage, recipe, what, lambda name: existing_run(session, name, run_root))
-    recipe = recipe.amended(fields)
 
-    def finetuned(stream: TextIO) -> Finetuned:
-        run = finetuned_run(session, recipe, what, stream)
+    plan = planned_finetuning(session, recipe.amended(fields), what)
+
+    def classifier(stream: TextIO) -> Finetuned:
+        run = finetuned(session, plan, stream)
         return Finetuned(Subject.of_run(run), {"recipe": recipe.name, "epochs": recipe.epochs, "run": run.url})
 
-    return finetuned
+    return classifier
 
 
 def _trained_with(session: Any, what: str, plan: Any, run_root: str) -> Any:

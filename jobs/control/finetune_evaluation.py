@@ -10,7 +10,7 @@ from typing import Any, TextIO
 from jobs.cluster import submission
 from jobs.cluster.session import Session
 from jobs.control.lease import claim_run, is_live
-from jobs.control.run_plan import plan_run
+from jobs.control.run_plan import RunPlan, plan_run
 from jobs.control.workflow import follow_job
 from jobs.errors import EvaluationError, RunFailedError
 from jobs.evaluate.evaluation import SamplePlan
@@ -60,19 +60,32 @@ def finetuning_recipe(name: str, model: ConvMAEConfig, plan: SamplePlan, changes
     return recipe.amended({**fields, **samples, "finetune.split_seed": plan.seed, **typed})
 
 
-def finetuned_run(session: Session, recipe: Recipe, what: str, stream: TextIO) -> RunDirectory:
-    """The finished run of a fine-tuning; it is submitted, resumed or followed until it is.
+def planned_finetuning(session: Session, recipe: Recipe, what: str) -> RunPlan:
+    """The run of a fine-tuning whose every input was found good, on a cluster that answers.
 
     Args:
         session: Says which cluster.
         recipe: With the weights that it starts from.
         what: Is evaluated, for the run's name.
+
+    Raises:
+        UserError: An input is not good, or there is no cluster.
+    """
+    submission.job_client(session)
+    return plan_run(session, recipe, _run_name(recipe, what), drives=False)
+
+
+def finetuned(session: Session, plan: RunPlan, stream: TextIO) -> RunDirectory:
+    """The finished run of a fine-tuning; it is submitted, resumed or followed until it is.
+
+    Args:
+        session: Says which cluster.
+        plan: As planned.
         stream: Where progress is shown.
 
     Raises:
         RunFailedError: It ended before it was finished.
     """
-    plan = plan_run(session, recipe, _run_name(recipe, what), drives=False)
     run, job = plan.run, ""
     if run.exists() and is_live(run):
         job = submission.newest_job(session, run)
