@@ -39,7 +39,7 @@ def written(folder: Path, text: str) -> str:
 
 
 def test_every_ablation_of_the_source_is_shipped_at_full_size_and_small() -> None:
-    assert spec_names() == sorted([*SHIPPED, *(f"{name}_small" for name in SHIPPED)])
+    assert spec_names() == sorted([*SHIPPED, *(f"{name}_small" for name in SHIPPED), "source_small"])
     varied = {
         name: sorted(str(list(variant.changes.values())) for variant in Spec.load(name).variants)
         for name in ("epochs", "masking", "kernel", "fusion")
@@ -53,7 +53,7 @@ def test_every_ablation_of_the_source_is_shipped_at_full_size_and_small() -> Non
     assert [variant.base for variant in Spec.load("mae").variants] == ["mae_base", "convmae_base"]
 
 
-@pytest.mark.parametrize("name", [*SHIPPED, *(f"{name}_small" for name in SHIPPED)])
+@pytest.mark.parametrize("name", [*SHIPPED, *(f"{name}_small" for name in SHIPPED), "source_small"])
 def test_figures_of_others_are_those_of_their_sources(name: str) -> None:
     figures = {(one.variant, one.measure, one.value, one.source) for one in Spec.load(name).file.paper}
 
