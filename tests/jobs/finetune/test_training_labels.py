@@ -42,16 +42,26 @@ def test_what_cannot_be_trained_with_is_refused(tmp_path: Path) -> None:
     bare = labelled_dataset(tmp_path / "c", {"cat": 3, "dog": 3}, has_labels=False).url
     single = labelled_dataset(tmp_path / "d", {"cat": 6}).url
     whole = {"finetune.validation_ratio": 0.0}
+    (tmp_path / "odd.txt").write_text("nobody\tant\n")
+    lists = {"finetune.labels": f"{tmp_path}/odd.txt"}
+    none = {"finetune.validation_data": data, "finetune.validation_labels": f"{tmp_path}/none.txt"}
 
     for given, message in (
-        (recipe(bare, **whole), "data: must have labels"),
+        (recipe(bare, **whole), "^data: must have labels.*with finetune.labels$"),
+        (recipe(data, **lists), "^finetune.labels: must be a list of keys"),
+        (recipe(data, **whole, **none), "^finetune.validation_labels: must exist"),
+        (
+            recipe(data, **{"finetune.validation_ratio": 0.01}),
+            "^data: .*a larger finetune.validation_ratio, or a second",
+        ),
         (recipe(single, **whole), "at least two classes"),
         (recipe(data, **whole, **{"finetune.validation_data": other}), "must be the same in train and test"),
         (recipe(data, **whole, **{"finetune.validation_data": data}), "must not hold what is tested on"),
         (recipe(data, global_batch_size=20), "at least global_batch_size = 20 labelled samples"),
     ):
-        with pytest.raises(EvaluationError, match=message):
+        with pytest.raises(EvaluationError, match=message) as caught:
             TrainingLabels.of(STORAGE, given)
+        assert "--" not in str(caught.value), "options are those of another command"
 
 
 def test_a_run_that_began_with_other_labels_is_refused(tmp_path: Path) -> None:
