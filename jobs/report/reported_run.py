@@ -10,12 +10,11 @@ from typing import Any
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.checkpoint import Commit
 from jobs.recipe.recipe import Recipe
+from jobs.report.accuracy import accuracy_curve
 from jobs.report.charts import History
 from jobs.report.reconstruction import RECONSTRUCTIONS_NAME
 from jobs.run.accuracy_rows import AccuracyCurve
 from jobs.run.directory import RunDirectory
-from jobs.run.probe_rows import ProbeCurve
-from jobs.run.validation_rows import ValidationCurve
 from pipeline.shard.manifest import SKIPPED_NAME
 from pipeline.store.json_text import parsed_object
 
@@ -61,7 +60,7 @@ class ReportedRun:
             heartbeat=run.read_heartbeat(),
             events=events,
             history=History.of(rows),
-            accuracies=ValidationCurve.of(rows) if recipe.finetune else ProbeCurve.of(events),
+            accuracies=accuracy_curve(recipe, events, rows),
             kept_steps=frozenset(checkpoint.committed_steps(run)),
             commit=checkpoint.latest_commit(run),
             faults=run.read_quarantine(),
