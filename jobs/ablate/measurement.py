@@ -23,6 +23,7 @@ from jobs.evaluate.evaluation import (
     probe_features,
 )
 from jobs.evaluate.features import FeaturePlan, on_cluster
+from jobs.evaluate.labels import InputNames
 from jobs.evaluate.subject import Subject
 from jobs.run.directory import RunDirectory
 from jobs.run.evaluations import key_of, read_evaluation, url_of
@@ -30,6 +31,10 @@ from jobs.weights import consolidated
 from jobs.weights.target import recorded_sha256
 from model import ConvMAEConfig
 from pipeline.store.storage import Storage
+
+_NAMES = InputNames(
+    *(f"evaluation.{field}" for field in ("data", "labels", "test_ratio", "train_data", "train_labels"))
+)
 
 
 @dataclass(frozen=True)
@@ -107,7 +112,7 @@ class Measurement:
     def _samples_of(self, trial: Trial) -> ProbeSamples:
         plan = self._plan(trial)
         if plan not in self._samples:
-            self._samples[plan] = ProbeSamples.of(self.storage, plan)
+            self._samples[plan] = ProbeSamples.of(self.storage, plan, _NAMES)
         return self._samples[plan]
 
     def _control_key(self, trial: Trial) -> str:

@@ -19,7 +19,16 @@ from jobs.errors import EvaluationError
 from jobs.evaluate.encoder import Float32s, FrozenEncoder
 from jobs.evaluate.features import FeaturePlan, Runner, features
 from jobs.evaluate.knn import NEIGHBOURS, TEMPERATURE, check_neighbours, knn_rankings
-from jobs.evaluate.labels import TEST_RATIO, LabelledSamples, divided, labelled_samples, matched, refuse_overlap
+from jobs.evaluate.labels import (
+    OPTIONS,
+    TEST_RATIO,
+    InputNames,
+    LabelledSamples,
+    divided,
+    labelled_samples,
+    matched,
+    refuse_overlap,
+)
 from jobs.evaluate.linear import L2, check_l2, fitted_probe
 from jobs.evaluate.scores import Scores
 from jobs.evaluate.subject import Subject
@@ -102,29 +111,30 @@ class ProbeSamples:
         return content.hexdigest()[:16]
 
     @classmethod
-    def of(cls, storage: Storage, plan: SamplePlan) -> ProbeSamples:
-        """Read labels, choose samples and divide them.
+    def of(cls, storage: Storage, plan: SamplePlan, names: InputNames = OPTIONS) -> ProbeSamples:
+        """Read labels, choose samples and divide them; messages call what is given by `names`.
 
         Raises:
             EvaluationError: No labels, one class, classes that differ, too few samples.
             DatasetError: There is no dataset, or it is damaged.
         """
         if plan.train_labels and not plan.train_data:
-            raise EvaluationError("--train-labels", "must be given with --train-data", plan.train_labels, "give both")
+            rule = f"must be given with {names.other_data}"
+            raise EvaluationError(names.other_labels, rule, plan.train_labels, "give both")
         if plan.most_samples < 0:
             raise EvaluationError("--samples", "must be at least 1, or 0 for all", plan.most_samples, "use 0")
-        test = _chosen(storage, plan.data, plan.labels, "--data", plan)
+        test = _chosen(storage, plan.data, plan.labels, names, plan)
         if not plan.learns:
             return cls(test.only(np.zeros(len(test), bool)), test)
         if not plan.train_data:
-            return cls(*divided(test, plan.test_ratio, plan.seed))
-        train = _chosen(storage, plan.train_data, plan.train_labels, "--train-data", plan)
-        refuse_overlap(train, test, "--train-data")
+            return cls(*divided(test, plan.test_ratio, plan.seed, names))
+        train = _chosen(storage, plan.train_data, plan.train_labels, names.other, plan)
+        refuse_overlap(train, test, names.other_data)
         return cls(train, matched(train, test))
 
 
-def _chosen(storage: Storage, url: str, labels: str, field: str, plan: SamplePlan) -> LabelledSamples:
-    found = labelled_samples(Dataset.open(storage, url), storage, labels, field=field)
+def _chosen(storage: Storage, url: str, labels: str, names: InputNames, plan: SamplePlan) -> LabelledSamples:
+    found = labelled_samples(Dataset.open(storage, url), storage, labels, names)
     return found.at_most(plan.most_samples, plan.seed) if plan.most_samples else found
 
 

@@ -1,4 +1,4 @@
-"""Controls of an ablation: random weights are measured once for all variants that begin with them."""
+"""How an ablation measures: what it refuses, and random weights once for all variants that begin with them."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from labelled_data import STORAGE, labelled_dataset
 
 from jobs.ablate.measurement import Measurement
 from jobs.ablate.spec import Spec, Trial
+from jobs.errors import EvaluationError
 
 SPEC = """
 base = "tiny"
@@ -51,3 +52,22 @@ def test_variants_of_one_encoder_share_controls(tmp_path: Path, data: str) -> No
 
 def test_variants_of_other_encoders_have_controls_of_their_own(tmp_path: Path, data: str) -> None:
     assert len(set(controls(tmp_path, data, "model.kernel_size = [5, 7]").values())) == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("evaluation.labels={}/none.txt", "evaluation.labels: must exist"),
+        ("evaluation.train_labels={}/none.txt", "evaluation.train_labels: must be given with evaluation.train_data"),
+        ("evaluation.train_data={}/bare/data", "evaluation.train_data: must have labels.*with evaluation.train_labels"),
+        ("evaluation.test_ratio=0.001", "evaluation.data: .*a larger evaluation.test_ratio, or a second dataset with"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_by_the_keys_of_the_spec(tmp_path: Path, given: str, told: str) -> None:
+    data = labelled_dataset(tmp_path / "data", {"cat": 12, "dog": 12}).url
+    labelled_dataset(tmp_path / "bare", {"cat": 2, "dog": 2}, has_labels=False)
+    spec = Spec.load("kernel_small", [f"data={data}", given.format(tmp_path)])
+
+    with pytest.raises(EvaluationError, match=f"^{told}") as caught:
+        Measurement(STORAGE, spec.file.evaluation, str(tmp_path)).check(spec.trials[0])
+    assert "--" not in str(caught.value), "options are those of another command"

@@ -180,6 +180,28 @@ def test_a_finetuning_that_cannot_be_trained_is_refused(overrides: dict[str, Any
     assert caught.value.field == field
 
 
+@pytest.mark.parametrize(
+    ("changes", "grain"),
+    [
+        ({"grain_size": 1}, 2),
+        ({"micro_batch_size": 1}, 2),
+        ({"micro_batch_size": 1, "global_batch_size": 72, "lanes": 24}, 3),  # a lane's share, since no 2 divides it
+        ({"micro_batch_size": 2, "global_batch_size": 72, "lanes": 24}, 3),
+        ({"micro_batch_size": 1, "global_batch_size": 64, "lanes": 64}, 2),  # of two lanes
+    ],
+)
+def test_images_that_would_be_mixed_with_themselves_are_refused_with_a_grain_that_does(
+    changes: dict[str, Any], grain: int
+) -> None:
+    given = {"finetune.mixup": 0.8, "max_workers": 1, "min_workers": 1, **changes}
+
+    with pytest.raises(RecipeError, match=rf"at least 2 images.*got 1; set grain_size={grain}, or"):
+        FINETUNE.amended(given)
+    assert FINETUNE.amended({**given, "grain_size": grain}).mixed_images == grain
+    with pytest.raises(RecipeError, match=r"share of the batch of at least 2 images.*lower lanes"):
+        FINETUNE.amended({"finetune.cutmix": 1.0, "global_batch_size": 8, "lanes": 8, "reproducible": "rounding"})
+
+
 def test_fields_of_a_finetuning_are_refused_in_a_pretraining() -> None:
     error = refused({"finetune.mixup": 0.1})
 
