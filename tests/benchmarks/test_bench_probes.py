@@ -75,6 +75,7 @@ def test_what_a_run_took_is_read_from_its_history_and_its_processes(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_both_kinds_of_runs_are_measured(tmp_path: Path) -> None:
     """Three minutes on one core."""
     (tmp_path / "cluster").mkdir()
