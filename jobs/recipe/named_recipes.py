@@ -188,7 +188,7 @@ def file_fields(path: Path) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             data = file.read(LARGEST_FILE_BYTES + 1)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a path with a null byte is no path
         raise RecipeError("recipe", "must be a readable TOML file", str(path), str(error)) from error
     if len(data) > LARGEST_FILE_BYTES:
         remedy = "a recipe has a few dozen short lines"

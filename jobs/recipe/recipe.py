@@ -476,7 +476,7 @@ def unknown_key(key: str, known: Sequence[str]) -> RecipeError:
     """The error for a key that no recipe has; suggests the nearest one that exists."""
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     remedy = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(known)}"
-    return RecipeError(key, "is not a field of a recipe", key, remedy)
+    return RecipeError(key if key.strip() else repr(key), "is not a field of a recipe", key, remedy)
 
 
 def _first_fault(error: ValidationError, of: type[BaseModel], prefix: str = "") -> RecipeError:

@@ -32,6 +32,9 @@ FIGURES = {
 }
 
 
+HUNDRED = list(range(1, 101))
+
+
 def written(folder: Path, text: str) -> str:
     path = folder / "mine.toml"
     path.write_text(text)
@@ -107,6 +110,8 @@ def test_what_is_typed_changes_recipes_evaluation_and_seeds(tmp_path: Path) -> N
         ('base = "tiny"\n[[statements]]\ntext = "x"\nsource = "y"\nrising = ["base", "bass"]', "did you mean base?"),
         ('base = "tiny"\n[[statements]]\ntext = "x"\nsource = "y"', "either `rising` or `similar`"),
         ("seeds = [1]", "base: is required"),
+        (f'base = "tiny"\ngrid = {{epochs = {HUNDRED}, lanes = {HUNDRED}, max_steps = {HUNDRED}}}', "got 3000000"),
+        ('base = "tiny"\n"" = 1', "'': is not a key of a spec"),
     ],
 )
 def test_a_fault_of_a_spec_is_named_with_its_remedy(tmp_path: Path, text: str, words: str) -> None:
