@@ -51,6 +51,7 @@ check: $(INSTALLED)  ## Lint, format, types, layers
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy examples
 	$(BIN)/lint-imports
 
 test: check  ## Checks, then all tests but the slow ones

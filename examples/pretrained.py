@@ -1,30 +1,47 @@
-"""The backbone of both examples: pretrained where a file is given, else of a size that a laptop trains."""
+"""The backbone of both examples: pretrained where a file is given, else randomly initialised."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
-from model import Backbone, ConvMAEConfig
-
-
-def arguments(description: str) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--weights", type=Path, help="of `convmae consolidate` or `export --format backbone`")
-    parser.add_argument("--steps", type=int, default=20, help="training steps on random data")
-    parser.add_argument("--image-size", type=int, default=128, help="side of the images, in pixels")
-    return parser.parse_args()
+from model import Backbone, ConvMAEConfig, ModelConfigError
+from pipeline.errors import UserError
 
 
-def backbone(weights: Path | None) -> Backbone:
-    """The encoder with stochastic depth, as fine-tuning wants it; randomly initialised where there are no weights."""
+class PretrainedError(UserError):
+    """A file of weights that has no encoder for a backbone in it."""
+
+
+def backbone(weights: Path | None, drop_path: float) -> Backbone:
+    """The encoder with stochastic depth, as fine-tuning wants it.
+
+    Args:
+        weights: A file of `convmae export --format backbone` or `convmae consolidate`; where None, the encoder is the
+            `tiny` one with random weights.
+        drop_path: Of the last block.
+
+    Raises:
+        PretrainedError: If the file is missing or damaged, or of a model without maps or another kind altogether.
+    """
     if weights is None:
-        return Backbone(ConvMAEConfig.preset("tiny"), drop_path=0.1)
-    with safe_open(weights, "pt") as file:
-        made = Backbone(ConvMAEConfig(**json.loads(file.metadata()["model"])), drop_path=0.1)
-        made.load({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118  it is no mapping
+        return Backbone(ConvMAEConfig.preset("tiny"), drop_path=drop_path)
+    remedy = "give a file of `convmae export --format backbone` or `convmae consolidate`"
+    try:
+        with safe_open(weights, "pt") as file:
+            config = json.loads((file.metadata() or {})["model"])
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no mapping
+    except (OSError, SafetensorError) as error:
+        raise PretrainedError("--weights", f"must be a safetensors file ({error})", str(weights), remedy) from None
+    except (KeyError, ValueError):
+        rule = "must say of which model it is, in its metadata"
+        raise PretrainedError("--weights", rule, str(weights), remedy) from None
+    try:
+        made = Backbone(ConvMAEConfig(**config), drop_path=drop_path)
+        made.load(state)
+    except (TypeError, ModelConfigError) as error:
+        rule = f"must hold a ConvMAE encoder with convolution stages ({error})"
+        raise PretrainedError("--weights", rule, str(weights), remedy) from None
     return made
