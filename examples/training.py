@@ -2,8 +2,9 @@
 
 What a step does is a function of (seed, step) and of the weights and moments before it: samples are chosen by position,
 draws of augmentation are keyed by (seed, epoch, sample), and PyTorch's generator is seeded anew in each step for
-drop path, dropout and Mask R-CNN's choice of regions. So no state of a generator is saved, and on CPUs a resumed training
-has the bits of one that went on, with as many processes. On GPUs some of PyTorch's kernels add in no fixed order.
+drop path, dropout and Mask R-CNN's choice of regions. So no state of a generator is saved, and on CPUs a resumed
+training has the bits of one that was not interrupted, with as many processes. On GPUs some of PyTorch's kernels add in
+no fixed order.
 """
 
 from __future__ import annotations

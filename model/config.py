@@ -17,6 +17,8 @@ CELL_PIXELS = 4
 MASKINGS = ("block", "random")
 POSITIONS = ("sincos", "learned", "none")
 LOSSES = ("l1", "mse")
+ENCODER_FIELDS = ("embed_dim", "depth", "num_heads", "mlp_ratio", "kernel_size", "position")
+"""Those that, but for the image size, decide what an encoder computes."""
 PARTS = ("stage1", "stage2", "stage3", "decoder")
 """Of a model, in the order of the forward pass; MAE has the last two."""
 

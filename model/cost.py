@@ -1,16 +1,17 @@
-"""The cost of pretraining, counted by hand from the configuration: parameters, and multiply-adds of a micro-batch.
+"""The cost of training, counted by hand from the configuration: parameters, and multiply-adds of a micro-batch.
 
 Counted are matrix products, convolutions and attention, two operations per multiply-add; norms, GELU and softmax are
 not, as is usual. `tests/model/test_cost.py` compares these numbers with PyTorch's own counter, operation by operation.
 
-Counted is what is computed: visible tokens alone in the encoder, queries, keys and values of mask tokens once for a
-micro-batch, the end of the last block for predicted patches. The gradient of a depthwise kernel is computed as a
-matrix product over a unit's surroundings (model/depthwise.py) and counted as such.
+Counted is what is computed. In pretraining: visible tokens alone in the encoder, queries, keys and values of mask
+tokens once for a micro-batch, the end of the last block for predicted patches. The gradient of a depthwise kernel is
+computed as a matrix product over a unit's surroundings (model/depthwise.py) and counted as such. A classifier computes
+whole images, by convolutions.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from model.config import CELL_PIXELS, PATCH_PIXELS, ConvMAEConfig
 
@@ -28,11 +29,13 @@ class Flops:
     fusion: int
     decoder: int
     """With decoder_embed and the prediction head."""
+    head: int = 0
+    """Of a classifier, which has neither fusion nor decoder."""
 
     @property
     def total(self) -> int:
         """The whole model."""
-        return self.stage1 + self.stage2 + self.stage3 + self.fusion + self.decoder
+        return self.stage1 + self.stage2 + self.stage3 + self.fusion + self.decoder + self.head
 
 
 @dataclass(frozen=True)
@@ -54,15 +57,17 @@ class Parameters:
     """Numbers of parameters."""
 
     encoder: int
-    """With the fusion convolutions; what is handed downstream."""
+    """With the fusion convolutions, or a classifier's norm; what is handed downstream."""
     decoder: int
     frozen: int
-    """Fixed position embeddings, of both; counted in neither of the other two."""
+    """Fixed position embeddings, of both, or all before a linear head; counted in none of the others."""
+    head: int = 0
+    """Of a classifier, which has no decoder."""
 
     @property
     def trainable(self) -> int:
         """Parameters that the optimiser holds."""
-        return self.encoder + self.decoder
+        return self.encoder + self.decoder + self.head
 
 
 def parameters(config: ConvMAEConfig) -> Parameters:
@@ -94,24 +99,20 @@ def flops(config: ConvMAEConfig, images: int) -> Cost:
     if not config.has_convolutions:
         return _mae_flops(config, images)
     dim1, dim2, dim3 = config.embed_dim
-    ratio1, ratio2, ratio3 = config.mlp_ratio
-    depth1, depth2, depth3 = config.depth
     side1 = PATCH_PIXELS // CELL_PIXELS if config.masking == "block" else 1
     cells = images * config.kept * side1**2
     kept = config.kept if config.masking == "block" else config.patches
     patches = images * kept
-    pixels = 2 * cells * CELL_PIXELS**2 * 3 * dim1
-    forward = Flops(
-        stage1=pixels + depth1 * _conv_block_flops(cells, dim1, ratio1, config.kernel_size),
-        stage2=2 * 4 * patches * 4 * dim1 * dim2
-        + depth2 * _conv_block_flops(4 * patches, dim2, ratio2, config.kernel_size),
-        stage3=2 * patches * (4 * dim2 * dim3 + dim3**2) + images * depth3 * _transformer_flops(kept, dim3, ratio3),
+    forward = replace(
+        _stage_flops(config, images, cells, kept),
         fusion=2 * patches * (16 * dim1 + 4 * dim2) * dim3 if config.fusion else 0,
         decoder=_decoder_flops(config, images, kept),
     )
     backward = Flops(
-        stage1=2 * forward.stage1 - pixels + depth1 * _kernel_gradient_flops(cells, dim1, side1, config.kernel_size),
-        stage2=2 * forward.stage2 + depth2 * _kernel_gradient_flops(4 * patches, dim2, 2, config.kernel_size),
+        stage1=2 * forward.stage1
+        - _pixel_flops(config, cells)
+        + config.depth[0] * _kernel_gradient_flops(cells, dim1, side1, config.kernel_size),
+        stage2=2 * forward.stage2 + config.depth[1] * _kernel_gradient_flops(4 * patches, dim2, 2, config.kernel_size),
         stage3=2 * forward.stage3,
         fusion=2 * forward.fusion,
         decoder=2 * forward.decoder,
@@ -119,13 +120,75 @@ def flops(config: ConvMAEConfig, images: int) -> Cost:
     return Cost(forward, backward)
 
 
+def classifier_parameters(config: ConvMAEConfig, classes: int, kind: str) -> Parameters:
+    """Count those of a classifier without building it; arguments as of ``Classifier``."""
+    dim = config.embed_dim[2]
+    before = parameters(replace(config, fusion=False))  # the last norm of the one is as large as that of the other
+    positions = (config.class_tokens + config.patches) * dim if config.position == "sincos" else 0
+    unused = (config.class_tokens + config.patches) * dim if config.position == "none" else 0
+    encoder, head = before.encoder + positions, _dense(dim, classes)
+    if kind == "linear":
+        return Parameters(encoder=0, decoder=0, frozen=encoder + unused, head=head)
+    return Parameters(encoder=encoder, decoder=0, frozen=unused, head=head)
+
+
+def classifier_flops(config: ConvMAEConfig, images: int, classes: int, kind: str) -> Cost:
+    """Count the operations of fine-tuning on a micro-batch, forward and backward.
+
+    Args:
+        config: The model's.
+        images: In the micro-batch.
+        classes: Outputs of the head.
+        kind: As of ``Classifier``; with ``linear`` there are gradients of the head's weights alone.
+    """
+    head = 2 * images * config.embed_dim[2] * classes
+    if config.has_convolutions:
+        cells = images * config.patches * (PATCH_PIXELS // CELL_PIXELS) ** 2
+        stages, pixels = _stage_flops(config, images, cells, config.patches), _pixel_flops(config, cells)
+        stage1, stage3 = 2 * stages.stage1 - pixels, 2 * stages.stage3
+    else:
+        stages, pixels = _vit_flops(config, images, config.patches)
+        stage1, stage3 = 0, 2 * stages.stage3 - pixels
+    forward = replace(stages, head=head)
+    if kind == "linear":
+        return Cost(forward, Flops(0, 0, 0, 0, 0, head=head))
+    return Cost(forward, Flops(stage1, 2 * stages.stage2, stage3, 0, 0, head=2 * head))
+
+
+def _stage_flops(config: ConvMAEConfig, images: int, cells: int, kept: int) -> Flops:
+    """The three stages forward, over all `cells` and over `kept` patches of each image."""
+    dim1, dim2, dim3 = config.embed_dim
+    ratio1, ratio2, ratio3 = config.mlp_ratio
+    depth1, depth2, depth3 = config.depth
+    patches = images * kept
+    return Flops(
+        stage1=_pixel_flops(config, cells) + depth1 * _conv_block_flops(cells, dim1, ratio1, config.kernel_size),
+        stage2=2 * 4 * patches * 4 * dim1 * dim2
+        + depth2 * _conv_block_flops(4 * patches, dim2, ratio2, config.kernel_size),
+        stage3=2 * patches * (4 * dim2 * dim3 + dim3**2) + images * depth3 * _transformer_flops(kept, dim3, ratio3),
+        fusion=0,
+        decoder=0,
+    )
+
+
+def _pixel_flops(config: ConvMAEConfig, cells: int) -> int:
+    """The first embedding, whose input needs no gradient."""
+    return 2 * cells * CELL_PIXELS**2 * 3 * config.embed_dim[0]
+
+
+def _vit_flops(config: ConvMAEConfig, images: int, kept: int) -> tuple[Flops, int]:
+    """An MAE's encoder over `kept` patches of each image, and of that the embedding, whose input needs no gradient."""
+    dim = config.embed_dim[2]
+    pixels = 2 * images * kept * _PATCH_VALUES * dim
+    blocks = images * config.depth[2] * _transformer_flops(kept + 1, dim, config.mlp_ratio[2])
+    return Flops(0, 0, pixels + blocks, 0, 0), pixels
+
+
 def _mae_flops(config: ConvMAEConfig, images: int) -> Cost:
-    dim, tokens = config.embed_dim[2], config.kept + 1
-    pixels = 2 * images * config.kept * _PATCH_VALUES * dim
-    blocks = images * config.depth[2] * _transformer_flops(tokens, dim, config.mlp_ratio[2])
-    decoder = _decoder_flops(config, images, tokens)
-    forward = Flops(0, 0, pixels + blocks, 0, decoder)
-    return Cost(forward, Flops(0, 0, pixels + 2 * blocks, 0, 2 * decoder))
+    stages, pixels = _vit_flops(config, images, config.kept)
+    decoder = _decoder_flops(config, images, config.kept + 1)
+    forward = replace(stages, decoder=decoder)
+    return Cost(forward, Flops(0, 0, 2 * stages.stage3 - pixels, 0, 2 * decoder))
 
 
 def _decoder_flops(config: ConvMAEConfig, images: int, seen: int) -> int:

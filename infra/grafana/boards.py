@@ -144,6 +144,19 @@ OVERVIEW = Board(
                     12,
                     floor=None,
                 ),
+                Graph(
+                    "Validation accuracy",
+                    "Of a fine-tuning, with its 95 % interval; rises over epochs. The same alert says when it falls.",
+                    "percentunit",
+                    [
+                        _of("convmae_validation_accuracy_ratio"),
+                        Query(f"convmae_validation_accuracy_low_ratio{{{RUN}}}", "{{run}} low"),
+                        Query(f"convmae_validation_accuracy_high_ratio{{{RUN}}}", "{{run}} high"),
+                        Query(f"convmae_validation_top_five_ratio{{{RUN}}}", "{{run}} among five"),
+                    ],
+                    24,
+                    floor=None,
+                ),
             ],
         ),
         Section(

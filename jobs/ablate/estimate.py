@@ -7,12 +7,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from jobs.ablate.spec import Spec, Trial
-from jobs.recipe.plan import IMAGENET, DatasetSize
+from jobs.finetune.training_size import trained_size
+from jobs.recipe.cost import RecipeCost
+from jobs.recipe.finetune import Finetune
+from jobs.recipe.plan import IMAGENET
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import Schedule, order_of
 from jobs.recipe.sizing import H100_FLOPS_PER_SECOND, NodeType, estimated_step_seconds
 from jobs.terminal import duration_text
-from model.cost import flops
 from pipeline.store.storage import Storage
 
 CORE_FLOPS_PER_SECOND = 19e9
@@ -25,7 +27,7 @@ class Estimate:
     """Of one run."""
 
     images: int
-    """Of its data set."""
+    """That it trains with."""
     steps: int
     seconds: float
     """On its `max_workers`."""
@@ -47,18 +49,21 @@ class Estimate:
             seconds = steps * estimated_step_seconds(recipe, node, math.ceil(workers / NODE.gpus))
             return cls(samples, steps, seconds, workers * seconds / 3600, "GPU-hours")
         cores = workers * max(1.0, recipe.cpus_per_worker)
-        per_image = flops(recipe.model, recipe.micro_batch_size).training / recipe.micro_batch_size
-        seconds = steps * recipe.global_batch_size * per_image / (CORE_FLOPS_PER_SECOND * cores)
+        images = steps * recipe.global_batch_size
+        seconds = images * RecipeCost.of(recipe).training_flops / (CORE_FLOPS_PER_SECOND * cores)
         return cls(samples, steps, seconds, cores * seconds / 3600, "core-hours")
 
 
 def estimates(storage: Storage, spec: Spec) -> dict[Trial, Estimate]:
     """Of each run; where no data is named, on as many images as the spec is meant for."""
-    sizes = {"": spec.file.images or IMAGENET.samples}
-    for trial in spec.trials:
-        if trial.recipe.data not in sizes:
-            sizes[trial.recipe.data] = DatasetSize.of(storage, trial.recipe).samples
-    return {trial: Estimate.of(trial.recipe, sizes[trial.recipe.data]) for trial in spec.trials}
+    assumed = spec.file.images or IMAGENET.samples
+    sizes: dict[tuple[str, Finetune | None], int] = {}
+    for recipe in (trial.recipe for trial in spec.trials):
+        if (recipe.data, recipe.finetune) not in sizes:
+            share = recipe.finetune.trained_ratio if recipe.finetune else 1.0
+            samples = trained_size(storage, recipe).samples if recipe.data else round(assumed * share)
+            sizes[recipe.data, recipe.finetune] = samples
+    return {trial: Estimate.of(trial.recipe, sizes[trial.recipe.data, trial.recipe.finetune]) for trial in spec.trials}
 
 
 PLAN_COLUMNS = ("variant", "differs by", "runs", "workers", "steps", "one run alone", "hours")

@@ -23,12 +23,18 @@ from jobs.evaluate.evaluation import (
     probe_features,
 )
 from jobs.evaluate.features import FeaturePlan, on_cluster
+from jobs.evaluate.labels import InputNames
 from jobs.evaluate.subject import Subject
 from jobs.run.directory import RunDirectory
 from jobs.run.evaluations import key_of, read_evaluation, url_of
 from jobs.weights import consolidated
 from jobs.weights.target import recorded_sha256
+from model import ConvMAEConfig
 from pipeline.store.storage import Storage
+
+_NAMES = InputNames(
+    *(f"evaluation.{field}" for field in ("data", "labels", "test_ratio", "train_data", "train_labels"))
+)
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,7 @@ class Measurement:
     folder: str
     """Of the ablation, for the controls, which several variants may share."""
     _samples: dict[SamplePlan, ProbeSamples] = field(default_factory=dict, compare=False)
+    _controls: dict[tuple[ConvMAEConfig, int], str] = field(default_factory=dict, compare=False)
 
     def check(self, trial: Trial) -> None:
         """Refuse what cannot be measured, before anything is trained.
@@ -57,7 +64,7 @@ class Measurement:
 
     def of_control(self, trial: Trial) -> dict[str, Any] | None:
         """The evaluation of random weights of the same model and seed; None if there is none yet."""
-        return read_evaluation(self.storage, url_of(self.folder, self._key(trial, _random_digest(trial))))
+        return read_evaluation(self.storage, url_of(self.folder, self._control_key(trial)))
 
     def make(self, session: Session, trial: Trial, run: RunDirectory) -> None:
         """Measure a finished run, and random weights of its model and seed, unless both exist.
@@ -69,12 +76,11 @@ class Measurement:
         step = newest_step(run)
         if step is None:
             raise CheckpointError("run", "must have a committed checkpoint", run.name, "resume it")
-        places: list[tuple[str, str, Callable[[], Subject]]] = [
-            (run.url, _weights_digest(run, step), lambda: Subject.of_run(run, step)),
-            (self.folder, _random_digest(trial), lambda: Subject.of_seed(trial.recipe.model, trial.seed, "random")),
+        places: list[tuple[str, Callable[[], Subject]]] = [
+            (url_of(run.url, self._key(trial, _weights_digest(run, step))), lambda: Subject.of_run(run, step)),
+            (url_of(self.folder, self._control_key(trial)), lambda: _control(trial)),
         ]
-        for folder, digest, subject in places:
-            url = url_of(folder, self._key(trial, digest))
+        for url, subject in places:
             if read_evaluation(self.storage, url) is None:
                 report = self._evaluated(session, trial, subject()).to_json()
                 self.storage.write(url, json.dumps(report, indent=1).encode() + b"\n")
@@ -106,8 +112,15 @@ class Measurement:
     def _samples_of(self, trial: Trial) -> ProbeSamples:
         plan = self._plan(trial)
         if plan not in self._samples:
-            self._samples[plan] = ProbeSamples.of(self.storage, plan)
+            self._samples[plan] = ProbeSamples.of(self.storage, plan, _NAMES)
         return self._samples[plan]
+
+    def _control_key(self, trial: Trial) -> str:
+        """One for variants that begin with the same encoder, as those that differ in mask or loss."""
+        known = trial.recipe.model, trial.seed
+        if known not in self._controls:
+            self._controls[known] = _control(trial).encoder(self.part.image_size).digest
+        return self._key(trial, f"random weights {self._controls[known]}")
 
     def _key(self, trial: Trial, weights: str) -> str:
         """Of all that decides the figures but the device, which may change their last bits."""
@@ -138,5 +151,5 @@ def _weights_digest(run: RunDirectory, step: int) -> str:
     return hashlib.sha256(run.storage.read(checkpoint.commit_url(run, step))).hexdigest()
 
 
-def _random_digest(trial: Trial) -> str:
-    return f"random weights of {json.dumps(asdict(trial.recipe.model), sort_keys=True)}, seed {trial.seed}"
+def _control(trial: Trial) -> Subject:
+    return Subject.of_seed(trial.recipe.model, trial.seed, "random")

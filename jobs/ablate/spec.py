@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -208,6 +209,7 @@ class Spec:
         fields = {"name": path.stem, **file_fields(path)}
         typed = parse_overrides(overrides)
         file = _checked(fields, typed)
+        _check_size(file)
         common = {name: value for name, value in typed.items() if name != "seeds" and not name.startswith(EVALUATION)}
         variants = tuple(_variants(file, path.parent, common))
         trials = tuple(_trials(file, variants))
@@ -289,7 +291,7 @@ def _fault(error: ValidationError) -> AblationError:
     cause = fault.get("ctx", {}).get("error")
     if isinstance(cause, AblationError):
         return cause
-    place = ".".join(str(part) for part in fault["loc"])
+    place = ".".join(str(part) if str(part).strip() else repr(part) for part in fault["loc"])
     if place == "evaluation.kind":
         remedy = "fine-tuning needs `convmae finetune` on the finished runs; leave the key out"
         return AblationError(place, "must be probe", fault["input"], remedy)
@@ -307,6 +309,15 @@ def _fields_at(place: tuple[int | str, ...]) -> Sequence[str]:
     parts: dict[str, type[BaseModel]] = {"evaluation": EvaluationPart, "paper": PaperFigure, "statements": Statement}
     model = parts.get(str(place[0]), SpecFile) if len(place) > 1 else SpecFile
     return list(model.model_fields)
+
+
+def _check_size(file: SpecFile) -> None:
+    """Count the runs before any is made: a grid of a few lines can ask for millions."""
+    combinations = math.prod(len(values) for values in file.grid.values() if isinstance(values, list))
+    variants = (combinations if file.grid else 0) + len(file.variants)
+    if (runs := max(1, variants) * len(file.seeds)) > MOST_TRIALS:
+        rule = f"must ask for at most {MOST_TRIALS} runs"
+        raise AblationError("spec", rule, runs, "vary fewer fields at once")
 
 
 def _variants(file: SpecFile, folder: Path, typed: Mapping[str, Any]) -> Iterator[Variant]:
@@ -344,9 +355,6 @@ def _value_name(value: Any) -> str:
 
 
 def _trials(file: SpecFile, variants: Sequence[Variant]) -> Iterator[Trial]:
-    if len(variants) * len(file.seeds) > MOST_TRIALS:
-        rule = f"must ask for at most {MOST_TRIALS} runs"
-        raise AblationError("spec", rule, len(variants) * len(file.seeds), "vary fewer fields at once")
     for variant in variants:
         for seed in file.seeds:
             recipe = variant.recipe.amended({"seed": seed})

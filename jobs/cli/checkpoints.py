@@ -209,7 +209,8 @@ def export(
     source = Source.of(weights, directory, image_size)
     target = out or (default if FORMATS[name].suffix else f"{default}/{source.stem}-{name}")
     for written in export_weights(source, name, session.storage, target, force=force):
-        say(f"{name}: {written.url} ({bytes_text(written.bytes)}, sha256 {written.sha256[:16]}…)")
+        note = f": {written.note}" if written.note else ""
+        say(f"{name}: {written.url} ({bytes_text(written.bytes)}, sha256 {written.sha256[:16]}…){note}")
 
 
 @app.command(name="import", cls=at_store("source", "out"))

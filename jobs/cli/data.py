@@ -170,13 +170,14 @@ def inspect(
         inspected = inspected_dataset(session.storage, target, numbers, labels=labels)
         print_json(inspected.to_json()) if as_json else print_pairs(inspected.lines())
         return
-    from jobs.recipe.plan import DatasetSize, recipe_json, recipe_lines
+    from jobs.finetune.training_size import trained_size
+    from jobs.recipe.plan import recipe_json, recipe_lines
 
     if numbers or labels:
         name = f"--{next(iter(numbers), 'labels')}"
         raise UserError("option", "must not be given with a recipe", name, "write FIELD=VALUE, like lanes=64")
     recipe = amended_recipe(target, overrides)
-    size = DatasetSize.of(session.storage, recipe)
+    size = trained_size(session.storage, recipe)
     print_json(recipe_json(recipe, size)) if as_json else print_pairs(recipe_lines(recipe, size))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -51,7 +51,15 @@ def evaluate(
     ] = "",
     train_labels: Annotated[str, typer.Option(help="The same for --train-data.")] = "",
     knn: Annotated[bool, typer.Option("--knn", help="Weighted nearest neighbours.")] = False,
-    linear: Annotated[bool, typer.Option("--linear", help="A linear probe. Without --knn and --linear: both.")] = False,
+    linear: Annotated[bool, typer.Option("--linear", help="A linear probe on frozen features.")] = False,
+    head: Annotated[bool, typer.Option("--head", help="The head of a fine-tuned classifier, on whole images.")] = False,
+    finetune: Annotated[
+        bool,
+        typer.Option("--finetune", help="Fine-tune WHAT on the train samples, as a run, and measure the classifier."),
+    ] = False,
+    finetune_recipe: Annotated[
+        str, typer.Option(help="Of --finetune; default: the one for models of this architecture.", show_default=False)
+    ] = "",
     k: Annotated[list[int] | None, typer.Option("--k", help="Neighbours; default: 10 and 20.")] = None,
     l2: Annotated[float, typer.Option(help="Weight of the linear probe's squared weights, 1/C of scikit-learn.")] = 1.0,
     test_ratio: Annotated[float, typer.Option(help="Share of --data to test on where it is divided.")] = 0.2,
@@ -66,10 +74,12 @@ def evaluate(
     page: Annotated[str, typer.Option(help="HTML page to write.")] = "",
     run_root: RunRoot = "",
 ) -> None:
-    """Measure what the features of an encoder are worth: kNN and a linear probe on labelled samples.
+    """Measure what weights are worth on labelled samples: by kNN, a linear probe, fine-tuning, or a classifier's head.
 
-    Top-1 and top-5 with confidence intervals, each class, and the confusion matrix. Nothing is random: the same
-    command gives the same figures. FIELD=VALUE changes the model of --recipe.
+    Top-1 and top-5 with confidence intervals, each class, and the confusion matrix. Without --knn, --linear, --head and
+    --finetune a fine-tuned classifier is measured by its head, other weights by kNN and a linear probe. The same
+    command gives the same figures. FIELD=VALUE changes the model of --recipe; with --finetune, `model.` fields do, and
+    all others change the fine-tuning.
     """
     from jobs.evaluate.commands import STANDARD_OUTPUT, Outputs, evaluate_and_say
     from jobs.evaluate.evaluation import ProbePlan, SamplePlan
@@ -78,6 +88,25 @@ def evaluate(
     session = open_session()
     json_url = json_file if json_file in ("", STANDARD_OUTPUT) else normal(json_file)
     outputs = Outputs(json_url, page and normal(page))
+    if finetune_recipe and not finetune:
+        raise UserError("--finetune-recipe", "must be given with --finetune", finetune_recipe, "add --finetune")
+    of_model = [word for word in overrides or () if not finetune or word.startswith("model.")]
+    session.storage.check(normal(data), write=False)
+    subject = _subject(
+        session,
+        what,
+        step=step,
+        recipe=recipe,
+        overrides=of_model,
+        seed=seed,
+        run_root=run_root,
+        encoder_alone=True,
+    )
+    head = head or (subject.head is not None and not (knn or linear or finetune))
+    if not (head or finetune):
+        knn, linear = (True, True) if knn == linear else (knn, linear)
+    if k and not knn:
+        raise UserError("--k", "must be given with --knn", k[0], "add --knn")
     plan = SamplePlan(
         data=normal(data),
         train_data=train_data and normal(train_data),
@@ -86,30 +115,28 @@ def evaluate(
         test_ratio=test_ratio,
         most_samples=samples,
         seed=split_seed,
+        learns=knn or linear or finetune,
     )
-    session.storage.check(plan.data, write=False)
-    wants_knn = knn or not linear
-    if k and not wants_knn:
-        raise UserError("--k", "must be given with --knn", k[0], "add --knn")
-    neighbours = tuple(sorted(set(k or NEIGHBOURS))) if wants_knn else ()
-    subject = _subject(
-        session,
-        what,
-        step=step,
-        recipe=recipe,
-        overrides=overrides,
-        seed=seed,
-        run_root=run_root,
-        encoder_alone=True,
-    )
+    tuned = None
+    if finetune:
+        from jobs.control.finetune_evaluation import finetuning_recipe
+        from jobs.recipe.overrides import parse_overrides
+
+        changes = parse_overrides([word for word in overrides or () if word not in of_model])
+        named = what if step is None else f"{what}@{step}"
+        tuned = _finetuning(
+            session, finetuning_recipe(finetune_recipe, subject.config, plan, changes), named, subject, run_root
+        )
     evaluate_and_say(
         session,
         subject,
         plan,
-        ProbePlan(neighbours, linear or not knn, l2),
+        ProbePlan(tuple(sorted(set(k or NEIGHBOURS))) if knn else (), linear, l2, head),
         outputs,
         image_size=image_size,
         device=device,
+        used=_trained_with(session, what, plan, run_root) if head else None,
+        finetune=tuned,
     )
 
 
@@ -170,7 +197,7 @@ def reconstruct(
     of the original patch.
     """
     from jobs.evaluate.commands import check_suffix, reconstruct_and_say
-    from jobs.evaluate.subject import RANDOM
+    from jobs.weights.named_weights import RANDOM
 
     session, out = open_session(), normal(out)
     check_suffix("--out", out, ".png")
@@ -195,7 +222,8 @@ def _subject(
     Raises:
         UserError: There are none, or options do not fit them.
     """
-    from jobs.evaluate.subject import OFFICIAL_RECIPE, RANDOM, Subject, is_file, parted
+    from jobs.evaluate.subject import OFFICIAL_RECIPE, Subject
+    from jobs.weights.named_weights import RANDOM, is_file, parted
 
     what, step = parted(what, step)
     is_random = what == RANDOM
@@ -221,8 +249,45 @@ def _subject(
     return Subject.of_run(existing_run(session, what, run_root), step)
 
 
+def _finetuning(session: Any, recipe: Any, what: str, subject: Any, run_root: str) -> Any:
+    """What fine-tunes weights by a recipe; all input is checked here.
+
+    Raises:
+        UserError: It does not fit.
+    """
+    from jobs.control.finetune_evaluation import finetuned, planned_finetuning
+    from jobs.evaluate.commands import Finetuned
+    from jobs.evaluate.subject import Subject
+    from jobs.weights.named_weights import RANDOM, resolved_weights
+
+    if what == RANDOM:
+        recipe = recipe.amended({"seed": subject.origin["seed"]})
+    fields = resolved_weights(session.storage, recipe, what, lambda name: existing_run(session, name, run_root))
+
+    plan = planned_finetuning(session, recipe.amended(fields), what)
+
+    def classifier(stream: TextIO) -> Finetuned:
+        run = finetuned(session, plan, stream)
+        return Finetuned(Subject.of_run(run), {"recipe": recipe.name, "epochs": recipe.epochs, "run": run.url})
+
+    return classifier
+
+
+def _trained_with(session: Any, what: str, plan: Any, run_root: str) -> Any:
+    """The samples of the evaluated data set that a fine-tuned run was trained with; None where it is no such run."""
+    from jobs.finetune.training_labels import TrainingLabels
+    from jobs.weights.named_weights import RANDOM, is_file, parted
+
+    if what == RANDOM or is_file(session.storage, what):
+        return None
+    recipe = existing_run(session, parted(what)[0], run_root).read_recipe()
+    if recipe.finetune is None or recipe.data != plan.data:
+        return None
+    return TrainingLabels.of(session.storage, recipe).train
+
+
 def _is_consolidated(what: str) -> bool:
     """Whether a file knows its model: safetensors of ours do, official files do not."""
-    from jobs.evaluate.subject import TORCH_SUFFIXES
+    from jobs.weights.named_weights import TORCH_SUFFIXES
 
     return not what.endswith(TORCH_SUFFIXES)

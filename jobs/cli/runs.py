@@ -134,7 +134,7 @@ def finetune(
     """
     from jobs.control.run_plan import plan_run
     from jobs.control.workflow import train_as_job
-    from jobs.weights.pretrained import check_is_finetuning, resolved_weights
+    from jobs.weights.named_weights import check_is_finetuning, resolved_weights
 
     session, resolved = open_session(), amended_recipe(recipe, overrides, strict=strict)
     check_is_finetuning(resolved)
@@ -271,7 +271,7 @@ def history(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> No
     """Print one line per step: step, epoch, loss, learning rate, world size, attempt.
 
     Some lines end with a digest of all weights and moments: equal runs have equal ones, at any world size; some with
-    the accuracy of the encoder, by kNN and a linear probe.
+    the accuracy of the encoder, by kNN and a linear probe, or that of a fine-tuning on its validation samples.
     """
     from jobs.run.accuracy_text import accuracies_text
     from jobs.run.probe_rows import ProbeCurve
@@ -288,7 +288,8 @@ def history(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> No
                 f"lr {row['learning_rate']:.3e}  world {row['world_size']:>3}  attempt {row['attempt']:>3}"
             )
             digest = f"  digest {row['digest']}" if "digest" in row else ""
-            say(line + digest + (f"  {accuracies_text(accuracies)}" if accuracies else ""))
+            measured = accuracies_text({**row, **(accuracies or {})})
+            say(line + digest + (f"  {measured}" if measured else ""))
 
 
 @app.command(cls=at_store("url", "other"))

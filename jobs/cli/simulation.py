@@ -108,10 +108,10 @@ def _print_table(markets: Mapping[str, Scenario], found: Mapping[str, Sequence[P
 
 def _total_steps(recipe: Recipe) -> int:
     """Steps of a run by the recipe."""
-    from jobs.recipe.plan import DatasetSize
+    from jobs.finetune.training_size import trained_size
     from jobs.recipe.schedule import Schedule, order_of
 
-    size = DatasetSize.of(open_session().storage, recipe)
+    size = trained_size(open_session().storage, recipe)
     return Schedule.of(recipe, order_of(recipe, size.samples).steps_per_epoch).total_steps
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -16,7 +17,7 @@ from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import Schedule, order_of
 from jobs.run.directory import RunDirectory
 from jobs.run.patience import persevere
-from jobs.run.shared_folder import check_seen_by_all, input_landmarks, planted, run_landmarks
+from jobs.run.shared_folder import check_seen_by_all, input_landmarks, planted, rank_datasets, run_landmarks
 from jobs.run.trace import check_trace
 from jobs.weights.initial import pinned
 from pipeline.access.places import normal
@@ -36,8 +37,8 @@ class RunPlan:
     """Where to write what each rank consumes (jobs.run.trace); empty: nowhere."""
     patience_seconds: float = 0.0
     """How long its driver waits for a cluster that does not answer."""
-    first_tar: str = ""
-    """URL of a tar of the data set, which may lie elsewhere than the manifest."""
+    first_tars: Mapping[str, str] = field(default_factory=dict)
+    """URL of a tar of each data set that ranks read, by its field; it may lie elsewhere than the manifest."""
     probes: RunProbes | None = None
     """How its encoder is measured beside the training; None: not at all."""
     probe_note: str = ""
@@ -79,10 +80,17 @@ def plan_run(
     if trace_url:
         trace_url = normal(trace_url)
         check_trace(session.storage, trace_url, run.url)
-    first_tar = next((entry.tar_url(recipe.data) for entry in manifest.shards), "")
+    first_tars = _first_tars(session.storage, recipe, manifest)
     schedule = Schedule.of(recipe, order.steps_per_epoch)
     probes, note = planned_probes(session.storage, recipe, schedule, is_known=_has_probe_fields(run, recipe))
-    return RunPlan(recipe, run, schedule, trace_url, patience_seconds, first_tar, probes, note)
+    return RunPlan(recipe, run, schedule, trace_url, patience_seconds, first_tars, probes, note)
+
+
+def _first_tars(storage: Storage, recipe: Recipe, manifest: Manifest) -> dict[str, str]:
+    """URL of a tar of each data set that ranks read, by its field; `manifest` is that of `data`."""
+    datasets = rank_datasets(recipe)
+    manifests = {name: manifest if name == "data" else Manifest.load(storage, url) for name, url in datasets.items()}
+    return {name: next(iter(found.shards)).tar_url(datasets[name]) for name, found in manifests.items() if found.shards}
 
 
 def _has_probe_fields(run: RunDirectory, recipe: Recipe) -> bool:
@@ -124,7 +132,8 @@ def check_folders(plan: RunPlan, lease: Lease) -> None:
     recipe, storage = plan.recipe, plan.run.storage
     kind, least = ("GPU", 1.0) if recipe.device == "cuda" else ("CPU", recipe.cpus_per_worker)
     with planted(storage, "trace", plan.trace_url) as trace:
-        landmarks = (*run_landmarks(recipe, plan.run, lease), *input_landmarks(storage, recipe, plan.first_tar), *trace)
+        inputs = input_landmarks(storage, recipe, plan.first_tars)
+        landmarks = (*run_landmarks(recipe, plan.run, lease), *inputs, *trace)
         check_seen_by_all(storage, landmarks, lambda resources: resources.get(kind, 0.0) >= least)
 
 

@@ -6,13 +6,14 @@ import contextlib
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from jobs.cluster.session import Session
 from jobs.errors import EvaluationError
+from jobs.evaluate.classifier_head import MeasuredHead
 from jobs.evaluate.encoder import chosen_device
 from jobs.evaluate.evaluation import (
     Evaluation,
@@ -26,8 +27,9 @@ from jobs.evaluate.evaluation import (
 from jobs.evaluate.evaluation_page import ACCURACY_COLUMNS, accuracy_rows, evaluation_html
 from jobs.evaluate.feature_files import FeatureTable, keys_and_labels, write_features
 from jobs.evaluate.features import FeaturePlan, Runner, features, here, on_cluster
-from jobs.evaluate.labels import class_names
+from jobs.evaluate.labels import LabelledSamples, class_names
 from jobs.evaluate.pictures import found_pictures, png, reconstructed
+from jobs.evaluate.scores import Scores
 from jobs.evaluate.subject import Subject
 from jobs.terminal import bytes_text, duration_text, print_json, print_table, progress_bar, say
 from pipeline.load.dataset import Dataset
@@ -77,6 +79,16 @@ def _check_writable(storage: Storage, url: str) -> None:
     storage.check(url.rpartition("/")[0] or "/", write=True)
 
 
+@dataclass(frozen=True)
+class Finetuned:
+    """What fine-tuning made of the weights that are evaluated."""
+
+    subject: Subject
+    """The classifier."""
+    settings: Mapping[str, Any]
+    """How it was trained."""
+
+
 def evaluate_and_say(
     session: Session,
     subject: Subject,
@@ -86,34 +98,69 @@ def evaluate_and_say(
     *,
     image_size: str,
     device: str,
+    used: LabelledSamples | None = None,
+    finetune: Callable[[TextIO], Finetuned] | None = None,
 ) -> None:
     """Evaluate weights on labelled samples, and print the accuracies.
+
+    Args:
+        session: Says which store and cluster.
+        subject: What is evaluated.
+        sample_plan: On what.
+        probe_plan: How.
+        outputs: Files to write.
+        image_size: As written on the command line.
+        device: One of DEVICES.
+        used: Samples that a head was trained with, which are not tested on.
+        finetune: Makes a classifier of the weights, showing how it goes; None: none is made.
 
     Raises:
         UserError: Bad input, found before a feature is computed if possible.
     """
     storage, quiet = session.storage, outputs.json == STANDARD_OUTPUT
+    stream = sys.stderr if quiet else sys.stdout
     encoder = subject.encoder(image_size)
     samples = ProbeSamples.of(storage, sample_plan)
+    if used is not None:
+        samples = samples.tested_without(used)
     check_probes(samples, probe_plan)
+    heads: list[tuple[MeasuredHead, str, Mapping[str, Any]]] = []
+    if probe_plan.has_head:
+        heads.append((MeasuredHead.of(subject, samples.test, image_size), "head", {}))
     for url in outputs.files:
         _check_writable(storage, url)
     runner, feature_plan = _runner(session, [samples.train.url, samples.test.url], device)
-    began = time.monotonic()
-    with _shown("features", sys.stderr if quiet else sys.stdout) as show:
-        found = probe_features(storage, samples, encoder, plan=feature_plan, runner=runner, on_progress=show)
-    scores = probe(samples, found, probe_plan)
+    began, scores = time.monotonic(), tuple[Scores, ...]()
+    if probe_plan.has_probes:
+        with _shown("features", stream) as show:
+            found = probe_features(storage, samples, encoder, plan=feature_plan, runner=runner, on_progress=show)
+        scores = probe(samples, found, probe_plan)
+    if finetune:
+        made = finetune(stream)
+        heads.append((MeasuredHead.of(made.subject, samples.test, image_size), "finetune", made.settings))
+    for head, method, settings in heads:
+        with _shown("head", stream) as show:
+            scores += (
+                head.scores(
+                    storage, method=method, settings=settings, plan=feature_plan, runner=runner, on_progress=show
+                ),
+            )
     evaluation = Evaluation(subject, encoder, samples, sample_plan, feature_plan, scores)
     _write(storage, evaluation, outputs)
     if quiet:
         print_json(evaluation.to_json())
         return
-    classes, seconds = len(samples.test.present), duration_text(time.monotonic() - began)
-    counts = f"{len(samples.test)} test samples of {classes} classes, {len(samples.train)} to learn from"
-    say(f"{subject.name}: {counts}, in {seconds}")
-    print_table(ACCURACY_COLUMNS, accuracy_rows(scores))
+    _say_accuracies(evaluation, time.monotonic() - began)
     for url in outputs.files:
         say(url)
+
+
+def _say_accuracies(evaluation: Evaluation, seconds: float) -> None:
+    samples = evaluation.samples
+    learned = f", {len(samples.train)} to learn from" if len(samples.train) else ""
+    counts = f"{len(samples.test)} test samples of {len(samples.test.present)} classes{learned}"
+    say(f"{evaluation.subject.name}: {counts}, in {duration_text(seconds)}")
+    print_table(ACCURACY_COLUMNS, accuracy_rows(evaluation.scores))
 
 
 def embed_and_say(session: Session, subject: Subject, data: str, out: str, *, image_size: str, device: str) -> None:

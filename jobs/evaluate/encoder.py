@@ -1,6 +1,6 @@
-"""The encoder that is evaluated, as tasks get it: a value with its image size, known by a digest.
+"""The encoder or classifier that is evaluated, as tasks get it: a value with its image size, known by a digest.
 
-Letters: B images, H and W pixels, C channels.
+Letters: B images, H and W pixels, C channels; of a classifier C is the number of its classes.
 """
 
 from __future__ import annotations
@@ -16,66 +16,82 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from jobs.errors import EvaluationError
+from jobs.weights.consolidated import ClassifierHead
 from jobs.weights.weight_checks import check_finite
-from jobs.weights.weight_files import model_json
-from model import ConvMAEConfig, PooledEncoder, normalise
+from model import Classifier, ConvMAEConfig, PooledEncoder, normalise
+from model.config import ENCODER_FIELDS
 from pipeline.image.decode import Pixels
 
 DEVICES = ("auto", "cpu", "cuda")
-ENCODER = "encoder."
-"""Prefix of the encoder's weights among ours."""
+_ENCODER = "encoder."
+_FC_NORM = "fc_norm."
 
 Float32s = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True, eq=False)
 class FrozenEncoder:
-    """An encoder's weights, and how images are given to it. Picklable."""
+    """An encoder's weights, or those of a classifier, and how images are given to it. Picklable."""
 
     config: ConvMAEConfig
     arrays: Mapping[str, Float32s]
-    """Of `PooledEncoder(config).encoder`, by name."""
+    """Of the module, by name; `fc_norm` of an encoder alone may be missing: nothing has trained it."""
     image_shape: tuple[int, int]
     """H and W of the images, to which positions are interpolated."""
     digest: str
-    """SHA-256 of all the others."""
+    """SHA-256 of all that decides what it gives, and of nothing else: not of a decoder, a mask or a loss."""
+    head: ClassifierHead | None = None
+    """Of a classifier, which gives logits in place of features."""
 
     @classmethod
     def of(
-        cls, config: ConvMAEConfig, state: Mapping[str, Tensor], image_shape: tuple[int, int], value: str
+        cls,
+        config: ConvMAEConfig,
+        state: Mapping[str, Tensor],
+        image_shape: tuple[int, int],
+        value: str,
+        head: ClassifierHead | None = None,
     ) -> FrozenEncoder:
-        """Take the encoder out of a whole model's weights.
+        """Take what is needed out of a whole model's weights.
 
         Args:
             config: Of the model.
             state: By our names; what belongs to the decoder may be missing.
             image_shape: H and W of the images.
             value: Where the weights come from, for the message.
+            head: Of a classifier, if its logits are wanted.
 
         Raises:
             WeightsFileError: A weight is not finite.
         """
         with torch.device("meta"):
-            wanted = PooledEncoder(config).encoder.state_dict()
-        tensors = {name: state[f"{ENCODER}{name}"] for name in wanted}
+            wanted = _module(config, head).state_dict()
+        tensors = {name: state[name] for name in wanted if name in state or not name.startswith(_FC_NORM)}
         check_finite(tensors.items(), value)
         arrays = {name: tensor.detach().cpu().float().contiguous().numpy() for name, tensor in tensors.items()}
-        digest = hashlib.sha256(f"{model_json(config)} {image_shape}".encode())
+        shape = [getattr(config, field) for field in ENCODER_FIELDS]
+        digest = hashlib.sha256(f"{shape} {config.image_shape} {image_shape}".encode())
+        if head:
+            digest.update(f"{head.kind} {head.classes}".encode())
         for name in sorted(arrays):
-            digest.update(name.encode() + arrays[name].tobytes())
-        return cls(config, arrays, image_shape, digest.hexdigest())
+            digest.update(name.removeprefix(_ENCODER).encode() + arrays[name].tobytes())
+        return cls(config, arrays, image_shape, digest.hexdigest(), head)
 
     @property
     def channels(self) -> int:
         """C."""
-        return self.config.embed_dim[2]
+        return len(self.head.classes) if self.head else self.config.embed_dim[2]
 
-    def built(self, device: str) -> PooledEncoder:
+    def built(self, device: str) -> nn.Module:
         """The module, in evaluation mode; the last one that this process built is kept."""
         return _built(_Keyed(self), device)
+
+
+def _module(config: ConvMAEConfig, head: ClassifierHead | None) -> nn.Module:
+    return Classifier(config, len(head.classes), kind=head.kind) if head else PooledEncoder(config)
 
 
 @dataclass(frozen=True)
@@ -92,17 +108,16 @@ class _Keyed:
 
 
 @lru_cache(maxsize=1)
-def _built(keyed: _Keyed, device: str) -> PooledEncoder:
-    model = PooledEncoder(keyed.encoder.config)
+def _built(keyed: _Keyed, device: str) -> nn.Module:
+    model = _module(keyed.encoder.config, keyed.encoder.head)
     # Copies: what Ray hands to a task is read-only memory.
-    model.encoder.load_state_dict(
-        {name: torch.tensor(array, device="cpu") for name, array in keyed.encoder.arrays.items()}
-    )
+    given = {name: torch.tensor(array, device="cpu") for name, array in keyed.encoder.arrays.items()}
+    model.load_state_dict({**model.state_dict(), **given})
     return model.eval().requires_grad_(False).to(device)
 
 
 def encode(encoder: FrozenEncoder, pixels: Pixels, device: str) -> Float32s:
-    """Features of one batch, (B, C), in fp32; the same bits for the same batch, device, thread count and release.
+    """Features or logits of one batch, (B, C), in fp32; the same bits for the same batch, device, threads and release.
 
     Args:
         encoder: Gives them.
@@ -116,7 +131,7 @@ def encode(encoder: FrozenEncoder, pixels: Pixels, device: str) -> Float32s:
     with torch.inference_mode(), exactly(device):
         found: Float32s = model(normalise(torch.from_numpy(pixels).to(device))).cpu().numpy()
     if not np.isfinite(found).all():
-        rule = "must give finite features in fp32"
+        rule = "must give finite values in fp32"
         raise EvaluationError("weights", rule, f"{(~np.isfinite(found)).any(1).sum()} that are not", "use others")
     return found
 

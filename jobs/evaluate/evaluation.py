@@ -19,7 +19,16 @@ from jobs.errors import EvaluationError
 from jobs.evaluate.encoder import Float32s, FrozenEncoder
 from jobs.evaluate.features import FeaturePlan, Runner, features
 from jobs.evaluate.knn import NEIGHBOURS, TEMPERATURE, check_neighbours, knn_rankings
-from jobs.evaluate.labels import TEST_RATIO, LabelledSamples, divided, labelled_samples, matched, refuse_overlap
+from jobs.evaluate.labels import (
+    OPTIONS,
+    TEST_RATIO,
+    InputNames,
+    LabelledSamples,
+    divided,
+    labelled_samples,
+    matched,
+    refuse_overlap,
+)
 from jobs.evaluate.linear import L2, check_l2, fitted_probe
 from jobs.evaluate.scores import Scores
 from jobs.evaluate.subject import Subject
@@ -49,25 +58,48 @@ class SamplePlan:
     """Of each dataset, chosen by a hash of their ids; 0: all."""
     seed: int = 0
     """Of the choice and the division."""
+    learns: bool = True
+    """Whether there is something to learn; else all of `data` is tested on."""
 
 
 @dataclass(frozen=True)
 class ProbePlan:
-    """Which probes are made."""
+    """What is measured."""
 
     neighbours: tuple[int, ...] = NEIGHBOURS
     """Each k of kNN; empty: none."""
     is_linear: bool = True
     l2: float = L2
     """Of the linear probe."""
+    has_head: bool = False
+    """Whether a fine-tuned classifier's own head is measured, too."""
+
+    @property
+    def has_probes(self) -> bool:
+        """Whether something learns from features."""
+        return bool(self.neighbours) or self.is_linear
 
 
 @dataclass(frozen=True)
 class ProbeSamples:
-    """Labelled samples to learn from and to test on, with the same classes."""
+    """Labelled samples to learn from, of which there may be none, and to test on, with the same classes."""
 
     train: LabelledSamples
     test: LabelledSamples
+
+    def tested_without(self, used: LabelledSamples) -> ProbeSamples:
+        """The same, tested on no sample that a classifier was trained with.
+
+        Raises:
+            EvaluationError: None is left.
+        """
+        if used.dataset_digest != self.test.dataset_digest:
+            return self
+        test = self.test.only(~np.isin(self.test.sample_ids, used.sample_ids))
+        if not len(test):
+            remedy = "give other data: on these the accuracy of a head says nothing"
+            raise EvaluationError("--data", "must hold images that it was not trained with", self.test.url, remedy)
+        return ProbeSamples(self.train, test)
 
     @property
     def digest(self) -> str:
@@ -79,27 +111,30 @@ class ProbeSamples:
         return content.hexdigest()[:16]
 
     @classmethod
-    def of(cls, storage: Storage, plan: SamplePlan) -> ProbeSamples:
-        """Read labels, choose samples and divide them.
+    def of(cls, storage: Storage, plan: SamplePlan, names: InputNames = OPTIONS) -> ProbeSamples:
+        """Read labels, choose samples and divide them; messages call what is given by `names`.
 
         Raises:
             EvaluationError: No labels, one class, classes that differ, too few samples.
             DatasetError: There is no dataset, or it is damaged.
         """
         if plan.train_labels and not plan.train_data:
-            raise EvaluationError("--train-labels", "must be given with --train-data", plan.train_labels, "give both")
+            rule = f"must be given with {names.other_data}"
+            raise EvaluationError(names.other_labels, rule, plan.train_labels, "give both")
         if plan.most_samples < 0:
             raise EvaluationError("--samples", "must be at least 1, or 0 for all", plan.most_samples, "use 0")
-        test = _chosen(storage, plan.data, plan.labels, "--data", plan)
+        test = _chosen(storage, plan.data, plan.labels, names, plan)
+        if not plan.learns:
+            return cls(test.only(np.zeros(len(test), bool)), test)
         if not plan.train_data:
-            return cls(*divided(test, plan.test_ratio, plan.seed))
-        train = _chosen(storage, plan.train_data, plan.train_labels, "--train-data", plan)
-        refuse_overlap(train, test, "--train-data")
+            return cls(*divided(test, plan.test_ratio, plan.seed, names))
+        train = _chosen(storage, plan.train_data, plan.train_labels, names.other, plan)
+        refuse_overlap(train, test, names.other_data)
         return cls(train, matched(train, test))
 
 
-def _chosen(storage: Storage, url: str, labels: str, field: str, plan: SamplePlan) -> LabelledSamples:
-    found = labelled_samples(Dataset.open(storage, url), storage, labels, field=field)
+def _chosen(storage: Storage, url: str, labels: str, names: InputNames, plan: SamplePlan) -> LabelledSamples:
+    found = labelled_samples(Dataset.open(storage, url), storage, labels, names)
     return found.at_most(plan.most_samples, plan.seed) if plan.most_samples else found
 
 
@@ -144,7 +179,8 @@ def check_probes(samples: ProbeSamples, plan: ProbePlan) -> None:
     """
     check_neighbours(plan.neighbours, len(samples.train))
     check_l2(plan.l2)
-    for name, part in (("train", samples.train), ("test", samples.test)):
+    parts = [("train", samples.train)] if plan.has_probes else []
+    for name, part in (*parts, ("test", samples.test)):
         if len(part.present) < 2:
             remedy = "use more of them: --samples 0 takes all"
             raise EvaluationError(name, "must have samples of at least two classes", f"{len(part)} samples", remedy)

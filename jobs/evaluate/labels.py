@@ -25,6 +25,29 @@ _CHOICE_STREAM = 0x50524F42  # separates what is chosen here from other uses of 
 Int64s = npt.NDArray[np.int64]
 
 
+@dataclass(frozen=True)
+class InputNames:
+    """What a user calls a labelled dataset and what belongs to it: options of a command, or fields of a recipe."""
+
+    data: str = "--data"
+    labels: str = "--labels"
+    """The list of its labels."""
+    test_ratio: str = "--test-ratio"
+    """The share of it that is tested on; empty: that cannot be chosen."""
+    other_data: str = "--train-data"
+    """Another dataset, beside which it is not divided; empty: there is none."""
+    other_labels: str = "--train-labels"
+
+    @property
+    def other(self) -> InputNames:
+        """Of the other dataset."""
+        return InputNames(self.other_data, self.other_labels, test_ratio="", other_data="")
+
+
+OPTIONS = InputNames()
+"""Of `convmae evaluate`."""
+
+
 @dataclass(frozen=True, eq=False)
 class LabelledSamples:
     """Samples of one dataset whose class is known."""
@@ -80,30 +103,36 @@ class LabelledSamples:
         return replace(self, classes=classes, labels=table[self.labels])
 
 
-def labelled_samples(dataset: Dataset, storage: Storage, list_url: str = "", *, field: str) -> LabelledSamples:
+def labelled_samples(
+    dataset: Dataset, storage: Storage, list_url: str = "", names: InputNames = OPTIONS
+) -> LabelledSamples:
     """The samples of a dataset that have a label.
 
     Args:
         dataset: Its indexes are read whole.
         storage: Reaches the list.
         list_url: Of a text file with a key, a tab and a label in each line; empty: the labels of the dataset.
-        field: What the dataset is called in messages.
+        names: What both are called in messages.
 
     Raises:
         EvaluationError: None has a label, all have the same one, or the list does not fit the dataset.
         DatasetError: An index is missing or damaged.
     """
-    found = _listed(dataset, storage, list_url) if list_url else _own(dataset)
+    found = _listed(dataset, storage, list_url, names.labels) if list_url else _own(dataset)
     if not len(found):
-        remedy = "make it from class folders with `convmae shard`, or give a list of labels with --labels"
-        raise EvaluationError(field, "must have labels", dataset.url, remedy)
+        remedy = f"make it from class folders with `convmae shard`, or give a list of labels with {names.labels}"
+        raise EvaluationError(names.data, "must have labels", dataset.url, remedy)
     if len(found.present) < 2:
         remedy = "give a dataset of several classes: with one, every prediction is right"
-        raise EvaluationError(field, "must have at least two classes", f"only {clipped(found.present[0])!r}", remedy)
+        raise EvaluationError(
+            names.data, "must have at least two classes", f"only {clipped(found.present[0])!r}", remedy
+        )
     return found
 
 
-def divided(samples: LabelledSamples, ratio: float, seed: int) -> tuple[LabelledSamples, LabelledSamples]:
+def divided(
+    samples: LabelledSamples, ratio: float, seed: int, names: InputNames = OPTIONS
+) -> tuple[LabelledSamples, LabelledSamples]:
     """Train and test: of each class, the share `ratio` whose ids have the lowest hashes is tested on.
 
     At least one sample of each class stays in train, since a class that was never seen cannot be predicted.
@@ -112,16 +141,19 @@ def divided(samples: LabelledSamples, ratio: float, seed: int) -> tuple[Labelled
         samples: Of one dataset.
         ratio: In (0, 1).
         seed: Another one gives another division.
+        names: What dataset and ratio are called in messages.
 
     Raises:
         EvaluationError: The ratio is not in (0, 1), or nothing is left to test on.
     """
     if not 0 < ratio < 1:
-        raise EvaluationError("--test-ratio", "must be between 0 and 1", ratio, "use 0.2")
+        raise EvaluationError(names.test_ratio, "must be between 0 and 1", ratio, "use 0.2")
     tested = _of_each_class(samples, seed, lambda counts: np.minimum(np.rint(counts * ratio), counts - 1))
     if not tested.any():
-        remedy = "give more samples, a larger --test-ratio, or a second dataset with --train-data"
-        raise EvaluationError("--data", "must leave samples to test on", f"{len(samples)} samples", remedy)
+        ways = [f"a larger {names.test_ratio}"] if names.test_ratio else []
+        ways += [f"a second dataset with {names.other_data}"] if names.other_data else []
+        remedy = ", or ".join(["give more samples", *ways])
+        raise EvaluationError(names.data, "must leave samples to test on", f"{len(samples)} samples", remedy)
     return samples.only(~tested), samples.only(tested)
 
 
@@ -219,8 +251,8 @@ def indexes(dataset: Dataset) -> Iterator[ShardIndex]:
             yield from threads.map(dataset.index, range(start, min(start + INDEX_THREADS, shards)))
 
 
-def _listed(dataset: Dataset, storage: Storage, url: str) -> LabelledSamples:
-    wanted = _read_list(storage, url)
+def _listed(dataset: Dataset, storage: Storage, url: str, field: str) -> LabelledSamples:
+    wanted = _read_list(storage, url, field)
     classes = tuple(sorted(set(wanted.values())))
     numbers = {name: number for number, name in enumerate(classes)}
     ids, labels, seen, first = [], [], set[bytes](), 0
@@ -228,26 +260,27 @@ def _listed(dataset: Dataset, storage: Storage, url: str) -> LabelledSamples:
         for place, key in enumerate(index.table["key"].tolist()):
             if key in wanted:
                 if key in seen:
-                    raise _odd_list(url, f"the key {clipped(_text(key))!r} is of several samples", "use distinct keys")
+                    why = f"the key {clipped(_text(key))!r} is of several samples"
+                    raise _odd_list(field, url, why, "use distinct keys")
                 seen.add(key)
                 ids.append(first + place)
                 labels.append(numbers[wanted[key]])
         first += len(index)
     if missing := next((key for key in wanted if key not in seen), None):
         remedy = "`convmae order` shows keys; each line is a key, a tab and a label"
-        raise _odd_list(url, f"no sample has the key {clipped(_text(missing))!r}", remedy)
+        raise _odd_list(field, url, f"no sample has the key {clipped(_text(missing))!r}", remedy)
     places = np.array(ids, np.int64), np.array(labels, np.int64)
     return LabelledSamples(dataset.url, dataset.digest, classes, *places, first - len(ids))
 
 
-def _read_list(storage: Storage, url: str) -> dict[bytes, str]:
+def _read_list(storage: Storage, url: str, field: str) -> dict[bytes, str]:
     try:
         # As in lists of images, lines end at a line feed alone: names may hold what Python also splits at.
         lines = storage.read(url).decode("utf-8-sig").split("\n")
     except FileNotFoundError:
-        raise EvaluationError("--labels", "must exist", url, "give a text file: key, tab, label") from None
+        raise EvaluationError(field, "must exist", url, "give a text file: key, tab, label") from None
     except UnicodeDecodeError:
-        raise _odd_list(url, "it is not UTF-8", "save it as UTF-8") from None
+        raise _odd_list(field, url, "it is not UTF-8", "save it as UTF-8") from None
     wanted: dict[bytes, str] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip() or line.startswith("#"):
@@ -255,14 +288,16 @@ def _read_list(storage: Storage, url: str) -> dict[bytes, str]:
         key, _, label = line.partition("\t")
         label = label.strip()
         if not (key and label):
-            raise _odd_list(url, f"line {number} has no key and label", "write key, tab and label in each line")
+            remedy = "write key, tab and label in each line"
+            raise _odd_list(field, url, f"line {number} has no key and label", remedy)
         if wanted.setdefault(key.encode(), label) != label:
-            raise _odd_list(url, f"line {number} has another label for {clipped(key)!r}", "give each key once")
+            why = f"line {number} has another label for {clipped(key)!r}"
+            raise _odd_list(field, url, why, "give each key once")
     return wanted
 
 
-def _odd_list(url: str, why: str, remedy: str) -> EvaluationError:
-    return EvaluationError("--labels", f"must be a list of keys and labels of the dataset ({why})", url, remedy)
+def _odd_list(field: str, url: str, why: str, remedy: str) -> EvaluationError:
+    return EvaluationError(field, f"must be a list of keys and labels of the dataset ({why})", url, remedy)
 
 
 def _text(key: bytes) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from jobs.run.evaluations import method_name
 from jobs.run.intervals import wilson_interval
 
 RANKS = 5
@@ -53,7 +54,7 @@ class Scores:
     """How one method classified the test samples."""
 
     method: str
-    """`knn` or `linear`."""
+    """`knn`, `linear`, `head` or `finetune`."""
     settings: Mapping[str, Any]
     classes: tuple[str, ...]
     labels: Int64s
@@ -64,7 +65,7 @@ class Scores:
     @property
     def name(self) -> str:
         """For people."""
-        return f"kNN, k = {self.settings['k']}" if self.method == "knn" else "linear probe"
+        return method_name(self.method, self.settings)
 
     @property
     def top1(self) -> Accuracy:

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from jobs.errors import EvaluationError, WeightsFileError
+from jobs.errors import WeightsFileError
 from jobs.evaluate.encoder import FrozenEncoder
 from jobs.run.directory import RunDirectory
 from jobs.weights import consolidated
-from jobs.weights.consolidated import Weights
+from jobs.weights.consolidated import ClassifierHead, Weights
+from jobs.weights.foreign_classifier import read_classifier
 from jobs.weights.image_size import image_shape
 from jobs.weights.initial import read_foreign
+from jobs.weights.named_weights import RANDOM
 from jobs.weights.names import fresh_tensors, model_names
 from jobs.weights.weight_files import SUFFIX, local_copy, model_config, opened_file
 from model import ConvMAE, ConvMAEConfig
-from pipeline.access.places import is_place, normal
 from pipeline.store.storage import Storage
 
-RANDOM = "random"
-"""Instead of a run or a file: weights that nothing has trained, as a control."""
 OFFICIAL_RECIPE = "convmae_base_official"
 """Whose model a file of the official code has, unless another recipe is named."""
-TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
-_STEP = re.compile(r"(.+)@([0-9]{1,12})")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +37,10 @@ class Subject:
     """By our names; without those of the decoder where the source has none."""
     origin: Mapping[str, Any]
     """`kind` (`run`, `file` or `random`), and what is known of where they come from."""
+    head: ClassifierHead | None = None
+    """Of a fine-tuned classifier."""
+    has_class_names: bool = True
+    """Whether the head's classes are known by more than their numbers."""
 
     @classmethod
     def of_run(cls, run: RunDirectory, step: int | None = None) -> Subject:
@@ -53,7 +53,7 @@ class Subject:
         known = _known(weights)
         return cls(f"{run.name}, step {known.get('step', '?')}", weights.config, weights.tensors, {
             "kind": "run", "url": run.url, **known
-        })  # fmt: skip
+        }, weights.head)  # fmt: skip
 
     @classmethod
     def of_file(
@@ -65,15 +65,17 @@ class Subject:
             storage: Reaches the file.
             url: Of a safetensors or PyTorch file, or of a folder of consolidated weights.
             config: Of a foreign file's model; None: it is a consolidated one.
-            encoder_alone: Whether a foreign file may lack the decoder.
+            encoder_alone: Whether a foreign file may lack the decoder, or be a fine-tuned classifier.
 
         Raises:
             WeightsFileError: It is missing, altered, or of another architecture.
         """
         name = url.rpartition("/")[2]
         if config is not None:
-            tensors = read_foreign(storage, url, config, encoder_alone=encoder_alone)
-            return cls(name, config, tensors, {"kind": "file", "url": url})
+            about = {"kind": "file", "url": url}
+            if encoder_alone and (found := read_classifier(storage, url, config)):
+                return cls(name, config, found.tensors, about, found.head, has_class_names=False)
+            return cls(name, config, read_foreign(storage, url, config, encoder_alone=encoder_alone), about)
         try:
             weights = consolidated.of_file(storage, url)
         except WeightsFileError:
@@ -81,7 +83,8 @@ class Subject:
             if not encoder_alone or (known := _model_of(storage, url)) is None:
                 raise
             return cls.of_file(storage, url, known, encoder_alone=True)
-        return cls(name, weights.config, weights.tensors, {"kind": "file", "url": url, **_known(weights)})
+        about = {"kind": "file", "url": url, **_known(weights)}
+        return cls(name, weights.config, weights.tensors, about, weights.head)
 
     @classmethod
     def of_seed(cls, config: ConvMAEConfig, seed: int, recipe: str) -> Subject:
@@ -99,6 +102,17 @@ class Subject:
         """
         return FrozenEncoder.of(self.config, self.tensors, image_shape(image_size, self.config), self.name)
 
+    def classifier(self, classes: tuple[str, ...], image_size: str = "") -> FrozenEncoder:
+        """The classifier with the names of its classes, for images of a size as of `encoder`.
+
+        Raises:
+            UserError: The size is invalid.
+            WeightsFileError: A weight is not finite.
+        """
+        assert self.head
+        head = replace(self.head, classes=classes)
+        return FrozenEncoder.of(self.config, self.tensors, image_shape(image_size, self.config), self.name, head)
+
     def model(self) -> ConvMAE:
         """The whole model, in evaluation mode.
 
@@ -111,32 +125,6 @@ class Subject:
             raise WeightsFileError("weights", rule, self.name, "give weights of a pretraining")
         model.load_state_dict(dict(self.tensors))
         return model.eval().requires_grad_(False)
-
-
-def is_file(storage: Storage, what: str) -> bool:
-    """Whether weights are meant by a file, or a folder of consolidated ones, rather than by a run.
-
-    Args:
-        storage: Reaches it.
-        what: As it was given; a bare word without a suffix of weights is a run.
-    """
-    if what.endswith(TORCH_SUFFIXES) or consolidated.is_weights(storage, normal(what) if is_place(what) else what):
-        return True
-    return is_place(what) and storage.exists(normal(what))
-
-
-def parted(what: str, step: int | None) -> tuple[str, int | None]:
-    """A run and a step out of RUN@STEP, or what else was given.
-
-    Raises:
-        EvaluationError: A step is given twice.
-    """
-    match = _STEP.fullmatch(what)
-    if match is None:
-        return what, step
-    if step is not None:
-        raise EvaluationError("--step", "must not be given with RUN@STEP", step, "give one of the two")
-    return match[1], int(match[2])
 
 
 def _model_of(storage: Storage, url: str) -> ConvMAEConfig | None:

@@ -9,10 +9,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from jobs.errors import EvaluationError
-from jobs.evaluate.labels import LabelledSamples, divided, fraction_of, labelled_samples, matched, refuse_overlap
+from jobs.evaluate.labels import (
+    InputNames,
+    LabelledSamples,
+    divided,
+    fraction_of,
+    labelled_samples,
+    matched,
+    refuse_overlap,
+)
 from jobs.recipe.recipe import Recipe
 from pipeline.load.dataset import Dataset
 from pipeline.store.storage import Storage
+
+_NAMES = InputNames(
+    "data", "finetune.labels", "finetune.validation_ratio", "finetune.validation_data", "finetune.validation_labels"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,14 +51,13 @@ class TrainingLabels:
         part = recipe.finetune
         assert part
         data = dataset or Dataset.open(storage, recipe.data, check_etags=recipe.check_etags)
-        train, validation = labelled_samples(data, storage, part.labels, field="data"), None
+        train, validation = labelled_samples(data, storage, part.labels, _NAMES), None
         if part.validation_ratio:
-            train, validation = divided(train, part.validation_ratio, part.split_seed)
+            train, validation = divided(train, part.validation_ratio, part.split_seed, _NAMES)
         if part.validation_data:
             other = Dataset.open(storage, part.validation_data, check_etags=recipe.check_etags)
-            field = "finetune.validation_data"
-            found = labelled_samples(other, storage, part.validation_labels, field=field)
-            refuse_overlap(train, found, field)
+            found = labelled_samples(other, storage, part.validation_labels, _NAMES.other)
+            refuse_overlap(train, found, _NAMES.other_data)
             validation = matched(train, found)
         if part.label_fraction < 1:
             train = fraction_of(train, part.label_fraction, part.split_seed)

@@ -73,7 +73,8 @@ class Validation:
         dist.all_reduce(counts)
         first, among, samples = counts.tolist()
         top5 = {"validation_top5": among / samples} if len(self._samples.classes) > RANKS else {}
-        return {"validation_top1": first / samples, **top5, "validation_samples": samples}
+        about = {"validation_samples": samples, "validation_plan": self._samples.digest}
+        return {"validation_top1": first / samples, **top5, **about}
 
     def _logits(self, model: nn.Module, images: Tensor) -> Tensor:
         dtype = torch.bfloat16 if self._recipe.precision == "bf16_pure" else torch.float32

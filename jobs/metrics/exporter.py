@@ -41,6 +41,15 @@ GAUGES = {
         "convmae_validation_top_five_ratio",
         "Share of them whose class is among the first five; no series with up to five classes.",
     ),
+    "validation_low": (
+        "convmae_validation_accuracy_low_ratio",
+        "Lower end of the 95 % confidence interval of the newest validation accuracy.",
+    ),
+    "validation_high": ("convmae_validation_accuracy_high_ratio", "Upper end of it."),
+    "validation_best_low": (
+        "convmae_validation_best_accuracy_low_ratio",
+        "Lower end of the interval of the best validation accuracy that the run has had.",
+    ),
     "gradient_norm": ("convmae_gradient_norm", "Global gradient norm of the last step."),
     "images_per_second": ("convmae_images_per_second", "Images trained per second over the last steps, all ranks."),
     "data_wait_ratio": ("convmae_data_wait_ratio", "Share of the last steps that the slowest rank waited for data."),

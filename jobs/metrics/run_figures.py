@@ -12,6 +12,7 @@ from typing import Any
 from jobs.metrics.exporter import COUNTERS, RunExporter, name_and_label, saved_counters
 from jobs.metrics.rank_figures import FigureTable, RankFigures
 from jobs.run.probe_rows import ProbeCurve
+from jobs.run.validation_rows import MAIN_VALIDATION, ValidationCurve
 
 RATE_WINDOW_STEPS = 20
 _KEPT = (
@@ -20,6 +21,10 @@ _KEPT = (
     "last_step_at_seconds",
     "validation_top1",
     "validation_top5",
+    "validation_plan",
+    "validation_low",
+    "validation_high",
+    "validation_best_low",
     "checkpoint_step",
     "checkpoint_at_seconds",
     "checkpoint_bytes",
@@ -185,7 +190,7 @@ class RunFigures:
         norm = {"gradient_norm": gradient_norm} if math.isfinite(gradient_norm) else {}
         step = int(row["step"])
         is_ending = self._stop_asked or step >= self._status["total_steps"]
-        changes = {**row, **levels, **norm, **self._rates(step)}
+        changes = {**row, **levels, **norm, **self._rates(step), **self._validated(row)}
         self.update(**changes, ending=int(is_ending), last_step_at_seconds=self._wall())
         self._exporter.update_ranks(ranks)
 
@@ -200,6 +205,16 @@ class RunFigures:
             "data_wait_ratio": min(1.0, waited / seconds),
             "eta_seconds": (self._status["total_steps"] - step) * step_seconds,
         }
+
+    def _validated(self, row: Mapping[str, Any]) -> dict[str, float]:
+        """Where a fine-tuning was measured: the accuracy's interval, and the lower end of that of the best so far."""
+        newest = ValidationCurve.of([row]).newest
+        if newest is None:
+            return {}
+        low, high = newest.interval(MAIN_VALIDATION)
+        compares = self._status.get("validation_plan", "") == newest.plan
+        best = max(low, self._status.get("validation_best_low", 0.0)) if compares else low
+        return {"validation_low": low, "validation_high": high, "validation_best_low": best}
 
     def probed(self, curve: ProbeCurve) -> None:
         """Take the accuracies so far."""

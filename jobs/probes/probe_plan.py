@@ -15,13 +15,6 @@ from pipeline.load.dataset import Dataset
 from pipeline.shard.index import NO_LABEL
 from pipeline.store.storage import Storage
 
-_FIELDS = {
-    "--labels": "probe_labels",
-    "--data": "probe_data",
-    "--samples": "probe_samples",
-    "--test-ratio": "test ratio",
-}
-"""What options of `convmae evaluate` are called in a recipe."""
 LEAST_SAMPLES = max(NEIGHBOURS)
 
 
@@ -63,8 +56,7 @@ def planned_probes(
             a run from being resumed.
 
     Raises:
-        RecipeError: `probe_data` or `probe_labels` cannot be used: no labels, one class, too few samples.
-        UserError: There is no dataset.
+        UserError: `probe_data` or `probe_labels` cannot be used: no dataset, no labels, one class, too few samples.
     """
     if not recipe.is_probed:
         return None, ""
@@ -98,15 +90,7 @@ def _plan(storage: Storage, data: ProbedData) -> str:
     try:
         return probe_samples(storage, data).digest
     except EvaluationError as error:
-        raise _of_recipe(error) from None
-
-
-def _of_recipe(error: EvaluationError) -> RecipeError:
-    """The same fault, in the words of a recipe."""
-    if error.field in ("--k", "train", "test"):
+        if error.field not in ("--k", "train", "test"):
+            raise
         rule = f"must leave at least {LEAST_SAMPLES} samples to learn from, and two classes on either side"
-        return RecipeError("probe_data", rule, "fewer", "give more labelled samples, or probes=false")
-    rule, remedy = error.rule, error.remedy
-    for option, field in _FIELDS.items():
-        rule, remedy = rule.replace(option, field), remedy.replace(option, field)
-    return RecipeError(_FIELDS.get(error.field, error.field), rule, error.value, remedy)
+        raise RecipeError("probe_data", rule, "fewer", "give more labelled samples, or probes=false") from None

@@ -79,8 +79,10 @@ def probe_samples(storage: Storage, data: ProbedData) -> ProbeSamples:
         DatasetError: There is no dataset, or it is damaged.
     """
     from jobs.evaluate.evaluation import ProbePlan, ProbeSamples, SamplePlan, check_probes
+    from jobs.evaluate.labels import InputNames
 
-    samples = ProbeSamples.of(storage, SamplePlan(data.url, labels=data.labels, most_samples=data.most_samples))
+    names = InputNames("probe_data", "probe_labels", test_ratio="", other_data="")
+    samples = ProbeSamples.of(storage, SamplePlan(data.url, labels=data.labels, most_samples=data.most_samples), names)
     check_probes(samples, ProbePlan())
     return samples
 

@@ -88,6 +88,11 @@ class Finetune(BaseModel):
         return self.mixup > 0 or self.cutmix > 0
 
     @property
+    def trained_ratio(self) -> float:
+        """Share of all labelled samples that is trained with, but for the rounding in each class."""
+        return (1 - self.validation_ratio) * self.label_fraction
+
+    @property
     def has_validation(self) -> bool:
         """Whether accuracy is measured while it trains."""
         return bool(self.validation_data or self.validation_ratio)

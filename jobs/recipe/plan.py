@@ -8,10 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from jobs.recipe.cost import RecipeCost
 from jobs.recipe.reading_plan import ReadingPlan
 from jobs.recipe.recipe import PARTS, Recipe
 from jobs.recipe.schedule import Schedule, order_of
-from model.cost import flops, parameters
+from model.cost import Parameters
 from pipeline.order.forecast import Int64s
 from pipeline.shard.manifest import Manifest
 from pipeline.store.storage import Storage
@@ -27,6 +28,8 @@ class DatasetSize:
     """The source of the figures, for people."""
     shard_samples: Int64s = field(compare=False)
     """(shards,): samples of each shard."""
+    classes: int = 0
+    """Of a fine-tuning's labels; 0: not known, or not needed."""
 
     @classmethod
     def of(cls, storage: Storage, recipe: Recipe) -> DatasetSize:
@@ -36,6 +39,18 @@ class DatasetSize:
         storage.check(recipe.data, write=False)
         manifest = Manifest.load(storage, recipe.data)
         return cls(manifest.samples, manifest.tar_bytes, recipe.data, manifest.shards.samples)
+
+    def only(self, shard_samples: Int64s, classes: int) -> DatasetSize:
+        """Some of the samples, of labels with so many classes.
+
+        Args:
+            shard_samples: (shards,): how many of each shard.
+            classes: Of all of them.
+        """
+        samples = int(shard_samples.sum())
+        note = "" if samples == self.samples else f"; {samples:,} of {self.samples:,} samples are trained with"
+        size_bytes = round(self.bytes * samples / max(1, self.samples))
+        return DatasetSize(samples, size_bytes, self.origin + note, shard_samples[shard_samples > 0], classes)
 
 
 IMAGENET = DatasetSize(
@@ -51,13 +66,14 @@ def recipe_json(recipe: Recipe, size: DatasetSize) -> dict[str, Any]:
     """The resolved recipe and the order that follows from it, as plain values."""
     order = order_of(recipe, size.samples)
     plan = ReadingPlan.of(order, size.shard_samples, size.bytes, recipe.max_workers)
-    schedule = Schedule.of(recipe, order.steps_per_epoch)
+    schedule, cost = Schedule.of(recipe, order.steps_per_epoch), RecipeCost.of(recipe, size.classes)
     return {
         "recipe": recipe.to_json(),
         "samples": size.samples,
         "bytes": size.bytes,
-        "parameters": parameters(recipe.model).trainable,
-        "training_flops_per_image": round(_flops_per_image(recipe)[1]),
+        **({"classes": size.classes} if recipe.finetune else {}),
+        "parameters": cost.parameters.trainable,
+        "training_flops_per_image": round(cost.training_flops),
         "total_steps": schedule.total_steps,
         "plan": plan.to_json(),
     }
@@ -76,7 +92,7 @@ def recipe_lines(recipe: Recipe, size: DatasetSize) -> Iterator[tuple[str, str]]
 
 
 def _plan_lines(recipe: Recipe, size: DatasetSize) -> Iterator[tuple[str, str]]:
-    counts, (forward_flops, training_flops) = parameters(recipe.model), _flops_per_image(recipe)
+    cost = RecipeCost.of(recipe, size.classes)
     order = order_of(recipe, size.samples)
     schedule = Schedule.of(recipe, order.steps_per_epoch)
     plan = ReadingPlan.of(order, size.shard_samples, size.bytes, recipe.max_workers)
@@ -84,14 +100,17 @@ def _plan_lines(recipe: Recipe, size: DatasetSize) -> Iterator[tuple[str, str]]:
     yield "", ""
     yield "data set", size.origin
     yield "samples", f"{size.samples:,} ({size.bytes / 1e9:.2f} GB)"
-    yield "parameters", f"{counts.trainable / 1e6:.2f} M (encoder {counts.encoder / 1e6:.2f} M)"
-    yield "FLOPs per image", f"{forward_flops / 1e9:.2f} G forward, {training_flops / 1e9:.2f} G with backward"
+    if recipe.finetune:
+        yield "classes", f"{size.classes:,}"
+    yield "parameters", _parameters(cost.parameters)
+    forward, whole = (f"{each / 1e9:.2f} G" for each in (cost.forward_flops, cost.training_flops))
+    yield "FLOPs per image", f"{forward} forward, {whole} with backward"
     yield "steps per epoch", f"{schedule.steps_per_epoch:,}"
     yield "images per epoch", f"{images_per_epoch:,} ({size.samples - images_per_epoch:,} rest, other ones each epoch)"
     yield "total steps", f"{schedule.total_steps:,}"
     yield "warm-up steps", f"{schedule.warmup_steps:,.0f}"
     yield "peak learning rate", f"{recipe.learning_rate:g}"
-    yield "training FLOPs", f"{training_flops * schedule.total_steps * recipe.global_batch_size / 1e18:.3f} EFLOP"
+    yield "training FLOPs", f"{cost.training_flops * schedule.total_steps * recipe.global_batch_size / 1e18:.3f} EFLOP"
     yield "same at any world size", _equality(recipe)
     yield from plan.lines()
 
@@ -105,10 +124,10 @@ def _equality(recipe: Recipe) -> str:
     return f"every bit, by {grains:,} grains of {recipe.grain:,} images; it rests on {rests_on}"
 
 
-def _flops_per_image(recipe: Recipe) -> tuple[float, float]:
-    """Forward, and forward with backward; what is computed once for a micro-batch is shared by its images."""
-    cost = flops(recipe.model, recipe.micro_batch_size)
-    return cost.forward.total / recipe.micro_batch_size, cost.training / recipe.micro_batch_size
+def _parameters(counts: Parameters) -> str:
+    """What is trained; of a pretraining or fine-tuning the encoder's part, of a linear head what is frozen."""
+    rest = f"encoder {counts.encoder / 1e6:.2f} M" if counts.encoder else f"frozen {counts.frozen / 1e6:.2f} M"
+    return f"{counts.trainable / 1e6:.2f} M ({rest})"
 
 
 def _text(value: object) -> str:

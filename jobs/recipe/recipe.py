@@ -381,7 +381,10 @@ class Recipe(BaseModel):
         if part.mixes and self.mixed_images < 2:
             size = "a grain" if self.is_exact else "a lane's share of the batch"
             rule = f"need {size} of at least 2 images, which are mixed with each other"
-            remedy = "lower lanes or raise global_batch_size, or set finetune.mixup=0 finetune.cutmix=0"
+            remedy = "lower lanes or raise global_batch_size"
+            if self.is_exact and (grain := next(filter(self._is_grain, range(2, self.global_batch_size + 1)), 0)):
+                remedy = f"set grain_size={grain}"  # it may be one image by micro_batch_size or by lanes
+            remedy += ", or set finetune.mixup=0 finetune.cutmix=0"
             raise RecipeError("finetune.mixup and cutmix", rule, self.mixed_images, remedy)
         if part.min_learning_rate > self.learning_rate:
             rule = f"must be at most the peak, {self.learning_rate:g}"
@@ -473,7 +476,7 @@ def unknown_key(key: str, known: Sequence[str]) -> RecipeError:
     """The error for a key that no recipe has; suggests the nearest one that exists."""
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     remedy = f"did you mean {nearest[0]}?" if nearest else f"known: {', '.join(known)}"
-    return RecipeError(key, "is not a field of a recipe", key, remedy)
+    return RecipeError(key if key.strip() else repr(key), "is not a field of a recipe", key, remedy)
 
 
 def _first_fault(error: ValidationError, of: type[BaseModel], prefix: str = "") -> RecipeError:

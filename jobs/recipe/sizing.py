@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from jobs.recipe.cost import RecipeCost
 from jobs.recipe.recipe import Recipe
-from model.cost import flops, parameters
 
 GRADIENT_BYTES = {"fp32": 4, "bf16": 4, "bf16_pure": 2}
 """Of one gradient as it is sent, by precision."""
@@ -41,9 +41,9 @@ def estimated_step_seconds(recipe: Recipe, node: NodeType, nodes: int) -> float:
         nodes: How many there are.
     """
     gpus = nodes * node.gpus
-    training_flops = flops(recipe.model, recipe.micro_batch_size).training / recipe.micro_batch_size
+    cost = RecipeCost.of(recipe)
     images = recipe.global_batch_size / gpus
-    compute = images * training_flops / (node.flops_per_second * node.reached)
+    compute = images * cost.training_flops / (node.flops_per_second * node.reached)
     link = node.bytes_per_second_inside if nodes == 1 else node.bytes_per_second_between
-    reduce = 2 * parameters(recipe.model).trainable * GRADIENT_BYTES[recipe.precision] * (gpus - 1) / gpus / link
+    reduce = 2 * cost.parameters.trainable * GRADIENT_BYTES[recipe.precision] * (gpus - 1) / gpus / link
     return compute + reduce

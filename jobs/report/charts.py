@@ -27,11 +27,9 @@ TREND_POINTS = 120
 """Points of the line of means that is drawn over it."""
 
 # matplotlib writes fixed colours; these stand for CSS variables and are replaced by them.
-_INK, FAINT, _RULE, _ACCENT, _MARK = "#010101", "#020202", "#030303", "#040404", "#050505"
-_VARIABLES = {_INK: "var(--ink)", FAINT: "var(--faint)", _RULE: "var(--rule)", _ACCENT: "var(--accent)"}
-_VARIABLES[_MARK] = "var(--mark)"
-COLOURS = (FAINT, _ACCENT, _MARK)
-"""Of lines in one panel."""
+_INK, FAINT, _RULE, ACCENT, MARK = "#010101", "#020202", "#030303", "#040404", "#050505"
+_VARIABLES = {_INK: "var(--ink)", FAINT: "var(--faint)", _RULE: "var(--rule)", ACCENT: "var(--accent)"}
+_VARIABLES[MARK] = "var(--mark)"
 
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
@@ -144,28 +142,28 @@ def training_chart(
 
 
 def _draw_learning_rate(panel: Axes, history: History) -> None:
-    panel.plot(*thinned(history.steps, history.learning_rates, RAW_POINTS // 6), color=_ACCENT, linewidth=1.6)
+    panel.plot(*thinned(history.steps, history.learning_rates, RAW_POINTS // 6), color=ACCENT, linewidth=1.6)
     panel.set_ylim(bottom=0)
     panel.yaxis.set_major_formatter("{x:g}")
 
 
 def _draw_speed(panel: Axes, history: History, global_batch_size: int) -> None:
-    panel.plot(*speeds(history, global_batch_size), color=_ACCENT, linewidth=1.6)
+    panel.plot(*speeds(history, global_batch_size), color=ACCENT, linewidth=1.6)
     panel.set_ylim(bottom=0)
     panel.yaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def _draw_workers(panel: Axes, history: History) -> None:
     workers = thinned(history.steps, history.world_sizes, RAW_POINTS // 3)
-    panel.plot(*workers, color=_ACCENT, linewidth=1.6, drawstyle="steps-post")
+    panel.plot(*workers, color=ACCENT, linewidth=1.6, drawstyle="steps-post")
     panel.yaxis.set_major_locator(MaxNLocator(3, integer=True))
     panel.set_ylim(0, history.world_sizes.max() * 1.2)
 
 
 def _draw_loss(panel: Axes, history: History) -> None:
-    panel.plot(*thinned(history.steps, history.losses, RAW_POINTS), color=_ACCENT, linewidth=1, alpha=0.3)
-    panel.plot(*trend(history.steps, history.losses, TREND_POINTS), color=_ACCENT, linewidth=2)
-    panel.plot(history.steps[-1:], history.losses[-1:], "o", color=_ACCENT, markersize=4, clip_on=False)
+    panel.plot(*thinned(history.steps, history.losses, RAW_POINTS), color=ACCENT, linewidth=1, alpha=0.3)
+    panel.plot(*trend(history.steps, history.losses, TREND_POINTS), color=ACCENT, linewidth=2)
+    panel.plot(history.steps[-1:], history.losses[-1:], "o", color=ACCENT, markersize=4, clip_on=False)
 
 
 def prepare(panel: Axes, title: str, restarts: Sequence[int] = ()) -> None:
@@ -177,7 +175,7 @@ def prepare(panel: Axes, title: str, restarts: Sequence[int] = ()) -> None:
     panel.grid(axis="y", color=_RULE, linewidth=0.8)
     panel.tick_params(colors=FAINT, length=0, labelsize=11)
     for step in dict.fromkeys(restarts):
-        panel.axvline(step, color=_MARK, linewidth=1, dashes=(3, 3))
+        panel.axvline(step, color=MARK, linewidth=1, dashes=(3, 3))
 
 
 def drawn_svg(figure: Figure, canvas: Canvas, description: str) -> str:

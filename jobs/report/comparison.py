@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from jobs.recipe.recipe import Recipe
+from jobs.recipe.recipe import PARTS, Recipe
+from jobs.report.accuracy import accuracy_curve
 from jobs.report.page import page, paragraph, section, table
 from jobs.report.run_figures import RunFigures
 from jobs.report.series_charts import Curve, curves_chart
+from jobs.run.accuracy_rows import AccuracyCurve
 from jobs.run.directory import RunDirectory
 from jobs.run.evaluations import accuracies, list_evaluations
 from jobs.terminal import figure
 
 MARKS = (0.1, 0.25, 0.5, 0.75, 1.0)
 """Shares of the longest run's epochs at which losses are listed."""
-NO_ACCURACY = "no accuracy is kept with these runs: `convmae ablate` keeps them, `convmae evaluate RUN` prints them"
+NO_ACCURACY = (
+    "no accuracy is known of these runs: none was measured while they trained; `convmae evaluate RUN` prints one"
+)
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,10 @@ class ComparedRun:
     figures: RunFigures
     evaluations: Sequence[Mapping[str, Any]]
     """That are kept with it, as `convmae evaluate --json` writes them."""
+    accuracies: AccuracyCurve
+    """As they were measured while it trained: by probes, or on a fine-tuning's validation samples."""
+    steps_per_epoch: int
+    """0: not known."""
 
     @classmethod
     def read(cls, run: RunDirectory) -> ComparedRun:
@@ -39,8 +48,21 @@ class ComparedRun:
         Raises:
             RunError: There is no such run, or it is damaged.
         """
-        recipe = run.read_recipe()
-        return cls(run.name, run.url, recipe, RunFigures.read(run, recipe), list_evaluations(run.storage, run.url))
+        recipe, heartbeat, history = run.read_recipe(), run.read_heartbeat(), run.read_history()
+        return cls(
+            run.name,
+            run.url,
+            recipe,
+            RunFigures.of(recipe, heartbeat, history),
+            list_evaluations(run.storage, run.url),
+            accuracy_curve(recipe, run.read_events(), history),
+            heartbeat.get("steps_per_epoch") or 0,
+        )
+
+    @property
+    def accuracy_epochs(self) -> list[float]:
+        """Where its accuracies were measured, as the places of its losses are given."""
+        return [row.step / (self.steps_per_epoch or 1) for row in self.accuracies.rows]
 
 
 def named_apart(runs: Sequence[ComparedRun]) -> list[str]:
@@ -52,21 +74,27 @@ def named_apart(runs: Sequence[ComparedRun]) -> list[str]:
 def differing_fields(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
     """The values of every field of the recipe in which runs differ."""
     flat = [dict(_flat(run.recipe)) for run in runs]
-    fields = {name: [values.get(name) for values in flat] for name in flat[0]}
+    fields = {name: [values.get(name) for values in flat] for name in dict.fromkeys(itertools.chain(*flat))}
     return {name: values for name, values in fields.items() if any(value != values[0] for value in values)}
 
 
 def _flat(recipe: Recipe) -> Iterator[tuple[str, Any]]:
     for name, value in recipe.to_json().items():
-        if name == "model":
-            yield from ((f"model.{key}", item) for key, item in value.items())
-        else:
+        if isinstance(value, dict):
+            yield from ((f"{name}.{key}", item) for key, item in value.items())
+        elif name not in PARTS:
             yield name, value
 
 
 def accuracy_rows(runs: Sequence[ComparedRun]) -> list[tuple[str, ...]]:
-    """Run, step, method, top-1 and the data of each evaluation."""
-    return [
+    """Run, step, method, accuracy and data: of the newest one measured while it trained, then of each evaluation."""
+    newest: list[tuple[str, ...]] = [
+        (name, f"{row.step}", text, f"{100 * row.accuracies[key]:.1f} %", f"{row.tested:,} samples, while it trained")
+        for name, run in zip(named_apart(runs), runs, strict=True)
+        for row in run.accuracies.rows[-1:]
+        for key, text in run.accuracies.shown.items()
+    ]
+    return newest + [
         (name, str(report["weights"].get("step", "-")), method, f"{value:.1f} %", _data(report))
         for name, run in zip(named_apart(runs), runs, strict=True)
         for report in run.evaluations
@@ -74,7 +102,17 @@ def accuracy_rows(runs: Sequence[ComparedRun]) -> list[tuple[str, ...]]:
     ]
 
 
-ACCURACY_COLUMNS = ("run", "step", "method", "top-1", "tested on")
+ACCURACY_COLUMNS = ("run", "step", "method", "accuracy", "tested on")
+
+
+def accuracy_curves(runs: Sequence[ComparedRun]) -> dict[str, list[Curve]]:
+    """The accuracies over epochs of the runs that have them, by what was measured."""
+    found: dict[str, list[Curve]] = {}
+    for name, run in zip(named_apart(runs), runs, strict=True):
+        for key, text in run.accuracies.shown.items() if run.accuracies.rows else ():
+            values = [row.accuracies[key] for row in run.accuracies.rows]
+            found.setdefault(text, []).append(Curve(name, run.accuracy_epochs, values))
+    return found
 
 
 def _data(report: Mapping[str, Any]) -> str:
@@ -130,6 +168,7 @@ def comparison_json(runs: Sequence[ComparedRun]) -> dict[str, Any]:
                 "final_loss": run.figures.final_loss,
                 "cost": vars(run.figures.cost),
                 "curve": {"epochs": run.figures.epochs, "losses": run.figures.losses},
+                "measured": _measured_json(run) if run.accuracies.rows else {},
                 "accuracies": [
                     {"step": report["weights"].get("step"), "test": report["test"], "top1": accuracies(report)}
                     for report in run.evaluations
@@ -140,6 +179,12 @@ def comparison_json(runs: Sequence[ComparedRun]) -> dict[str, Any]:
     }
 
 
+def _measured_json(run: ComparedRun) -> dict[str, Sequence[float]]:
+    rows, found = run.accuracies.rows, {"epochs": run.accuracy_epochs}
+    found |= {name: [row.accuracies[name] for row in rows] for name in run.accuracies.shown}
+    return {"steps": [row.step for row in rows], **found}
+
+
 def comparison_html(runs: Sequence[ComparedRun]) -> str:
     """The page as HTML; all outside text is escaped."""
     names = named_apart(runs)
@@ -147,7 +192,8 @@ def comparison_html(runs: Sequence[ComparedRun]) -> str:
     differences = table(("field", *names), fields) if fields else paragraph("Their recipes are the same.")
     curves = [Curve(name, run.figures.epochs, run.figures.losses) for name, run in zip(names, runs, strict=True)]
     chart = curves_chart(curves, title="loss", axis="epoch") or paragraph("No step was recorded yet.")
-    kept = accuracy_rows(runs)
+    kept, drawn = accuracy_rows(runs), accuracy_curves(runs)
+    accuracy = "".join(curves_chart(each, title=f"accuracy, {what}", axis="epoch") for what, each in drawn.items())
     note = "Losses of different targets, masks or data do not compare."
     return page(
         title=f"{' · '.join(names)} · ConvMAE comparison",
@@ -155,7 +201,7 @@ def comparison_html(runs: Sequence[ComparedRun]) -> str:
         facts=(),
         sections=[
             section("Runs", table(FIGURE_COLUMNS, figure_rows(runs))),
-            section("Accuracies", table(ACCURACY_COLUMNS, kept) if kept else paragraph(NO_ACCURACY)),
+            section("Accuracies", accuracy + table(ACCURACY_COLUMNS, kept) if kept else paragraph(NO_ACCURACY)),
             section("Loss", chart + table(*loss_rows(runs)) + paragraph(note)),
             section("Differences of their recipes", differences),
         ],

@@ -15,12 +15,11 @@ from html import escape
 
 from jobs.metrics.goodput import measured_goodput
 from jobs.recipe.recipe import Recipe
-from jobs.report.accuracy import ACCURACY_HEAD, accuracy_chart, accuracy_rows
+from jobs.report.accuracy import accuracy_chart, accuracy_head, accuracy_rows
 from jobs.report.charts import CANVASES, training_chart
 from jobs.report.page import page, pairs, paragraph, section, table
 from jobs.report.reported_run import ReportedRun
 from jobs.run.directory import REPORT_NAME, RunDirectory
-from jobs.run.probe_rows import MAIN_PROBE
 from jobs.terminal import duration_text
 
 MOST_ATTEMPTS = 400
@@ -31,8 +30,6 @@ MOST_FAULTS = 50
 """Samples found unusable that are named."""
 MOST_BARS = 60
 """Newest attempts that the timeline shows; narrower bars could not be distinguished on a phone."""
-MOST_VALIDATIONS = 100
-"""Newest measurements of accuracy that are listed."""
 MOST_SKIPPED = 20
 """Skipped images that are named."""
 _ENDINGS = frozenset({"finished", "stopped", "failed"})
@@ -88,9 +85,8 @@ def _facts(run: ReportedRun) -> Iterable[tuple[str, str]]:
     if len(run.history):
         yield "Final loss" if finished else "Latest loss", f"{run.history.losses[-1]:.4f}"
     if newest := run.accuracies.newest:
-        yield "kNN accuracy", f"{newest.accuracies[MAIN_PROBE]:.1%}"
-    if run.validations:
-        yield "Validation top-1", f"{run.validations[-1]['validation_top1']:.1%}"
+        what = "Validation top-1" if run.recipe.finetune else "kNN accuracy"
+        yield what, f"{newest.accuracies[run.accuracies.main]:.1%}"
     yield "Images trained", f"{run.step * batch:,}"
     yield "Attempts", f"{len(attempts):,}"
     if attempts:
@@ -131,8 +127,6 @@ def _charts(run: ReportedRun) -> str:
 
 def _accuracy(run: ReportedRun) -> str:
     """Of a pretraining by its probes; of a fine-tuning as it was measured while it trained."""
-    if run.validations:
-        return _validations(run)
     curve, failed = run.accuracies, sum(event["kind"] == "probe-failed" for event in run.events)
     faults = paragraph(f"{failed:,} probes failed: see the events `probe-failed`.") if failed else ""
     if not curve.rows:
@@ -142,24 +136,10 @@ def _accuracy(run: ReportedRun) -> str:
     charts = "".join(
         accuracy_chart(curve, epoch_steps=epoch_steps, control=control, canvas=canvas) for canvas in CANVASES
     )
-    note = f"Top-1 on {curve.rows[-1].tested:,} labelled samples that the probes have not seen; intervals are of these "
-    note += f"samples alone, at 95 %. Step 0 is before training: {control}."
-    return charts + paragraph(note) + table(ACCURACY_HEAD, list(accuracy_rows(curve))) + faults
-
-
-def _validations(run: ReportedRun) -> str:
-    rows = [
-        (
-            f"{row['step']:,}",
-            f"{row['epoch'] + 1:,}",
-            f"{row['validation_top1']:.2%}",
-            f"{row['validation_top5']:.2%}" if "validation_top5" in row else "",
-        )
-        for row in run.validations[-MOST_VALIDATIONS:]
-    ]
-    return table(("step", "epoch", "top-1", "top-5"), rows) + paragraph(
-        f"On {run.validations[-1]['validation_samples']:,} validation samples, by the weights of that step."
-    )
+    what = "Measured" if run.recipe.finetune else "Top-1"
+    note = f"{what} on {curve.rows[-1].tested:,} labelled samples that were not learned from; intervals are of these "
+    note += f"samples alone, at 95 %.{f' Step 0 is before training: {control}.' if curve.control else ''}"
+    return charts + paragraph(note) + table(accuracy_head(curve), list(accuracy_rows(curve))) + faults
 
 
 def _picture(run: ReportedRun) -> str:

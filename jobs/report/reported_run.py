@@ -10,10 +10,11 @@ from typing import Any
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.checkpoint import Commit
 from jobs.recipe.recipe import Recipe
+from jobs.report.accuracy import accuracy_curve
 from jobs.report.charts import History
 from jobs.report.reconstruction import RECONSTRUCTIONS_NAME
+from jobs.run.accuracy_rows import AccuracyCurve
 from jobs.run.directory import RunDirectory
-from jobs.run.probe_rows import ProbeCurve
 from pipeline.shard.manifest import SKIPPED_NAME
 from pipeline.store.json_text import parsed_object
 
@@ -39,8 +40,8 @@ class ReportedRun:
     """Images that the data set skipped; None if its list is gone."""
     picture: bytes | None
     """A PNG of reconstructions."""
-    validations: Sequence[Mapping[str, Any]] = ()
-    """Rows of the history that have the accuracy of a fine-tuning."""
+    accuracies: AccuracyCurve
+    """Over the steps: of the encoder by probes, or of a fine-tuning on its validation samples."""
 
     @classmethod
     def read(cls, run: RunDirectory) -> ReportedRun:
@@ -50,16 +51,16 @@ class ReportedRun:
             RunError: If there is no such run.
         """
         recipe = run.read_recipe()
-        rows = run.read_history()
+        rows, events = run.read_history(), run.read_events()
         skipped = _read_or_none(run, run.storage.join(recipe.data, SKIPPED_NAME)) if recipe.data else None
         return cls(
             name=run.name,
             url=run.url,
             recipe=recipe,
             heartbeat=run.read_heartbeat(),
-            events=run.read_events(),
+            events=events,
             history=History.of(rows),
-            validations=[row for row in rows if "validation_top1" in row],
+            accuracies=accuracy_curve(recipe, events, rows),
             kept_steps=frozenset(checkpoint.committed_steps(run)),
             commit=checkpoint.latest_commit(run),
             faults=run.read_quarantine(),
@@ -89,11 +90,6 @@ class ReportedRun:
         """When the run was last heard of, as Unix time; 0 if never."""
         said = self.events[-1]["at_seconds"] if self.events else 0.0
         return float(self.heartbeat.get("updated_at_seconds", said))
-
-    @property
-    def accuracies(self) -> ProbeCurve:
-        """Of the encoder, over the steps."""
-        return ProbeCurve.of(self.events)
 
     @property
     def attempts(self) -> list[Mapping[str, Any]]:

@@ -61,7 +61,11 @@ class RunFigures:
     @classmethod
     def read(cls, run: RunDirectory, recipe: Recipe) -> RunFigures:
         """Read history and heartbeat."""
-        heartbeat, rows = run.read_heartbeat(), run.read_history()
+        return cls.of(recipe, run.read_heartbeat(), run.read_history())
+
+    @classmethod
+    def of(cls, recipe: Recipe, heartbeat: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> RunFigures:
+        """Compute them; arguments as of `Cost.of`."""
         history = History.of(rows)
         steps_per_epoch = heartbeat.get("steps_per_epoch") or 0
         epochs: tuple[float, ...] = ()

@@ -12,6 +12,8 @@ from jobs.report.charts import CANVASES, FAINT, Canvas, drawn_svg, prepare
 # Of one lightness, so that each can be read on a light and on a dark page; dashes tell more of them apart.
 _COLOURS = ("#4e79c4", "#e0792b", "#3f9b57", "#d1495b", "#9568b8", "#3a9c9c", "#a5733f", "#b8922a")
 _DASHES = ("-", "--", ":", "-.")
+MOST_MARKED = 40
+"""Points of a curve that are marked one by one."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,17 @@ def _curves(curves: Sequence[Curve], title: str, axis: str, canvas: Canvas) -> s
     for number, curve in enumerate(curves):
         style = _DASHES[number // len(_COLOURS) % len(_DASHES)]
         colour = _COLOURS[number % len(_COLOURS)]
-        panel.plot(curve.places, curve.values, style, color=colour, linewidth=1.6, label=curve.name)
+        marker = "o" if len(curve.places) <= MOST_MARKED else ""  # one alone would not be seen
+        panel.plot(
+            curve.places,
+            curve.values,
+            style,
+            color=colour,
+            linewidth=1.6,
+            marker=marker,
+            markersize=3,
+            label=curve.name,
+        )
     panel.set_xlabel(axis, color=FAINT, fontsize=11)
     columns = max(1, canvas.width_pixels // 220)
     figure.legend(loc="outside lower left", ncols=columns, frameon=False, fontsize=10, labelcolor=FAINT)

@@ -9,8 +9,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from jobs.checkpoint import checkpoint
-from jobs.run.accuracy_text import accuracy_text
+from jobs.run.accuracy_text import accuracies_text, accuracy_text
 from jobs.run.directory import FINAL_STATES, RunDirectory
+from jobs.run.validation_rows import VALIDATION_NAMES
 from jobs.terminal import duration_text, figure
 from pipeline.errors import UserError
 
@@ -76,8 +77,8 @@ def status_lines(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "loss", figure(status.get("loss"), ".6f")
     if accuracy := accuracy_text(status):
         yield "accuracy", accuracy
-    if status.get("validation_top1") is not None:
-        yield "validation", _validation(status)
+    if validation := accuracies_text({name: status[name] for name in VALIDATION_NAMES if status.get(name) is not None}):
+        yield "validation", validation
     yield "learning rate", figure(status.get("learning_rate"), ".3e")
     yield "images/s", figure(status.get("images_per_second"), ".1f")
     yield "data wait", figure(status.get("data_wait_ratio"), ".1%")
@@ -97,12 +98,6 @@ def status_lines(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "ETA", duration_text(status.get("eta_seconds"))
         yield "metrics", status.get("metrics_url", "-")
     yield "directory", status["url"]
-
-
-def _validation(status: Mapping[str, Any]) -> str:
-    """The newest accuracy of a fine-tuning."""
-    top5 = status.get("validation_top5")
-    return f"top-1 {status['validation_top1']:.1%}" + ("" if top5 is None else f", top-5 {top5:.1%}")
 
 
 def _epochs(status: Mapping[str, Any]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jobs.run.probe_rows import PROBE_NAMES
+from jobs.run.validation_rows import VALIDATION_NAMES
 
 
 def accuracy_text(status: Mapping[str, Any]) -> str:
@@ -18,5 +19,6 @@ def accuracy_text(status: Mapping[str, Any]) -> str:
 
 
 def accuracies_text(accuracies: Mapping[str, float]) -> str:
-    """Each probe with its accuracy."""
-    return ", ".join(f"{PROBE_NAMES[name]}: {accuracies[name]:.1%}" for name in PROBE_NAMES if name in accuracies)
+    """What was measured, each with its accuracy."""
+    names = PROBE_NAMES | VALIDATION_NAMES
+    return ", ".join(f"{names[name]}: {accuracies[name]:.1%}" for name in names if name in accuracies)

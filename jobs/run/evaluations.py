@@ -16,6 +16,7 @@ from jobs.run.rows import Integer, Number, Text, fault_rule, parsed
 from pipeline.store.storage import Storage
 
 FOLDER = "evaluations"
+_NAMES = {"linear": "linear probe", "head": "own head", "finetune": "fine-tuned"}
 _NAME = re.compile(r"[0-9a-f]{16}\.json")
 
 
@@ -95,12 +96,12 @@ def list_evaluations(storage: Storage, folder: str) -> list[dict[str, Any]]:
 def accuracies(report: Mapping[str, Any]) -> dict[str, float]:
     """Top-1 of each method, in percent, by its name for people."""
     return {
-        method_name(result): 100 * result["top1"]["accuracy"]
+        method_name(result["method"], result["settings"]): 100 * result["top1"]["accuracy"]
         for result in report["results"]
         if result["top1"]["accuracy"] is not None
     }
 
 
-def method_name(result: Mapping[str, Any]) -> str:
-    """Of a result, for people."""
-    return f"kNN, k = {result['settings'].get('k')}" if result["method"] == "knn" else "linear probe"
+def method_name(method: str, settings: Mapping[str, Any]) -> str:
+    """For people."""
+    return f"kNN, k = {settings.get('k')}" if method == "knn" else _NAMES.get(method, method)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from jobs.run.intervals import wilson_interval
+from jobs.run.accuracy_rows import AccuracyCurve, AccuracyRow
 
 PROBE_EVENT = "probe"
 PROBE_NAMES = {"knn_10": "kNN, k = 10", "knn_20": "kNN, k = 20", "linear": "linear probe"}
@@ -15,60 +14,18 @@ MAIN_PROBE = "knn_20"
 """Named where there is room for one."""
 
 
-@dataclass(frozen=True)
-class ProbeRow:
-    """The accuracies at one step."""
+class ProbeCurve(AccuracyCurve):
+    """Top-1 of the probes over the steps of a pretraining."""
 
-    step: int
-    """0: before training."""
-    epoch: int
-    plan: str
-    """Digest of what is learned from and tested on: rows of one plan compare."""
-    tested: int
-    """Test samples."""
-    accuracies: Mapping[str, float]
-    """Top-1, by the names in PROBE_NAMES."""
-
-    @classmethod
-    def of(cls, event: Mapping[str, Any]) -> ProbeRow:
-        """Take it from an event of the kind PROBE_EVENT."""
-        accuracies = {name: float(event[name]) for name in PROBE_NAMES}
-        return cls(event["step"], event["epoch"], event["plan"], event["tested"], accuracies)
-
-    def interval(self, name: str) -> tuple[float, float]:
-        """That contains the accuracy on all such samples with 95 % confidence."""
-        return wilson_interval(round(self.accuracies[name] * self.tested), self.tested)
-
-
-@dataclass(frozen=True)
-class ProbeCurve:
-    """The accuracies over the steps of a run that compare with the newest: those of its plan."""
-
-    rows: tuple[ProbeRow, ...] = ()
-    """By step; where a step was probed twice, the later one."""
+    names: ClassVar[Mapping[str, str]] = PROBE_NAMES
+    main: ClassVar[str] = MAIN_PROBE
 
     @classmethod
     def of(cls, events: Iterable[Mapping[str, Any]]) -> ProbeCurve:
         """Take the rows from a run's events, oldest first."""
-        found = [ProbeRow.of(event) for event in events if event["kind"] == PROBE_EVENT]
-        by_step = {row.step: row for row in found if row.plan == found[-1].plan}
-        return cls(tuple(by_step[step] for step in sorted(by_step)))
+        return cls.of_rows(_row(event) for event in events if event["kind"] == PROBE_EVENT)
 
-    @property
-    def control(self) -> ProbeRow | None:
-        """Before the first step: random weights, unless the run starts from others."""
-        return self.rows[0] if self.rows and self.rows[0].step == 0 else None
 
-    @property
-    def trained(self) -> tuple[ProbeRow, ...]:
-        """All but the control."""
-        return self.rows[1:] if self.control else self.rows
-
-    @property
-    def newest(self) -> ProbeRow | None:
-        """Of the most steps; None while there is only the control."""
-        return self.trained[-1] if self.trained else None
-
-    def best(self, name: str) -> ProbeRow | None:
-        """The row with the highest accuracy of a probe, the earliest of equal ones; None as for `newest`."""
-        return max(self.trained, key=lambda row: row.accuracies[name], default=None)
+def _row(event: Mapping[str, Any]) -> AccuracyRow:
+    accuracies = {name: float(event[name]) for name in PROBE_NAMES}
+    return AccuracyRow(event["step"], event["epoch"], event["plan"], event["tested"], accuracies)

@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 
 from jobs.errors import RunError
 from jobs.run.probe_rows import PROBE_EVENT, PROBE_NAMES
+from jobs.run.validation_rows import MAIN_VALIDATION
 from pipeline.errors import clipped
 from pipeline.store.json_text import parsed_json
 
@@ -65,9 +66,10 @@ class _HistoryRow(TypedDict):
     data_wait_seconds: NotRequired[Number]
     samples: NotRequired[Text]
     digest: NotRequired[Text]
-    validation_top1: NotRequired[Number]
-    validation_top5: NotRequired[Number]
-    validation_samples: NotRequired[Integer]
+    validation_top1: NotRequired[Ratio]
+    validation_top5: NotRequired[Ratio]
+    validation_samples: NotRequired[Annotated[Integer, Field(gt=0)]]
+    validation_plan: NotRequired[Text]
     skipped: NotRequired[Text]
 
 
@@ -110,6 +112,12 @@ class _Heartbeat(TypedDict):
     probe_epoch: NotRequired[Integer | None]
     probe_accuracies: NotRequired[dict[Text, Ratio]]
     probe_control: NotRequired[dict[Text, Ratio]]
+    validation_top1: NotRequired[Ratio | None]
+    validation_top5: NotRequired[Ratio | None]
+    validation_plan: NotRequired[Text]
+    validation_low: NotRequired[Ratio]
+    validation_high: NotRequired[Ratio]
+    validation_best_low: NotRequired[Ratio]
     device: NotRequired[Text]
     metrics_url: NotRequired[Text]
 
@@ -173,8 +181,10 @@ def checked(kind: str, row: Any, url: str) -> Row:
     assert isinstance(row, dict)
     if kind == "events":
         needed = [*_OF_KINDS.get(row["kind"], ()), *(["world_size"] if "steps_redone" in row else [])]
-        if missing := [field for field in needed if field not in row]:
-            raise _refused(kind, f"must give {missing[0]}", url)
+    else:
+        needed = ["validation_samples"] if kind == "history" and MAIN_VALIDATION in row else []
+    if missing := [field for field in needed if field not in row]:
+        raise _refused(kind, f"must give {missing[0]}", url)
     return row
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # it imports torch, for which tasks that only copy should not
 
 logger = logging.getLogger(__name__)
 
+VALIDATION_FIELD = "finetune.validation_data"
 LANDMARK_BYTES = 4096
 ANSWER_SECONDS = 60.0
 """How long a node may take to answer; one that does not is not refused, since its ranks check again."""
@@ -62,18 +63,38 @@ Landmarks = tuple[Landmark, ...]
 
 def run_landmarks(recipe: Recipe, run: RunDirectory, lease: Lease) -> Landmarks:
     """Landmarks of what every rank needs as long as the run trains, if it lies on a local disk."""
-    return (*lease_landmarks("run_root", run.url, lease), *manifest_landmarks(run.storage, recipe.data))
+    datasets = rank_datasets(recipe).items()
+    manifests = (mark for field, url in datasets for mark in manifest_landmarks(run.storage, url, field))
+    return (*lease_landmarks("run_root", run.url, lease), *manifests)
 
 
-def input_landmarks(storage: Storage, recipe: Recipe, first_tar: str) -> Landmarks:
-    """Landmarks of what ranks also read, but not always: tars of the data set, and weights to start from."""
-    places = (("data", recipe.data, first_tar), ("init_from", recipe.init_from, recipe.init_from))
+def rank_datasets(recipe: Recipe) -> dict[str, str]:
+    """URLs of the data sets that every rank reads, by their fields."""
+    part = recipe.finetune
+    validation = {VALIDATION_FIELD: part.validation_data} if part and part.validation_data else {}
+    return {"data": recipe.data, **validation}
+
+
+def input_landmarks(storage: Storage, recipe: Recipe, first_tars: Mapping[str, str]) -> Landmarks:
+    """Landmarks of what ranks also read, but not always: tars, lists of labels, and weights to start from.
+
+    Args:
+        storage: Reaches them.
+        recipe: Of the run.
+        first_tars: URL of a tar of each of `rank_datasets`, by its field.
+    """
+    part, datasets = recipe.finetune, rank_datasets(recipe)
+    places = [(field, datasets[field], tar) for field, tar in first_tars.items()]
+    files = {"init_from": recipe.init_from}
+    if part:
+        files |= {"finetune.labels": part.labels, "finetune.validation_labels": part.validation_labels}
+    places += [(field, url, url) for field, url in files.items()]
     return tuple(mark for field, folder, url in places if url for mark in file_landmarks(storage, field, folder, url))
 
 
-def manifest_landmarks(storage: Storage, url: str) -> Landmarks:
+def manifest_landmarks(storage: Storage, url: str, field: str = "data") -> Landmarks:
     """A landmark of a data set, if it lies on a local disk."""
-    return file_landmarks(storage, "data", url, Storage.join(url, MANIFEST_NAME))
+    return file_landmarks(storage, field, url, Storage.join(url, MANIFEST_NAME))
 
 
 def file_landmarks(storage: Storage, field: str, folder: str, url: str) -> Landmarks:

@@ -66,6 +66,8 @@ class Exported:
     url: str
     bytes: int
     sha256: str
+    note: str = ""
+    """What of the weights is not in it, where that may surprise."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ class Format:
     """Of its only file; empty where it is a folder of files."""
     write: Callable[[Source, Path, str], None]
     """Given the source, an empty local folder, and the name of the only file."""
+    without_head: str = ""
+    """What is written of a classifier, if not all of it."""
 
 
 def export(source: Source, name: str, storage: Storage, out: str, *, force: bool = False) -> list[Exported]:
@@ -100,13 +104,14 @@ def export(source: Source, name: str, storage: Storage, out: str, *, force: bool
     storage.check(folder, write=True)
     if not force and _exists(storage, target, is_folder=not form.suffix):
         raise ExportError("--out", "must not exist yet", target, "choose another place, or replace it with --force")
+    note = form.without_head if source.weights.head else ""
     with scratch_folder() as scratch:
         form.write(source, Path(scratch), file_name)
         exported = []
         for path in sorted(Path(scratch).iterdir()):
             url = storage.join(folder, path.name)
             storage.upload(path, url)
-            exported.append(Exported(url, path.stat().st_size, sha256_of(path)))
+            exported.append(Exported(url, path.stat().st_size, sha256_of(path), note))
     return exported
 
 
@@ -214,14 +219,19 @@ def hugging_face_config(weights: Weights) -> dict[str, object]:
 
 
 def _write_onnx(source: Source, folder: Path, name: str) -> None:
-    onnx_export.write(_backbone(source.weights), folder / name, source.image_size)
+    weights = source.weights
+    if weights.head:
+        onnx_export.write(weights.classifier(), folder / name, source.image_size, weights.head.classes)
+    else:
+        onnx_export.write(_backbone(weights), folder / name, source.image_size)
 
 
 def _backbone(weights: Weights) -> Backbone:
     try:
         backbone = Backbone(weights.config)
     except ModelConfigError as error:
-        raise ExportError(f"model.{error.field}", error.rule, error.value, "use --format official or hf") from None
+        remedy = f"use --format official or {'onnx' if weights.head else 'hf'}"
+        raise ExportError(f"model.{error.field}", error.rule, error.value, remedy) from None
     backbone.load(weights.tensors)
     return backbone.eval()
 
@@ -237,7 +247,7 @@ def _write_json(path: Path, value: object) -> None:
 
 FORMATS: Mapping[str, Format] = {
     "official": Format(".pth", _write_official),
-    "backbone": Format(".safetensors", _write_backbone),
+    "backbone": Format(".safetensors", _write_backbone, "the encoder of the classifier, without its head"),
     "hf": Format("", _write_hugging_face),
     "onnx": Format(".onnx", _write_onnx),
 }

@@ -7,26 +7,20 @@ checkpoint resumes from that.
 
 from __future__ import annotations
 
-import argparse
-import io
 import math
-import warnings
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from jobs.checkpoint.rank_group import RankGroup, Room
-from jobs.checkpoint.torch_archive import LARGEST_PICKLE_BYTES, check_directory
 from jobs.errors import WeightsFileError
 from jobs.recipe.recipe import Recipe
 from jobs.run.directory import RunDirectory
 from jobs.weights.names import WeightNames, described, fresh_tensors, weight_names
+from jobs.weights.torch_file import is_safetensors, torch_tensors
 from jobs.weights.weight_checks import check_dtypes, check_finite, check_header, check_heads, check_values
 from jobs.weights.weight_files import (
     SUFFIX,
@@ -39,20 +33,9 @@ from jobs.weights.weight_files import (
     write_tensors,
 )
 from model import ConvMAEConfig
-from model.config import PATCH_PIXELS
-from pipeline.errors import clipped
+from model.config import ENCODER_FIELDS, PATCH_PIXELS
 from pipeline.host.scratch import scratch_folder
 from pipeline.store.storage import Storage
-
-_NESTED = ("model", "state_dict", "module")
-"""Names under which training code keeps a state dict: the official one, many others, DeepSpeed."""
-_DEEPEST_NESTING = 3
-_OF_ENCODER = ("embed_dim", "depth", "num_heads", "mlp_ratio", "kernel_size", "position")
-"""Fields of a model that an encoder has, but for its image size."""
-_END_BYTES = 22
-"""Of a zip archive's end, without a comment."""
-_END_64_BYTES = 56 + 20
-"""Of what precedes it if offsets have 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -123,7 +106,7 @@ def read_foreign(
         WeightsFileError: As `import_weights`.
     """
     with local_copy(storage, source) as path:
-        tensors, _ = _taken(path, source, config, fresh_decoder=encoder_alone, without_norm=encoder_alone)
+        tensors, _ = _taken(path, source, config, fresh_decoder=encoder_alone, encoder_alone=encoder_alone)
         check_finite(tensors.items(), source)
         return tensors
 
@@ -141,27 +124,21 @@ def _written(
 
 
 def _taken(
-    path: Path, url: str, config: ConvMAEConfig, *, fresh_decoder: bool, without_norm: bool = False
+    path: Path, url: str, config: ConvMAEConfig, *, fresh_decoder: bool, encoder_alone: bool = False
 ) -> tuple[dict[str, Tensor], WeightNames]:
     """The tensors of a local file by our names, each of a type that weights may have."""
-    if not _is_safetensors(path, url):
-        state = _loaded(path, url)
-        names = weight_names(state, config, url, fresh_decoder=fresh_decoder, without_norm=without_norm)
+    if not is_safetensors(path, url):
+        state = torch_tensors(path, url)
+        names = weight_names(state, config, url, fresh_decoder=fresh_decoder, encoder_alone=encoder_alone)
         tensors = {name: state[theirs] for name, theirs in names.places.items()}
         check_dtypes({name: tensor.dtype for name, tensor in tensors.items()}, url)
         return tensors, names
     with opened_file(path, url) as file:
         if "model" in (metadata := dict(file.metadata() or {})):
             check_heads(model_config(metadata, url), config, url)
-        names = weight_names(shapes_of(file), config, url, fresh_decoder=fresh_decoder, without_norm=without_norm)
+        names = weight_names(shapes_of(file), config, url, fresh_decoder=fresh_decoder, encoder_alone=encoder_alone)
         check_dtypes({name: file.get_slice(theirs).get_dtype() for name, theirs in names.places.items()}, url)
         return {name: file.get_tensor(theirs) for name, theirs in names.places.items()}, names
-
-
-def _is_safetensors(path: Path, url: str) -> bool:
-    """By its name, or by its first bytes: the header is JSON."""
-    with path.open("rb") as file:
-        return url.endswith(SUFFIX) or file.read(9)[8:] == b"{"
 
 
 def pinned(storage: Storage, recipe: Recipe, run: RunDirectory) -> Recipe:
@@ -224,23 +201,23 @@ def load_pretrained_encoder(
 
 
 def _encoder_in(path: Path, url: str, config: ConvMAEConfig) -> tuple[dict[str, Tensor], tuple[int, int]]:
-    """The encoder of a pretraining in a local file, of our code or of the official one, and its grid of patches.
+    """The encoder in a local file, of our code or of the official one, and its grid of patches.
 
     Raises:
         WeightsFileError: It is of another architecture, damaged, or not finite.
     """
     source = config
-    if _is_safetensors(path, url):
+    if is_safetensors(path, url):
         with opened_file(path, url) as file:
             metadata = dict(file.metadata() or {})
         if "model" in metadata:
             source = model_config(metadata, url)
             _check_encoder(source, config, url)
-    elif (position := _loaded(path, url).get("pos_embed")) is not None and position.ndim == 3:
+    elif (position := torch_tensors(path, url).get("pos_embed")) is not None and position.ndim == 3:
         side = math.isqrt(position.shape[1])  # the official code knows squares alone
         if (side, side) != config.grid and side**2 + config.class_tokens == position.shape[1]:
             source = replace(config, image_size=side * PATCH_PIXELS)
-    tensors, _ = _taken(path, url, source, fresh_decoder=True, without_norm=True)
+    tensors, _ = _taken(path, url, source, fresh_decoder=True, encoder_alone=True)
     check_finite(tensors.items(), url)
     return {name: value.float() for name, value in tensors.items()}, source.grid
 
@@ -251,7 +228,7 @@ def _check_encoder(theirs: ConvMAEConfig, config: ConvMAEConfig, url: str) -> No
     Raises:
         WeightsFileError: A field differs; the remedy has all that do.
     """
-    fields = [name for name in _OF_ENCODER if getattr(theirs, name) != getattr(config, name)]
+    fields = [name for name in ENCODER_FIELDS if getattr(theirs, name) != getattr(config, name)]
     if fields:
         rule = f"must be of the recipe's architecture ({fields[0]} is {getattr(theirs, fields[0])} there"
         rule += f", and {getattr(config, fields[0])} in the recipe)"
@@ -279,121 +256,3 @@ def _checked_sha256(path: Path, recipe: Recipe) -> str:
         rule = f"must be the file with SHA-256 {recipe.init_sha256[:16]}…, but the file there has {found[:16]}…"
         raise WeightsFileError("init_from", rule, recipe.init_from, "restore it, or start another run")
     return found
-
-
-def _loaded(path: Path, url: str) -> dict[str, Tensor]:
-    remedy = "give the .pth that the official main_pretrain.py or `convmae export --format official` wrote"
-    try:
-        state = _state_dict(path)
-    # The file is not trusted, and torch.load raises whatever a pickle makes it raise. Its message is not shown, since
-    # it advises loading the file without checks.
-    except Exception as error:
-        rule = f"must be a whole PyTorch file of tensors alone ({_reason(error)})"
-        raise WeightsFileError("weights", rule, url, remedy) from None
-    if state is None:
-        raise WeightsFileError("weights", 'must hold a state dict, or one under "model" or "state_dict"', url, remedy)
-    for name, tensor in state.items():
-        is_dense = type(tensor) is Tensor and tensor.layout is torch.strided and not tensor.is_nested
-        if not is_dense or tensor.is_meta:
-            rule = f"must be dense tensors with values ({clipped(name)} is {_kind(tensor)})"
-            raise WeightsFileError(
-                "weights", rule, url, "save the model's state dict from the CPU, as it is in training"
-            )
-    return state
-
-
-def _kind(tensor: Tensor) -> str:
-    if tensor.is_meta:
-        return "meta"
-    return str(tensor.layout).removeprefix("torch.") if tensor.layout is not torch.strided else type(tensor).__name__
-
-
-def _reason(error: Exception) -> str:
-    return str(error) if isinstance(error, zipfile.BadZipFile) else type(error).__name__
-
-
-def _state_dict(path: Path) -> dict[str, Tensor] | None:
-    """Plain tensors by name, without attributes that the file gave them; None if there is anything else.
-
-    Raises:
-        Exception: Of any kind.
-    """
-    with path.open("rb") as opened:
-        is_archive = opened.read(4) == b"PK\x03\x04"
-    if is_archive:
-        _check_archive(path)
-    # The official code saves its argparse.Namespace beside the weights: a plain record, which runs nothing.
-    with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about odd pickles and tensors, most of which are refused below
-        if is_archive:
-            found = torch.load(path, map_location="cpu", weights_only=True)
-        else:
-            with _BoundedPickles(io.FileIO(path), LARGEST_PICKLE_BYTES) as older:
-                found = torch.load(older, map_location="cpu", weights_only=True)
-    if not isinstance(found, dict):
-        return None
-    state = _innermost(found)
-    if not state:
-        return None
-    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in dict.items(state)):
-        return None
-    return {name: Tensor.detach(value) for name, value in dict.items(state)}
-
-
-def _innermost(found: dict[Any, Any]) -> dict[Any, Any]:
-    """The state dict, without what was saved around it."""
-    for _ in range(_DEEPEST_NESTING):
-        within = [value for name in _NESTED if isinstance(value := dict.get(found, name), dict)]
-        if not within:
-            break
-        found = within[0]
-    return found
-
-
-def _check_archive(path: Path) -> None:
-    """Refuse an archive that takes more memory than its file, or in which torch would read another directory.
-
-    Raises:
-        zipfile.BadZipFile: It is one of these.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file, zipfile.ZipFile(file) as archive:
-        check_directory(archive, size)
-        if not _is_read_alike(file, size, archive.start_dir):
-            raise zipfile.BadZipFile("its directory is not where its end says")
-
-
-def _is_read_alike(file: BinaryIO, size: int, found: int) -> bool:
-    """Whether torch reads the directory that Python found.
-
-    Python reads the one right before the archive's end, torch the one at the offset that the end gives.
-    """
-    file.seek(max(0, size - _END_BYTES - _END_64_BYTES))
-    end = file.read()
-    places = {int.from_bytes(end[-6:-2], "little")}
-    if end[-42:-38] == b"PK\x06\x07":  # the offset of the record with 64-bit offsets; torch writes both records
-        record = int.from_bytes(end[-34:-26], "little")
-        if end[:4] != b"PK\x06\x06" or record != size - len(end):
-            return False
-        places = {*(places - {0xFFFFFFFF}), int.from_bytes(end[48:56], "little")}
-    return end[-22:-18] == b"PK\x05\x06" and places == {found}
-
-
-class _BoundedPickles(io.BufferedReader):
-    """A file of PyTorch before 1.6: pickles, which Python reads through this, and values, which torch reads past it."""
-
-    def __init__(self, raw: io.RawIOBase, limit_bytes: int) -> None:
-        super().__init__(raw)
-        self._limit_bytes = self._left = limit_bytes
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        return self._counted(super().read(size))
-
-    def readline(self, size: int | None = -1, /) -> bytes:
-        return self._counted(super().readline(size))
-
-    def _counted(self, data: bytes) -> bytes:
-        self._left -= len(data)
-        if self._left < 0:
-            raise ValueError(f"more than {self._limit_bytes} bytes of objects")
-        return data

@@ -6,7 +6,7 @@ a wrapped or compiled model have a prefix before each name; those of a classifie
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "encoder.")
 """Prefixes from DistributedDataParallel, torch.compile and enclosing models."""
 _HEAD = "head."
 """Of a classifier, for which pretraining has no use."""
-_FINE_TUNED = (_HEAD, "fc_norm.")
+_FC_NORM = "fc_norm."
+"""Of a classifier whose encoder was trained with it, in place of pretraining's last norm."""
 _DECODER = "decoder."
 _FUSION = ("encoder.stage1_output_decode.", "encoder.stage2_output_decode.")
 """Layers of the encoder that only pretraining has; they make the decoder's input."""
@@ -50,7 +51,7 @@ def weight_names(
     url: str,
     *,
     fresh_decoder: bool = False,
-    without_norm: bool = False,
+    encoder_alone: bool = False,
 ) -> WeightNames:
     """Find every tensor of a model in a file.
 
@@ -59,7 +60,8 @@ def weight_names(
         config: Of the model.
         url: Of the file, for the message.
         fresh_decoder: Skip the file's decoder, if it has one, for a freshly initialised one.
-        without_norm: The encoder's last norm may be missing, as in an exported backbone.
+        encoder_alone: What follows the encoder is not wanted: pretraining's last norm may be missing, as in an exported
+            backbone, and the file may be a fine-tuned classifier.
 
     Raises:
         WeightsFileError: A name is missing, unexpected or duplicated, a shape differs, or the file is an encoder
@@ -68,8 +70,10 @@ def weight_names(
     ours = list(model_names(config))
     places, heads, notes = _placed(given, ours, url)
     lacking = _lacking(ours, places, fresh_decoder=fresh_decoder)
-    if without_norm:
+    if encoder_alone:
         lacking += [name for name in ours if name.startswith(_NORM) and name not in places]
+        heads += [theirs for theirs in places.values() if _short(theirs).startswith(_FC_NORM)]
+        places = {name: theirs for name, theirs in places.items() if theirs not in heads}
     if fresh_decoder and (replaced := [name for name in lacking if name in places]):
         notes.append(f"skipped: {len(replaced)} tensors of the file's decoder, for a fresh one")
         places = {name: theirs for name, theirs in places.items() if name not in lacking}
@@ -115,7 +119,7 @@ def _placed(given: Mapping[str, Any], ours: list[str], url: str) -> tuple[dict[s
     heads: list[str] = []
     stripped: dict[str, int] = {}
     for theirs in given:
-        bare = _bare(theirs, known)
+        bare = bare_name(theirs, known)
         prefix = theirs.removesuffix(bare)
         if bare not in known and bare.startswith(_HEAD):
             heads.append(theirs)
@@ -130,8 +134,13 @@ def _placed(given: Mapping[str, Any], ours: list[str], url: str) -> tuple[dict[s
     return places, heads, [f"without their prefix {prefix}: {count} names" for prefix, count in stripped.items()]
 
 
-def _bare(theirs: str, known: Mapping[str, str]) -> str:
-    """A name without the prefixes before one of ours."""
+def bare_name(theirs: str, known: Container[str]) -> str:
+    """A name of a file without the prefixes before one of ours.
+
+    Args:
+        theirs: The file's.
+        known: Names that are looked for; none: all prefixes are taken away.
+    """
     bare = theirs
     while bare not in known and (prefix := next((some for some in PREFIXES if bare.startswith(some)), "")):
         bare = bare.removeprefix(prefix)
@@ -153,11 +162,11 @@ def _check(
     try:
         check_against({name: given[theirs] for name, theirs in places.items()}, config, url, absent=lacking)
     except WeightsFileError as error:
-        if not any(theirs.startswith(_FINE_TUNED) for theirs in map(_short, given)):
+        if not any(theirs.startswith((_HEAD, _FC_NORM)) for theirs in map(_short, given)):
             raise
         remedy = "this is a fine-tuned classifier: give the file of its pretraining"
         raise WeightsFileError(error.field, error.rule, error.value, remedy) from None
 
 
 def _short(theirs: str) -> str:
-    return _bare(theirs, {})
+    return bare_name(theirs, ())

@@ -1,7 +1,11 @@
-"""The dense encoder as ONNX: whole images in, three maps out, compared with PyTorch before it is released."""
+"""The dense encoder or a classifier as ONNX, compared with PyTorch before it is released.
+
+Whole images in; three maps out, or the logits of their classes.
+"""
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Sequence
@@ -12,27 +16,31 @@ import torch
 from torch import Tensor, nn
 
 from jobs.errors import ExportError
-from model import Backbone
+from model import Backbone, Classifier
 
 INPUT = "images"
-OUTPUTS = ("stage1", "stage2", "stage3")
-"""Maps at strides 4, 8 and 16."""
+MAPS = ("stage1", "stage2", "stage3")
+"""Outputs of a backbone, at strides 4, 8 and 16."""
+LOGITS = ("logits",)
+"""Output of a classifier, (batch, classes)."""
+CLASSES = "classes"
+"""Key of the file's metadata under which a classifier has their names, as JSON, in the order of the logits."""
 OPSET = 20
 TOLERANCE = 1e-3
-"""Largest difference to PyTorch, relative to the largest value of a map."""
+"""Largest difference to PyTorch, relative to the largest value of an output."""
 _PACKAGES = ("onnx", "onnxruntime", "onnxscript")
 
 
-class _Maps(nn.Module):
-    """The backbone with a plain tuple as its result."""
+class _Plain(nn.Module):
+    """A model with a plain tuple as its result."""
 
-    def __init__(self, backbone: Backbone) -> None:
+    def __init__(self, model: Backbone | Classifier) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.model = model
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        stage1, stage2, stage3 = self.backbone(images)
-        return stage1, stage2, stage3
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        out = self.model(images)
+        return (out,) if isinstance(out, Tensor) else tuple(out)
 
 
 def check_packages() -> None:
@@ -49,51 +57,64 @@ def check_packages() -> None:
             raise ExportError("--format onnx", "needs a package that is not installed", name, remedy) from None
 
 
-def write(backbone: Backbone, path: Path, image_size: tuple[int, int]) -> None:
-    """Write `backbone` for images of one size and batches of any, and compare it with PyTorch.
+def write(
+    model: Backbone | Classifier, path: Path, image_size: tuple[int, int], classes: Sequence[str] | None = None
+) -> None:
+    """Write a model for images of one size and batches of any, and compare it with PyTorch.
 
     Args:
-        backbone: In evaluation mode.
+        model: In evaluation mode.
         path: The file to write; weights are inside it.
         image_size: Height and width in pixels.
+        classes: Names of a classifier's outputs.
 
     Raises:
         ExportError: ONNX Runtime computes something other than PyTorch.
     """
     images = torch.randn(2, 3, *image_size, device="cpu", generator=torch.Generator().manual_seed(0))
-    maps = _Maps(backbone.float()).eval()
+    plain = _Plain(model.float()).eval()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch's own exporter
         torch.onnx.export(
-            maps,
+            plain,
             (images,),
             path,
             input_names=[INPUT],
-            output_names=list(OUTPUTS),
+            output_names=list(MAPS if isinstance(model, Backbone) else LOGITS),
             dynamic_shapes={INPUT: {0: torch.export.Dim("batch", min=1)}},
             opset_version=OPSET,
             dynamo=True,
             external_data=False,
             verbose=False,
         )
-    difference = largest_difference(maps, path, [images, images[:1], torch.cat([images, images.flip(0)])])
+    if classes is not None:
+        _describe(path, {CLASSES: json.dumps(classes)})
+    difference = largest_difference(plain, path, [images, images[:1], torch.cat([images, images.flip(0)])])
     if not difference <= TOLERANCE:
         rule = f"must agree with PyTorch within {TOLERANCE:g} of the largest value"
-        remedy = "export on another machine, or use --format backbone"
+        remedy = "export on another machine, or use --format backbone or official"
         raise ExportError("--format onnx", rule, f"{difference:.2g}", remedy)
 
 
-def largest_difference(maps: nn.Module, path: Path, batches: Sequence[Tensor]) -> float:
-    """Between ONNX Runtime and PyTorch on the CPU, relative to the largest value of each map."""
+def _describe(path: Path, metadata: dict[str, str]) -> None:
+    import onnx
+
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, metadata)
+    onnx.save(model, path)
+
+
+def largest_difference(model: nn.Module, path: Path, batches: Sequence[Tensor]) -> float:
+    """Between ONNX Runtime and PyTorch on the CPU, relative to the largest value of each output."""
     import onnxruntime
 
     session: Any = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
     worst = 0.0
     for images in batches:
         with torch.no_grad():
-            expected = maps(images)
-        found = session.run(list(OUTPUTS), {INPUT: images.numpy()})
+            expected = model(images)
+        found = session.run(None, {INPUT: images.numpy()})
         for one, other in zip(expected, found, strict=True):
             difference = (one - torch.from_numpy(other)).abs().max() / one.abs().max()
             worst = max(worst, float(difference)) if torch.isfinite(difference) else float("inf")

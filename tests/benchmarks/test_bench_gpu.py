@@ -41,6 +41,7 @@ def test_rows_are_measured_and_written(
     assert "deterministic kernels: " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_operations_are_those_that_pytorch_counts() -> None:
     options = bench_gpu.parse(["--preset", "small", "--device", "cpu"])
     one, two = (bench_gpu.flops_of(bench_gpu.Side("sparse", "fp32", bench_gpu.options_of(options, n))) for n in (1, 2))

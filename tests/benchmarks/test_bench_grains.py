@@ -10,6 +10,7 @@ def test_the_cost_is_the_median_over_rounds_of_both_sides_cpu_time() -> None:
     assert bench_grains.cost(rounds) == pytest.approx(0.3)
 
 
+@pytest.mark.slow
 def test_both_sides_train_in_turn_on_every_rank() -> None:
     recipe = bench_grains.bench_recipe("tiny", 4, 2)
 

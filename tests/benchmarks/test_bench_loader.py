@@ -66,6 +66,7 @@ def test_ours_makes_two_epochs(place: Place) -> None:
     assert sum(loader_sides.ours(place)) == 2 * order.steps_per_epoch * loader_sides.BATCH
 
 
+@pytest.mark.slow
 def test_a_side_on_s3_makes_every_image_once(place: Place, material: Material, tmp_path: Path) -> None:
     with local_s3(tmp_path) as server:
         for path in Path(material.shards).iterdir():
@@ -99,6 +100,7 @@ def test_a_small_folder_is_repeated(tmp_path: Path) -> None:
     assert len(made.files) == 9 and len(set(made.files)) == 3
 
 
+@pytest.mark.slow
 def test_what_is_measured_in_a_process_comes_back(place: Place) -> None:
     def measure(name: str, **arguments: object) -> dict[str, float]:
         asked = loader_measures.request(name, place, **arguments)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -145,6 +146,17 @@ def json_lines(draw: Draw, rows: Sequence[Any]) -> bytes:
     lines = [draw(json_documents(row)) if draw(st.booleans()) else _dumped(row) for row in rows]
     end = draw(st.sampled_from((b"\n", b"\n", b"\r\n", b"\n\n", b"")))
     return end.join([*lines, b""])
+
+
+def toml(value: Any) -> str:
+    """A value as TOML; of what TOML has not, something near."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(str(key))} = {toml(held)}" for key, held in value.items()) + "}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(toml, value))}]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return json.dumps(value)
 
 
 def _dumped(value: Any) -> bytes:

@@ -124,7 +124,7 @@ def test_a_list_gives_each_key_its_label_or_is_refused(fuzz: Fuzz, tmp_path: Pat
     def list_labels(data: bytes) -> None:
         place.write_bytes(data)
         with reading_only(tmp_path):
-            found = labelled_samples(dataset, Storage(), str(place), field="--data")
+            found = labelled_samples(dataset, Storage(), str(place))
         parts = [line.partition("\t") for line in listed(data.decode("utf-8-sig"))]
         expected = {key: label.strip() for key, _, label in parts}
         pairs = zip(found.sample_ids.tolist(), found.labels.tolist(), strict=True)

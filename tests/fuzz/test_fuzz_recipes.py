@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import tomllib
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 from fuzzing import Fuzz, reading_only
 from hypothesis import strategies as st
-from mutations import ODD_TEXTS, damaged, json_values, scalars, texts
+from mutations import ODD_TEXTS, damaged, json_values, scalars, texts, toml
 
 from jobs.recipe.named_recipes import named_recipe, recipe_names
 from jobs.recipe.overrides import parse_overrides
@@ -28,17 +27,6 @@ FIELDS = sorted(
 )
 TINY = {key: value for key, value in named_recipe("tiny").to_json().items() if key != "model"}
 MODEL = {f"model.{key}": value for key, value in named_recipe("tiny").to_json()["model"].items()}
-
-
-def toml(value: Any) -> str:
-    """A value as TOML; of what TOML has not, something near."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(str(key))} = {toml(held)}" for key, held in value.items()) + "}"
-    if isinstance(value, list):
-        return f"[{', '.join(map(toml, value))}]"
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return json.dumps(value)
 
 
 near_numbers = st.one_of(st.integers(-2, 5000), st.sampled_from((1, 2, 4, 8, 16, 32, 64, 224, 448)), st.floats(0, 2))

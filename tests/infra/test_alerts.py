@@ -26,7 +26,7 @@ def alerts() -> list[dict[str, Any]]:
 
 def promtool(*arguments: str, folder: Path = RULES.parent) -> subprocess.CompletedProcess[str]:
     assert PROMTOOL
-    return subprocess.run([PROMTOOL, *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run([PROMTOOL, *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=240)
 
 
 @pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed")

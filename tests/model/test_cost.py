@@ -6,9 +6,9 @@ from model_traffic import convolution_backward_flops
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import ConvMAE, ConvMAEConfig
+from model import Classifier, ConvMAE, ConvMAEConfig
 from model.config import PRESETS
-from model.cost import flops, parameters
+from model.cost import classifier_flops, classifier_parameters, flops, parameters
 
 CONFIGS = [
     ConvMAEConfig(),
@@ -93,3 +93,24 @@ def test_masked_patches_cost_nothing_in_the_convolution_stages() -> None:
         for direction in ("forward", "backward"):
             cost, whole = (getattr(getattr(of, direction), name) for of in (few, many))
             assert cost == pytest.approx(whole * kept_fraction)
+
+
+@pytest.mark.parametrize("kind", ["full", "linear"])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.embed_dim[2]}-{config.masking}")
+def test_a_classifiers_flops_and_parameters_are_those_that_pytorch_counts(config: ConvMAEConfig, kind: str) -> None:
+    size, classes = 3, 7
+    with torch.device("meta"):
+        model, images = Classifier(config, classes, kind=kind), torch.empty(size, 3, *config.image_shape)
+    mapping = {torch.ops.aten.convolution_backward: convolution_backward_flops}
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        logits = model.train()(images)
+        forward = counter.get_total_flops()
+        logits.sum().backward()
+
+    cost, count = classifier_flops(config, size, classes, kind), classifier_parameters(config, classes, kind)
+
+    assert cost.forward.total == forward
+    assert cost.training == counter.get_total_flops()
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    assert count.trainable == sum(size for size, is_trained in sizes if is_trained)
+    assert count.frozen == sum(size for size, is_trained in sizes if not is_trained)

@@ -32,6 +32,9 @@ FIGURES = {
 }
 
 
+HUNDRED = list(range(1, 101))
+
+
 def written(folder: Path, text: str) -> str:
     path = folder / "mine.toml"
     path.write_text(text)
@@ -39,7 +42,7 @@ def written(folder: Path, text: str) -> str:
 
 
 def test_every_ablation_of_the_source_is_shipped_at_full_size_and_small() -> None:
-    assert spec_names() == sorted([*SHIPPED, *(f"{name}_small" for name in SHIPPED)])
+    assert spec_names() == sorted([*SHIPPED, *(f"{name}_small" for name in SHIPPED), "source_small"])
     varied = {
         name: sorted(str(list(variant.changes.values())) for variant in Spec.load(name).variants)
         for name in ("epochs", "masking", "kernel", "fusion")
@@ -53,7 +56,7 @@ def test_every_ablation_of_the_source_is_shipped_at_full_size_and_small() -> Non
     assert [variant.base for variant in Spec.load("mae").variants] == ["mae_base", "convmae_base"]
 
 
-@pytest.mark.parametrize("name", [*SHIPPED, *(f"{name}_small" for name in SHIPPED)])
+@pytest.mark.parametrize("name", [*SHIPPED, *(f"{name}_small" for name in SHIPPED), "source_small"])
 def test_figures_of_others_are_those_of_their_sources(name: str) -> None:
     figures = {(one.variant, one.measure, one.value, one.source) for one in Spec.load(name).file.paper}
 
@@ -107,6 +110,8 @@ def test_what_is_typed_changes_recipes_evaluation_and_seeds(tmp_path: Path) -> N
         ('base = "tiny"\n[[statements]]\ntext = "x"\nsource = "y"\nrising = ["base", "bass"]', "did you mean base?"),
         ('base = "tiny"\n[[statements]]\ntext = "x"\nsource = "y"', "either `rising` or `similar`"),
         ("seeds = [1]", "base: is required"),
+        (f'base = "tiny"\ngrid = {{epochs = {HUNDRED}, lanes = {HUNDRED}, max_steps = {HUNDRED}}}', "got 3000000"),
+        ('base = "tiny"\n"" = 1', "'': is not a key of a spec"),
     ],
 )
 def test_a_fault_of_a_spec_is_named_with_its_remedy(tmp_path: Path, text: str, words: str) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from command_line import Typed, assert_refused
+from probe_events import probe_events
 
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
@@ -50,6 +51,32 @@ def test_runs_are_compared_by_recipe_loss_cost_and_accuracy(typed: Typed, two: s
     html = page.read_text()
     assert html.count('<svg class="wide"') == 1
     assert "<td>model.kernel_size</td><td>5</td><td>7</td>" in html
+
+
+def test_accuracies_measured_while_runs_trained_are_compared(typed: Typed, two: str, tmp_path: Path) -> None:
+    probed, tuned = (RunDirectory.of(Storage(), two, name) for name in ("second", "tuned"))
+    probed.write_events(1, probe_events({0: 0.25, 4: 0.5, 2: 0.375}))
+    tuned.claim(named_recipe("tiny_finetune").amended({"finetune.classes": ["cat", "dog"]}))
+    row = {"loss": 0.5, "learning_rate": 1e-3, "world_size": 2, "attempt": 1, "validation_samples": 80}
+    tuned.write_history(
+        1, 1, [{"step": step, "epoch": step // 2 - 1, **row, "validation_top1": step / 8} for step in (2, 4)]
+    )
+    page = tmp_path / "both.html"
+
+    ended = typed("compare", "second", "tuned", "--run-root", two, "--page", str(page))
+    found = json.loads(typed("compare", "second", "tuned", "--run-root", two, "--json").output)
+
+    assert (ended.code, ended.error) == (0, "")
+    assert [run["measured"].get("knn_20") for run in found["runs"]] == [[0.25, 0.375, 0.5], None]
+    assert found["runs"][0]["measured"]["epochs"] == [0.0, 1.0, 2.0]
+    assert found["runs"][1]["measured"] == {"epochs": [2.0, 4.0], "steps": [2, 4], "validation_top1": [0.25, 0.5]}
+    assert found["differences"]["finetune.classes"] == [None, ["cat", "dog"]]
+    rows = [" ".join(line.split()) for line in ended.output.splitlines()]
+    assert "second 4 kNN, k = 20 50.0 % 200 samples, while it trained" in rows
+    assert "tuned 4 top-1 50.0 % 80 samples, while it trained" in rows
+    html = page.read_text()
+    drawn = ("accuracy, kNN, k = 10 of 1 runs", "accuracy, linear probe of 1 runs", "accuracy, top-1 of 1 runs")
+    assert all(html.count(f'aria-label="{text}"') == 2 for text in drawn)
 
 
 def test_one_run_or_none_or_an_unknown_one_is_refused(typed: Typed, two: str) -> None:

@@ -165,9 +165,9 @@ def test_weights_that_are_not_finite_or_give_no_finite_features_are_refused(
     broken = dataclasses.replace(subject, tensors={**subject.tensors, name: subject.tensors[name] * float("nan")})
     huge = {key: value * 1e30 for key, value in subject.tensors.items() if key.startswith("encoder.blocks3")}
 
-    with pytest.raises(WeightsFileError, match=r"must be finite in fp32 \(patch_embed1"):
+    with pytest.raises(WeightsFileError, match=r"must be finite in fp32 \(encoder.patch_embed1"):
         broken.encoder()
-    with pytest.raises(EvaluationError, match="weights: must give finite features in fp32"):
+    with pytest.raises(EvaluationError, match="weights: must give finite values in fp32"):
         found(dataset, dataclasses.replace(subject, tensors={**subject.tensors, **huge}).encoder())
 
 

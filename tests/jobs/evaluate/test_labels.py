@@ -39,7 +39,7 @@ def samples(labels: list[int], classes: tuple[str, ...], *, is_named: bool = Tru
 
 
 def test_labels_are_those_of_the_samples_and_names_those_of_the_folders(dataset: Dataset) -> None:
-    found = labelled_samples(dataset, STORAGE, field="--data")
+    found = labelled_samples(dataset, STORAGE)
 
     assert found.classes == ("ant", "bee", "cat", "dog")
     assert found.labels.tolist() == [sample.label for sample in dataset.read(np.arange(61))]
@@ -47,7 +47,7 @@ def test_labels_are_those_of_the_samples_and_names_those_of_the_folders(dataset:
 
 
 def test_numbers_are_names_where_there_are_none_and_samples_without_a_label_are_counted(tmp_path: Path) -> None:
-    found = labelled_samples(numbered(tmp_path, [7, -1, 11, 7, -1, 2]), STORAGE, field="--data")
+    found = labelled_samples(numbered(tmp_path, [7, -1, 11, 7, -1, 2]), STORAGE)
 
     assert found.classes == ("2", "7", "11")
     assert found.sample_ids.tolist() == [0, 2, 3, 5]
@@ -56,7 +56,7 @@ def test_numbers_are_names_where_there_are_none_and_samples_without_a_label_are_
 
 
 def test_names_that_are_no_utf8_are_escaped(tmp_path: Path) -> None:
-    found = labelled_samples(numbered(tmp_path, [0, 1], ("caf\u00e9", "caf\udce9")), STORAGE, field="--data")
+    found = labelled_samples(numbered(tmp_path, [0, 1], ("caf\u00e9", "caf\udce9")), STORAGE)
 
     assert found.classes == ("caf\u00e9", "caf\\udce9")
 
@@ -65,7 +65,7 @@ def test_a_list_gives_labels_by_key(tmp_path: Path) -> None:
     STORAGE.write(str(tmp_path / "list.tsv"), "\ufeff# mine\nk5\twolf\r\nk0\t dog \n\nk2\tdog\n".encode())
     dataset = numbered(tmp_path / "data", [1] * 6)
 
-    found = labelled_samples(dataset, STORAGE, str(tmp_path / "list.tsv"), field="--data")
+    found = labelled_samples(dataset, STORAGE, str(tmp_path / "list.tsv"))
 
     assert (found.sample_ids.tolist(), found.labels.tolist()) == ([0, 2, 5], [0, 0, 1])
     assert (found.classes, found.unlabelled) == (("dog", "wolf"), 3)
@@ -87,7 +87,7 @@ def test_a_list_that_does_not_fit_is_refused(tmp_path: Path, text: bytes, why: s
     STORAGE.write(str(tmp_path / "list.tsv"), text)
 
     with pytest.raises(EvaluationError, match=why):
-        labelled_samples(numbered(tmp_path / "data", [1, 2]), STORAGE, str(tmp_path / "list.tsv"), field="--data")
+        labelled_samples(numbered(tmp_path / "data", [1, 2]), STORAGE, str(tmp_path / "list.tsv"))
 
 
 @pytest.mark.parametrize(
@@ -104,14 +104,14 @@ def test_a_dataset_without_classes_is_refused(
     tmp_path: Path, labels: list[int], classes: tuple[str, ...], why: str
 ) -> None:
     with pytest.raises(EvaluationError, match=why):
-        labelled_samples(numbered(tmp_path, labels, classes), STORAGE, field="--data")
+        labelled_samples(numbered(tmp_path, labels, classes), STORAGE)
 
 
 def test_a_flat_folder_has_no_labels(tmp_path: Path) -> None:
     dataset = labelled_dataset(tmp_path, {"ant": 3, "bee": 3}, has_labels=False)
 
     with pytest.raises(EvaluationError, match=r"must have labels.*class folders with `convmae shard`"):
-        labelled_samples(dataset, STORAGE, field="--data")
+        labelled_samples(dataset, STORAGE)
 
 
 @given(st.lists(st.integers(0, 4), min_size=12, max_size=80), st.floats(0.05, 0.9), st.integers(0, 5))

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from jobs.errors import EvaluationError, WeightsFileError
 from jobs.evaluate.encoder import encode
-from jobs.evaluate.subject import Subject, is_file, parted
+from jobs.evaluate.subject import Subject
+from jobs.weights.named_weights import is_file, parted
 from model import ConvMAE, ConvMAEConfig
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -56,14 +57,14 @@ def test_official_files_are_read_with_or_without_decoder(tmp_path: Path, kind: s
         subject.model()
 
 
-def test_a_fine_tuned_classifier_is_refused(tmp_path: Path) -> None:
+def test_a_fine_tuned_classifier_is_no_pretraining(tmp_path: Path) -> None:
     state = Subject.of_seed(ConvMAEConfig(), 0, "small").tensors
     tuned = {name.split(".", 1)[1]: value for name, value in state.items() if name.startswith("encoder.")}
     tuned |= {"fc_norm.weight": torch.ones(32), "fc_norm.bias": torch.zeros(32), "head.weight": torch.zeros(9, 32)}
     torch.save({"model": tuned}, tmp_path / "tuned.pth")
 
     with pytest.raises(WeightsFileError, match="this is a fine-tuned classifier"):
-        Subject.of_file(STORAGE, str(tmp_path / "tuned.pth"), ConvMAEConfig(), encoder_alone=True)
+        Subject.of_file(STORAGE, str(tmp_path / "tuned.pth"), ConvMAEConfig())
 
 
 def test_a_word_is_a_run_and_a_suffix_or_a_place_a_file(tmp_path: Path) -> None:

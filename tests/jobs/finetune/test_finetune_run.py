@@ -73,3 +73,17 @@ def test_a_run_whose_rank_is_killed_has_the_curve_of_one_that_is_left_alone(loca
     official = torch.load(tmp_path / "official.pth", weights_only=True)
     assert official["model"]["head.weight"].shape == (4, 32)
     assert json.loads(official["convmae_pretrain"]["classifier"])["classes"] == sorted(CLASSES)
+
+    own = json.loads(command("evaluate", "calm", "--data", data, "--json", "-")[0])
+    [head] = own["results"]
+    assert head["method"] == "head" and own["test"]["samples"] == 24, "not those that it was trained with"
+    assert head["top1"]["accuracy"] == measured[-1]["validation_top1"]
+    changes = [word for word in arguments("", FIELDS)[1:] if not word.startswith("model.")]
+    words = ("evaluate", "pre", "--data", data, "--knn", "--finetune", "--finetune-recipe", "tiny_finetune", *changes)
+    found, again = (json.loads(command(*words, "--json", "-")[0]) for _ in range(2))
+    assert [result["method"] for result in found["results"]] == ["knn", "knn", "finetune"]
+    assert found["results"][-1]["top1"] == head["top1"], "the same training"
+    tuned = found["results"][-1]["settings"]["run"].rpartition("/")[2]
+    assert tuned in command("list")[0]
+    assert command.run(tuned).read_history()[-1]["digest"] == calm[-1]["digest"]
+    assert again == found, "the run is found again"

@@ -8,6 +8,7 @@ from labelled_data import STORAGE, labelled_dataset
 
 from jobs.errors import EvaluationError
 from jobs.finetune.training_labels import TrainingLabels
+from jobs.finetune.training_size import trained_size
 from jobs.recipe.named_recipes import named_recipe
 from jobs.recipe.recipe import Recipe
 from pipeline.load.chosen_samples import ChosenSamples
@@ -41,16 +42,26 @@ def test_what_cannot_be_trained_with_is_refused(tmp_path: Path) -> None:
     bare = labelled_dataset(tmp_path / "c", {"cat": 3, "dog": 3}, has_labels=False).url
     single = labelled_dataset(tmp_path / "d", {"cat": 6}).url
     whole = {"finetune.validation_ratio": 0.0}
+    (tmp_path / "odd.txt").write_text("nobody\tant\n")
+    lists = {"finetune.labels": f"{tmp_path}/odd.txt"}
+    none = {"finetune.validation_data": data, "finetune.validation_labels": f"{tmp_path}/none.txt"}
 
     for given, message in (
-        (recipe(bare, **whole), "data: must have labels"),
+        (recipe(bare, **whole), "^data: must have labels.*with finetune.labels$"),
+        (recipe(data, **lists), "^finetune.labels: must be a list of keys"),
+        (recipe(data, **whole, **none), "^finetune.validation_labels: must exist"),
+        (
+            recipe(data, **{"finetune.validation_ratio": 0.01}),
+            "^data: .*a larger finetune.validation_ratio, or a second",
+        ),
         (recipe(single, **whole), "at least two classes"),
         (recipe(data, **whole, **{"finetune.validation_data": other}), "must be the same in train and test"),
         (recipe(data, **whole, **{"finetune.validation_data": data}), "must not hold what is tested on"),
         (recipe(data, global_batch_size=20), "at least global_batch_size = 20 labelled samples"),
     ):
-        with pytest.raises(EvaluationError, match=message):
+        with pytest.raises(EvaluationError, match=message) as caught:
             TrainingLabels.of(STORAGE, given)
+        assert "--" not in str(caught.value), "options are those of another command"
 
 
 def test_a_run_that_began_with_other_labels_is_refused(tmp_path: Path) -> None:
@@ -74,3 +85,19 @@ def test_chosen_samples_are_those_of_the_whole_dataset_by_their_places(tmp_path:
         (3, dataset.read([11])[0].key),
         (0, dataset.read([1])[0].key),
     ]
+
+
+def test_plans_count_the_samples_that_are_trained_with(tmp_path: Path) -> None:
+    data = labelled_dataset(tmp_path / "data", {"cat": 12, "dog": 20}, samples_per_shard=10).url
+    half = {"finetune.label_fraction": 0.5}
+
+    size = trained_size(STORAGE, recipe(data, **half))
+
+    # A quarter of each class is measured on; half of what is left is trained with, 4.5 cats rounded to even.
+    assert (size.samples, size.classes, size.shard_samples.sum()) == (4 + 8, 2, 12)
+    chosen = TrainingLabels.of(STORAGE, recipe(data, **half)).train.sample_ids
+    assert size.shard_samples.tolist() == [count for count in np.bincount(chosen // 10).tolist() if count]
+    assert "12 of 32 samples are trained with" in size.origin
+    assert trained_size(STORAGE, named_recipe("tiny").amended({"data": data})).samples == 32
+    assumed = trained_size(STORAGE, recipe("", **half))
+    assert assumed.samples == pytest.approx(1_281_167 * 0.75 * 0.5, rel=0.01) and assumed.classes == 1000

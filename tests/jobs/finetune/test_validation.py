@@ -51,6 +51,7 @@ def test_ranks_count_what_the_model_gets_right_each_in_its_share(tmp_path: Path)
     first = logits.argmax(1).numpy() == samples.labels
     among = (logits.topk(5).indices.numpy() == samples.labels[:, None]).any(1)
     assert [share["validation_samples"] for share in shares] == [64, 13]
+    assert {share["validation_plan"] for share in shares} == {samples.digest}
     for share, places in zip(shares, (slice(64), slice(64, None)), strict=True):
         assert share["validation_top1"] == pytest.approx(first[places].mean())
         assert share["validation_top5"] == pytest.approx(among[places].mean())

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -13,12 +14,16 @@ TOTAL_STEPS = 10
 
 @pytest.fixture
 def figures() -> RunFigures:
+    return driven({})
+
+
+def driven(before: Mapping[str, Any]) -> RunFigures:
     fixed: dict[str, Any] = {"state": "starting", "waiting": False, "total_steps": TOTAL_STEPS}
-    return RunFigures(fixed, {}, RunExporter("first", "127.0.0.1", 0), global_batch_size=4)
+    return RunFigures(fixed, before, RunExporter("first", "127.0.0.1", 0), global_batch_size=4)
 
 
-def train(figures: RunFigures, step: int) -> None:
-    row = {"step": step, "world_size": 2, "loss": 1.0, "data_wait_seconds": 0.0}
+def train(figures: RunFigures, step: int, **measured: object) -> None:
+    row = {"step": step, "epoch": 0, "world_size": 2, "loss": 1.0, "data_wait_seconds": 0.0, **measured}
     figures.step_done(row, gradient_norm=1.0, reading={}, ranks=(), now=time.monotonic())
 
 
@@ -44,3 +49,22 @@ def test_a_run_that_was_asked_to_stop_is_about_to_end_whatever_happens(figures: 
     figures.group_began(attempt=2, world_size=2, resume_step=0)
     train(figures, 1)
     assert figures["ending"] == 1
+
+
+def test_the_best_validation_is_kept_over_drivers_and_begins_anew_with_other_samples(figures: RunFigures) -> None:
+    def validate(figures: RunFigures, step: int, correct: int, plan: str = "a plan") -> tuple[float, float, float]:
+        about = {"validation_samples": 200, "validation_plan": plan}
+        train(figures, step, validation_top1=correct / 200, **about)
+        train(figures, step + 1)
+        ends = (figures["validation_low"], figures["validation_high"], figures["validation_best_low"])
+        return tuple(pytest.approx(end, abs=1e-4) for end in ends)  # type: ignore[return-value]
+
+    # Wilson's intervals of 120 and of 80 of 200, which are mirror images.
+    better, worse = (0.5308, 0.6654), (0.3346, 0.4692)
+
+    assert (*better, better[0]) == validate(figures, 1, 120)
+    assert (*worse, better[0]) == validate(figures, 3, 80)
+    later = driven(figures.heartbeat())
+    assert (later["validation_top1"], later["validation_best_low"]) == (0.4, pytest.approx(better[0], abs=1e-4))
+    assert (*worse, better[0]) == validate(later, 5, 80)
+    assert (*worse, worse[0]) == validate(later, 7, 80, "other samples")

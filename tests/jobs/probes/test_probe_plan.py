@@ -66,11 +66,13 @@ def test_data_without_labels_means_no_probes_and_one_line(flat: str, labelled: s
 def test_what_cannot_be_probed_is_refused_when_a_run_is_planned(flat: str, labelled: str, tmp_path: Path) -> None:
     one = labelled_dataset(tmp_path / "one", {"ant": 30}).url
     few = labelled_dataset(tmp_path / "few", {"ant": 5, "bee": 5}).url
+    pairs = labelled_dataset(tmp_path / "pairs", {"ant": 1, "bee": 1}).url
     (tmp_path / "odd.txt").write_text("nobody\tant\n")
     for fields, told in (
         ({"probe_data": flat}, "probe_data: must have labels"),
         ({"probe_data": one}, "probe_data: must have at least two classes"),
         ({"probe_data": few}, "probe_data: must leave at least 20 samples to learn from"),
+        ({"probe_data": pairs}, "probe_data: must leave samples to test on, got '2 samples'; give more samples"),
         ({"probe_data": f"{tmp_path}/nothing"}, "nothing"),
         ({"probe_labels": f"{tmp_path}/odd.txt"}, "probe_labels: must be a list of keys"),
         ({"probe_labels": f"{tmp_path}/none.txt"}, "probe_labels: must exist"),

@@ -70,6 +70,10 @@ def test_a_smaller_micro_batch_is_another_trajectory_only_where_it_is_another_gr
     assert TINY.amended({"micro_batch_size": 4, "grain_size": 8}).digest() == TINY.digest()
 
 
+OLDER = {
+    "tiny": named_recipe("tiny").amended({"model.norm_pix": False, "base_learning_rate": 4e-3}),
+    "convmae_base": named_recipe("convmae_base"),
+}
 OLDER_DIGESTS = {
     "tiny": "7ef3c6ed1a91e97fcce0b84973857e0513c59a079f4b0f8ead225a1f5dddcd4a",
     "convmae_base": "5945ecf949ac00b8517a0c66bd43eaccd907603242973041708ce730d09985ac",
@@ -80,7 +84,7 @@ OLDER_DIGESTS = {
 @pytest.mark.parametrize("name", OLDER_DIGESTS)
 def test_a_run_that_was_begun_before_there_were_grains_keeps_its_way(name: str, tmp_path: Path) -> None:
     run = RunDirectory(Storage(), str(tmp_path / "older"))
-    fields = {key: value for key, value in named_recipe(name).to_json().items() if "grain" not in key}
+    fields = {key: value for key, value in OLDER[name].to_json().items() if "grain" not in key}
     del fields["reproducible"], fields["digest_every_steps"]
     run.storage.write(run.path("recipe.json"), json.dumps(fields).encode())
 
@@ -90,8 +94,8 @@ def test_a_run_that_was_begun_before_there_were_grains_keeps_its_way(name: str, 
     assert recipe.precision == {"fp32": "fp32", "bf16": "bf16_pure"}[fields["precision"]]
     assert recipe.digest() == OLDER_DIGESTS[name]
     for _ in range(2):  # the second time it is as it was written the first time
-        again = begun_way(run, named_recipe(name))
+        again = begun_way(run, OLDER[name])
         assert again == recipe
         run.claim(again)
     with pytest.raises(RunError, match="epochs: "):
-        run.check_recipe(begun_way(run, named_recipe(name).amended({"epochs": 99})))
+        run.check_recipe(begun_way(run, OLDER[name].amended({"epochs": 99})))

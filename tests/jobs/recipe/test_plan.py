@@ -121,3 +121,35 @@ def test_the_plan_in_json_is_that_of_the_lines() -> None:
     assert fields["total_steps"] == 1600 * 312
     assert fields["plan"]["steps_per_epoch"] == 312
     assert lines(recipe)["design effect"].startswith(f"{fields['plan']['design_effect']:.2f}")
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    # The ViT-Base of 85.80 M parameters that MAE fine-tunes, and 0.77 M of a head for ImageNet (arXiv:2111.06377).
+    [("mae_base_finetune", "86.57 M (encoder 85.80 M)"), ("mae_base_linear", "0.77 M (frozen 85.80 M)")],
+)
+def test_the_plan_of_a_fine_tuning_is_of_its_classifier(name: str, parameters: str) -> None:
+    recipe = named_recipe(name)
+    size = IMAGENET.only(IMAGENET.shard_samples, 1000)
+
+    fields = lines(recipe, size)
+
+    assert fields["parameters"] == parameters
+    assert fields["classes"] == "1,000"
+    # 17.5 G multiply-adds of a ViT-Base at 224x224 (arXiv:2106.10270, table 1), norms and softmax not counted.
+    assert fields["FLOPs per image"].startswith("35.1")
+    assert recipe_json(recipe, size)["classes"] == 1000
+
+
+def test_a_part_of_a_data_set_is_planned_as_if_it_were_all() -> None:
+    size = DatasetSize(1025, 10250, "s3://b/data", np.array([600, 0, 425]))
+
+    part = size.only(np.array([150, 0, 55]), 2)
+
+    assert part == DatasetSize(205, 2050, "s3://b/data; 205 of 1,025 samples are trained with", part.shard_samples, 2)
+    assert part.shard_samples.tolist() == [150, 55]
+    fields = lines(
+        named_recipe("tiny_finetune").amended({"global_batch_size": 40, "lanes": 4, "micro_batch_size": 10}), part
+    )
+    assert fields["steps per epoch"] == "5"
+    assert fields["samples"].startswith("205 ")

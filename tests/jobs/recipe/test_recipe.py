@@ -146,16 +146,22 @@ def test_a_field_changes_the_digest_unless_it_is_placement(key: str) -> None:
     assert (changed.trajectory() == before.trajectory()) == is_placement
 
 
+BEFORE = {"model.norm_pix": False, "base_learning_rate": 4e-3}
+"""What `tiny` trained with once."""
+
+
 @pytest.mark.parametrize(
-    ("name", "digest"),
+    ("name", "changes", "digest"),
     [
-        ("tiny", "2c5541eb1b14c27d9e81ab3d0a65c9a71b11f122447efb9f01ae42795804f78d"),
-        ("convmae_base", "fabd908257856c2c7d2f9b588db3262d9a40d3bad78bb30a8af45a7b5bf5d7a6"),
-        ("mae_base", "51ecf83456faeafb24aba836692b1b767c881fd7305f97607155235a3bd890fe"),
+        ("tiny", BEFORE, "2c5541eb1b14c27d9e81ab3d0a65c9a71b11f122447efb9f01ae42795804f78d"),
+        ("convmae_base", {}, "fabd908257856c2c7d2f9b588db3262d9a40d3bad78bb30a8af45a7b5bf5d7a6"),
+        ("mae_base", {}, "51ecf83456faeafb24aba836692b1b767c881fd7305f97607155235a3bd890fe"),
     ],
 )
-def test_a_pretraining_has_the_digest_that_it_had_before_there_were_finetunings(name: str, digest: str) -> None:
-    assert named_recipe(name).digest() == digest
+def test_a_pretraining_has_the_digest_that_it_had_before_there_were_probes_and_finetunings(
+    name: str, changes: dict[str, object], digest: str
+) -> None:
+    assert named_recipe(name).amended(changes).digest() == digest
 
 
 @pytest.mark.parametrize(
@@ -180,22 +186,33 @@ def test_a_finetuning_that_cannot_be_trained_is_refused(overrides: dict[str, Any
     assert caught.value.field == field
 
 
+@pytest.mark.parametrize(
+    ("changes", "grain"),
+    [
+        ({"grain_size": 1}, 2),
+        ({"micro_batch_size": 1}, 2),
+        ({"micro_batch_size": 1, "global_batch_size": 72, "lanes": 24}, 3),  # a lane's share, since no 2 divides it
+        ({"micro_batch_size": 2, "global_batch_size": 72, "lanes": 24}, 3),
+        ({"micro_batch_size": 1, "global_batch_size": 64, "lanes": 64}, 2),  # of two lanes
+    ],
+)
+def test_images_that_would_be_mixed_with_themselves_are_refused_with_a_grain_that_does(
+    changes: dict[str, Any], grain: int
+) -> None:
+    given = {"finetune.mixup": 0.8, "max_workers": 1, "min_workers": 1, **changes}
+
+    with pytest.raises(RecipeError, match=rf"at least 2 images.*got 1; set grain_size={grain}, or"):
+        FINETUNE.amended(given)
+    assert FINETUNE.amended({**given, "grain_size": grain}).mixed_images == grain
+    with pytest.raises(RecipeError, match=r"share of the batch of at least 2 images.*lower lanes"):
+        FINETUNE.amended({"finetune.cutmix": 1.0, "global_batch_size": 8, "lanes": 8, "reproducible": "rounding"})
+
+
 def test_fields_of_a_finetuning_are_refused_in_a_pretraining() -> None:
     error = refused({"finetune.mixup": 0.1})
 
     assert error.field == "finetune.mixup"
     assert "tiny_finetune" in error.remedy
-
-
-@pytest.mark.parametrize(
-    ("name", "digest"),
-    [
-        ("tiny", "2c5541eb1b14c27d9e81ab3d0a65c9a71b11f122447efb9f01ae42795804f78d"),
-        ("convmae_base", "fabd908257856c2c7d2f9b588db3262d9a40d3bad78bb30a8af45a7b5bf5d7a6"),
-    ],
-)
-def test_a_recipe_has_the_digest_that_it_had_before_probes(name: str, digest: str) -> None:
-    assert named_recipe(name).digest() == digest
 
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ConvMAEConfig)])

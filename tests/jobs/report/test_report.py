@@ -16,6 +16,7 @@ from probe_events import probe_events
 
 from jobs.checkpoint.checkpoint import CheckpointFile, Commit, write_commit
 from jobs.errors import RunError
+from jobs.recipe.finetune import Finetune
 from jobs.recipe.recipe import Recipe
 from jobs.report.report import MOST_ATTEMPTS, MOST_CHECKPOINTS, MOST_FAULTS, MOST_SKIPPED, write_report
 from jobs.run.directory import RunDirectory
@@ -507,3 +508,23 @@ def test_the_accuracy_is_drawn_from_epoch_0_with_its_intervals(tmp_path: Path) -
     assert "1 probes failed" in text
     run.storage.write(run.path("recipe.json"), json.dumps(recipe(init_from="s3://b/w.safetensors").to_json()).encode())
     assert "weights of init_from, kNN" in report_of(run)[1]
+
+
+def test_the_validations_of_a_fine_tuning_are_drawn_with_their_intervals(tmp_path: Path) -> None:
+    run = new_run(tmp_path, finetune=Finetune())
+    history = rows(1, TOTAL_STEPS + 1, 1, 1)
+    for number, correct in enumerate((80, 120, 110), start=1):
+        about = {"validation_samples": 200, "validation_plan": "a plan", "validation_top5": 0.9}
+        history[20 * number - 1] |= {"epoch": number - 1, "validation_top1": correct / 200, **about}
+    run.write_history(1, 1, history)
+    run.write_heartbeat(heartbeat("running", TOTAL_STEPS))
+
+    page, text = report_of(run)
+
+    assert page.facts["Validation top-1"] == "55.0%"
+    labels = [attrs["aria-label"] for tag, attrs in page.tags if tag == "svg"]
+    assert labels.count("accuracy (top-1; top-5) at 3 steps") == 2
+    found = [cells for cells in page.cells if len(cells) == 4]
+    assert [cells[:2] for cells in found] == [["60", "3"], ["40", "2"], ["20", "1"]]
+    assert found[1][2] == "60.0% (53.1% to 66.5%)"  # by Wilson
+    assert "200 labelled samples" in text and "before training" not in text

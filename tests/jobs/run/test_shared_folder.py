@@ -17,8 +17,18 @@ from ray_nodes import Cluster, ray_cluster
 from testbed import TILES, losses, small_recipe
 
 from jobs.errors import NotSharedError
+from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
-from jobs.run.shared_folder import Landmark, check_seen_here, file_landmarks, lease_landmarks, planted, refuse_unseen
+from jobs.run.shared_folder import (
+    Landmark,
+    check_seen_here,
+    file_landmarks,
+    input_landmarks,
+    lease_landmarks,
+    planted,
+    refuse_unseen,
+    run_landmarks,
+)
 from pipeline.ingest.photographs import cut_tiles
 from pipeline.store.lease import hold_lease
 from pipeline.store.storage import Storage
@@ -56,6 +66,32 @@ def test_what_is_planted_is_gone_afterwards(tmp_path: Path) -> None:
         assert len(list(tmp_path.iterdir())) == 1
 
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_fine_tuning_reads_is_looked_for_by_its_field(tmp_path: Path) -> None:
+    for name in ("train", "val"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text(name)
+    for name in ("elsewhere.tar", "labels.txt", "more.txt", "w.safetensors"):
+        (tmp_path / name).write_text(name)
+    folder, run = str(tmp_path), RunDirectory.of(Storage(), "s3://bucket/runs", "first")
+    lists = {"labels": f"{folder}/labels.txt", "validation_labels": f"{folder}/more.txt"}
+    given = {f"finetune.{name}": url for name, url in {**lists, "validation_data": f"{folder}/val"}.items()}
+    recipe = named_recipe("tiny_finetune").amended(
+        {"data": f"{folder}/train", "init_from": f"{folder}/w.safetensors", "finetune.validation_ratio": 0.0, **given}
+    )
+    tars = {"data": "s3://bucket/0.tar", "finetune.validation_data": f"{folder}/elsewhere.tar"}
+
+    always = run_landmarks(recipe, run, None)  # type: ignore[arg-type]  # a run in a store asks for no lease
+    also = input_landmarks(Storage(), recipe, tars)
+
+    assert {(mark.field, mark.start) for mark in always} == {("data", b"train"), ("finetune.validation_data", b"val")}
+    assert {(mark.field, mark.start) for mark in also} == {
+        ("finetune.validation_data", b"elsewhere.tar"),
+        ("finetune.labels", b"labels.txt"),
+        ("finetune.validation_labels", b"more.txt"),
+        ("init_from", b"w.safetensors"),
+    }
 
 
 def test_a_claim_is_a_landmark_over_its_beats_and_not_after_it_was_taken_over(tmp_path: Path) -> None:

@@ -16,11 +16,11 @@ from jobs.errors import CheckpointError, ExportError, WeightsFileError
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
 from jobs.weights import consolidated, onnx_export
-from jobs.weights.consolidated import Weights
+from jobs.weights.consolidated import ClassifierHead, Weights
 from jobs.weights.export import Source, export
 from jobs.weights.initial import import_weights, load_initial_weights, pinned
 from jobs.weights.weight_files import model_json, sha256_of
-from model import Backbone, ConvMAE, ConvMAEConfig
+from model import Backbone, Classifier, ConvMAE, ConvMAEConfig
 from pipeline.errors import UserError
 from pipeline.store.storage import Storage
 
@@ -160,6 +160,51 @@ def test_onnx_computes_what_pytorch_does_for_any_batch(tmp_path: Path) -> None:
     with torch.no_grad():
         for one, other in zip(backbone.eval()(images), found, strict=True):
             torch.testing.assert_close(one, torch.from_numpy(other), rtol=1e-3, atol=1e-4)
+
+
+MAE = dataclasses.replace(SMALL, embed_dim=(0, 0, 16), depth=(0, 0, 2), fusion=False)
+
+
+def classifier_weights(config: ConvMAEConfig, kind: str) -> Weights:
+    """Of a classifier whose every weight and statistic matters."""
+    torch.manual_seed(0)
+    model = Classifier(config, 3, kind=kind)
+    tensors = {name: value.float().uniform_(0.1, 0.9) for name, value in model.head.state_dict(prefix="head.").items()}
+    tensors.pop("head.0.num_batches_tracked", None)
+    head = ClassifierHead(kind, ("cat", "dog", "caf\u00e9"))
+    return Weights(config, model.state_dict() | tensors, {"run": "tuned", "step": "4"}, head)
+
+
+@pytest.mark.parametrize(("config", "kind"), [(SMALL, "full"), (MAE, "linear")], ids=["convmae", "mae-linear"])
+def test_onnx_of_a_classifier_gives_logits_and_the_names_of_their_classes(
+    tmp_path: Path, config: ConvMAEConfig, kind: str
+) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    weights = classifier_weights(config, kind)
+
+    (written,) = export(Source.of(weights, None), "onnx", Storage(), str(tmp_path))
+
+    session = onnxruntime.InferenceSession(written.url)
+    images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(5))
+    assert [output.name for output in session.get_outputs()] == ["logits"]
+    assert json.loads(session.get_modelmeta().custom_metadata_map["classes"]) == ["cat", "dog", "caf\u00e9"]
+    with torch.no_grad():
+        expected = weights.classifier()(images)
+    assert expected.shape == (3, 3) and expected.std(0).min() > 0
+    (logits,) = session.run(["logits"], {"images": images.numpy()})
+    torch.testing.assert_close(torch.from_numpy(logits), expected, rtol=1e-3, atol=1e-4)
+    assert not written.note
+
+
+def test_the_backbone_of_a_classifier_says_that_it_has_no_head(tmp_path: Path) -> None:
+    weights = classifier_weights(SMALL, "full")
+
+    (written,) = export(Source.of(weights, None), "backbone", Storage(), str(tmp_path))
+
+    assert written.note == "the encoder of the classifier, without its head"
+    assert not [name for name in load_file(written.url) if "head" in name or "fc_norm" in name]
+    assert not export(Source.of(random_weights(SMALL), None), "backbone", Storage(), str(tmp_path / "plain"))[0].note
 
 
 def test_onnx_that_differs_from_pytorch_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

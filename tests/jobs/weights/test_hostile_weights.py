@@ -25,7 +25,7 @@ from jobs.checkpoint.torch_archive import LazyTensor, read_archive
 from jobs.errors import DamagedCheckpointError, WeightsFileError
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
-from jobs.weights import consolidated, initial
+from jobs.weights import consolidated, torch_file
 from jobs.weights.initial import import_weights, pinned
 from jobs.weights.weight_files import model_json
 from model import ConvMAE, ConvMAEConfig
@@ -222,7 +222,7 @@ def test_a_large_pickle_of_an_older_file_is_not_read_to_its_end(
 ) -> None:
     path = tmp_path / "a.pth"
     torch.save({"model": OFFICIAL}, path, _use_new_zipfile_serialization=False)
-    monkeypatch.setattr(initial, "LARGEST_PICKLE_BYTES", 1000)
+    monkeypatch.setattr(torch_file, "LARGEST_PICKLE_BYTES", 1000)
 
     assert "ValueError" in refused(path)
 

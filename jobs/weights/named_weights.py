@@ -1,11 +1,11 @@
-"""The weights that a fine-tuning starts from, as a user names them: they become `init_from` of its recipe."""
+"""Weights as users name them: a run, RUN@STEP, a file, or `random`; and as `init_from` of a fine-tuning's recipe."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 
-from jobs.errors import RecipeError
+from jobs.errors import EvaluationError, RecipeError
 from jobs.recipe.recipe import Recipe
 from jobs.run.directory import RunDirectory
 from jobs.weights import consolidated
@@ -15,8 +15,34 @@ from pipeline.store.storage import Storage
 
 RANDOM = "random"
 """In place of weights: those that nothing has trained."""
-_TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
+TORCH_SUFFIXES = (".pth", ".pt", ".bin", ".ckpt")
 _STEP = re.compile(r"(.+)@([0-9]{1,12})")
+
+
+def is_file(storage: Storage, what: str) -> bool:
+    """Whether weights are meant by a file, or a folder of consolidated ones, rather than by a run.
+
+    Args:
+        storage: Reaches it.
+        what: As it was given; a bare word without a suffix of weights is a run.
+    """
+    if what.endswith(TORCH_SUFFIXES) or consolidated.is_weights(storage, normal(what) if is_place(what) else what):
+        return True
+    return is_place(what) and storage.exists(normal(what))
+
+
+def parted(what: str, step: int | None = None) -> tuple[str, int | None]:
+    """A run and a step out of RUN@STEP, or what else was given.
+
+    Raises:
+        EvaluationError: A step is given twice.
+    """
+    match = _STEP.fullmatch(what)
+    if match is None:
+        return what, step
+    if step is not None:
+        raise EvaluationError("--step", "must not be given with RUN@STEP", step, "give one of the two")
+    return match[1], int(match[2])
 
 
 def check_is_finetuning(recipe: Recipe) -> None:
@@ -53,9 +79,7 @@ def resolved_weights(
         raise RecipeError("--from", "must not be given with init_from", what, "give one of the two")
     if what == RANDOM:
         return {}
-    place = normal(what) if is_place(what) else what
-    if what.endswith(_TORCH_SUFFIXES) or consolidated.is_weights(storage, place):
+    if is_file(storage, what):
         return {"init_from": normal(what)}
-    match = _STEP.fullmatch(what)
-    run, step = (match[1], int(match[2])) if match else (what, None)
+    run, step = parted(what)
     return {"init_from": consolidate(run_of(run), step).url}

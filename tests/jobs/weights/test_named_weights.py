@@ -11,7 +11,7 @@ from jobs.recipe.named_recipes import named_recipe
 from jobs.recipe.recipe import Recipe
 from jobs.run.directory import RunDirectory
 from jobs.weights.initial import load_pretrained_encoder, pinned
-from jobs.weights.pretrained import check_is_finetuning, resolved_weights
+from jobs.weights.named_weights import check_is_finetuning, resolved_weights
 from jobs.weights.weight_files import model_json, sha256_of, write_tensors
 from model import Classifier, ConvMAE, ConvMAEConfig
 from model.position import interpolated
