@@ -28,9 +28,9 @@ from local_s3 import LocalS3, local_s3
 from zero_material import commit_zero_files, model_material, write_zero_files
 
 from jobs.checkpoint.checkpoint import Commit
+from jobs.consolidation.target import consolidated_url
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
-from jobs.weights.target import consolidated_url
 from pipeline.store.storage import Storage
 
 GOAL = 3.0

@@ -122,8 +122,8 @@ def figure_costs(ranks: int) -> dict[str, float]:
 
     from jobs.metrics.exporter import RankSeries
     from jobs.metrics.rank_figures import RankFigures
-    from jobs.rank.step_reading import RankReading, from_words, slowest, word_count
     from jobs.rank.watchdog import HangWatch, Pulse
+    from jobs.step.step_reading import RankReading, from_words, slowest, word_count
     from pipeline.load.read_counters import ReadCounters
 
     dataset: Any = SimpleNamespace(counters=ReadCounters(), cache=None)
@@ -155,7 +155,7 @@ def figure_costs(ranks: int) -> dict[str, float]:
 
 def bench_figures() -> None:
     """By rank, in a step and a scrape."""
-    from jobs.rank.step_reading import word_count
+    from jobs.step.step_reading import word_count
 
     for ranks in WORLD_SIZES:
         print(f"{ranks} ranks, {word_count(ranks) * 8 / 1e3:.1f} kB in the all-reduce of a step")

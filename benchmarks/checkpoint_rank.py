@@ -21,9 +21,9 @@ import torch.distributed as dist
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.checkpoint import Commit
 from jobs.checkpoint.saver import CheckpointSaver
-from jobs.rank.engine import build_engine, build_model, initialize_deepspeed
 from jobs.recipe.recipe import Recipe
 from jobs.run.directory import RunDirectory
+from jobs.step.engine import build_engine, build_model, initialize_deepspeed
 from model.noise import mask_noise
 from pipeline.store.storage import Storage
 

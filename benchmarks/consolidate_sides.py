@@ -56,10 +56,10 @@ def stock(storage: Storage, run_url: str, result_url: str) -> dict[str, float]:
 def ours(storage: Storage, run_url: str) -> dict[str, float]:
     """`convmae consolidate --force`; returns the seconds of its stages."""
     began = time.perf_counter()
-    from jobs.weights.consolidate import consolidate, in_threads
-    from jobs.weights.file_layout import PART_BYTES
-    from jobs.weights.target import Target
-    from jobs.weights.writer import ConsolidationProgress
+    from jobs.consolidation.consolidate import consolidate, in_threads
+    from jobs.consolidation.file_layout import PART_BYTES
+    from jobs.consolidation.target import Target
+    from jobs.consolidation.writer import ConsolidationProgress
 
     entered, stage = {"import": began}, "import"
 

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from jobs.rank.engine import build_model, initialize_deepspeed
-from jobs.rank.training_step import RankPlace, TrainingStep, build_rank_engine
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import order_of
+from jobs.step.engine import build_model, initialize_deepspeed
+from jobs.step.training_step import RankPlace, TrainingStep, build_rank_engine
 from pipeline.load.batch import Batch
 
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

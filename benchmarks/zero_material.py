@@ -36,7 +36,7 @@ class Material:
 
 def model_material(model: torch.nn.Module) -> Material:
     """A model's parameters and buffers, with weights and the rest in groups of their own, as the engine has them."""
-    from jobs.rank.engine import parameter_groups
+    from jobs.step.engine import parameter_groups
 
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = [

@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import distributed
+from schedule import Schedule
+from torch import Tensor, distributed, nn
+from training import Job, Ranks, Sample, load_trained, train
 
 from model import ModelConfigError
 from pipeline.errors import UserError
@@ -60,7 +62,52 @@ def exit_code(work: Callable[[], None]) -> int:
     return 0
 
 
-def make_folder(out: Path) -> None:
+def trained(
+    model: nn.Module,
+    given: argparse.Namespace,
+    ranks: Ranks,
+    *,
+    schedule: Schedule,
+    size: int,
+    load: Callable[[int, int], Sample],
+    losses: Callable[[nn.Module, list[Sample]], dict[str, Tensor]],
+    identity: Mapping[str, Any],
+) -> int:
+    """Train as the command line says, unless it asks for a test alone; returns the step of the weights in the model.
+
+    Args:
+        model: On the device.
+        given: As of `arguments`.
+        ranks: Which process this is.
+        schedule: As read.
+        size: Samples of the data set.
+        load: As `Job.load`.
+        losses: As `Job.losses`.
+        identity: As `Job.identity`.
+
+    Raises:
+        TrainingError: As `training.train` and `training.load_trained`.
+        PlaceError: There can be no such folder.
+    """
+    _make_folder(given.out)
+    if not given.test_only:
+        job = Job(
+            schedule=schedule,
+            seed=given.seed,
+            out=given.out,
+            size=size,
+            load=load,
+            losses=losses,
+            micro_batch=given.micro_batch,
+            threads=given.threads,
+            save_every_steps=given.save_every_steps,
+            identity=identity,
+        )
+        train(model, job, ranks, print)
+    return load_trained(model, given.out, identity)
+
+
+def _make_folder(out: Path) -> None:
     """Create the folder of a training.
 
     Raises:

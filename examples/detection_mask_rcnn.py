@@ -20,13 +20,13 @@ import numpy as np
 import torch
 from coco_ap import Found, average_precision, found_object
 from coco_folder import CocoFolder, check_same_categories, open_split
-from command import arguments, exit_code, make_folder, write_result
+from command import arguments, exit_code, trained, write_result
 from jitter import DETECTION_DRAWS, boxes_of, draws_of, scaled_crop
 from pictures import Pixels
 from pretrained import backbone
 from schedule import DetectionSchedule, ScheduleError, read_schedule
 from torch import Tensor, distributed, nn
-from training import Job, Ranks, TrainingError, load_trained, train
+from training import Ranks, TrainingError
 
 
 @dataclass(frozen=True)
@@ -112,22 +112,16 @@ def main(given: argparse.Namespace, environment: Mapping[str, str]) -> None:
         regions=schedule.regions,
     ).to(ranks.device)
     identity = {"categories": list(training.categories.values())}
-    make_folder(given.out)
-    if not given.test_only:
-        job = Job(
-            schedule=schedule,
-            seed=given.seed,
-            out=given.out,
-            size=len(training),
-            load=partial(load_example, training, schedule, given.seed),
-            losses=partial(losses_of, ranks.device),
-            micro_batch=given.micro_batch,
-            threads=given.threads,
-            save_every_steps=given.save_every_steps,
-            identity=identity,
-        )
-        train(model, job, ranks, print)
-    step = load_trained(model, given.out, identity)
+    step = trained(
+        model,
+        given,
+        ranks,
+        schedule=schedule,
+        size=len(training),
+        load=partial(load_example, training, schedule, given.seed),
+        losses=partial(losses_of, ranks.device),
+        identity=identity,
+    )
     found = gathered(find(model, validation, ranks), ranks)
     if ranks.rank == 0:
         measured = average_precision(validation.api, found)

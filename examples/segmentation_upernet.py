@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 import torch
 from ade_folder import AdeFolder, open_split
-from command import arguments, exit_code, make_folder, write_result
+from command import arguments, exit_code, trained, write_result
 from jitter import SEGMENTATION_DRAWS, draws_of, fitted, labelled_crop
 from miou import figures, segmentation_metrics
 from pictures import UNLABELLED, Pixels
@@ -25,7 +25,7 @@ from pretrained import backbone
 from schedule import SegmentationSchedule, read_schedule
 from torch import Tensor, nn
 from torch.nn import functional
-from training import Job, Ranks, load_trained, train
+from training import Ranks
 from upernet import UPerNet
 
 from model import normalise
@@ -127,22 +127,16 @@ def main(given: argparse.Namespace, environment: Mapping[str, str]) -> None:
     torch.manual_seed(given.seed)
     model = segmenter(given, schedule).to(ranks.device)
     identity = {"classes": schedule.classes}
-    make_folder(given.out)
-    if not given.test_only:
-        job = Job(
-            schedule=schedule,
-            seed=given.seed,
-            out=given.out,
-            size=len(training),
-            load=partial(load_crop, training, schedule, given.seed),
-            losses=partial(losses_of, schedule.crop, ranks.device),
-            micro_batch=given.micro_batch,
-            threads=given.threads,
-            save_every_steps=given.save_every_steps,
-            identity=identity,
-        )
-        train(model, job, ranks, print)
-    step = load_trained(model, given.out, identity)
+    step = trained(
+        model,
+        given,
+        ranks,
+        schedule=schedule,
+        size=len(training),
+        load=partial(load_crop, training, schedule, given.seed),
+        losses=partial(losses_of, schedule.crop, ranks.device),
+        identity=identity,
+    )
     measured = test(model, validation, schedule, ranks)
     if ranks.rank == 0:
         write_result(given.out, step, measured)

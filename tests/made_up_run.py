@@ -13,10 +13,10 @@ from torch import Tensor
 from zero_material import Material, commit_zero_files, random_material, write_zero_files
 
 from jobs.checkpoint import checkpoint
+from jobs.consolidation.consolidate import consolidate
+from jobs.consolidation.target import ONE_FILE, ConsolidatedWeights, Target
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
-from jobs.weights.consolidate import consolidate
-from jobs.weights.target import ONE_FILE, ConsolidatedWeights, Target
 from pipeline.store.storage import Storage
 
 STEP = 7

@@ -11,11 +11,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jobs.control.monitor import RunMonitor
 from jobs.metrics.rank_figures import RankFigures
-from jobs.rank.step_reading import StepReading
 from jobs.recipe.checkpoint_interval import IntervalRule
 from jobs.recipe.named_recipes import named_recipe
 from jobs.recipe.schedule import Schedule
 from jobs.run.directory import RunDirectory
+from jobs.step.step_reading import StepReading
 from pipeline.store.storage import Storage
 
 SCHEDULE = Schedule.of(named_recipe("tiny"), steps_per_epoch=100)

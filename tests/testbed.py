@@ -11,9 +11,9 @@ from pathlib import Path
 
 import psutil
 
+from jobs.consolidation.target import ONE_FILE, consolidated_url
 from jobs.run.directory import RunDirectory
 from jobs.stack.record import Stack
-from jobs.weights.target import ONE_FILE, consolidated_url
 from pipeline.store.storage import Storage
 
 SMALL: dict[str, object] = {

@@ -1,4 +1,4 @@
-"""One rank of a process group that trains a tiny ConvMAE through jobs.rank.engine, as zero_groups asks it to.
+"""One rank of a process group that trains a tiny ConvMAE through jobs.step.engine, as zero_groups asks it to.
 
 Reads one JSON case a line from standard input: {recipe, resume, steps}. `resume` is the URL of a run, or empty. `steps`
 is a list of "train", of "loss" and "gradient" (a step in which that is NaN on the last rank, and which is discarded),
@@ -26,7 +26,10 @@ from jobs.checkpoint.rank_group import RankGroup
 from jobs.checkpoint.restore import restore_newest
 from jobs.checkpoint.zero_state import owned_ranges, restore_optimizer
 from jobs.finetune.classification import Classification
-from jobs.rank.engine import (
+from jobs.recipe.recipe import Recipe
+from jobs.recipe.schedule import micro_batches, order_of
+from jobs.run.directory import RunDirectory
+from jobs.step.engine import (
     build_engine,
     build_model,
     discard_step,
@@ -35,10 +38,7 @@ from jobs.rank.engine import (
     optimizer_groups,
     set_learning_rate,
 )
-from jobs.rank.training_step import RankPlace
-from jobs.recipe.recipe import Recipe
-from jobs.recipe.schedule import micro_batches, order_of
-from jobs.run.directory import RunDirectory
+from jobs.step.training_step import RankPlace
 from model.noise import mask_noise
 from pipeline.load.batch import Batch
 
@@ -50,7 +50,7 @@ def rank_sizes(batch: int) -> list[int]:
 
 
 class ExactSteps:
-    """Steps of jobs.rank.training_step, on images of which each rank has those of its lanes."""
+    """Steps of jobs.step.training_step, on images of which each rank has those of its lanes."""
 
     def __init__(self, engine: Any, recipe: Recipe) -> None:
         self._order = order_of(recipe, 1000)
@@ -83,7 +83,7 @@ class ExactSteps:
 
 
 def train_step(engine: Any, recipe: Recipe, step: int, poison: str = "") -> float:
-    """One step on a global batch that depends on the step alone, weighted as jobs.rank.training_step does."""
+    """One step on a global batch that depends on the step alone, weighted as jobs.step.training_step does."""
     engine.poison[0] = math.nan if poison == "gradient" and RANK == WORLD_SIZE - 1 else 1.0
     batch, sizes = recipe.global_batch_size, rank_sizes(recipe.global_batch_size)
     images = torch.randn(batch, 3, *recipe.model.image_shape, generator=torch.Generator().manual_seed(step))

@@ -11,6 +11,7 @@ from typing import Any
 from jobs.ablate.spec import EvaluationPart, Trial
 from jobs.cluster.fan_out import offered
 from jobs.cluster.session import Session
+from jobs.consolidation.target import recorded_sha256
 from jobs.errors import CheckpointError
 from jobs.evaluate.encoder import chosen_device
 from jobs.evaluate.evaluation import (
@@ -28,7 +29,6 @@ from jobs.evaluate.subject import Subject
 from jobs.run.directory import RunDirectory
 from jobs.run.evaluations import key_of, read_evaluation, url_of
 from jobs.weights import consolidated
-from jobs.weights.target import recorded_sha256
 from model import ConvMAEConfig
 from pipeline.store.storage import Storage
 

@@ -142,10 +142,10 @@ def consolidate(
     Large checkpoints are copied by Ray tasks, small ones here. The result is checked while it is made, and read back
     for its SHA-256. If it is interrupted, the same command resumes it.
     """
+    from jobs.consolidation.consolidate import commit_of
+    from jobs.consolidation.consolidate_command import consolidate_and_say, needs_cluster
+    from jobs.consolidation.target import Target
     from jobs.terminal import parsed_bytes
-    from jobs.weights.consolidate import commit_of
-    from jobs.weights.consolidate_command import consolidate_and_say, needs_cluster
-    from jobs.weights.target import Target
     from pipeline.access.places import normal
 
     target = Target(dtype, parsed_bytes("--shard-bytes", shard_bytes) if shard_bytes else None, out and normal(out))
@@ -187,9 +187,9 @@ def export(
     `model.Backbone` loads. `hf`: a folder with config.json, model.safetensors and a model card. `onnx`: the dense
     encoder with its three maps, compared with PyTorch before it is written; needs the extra `export`.
     """
+    from jobs.export.formats import FORMATS, Source, check_format
+    from jobs.export.formats import export as export_weights
     from jobs.weights import consolidated
-    from jobs.weights.export import FORMATS, Source, check_format
-    from jobs.weights.export import export as export_weights
     from pipeline.access.places import is_place, normal
 
     session = open_session()

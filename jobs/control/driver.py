@@ -17,6 +17,7 @@ from typing import Any
 
 from jobs.cluster.ray_internals.table import check_ray
 from jobs.cluster.session import Session
+from jobs.consolidation.target import ConsolidatedWeights
 from jobs.control.failure_cause import root_cause
 from jobs.control.lease import is_committed_to_the_end, overtaken
 from jobs.control.milestones import MilestoneConsolidator
@@ -31,7 +32,6 @@ from jobs.recipe.checkpoint_interval import IntervalRule
 from jobs.run.directory import RunDirectory
 from jobs.run.patience import persevere
 from jobs.run.shared_folder import run_landmarks
-from jobs.weights.target import ConsolidatedWeights
 from pipeline.errors import LeaseHeldError, UserError
 from pipeline.store.lease import Lease
 

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from jobs.checkpoint import checkpoint
+from jobs.consolidation.consolidate import consolidate
 from jobs.errors import WeightsFileError
 from jobs.report.reconstruction import Stage, write_reconstructions
 from jobs.report.report import write_report
 from jobs.run.directory import RunDirectory
 from jobs.weights import consolidated
-from jobs.weights.consolidate import consolidate
 from pipeline.errors import UserError
 from pipeline.load.dataset import Dataset
 

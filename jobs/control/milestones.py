@@ -8,10 +8,10 @@ import threading
 from collections.abc import Callable
 
 from jobs.checkpoint import checkpoint
+from jobs.consolidation.consolidate import consolidate, in_threads
+from jobs.consolidation.target import ConsolidatedWeights
 from jobs.probes.prober import Prober
 from jobs.run.directory import RunDirectory
-from jobs.weights.consolidate import consolidate, in_threads
-from jobs.weights.target import ConsolidatedWeights
 
 logger = logging.getLogger(__name__)
 

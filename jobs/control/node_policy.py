@@ -23,8 +23,8 @@ from jobs.cluster.ray_internals.core import (
     own_environment,
 )
 from jobs.cluster.ray_internals.train import ElasticPolicy, NoopDecision, ResizeDecision
-from jobs.rank.instruction import PAUSE_SECONDS
 from jobs.rank.standby import Newcomers, start_standbys
+from jobs.step.instruction import PAUSE_SECONDS
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from typing import Any
 from jobs.control.run_memory import RunMemory
 from jobs.metrics.rank_figures import FigureTable, RankFigures
 from jobs.metrics.recovery import Recovery
-from jobs.rank.instruction import Instruction
 from jobs.rank.watchdog import Pulse
+from jobs.step.instruction import Instruction
 
 
 class RankReports(RunMemory):

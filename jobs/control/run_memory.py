@@ -13,13 +13,13 @@ from jobs.control.failures import Failures
 from jobs.metrics.exporter import RunExporter
 from jobs.metrics.recovery import Recovery
 from jobs.metrics.run_figures import RunFigures
-from jobs.rank.instruction import Instructions
 from jobs.rank.watchdog import HangWatch
 from jobs.recipe.checkpoint_interval import IntervalRule
 from jobs.recipe.schedule import Schedule
 from jobs.run.directory import RunDirectory
 from jobs.run.probe_rows import PROBE_EVENT, ProbeCurve
 from jobs.run.record import RunRecord
+from jobs.step.instruction import Instructions
 
 FLUSH_INTERVAL_SECONDS = 2.0
 """Between heartbeats; each is one PUT."""

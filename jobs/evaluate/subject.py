@@ -13,9 +13,9 @@ from jobs.evaluate.encoder import FrozenEncoder
 from jobs.run.directory import RunDirectory
 from jobs.weights import consolidated
 from jobs.weights.consolidated import ClassifierHead, Weights
-from jobs.weights.foreign_classifier import read_classifier
+from jobs.weights.foreign_classifier import foreign_classifier
 from jobs.weights.image_size import image_shape
-from jobs.weights.initial import read_foreign
+from jobs.weights.initial import foreign_weights
 from jobs.weights.named_weights import RANDOM
 from jobs.weights.names import fresh_tensors, model_names
 from jobs.weights.weight_files import SUFFIX, local_copy, model_config, opened_file
@@ -73,9 +73,10 @@ class Subject:
         name = url.rpartition("/")[2]
         if config is not None:
             about = {"kind": "file", "url": url}
-            if encoder_alone and (found := read_classifier(storage, url, config)):
-                return cls(name, config, found.tensors, about, found.head, has_class_names=False)
-            return cls(name, config, read_foreign(storage, url, config, encoder_alone=encoder_alone), about)
+            with local_copy(storage, url) as path:
+                if encoder_alone and (found := foreign_classifier(path, url, config)):
+                    return cls(name, config, found.tensors, about, found.head, has_class_names=False)
+                return cls(name, config, foreign_weights(path, url, config, encoder_alone=encoder_alone), about)
         try:
             weights = consolidated.of_file(storage, url)
         except WeightsFileError:

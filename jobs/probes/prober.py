@@ -9,13 +9,13 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jobs.consolidation.consolidate import consolidate, in_threads
+from jobs.consolidation.target import ONE_FILE, Target, consolidated_url
 from jobs.errors import ProbeDiedError
 from jobs.probes.probe_plan import RunProbes
 from jobs.probes.run_probe import ProbedWeights
 from jobs.run.directory import RunDirectory
 from jobs.run.probe_rows import ProbeCurve
-from jobs.weights.consolidate import consolidate, in_threads
-from jobs.weights.target import ONE_FILE, Target, consolidated_url
 from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)

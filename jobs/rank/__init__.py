@@ -1,4 +1,4 @@
-"""What one rank does: engine, step, restore and save, its watch and its line to the monitor.
+"""What one rank does around its steps: restore, train and save, its watch and its line to the monitor.
 
 Knows no driver: that is `jobs.control`.
 """

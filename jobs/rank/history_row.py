@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from jobs.rank.step_reading import slowest
-from jobs.rank.training_step import SharedStep
 from jobs.recipe.schedule import Schedule
+from jobs.step.step_reading import slowest
+from jobs.step.training_step import SharedStep
 from pipeline.order.sample_order import ConsumedDigest, Order
 
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from jobs.metrics.rank_figures import FigureTable
-from jobs.rank.instruction import Instruction
-from jobs.rank.non_finite import SkippedSteps
-from jobs.rank.step_reading import StepReading
 from jobs.rank.watchdog import RankPulse
+from jobs.step.instruction import Instruction
+from jobs.step.non_finite import SkippedSteps
+from jobs.step.step_reading import StepReading
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle

@@ -1,6 +1,6 @@
 """Steps of a run computed again, by one process from a checkpoint, and compared with what the run noted of them.
 
-Where a run's gradients are exact (jobs.rank.exact_gradients) every step can be checked anywhere: a loss or a digest
+Where a run's gradients are exact (jobs.step.exact_gradients) every step can be checked anywhere: a loss or a digest
 that is not the run's own says that one of the two computed something else, for example on memory that lost a bit.
 """
 
@@ -21,18 +21,18 @@ from jobs.checkpoint import checkpoint
 from jobs.checkpoint.rank_group import RankGroup
 from jobs.checkpoint.restore import restore_step
 from jobs.errors import CheckpointError, RecipeError, RunError
-from jobs.rank.engine import build_model, initialize_deepspeed
 from jobs.rank.gpu import compute_as
-from jobs.rank.non_finite import SkippedSteps, stretches
 from jobs.rank.rank_data import RankData
 from jobs.rank.restored_engine import restored_engine, values_of_rank
 from jobs.rank.resumable import check_resumable
-from jobs.rank.step_reading import RankReading
 from jobs.rank.trainer import objective_of, rank_loader
-from jobs.rank.training_step import RankPlace, TrainingStep
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import Schedule
 from jobs.run.directory import RunDirectory
+from jobs.step.engine import build_model, initialize_deepspeed
+from jobs.step.non_finite import SkippedSteps, stretches
+from jobs.step.step_reading import RankReading
+from jobs.step.training_step import RankPlace, TrainingStep
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from torch import nn
 
 from jobs.checkpoint.rank_group import RankGroup
 from jobs.checkpoint.zero_state import ZeroState, owned_ranges, restore_optimizer
-from jobs.rank.engine import optimizer_groups
-from jobs.rank.training_step import RankPlace, build_rank_engine
 from jobs.recipe.recipe import Recipe
+from jobs.step.engine import optimizer_groups
+from jobs.step.training_step import RankPlace, build_rank_engine
 from jobs.weights.initial import load_initial_weights, load_pretrained_encoder
 from model import Classifier, ConvMAE
 from pipeline.order.sample_order import Order

@@ -26,25 +26,25 @@ from jobs.errors import CheckpointError, DamagedCheckpointError
 from jobs.finetune.classification import Classification
 from jobs.finetune.training_labels import TrainingLabels
 from jobs.finetune.validation import Validation
-from jobs.rank.engine import build_model, initialize_deepspeed
 from jobs.rank.gpu import check_given, compute_as
 from jobs.rank.history_row import done_row, skipped_row
-from jobs.rank.instruction import PAUSE_SECONDS
 from jobs.rank.monitor_line import MonitorLine
-from jobs.rank.non_finite import NonFiniteLossError, RolledBackError, SkippedSteps, rollbacks_in_a_row, stretches
-from jobs.rank.objective import Objective, Reconstruction
 from jobs.rank.rank_data import RankData
 from jobs.rank.restored_engine import restored_engine, values_of_rank
 from jobs.rank.resumable import check_resumable, software_versions
 from jobs.rank.standby import ask_for_successor
-from jobs.rank.step_reading import RankReading
-from jobs.rank.training_step import RankPlace, SharedStep, TrainingStep
 from jobs.rank.watchdog import COMPILE_ALLOWED_SECONDS, SAVE_ALLOWED_SECONDS
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import Schedule
 from jobs.run.directory import RunDirectory
 from jobs.run.shared_folder import Landmarks, check_seen_here
 from jobs.run.trace import TraceWriter, begin_trace
+from jobs.step.engine import build_model, initialize_deepspeed
+from jobs.step.instruction import PAUSE_SECONDS
+from jobs.step.non_finite import NonFiniteLossError, RolledBackError, SkippedSteps, rollbacks_in_a_row, stretches
+from jobs.step.objective import Objective, Reconstruction
+from jobs.step.step_reading import RankReading
+from jobs.step.training_step import RankPlace, SharedStep, TrainingStep
 from model import Classifier
 from pipeline.image.augment import Augmentation, RandomCrops
 from pipeline.image.rand_augment import RandAugmented

@@ -49,7 +49,7 @@ URL_FIELDS = ("data", "run_root", "init_from", "probe_data", "probe_labels")
 FINETUNE_URL_FIELDS = ("labels", "validation_data", "validation_labels")
 HANG_SECONDS = 300.0
 OnNonFinite = Literal["stop", "skip_batch", "rollback"]
-"""What to do with a step whose loss or gradient is not finite: see `jobs.rank.non_finite`."""
+"""What to do with a step whose loss or gradient is not finite: see `jobs.step.non_finite`."""
 
 # Where and how a run executes, not what it computes: these may change when a run is resumed.
 PLACEMENT_FIELDS = frozenset(

@@ -1,1 +1,1 @@
-"""Weights: consolidated from a checkpoint, read, exported to other formats, and imported."""
+"""Weights: read, checked, named by users, imported, and given to a run that begins."""

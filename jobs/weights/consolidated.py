@@ -18,10 +18,10 @@ from jobs.checkpoint.checkpoint import Commit
 from jobs.checkpoint.rank_group import RankGroup
 from jobs.checkpoint.zero_layout import ZeroFiles
 from jobs.checkpoint.zero_reading import read_zero_state
+from jobs.consolidation.file_layout import FILE_NAME, INDEX_NAME
+from jobs.consolidation.target import SEVERAL_FILES, recorded_sha256
 from jobs.errors import CheckpointError, WeightsFileError
 from jobs.run.directory import RunDirectory
-from jobs.weights.file_layout import FILE_NAME, INDEX_NAME
-from jobs.weights.target import SEVERAL_FILES, recorded_sha256
 from jobs.weights.weight_checks import check_against, check_dtypes
 from jobs.weights.weight_files import SUFFIX, local_copy, model_config, opened_file, sha256_of, tensors_in
 from model import Classifier, ConvMAEConfig

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -12,10 +13,9 @@ from jobs.weights.consolidated import ClassifierHead
 from jobs.weights.names import bare_name
 from jobs.weights.torch_file import is_safetensors, torch_tensors
 from jobs.weights.weight_checks import check_dtypes, check_finite
-from jobs.weights.weight_files import local_copy, opened_file, tensors_in
+from jobs.weights.weight_files import opened_file, tensors_in
 from model import Classifier, ConvMAEConfig
 from model.errors import ModelConfigError, WeightsError, listed
-from pipeline.store.storage import Storage
 
 _HEADS = {"full": "head.weight", "linear": "head.1.weight"}
 """Of each kind of classifier, a tensor that has a row for each class."""
@@ -30,18 +30,18 @@ class ForeignClassifier:
     head: ClassifierHead
 
 
-def read_classifier(storage: Storage, url: str, config: ConvMAEConfig) -> ForeignClassifier | None:
+def foreign_classifier(path: Path, url: str, config: ConvMAEConfig) -> ForeignClassifier | None:
     """The classifier in a file; None where it is none: it has no head, or one of other features than the mean's.
 
     Args:
-        storage: Reaches the file.
-        url: Of a PyTorch or safetensors file, with official names or ours.
+        path: A local PyTorch or safetensors file, with official names or ours.
+        url: Where it comes from.
         config: Of the model that was fine-tuned.
 
     Raises:
         WeightsFileError: The file cannot be read, or is of another model (names the tensors that differ).
     """
-    given = _bare_tensors(storage, url, config)
+    given = _bare_tensors(path, url, config)
     kind = next((kind for kind, name in _HEADS.items() if name in given), None)
     if kind is None or "fc_norm.weight" not in given:
         return None
@@ -61,13 +61,12 @@ def read_classifier(storage: Storage, url: str, config: ConvMAEConfig) -> Foreig
     return ForeignClassifier(dict(model.state_dict()), ClassifierHead(kind, tuple(map(str, range(classes)))))
 
 
-def _bare_tensors(storage: Storage, url: str, config: ConvMAEConfig) -> dict[str, Tensor]:
-    with local_copy(storage, url) as path:
-        if is_safetensors(path, url):
-            with opened_file(path, url) as file:
-                found = dict(tensors_in(file, url))
-        else:
-            found = torch_tensors(path, url)
+def _bare_tensors(path: Path, url: str, config: ConvMAEConfig) -> dict[str, Tensor]:
+    if is_safetensors(path, url):
+        with opened_file(path, url) as file:
+            found = dict(tensors_in(file, url))
+    else:
+        found = torch_tensors(path, url)
     with torch.device("meta"):
         ours = Classifier(config, 2).state_dict()
     known = {*ours, *(name.removeprefix("encoder.") for name in ours)}

@@ -91,24 +91,21 @@ def import_weights(
         return _written(storage, out, tensors, metadata, notes)
 
 
-def read_foreign(
-    storage: Storage, source: str, config: ConvMAEConfig, *, encoder_alone: bool = False
-) -> dict[str, Tensor]:
+def foreign_weights(path: Path, url: str, config: ConvMAEConfig, *, encoder_alone: bool = False) -> dict[str, Tensor]:
     """Weights of the official code, published or your own, by our names.
 
     Args:
-        storage: Reaches the file.
-        source: URL of a PyTorch or safetensors file.
+        path: A local PyTorch or safetensors file.
+        url: Where it comes from.
         config: Of the model that the weights are of.
         encoder_alone: Leave out the decoder, which the file then need not have, nor what only pretraining has.
 
     Raises:
         WeightsFileError: As `import_weights`.
     """
-    with local_copy(storage, source) as path:
-        tensors, _ = _taken(path, source, config, fresh_decoder=encoder_alone, encoder_alone=encoder_alone)
-        check_finite(tensors.items(), source)
-        return tensors
+    tensors, _ = _taken(path, url, config, fresh_decoder=encoder_alone, encoder_alone=encoder_alone)
+    check_finite(tensors.items(), url)
+    return tensors
 
 
 def _written(

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
+from jobs.consolidation.consolidate import consolidate
 from jobs.errors import EvaluationError, RecipeError
 from jobs.recipe.recipe import Recipe
 from jobs.run.directory import RunDirectory
 from jobs.weights import consolidated
-from jobs.weights.consolidate import consolidate
 from pipeline.access.places import is_place, normal
 from pipeline.store.storage import Storage
 

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from segmentation_upernet import logits_of_windows
 from torch import Tensor, nn
 
+from jobs.export.formats import Source, export
 from jobs.weights.consolidated import Weights
-from jobs.weights.export import Source, export
 from model import ConvMAE, ConvMAEConfig
 from pipeline.store.storage import Storage
 

@@ -44,7 +44,7 @@ def device() -> torch.device:
 @pytest.fixture(scope="session")
 def group(device: torch.device) -> Iterator[None]:
     """A process group of this process alone, as a rank has it."""
-    from jobs.rank.engine import initialize_deepspeed
+    from jobs.step.engine import initialize_deepspeed
 
     os.environ.setdefault("LOCAL_RANK", "0")
     if device.type == "cuda":

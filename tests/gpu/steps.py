@@ -12,13 +12,13 @@ from torch import Tensor
 
 from jobs.checkpoint.deepspeed_internals import MOMENTS, adam_slots, owned_slices
 from jobs.checkpoint.zero_state import ZeroState, restore_optimizer
-from jobs.rank.engine import build_model
 from jobs.rank.gpu import compute_as
-from jobs.rank.step_words import wait_for
-from jobs.rank.training_step import RankPlace, SharedStep, TrainingStep, build_rank_engine
 from jobs.recipe.named_recipes import named_recipe
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import order_of
+from jobs.step.engine import build_model
+from jobs.step.step_words import wait_for
+from jobs.step.training_step import RankPlace, SharedStep, TrainingStep, build_rank_engine
 from model.convmae import Output
 from pipeline.load.batch import Batch
 from pipeline.load.device_copy import DeviceCopy

@@ -15,10 +15,10 @@ from steps import Rank, recipe_for
 from torch import Tensor
 
 from jobs.checkpoint.deepspeed_internals import adam_slots, owned_slices
-from jobs.rank.engine import ADAM_BETAS, build_model, parameter_groups
-from jobs.rank.exact_gradients import norm_of, norm_words
-from jobs.rank.gradient_tree import PartialSums, add_tree
-from jobs.rank.step_words import wait_for
+from jobs.step.engine import ADAM_BETAS, build_model, parameter_groups
+from jobs.step.exact_gradients import norm_of, norm_words
+from jobs.step.gradient_tree import PartialSums, add_tree
+from jobs.step.step_words import wait_for
 from model.noise import mask_noise
 from model.pixels import normalise
 

@@ -28,7 +28,7 @@ cpus_per_worker = 1.0
 
 
 @pytest.mark.slow
-def test_an_ablation_that_is_killed_goes_on_where_it_was(convmae: Command, data: str, tmp_path: Path) -> None:
+def test_an_ablation_that_is_killed_resumes_where_it_was(convmae: Command, data: str, tmp_path: Path) -> None:
     fields = "".join(f"{name} = {json.dumps(value)}\n" for name, value in SMALL.items())
     path = tmp_path / "killed.toml"
     path.write_text(HEAD + fields)

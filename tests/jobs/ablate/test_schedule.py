@@ -83,7 +83,7 @@ def test_as_many_at_once_as_there_is_room_for_or_as_are_asked_for(at_most: int, 
     assert len(runs.begun) == begun
 
 
-def test_a_run_that_fails_is_told_and_the_others_go_on() -> None:
+def test_a_run_that_fails_is_reported_and_the_others_continue() -> None:
     runs = MadeUpRuns(refused={TRIALS[1]}, ends=dict.fromkeys(TRIALS, "finished") | {TRIALS[0]: "failed: no disk"})
     work, evaluated = schedule(runs)
 

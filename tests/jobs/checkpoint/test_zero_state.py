@@ -21,13 +21,13 @@ from zero_material import commit_zero_files
 
 from jobs.checkpoint.checkpoint import Commit
 from jobs.checkpoint.zero_state import ZeroState, owned_ranges, restore_optimizer
+from jobs.consolidation.consolidate import consolidate
 from jobs.errors import CheckpointError
-from jobs.rank.engine import parameter_groups
 from jobs.recipe.named_recipes import named_recipe
 from jobs.recipe.recipe import Recipe
 from jobs.run.directory import RunDirectory
+from jobs.step.engine import parameter_groups
 from jobs.weights import consolidated
-from jobs.weights.consolidate import consolidate
 from model import ConvMAE
 from model.config import PARTS
 from pipeline.store.storage import Storage

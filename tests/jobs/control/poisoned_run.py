@@ -26,7 +26,7 @@ def poisoned(job: TrainJob) -> None:
     import torch
 
     from jobs.rank import trainer  # the worker's own, in which `train_worker` is what it was
-    from jobs.rank.training_step import TrainingStep
+    from jobs.step.training_step import TrainingStep
 
     class PoisonedStep(TrainingStep):
         def forward(self, batch: Batch, chosen: slice) -> Output:

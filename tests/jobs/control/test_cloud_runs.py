@@ -15,10 +15,10 @@ from testbed import TILES, is_consolidated, losses, small_recipe
 from zero_material import commit_zero_files, write_zero_files
 
 from jobs.checkpoint.checkpoint import CLAIMS, committed_steps, latest_commit, read_commit, write_commit
+from jobs.consolidation.consolidate import consolidate
 from jobs.errors import OvertakenError
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
-from jobs.weights.consolidate import consolidate
 from pipeline.ingest.photographs import cut_tiles
 from pipeline.store.lease import hold_lease
 from pipeline.store.storage import Storage

@@ -9,7 +9,6 @@ import pytest
 from jobs.control.finetune_evaluation import _run_name, finetuning_recipe
 from jobs.errors import EvaluationError, RecipeError
 from jobs.evaluate.evaluation import SamplePlan
-from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RUN_NAME
 from model import ConvMAEConfig
 
@@ -62,4 +61,3 @@ def test_what_does_not_fit_is_refused() -> None:
         finetuning_recipe("", TINY, SamplePlan("s3://b/data", most_samples=50), {})
     with pytest.raises(RecipeError, match=r"epoch: .*did you mean epochs"):
         finetuning_recipe("", TINY, data, {"epoch": 7})
-    assert named_recipe("tiny_finetune").finetune

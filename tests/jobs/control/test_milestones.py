@@ -7,10 +7,10 @@ from testbed import is_consolidated
 from zero_material import commit_zero_files, random_material, write_zero_files
 
 from jobs.checkpoint import checkpoint
+from jobs.consolidation.target import ConsolidatedWeights
 from jobs.control.milestones import MilestoneConsolidator
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
-from jobs.weights.target import ConsolidatedWeights
 from pipeline.store.storage import Storage
 
 

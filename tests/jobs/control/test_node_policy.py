@@ -12,7 +12,7 @@ import ray
 from jobs.cluster.ray_internals.train import NoopDecision, ResizeDecision, ScalingConfig
 from jobs.control import node_policy
 from jobs.control.node_policy import FollowNodes, PolicyCluster
-from jobs.rank.instruction import PAUSE_SECONDS
+from jobs.step.instruction import PAUSE_SECONDS
 
 
 class Monitor:

@@ -14,10 +14,10 @@ from zero_groups import WorkerGroup
 from zero_material import commit_zero_files
 
 from jobs.finetune.classification import Classification
-from jobs.rank.engine import LEARNING_RATE_SCALE, build_model, optimizer_groups
 from jobs.recipe.named_recipes import named_recipe
 from jobs.recipe.recipe import Recipe
 from jobs.run.directory import RunDirectory
+from jobs.step.engine import LEARNING_RATE_SCALE, build_model, optimizer_groups
 from model import Classifier
 from pipeline.load.bad_sample import BadSample
 from pipeline.load.batch import Batch

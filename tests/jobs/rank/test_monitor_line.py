@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from jobs.rank.monitor_line import MonitorLine
-from jobs.rank.step_reading import StepReading
+from jobs.step.step_reading import StepReading
 
 
 class Answering:

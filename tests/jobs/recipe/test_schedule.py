@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from jobs.rank.training_step import RankPlace, ReducedGradients
 from jobs.recipe.named_recipes import named_recipe
 from jobs.recipe.schedule import Schedule, micro_batches, order_of
+from jobs.step.training_step import RankPlace, ReducedGradients
 from model.convmae import Output
 
 RECIPE = named_recipe("tiny").amended({"epochs": 20, "warmup_epochs": 2.5})

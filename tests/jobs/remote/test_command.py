@@ -112,7 +112,7 @@ def test_a_large_consolidation_runs_on_the_cluster(laptop: Laptop, data: str) ->
     laptop("submit", *small_recipe(data, **fields), "--run", "consolidated", "--follow", **own)
     # In a process of its own: Ray keeps the token that it was first shown for as long as a process lives.
     any_is_large = (
-        "from jobs.cli import main; from jobs.weights import consolidate_command;"
+        "from jobs.cli import main; from jobs.consolidation import consolidate_command;"
         " consolidate_command.CLUSTER_BYTES = 1; main.main()"
     )
     command = [sys.executable, "-c", any_is_large, "consolidate", "consolidated", "--dtype", "bf16"]

@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from zero_material import commit_zero_files, model_material, write_zero_files
 
+from jobs.consolidation.consolidate import consolidate
+from jobs.consolidation.file_layout import INDEX_NAME
+from jobs.consolidation.target import ConsolidatedWeights, Target
 from jobs.errors import WeightsFileError
+from jobs.export.formats import Source, export
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
 from jobs.weights import consolidated
-from jobs.weights.consolidate import consolidate
 from jobs.weights.consolidated import Weights
-from jobs.weights.export import Source, export
-from jobs.weights.file_layout import INDEX_NAME
-from jobs.weights.target import ConsolidatedWeights, Target
 from jobs.weights.weight_files import opened_file
 from model import Backbone, ConvMAE, ConvMAEConfig
 from pipeline.store.storage import Storage

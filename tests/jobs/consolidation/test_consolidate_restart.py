@@ -19,11 +19,11 @@ from made_up_run import PART_BYTES, STEP, assert_bit_equal, flip, left_behind, m
 from testbed import is_consolidated
 from zero_material import commit_zero_files, random_material, write_zero_files
 
+from jobs.consolidation.copy_tasks import Done, HashFile, Task
+from jobs.consolidation.target import ConsolidatedWeights, Target, consolidated_url
+from jobs.consolidation.writer import ConsolidationProgress
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
-from jobs.weights.copy_tasks import Done, HashFile, Task
-from jobs.weights.target import ConsolidatedWeights, Target, consolidated_url
-from jobs.weights.writer import ConsolidationProgress
 from pipeline.store import parted_journal, parted_write
 from pipeline.store.storage import Storage
 
@@ -74,8 +74,8 @@ def test_a_fault_leaves_finished_files_and_nothing_that_looks_complete(run: RunD
 def test_a_call_resumes_after_a_kill_in_the_middle(run: RunDirectory) -> None:
     program = (
         "import sys, time\n"
-        "from jobs.weights import consolidate\n"
-        "from jobs.weights.target import Target\n"
+        "from jobs.consolidation import consolidate\n"
+        "from jobs.consolidation.target import Target\n"
         "from jobs.run.directory import RunDirectory\n"
         "from pipeline.store.storage import Storage\n"
         "def slowly(stage, now):\n"
@@ -103,7 +103,7 @@ def test_a_call_resumes_after_a_kill_in_the_middle(run: RunDirectory) -> None:
 
 HALF_WAY = """
 import json, os, sys, time
-from jobs.weights.consolidate import consolidate
+from jobs.consolidation.consolidate import consolidate
 from jobs.run.directory import RunDirectory
 from pipeline.store import parted_journal
 from pipeline.store.storage import Storage

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from jobs.checkpoint.checkpoint import folder_name
 from jobs.errors import ExportError
+from jobs.export import onnx_export
+from jobs.export.model_card import write_card
 from jobs.run.directory import RunDirectory
-from jobs.weights import onnx_export
 from jobs.weights.consolidated import Weights
 from jobs.weights.image_size import image_shape
-from jobs.weights.model_card import write_card
 from jobs.weights.weight_files import model_json, sha256_of, write_tensors
 from model import Backbone, ConvMAE, ConvMAEConfig
 from model.config import PATCH_PIXELS

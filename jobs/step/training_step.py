@@ -2,7 +2,7 @@
 
 Knows neither Ray nor a store: an engine and batches come in, and what all ranks agree on comes out. The gradient of a
 step is the mean over the global batch, whatever the world size: to the bit where it is the sum of grains
-(jobs.rank.exact_gradients), else within rounding, as DeepSpeed adds up micro-batches.
+(jobs.step.exact_gradients), else within rounding, as DeepSpeed adds up micro-batches.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from jobs.metrics.rank_figures import FigureTable
-from jobs.rank.engine import build_engine, discard_step, has_finite_gradients, set_learning_rate
-from jobs.rank.exact_gradients import ExactGradients, digest_of, digest_words, grains_of_ranks
-from jobs.rank.instruction import INSTRUCTIONS, Instruction
-from jobs.rank.non_finite import FAULT_WORDS, NonFiniteLossError, fault_of, write_faults
-from jobs.rank.objective import Objective, Reconstruction
-from jobs.rank.step_reading import RankReading, StepReading, from_words, word_count
-from jobs.rank.step_words import INTEGER_WORDS, StepWords, integer_of, wait_for, words_of
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import micro_batches
+from jobs.step.engine import build_engine, discard_step, has_finite_gradients, set_learning_rate
+from jobs.step.exact_gradients import ExactGradients, digest_of, digest_words, grains_of_ranks
+from jobs.step.instruction import INSTRUCTIONS, Instruction
+from jobs.step.non_finite import FAULT_WORDS, NonFiniteLossError, fault_of, write_faults
+from jobs.step.objective import Objective, Reconstruction
+from jobs.step.step_reading import RankReading, StepReading, from_words, word_count
+from jobs.step.step_words import INTEGER_WORDS, StepWords, integer_of, wait_for, words_of
 from model.convmae import Output
 from pipeline.load.batch import Batch
 from pipeline.order.sample_order import ConsumedDigest, Order
@@ -113,7 +113,7 @@ class ReducedGradients:
         """Name what is worked with.
 
         Args:
-            engine: Of jobs.rank.engine.
+            engine: Of jobs.step.engine.
             recipe: Of the run.
             place: Of this rank.
             sizes: Of its micro-batches; as many on every rank.
@@ -197,7 +197,7 @@ class TrainingStep:
         """Name what a step works with.
 
         Args:
-            engine: Of jobs.rank.engine.
+            engine: Of jobs.step.engine.
             recipe: Of the run.
             place: Of this rank.
             order: Of the run's samples.

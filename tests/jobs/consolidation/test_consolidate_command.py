@@ -1,8 +1,8 @@
 from __future__ import annotations
 
-from jobs.weights.consolidate_command import progress_text, result_line
-from jobs.weights.target import ConsolidatedWeights, WrittenFile
-from jobs.weights.writer import ConsolidationProgress
+from jobs.consolidation.consolidate_command import progress_text, result_line
+from jobs.consolidation.target import ConsolidatedWeights, WrittenFile
+from jobs.consolidation.writer import ConsolidationProgress
 
 
 def test_the_rate_and_the_rest_are_shown_without_what_was_kept() -> None:

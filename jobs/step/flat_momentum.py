@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from jobs.rank.exact_gradients import norm_of, norm_words
+from jobs.step.exact_gradients import norm_of, norm_words
 
 MOMENTUM = 0.9
 TRUST = 0.001

@@ -11,13 +11,13 @@ from contextlib import ExitStack, contextmanager
 from jobs.checkpoint.checkpoint import Commit, commit_url
 from jobs.cluster.fan_out import FanOut
 from jobs.cluster.session import Session
+from jobs.consolidation.consolidate import consolidate, in_threads
+from jobs.consolidation.file_layout import PART_BYTES
+from jobs.consolidation.target import ConsolidatedWeights, Target
+from jobs.consolidation.writer import ConsolidationProgress
 from jobs.run.directory import RunDirectory
 from jobs.run.shared_folder import Landmarks, file_landmarks, planted
 from jobs.terminal import bytes_text, duration_text, progress_bar, say
-from jobs.weights.consolidate import consolidate, in_threads
-from jobs.weights.file_layout import PART_BYTES
-from jobs.weights.target import ConsolidatedWeights, Target
-from jobs.weights.writer import ConsolidationProgress
 
 CLUSTER_BYTES = 2 << 30
 """From this size, tasks on a cluster are worth their start; smaller checkpoints take seconds here."""

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from jobs.consolidation.file_layout import DTYPES
 from jobs.errors import CheckpointError
-from jobs.weights.file_layout import DTYPES
 
 
 def converted(tensor: str, data: bytes | memoryview, source: str, dtype: str) -> bytes:

@@ -2,7 +2,7 @@
 
 With ZeRO 1 and 2 every rank holds all weights, so that gradients of one grain after the other can be taken by
 `torch.autograd.grad`, past DeepSpeed's hooks: these would add them up in an order that depends on the world size. What
-is summed by `jobs.rank.gradient_tree` is handed to DeepSpeed's optimizer as its partition of the averaged gradients.
+is summed by `jobs.step.gradient_tree` is handed to DeepSpeed's optimizer as its partition of the averaged gradients.
 Sums over elements, of squares and of bits, are sums of integers, whose order does not matter.
 """
 
@@ -24,15 +24,15 @@ from jobs.checkpoint.deepspeed_internals import (
     owned_slices,
     parameter_groups_in_order,
 )
-from jobs.rank.gradient_tree import Exchange, PartialSums
-from jobs.rank.step_words import INTEGER_WORDS, integer_of, integer_words
 from jobs.recipe.recipe import Recipe
+from jobs.step.gradient_tree import Exchange, PartialSums
+from jobs.step.step_words import INTEGER_WORDS, integer_of, integer_words
 from pipeline.load.batch import Batch
 
 if TYPE_CHECKING:
     import deepspeed
 
-    from jobs.rank.training_step import Forward, OnMask
+    from jobs.step.training_step import Forward, OnMask
 
 _KINDS = 1 + len(MOMENTS)
 """Values that each trained element has: its own and its moments."""
@@ -58,7 +58,7 @@ def grains_of_ranks(lanes_by_rank: Sequence[range], *, lane_batch_size: int, gra
 class ExactGradients:
     """The gradient as the sum over the grains of the global batch, of which each rank computes some.
 
-    Attributes are those of `jobs.rank.training_step.Gradients`. Words: a loss for each grain, and the norm's.
+    Attributes are those of `jobs.step.training_step.Gradients`. Words: a loss for each grain, and the norm's.
     """
 
     def __init__(

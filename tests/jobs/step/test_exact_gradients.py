@@ -13,10 +13,10 @@ import torch
 from zero_groups import WorkerGroup
 from zero_material import commit_zero_files
 
-from jobs.rank.exact_gradients import norm_of, norm_words
 from jobs.recipe.named_recipes import named_recipe
 from jobs.recipe.recipe import Recipe
 from jobs.run.directory import RunDirectory
+from jobs.step.exact_gradients import norm_of, norm_words
 from pipeline.store.storage import Storage
 
 STEPS = 4

@@ -24,11 +24,11 @@ from jobs.checkpoint.checked_files import CheckedFiles, with_chunks
 from jobs.checkpoint.checkpoint import Commit
 from jobs.checkpoint.zero_layout import ZeroFiles
 from jobs.cluster.fan_out import FanOut, fan_out_locally
+from jobs.consolidation.file_layout import DTYPES, PART_BYTES, WeightFile, one_file, several_files
+from jobs.consolidation.target import ONE_FILE, ConsolidatedWeights, Target
+from jobs.consolidation.writer import Show, WeightWriter
 from jobs.errors import CheckpointError
 from jobs.run.directory import RunDirectory
-from jobs.weights.file_layout import DTYPES, PART_BYTES, WeightFile, one_file, several_files
-from jobs.weights.target import ONE_FILE, ConsolidatedWeights, Target
-from jobs.weights.writer import Show, WeightWriter
 from pipeline.access.urls import is_local
 from pipeline.store.lease import hold_lease
 from pipeline.store.storage import Storage

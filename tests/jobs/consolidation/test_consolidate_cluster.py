@@ -18,10 +18,10 @@ from safetensors.torch import load
 from testbed import Command
 from zero_material import commit_zero_files, random_material, write_zero_files
 
+from jobs.consolidation.target import consolidated_url
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
 from jobs.stack.record import Stack
-from jobs.weights.target import consolidated_url
 from pipeline.store.storage import Storage
 
 ON_A_CLUSTER = """
@@ -30,8 +30,8 @@ from jobs.cluster.session import Session
 session = Session.open(os.environ)
 session.export()
 session.connect()
-from jobs.weights.consolidate import consolidate
-from jobs.weights.target import Target
+from jobs.consolidation.consolidate import consolidate
+from jobs.consolidation.target import Target
 from jobs.cluster.fan_out import fan_out
 tasks = functools.partial(fan_out, copying=True)
 result = consolidate(session.run(sys.argv[1]), target=Target(shard_bytes=int(sys.argv[2])), fan_out=tasks)
@@ -41,7 +41,7 @@ print(*(file.url for file in result.files))
 BY_ITSELF = """
 import functools, os, sys
 import ray
-from jobs.weights.consolidate import consolidate
+from jobs.consolidation.consolidate import consolidate
 from jobs.cluster.fan_out import fan_out
 from jobs.run.directory import RunDirectory
 from pipeline.store.storage import Storage

@@ -7,8 +7,8 @@ import pytest
 import torch
 from rank_threads import Ranks
 
-from jobs.rank import gradient_tree
-from jobs.rank.gradient_tree import Exchange, Node, PartialSums, add_tree, nodes_of, root
+from jobs.step import gradient_tree
+from jobs.step.gradient_tree import Exchange, Node, PartialSums, add_tree, nodes_of, root
 
 
 def shares(grains: int, world_size: int) -> list[range]:

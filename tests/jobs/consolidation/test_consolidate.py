@@ -22,10 +22,10 @@ from zero_material import Material
 
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.checkpoint import Commit
+from jobs.consolidation.target import Target, consolidated_url
 from jobs.errors import CheckpointError
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
-from jobs.weights.target import Target, consolidated_url
 from pipeline.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -217,7 +217,7 @@ def test_a_missing_rank_is_refused(run: RunDirectory) -> None:
 def test_neither_torch_nor_deepspeed_is_imported(run: RunDirectory, tmp_path: Path) -> None:
     program = (
         "import sys\n"
-        "from jobs.weights import consolidate, consolidate_command\n"
+        "from jobs.consolidation import consolidate, consolidate_command\n"
         "from jobs.run.directory import RunDirectory\n"
         "from pipeline.store.storage import Storage\n"
         f"consolidate.consolidate(RunDirectory(Storage(), {run.url!r}))\n"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from jobs.checkpoint import checkpoint
+from jobs.consolidation.file_layout import DTYPES, FILE_NAME, INDEX_NAME
 from jobs.errors import CheckpointError
 from jobs.run.directory import RunDirectory
-from jobs.weights.file_layout import DTYPES, FILE_NAME, INDEX_NAME
 from pipeline.store.storage import Storage
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from jobs.rank.non_finite import FAULT_WORDS, SkippedSteps, fault_of, rollbacks_in_a_row, stretches, write_faults
+from jobs.step.non_finite import FAULT_WORDS, SkippedSteps, fault_of, rollbacks_in_a_row, stretches, write_faults
 
 
 def agreed(*found: tuple[bool, bool]) -> str:

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 import google_crc32c
 
-from jobs.weights.dtypes import converted
-from jobs.weights.file_layout import TensorPiece
-from jobs.weights.reads import PartPlan, PartRead
+from jobs.consolidation.dtypes import converted
+from jobs.consolidation.file_layout import TensorPiece
+from jobs.consolidation.reads import PartPlan, PartRead
 from pipeline.store import parted_write
 from pipeline.store.parted_write import PartedWrite, WrittenPart
 from pipeline.store.storage import Storage

@@ -22,9 +22,9 @@ from jobs.checkpoint.deepspeed_internals import (
     reduced_gradients,
     use_no_kernels,
 )
-from jobs.rank.elementwise_adamw import ElementwiseAdamW
-from jobs.rank.flat_momentum import FlatMomentum
 from jobs.recipe.recipe import Recipe
+from jobs.step.elementwise_adamw import ElementwiseAdamW
+from jobs.step.flat_momentum import FlatMomentum
 from model import Classifier, ConvMAE
 from model.layer_decay import layer_scales
 

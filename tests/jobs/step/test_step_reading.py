@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from jobs.metrics.rank_figures import RankFigures
-from jobs.rank.step_reading import RankReading, free_ratio, from_words, slowest, word_count
+from jobs.step.step_reading import RankReading, free_ratio, from_words, slowest, word_count
 from pipeline.load.read_counters import ReadCounters
 
 

@@ -1,6 +1,6 @@
 """What a run trains its model for: the loss of some images of a batch, and what it needs beside gradients.
 
-One object of a rank. A step (jobs.rank.training_step) asks it for the loss of one grain or micro-batch after the other;
+One object of a rank. A step (jobs.step.training_step) asks it for the loss of one grain or micro-batch after the other;
 what it computes of an image depends on seed, epoch, sample and the grain's other images alone, so that trajectories are
 the same at any world size.
 """

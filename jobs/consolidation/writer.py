@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 
 from jobs.checkpoint.checked_files import CheckedFiles
 from jobs.cluster.fan_out import FanOut
+from jobs.consolidation.copy_tasks import Done, HashFile, MakeFile, MakePart, Task, work
+from jobs.consolidation.file_layout import INDEX_NAME, WeightFile, index_of
+from jobs.consolidation.reads import planned
+from jobs.consolidation.target import WrittenFile, recorded_sha256
 from jobs.errors import CheckpointError
-from jobs.weights.copy_tasks import Done, HashFile, MakeFile, MakePart, Task, work
-from jobs.weights.file_layout import INDEX_NAME, WeightFile, index_of
-from jobs.weights.reads import planned
-from jobs.weights.target import WrittenFile, recorded_sha256
 from pipeline.errors import LeaseHeldError, StorageError, UserError
 from pipeline.store import parted_write
 from pipeline.store.combined_crc import CRC32C, combined_crc

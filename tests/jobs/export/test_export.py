@@ -13,11 +13,12 @@ from torch import Tensor
 
 from jobs.checkpoint.rank_group import RankGroup
 from jobs.errors import CheckpointError, ExportError, WeightsFileError
+from jobs.export import onnx_export
+from jobs.export.formats import Source, export
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
-from jobs.weights import consolidated, onnx_export
+from jobs.weights import consolidated
 from jobs.weights.consolidated import ClassifierHead, Weights
-from jobs.weights.export import Source, export
 from jobs.weights.initial import import_weights, load_initial_weights, pinned
 from jobs.weights.weight_files import model_json, sha256_of
 from model import Backbone, Classifier, ConvMAE, ConvMAEConfig

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from jobs.checkpoint.checked_files import READ_BYTES, CheckedFiles, CheckedRange
 from jobs.checkpoint.torch_archive import ByteRange
-from jobs.weights.file_layout import TensorPiece, WeightPart
+from jobs.consolidation.file_layout import TensorPiece, WeightPart
 
 
 @dataclass(frozen=True)

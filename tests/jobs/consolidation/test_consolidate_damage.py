@@ -15,10 +15,10 @@ from made_up_run import CHUNK_BYTES, MATERIAL, Damage, archives, flip, left_behi
 from zero_material import commit_zero_files, write_zero_files
 
 from jobs.checkpoint.torch_archive import read_archive
+from jobs.consolidation.target import Target
 from jobs.errors import DamagedCheckpointError
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
-from jobs.weights.target import Target
 from pipeline.store.storage import Storage
 
 
