@@ -42,12 +42,19 @@ STACK_FILES = frozenset(
         "jobs/metrics/test_live_metrics",
         "jobs/remote/test_command",
         "jobs/stack/test_local_stack",
-        "jobs/weights/test_consolidate_cluster",
+        "jobs/consolidation/test_consolidate_cluster",
         "pipeline/load/test_chaos",
     )
 )
 """Files with tests of the local stack. They share one and run in turn, beside all other tests (`pytest -n 2`); they
 begin first, since they take longest. Two stacks beside each other take two cores twice as long."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse names in STACK_FILES of files that are gone, here where pytest-xdist shows the reason."""
+    for file in sorted(STACK_FILES):
+        if not (config.rootpath / file).is_file():
+            raise pytest.UsageError(f"STACK_FILES in tests/conftest.py names {file}, which does not exist: correct it")
 
 
 @pytest.hookimpl(tryfirst=True)  # before tests are chosen by their marks
