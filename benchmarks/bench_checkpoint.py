@@ -1,7 +1,7 @@
 """The pause of training for a checkpoint, against DeepSpeed's own synchronous save: `make bench-checkpoint`.
 
-Two ranks train ConvMAE-Base on noise under gloo and save to a local S3 server. Ours writes local files, and uploads
-while steps continue; the other side is `engine.save_checkpoint` and an upload of the same files before the next step,
+Two ranks train ConvMAE-Base on noise under gloo and save to a local S3 server. Ours copies in memory, and uploads while
+steps continue; the other side is `engine.save_checkpoint` and an upload of the same files before the next step,
 since DeepSpeed writes no objects. Both sides take turns in the same processes. Printed are medians over rounds of what
 rank 0 paused, of the time until the checkpoint was in the store, and how much slower steps were meanwhile.
 

@@ -19,13 +19,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 from consolidate_sides import STEP
 from local_s3 import LocalS3, local_s3
-from zero_material import commit_zero_files, model_material, write_zero_files
+from zero_material import commit_state, commit_zero_files, model_material, write_zero_files
 
 from jobs.checkpoint.checkpoint import Commit
 from jobs.consolidation.target import consolidated_url
@@ -98,28 +99,30 @@ def compare(folder: Path, preset: str, stage: int, world: int, rounds: int) -> d
     """Make a checkpoint, run both sides `rounds` times in turn, and print what they take."""
     (folder / "s3").mkdir()
     with local_s3(folder / "s3") as server:
-        run = RunDirectory.of(server.storage, f"{server.url}/runs", "bench")
-        commit = _checkpoint(run, folder / "checkpoint", preset, stage, world)
+        runs = {side: RunDirectory.of(server.storage, f"{server.url}/runs", side) for side in ("ours", "stock")}
+        commit = _checkpoints(runs, folder / "checkpoint", preset, stage, world)
         print(f"{preset}, ZeRO-{stage}, {world} ranks: {commit.bytes / 1e6:.0f} MB of checkpoint", flush=True)
         result_url = f"{server.url}/stock/model.safetensors"
-        found: dict[str, list[Measured]] = {"ours": [], "stock": []}
+        found: dict[str, list[Measured]] = {side: [] for side in runs}
         for _ in range(rounds):
             for side, measurements in found.items():
-                measurements.append(measured(side, server, run, result_url))
+                measurements.append(measured(side, server, runs[side], result_url))
                 print(f"{side:<6} {measurements[-1].wall_seconds:7.2f} s", flush=True)
-        same_tensors(server.storage, consolidated_url(run, STEP), result_url)
+        same_tensors(server.storage, consolidated_url(runs["ours"], STEP), result_url)
     report(found)
     return found
 
 
-def _checkpoint(run: RunDirectory, folder: Path, preset: str, stage: int, world: int) -> Commit:
+def _checkpoints(runs: Mapping[str, RunDirectory], folder: Path, preset: str, stage: int, world: int) -> Commit:
+    """The same weights as a checkpoint of ours and as one of DeepSpeed's own files; returns the former's commit."""
     from model import ConvMAE
 
     recipe = named_recipe("convmae_base").amended({"model.preset": preset, "zero_stage": stage})
-    write_zero_files(folder, model_material(ConvMAE(recipe.model)), stage, world)
-    commit = commit_zero_files(run, recipe, folder, step=STEP, stage=stage, world_size=world)
+    material = model_material(ConvMAE(recipe.model))
+    write_zero_files(folder, material, stage, world)
+    commit_zero_files(runs["stock"], recipe, folder, step=STEP, stage=stage, world_size=world)
     shutil.rmtree(folder)
-    return commit
+    return commit_state(runs["ours"], recipe, material, step=STEP, stage=stage, world_size=world)
 
 
 def same_tensors(storage: Storage, ours_url: str, stock_url: str) -> None:

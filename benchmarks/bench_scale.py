@@ -1,10 +1,10 @@
 """The cost of a thousand ranks: measured where one machine can, laid out on paper where it cannot: `make bench-scale`.
 
-`restore`: ConvMAE-Base from a local S3 server at other world sizes than wrote it, on gloo; the ranks together, and each
-for itself as it was before, in turn in the same processes. `layout`: requests and bytes of up to 1,024 ranks by the
-same rules on files that were never written. `figures`: what the figures of ranks cost in a step and a scrape.
-`deletes`: a checkpoint of 1,024 ranks. `polls`: what Ray Train's controller spends on asking a worker, by stand-in
-actors.
+`restore`: ConvMAE-Base from a local S3 server at other world sizes than wrote it, on gloo: from our files, and from
+DeepSpeed's own, in which places must be looked up first, in turn in the same processes.
+`layout`: requests and bytes of up to 1,024 ranks by the same rules on files that were never written. `figures`: what
+the figures of ranks cost in a step and a scrape. `deletes`: a checkpoint of 1,024 ranks. `polls`: what Ray Train's
+controller spends on asking a worker, by stand-in actors.
 
     python benchmarks/bench_scale.py [restore layout figures deletes polls]
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import pickle
+import shutil
 import statistics
 import tempfile
 import time
@@ -27,13 +28,14 @@ from local_s3 import local_s3
 from restore_group import restore_group, shapes_of
 from restore_rank import Shapes
 from scale_layout import restoring
-from zero_material import commit_zero_files, model_material, write_zero_files
+from zero_material import commit_state, commit_zero_files, model_material, write_zero_files
 
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
 from model import ConvMAE
 from pipeline.store.storage import Storage
 
+SIDES = ("ours", "DeepSpeed's")
 RESTORES = [(4, 2), (2, 4)]
 LAYOUTS = [(64, 64), (256, 256), (1024, 1024), (1000, 1024)]
 WORLD_SIZES = (1, 64, 1024)
@@ -63,27 +65,30 @@ def bench_restore(recipe: str, rounds: int, *, local: bool) -> None:
             storage, root = (server.storage, server.url) if server else (Storage(), str(folder / "store"))
             for stage in (1, 3):
                 for before, now in RESTORES:
-                    run = RunDirectory.of(storage, f"{root}/runs", f"zero-{stage}-of-{before}-at-{now}")
-                    files = folder / run.name
+                    runs = {side: RunDirectory.of(storage, f"{root}/{side}", f"zero-{stage}") for side in SIDES}
+                    fields: dict[str, Any] = {"step": 10, "stage": stage, "world_size": before}
+                    files, tiny = folder / f"zero-{stage}-of-{before}", named_recipe("tiny")
                     write_zero_files(files, material, stage, before)
-                    commit = commit_zero_files(
-                        run, named_recipe("tiny"), files, step=10, stage=stage, world_size=before
-                    )
-                    found: dict[bool, list[list[dict[str, Any]]]] = {True: [], False: []}
+                    commits = {
+                        "ours": commit_state(runs["ours"], tiny, material, **fields),
+                        "DeepSpeed's": commit_zero_files(runs["DeepSpeed's"], tiny, files, **fields),
+                    }
+                    shutil.rmtree(files)
+                    found: dict[str, list[list[dict[str, Any]]]] = {side: [] for side in SIDES}
                     with restore_group(now, folder) as group:
                         for _ in range(rounds):
-                            for together, rows in found.items():
-                                rows.append(group.restore(run, shapes_of(material), stage, together=together))
-                    for together, rows in found.items():
+                            for side, rows in found.items():
+                                rows.append(group.restore(runs[side], shapes_of(material), stage))
+                    for side, rows in found.items():
                         seconds = [max(answer["seconds"] for answer in row) for row in rows]
                         cpu = [sum(answer["cpu_seconds"] for answer in row) for row in rows]
                         requests = sum(answer["requests"] for answer in rows[0])
-                        times = sum(answer["read_bytes"] for answer in rows[0]) / commit.bytes
-                        way = "together" if together else "each for itself"
+                        size = commits[side].bytes
+                        times = sum(answer["read_bytes"] for answer in rows[0]) / size
                         print(
-                            f"ZeRO {stage}, {before} -> {now} ranks, {way:<15} {statistics.median(seconds):6.2f} s, "
+                            f"ZeRO {stage}, {before} -> {now} ranks, {side:<11} {statistics.median(seconds):6.2f} s, "
                             f"{statistics.median(cpu):6.2f} CPU s of all ranks, {requests:4} requests, "
-                            f"{times:.2f} times the checkpoint's {commit.bytes / 1e6:.0f} MB",
+                            f"{times:.2f} times the checkpoint's {size / 1e6:.0f} MB",
                             flush=True,
                         )
 
@@ -103,7 +108,8 @@ def bench_layout() -> None:
             print(
                 f"ZeRO {stage}, {before:>4} -> {now:>4} ranks: {found.requests:7,.0f} requests, "
                 f"{found.read_bytes / found.checkpoint_bytes:.2f} times the {found.checkpoint_bytes / 1e6:,.0f} MB; "
-                f"a rank is sent {found.sent_bytes / 1e3:,.0f} kB and plans for {found.plan_seconds:.2f} CPU s",
+                f"the commit has {found.commit_bytes / 1e3:,.0f} kB, of which a rank is sent "
+                f"{found.sent_bytes / 1e3:,.0f} kB, and plans for {found.plan_seconds:.2f} CPU s",
                 flush=True,
             )
 

@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.checkpoint import Commit
+from jobs.checkpoint.rank_file import RankFile
 from jobs.checkpoint.saver import CheckpointSaver
 from jobs.recipe.recipe import Recipe
 from jobs.run.directory import RunDirectory
@@ -54,6 +55,7 @@ class Rank:
     def __init__(self, recipe: Recipe, run: RunDirectory) -> None:
         self.recipe, self.run, self.steps = recipe, run, 0
         self.engine = build_engine(build_model(recipe), recipe, micro_batches_per_step=1, world_size=WORLD_SIZE)
+        self._rank_file = RankFile(self.engine, RANK)
 
     def step(self, *, uploading: bool) -> tuple[float, bool]:
         """One optimizer step; its seconds, and whether any rank is uploading."""
@@ -74,7 +76,7 @@ class Rank:
         monitor = Monitor()
         saver = CheckpointSaver(self.run, monitor, rank=RANK, world_size=WORLD_SIZE, keep=1)  # type: ignore[arg-type]
         began = time.perf_counter()
-        saver.begin(self._commit(), self._write)
+        saver.begin(self._commit(), self._rank_file.copied)
         stall, slowed = time.perf_counter() - began, []
         while saver.is_under_way:
             seconds, uploading = self.step(uploading=saver.is_uploading)
@@ -104,9 +106,6 @@ class Rank:
             dist.barrier()
         seconds = time.perf_counter() - began
         return {"stall": seconds, "until_commit": seconds, "steps": 0, "slowed": 0.0, "written": written}
-
-    def _write(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
 
     def _commit(self) -> Commit:
         recipe = self.recipe

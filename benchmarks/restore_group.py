@@ -34,10 +34,10 @@ class RestoreGroup:
     def __init__(self, ranks: Sequence[subprocess.Popen[str]], logs: Sequence[Path]) -> None:
         self._ranks, self._logs = ranks, logs
 
-    def restore(self, run: RunDirectory, groups: Sequence[Shapes], stage: int, *, together: bool) -> list[Answer]:
+    def restore(self, run: RunDirectory, groups: Sequence[Shapes], stage: int) -> list[Answer]:
         """Restore the run's one checkpoint; returns each rank's figures."""
         storage = run.storage.to_json()
-        case = {"run": run.url, "storage": storage, "groups": groups, "stage": stage, "together": together}
+        case = {"run": run.url, "storage": storage, "groups": groups, "stage": stage}
         for rank in self._ranks:
             assert rank.stdin
             rank.stdin.write(json.dumps(case) + "\n")

@@ -1,6 +1,6 @@
-"""One rank that restores checkpoints on gloo, and says what it took: together with the others, or each for itself.
+"""One rank of a group that restores checkpoints on gloo, and says what it took.
 
-Reads one JSON case a line from standard input: {run, storage, groups, stage, together}. `groups` has the shapes of the
+Reads one JSON case a line from standard input: {run, storage, groups, stage}. `groups` has the shapes of the
 parameters of each group. Answers each with a line `done: {...}`: seconds, CPU seconds, requests and bytes of this rank,
 and CRC-32s of the weights and of the moments that it got.
 """
@@ -16,20 +16,14 @@ from collections.abc import Iterable, Mapping
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from counting_storage import CountingStorage
 from torch import Tensor
 
-from jobs.checkpoint import checkpoint
-from jobs.checkpoint.checked_files import CheckedFiles
 from jobs.checkpoint.rank_group import RankGroup
 from jobs.checkpoint.restore import restore_newest
-from jobs.checkpoint.zero_files import check_sizes, look_into
-from jobs.checkpoint.zero_layout import ZeroFiles
-from jobs.checkpoint.zero_reading import read_zero_state
-from jobs.checkpoint.zero_state import ZeroState, owned_ranges
+from jobs.checkpoint.zero_state import owned_ranges
 from jobs.run.directory import RunDirectory
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -51,19 +45,6 @@ def crc_of(tensors: Iterable[tuple[str, Tensor]]) -> int:
     return found
 
 
-def restored_alone(run: RunDirectory, owned: Mapping[str, range], group: RankGroup) -> ZeroState:
-    """As it was before: every rank looks at every file and reads all weights; only the rest is dealt."""
-    (step,) = checkpoint.committed_steps(run) if group.rank == 0 else (0,)
-    commit = group.broadcast(checkpoint.read_commit(run, step) if group.rank == 0 else None)
-    assert commit
-    files = CheckedFiles(run, commit)
-    check_sizes(run, commit)
-    layout = ZeroFiles(run, commit, look_into(run, commit, files, moments=True))
-    state = read_zero_state(files, layout, owned, RankGroup())
-    files.check(np.array_split(np.flatnonzero(~group.union(files.checked)), group.world_size)[group.rank])
-    return state
-
-
 def answer(case: dict[str, Any], group: RankGroup) -> dict[str, Any]:
     """Restore once."""
     run = RunDirectory(CountingStorage.from_json(case["storage"]), case["run"])
@@ -71,12 +52,9 @@ def answer(case: dict[str, Any], group: RankGroup) -> dict[str, Any]:
     CountingStorage.forget()
     group.total(0)  # all begin together
     began, cpu = time.perf_counter(), time.process_time()
-    if case["together"]:
-        found = restore_newest(run, owned, group, check=lambda _: None, on_damage=lambda *_: None)
-        assert found
-        state = found.state
-    else:
-        state = restored_alone(run, owned, group)
+    found = restore_newest(run, owned, group, check=lambda _: None, on_damage=lambda *_: None)
+    assert found
+    state = found.state
     group.total(0)
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - cpu
     moments = [(f"{moment} {name}", value) for moment, all_ in state.moments.items() for name, value in all_.items()]

@@ -1,23 +1,28 @@
-"""Checkpoints as DeepSpeed's ZeRO 1, 2 and 3 write them, of any size and world size, without training anything.
+"""Checkpoints of any size, world size and ZeRO stage, without training anything: as ours are, and as DeepSpeed's own.
 
-Only what readers look at is filled in. That the layout is right is for DeepSpeed's own `zero_to_fp32` to say, which the
-tests ask of every such checkpoint.
+Of DeepSpeed's files only what readers look at is filled in. That the layout is right is for DeepSpeed's own
+`zero_to_fp32` to say, which the tests ask of every such checkpoint.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from jobs.checkpoint import checkpoint
-from jobs.checkpoint.checkpoint import Commit
+from jobs.checkpoint.checkpoint import CheckpointFile, Commit, StateTensor
+from jobs.checkpoint.rank_file import DTYPE_NAMES, RankPart, header_of
+from jobs.checkpoint.zero_state import owned_ranges
 from jobs.recipe.recipe import Recipe
 from jobs.run.directory import RunDirectory
 
@@ -78,6 +83,119 @@ def write_zero_files(folder: Path, material: Material, stage: int, world_size: i
             torch.save(state, folder / f"{name}_model_states.pt")
 
 
+def upload_files(
+    run: RunDirectory, step: int, folder: Path, owner: str = "", *, chunk_bytes: int = checkpoint.CHUNK_BYTES
+) -> list[CheckpointFile]:
+    """Upload every file of `folder` into the checkpoint of `step`, without saying what they hold."""
+    return [
+        checkpoint.upload(
+            run, step, path, CheckpointFile(path.name, 0, 0), content=memoryview(path.read_bytes()), owner=owner,
+            chunk_bytes=chunk_bytes,
+        )
+        for path in sorted(path for path in folder.iterdir() if path.is_file())
+    ]  # fmt: skip
+
+
+def state_parts(material: Material, stage: int, world_size: int) -> list[RankPart]:
+    """The part of every rank, as it is saved by a rank that trained `material`."""
+    trained = {name: value for group in material.groups for name, value in group.items()}
+    everything = {**trained, **material.frozen, **material.buffers}
+    tensors = tuple(
+        StateTensor(name, tuple(value.shape), DTYPE_NAMES[value.dtype]) for name, value in everything.items()
+    )
+    numbers = {name: number for number, name in enumerate(everything)}
+    model: Any = SimpleNamespace(named_parameters=trained.items)
+    groups = [{"params": list(group.values())} for group in material.groups]
+    parts = []
+    for rank in range(world_size):
+        owned = owned_ranges(model, groups, stage=stage, rank=rank, world_size=world_size)
+        fixed = {name: range(value.numel()) for name, value in material.buffers.items() if rank == 0}
+        for name, value in material.frozen.items():
+            share = math.ceil(value.numel() / world_size) if stage == 3 else (value.numel() if rank == 0 else 0)
+            begin = min(rank * share, value.numel())
+            fixed[name] = range(begin, min(begin + share, value.numel()))
+        ranges = [
+            tuple((numbers[name], values.start, values.stop) for name, values in kind.items() if values)
+            for kind in (owned, fixed)
+        ]
+        flat = {name: everything[name].reshape(-1)[values.start : values.stop] for name, values in owned.items()}
+        kinds = [flat.values(), [value * 0.5 for value in flat.values()], [value.square() for value in flat.values()]]
+        kinds.append([everything[name].reshape(-1)[values.start : values.stop] for name, values in fixed.items()])
+        header = header_of(tensors, *ranges)
+        data = header + b"".join(
+            value.contiguous().view(torch.uint8).numpy().tobytes() for kind in kinds for value in kind
+        )
+        places = CheckpointFile(
+            f"rank-{rank:05d}.safetensors", 0, 0, data_offset=len(header), trained=ranges[0], fixed=ranges[1]
+        )
+        parts.append(RankPart(Path(), memoryview(data), places, tensors, 2.0))
+    return parts
+
+
+def commit_state(
+    run: RunDirectory,
+    recipe: Recipe,
+    material: Material,
+    *,
+    step: int,
+    stage: int,
+    world_size: int,
+    chunk_bytes: int = checkpoint.CHUNK_BYTES,
+    milestone: bool = False,
+) -> Commit:
+    """Make a committed checkpoint of `material`, whose moments are half its values, and their squares."""
+    files, parts = [], state_parts(material, stage, world_size)
+    for part in parts:
+        with tempfile.NamedTemporaryFile() as local:
+            local.write(part.content)
+            local.flush()
+            files.append(
+                checkpoint.upload(
+                    run, step, Path(local.name), part.places, content=part.content, chunk_bytes=chunk_bytes
+                )
+            )
+    return commit_files(
+        run, recipe, files, step=step, stage=stage, world_size=world_size, milestone=milestone,
+        tensors=parts[0].tensors, optimizer_step=parts[0].optimizer_step,
+    )  # fmt: skip
+
+
+def save_part(part: RankPart, folder: Path) -> None:
+    """Write a rank's part into a folder, for `commit_parts`."""
+    (folder / part.places.name).write_bytes(part.content)
+    fields = {
+        "places": asdict(part.places),
+        "tensors": [asdict(tensor) for tensor in part.tensors],
+        "optimizer_step": part.optimizer_step,
+    }
+    (folder / f"{part.places.name}.json").write_text(json.dumps(fields))
+
+
+def commit_parts(
+    run: RunDirectory,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    step: int,
+    stage: int,
+    world_size: int,
+    chunk_bytes: int = checkpoint.CHUNK_BYTES,
+    milestone: bool = False,
+) -> Commit:
+    """Make a committed checkpoint of what `save_part` wrote into a folder."""
+    files: list[CheckpointFile] = []
+    fields: dict[str, Any] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        fields = json.loads(path.with_name(f"{path.name}.json").read_text())
+        places, content = CheckpointFile(**fields["places"]), memoryview(path.read_bytes())
+        files.append(checkpoint.upload(run, step, path, places, content=content, chunk_bytes=chunk_bytes))
+    assert len(files) == world_size
+    return commit_files(
+        run, recipe, files, step=step, stage=stage, world_size=world_size, milestone=milestone,
+        tensors=tuple(StateTensor(**tensor) for tensor in fields["tensors"]), optimizer_step=fields["optimizer_step"],
+    )  # fmt: skip
+
+
 def commit_zero_files(
     run: RunDirectory,
     recipe: Recipe,
@@ -89,7 +207,26 @@ def commit_zero_files(
     chunk_bytes: int = checkpoint.CHUNK_BYTES,
     milestone: bool = False,
 ) -> Commit:
-    """Make a committed checkpoint of a run of the files in `folder`."""
+    """Make a committed checkpoint, of the newest format that had them, of DeepSpeed's files in `folder`."""
+    files = upload_files(run, step, folder, chunk_bytes=chunk_bytes)
+    return commit_files(
+        run, recipe, files, step=step, stage=stage, world_size=world_size, milestone=milestone,
+        format_version=max(checkpoint.DEEPSPEED_FORMATS),
+    )  # fmt: skip
+
+
+def commit_files(
+    run: RunDirectory,
+    recipe: Recipe,
+    files: Sequence[CheckpointFile],
+    *,
+    step: int,
+    stage: int,
+    world_size: int,
+    milestone: bool = False,
+    **fields: Any,
+) -> Commit:
+    """Make a committed checkpoint of a run of files that are there."""
     run.claim(recipe)
     commit = Commit(
         step=step,
@@ -106,7 +243,8 @@ def commit_zero_files(
         milestone=milestone,
         counters={},
         versions={"torch": torch.__version__, "git": "c0ffee"},
-        files=tuple(checkpoint.upload_files(run, step, folder, chunk_bytes=chunk_bytes)),
+        files=tuple(files),
+        **fields,
     )
     checkpoint.write_commit(run, commit)
     return commit

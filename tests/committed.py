@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from zero_material import upload_files
+
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.checkpoint import Commit
 from jobs.run.directory import RunDirectory
@@ -26,7 +28,7 @@ def save(run: RunDirectory, local: Path, step: int, milestone: bool = False) -> 
         milestone=milestone,
         counters={"images_total": 64.0 * step},
         versions={"torch": "2"},
-        files=tuple(checkpoint.upload_files(run, step, local)),
+        files=tuple(upload_files(run, step, local)),
     )
     checkpoint.write_commit(run, commit)
     return commit

@@ -1,7 +1,8 @@
-"""A run with one checkpoint of made-up ZeRO files, to consolidate, damage and inspect."""
+"""A run with one made-up checkpoint, to consolidate, damage and inspect."""
 
 from __future__ import annotations
 
+import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from zero_material import Material, commit_zero_files, random_material, write_zero_files
+from zero_material import Material, commit_state, commit_zero_files, random_material, write_zero_files
 
 from jobs.checkpoint import checkpoint
 from jobs.consolidation.consolidate import consolidate
@@ -29,13 +30,21 @@ MATERIAL = random_material(9000, tensor_elements=2500)
 Damage = Callable[[Path], None]
 
 
-def make_run(
+def make_run(folder: Path, stage: int, world_size: int, material: Material = MATERIAL) -> RunDirectory:
+    """A run with one made-up checkpoint."""
+    run = RunDirectory.of(Storage(retry_seconds=2), str(folder / "runs"), f"zero{stage}-of-{world_size}")
+    recipe = named_recipe("tiny")
+    commit_state(run, recipe, material, step=STEP, stage=stage, world_size=world_size, chunk_bytes=CHUNK_BYTES)
+    return run
+
+
+def make_older_run(
     folder: Path, stage: int, world_size: int, material: Material = MATERIAL, *, bf16: bool = False
 ) -> RunDirectory:
-    """A run with one checkpoint of made-up files."""
+    """The same in DeepSpeed's own files, as format 3 had them."""
     files = folder / f"zero{stage}-of-{world_size}"
     write_zero_files(files, material, stage, world_size, bf16=bf16)
-    run = RunDirectory.of(Storage(retry_seconds=2), str(folder / "runs"), files.name)
+    run = RunDirectory.of(Storage(retry_seconds=2), str(folder / "older"), files.name)
     recipe = named_recipe("tiny")
     commit_zero_files(run, recipe, files, step=STEP, stage=stage, world_size=world_size, chunk_bytes=CHUNK_BYTES)
     return run
@@ -59,7 +68,7 @@ def assert_bit_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> N
         assert torch.equal(found[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8)), name
 
 
-def archives(run: RunDirectory, suffix: str) -> list[Path]:
+def files_of(run: RunDirectory, suffix: str = "") -> list[Path]:
     """Files of its checkpoint."""
     return sorted(Path(run.path("checkpoints", checkpoint.folder_name(STEP))).glob(f"*{suffix}"))
 
@@ -81,8 +90,20 @@ def flip(place: Callable[[Path], int]) -> Damage:
     return damage
 
 
-def within(record: str, offset: int) -> Callable[[Path], int]:
-    """A place in a record of an archive."""
+def within(key: str, offset: int) -> Callable[[Path], int]:
+    """A place among the values under a key of a safetensors file."""
+
+    def place(path: Path) -> int:
+        data = path.read_bytes()
+        begin = 8 + int.from_bytes(data[:8], "little")
+        first, end = json.loads(data[8:begin])[key]["data_offsets"]
+        return begin + first + offset % (end - first)
+
+    return place
+
+
+def within_record(record: str, offset: int) -> Callable[[Path], int]:
+    """A place in a record of an archive of torch.save's."""
 
     def place(path: Path) -> int:
         with zipfile.ZipFile(path) as archive, path.open("rb") as file:

@@ -35,7 +35,8 @@ class WholeState:
 
 
 def whole_state(folder: Path) -> WholeState:
-    """Read the files that `engine.save_checkpoint` wrote into `folder`, of any world size and stage."""
+    """Read the files of DeepSpeed's that zero_worker saved into `folder`, of any world size and stage."""
+    folder = folder / "deepspeed"
     model_states = [_load(path) for path in _by_rank(folder, "*_model_states.pt")]
     optimizer_states = [_load(path)["optimizer_state_dict"] for path in _by_rank(folder, "*_optim_states.pt")]
     stage = int(optimizer_states[0]["zero_stage"])

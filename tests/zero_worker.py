@@ -2,8 +2,9 @@
 
 Reads one JSON case a line from standard input: {recipe, resume, steps}. `resume` is the URL of a run, or empty. `steps`
 is a list of "train", of "loss" and "gradient" (a step in which that is NaN on the last rank, and which is discarded),
-and of folders to save into. Answers each case with one line `done: {losses, read_bytes}`: of all ranks, and by this one
-to resume; with digests and norms of the steps where gradients are exact.
+and of folders to save into: this rank's file as runs save it, and below `deepspeed` DeepSpeed's own. Answers each case
+with one line `done: {losses, read_bytes}`: of all ranks, and by this one to resume; with digests and norms of the steps
+where gradients are exact.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ import torch
 import torch.distributed as dist
 from counting_storage import CountingStorage
 from steps import NoReading, PoisonedStep
+from zero_material import save_part
 
+from jobs.checkpoint.rank_file import RankFile
 from jobs.checkpoint.rank_group import RankGroup
 from jobs.checkpoint.restore import restore_newest
 from jobs.checkpoint.zero_state import owned_ranges, restore_optimizer
@@ -156,8 +159,8 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
         elif action in ("loss", "gradient"):
             train(step, poison=action)
         else:
-            folder = Path(action)
-            engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+            engine.save_checkpoint(action, tag="deepspeed", save_latest=False)
+            save_part(RankFile(engine, RANK).copied(), Path(action))
     engine.destroy()
     seen = {"digests": exact.digests, "norms": exact.norms} if exact else {}
     return {"losses": losses, "read_bytes": CountingStorage.read_bytes, **seen}

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.checkpoint import CHUNK_BYTES, CheckpointFile, Commit, checksummed
-from jobs.checkpoint.torch_archive import ByteRange, damaged
+from jobs.checkpoint.tensor_ranges import ByteRange, damaged
 from jobs.run.directory import RunDirectory
 from pipeline.store.storage import Storage
 
@@ -265,6 +265,38 @@ def with_chunks(run: RunDirectory, step: int, files: Sequence[CheckpointFile]) -
 
     in_threads(measure, [file for file in files if not file.chunk_bytes])
     return [known[file.name] for file in files]
+
+
+def check_size(run: RunDirectory, commit: Commit, name: str, size: int) -> None:
+    """Compare a file's size with the commit's, in one request.
+
+    Raises:
+        DamagedCheckpointError: It is missing, or has another size.
+    """
+    url = checkpoint.file_url(run, commit.step, name)
+    try:
+        found = run.storage.size(url)
+    except FileNotFoundError:
+        raise damaged(url, "it is missing") from None
+    if found != size:
+        raise damaged(url, f"it has {found} bytes, not {size}")
+
+
+def check_sizes(run: RunDirectory, commit: Commit, *, part: int = 0, parts: int = 1, empty: bool = False) -> None:
+    """Compare sizes of files with the commit's, in one request each.
+
+    Args:
+        run: Whose checkpoint it is.
+        commit: Of the checkpoint.
+        part: Which part of them, in [0, parts).
+        parts: How many parts they are dealt into.
+        empty: Only of empty files, if all others are read anyway.
+
+    Raises:
+        DamagedCheckpointError: One is missing, or has another size.
+    """
+    wanted = [file for file in commit.files if not (empty and file.bytes)][part::parts]
+    in_threads(lambda file: check_size(run, commit, file.name, file.bytes), wanted)
 
 
 def _chunks_of(run: RunDirectory, url: str, size: int) -> Iterator[bytes]:

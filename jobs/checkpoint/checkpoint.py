@@ -1,8 +1,9 @@
 """Checkpoints, which are either complete or invisible.
 
-Every rank writes its native ZeRO files to local disk and uploads them; when all have, rank 0 writes the commit object,
-which lists each file with its size and CRC32C. Without the commit object a checkpoint does not exist: a kill at any
-moment leaves at most files that nothing reads, which are deleted after a later commit (jobs.checkpoint.retention).
+Every rank uploads its part of the state as one file (jobs.checkpoint.rank_file); when all have, rank 0 writes the
+commit object. It lists each file with its size and checksums, and says where in it the values of which tensor lie.
+Without the commit object a checkpoint does not exist: a kill at any moment leaves at most files that nothing reads,
+which are deleted after a later commit (jobs.checkpoint.retention).
 Checkpoints are found by their commit objects, never by listing their files: object stores list deleted names for a
 while.
 
@@ -15,9 +16,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -39,11 +41,35 @@ COMMIT_NAME = re.compile(r"step-(\d{8,12})\.json")
 CHUNK_BYTES = 1 << 18
 """Each chunk has its own checksum, so that a byte range can be checked without the rest of its file: little is read
 beyond what is needed, and a gigabyte of checkpoint takes 32 KB of the commit object."""
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
+DEEPSPEED_FORMATS = (1, 2, 3)
+"""Formats of commits whose files are DeepSpeed's own (jobs.checkpoint.deepspeed_files)."""
 
 
 Count = Annotated[int, Strict(), Field(ge=0, lt=LARGEST)]
 Total = Annotated[float, Strict(), Field(ge=0, lt=LARGEST)]
+
+
+Range = tuple[Count, Count, Count]
+"""Number of a tensor in `Commit.tensors`, the first of some of its elements, and the one after the last."""
+
+
+@with_config(ConfigDict(extra="forbid"))
+@dataclass(frozen=True)
+class StateTensor:
+    """One tensor of the model's state dict."""
+
+    name: Text
+    shape: tuple[Count, ...]
+    dtype: Text
+    """As in safetensors; `F32` of all that are trained."""
+    same_as: Text = ""
+    """Name of the tensor of which this is a second name, in whose place it has no values of its own."""
+
+    @property
+    def elements(self) -> int:
+        """Their number."""
+        return math.prod(map(int, self.shape))
 
 
 @with_config(ConfigDict(extra="forbid"))
@@ -59,6 +85,12 @@ class CheckpointFile:
     """Length of the chunks, each with its own CRC32C; the last may be shorter. 0: there are none."""
     chunk_crc32cs: Text = ""
     """The CRC32C of each chunk in order, eight hexadecimal digits each."""
+    data_offset: Count = 0
+    """Of the first value in the file."""
+    trained: tuple[Range, ...] = ()
+    """Values that are trained: their weights lie there one after the other, then each of their moments likewise."""
+    fixed: tuple[Range, ...] = ()
+    """Frozen parameters and buffers, one after the other, after these."""
 
     def __post_init__(self) -> None:
         # Files are read and deleted by this path, so it must not lead out of the checkpoint.
@@ -104,7 +136,16 @@ class Commit:
     """Which driver that was, for people."""
     digest: Text = ""
     """Digest of all weights and moments, the same at any world size; empty if they depend on it."""
+    tensors: tuple[StateTensor, ...] = ()
+    """The model's state dict, trained tensors first. Empty where files are DeepSpeed's own."""
+    optimizer_step: Total = 0.0
+    """AdamW's step count, for its bias correction."""
     format_version: Count = FORMAT_VERSION
+
+    @property
+    def is_of_deepspeed(self) -> bool:
+        """Whether its files are DeepSpeed's own, so that they must be looked into to know where a value lies."""
+        return self.format_version in DEEPSPEED_FORMATS
 
     @property
     def bytes(self) -> int:
@@ -120,16 +161,12 @@ class Commit:
             DamagedCheckpointError: A field is missing, unknown or of another type; names it.
         """
         version = fields.get("format_version")
-        migrated = dict(fields)
-        for older, migrate in _MIGRATIONS.items():
-            if migrated.get("format_version") == older:
-                migrated = migrate(migrated)
-        if migrated.get("format_version") != FORMAT_VERSION:
-            known = f"{', '.join(map(str, _MIGRATIONS))} or {FORMAT_VERSION}"
+        if version not in (*DEEPSPEED_FORMATS, FORMAT_VERSION):
+            known = f"{', '.join(map(str, DEEPSPEED_FORMATS))} or {FORMAT_VERSION}"
             remedy = "use the version of convmae-pretrain that wrote it"
             raise CheckpointError("format_version", f"must be {known}", version, remedy)
         try:
-            return _COMMIT.validate_python(migrated)
+            return _COMMIT.validate_python(dict(fields))
         except ValidationError as error:
             rule, remedy = f"must have the fields of format {version} ({fault_rule(error)})", _OTHERS
             raise DamagedCheckpointError("commit", rule, f"step {fields.get('step')}", remedy) from None
@@ -139,18 +176,6 @@ _COMMIT = TypeAdapter(Commit)
 """Validates commits that are read, not those that are built here."""
 
 
-def _from_format_1(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Format 1 did not record the writer of a checkpoint, and had one folder for all files of a step."""
-    return {**fields, "claim": 0, "driver": "", "format_version": 2}
-
-
-def _from_format_2(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Format 2 had no digest."""
-    return {**fields, "digest": "", "format_version": 3}
-
-
-_MIGRATIONS: Mapping[int, Callable[[Mapping[str, Any]], dict[str, Any]]] = {1: _from_format_1, 2: _from_format_2}
-"""From each older format to the next."""
 _OTHERS = "`convmae checkpoints` shows which others are whole"
 
 
@@ -174,25 +199,32 @@ def commit_url(run: RunDirectory, step: int) -> str:
     return run.path("commits", f"{folder_name(step)}.json")
 
 
-def upload_files(
-    run: RunDirectory, step: int, folder: Path, owner: str = "", *, chunk_bytes: int = CHUNK_BYTES
-) -> list[CheckpointFile]:
-    """Upload every file of `folder` into the checkpoint of `step`, which stays invisible.
+def upload(
+    run: RunDirectory,
+    step: int,
+    path: Path,
+    places: CheckpointFile,
+    *,
+    content: memoryview,
+    owner: str = "",
+    chunk_bytes: int = CHUNK_BYTES,
+) -> CheckpointFile:
+    """Upload a file into the checkpoint of `step`, which stays invisible.
 
     Args:
         run: Whose checkpoint it is.
         step: Of the checkpoint.
-        folder: Local.
+        path: Of the file here.
+        places: Its name, and where values lie in it.
+        content: What the file should hold; the checksums are of this, so that a disk which alters it is found out.
         owner: From `owner_name`: no other process uploads under it.
         chunk_bytes: Length of a chunk.
     """
-    uploaded = []
-    for path in sorted(path for path in folder.iterdir() if path.is_file()):
-        name = f"{owner}/{path.name}" if owner else path.name
-        run.storage.upload(path, file_url(run, step, name))
-        with path.open("rb") as file:
-            uploaded.append(checksummed(name, iter(lambda: file.read(chunk_bytes), b""), chunk_bytes))
-    return uploaded
+    name = f"{owner}/{places.name}" if owner else places.name
+    run.storage.upload(path, file_url(run, step, name))
+    chunks = (bytes(content[start : start + chunk_bytes]) for start in range(0, len(content), chunk_bytes))
+    sent = checksummed(name, chunks, chunk_bytes)
+    return replace(sent, data_offset=places.data_offset, trained=places.trained, fixed=places.fixed)
 
 
 def write_commit(run: RunDirectory, commit: Commit) -> None:
@@ -211,7 +243,7 @@ def write_commit(run: RunDirectory, commit: Commit) -> None:
     attempt = run.read_heartbeat().get("attempt", 0)
     if attempt > commit.attempt:
         raise _overtaken(commit, f"is at attempt {attempt}")
-    url, data = commit_url(run, commit.step), json.dumps(asdict(commit), indent=1).encode()
+    url, data = commit_url(run, commit.step), json.dumps(asdict(commit)).encode()
     while not run.storage.create(url, data):
         try:
             found = run.storage.read(url)

@@ -59,7 +59,7 @@ _OF_STAGES_1_AND_2 = (
     "compute_grad_norm",
 )
 _OF_STAGE_3 = ("dp_process_group", "fp32_partitioned_groups_flat", "fp16_groups")
-_OF_PARAMETERS_OF_STAGE_3 = ("ds_numel", "ds_tensor.ds_numel")
+_OF_PARAMETERS_OF_STAGE_3 = ("ds_numel", "ds_shape", "ds_tensor.ds_numel")
 
 
 class Piece(NamedTuple):
@@ -160,6 +160,31 @@ def owned_slices(engine: deepspeed.DeepSpeedEngine) -> list[tuple[Tensor, list[P
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     cut = _slices_of_parameters if engine.zero_optimization_stage() == 3 else _slices_of_groups
     return list(cut(engine.optimizer, names))
+
+
+def trained_parameters(engine: deepspeed.DeepSpeedEngine) -> dict[str, tuple[int, ...]]:
+    """Shapes of the parameters that the optimizer updates, by name, in the order in which its groups have them."""
+    names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
+    is_stage_3 = engine.zero_optimization_stage() == 3
+    groups = engine.optimizer.fp16_groups if is_stage_3 else engine.optimizer.round_robin_bit16_groups
+    return {
+        names[id(parameter)]: tuple(parameter.ds_shape if is_stage_3 else parameter.shape)
+        for group in groups
+        for parameter in group
+    }
+
+
+def frozen_values(parameter: Any, rank: int) -> tuple[int, Tensor]:
+    """This rank's values of a parameter that is not trained, flat, and the number of the first.
+
+    ZeRO 3 deals them out as those that are trained; otherwise all ranks have all, and they count as the first rank's.
+    """
+    if not hasattr(parameter, "ds_tensor"):
+        flat: Tensor = parameter.detach().contiguous().reshape(-1)
+        return 0, flat if rank == 0 else flat[:0]
+    share = parameter.ds_tensor.ds_numel
+    start = min(rank * share, parameter.ds_numel)
+    return start, parameter.ds_tensor.detach()[: min(share, parameter.ds_numel - start)]
 
 
 def adam_slots(engine: deepspeed.DeepSpeedEngine, flat: Tensor) -> dict[str, Tensor]:

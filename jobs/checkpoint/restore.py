@@ -1,14 +1,12 @@
 """Restore of the newest checkpoint that is whole, which is verified while it is read.
 
-Rank 0 reads the commit. Each rank looks into a part of the files and shares what it found; then each reads its part of
-the weights and the moments that it will own, and notes the chunks that it compared. Chunks that no rank needed are
-dealt out and read for their checksums. So before training starts, all ranks together have compared every byte, and
-read few of them twice.
+Rank 0 reads the commit, which says where every value lies. Then each rank reads its part of the weights and the moments
+that it will own, and notes the chunks that it compared. Chunks that no rank needed are dealt out and read for their
+checksums. So before training starts, all ranks together have compared every byte, and read few of them twice.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -16,12 +14,12 @@ from typing import NamedTuple
 import numpy as np
 
 from jobs.checkpoint import checkpoint
-from jobs.checkpoint.checked_files import CheckedFiles, with_chunks
+from jobs.checkpoint.checked_files import CheckedFiles
 from jobs.checkpoint.checkpoint import Commit
+from jobs.checkpoint.deepspeed_files.together import layout_together, with_chunks_together
 from jobs.checkpoint.rank_group import RankGroup
-from jobs.checkpoint.zero_files import check_sizes, file_names, look_into
-from jobs.checkpoint.zero_layout import ZeroFiles
-from jobs.checkpoint.zero_reading import read_zero_state
+from jobs.checkpoint.state_layout import Layout, StateLayout
+from jobs.checkpoint.state_reading import read_zero_state
 from jobs.checkpoint.zero_state import ZeroState
 from jobs.errors import CheckpointError, DamagedCheckpointError
 from jobs.run.directory import RunDirectory
@@ -87,34 +85,13 @@ def restore_step(run: RunDirectory, step: int, owned: Mapping[str, range], group
     found = group.together(lambda: checkpoint.read_commit(run, step) if group.rank == 0 else None)
     commit = group.broadcast(found)
     assert commit
-    commit = _with_chunks(run, commit, group)
+    if commit.is_of_deepspeed:
+        commit = with_chunks_together(run, commit, group)
     files = CheckedFiles(run, commit)
-    group.together(lambda: check_sizes(run, commit, part=group.rank, parts=group.world_size, empty=True))
-    state = read_zero_state(files, _layout(files, group, moments=bool(owned)), owned, group)
+    layout: Layout = (
+        layout_together(files, group, moments=bool(owned)) if commit.is_of_deepspeed else StateLayout(run, commit)
+    )
+    state = read_zero_state(files, layout, owned, group)
     left = np.array_split(np.flatnonzero(~group.union(files.checked)), group.world_size)[group.rank]
     group.together(lambda: files.check(left))
     return Restored(commit, state)
-
-
-def _with_chunks(run: RunDirectory, commit: Commit, group: RankGroup) -> Commit:
-    """The commit with checksums of chunks; for an older one, each rank reads some of the files."""
-    if all(file.chunk_bytes for file in commit.files):
-        return commit
-    mine = commit.files[group.rank :: group.world_size]
-    by_rank = group.gathered(group.together(lambda: with_chunks(run, commit.step, mine)))
-    known = {file.name: file for files in by_rank for file in files}
-    return dataclasses.replace(commit, files=tuple(known[file.name] for file in commit.files))
-
-
-def _layout(files: CheckedFiles, group: RankGroup, *, moments: bool) -> ZeroFiles:
-    """Where the values lie: each rank looks into some of the files, and all share what they found."""
-    run, commit = files.run, files.commit
-    found = group.together(
-        lambda: look_into(run, commit, files, moments=moments, part=group.rank, parts=group.world_size)
-    )
-    # The first files have the names and shapes of all values in the others. They are sent separately, since the answer
-    # of every rank takes as many bytes as the longest.
-    firsts = {names[0] for names in file_names(commit)}
-    shared = group.broadcast({name: file for name, file in found.items() if name in firsts})
-    others = group.gathered([(name, file) for name, file in found.items() if name not in firsts])
-    return ZeroFiles(run, commit, shared | dict(pair for pairs in others for pair in pairs))

@@ -1,30 +1,30 @@
-"""Saving in the background of training: the step loop waits for local disk, a thread uploads, a later step commits.
+"""Saving in the background of training: the step loop waits for a copy in memory; a thread uploads it.
 
-A checkpoint takes three stages. Every rank writes its files to local disk, for which training pauses. Every rank
-uploads them in a thread. When the ranks have seen, by a flag that travels with their loss, that all uploads have ended,
-they report to rank 0 what they uploaded, and a thread of rank 0 writes the commit object. Until then the checkpoint is
-invisible, and a kill at any moment leaves the previous one.
+A checkpoint takes three stages. Every rank copies its part of the state off the device, for which training pauses.
+Every rank uploads its copy in a thread. When the ranks have seen, by a flag that travels with their loss, that all
+uploads have ended, they report to rank 0 what they uploaded, and a thread of rank 0 writes the commit object. Until
+then the checkpoint is invisible, and a kill at any moment leaves the previous one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from jobs.checkpoint import checkpoint, retention
 from jobs.checkpoint.checkpoint import CheckpointFile, Commit
+from jobs.checkpoint.rank_file import RankPart
 from jobs.errors import NotCommittedError
 from jobs.run.directory import RunDirectory
 from pipeline.host.daemon_threads import DaemonThreads
-from pipeline.host.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -35,12 +35,12 @@ logger = logging.getLogger(__name__)
 class CheckpointSaver:
     """One rank's part in saving checkpoints, one at a time.
 
-    Owns: the local files of the checkpoint that is under way, and the thread that uploads and commits it.
+    Owns: the thread that uploads and commits the checkpoint that is under way.
     Concurrency: called by the training thread. `begin` and `finish` are collective: every rank calls them after the
         same step.
     Failure: an upload or commit that fails after Storage's retries is logged and reported to the monitor; training
         continues, nothing became visible, and the next checkpoint is saved when it is due. Only `close` raises.
-    Blocking: `begin` waits for local disk and for a checkpoint that is still under way, `finish` for uploads.
+    Blocking: `begin` waits for the copy and for a checkpoint that is still under way, `finish` for uploads.
     """
 
     def __init__(self, run: RunDirectory, monitor: ActorHandle[Any], *, rank: int, world_size: int, keep: int) -> None:
@@ -56,7 +56,7 @@ class CheckpointSaver:
         self._run, self._monitor, self._keep = run, monitor, keep
         self._rank, self._world_size = rank, world_size
         self._thread = DaemonThreads(1, "convmae-save")
-        self._upload: Future[list[CheckpointFile]] | None = None
+        self._upload: Future[CheckpointFile] | None = None
         self._commit: Commit | None = None
         self._committing: Future[None] | None = None
         self._began = self._stall_seconds = 0.0
@@ -72,30 +72,20 @@ class CheckpointSaver:
         """Whether this rank's files are still on their way."""
         return self._upload is not None and not self._upload.done()
 
-    def begin(self, commit: Commit, write: Callable[[Path], None]) -> None:
-        """Write this rank's files to local disk and start their upload.
+    def begin(self, commit: Commit, copied: Callable[[], RankPart]) -> None:
+        """Copy this rank's part of the state and start its upload.
 
         Args:
             commit: What will be committed, without its files. Rank 0's is used; claim and attempt are the same on all.
-            write: Writes this rank's files into a folder; collective.
+            copied: Copies this rank's part; called when no earlier copy is needed any more.
         """
         self._began = time.monotonic()
         self.finish()
-        scratch = scratch_folder()
-        files = Path(scratch.name, "native")
-        try:
-            write(files)
-        except BaseException:
-            scratch.cleanup()
-            raise
-
+        part = copied()
         owner = checkpoint.owner_name(commit.claim, commit.attempt)
-
-        def upload() -> list[CheckpointFile]:
-            with scratch:
-                return checkpoint.upload_files(self._run, commit.step, files, owner)
-
-        self._commit, self._upload = commit, self._thread.submit(upload)
+        upload = functools.partial(checkpoint.upload, self._run, commit.step, part.path, part.places)
+        self._commit = dataclasses.replace(commit, tensors=part.tensors, optimizer_step=part.optimizer_step)
+        self._upload = self._thread.submit(upload, content=part.content, owner=owner)
         self._stall_seconds = time.monotonic() - self._began
 
     def finish(self) -> None:
@@ -114,8 +104,7 @@ class CheckpointSaver:
         if errors:
             self._fail(commit.step, "; ".join(errors))
         elif self._rank == 0:
-            files = tuple(file for rank_files in by_rank for file in rank_files)
-            whole = dataclasses.replace(commit, files=files)
+            whole = dataclasses.replace(commit, files=tuple(by_rank))
             self._committing = self._thread.submit(self._make_visible, whole, self._began, self._stall_seconds)
 
     def settle(self) -> None:
@@ -175,7 +164,7 @@ class CheckpointSaver:
             self._monitor.checkpoint_failed.remote(step=step, error=error)
 
 
-def _outcome(upload: Future[list[CheckpointFile]]) -> list[CheckpointFile] | str:
+def _outcome(upload: Future[CheckpointFile]) -> CheckpointFile | str:
     """What was uploaded, or why it was not, as it is sent to rank 0."""
     try:
         return upload.result()

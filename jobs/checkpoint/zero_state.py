@@ -2,7 +2,7 @@
 
 What a rank owns follows from parameter groups, stage, rank and world size alone, so that it is known before an engine
 is built; the engine must then agree. It depends on what DeepSpeed does not document, by deepspeed_internals.
-Knows no store: jobs.checkpoint.zero_reading fills it from a checkpoint.
+Knows no store: jobs.checkpoint.state_reading fills it from a checkpoint.
 """
 
 from __future__ import annotations
@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 
 _ALIGNED = 2
 """In ZeRO 1 and 2 each rank's range of a group is a multiple of this many values."""
+
+
+TORCH_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+"""By their names in safetensors."""
 
 
 @dataclass(frozen=True)

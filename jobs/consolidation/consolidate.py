@@ -1,9 +1,9 @@
-"""Consolidation: a checkpoint's ZeRO files become safetensors files for `ConvMAE.load_state_dict`, in little memory.
+"""Consolidation: a checkpoint becomes safetensors files for `ConvMAE.load_state_dict`, in little memory.
 
-A few kilobytes of each file show where each value lies and where it belongs. So every output file is cut into parts,
-and each task makes one: ranged reads, possibly a conversion, one part of an upload. All reads, including headers and
-directories, are of whole chunks that are compared with the commit's CRC32C. The moments of the optimizer are not read.
-A finished file is read back for its SHA-256.
+The commit says where each value lies, names and shapes say where it belongs. So every output file is cut into parts,
+and each task makes one: ranged reads, possibly a conversion, one part of an upload. All reads are of whole chunks that
+are compared with the commit's CRC32C. The moments of the optimizer are not read. A finished file is read back for its
+SHA-256.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 from jobs.checkpoint import checkpoint
-from jobs.checkpoint.checked_files import CheckedFiles, with_chunks
 from jobs.checkpoint.checkpoint import Commit
-from jobs.checkpoint.zero_layout import ZeroFiles
+from jobs.checkpoint.opened import opened
+from jobs.checkpoint.tensor_ranges import SourceTensor
 from jobs.cluster.fan_out import FanOut, fan_out_locally
 from jobs.consolidation.file_layout import DTYPES, PART_BYTES, WeightFile, one_file, several_files
 from jobs.consolidation.target import ONE_FILE, ConsolidatedWeights, Target
@@ -111,8 +111,8 @@ def consolidate(
         if if_exists == "replace":
             for mark in target.marks(url):
                 storage.delete(mark)
-        source = CheckedFiles(run, replace(commit, files=tuple(with_chunks(run, commit.step, commit.files))))
-        files = _planned(source, target, url, part_bytes)
+        source, layout = opened(run, commit)
+        files = _planned(layout.weights(), _metadata(run, commit, target), target, url, part_bytes)
         tasks = fan_out or in_threads(part_bytes, dtype=target.dtype)
         writer = WeightWriter(source, url, files, tasks, show=on_progress, check=lease.check)
         written = tuple(writer.run(keep=if_exists != "replace"))
@@ -131,10 +131,10 @@ def _existing(storage: Storage, target: Target, url: str, step: int, if_exists: 
     return target.found(storage, url, step)
 
 
-def _planned(source: CheckedFiles, target: Target, url: str, part_bytes: int) -> list[WeightFile]:
-    run, commit = source.run, source.commit
-    tensors = ZeroFiles.read(run, commit, source).weights()
-    metadata, dtype = _metadata(run, commit, target), DTYPES[target.dtype]
+def _planned(
+    tensors: Sequence[SourceTensor], metadata: Mapping[str, str], target: Target, url: str, part_bytes: int
+) -> list[WeightFile]:
+    dtype = DTYPES[target.dtype]
     if target.shard_bytes is None:
         files = [one_file(url, tensors, metadata, dtype)]
     else:

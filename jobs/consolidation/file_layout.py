@@ -15,8 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from jobs.checkpoint.torch_archive import ITEM_BYTES, ByteRange
-from jobs.checkpoint.zero_layout import SourceTensor
+from jobs.checkpoint.tensor_ranges import ITEM_BYTES, ByteRange, SourceTensor
 from jobs.errors import CheckpointError
 from pipeline.store.parted_write import MOST_PARTS
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from jobs.checkpoint.checked_files import READ_BYTES, CheckedFiles, CheckedRange
-from jobs.checkpoint.torch_archive import ByteRange
+from jobs.checkpoint.tensor_ranges import ByteRange
 from jobs.consolidation.file_layout import TensorPiece, WeightPart
 
 

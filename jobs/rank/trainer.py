@@ -19,6 +19,7 @@ from torch import nn
 
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.checkpoint import Commit
+from jobs.checkpoint.rank_file import RankFile
 from jobs.checkpoint.rank_group import RankGroup
 from jobs.checkpoint.restore import restore_newest
 from jobs.checkpoint.saver import CheckpointSaver
@@ -171,6 +172,7 @@ class Trainer:
         self.saver = CheckpointSaver(
             job.run, job.monitor, rank=place.rank, world_size=place.world_size, keep=self.recipe.keep_checkpoints
         )
+        self._rank_file = RankFile(self.engine, place.rank)
         self.trace = self._begin_trace() if job.trace_url else None
         self.step = self._training_step(step_of)
         self._validation = self._opened_validation()
@@ -360,16 +362,13 @@ class Trainer:
         self.line.settle()
         if self.trace:
             self.trace.flush()  # the trace up to a commit is never lost
-        self.saver.begin(self._commit(digest), self._write_zero_files)
+        self.saver.begin(self._commit(digest), self._rank_file.copied)
 
     def _begin_trace(self) -> TraceWriter:
         storage, url, place = self.run_directory.storage, self.job.trace_url, self.place
         if place.rank == 0:
             begin_trace(storage, url, self.run_directory.url, self.done_steps)
         return TraceWriter(storage, url, rank=place.rank, world_size=place.world_size, attempt=self.attempt)
-
-    def _write_zero_files(self, folder: Path) -> None:
-        self.engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
 
     def _commit(self, digest: str) -> Commit:
         recipe = self.recipe

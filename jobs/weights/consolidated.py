@@ -6,18 +6,17 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from jobs.checkpoint import checkpoint
-from jobs.checkpoint.checked_files import CheckedFiles, with_chunks
 from jobs.checkpoint.checkpoint import Commit
+from jobs.checkpoint.opened import opened
 from jobs.checkpoint.rank_group import RankGroup
-from jobs.checkpoint.zero_layout import ZeroFiles
-from jobs.checkpoint.zero_reading import read_zero_state
+from jobs.checkpoint.state_reading import read_zero_state
 from jobs.consolidation.file_layout import FILE_NAME, INDEX_NAME
 from jobs.consolidation.target import SEVERAL_FILES, recorded_sha256
 from jobs.errors import CheckpointError, WeightsFileError
@@ -211,9 +210,8 @@ def of_run(run: RunDirectory, step: int | None = None) -> Weights:
 def _of_checkpoint(run: RunDirectory, commit: Commit) -> Weights:
     recipe = run.read_recipe()
     config, part = recipe.model, recipe.finetune
-    commit = replace(commit, files=tuple(with_chunks(run, commit.step, commit.files)))
-    files = CheckedFiles(run, commit)
-    tensors = read_zero_state(files, ZeroFiles.read(run, commit, files), {}, RankGroup()).weights
+    files, layout = opened(run, commit)
+    tensors = read_zero_state(files, layout, {}, RankGroup()).weights
     metadata = {
         "run": run.name,
         "step": str(commit.step),

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from jobs.checkpoint.torch_archive import LARGEST_PICKLE_BYTES, check_directory
+from jobs.checkpoint.deepspeed_files.torch_archive import LARGEST_PICKLE_BYTES, check_directory
 from jobs.errors import WeightsFileError
 from jobs.weights.weight_files import SUFFIX
 from pipeline.errors import clipped

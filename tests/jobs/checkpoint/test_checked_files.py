@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 from committed import save
+from zero_material import upload_files
 
 from jobs.checkpoint import checked_files, checkpoint
 from jobs.checkpoint.checked_files import CheckedFiles, Copy
-from jobs.checkpoint.torch_archive import ByteRange
+from jobs.checkpoint.deepspeed_files.torch_archive import ByteRange
 from jobs.errors import DamagedCheckpointError
 from jobs.run.directory import RunDirectory
 from pipeline.store.storage import Storage
@@ -43,7 +44,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> CheckedFiles:
     for name, data in CONTENTS.items():
         (tmp_path / "local" / name).write_bytes(data)
     commit = save(run, tmp_path / "local", 5)
-    files = checkpoint.upload_files(run, 5, tmp_path / "local", chunk_bytes=CHUNK_BYTES)
+    files = upload_files(run, 5, tmp_path / "local", chunk_bytes=CHUNK_BYTES)
     return CheckedFiles(run, replace(commit, files=tuple(files)))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import google_crc32c
 import pytest
 from committed import save
+from zero_material import upload_files
 
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.check import faults_of
@@ -41,7 +42,7 @@ def stored(run: RunDirectory, commit: Commit, name: str) -> Path:
 
 
 def test_files_without_a_commit_are_invisible(run: RunDirectory, local: Path) -> None:
-    checkpoint.upload_files(run, 5, local)
+    upload_files(run, 5, local)
 
     assert checkpoint.committed_steps(run) == []
     assert checkpoint.latest_commit(run) is None
@@ -106,7 +107,7 @@ def test_a_damaged_file_is_found_and_named(run: RunDirectory, local: Path, damag
 
 @pytest.mark.parametrize("chunk_bytes", [1, 7, 100, 300, 4096])
 def test_every_chunk_has_its_checksum(run: RunDirectory, local: Path, chunk_bytes: int) -> None:
-    for file in checkpoint.upload_files(run, 5, local, chunk_bytes=chunk_bytes):
+    for file in upload_files(run, 5, local, chunk_bytes=chunk_bytes):
         data = FILES[file.name]
 
         assert (file.bytes, file.crc32c) == (len(data), google_crc32c.value(data))
@@ -121,24 +122,40 @@ def test_another_format_is_refused(run: RunDirectory, local: Path) -> None:
 
     for version in (9, None):
         path.write_text(json.dumps(fields | {"format_version": version}))
-        with pytest.raises(CheckpointError, match=f"format_version: must be 1, 2 or 3, got {version}"):
+        with pytest.raises(CheckpointError, match=f"format_version: must be 1, 2, 3 or 4, got {version}"):
             checkpoint.latest_commit(run)
 
 
-def test_a_commit_of_format_2_is_migrated(run: RunDirectory, local: Path) -> None:
-    """As earlier releases wrote them: no digest."""
+def as_in_format_3(commit: Commit) -> dict[str, Any]:
+    fields = dataclasses.asdict(commit) | {"format_version": 3}
+    del fields["tensors"], fields["optimizer_step"]
+    for file in fields["files"]:
+        del file["data_offset"], file["trained"], file["fixed"]
+    return fields
+
+
+@pytest.mark.parametrize(("version", "without"), [(3, ()), (2, ("digest",))])
+def test_a_commit_of_an_older_format_is_read(
+    run: RunDirectory, local: Path, version: int, without: tuple[str, ...]
+) -> None:
+    """As earlier releases wrote them: DeepSpeed's own files; before format 3, no digest."""
     commit = save(run, local, 5)
-    fields = dataclasses.asdict(commit) | {"format_version": 2}
-    del fields["digest"]
+    fields = as_in_format_3(commit) | {"format_version": version}
+    for name in without:
+        del fields[name]
     Path(run.path("commits", "step-00000005.json")).write_text(json.dumps(fields))
 
-    assert checkpoint.read_commit(run, 5) == commit
+    found = checkpoint.read_commit(run, 5)
+
+    assert found == dataclasses.replace(commit, format_version=version)
+    assert found.is_of_deepspeed
+    assert not commit.is_of_deepspeed
 
 
-def test_a_commit_of_format_1_is_migrated(run: RunDirectory, local: Path) -> None:
+def test_a_commit_of_format_1_is_read(run: RunDirectory, local: Path) -> None:
     """As earlier releases wrote them: no claim, no driver, no chunks, files directly in the folder of their step."""
     commit = save(run, local, 5)
-    fields = dataclasses.asdict(commit) | {"format_version": 1}
+    fields = as_in_format_3(commit) | {"format_version": 1}
     del fields["claim"], fields["driver"], fields["digest"]
     for file in fields["files"]:
         del file["chunk_bytes"], file["chunk_crc32cs"]
@@ -147,7 +164,7 @@ def test_a_commit_of_format_1_is_migrated(run: RunDirectory, local: Path) -> Non
     found = checkpoint.read_commit(run, 5)
 
     plain = tuple(CheckpointFile(file.name, file.bytes, file.crc32c) for file in commit.files)
-    assert found == dataclasses.replace(commit, files=plain)
+    assert found == dataclasses.replace(commit, files=plain, format_version=1)
     assert faults_of(run, found) == []
 
 

@@ -41,7 +41,7 @@ def engine(stage: int, **other: Any) -> Any:
         )
     )
     three = dict.fromkeys(("dp_process_group", "fp32_partitioned_groups_flat", "fp16_groups"))
-    parameter = SimpleNamespace(ds_numel=1, ds_tensor=SimpleNamespace(ds_numel=1))
+    parameter = SimpleNamespace(ds_numel=1, ds_shape=(1,), ds_tensor=SimpleNamespace(ds_numel=1))
     return SimpleNamespace(
         zero_optimization_stage=lambda: stage,
         module=SimpleNamespace(parameters=lambda: iter([other.get("parameter", parameter)])),
@@ -86,7 +86,7 @@ def test_what_an_engine_lacks_is_named(stage: int, name: str) -> None:
 
 
 def test_what_a_parameter_lacks_is_named() -> None:
-    parameter = SimpleNamespace(ds_numel=1, ds_tensor=SimpleNamespace())
+    parameter = SimpleNamespace(ds_numel=1, ds_shape=(1,), ds_tensor=SimpleNamespace())
 
     with pytest.raises(DependencyError, match=r"must have ds_tensor\.ds_numel of parameters in ZeRO 3, as version"):
         check_engine(engine(3, parameter=parameter))

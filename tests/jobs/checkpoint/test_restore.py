@@ -15,9 +15,9 @@ import pytest
 import torch
 from counting_storage import CountingStorage
 from rank_threads import Ranks
-from zero_material import Material, commit_zero_files, random_material, write_zero_files
+from zero_material import Material, commit_state, commit_zero_files, random_material, write_zero_files
 
-from jobs.checkpoint import checkpoint, rank_group, zero_reading
+from jobs.checkpoint import checkpoint, rank_group, state_reading
 from jobs.checkpoint.rank_group import RankGroup
 from jobs.checkpoint.restore import Restored, restore_newest
 from jobs.checkpoint.zero_state import owned_ranges
@@ -62,6 +62,18 @@ def make_run(
     folder: Path, stage: int = 2, world_size: int = 2, material: Material = MATERIAL, *, steps: tuple[int, ...] = (30,)
 ) -> RunDirectory:
     run = RunDirectory.of(Storage(), str(folder / "runs"), "first")
+    for step in steps:
+        commit_state(
+            run, named_recipe("tiny"), material, step=step, stage=stage, world_size=world_size, chunk_bytes=CHUNK_BYTES
+        )
+    return run
+
+
+def make_older_run(
+    folder: Path, stage: int = 2, world_size: int = 2, material: Material = MATERIAL, *, steps: tuple[int, ...] = (30,)
+) -> RunDirectory:
+    """As format 3 had it: DeepSpeed's own files."""
+    run = RunDirectory.of(Storage(), str(folder / "runs"), "older")
     write_zero_files(folder / "local", material, stage, world_size)
     for step in steps:
         commit_zero_files(
@@ -71,9 +83,18 @@ def make_run(
     return run
 
 
+MAKERS = [pytest.param(make_run, id="ours"), pytest.param(make_older_run, id="DeepSpeed's")]
+
+
+@pytest.fixture(params=MAKERS)
+def run(tmp_path: Path, request: pytest.FixtureRequest) -> RunDirectory:
+    made: RunDirectory = request.param(tmp_path, steps=STEPS)
+    return made
+
+
 @pytest.fixture
-def run(tmp_path: Path) -> RunDirectory:
-    return make_run(tmp_path, steps=STEPS)
+def older_run(tmp_path: Path) -> RunDirectory:
+    return make_older_run(tmp_path, steps=STEPS)
 
 
 def files_of(run: RunDirectory, step: int) -> list[Path]:
@@ -113,12 +134,13 @@ def assert_restored(found: Restored | None, material: Material, mine: Mapping[st
     assert state.optimizer_step == 2.0
 
 
+@pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @pytest.mark.parametrize(("before", "now"), [(1, 1), (1, 4), (2, 3), (3, 2), (7, 1), (4, 2), (7, 5), (2, 16)])
 def test_every_rank_gets_the_weights_and_its_share_bit_for_bit(
-    tmp_path: Path, together: Any, stage: int, before: int, now: int
+    tmp_path: Path, together: Any, stage: int, before: int, now: int, make: Any
 ) -> None:
-    run = make_run(tmp_path, stage, before)
+    run = make(tmp_path, stage, before)
 
     found, passed_over = together(run, now, stage)
 
@@ -130,8 +152,8 @@ def test_every_rank_gets_the_weights_and_its_share_bit_for_bit(
 @pytest.fixture
 def _moments_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the ranks would read too much, if each read the moments that it owns; in buckets of a tensor or two."""
-    monkeypatch.setattr(zero_reading, "READ_AGAIN", 0)
-    for module in (zero_reading, rank_group):
+    monkeypatch.setattr(state_reading, "READ_AGAIN", 0)
+    for module in (state_reading, rank_group):
         monkeypatch.setattr(module, "BUCKET_BYTES", 1 << 14)
 
 
@@ -151,9 +173,10 @@ def test_moments_that_all_read_together_are_the_same_bit_for_bit(
 @pytest.mark.usefixtures("_moments_of_all")
 def test_damage_to_moments_that_all_read_together_is_found_by_all(tmp_path: Path, together: Any) -> None:
     run = make_run(tmp_path, stage=3, world_size=1, steps=(20, 30))
-    (path,) = (path for path in files_of(run, 30) if "optim_states" in path.name)
+    (path,) = files_of(run, 30)
+    moments_begin = checkpoint.read_commit(run, 30).files[0].bytes // 2
 
-    for offset in range(5000, path.stat().st_size, 20 * CHUNK_BYTES):
+    for offset in range(moments_begin, path.stat().st_size, 20 * CHUNK_BYTES):
         flip(path, offset)
         found, passed_over = together(run, 4, 3)
         flip(path, offset)
@@ -174,16 +197,17 @@ def test_all_ranks_together_read_little_more_than_the_checkpoint(
 
     together(run, now, stage, material)
 
-    surplus = (now + len(files_of(run, 30))) * 16 * CHUNK_BYTES  # pickles, directories, chunks at the ends of ranges
+    surplus = (now + len(files_of(run, 30))) * 16 * CHUNK_BYTES  # headers, chunks at the ends of ranges
     assert total <= CountingStorage.read_bytes < total + surplus
 
 
+@pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize(("stage", "before"), [(2, 2), (3, 3)])
 def test_a_flipped_byte_anywhere_is_found_by_some_rank(
-    tmp_path: Path, together: Any, caplog: pytest.LogCaptureFixture, stage: int, before: int
+    tmp_path: Path, together: Any, caplog: pytest.LogCaptureFixture, stage: int, before: int, make: Any
 ) -> None:
-    """Pickles, masters, moments, padding, module weights that are never restored, zip headers and directories."""
-    run = make_run(tmp_path, stage, before)
+    """Weights, moments and headers; of DeepSpeed's files also padding, weights that are never restored, directories."""
+    run = make(tmp_path, stage, before)
     places = [
         (path, offset)
         for path in files_of(run, 30)
@@ -212,7 +236,7 @@ def test_a_flipped_byte_anywhere_is_found_by_some_rank(
     ],
     ids=["missing", "truncated", "longer", "emptied"],
 )
-@pytest.mark.parametrize("number", [0, 1, 2])
+@pytest.mark.parametrize("number", [0, 1])
 def test_a_damaged_file_is_found_and_named(
     run: RunDirectory, together: Any, number: int, damage: Any, what: str
 ) -> None:
@@ -247,7 +271,7 @@ def test_it_is_the_newest_where_all_are_whole(run: RunDirectory, together: Any) 
 
 
 def test_damaged_ones_are_skipped_and_reported(run: RunDirectory, together: Any) -> None:
-    flip(files_of(run, 30)[-1], 5000)
+    flip(files_of(run, 30)[-1], 5000)  # in the chunk that begins at 4096
     commit_of(run, 20).write_text(commit_of(run, 20).read_text()[:-9])
 
     found, passed_over = together(run)
@@ -271,7 +295,7 @@ def test_another_format_is_refused_not_skipped(run: RunDirectory, together: Any)
     fields = dataclasses.asdict(checkpoint.read_commit(run, 30)) | {"format_version": 9}
     commit_of(run, 30).write_text(json.dumps(fields))
 
-    with pytest.raises(CheckpointError, match="format_version: must be 1, 2 or 3, got 9"):
+    with pytest.raises(CheckpointError, match="format_version: must be 1, 2, 3 or 4, got 9"):
         together(run)
 
 
@@ -283,9 +307,10 @@ def test_before_the_first_commit_there_is_none(tmp_path: Path, together: Any) ->
 
 
 def test_a_commit_without_checksums_of_chunks_is_restored_and_its_files_are_checked(
-    run: RunDirectory, together: Any
+    older_run: RunDirectory, together: Any
 ) -> None:
-    """As the previous release wrote them."""
+    """As the first release wrote them."""
+    run = older_run
     for step in STEPS:
         fields = json.loads(commit_of(run, step).read_text()) | {"format_version": 1}
         del fields["claim"], fields["driver"], fields["digest"]
@@ -329,7 +354,7 @@ def padded(contents: Any) -> None:
 
 
 def test_padding_between_parameters_is_skipped(tmp_path: Path, together: Any) -> None:
-    run = make_run(tmp_path, world_size=1)
+    run = make_older_run(tmp_path, world_size=1)
     amended(run, tmp_path, OPTIMIZER_STATES, padded, world_size=1)
 
     found, _ = together(run)
@@ -371,8 +396,9 @@ def no_optimizer(contents: Any) -> None:
     ids=["tensor parallelism", "experts", "offload", "other optimizer", "no optimizer", "no ZeRO"],
 )
 def test_what_is_not_handled_is_refused_by_name(
-    run: RunDirectory, together: Any, tmp_path: Path, suffix: str, amend: Any, rule: str
+    older_run: RunDirectory, together: Any, tmp_path: Path, suffix: str, amend: Any, rule: str
 ) -> None:
+    run = older_run
     amended(run, tmp_path, suffix, amend)
 
     with pytest.raises(CheckpointError, match=rule):
@@ -384,3 +410,51 @@ def test_another_model_is_refused_by_the_name_of_its_parameter(run: RunDirectory
 
     with pytest.raises(CheckpointError, match="must hold exp_avg of head"):
         together(run, material=dataclasses.replace(MATERIAL, groups=groups))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda fields: fields["files"][0]["trained"].pop(), "list each value of"),
+        (lambda fields: fields["files"][1]["trained"].append(fields["files"][0]["trained"][0]), "list each value of"),
+        (
+            lambda fields: fields["files"][0]["trained"][0].__setitem__(0, 99),
+            "list ranges of the tensors that it names",
+        ),
+        (lambda fields: fields["files"][0]["trained"][0].__setitem__(2, 0), "list ranges of the tensors that it names"),
+        (lambda fields: fields["files"][0].update(data_offset=8), "say what each byte of rank-00000.safetensors is"),
+        (lambda fields: fields["tensors"].append(fields["tensors"][0] | {"name": "new"}), "say where new lies"),
+        (lambda fields: fields["tensors"][0].update(dtype="F16"), "hold weight.0, which is trained, as F32"),
+        (lambda fields: fields["tensors"][0].update(dtype="F7"), "give a known dtype for weight.0"),
+        (lambda fields: fields["tensors"][0].update(shape=[7]), "list each value of weight.0 once"),
+        (
+            lambda fields: fields["tensors"].append({"name": "tied", "shape": [1], "dtype": "F32", "same_as": "gone"}),
+            "say where tied lies",
+        ),
+    ],
+    ids=["a gap", "twice", "of no tensor", "empty", "offset", "unplaced", "half", "unknown dtype", "shape", "alias"],
+)
+def test_a_commit_whose_map_does_not_fit_its_files_is_skipped_by_name(
+    tmp_path: Path, together: Any, change: Any, what: str
+) -> None:
+    run = make_run(tmp_path, steps=(20, 30))
+    fields = json.loads(commit_of(run, 30).read_text())
+    change(fields)
+    commit_of(run, 30).write_text(json.dumps(fields))
+
+    found, passed_over = together(run)
+
+    assert [restored.commit.step for restored in found] == [20, 20]
+    ((step, why),) = passed_over
+    assert (step, f"commit: must {what}" in why) == (30, True)
+
+
+def test_a_tied_parameter_comes_under_both_names(tmp_path: Path, together: Any) -> None:
+    run = make_run(tmp_path)
+    fields = json.loads(commit_of(run, 30).read_text())
+    fields["tensors"].append(fields["tensors"][0] | {"name": "tied", "same_as": "weight.0"})
+    commit_of(run, 30).write_text(json.dumps(fields))
+
+    found, _ = together(run)
+
+    assert torch.equal(found[1].state.weights["tied"], MATERIAL.groups[0]["weight.0"])

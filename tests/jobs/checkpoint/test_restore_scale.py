@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from restore_group import RestoreGroup, restore_group, shapes_of
 from restore_rank import crc_of, owned_of
-from zero_material import commit_zero_files, random_material, write_zero_files
+from zero_material import commit_state, random_material
 
 from jobs.checkpoint import checkpoint
 from jobs.recipe.named_recipes import named_recipe
@@ -35,11 +35,9 @@ def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[int, Resto
 
 def run_of(folder: Path, stage: int, world_size: int) -> RunDirectory:
     run = RunDirectory.of(Storage(), str(folder / "runs"), f"zero-{stage}-of-{world_size}")
-    write_zero_files(folder / run.name, MATERIAL, stage, world_size)
-    commit_zero_files(
-        run, named_recipe("tiny"), folder / run.name, step=30, stage=stage, world_size=world_size,
-        chunk_bytes=CHUNK_BYTES,
-    )  # fmt: skip
+    commit_state(
+        run, named_recipe("tiny"), MATERIAL, step=30, stage=stage, world_size=world_size, chunk_bytes=CHUNK_BYTES
+    )
     return run
 
 
@@ -60,7 +58,7 @@ def test_requests_grow_with_ranks_and_files_and_never_with_their_product(
     commit = checkpoint.read_commit(run, 30)
 
     for now, group in groups.items():
-        found = group.restore(run, shapes_of(MATERIAL), stage, together=True)
+        found = group.restore(run, shapes_of(MATERIAL), stage)
 
         ranks_and_files = REQUESTS_A_RANK * now + REQUESTS_A_FILE * len(commit.files)
         assert sum(answer["requests"] for answer in found) <= REQUESTS_OF_ANY + ranks_and_files
@@ -76,6 +74,6 @@ def test_a_group_restores_its_own_checkpoint_in_requests_that_grow_with_it(
     for size, group in groups.items():
         run = run_of(tmp_path, stage, size)
 
-        found = group.restore(run, shapes_of(MATERIAL), stage, together=True)
+        found = group.restore(run, shapes_of(MATERIAL), stage)
 
         assert sum(answer["requests"] for answer in found) <= REQUESTS_OF_ANY + 18 * size

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from zero_material import upload_files
 
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.checkpoint import Commit
@@ -27,7 +28,7 @@ def run(tmp_path: Path) -> RunDirectory:
 def save(run: RunDirectory, step: int, *, claim: int = 1, attempt: int = 1, milestone: bool = False) -> None:
     upload(run, step, claim, attempt)
     local = Path(run.path("local"))
-    files = checkpoint.upload_files(run, step, local, checkpoint.owner_name(claim, attempt))
+    files = upload_files(run, step, local, checkpoint.owner_name(claim, attempt))
     commit = Commit(
         step=step, epoch=0, world_size=1, zero_stage=1, precision="fp32", recipe_digest="a", dataset_digest="b",
         order_version=1, seed=0, attempt=attempt, created_at_seconds=1.0, milestone=milestone, counters={},
@@ -40,7 +41,7 @@ def upload(run: RunDirectory, step: int, claim: int, attempt: int) -> None:
     local = Path(run.path("local"))
     local.mkdir(parents=True, exist_ok=True)
     (local / "weights.pt").write_bytes(b"weights of %d" % step)
-    checkpoint.upload_files(run, step, local, checkpoint.owner_name(claim, attempt))
+    upload_files(run, step, local, checkpoint.owner_name(claim, attempt))
 
 
 def weights(run: RunDirectory, step: int, owner: str = "000001-0001") -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,18 +14,18 @@ from patience import wait_until
 
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.check import faults_of
-from jobs.checkpoint.checkpoint import Commit
+from jobs.checkpoint.checkpoint import CheckpointFile, Commit
+from jobs.checkpoint.rank_file import RankPart
 from jobs.checkpoint.saver import CheckpointSaver
 from jobs.errors import CheckpointError
 from jobs.run.directory import RunDirectory
+from pipeline.host.memory_file import MemoryFile
 from pipeline.store.storage import Storage
 
 
 @pytest.fixture(autouse=True)
 def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr("ray.get", lambda reply: reply)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    (tmp_path / "tmp").mkdir()
     dist.init_process_group("gloo", init_method=(tmp_path / "meeting-point").as_uri(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
@@ -83,19 +84,16 @@ def commit(step: int) -> Commit:
     )  # fmt: skip
 
 
-def write(folder: Path) -> None:
-    folder.mkdir()
-    (folder / "weights.pt").write_bytes(b"weights")
+FILE = MemoryFile("part", 7)
+FILE.memory[:] = b"weights"
 
 
-def scratch(tmp_path: Path) -> list[Path]:
-    return list((tmp_path / "tmp").iterdir())
+def copied() -> RankPart:
+    return RankPart(FILE.path, memoryview(FILE.memory), CheckpointFile("weights", 0, 0, data_offset=7))
 
 
-def test_training_continues_during_the_upload(
-    saver: CheckpointSaver, run: RunDirectory, monitor: Monitor, tmp_path: Path
-) -> None:
-    saver.begin(commit(5), write)
+def test_training_continues_during_the_upload(saver: CheckpointSaver, run: RunDirectory, monitor: Monitor) -> None:
+    saver.begin(commit(5), copied)
 
     assert saver.is_under_way
     assert saver.is_uploading
@@ -109,20 +107,19 @@ def test_training_continues_during_the_upload(
 
     found = checkpoint.latest_commit(run)
     assert found is not None
-    assert [(file.name, file.bytes) for file in found.files] == [("000000-0001/weights.pt", 7)]
+    assert [(file.name, file.bytes) for file in found.files] == [("000000-0001/weights", 7)]
     assert faults_of(run, found) == []
     assert monitor.reported == [("flush", []), ("checkpoint_committed", 5)]  # history first
-    assert scratch(tmp_path) == []
 
 
 def test_the_next_checkpoint_waits_for_the_one_before(
     saver: CheckpointSaver, run: RunDirectory, monitor: Monitor
 ) -> None:
     threading.Timer(0.3, Gate.open.set).start()
-    saver.begin(commit(5), write)
+    saver.begin(commit(5), copied)
     seen = []
 
-    saver.begin(commit(6), lambda folder: (seen.append(saver.is_uploading), write(folder))[1])
+    saver.begin(commit(6), lambda: (seen.append(saver.is_uploading), copied())[1])
     saver.close()
 
     assert seen == [False]
@@ -130,16 +127,16 @@ def test_the_next_checkpoint_waits_for_the_one_before(
     assert [step for kind, step in monitor.reported if kind == "checkpoint_committed"] == [5, 6]
 
 
-@pytest.mark.parametrize("broken", ["000000-0001/weights.pt", "commits"])
+@pytest.mark.parametrize("broken", ["000000-0001/weights", "commits"])
 def test_one_that_fails_is_reported_and_stays_invisible_and_the_next_is_saved(
-    saver: CheckpointSaver, run: RunDirectory, monitor: Monitor, tmp_path: Path, broken: str,
+    saver: CheckpointSaver, run: RunDirectory, monitor: Monitor, broken: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     Gate.open.set()
     Gate.broken = broken
     if broken == "commits":
         monkeypatch.setattr(Gate, "create", lambda self, url, data: (_ for _ in ()).throw(OSError("the store is gone")))
-    saver.begin(commit(5), write)
+    saver.begin(commit(5), copied)
     saver.finish()
     wait_until("the failure", lambda: ("checkpoint_failed", 5) in monitor.reported, 10)
     assert checkpoint.committed_steps(run) == []
@@ -148,17 +145,16 @@ def test_one_that_fails_is_reported_and_stays_invisible_and_the_next_is_saved(
     Gate.broken = ""
     Gate.open.set()
 
-    saver.begin(commit(6), write)
+    saver.begin(commit(6), copied)
     saver.close()
 
     assert checkpoint.committed_steps(run) == [6]
-    assert scratch(tmp_path) == []
 
 
 def test_a_run_does_not_end_as_if_its_last_checkpoint_were_there(saver: CheckpointSaver, run: RunDirectory) -> None:
     Gate.open.set()
     Gate.broken = "step-00000005"
-    saver.begin(commit(5), write)
+    saver.begin(commit(5), copied)
 
     with pytest.raises(CheckpointError, match=r"before the run ends, got 'step 5: rank 0: OSError: the store is gone'"):
         saver.close()
@@ -166,13 +162,23 @@ def test_a_run_does_not_end_as_if_its_last_checkpoint_were_there(saver: Checkpoi
     assert checkpoint.committed_steps(run) == []
 
 
-def test_what_cannot_be_written_to_local_disk_leaves_nothing_there(saver: CheckpointSaver, tmp_path: Path) -> None:
-    def full(folder: Path) -> None:
-        folder.mkdir()
-        raise OSError(28, "No space left on device")
+def test_what_cannot_be_copied_leaves_nothing_under_way(saver: CheckpointSaver) -> None:
+    def full() -> RankPart:
+        raise OSError(12, "Cannot allocate memory")
 
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="Cannot allocate"):
         saver.begin(commit(5), full)
 
-    assert scratch(tmp_path) == []
     assert not saver.is_under_way
+
+
+def test_what_the_store_holds_other_than_was_copied_is_found(saver: CheckpointSaver, run: RunDirectory) -> None:
+    """Checksums are of the copy, not of what was read again to be sent."""
+    Gate.open.set()
+    other = MemoryFile("other", 7)
+    other.memory[:] = b"weighty"
+    saver.begin(commit(5), lambda: dataclasses.replace(copied(), path=other.path))
+    saver.close()
+
+    (fault,) = faults_of(run, checkpoint.read_commit(run, 5))
+    assert "000000-0001/weights was altered" in fault

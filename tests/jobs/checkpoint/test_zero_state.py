@@ -14,10 +14,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from whole_state import MASTER, MOMENTS, WholeState, whole_state
 from zero_groups import WorkerGroup
-from zero_material import commit_zero_files
+from zero_material import commit_parts, commit_zero_files
 
 from jobs.checkpoint.checkpoint import Commit
 from jobs.checkpoint.zero_state import ZeroState, owned_ranges, restore_optimizer
@@ -64,9 +65,12 @@ class Saved:
     """A run of two steps, and of a third at the same world size."""
 
     folder: Path
+    """Has what each rank saved; below `deepspeed` what DeepSpeed saved of the same state."""
     run: RunDirectory
-    """Its one checkpoint holds the files of `folder`."""
     commit: Commit
+    """Of its one checkpoint."""
+    older_run: RunDirectory
+    """Its one checkpoint holds DeepSpeed's files."""
     state: WholeState
     """After two steps."""
     next_state: WholeState
@@ -87,11 +91,13 @@ class Runs:
         name = f"{recipe.precision}-zero{recipe.zero_stage}-of-{world_size}"
         folder, after = self.folder / f"{name}-step2", self.folder / f"{name}-step3"
         losses = self.group(world_size).train(recipe, ["train", "train", str(folder), "train", str(after)])
-        run = RunDirectory.of(Storage(), str(self.folder / "runs"), name)
-        commit = commit_zero_files(
-            run, recipe, folder, step=2, stage=recipe.zero_stage, world_size=world_size, chunk_bytes=CHUNK_BYTES
-        )
-        return Saved(folder, run, commit, whole_state(folder), whole_state(after), losses)
+        run, older = (RunDirectory.of(Storage(), str(self.folder / kind), name) for kind in ("runs", "older"))
+        fields: dict[str, Any] = {
+            "step": 2, "stage": recipe.zero_stage, "world_size": world_size, "chunk_bytes": CHUNK_BYTES,
+        }  # fmt: skip
+        commit = commit_parts(run, recipe, folder, **fields)
+        commit_zero_files(older, recipe, folder / "deepspeed", **fields)
+        return Saved(folder, run, commit, older, whole_state(folder), whole_state(after), losses)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +149,7 @@ def test_weights_are_bit_equal_to_deepspeeds_own(runs: Runs, stage: int, world_s
 
     run = saved(runs, world_size, stage)
 
-    own = get_fp32_state_dict_from_zero_checkpoint(str(run.folder.parent), tag=run.folder.name)
+    own = get_fp32_state_dict_from_zero_checkpoint(str(run.folder), tag="deepspeed")
     assert_bit_equal(run.state.weights(), {**expected_fixed(recipe(stage)), **own})
     assert run.state.optimizer_step == 2
     assert all(tensor.abs().sum() > 0 for kind in MOMENTS for tensor in run.state.tensors[kind].values())
@@ -152,11 +158,35 @@ def test_weights_are_bit_equal_to_deepspeeds_own(runs: Runs, stage: int, world_s
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_consolidated_file_holds_the_same_weights(runs: Runs, stage: int, world_size: int) -> None:
+    """Of a checkpoint of ours, and of DeepSpeed's own files: what `zero_to_fp32` makes of the same engine's."""
     saved_run = saved(runs, world_size, stage)
 
-    consolidate(saved_run.run, part_bytes=1 << 17)
+    for run in (saved_run.run, saved_run.older_run):
+        consolidate(run, part_bytes=1 << 17)
 
-    assert_bit_equal(consolidated.of_run(saved_run.run, 2).tensors, saved_run.state.weights())
+        assert_bit_equal(consolidated.of_run(run, 2).tensors, saved_run.state.weights())
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_ranks_file_is_plain_safetensors(runs: Runs, stage: int, world_size: int) -> None:
+    """Any reader of that format finds the values, by names and metadata alone."""
+    run = saved(runs, world_size, stage)
+    kinds = {"weight": MASTER, **{moment: moment for moment in MOMENTS}}
+    seen = dict.fromkeys(("fixed", *kinds), 0)
+
+    for path in run.folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            for key in file.keys():  # noqa: SIM118 (it is no dict)
+                kind, _, name = key.partition("/")
+                said = json.loads(file.metadata()[name])
+                expected = run.state.fixed[name] if kind == "fixed" else run.state.tensors[kinds[kind]][name]
+                assert list(expected.shape) == said["shape"]
+                assert torch.equal(file.get_tensor(key), expected.reshape(-1)[slice(*said["range"])])
+                seen[kind] += len(file.get_tensor(key))
+
+    elements = {kind: sum(map(torch.numel, run.state.tensors[name].values())) for kind, name in kinds.items()}
+    assert seen == {"fixed": sum(map(torch.numel, run.state.fixed.values())), **elements}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -175,9 +205,11 @@ def test_a_checkpoint_resumes_exactly_at_another_world_size(runs: Runs, stage: i
     name = f"zero{stage}-from-{before}-to-{now}"
     again, after = runs.folder / name, runs.folder / f"{name}-step3"
 
-    losses = runs.group(now).train(recipe(stage), [str(again), "train", str(after)], resume=run.run)
-
-    assert_same_state(whole_state(again), run.state)
+    for older_or_not in (run.older_run, run.run):
+        shutil.rmtree(again, ignore_errors=True)
+        shutil.rmtree(after, ignore_errors=True)
+        losses = runs.group(now).train(recipe(stage), [str(again), "train", str(after)], resume=older_or_not)
+        assert_same_state(whole_state(again), run.state)
     assert losses == pytest.approx(run.losses[2:], rel=1e-6)
     continued = whole_state(after)
     for kind, rtol in [("exp_avg", 1e-5), (MASTER, 1e-3)]:  # AdamW magnifies rounding where gradients are all but zero
@@ -194,8 +226,7 @@ def test_each_rank_reads_its_part_and_all_of_them_everything(runs: Runs, stage: 
 
     group.train(recipe(stage), [], resume=run.run)
 
-    # Pickles and directories of the files that it looks into, and chunks at the ends of ranges.
-    surplus = -(-len(run.commit.files) // now) * 100_000 + 8 * CHUNK_BYTES
+    surplus = 2 * CHUNK_BYTES * len(run.commit.tensors)  # at the ends of ranges
     for rank, found in enumerate(group.read_bytes):
         assert found < run.commit.bytes / now + surplus, rank
     assert sum(group.read_bytes) >= run.commit.bytes

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from command_line import Typed, assert_refused
 from safetensors.torch import save_file
+from zero_material import upload_files
 
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.checkpoint import Commit
@@ -21,7 +22,7 @@ def commit(run: RunDirectory, step: int, folder: Path, milestone: bool = False) 
     """Save a checkpoint of one file; returns the file's path."""
     folder.mkdir(exist_ok=True)
     (folder / "weights.pt").write_bytes(b"weights of %d" % step)
-    files = tuple(checkpoint.upload_files(run, step, folder, checkpoint.owner_name(1, 1)))
+    files = tuple(upload_files(run, step, folder, checkpoint.owner_name(1, 1)))
     checkpoint.write_commit(run, Commit(
         step=step, epoch=step // 2, world_size=3, zero_stage=2, precision="fp32", recipe_digest="", dataset_digest="",
         order_version=1, seed=0, attempt=1, created_at_seconds=1.7e9, milestone=milestone, counters={}, versions={},

@@ -11,10 +11,22 @@ from typing import Any
 
 import pytest
 import torch
-from made_up_run import CHUNK_BYTES, MATERIAL, Damage, archives, flip, left_behind, made, make_run, within
+from made_up_run import (
+    CHUNK_BYTES,
+    MATERIAL,
+    Damage,
+    files_of,
+    flip,
+    left_behind,
+    made,
+    make_older_run,
+    make_run,
+    within,
+    within_record,
+)
 from zero_material import commit_zero_files, write_zero_files
 
-from jobs.checkpoint.torch_archive import read_archive
+from jobs.checkpoint.deepspeed_files.torch_archive import read_archive
 from jobs.consolidation.target import Target
 from jobs.errors import DamagedCheckpointError
 from jobs.recipe.named_recipes import named_recipe
@@ -27,11 +39,28 @@ def run(tmp_path: Path) -> RunDirectory:
     return make_run(tmp_path, 2, 2)
 
 
+@pytest.fixture
+def older_run(tmp_path: Path) -> RunDirectory:
+    return make_older_run(tmp_path, 2, 2)
+
+
 DAMAGES: dict[str, tuple[str, Damage, str]] = {
-    "a weight": ("rank_1*_optim_states.pt", flip(within("data/6", 4242)), "altered at"),
-    "the last weight": ("rank_1*_optim_states.pt", flip(within("data/6", -1)), "altered at"),
-    "a frozen parameter": ("model_states.pt", flip(within("data/5", 77)), "altered at"),
-    "the pickle": ("rank_0*_optim_states.pt", flip(within("data.pkl", 300)), "altered at"),
+    "a weight": ("1.safetensors", flip(within("weight/weight.2", 4242)), "altered at"),
+    "the last weight": ("1.safetensors", flip(within("weight/bias.0", -1)), "altered at"),
+    "a frozen parameter": ("0.safetensors", flip(within("fixed/frozen.0", 77)), "altered at"),
+    "a file cut off": (
+        "0.safetensors",
+        lambda path: os.truncate(path, path.stat().st_size - 1),
+        "bytes, not",
+    ),
+    "a missing file": ("1.safetensors", Path.unlink, "is missing"),
+    "a file of zeros": ("0.safetensors", lambda path: path.write_bytes(bytes(path.stat().st_size)), "altered at"),
+}
+OLDER_DAMAGES: dict[str, tuple[str, Damage, str]] = {
+    "a weight": ("rank_1*_optim_states.pt", flip(within_record("data/6", 4242)), "altered at"),
+    "the last weight": ("rank_1*_optim_states.pt", flip(within_record("data/6", -1)), "altered at"),
+    "a frozen parameter": ("model_states.pt", flip(within_record("data/5", 77)), "altered at"),
+    "the pickle": ("rank_0*_optim_states.pt", flip(within_record("data.pkl", 300)), "altered at"),
     "the directory": ("rank_0*_optim_states.pt", flip(lambda path: path.stat().st_size - 20), "altered at"),
     "a file cut off": (
         "rank_1*_optim_states.pt",
@@ -48,11 +77,27 @@ DAMAGES: dict[str, tuple[str, Damage, str]] = {
 }
 
 
+TARGETS = pytest.mark.parametrize(
+    "target", [Target("bf16"), Target("bf16", shard_bytes=12_000)], ids=["one file", "several"]
+)
+
+
 @pytest.mark.parametrize("name", DAMAGES)
-@pytest.mark.parametrize("target", [Target("bf16"), Target("bf16", shard_bytes=12_000)], ids=["one file", "several"])
+@TARGETS
 def test_damaged_files_are_found_and_leave_nothing(run: RunDirectory, target: Target, name: str) -> None:
-    suffix, damage, what = DAMAGES[name]
-    (path, *_) = archives(run, suffix)
+    assert_found(run, target, *DAMAGES[name])
+
+
+@pytest.mark.parametrize("name", OLDER_DAMAGES)
+@TARGETS
+def test_damaged_files_of_deepspeeds_are_found_and_leave_nothing(
+    older_run: RunDirectory, target: Target, name: str
+) -> None:
+    assert_found(older_run, target, *OLDER_DAMAGES[name])
+
+
+def assert_found(run: RunDirectory, target: Target, suffix: str, damage: Damage, what: str) -> None:
+    (path, *_) = files_of(run, suffix)
     damage(path)
 
     with pytest.raises(DamagedCheckpointError, match=what) as caught:
@@ -63,11 +108,14 @@ def test_damaged_files_are_found_and_leave_nothing(run: RunDirectory, target: Ta
     assert [name for name in left_behind(run) if "." in name] == []
 
 
-def test_moments_are_not_read(run: RunDirectory) -> None:
-    for path in archives(run, "_optim_states.pt"):
-        flip(within("data/1", 9000))(path)  # exp_avg of the first group
+def test_moments_are_not_read(run: RunDirectory, older_run: RunDirectory) -> None:
+    for path in files_of(run):
+        flip(lambda path: path.stat().st_size // 2)(path)
+    for path in files_of(older_run, "_optim_states.pt"):
+        flip(within_record("data/1", 9000))(path)  # exp_avg of the first group
 
     made(run)
+    made(older_run)
 
 
 @pytest.mark.parametrize("suffix", ["_model_states.pt", "_optim_states.pt"])
@@ -128,9 +176,10 @@ def test_a_byte_that_was_altered_anywhere_is_found_where_it_is_read(
     run = make_run(tmp_path, stage, world_size)
     whole = made(RunDirectory(storage, run.url), Target(out=f"{tmp_path}/whole.safetensors"))
     draw = random.Random(stage)
+    assert len(files_of(run)) == world_size
     found = 0
     for number in range(60):
-        path = draw.choice(archives(run, ".pt"))
+        path = draw.choice(files_of(run))
         place = draw.randrange(path.stat().st_size)
         flip(lambda _, place=place: place)(path)  # type: ignore[misc]
         target = Target(out=f"{tmp_path}/out-{number}.safetensors")
@@ -148,15 +197,16 @@ def test_a_byte_that_was_altered_anywhere_is_found_where_it_is_read(
     assert 10 < found < 60, "moments are not read, all else is"
 
 
-def test_an_older_commit_without_checksums_of_chunks_is_read_whole_first(run: RunDirectory) -> None:
+def test_an_older_commit_without_checksums_of_chunks_is_read_whole_first(older_run: RunDirectory) -> None:
+    run = older_run
     commit = Path(run.path("commits", "step-00000007.json"))
     fields = json.loads(commit.read_text())
     for file in fields["files"]:
         del file["chunk_bytes"], file["chunk_crc32cs"]
-    commit.write_text(json.dumps(fields))
+    commit.write_text(json.dumps(fields | {"format_version": 1}))
     made(run, Target(out=f"{run.url}/a.safetensors"))
-    path = archives(run, "rank_1*_optim_states.pt")[0]
-    flip(within("data/6", 4242))(path)
+    path = files_of(run, "rank_1*_optim_states.pt")[0]
+    flip(within_record("data/6", 4242))(path)
 
     with pytest.raises(DamagedCheckpointError, match="it was altered") as caught:
         made(run, Target(out=f"{run.url}/b.safetensors"))

@@ -17,7 +17,7 @@ from counting_storage import CountingStorage
 from local_s3 import local_s3
 from made_up_run import PART_BYTES, STEP, assert_bit_equal, flip, left_behind, made, make_run, tensors_of
 from testbed import is_consolidated
-from zero_material import commit_zero_files, random_material, write_zero_files
+from zero_material import commit_state, random_material
 
 from jobs.consolidation.copy_tasks import Done, HashFile, Task
 from jobs.consolidation.target import ConsolidatedWeights, Target, consolidated_url
@@ -162,12 +162,12 @@ class Traffic:
 
 def test_a_single_file_on_s3_is_resumed_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     traffic = Traffic(monkeypatch)
-    files, part_bytes = tmp_path / "files", 5 << 20
-    write_zero_files(files, random_material(5_000_000, tensor_elements=1 << 20), 1, 2)
+    part_bytes = 5 << 20
     (tmp_path / "s3").mkdir()
     with local_s3(tmp_path / "s3") as server:
         run = RunDirectory.of(server.storage, f"{server.url}/runs", "killed")
-        commit_zero_files(run, named_recipe("tiny"), files, step=STEP, stage=1, world_size=2)
+        material = random_material(5_000_000, tensor_elements=1 << 20)
+        commit_state(run, named_recipe("tiny"), material, step=STEP, stage=1, world_size=2)
         out = Target(out=f"{server.url}/whole/model.safetensors")
         whole, sent_at_first, read_at_first = traffic.of(run, target=out, part_bytes=part_bytes)
         kept = {part["number"] for part in cut_off(run, part_bytes, 2)}
@@ -249,8 +249,7 @@ def test_parts_of_a_checkpoint_that_was_made_again_are_not_kept(
 ) -> None:
     cut_off(run, PART_BYTES, 3)
     other = random_material(9000, seed=1, tensor_elements=2500)
-    write_zero_files(tmp_path / "other", other, 2, 2)
-    commit_zero_files(run, named_recipe("tiny"), tmp_path / "other", step=STEP, stage=2, world_size=2)
+    commit_state(run, named_recipe("tiny"), other, step=STEP, stage=2, world_size=2)
 
     result = made(run)
 

@@ -12,7 +12,7 @@ from made_up_run import MATERIAL
 from patience import wait_until
 from ray_nodes import Cluster, ray_cluster
 from testbed import TILES, is_consolidated, losses, small_recipe
-from zero_material import commit_zero_files, write_zero_files
+from zero_material import commit_state
 
 from jobs.checkpoint.checkpoint import CLAIMS, committed_steps, latest_commit, read_commit, write_commit
 from jobs.consolidation.consolidate import consolidate
@@ -54,8 +54,7 @@ def test_commits_are_fenced_and_what_was_committed_is_found_and_consolidated(
         monkeypatch.setenv(name, value)
     run, recipe = RunDirectory.of(Storage(retry_seconds=20), f"{url}/runs", "fenced"), named_recipe("tiny")
     assert run.claim(recipe) and not run.claim(recipe)
-    write_zero_files(tmp_path / "files", MATERIAL, 2, 2)
-    commit_zero_files(run, recipe, tmp_path / "files", step=5, stage=2, world_size=2)
+    commit_state(run, recipe, MATERIAL, step=5, stage=2, world_size=2)
     first = read_commit(run, 5)
 
     second = replace(first, claim=2, driver="another")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 from testbed import is_consolidated
-from zero_material import commit_zero_files, random_material, write_zero_files
+from zero_material import commit_state, random_material
 
 from jobs.checkpoint import checkpoint
 from jobs.consolidation.target import ConsolidatedWeights
@@ -13,11 +13,12 @@ from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
 from pipeline.store.storage import Storage
 
+MATERIAL = random_material(500)
+
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
     """A run with three checkpoints, of which the second is a milestone."""
-    write_zero_files(tmp_path / "files", random_material(500), 1, 2)
     run = RunDirectory.of(Storage(retry_seconds=1), str(tmp_path), "first")
     for step in (1, 2, 3):
         commit(run, step, milestone=step == 2)
@@ -25,8 +26,7 @@ def run(tmp_path: Path) -> RunDirectory:
 
 
 def commit(run: RunDirectory, step: int, *, milestone: bool) -> None:
-    files = Path(run.url).parent / "files"
-    commit_zero_files(run, named_recipe("tiny"), files, step=step, stage=1, world_size=2, milestone=milestone)
+    commit_state(run, named_recipe("tiny"), MATERIAL, step=step, stage=1, world_size=2, milestone=milestone)
 
 
 class Told:
@@ -70,7 +70,7 @@ def test_a_driver_that_comes_later_makes_up_for_one_that_died(run: RunDirectory)
 
 
 def test_a_failure_is_told_and_the_next_milestone_is_made(run: RunDirectory) -> None:
-    (file, *_) = Path(run.path("checkpoints", checkpoint.folder_name(2))).glob("*_optim_states.pt")
+    (file, *_) = Path(run.path("checkpoints", checkpoint.folder_name(2))).glob("rank-*.safetensors")
     file.unlink()
     told = Told()
     consolidator = MilestoneConsolidator(run, told.on_done, told.on_failure)

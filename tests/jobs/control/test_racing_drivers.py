@@ -35,7 +35,7 @@ begin = float(sys.stdin.readline())
 for step in range(1, steps + 1):
     for name in ("a.pt", "b.pt"):
         (local / name).write_bytes(b"%d of driver %d" % (step, claim) * 1000)
-    files = checkpoint.upload_files(run, step, local, checkpoint.owner_name(claim, 1))
+    files = upload_files(run, step, local, checkpoint.owner_name(claim, 1))
     time.sleep(max(0.0, begin + 0.4 * step - time.time()))
     try:
         checkpoint.write_commit(run, Commit(

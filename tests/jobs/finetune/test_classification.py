@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from zero_groups import WorkerGroup
-from zero_material import commit_zero_files
+from zero_material import commit_parts
 
 from jobs.finetune.classification import Classification
 from jobs.recipe.named_recipes import named_recipe
@@ -74,7 +74,7 @@ def test_losses_and_weights_have_the_same_bits_at_every_world_size_and_after_res
         assert groups(world_size).digests == digests
 
     run = RunDirectory(Storage(), str(tmp_path / "run"))
-    commit_zero_files(run, recipe(name), folder, step=2, stage=1, world_size=1)
+    commit_parts(run, recipe(name), folder, step=2, stage=1, world_size=1)
     assert groups(2).train(recipe(name), ["train", "train"], resume=run) == losses[2:]
     assert groups(2).digests == digests[2:]
 

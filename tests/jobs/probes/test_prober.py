@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from patience import wait_until
 from probe_events import probe_event
-from zero_material import commit_zero_files, random_material, write_zero_files
+from zero_material import commit_state, random_material
 
 from jobs.control.milestones import MilestoneConsolidator
 from jobs.errors import EvaluationError, ProbeDiedError
@@ -25,20 +25,19 @@ from pipeline.store.storage import Storage
 
 RECIPE = named_recipe("tiny").amended({"probe_epochs": 2, "milestone_epochs": [3], "epochs": 6})
 SCHEDULE = Schedule.of(RECIPE, steps_per_epoch=1)
+MATERIAL = random_material(500)
 PROBES = RunProbes(ProbedData("anywhere"), "a plan", RECIPE, SCHEDULE)
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> RunDirectory:
-    write_zero_files(tmp_path / "files", random_material(500), 1, 2)
     run = RunDirectory.of(Storage(retry_seconds=1), str(tmp_path), "first")
     run.claim(RECIPE)
     return run
 
 
 def commit(run: RunDirectory, step: int) -> None:
-    files = Path(run.url).parent / "files"
-    commit_zero_files(run, RECIPE, files, step=step, stage=1, world_size=2, milestone=step == 3)
+    commit_state(run, RECIPE, MATERIAL, step=step, stage=1, world_size=2, milestone=step == 3)
 
 
 class Bench:
@@ -153,7 +152,7 @@ def test_what_fails_is_reported_and_what_died_is_tried_once_more(run: RunDirecto
 def test_weights_that_cannot_be_copied_are_reported_and_training_continues(run: RunDirectory) -> None:
     bench = Bench(run)
     commit(run, 2)
-    for file in Path(run.path("checkpoints")).rglob("*_optim_states.pt"):
+    for file in Path(run.path("checkpoints")).rglob("rank-*.safetensors"):
         file.unlink()
 
     consolidated(bench, range(3, 4), None)

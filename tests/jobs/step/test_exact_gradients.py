@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from zero_groups import WorkerGroup
-from zero_material import commit_zero_files
+from zero_material import commit_parts
 
 from jobs.recipe.named_recipes import named_recipe
 from jobs.recipe.recipe import Recipe
@@ -115,7 +115,7 @@ def test_a_run_resumes_at_another_world_size_with_the_same_bits(
     folder = tmp_path_factory.mktemp("saved") / "step2"
     trained(groups(writer), recipe(2), ["train", "train", str(folder)])
     run = RunDirectory.of(Storage(), str(folder.parent / "runs"), "resized")
-    commit_zero_files(run, recipe(2), folder, step=2, stage=2, world_size=writer, chunk_bytes=1 << 12)
+    commit_parts(run, recipe(2), folder, step=2, stage=2, world_size=writer, chunk_bytes=1 << 12)
 
     groups(reader).train(recipe(1), ["train", "train"], resume=run)
 

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from jobs.checkpoint import torch_archive
 from jobs.checkpoint.checked_files import with_chunks
 from jobs.checkpoint.checkpoint import CheckpointFile, file_url
-from jobs.checkpoint.torch_archive import LazyTensor, read_archive
+from jobs.checkpoint.deepspeed_files import torch_archive
+from jobs.checkpoint.deepspeed_files.torch_archive import LazyTensor, read_archive
 from jobs.errors import DamagedCheckpointError, WeightsFileError
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory

@@ -14,7 +14,7 @@ import torch
 from local_s3 import local_s3
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from zero_material import commit_zero_files, model_material, write_zero_files
+from zero_material import commit_state, model_material
 
 from jobs.consolidation.consolidate import consolidate
 from jobs.consolidation.file_layout import INDEX_NAME
@@ -39,9 +39,8 @@ def commit_small(run: RunDirectory, folder: Path) -> dict[str, Tensor]:
     """A checkpoint of a small model; gives its state dict."""
     torch.manual_seed(0)
     model = ConvMAE(SMALL)
-    write_zero_files(folder, model_material(model), 1, 2)
     recipe = named_recipe("tiny").amended({f"model.{name}": v for name, v in dataclasses.asdict(SMALL).items()})
-    commit_zero_files(run, recipe, folder, step=STEP, stage=1, world_size=2)
+    commit_state(run, recipe, model_material(model), step=STEP, stage=1, world_size=2)
     return dict(model.state_dict())
 
 

@@ -19,9 +19,9 @@ import pickletools
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-from jobs.errors import DamagedCheckpointError
+from jobs.checkpoint.tensor_ranges import ITEM_BYTES, ByteRange, damaged
 from pipeline.errors import UserError, clipped
 
 _BUFFER_BYTES = 1 << 16
@@ -45,18 +45,6 @@ STORAGE_DTYPES = {
     "ComplexFloatStorage": "C64",
 }
 """torch's storage classes, and the dtypes by which safetensors knows their elements."""
-
-ITEM_BYTES = {
-    "F64": 8, "I64": 8, "C64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1,
-}  # fmt: skip
-
-
-class ByteRange(NamedTuple):
-    """Bytes that lie together in one file or object."""
-
-    url: str
-    offset: int
-    length: int
 
 
 class Files(Protocol):
@@ -170,12 +158,6 @@ def check_directory(archive: zipfile.ZipFile, size: int) -> None:
             raise zipfile.BadZipFile(f"{clipped(info.filename)} {what}")
     if sum(info.file_size for info in archive.infolist()) > size:
         raise zipfile.BadZipFile("its records overlap")
-
-
-def damaged(url: str, what: str) -> DamagedCheckpointError:
-    """The error for a file of a checkpoint that is not as it was written."""
-    remedy = "`convmae checkpoints RUN --verify` shows which others are whole"
-    return DamagedCheckpointError("checkpoint", f"must be as it was written ({what})", url, remedy)
 
 
 class _Reader:

@@ -1,15 +1,14 @@
 """Resharding: a run's state from a checkpoint of any world size and ZeRO stage, as one rank of another group needs it.
 
-It is hand-written since DeepSpeed 0.19.8 loads a checkpoint only at the world size that wrote it, and no other library
-reads its files (zero_layout). They are read by ranges, by the layout of the ranks that wrote them. Each rank's module
-needs the weights whole: each rank reads a part, and the ranks add the parts up. Of AdamW's moments each rank reads what
-it will own. So a checkpoint is read and verified before an engine is built.
+Files are read by ranges, by the layout of the ranks that wrote them. Each rank's module needs the weights whole: each
+rank reads a part, and the ranks add the parts up. Of AdamW's moments each rank reads what it will own. So a checkpoint
+is read and verified before an engine is built.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 
 import numpy as np
 import torch
@@ -18,21 +17,17 @@ from torch import Tensor
 from jobs.checkpoint.checked_files import CheckedFiles, Copy
 from jobs.checkpoint.deepspeed_internals import MOMENTS
 from jobs.checkpoint.rank_group import BUCKET_BYTES, RankGroup, Room
-from jobs.checkpoint.torch_archive import ITEM_BYTES
-from jobs.checkpoint.zero_layout import Held, SourceTensor, ZeroFiles
-from jobs.checkpoint.zero_state import ZeroState
+from jobs.checkpoint.state_layout import Layout
+from jobs.checkpoint.tensor_ranges import ITEM_BYTES, SourceTensor
+from jobs.checkpoint.zero_state import TORCH_DTYPES, ZeroState
 from jobs.errors import CheckpointError
 
 READ_AGAIN, REQUESTS = 4, 16
 """Moments are read by their owners if all owners together read at most this many times what there is, in at most this
 many requests per rank in addition to those that would read each byte once."""
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "C64": torch.complex64,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
 
 
-def read_zero_state(files: CheckedFiles, layout: ZeroFiles, owned: Mapping[str, range], group: RankGroup) -> ZeroState:
+def read_zero_state(files: CheckedFiles, layout: Layout, owned: Mapping[str, range], group: RankGroup) -> ZeroState:
     """Read weights, and the moments that this rank owns. Collective.
 
     Args:
@@ -78,8 +73,8 @@ class WholeTensors:
             among: Deal the chunks as if these were read; `sources` if empty.
         """
         self._sources, self._files, self._group = sources, files, group
-        self._vectors = {id(source.vectors): source.vectors for source in among or sources}
-        self._room = Room({source.name: (source.shape, _DTYPES[source.dtype]) for source in sources})
+        self._among = among or sources
+        self._room = Room({source.name: (source.shape, TORCH_DTYPES[source.dtype]) for source in sources})
 
     @property
     def tensors(self) -> Mapping[str, Tensor]:
@@ -88,22 +83,16 @@ class WholeTensors:
 
     def mine(self) -> list[Copy]:
         """The copies that this rank reads."""
-        places = (place for vectors in self._vectors.values() for vector in vectors for place in vector.places)
-        held_chunks = self._files.holding(place.byte_range for place in places)
-        chunks = np.array_split(held_chunks, self._group.world_size)[self._group.rank]
+        there = self._files.holding(place for source in self._among for place in source.byte_ranges(0, source.elements))
+        chunks = np.array_split(there, self._group.world_size)[self._group.rank]
         if not len(chunks):
             return []
         urls = self._files.urls(chunks)
-        held = {
-            key: [Held(index, *found) for index, vector in enumerate(vectors) for found in vector.held(urls)]
-            for key, vectors in self._vectors.items()
-        }
-        copies: list[Copy] = []
-        for source in self._sources:
-            room, item = self.tensors[source.name].reshape(-1).view(torch.uint8), ITEM_BYTES[source.dtype]
-            for part in source.ranges(held[id(source.vectors)]):
-                copies += _copies(source, part, room[part.start * item : part.stop * item])
+        copies = (copy for source in self._sources for copy in _copies(source, self._bytes(source), urls=urls))
         return list(self._files.clipped(copies, int(chunks[0]), int(chunks[-1])))
+
+    def _bytes(self, source: SourceTensor) -> Tensor:
+        return self.tensors[source.name].reshape(-1).view(torch.uint8)
 
     def add_up(self) -> None:
         """Put the ranks' parts together. Collective."""
@@ -121,9 +110,9 @@ def rooms_of_moments(
             if name not in tensors or wanted.stop > tensors[name].elements:
                 rule, remedy = f"must hold {moment} of {name}", "resume with the model that the run began with"
                 raise CheckpointError("checkpoint", rule, run_name, remedy)
-            tensor = torch.empty(len(wanted), device="cpu", dtype=_DTYPES[tensors[name].dtype])
+            tensor = torch.empty(len(wanted), device="cpu", dtype=TORCH_DTYPES[tensors[name].dtype])
             moments[moment][name] = tensor
-            copies += _copies(tensors[name], wanted, tensor.view(torch.uint8))
+            copies += _copies(tensors[name], tensor.view(torch.uint8), wanted)
     return moments, copies
 
 
@@ -135,9 +124,8 @@ def _is_read_by_owners(
     Ranks would read too much, in too many requests, where ZeRO 3 deals each parameter of a few large files to many of
     them.
     """
-    by_vectors = {id(source.vectors): source.vectors for moment in sources.values() for source in moment.values()}
-    places = (place for vectors in by_vectors.values() for vector in vectors for place in vector.places)
-    there = files.holding(place.byte_range for place in places)
+    tensors = [tensor for moment in sources.values() for tensor in moment.values()]
+    there = files.holding(place for tensor in tensors for place in tensor.byte_ranges(0, tensor.elements))
     mine = files.holding(copy.source for copy in copies)
     allowed = REQUESTS * group.world_size + sum(1 for _ in files.requests(there))
     return (
@@ -175,9 +163,13 @@ def _buckets(sources: Iterable[SourceTensor]) -> Iterator[list[SourceTensor]]:
         yield bucket
 
 
-def _copies(source: SourceTensor, wanted: range, room: Tensor) -> Iterator[Copy]:
-    """The copies that fill `room`, of bytes, with some elements of a tensor."""
+def _copies(
+    source: SourceTensor, room: Tensor, wanted: range | None = None, *, urls: Set[str] | None = None
+) -> Iterator[Copy]:
+    """The copies that fill `room`, of bytes, with some elements of a tensor: of all files, or of those in `urls`."""
     target, position = room.numpy().data, 0
-    for url, offset, length in source.byte_ranges(wanted.start, wanted.stop):
-        yield Copy(url, offset, target[position : position + length])
-        position += length
+    chosen = range(source.elements) if wanted is None else wanted
+    for place in source.byte_ranges(chosen.start, chosen.stop):
+        if urls is None or place.url in urls:
+            yield Copy(place.url, place.offset, target[position : position + place.length])
+        position += place.length

@@ -17,8 +17,9 @@ import numpy as np
 
 from jobs.checkpoint import deepspeed_internals as keys
 from jobs.checkpoint.checkpoint import Commit, file_url
+from jobs.checkpoint.deepspeed_files.torch_archive import Files, LazyTensor, TensorPlace, read_archive
 from jobs.checkpoint.deepspeed_internals import MOMENTS
-from jobs.checkpoint.torch_archive import Files, LazyTensor, TensorPlace, damaged, read_archive
+from jobs.checkpoint.tensor_ranges import damaged
 from jobs.errors import CheckpointError
 from jobs.run.directory import RunDirectory
 from pipeline.errors import UserError
@@ -110,39 +111,6 @@ def look_into(
     names = [*models[part::parts], *optimizers[part::parts]]
     with ThreadPoolExecutor(_THREADS) as threads:
         return dict(zip(names, threads.map(look, names), strict=True))
-
-
-def check_size(run: RunDirectory, commit: Commit, name: str, size: int) -> None:
-    """Compare a file's size with the commit's, in one request.
-
-    Raises:
-        DamagedCheckpointError: It is missing, or has another size.
-    """
-    url = file_url(run, commit.step, name)
-    try:
-        found = run.storage.size(url)
-    except FileNotFoundError:
-        raise damaged(url, "it is missing") from None
-    if found != size:
-        raise damaged(url, f"it has {found} bytes, not {size}")
-
-
-def check_sizes(run: RunDirectory, commit: Commit, *, part: int = 0, parts: int = 1, empty: bool = False) -> None:
-    """Compare sizes of files with the commit's, in one request each.
-
-    Args:
-        run: Whose checkpoint it is.
-        commit: Of the checkpoint.
-        part: Which part of them, in [0, parts).
-        parts: How many parts they are dealt into.
-        empty: Only of empty files, if all others are read anyway.
-
-    Raises:
-        DamagedCheckpointError: One is missing, or has another size.
-    """
-    wanted = [file for file in commit.files if not (empty and file.bytes)][part::parts]
-    with ThreadPoolExecutor(_THREADS) as threads:
-        list(threads.map(lambda file: check_size(run, commit, file.name, file.bytes), wanted))
 
 
 @contextlib.contextmanager
