@@ -167,11 +167,12 @@ def trained_parameters(engine: deepspeed.DeepSpeedEngine) -> dict[str, tuple[int
     names = {id(parameter): name for name, parameter in engine.module.named_parameters()}
     is_stage_3 = engine.zero_optimization_stage() == 3
     groups = engine.optimizer.fp16_groups if is_stage_3 else engine.optimizer.round_robin_bit16_groups
-    return {
-        names[id(parameter)]: tuple(parameter.ds_shape if is_stage_3 else parameter.shape)
-        for group in groups
-        for parameter in group
-    }
+    return {names[id(parameter)]: whole_shape(parameter) for group in groups for parameter in group}
+
+
+def whole_shape(parameter: Any) -> tuple[int, ...]:
+    """A parameter's shape, also where ZeRO 3 has dealt it out."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def frozen_values(parameter: Any, rank: int) -> tuple[int, Tensor]:

@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from jobs.checkpoint.checkpoint import CheckpointFile, Range, StateTensor
-from jobs.checkpoint.deepspeed_internals import MOMENTS, adam_slots, frozen_values, owned_slices, trained_parameters
+from jobs.checkpoint.deepspeed_internals import (
+    MOMENTS,
+    adam_slots,
+    frozen_values,
+    owned_slices,
+    trained_parameters,
+    whole_shape,
+)
 from jobs.checkpoint.state_layout import TRAINED_DTYPE, data_bytes
 from jobs.checkpoint.tensor_ranges import ITEM_BYTES
 from jobs.checkpoint.zero_state import TORCH_DTYPES
@@ -125,8 +132,7 @@ def state_tensors(engine: deepspeed.DeepSpeedEngine) -> tuple[StateTensor, ...]:
             known = found[first]
             found[name] = StateTensor(name, known.shape, known.dtype, same_as=first)
         elif name not in found:
-            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
-            found[name] = StateTensor(name, shape, DTYPE_NAMES[parameter.dtype])
+            found[name] = StateTensor(name, whole_shape(parameter), DTYPE_NAMES[parameter.dtype])
     for name, buffer in _buffers(engine):
         found[name] = StateTensor(name, tuple(buffer.shape), DTYPE_NAMES[buffer.dtype])
     return tuple(found.values())
