@@ -216,7 +216,8 @@ def export(
 @app.command(name="import", cls=at_store("source", "out"))
 def import_command(
     source: Annotated[
-        str, typer.Argument(metavar="FILE", help="A .pth file of the official code, or safetensors, as a path or URL.")
+        str,
+        typer.Argument(metavar="SOURCE", help="A .pth file of the official code, or safetensors, as a path or URL."),
     ],
     out: Annotated[str, typer.Argument(metavar="OUT", help="The .safetensors file to write, as a path or URL.")],
     overrides: Overrides = None,
@@ -226,12 +227,16 @@ def import_command(
         bool,
         typer.Option("--fresh-decoder", help="Take only the encoder, with a new decoder made from the recipe's seed."),
     ] = False,
+    kind: Annotated[
+        str, typer.Option("--format", help="`file`, or `deepspeed`: a folder that DeepSpeed's save_checkpoint wrote.")
+    ] = "file",
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
 ) -> None:
     """Import weights from which a new run can start, with `init_from=OUT`.
 
     The file is read without running any code in it. Weights of another architecture are refused, with every name that
     is missing or unexpected. An encoder without a decoder, as in the released files, needs --fresh-decoder.
+    With --format deepspeed the ranks' files of any program that trained with ZeRO 1, 2 or 3 are put together.
     """
     from jobs.weights.initial import import_weights
     from pipeline.access.places import normal
@@ -239,7 +244,9 @@ def import_command(
     session, resolved = open_session(), amended_recipe(recipe, overrides)
     places = [normal(url) for url in (source, out)]
     seed = resolved.seed if fresh_decoder else None
-    done = import_weights(session.storage, places[0], places[1], resolved.model, fresh_decoder_seed=seed, force=force)
+    done = import_weights(
+        session.storage, places[0], places[1], resolved.model, kind=kind, fresh_decoder_seed=seed, force=force
+    )
     for note in done.notes:
         say(note)
     say(f"{done.url} ({bytes_text(done.bytes)}, sha256 {done.sha256})")

@@ -19,6 +19,7 @@ from jobs.checkpoint.rank_group import RankGroup, Room
 from jobs.errors import WeightsFileError
 from jobs.recipe.recipe import Recipe
 from jobs.run.directory import RunDirectory
+from jobs.weights.deepspeed_folder import weights_in_folder
 from jobs.weights.names import WeightNames, described, fresh_tensors, weight_names
 from jobs.weights.torch_file import is_safetensors, torch_tensors
 from jobs.weights.weight_checks import check_dtypes, check_finite, check_header, check_heads, check_values
@@ -36,6 +37,9 @@ from model import ConvMAEConfig
 from model.config import ENCODER_FIELDS, PATCH_PIXELS
 from pipeline.host.scratch import scratch_folder
 from pipeline.store.storage import Storage
+
+KINDS = ("file", "deepspeed")
+"""What weights are imported from: one file, or a folder with DeepSpeed's own files of all ranks."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,7 @@ def import_weights(
     out: str,
     config: ConvMAEConfig,
     *,
+    kind: str = "file",
     fresh_decoder_seed: int | None = None,
     force: bool = False,
 ) -> Imported:
@@ -63,32 +68,41 @@ def import_weights(
 
     Args:
         storage: Reaches both.
-        source: URL of a PyTorch or safetensors file; also one of ours.
+        source: URL of a PyTorch or safetensors file, also one of ours; or of a folder with DeepSpeed's own files.
         out: URL of the file to write; `.safetensors`.
         config: Of the model that is to load the weights.
+        kind: What `source` is, of KINDS.
         fresh_decoder_seed: Import the encoder alone, with the initial decoder of a run of this seed.
         force: Replace what is there.
 
     Raises:
         WeightsFileError: The file cannot be read, is of another model (names the missing, unexpected and misshapen
             tensors) or holds values that are not weights, or the target exists.
+        CheckpointError: DeepSpeed's files are damaged, or of a kind that is not handled.
     """
+    if kind not in KINDS:
+        raise WeightsFileError("--format", f"must be {' or '.join(KINDS)}", kind, "correct it")
     if not out.endswith(SUFFIX):
         raise WeightsFileError("OUT", f"must end in {SUFFIX}", out, f"write it as {out.rstrip('/')}/weights{SUFFIX}")
     storage.check(out.rpartition("/")[0] or ".", write=True)
     if storage.exists(out) and not force:
         raise WeightsFileError("OUT", "must not exist yet", out, "choose another place, or replace it with --force")
-    with local_copy(storage, source) as path:
-        metadata = {"format": "pt", "model": model_json(config), "imported_from": source}
-        metadata["source_sha256"] = sha256_of(path)
-        tensors, names = _taken(path, source, config, fresh_decoder=fresh_decoder_seed is not None)
-        check_finite(tensors.items(), source)
-        notes = names.notes
-        if fresh_decoder_seed is not None:
-            tensors |= fresh_tensors(names.fresh, config, fresh_decoder_seed)
-            metadata["fresh_decoder_seed"] = str(fresh_decoder_seed)
-            notes += (f"fresh from seed {fresh_decoder_seed}: {described(names.fresh)}",)
-        return _written(storage, out, tensors, metadata, notes)
+    metadata = {"format": "pt", "model": model_json(config), "imported_from": source}
+    fresh_decoder = fresh_decoder_seed is not None
+    if kind == "deepspeed":
+        state, metadata["source_sha256"] = weights_in_folder(storage, source)
+        tensors, names = _chosen(state, source, config, fresh_decoder=fresh_decoder)
+    else:
+        with local_copy(storage, source) as path:
+            metadata["source_sha256"] = sha256_of(path)
+            tensors, names = _taken(path, source, config, fresh_decoder=fresh_decoder)
+    check_finite(tensors.items(), source)
+    notes = names.notes
+    if fresh_decoder_seed is not None:
+        tensors |= fresh_tensors(names.fresh, config, fresh_decoder_seed)
+        metadata["fresh_decoder_seed"] = str(fresh_decoder_seed)
+        notes += (f"fresh from seed {fresh_decoder_seed}: {described(names.fresh)}",)
+    return _written(storage, out, tensors, metadata, notes)
 
 
 def foreign_weights(path: Path, url: str, config: ConvMAEConfig, *, encoder_alone: bool = False) -> dict[str, Tensor]:
@@ -126,16 +140,23 @@ def _taken(
     """The tensors of a local file by our names, each of a type that weights may have."""
     if not is_safetensors(path, url):
         state = torch_tensors(path, url)
-        names = weight_names(state, config, url, fresh_decoder=fresh_decoder, encoder_alone=encoder_alone)
-        tensors = {name: state[theirs] for name, theirs in names.places.items()}
-        check_dtypes({name: tensor.dtype for name, tensor in tensors.items()}, url)
-        return tensors, names
+        return _chosen(state, url, config, fresh_decoder=fresh_decoder, encoder_alone=encoder_alone)
     with opened_file(path, url) as file:
         if "model" in (metadata := dict(file.metadata() or {})):
             check_heads(model_config(metadata, url), config, url)
         names = weight_names(shapes_of(file), config, url, fresh_decoder=fresh_decoder, encoder_alone=encoder_alone)
         check_dtypes({name: file.get_slice(theirs).get_dtype() for name, theirs in names.places.items()}, url)
         return {name: file.get_tensor(theirs) for name, theirs in names.places.items()}, names
+
+
+def _chosen(
+    state: Mapping[str, Tensor], url: str, config: ConvMAEConfig, *, fresh_decoder: bool, encoder_alone: bool = False
+) -> tuple[dict[str, Tensor], WeightNames]:
+    """The tensors of a state dict by our names, each of a type that weights may have."""
+    names = weight_names(state, config, url, fresh_decoder=fresh_decoder, encoder_alone=encoder_alone)
+    tensors = {name: state[theirs] for name, theirs in names.places.items()}
+    check_dtypes({name: tensor.dtype for name, tensor in tensors.items()}, url)
+    return tensors, names
 
 
 def pinned(storage: Storage, recipe: Recipe, run: RunDirectory) -> Recipe:
