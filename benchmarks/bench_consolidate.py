@@ -28,7 +28,7 @@ from consolidate_sides import STEP
 from local_s3 import LocalS3, local_s3
 from zero_material import commit_state, commit_zero_files, model_material, write_zero_files
 
-from jobs.checkpoint.checkpoint import Commit
+from jobs.checkpoint.commit import Commit
 from jobs.consolidation.target import consolidated_url
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory

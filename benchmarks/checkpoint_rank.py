@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from jobs.checkpoint import checkpoint
-from jobs.checkpoint.checkpoint import Commit
+from jobs.checkpoint.commit import Commit
 from jobs.checkpoint.rank_file import RankFile
 from jobs.checkpoint.saver import CheckpointSaver
 from jobs.recipe.recipe import Recipe

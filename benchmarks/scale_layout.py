@@ -16,11 +16,11 @@ import numpy as np
 from restore_rank import Shapes, owned_of
 
 from jobs.checkpoint.checked_files import CheckedFiles
-from jobs.checkpoint.checkpoint import CHUNK_BYTES, CheckpointFile, Commit, StateTensor
+from jobs.checkpoint.commit import CHUNK_BYTES, TRAINED_DTYPE, CheckpointFile, Commit, StateTensor, data_bytes
 from jobs.checkpoint.deepspeed_internals import MOMENTS
 from jobs.checkpoint.rank_file import header_of
 from jobs.checkpoint.rank_group import RankGroup
-from jobs.checkpoint.state_layout import TRAINED_DTYPE, StateLayout, data_bytes
+from jobs.checkpoint.state_layout import StateLayout
 from jobs.checkpoint.state_reading import WholeTensors, rooms_of_moments
 from jobs.checkpoint.tensor_ranges import ByteRange
 from jobs.run.directory import RunDirectory

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from jobs.checkpoint import checkpoint
-from jobs.checkpoint.checkpoint import CheckpointFile, Commit, StateTensor
+from jobs.checkpoint.commit import CHUNK_BYTES, DEEPSPEED_FORMATS, CheckpointFile, Commit, StateTensor
 from jobs.checkpoint.rank_file import DTYPE_NAMES, RankPart, header_of
 from jobs.checkpoint.zero_state import owned_ranges
 from jobs.recipe.recipe import Recipe
@@ -84,7 +84,7 @@ def write_zero_files(folder: Path, material: Material, stage: int, world_size: i
 
 
 def upload_files(
-    run: RunDirectory, step: int, folder: Path, owner: str = "", *, chunk_bytes: int = checkpoint.CHUNK_BYTES
+    run: RunDirectory, step: int, folder: Path, owner: str = "", *, chunk_bytes: int = CHUNK_BYTES
 ) -> list[CheckpointFile]:
     """Upload every file of `folder` into the checkpoint of `step`, without saying what they hold."""
     return [
@@ -140,7 +140,7 @@ def commit_state(
     step: int,
     stage: int,
     world_size: int,
-    chunk_bytes: int = checkpoint.CHUNK_BYTES,
+    chunk_bytes: int = CHUNK_BYTES,
     milestone: bool = False,
 ) -> Commit:
     """Make a committed checkpoint of `material`, whose moments are half its values, and their squares."""
@@ -179,7 +179,7 @@ def commit_parts(
     step: int,
     stage: int,
     world_size: int,
-    chunk_bytes: int = checkpoint.CHUNK_BYTES,
+    chunk_bytes: int = CHUNK_BYTES,
     milestone: bool = False,
 ) -> Commit:
     """Make a committed checkpoint of what `save_part` wrote into a folder."""
@@ -204,14 +204,14 @@ def commit_zero_files(
     step: int,
     stage: int,
     world_size: int,
-    chunk_bytes: int = checkpoint.CHUNK_BYTES,
+    chunk_bytes: int = CHUNK_BYTES,
     milestone: bool = False,
 ) -> Commit:
     """Make a committed checkpoint, of the newest format that had them, of DeepSpeed's files in `folder`."""
     files = upload_files(run, step, folder, chunk_bytes=chunk_bytes)
     return commit_files(
         run, recipe, files, step=step, stage=stage, world_size=world_size, milestone=milestone,
-        format_version=max(checkpoint.DEEPSPEED_FORMATS),
+        format_version=max(DEEPSPEED_FORMATS),
     )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from zero_material import upload_files
 
 from jobs.checkpoint import checkpoint
-from jobs.checkpoint.checkpoint import Commit
+from jobs.checkpoint.commit import Commit
 from jobs.run.directory import RunDirectory
 
 

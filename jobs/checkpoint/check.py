@@ -11,7 +11,7 @@ from typing import Any
 import google_crc32c
 
 from jobs.checkpoint import checkpoint
-from jobs.checkpoint.checkpoint import CheckpointFile, Commit
+from jobs.checkpoint.commit import CheckpointFile, Commit
 from jobs.errors import CheckpointError
 from jobs.run.directory import RunDirectory
 from jobs.terminal import bytes_text

@@ -23,7 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from jobs.checkpoint import checkpoint
-from jobs.checkpoint.checkpoint import CHUNK_BYTES, CheckpointFile, Commit, checksummed
+from jobs.checkpoint.checkpoint import checksummed
+from jobs.checkpoint.commit import CHUNK_BYTES, CheckpointFile, Commit
 from jobs.checkpoint.tensor_ranges import ByteRange, damaged
 from jobs.run.directory import RunDirectory
 from pipeline.store.storage import Storage

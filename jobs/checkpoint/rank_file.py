@@ -7,7 +7,9 @@ disk. Each trained tensor of which the rank owns values gives three flat ranges,
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from jobs.checkpoint.checkpoint import CheckpointFile, Range, StateTensor
+from jobs.checkpoint.commit import TRAINED_DTYPE, CheckpointFile, Range, StateTensor, data_bytes
 from jobs.checkpoint.deepspeed_internals import (
     MOMENTS,
     adam_slots,
@@ -25,13 +27,14 @@ from jobs.checkpoint.deepspeed_internals import (
     trained_parameters,
     whole_shape,
 )
-from jobs.checkpoint.state_layout import TRAINED_DTYPE, data_bytes
 from jobs.checkpoint.tensor_ranges import ITEM_BYTES
 from jobs.checkpoint.zero_state import TORCH_DTYPES
 from pipeline.host.memory_file import MemoryFile
 
 if TYPE_CHECKING:
     import deepspeed
+
+logger = logging.getLogger(__name__)
 
 _ALIGNMENT = 8
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
@@ -115,10 +118,18 @@ class RankFile:
         file = MemoryFile("convmae-checkpoint", len(self.header) + data_bytes(self._places, sizes))
         file.memory[: len(self.header)] = self.header
         if self._engine.device.type == "cuda":
-            room = torch.frombuffer(file.memory, dtype=torch.uint8)
-            # Copies to pages that may move take a third of the bus, and hold up the stream.
-            torch.cuda.cudart().cudaHostRegister(room.data_ptr(), file.size, 0)  # type: ignore[no-untyped-call]
+            _lock_pages(file, self._engine.device)
         return file
+
+
+def _lock_pages(file: MemoryFile, device: torch.device) -> None:
+    """Have a GPU copy straight into a file's memory, which it does not where pages may move."""
+    place = torch.frombuffer(file.memory, dtype=torch.uint8).data_ptr()
+    failed = int(torch.cuda.cudart().cudaHostRegister(place, file.size, 0))  # type: ignore[no-untyped-call]
+    if failed:
+        logger.warning("memory for checkpoints is not page-locked (CUDA error %d); copies take longer", failed)
+        with contextlib.suppress(RuntimeError):  # the error would otherwise be that of the next kernel
+            torch.zeros(1, device=device).add_(1)
 
 
 def state_tensors(engine: deepspeed.DeepSpeedEngine) -> tuple[StateTensor, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.checked_files import CheckedFiles
-from jobs.checkpoint.checkpoint import Commit
+from jobs.checkpoint.commit import Commit
 from jobs.checkpoint.deepspeed_files.together import layout_together, with_chunks_together
 from jobs.checkpoint.rank_group import RankGroup
 from jobs.checkpoint.state_layout import Layout, StateLayout

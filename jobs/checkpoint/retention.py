@@ -9,7 +9,8 @@ from itertools import groupby
 
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.check import faults_of, read_commits
-from jobs.checkpoint.checkpoint import CLAIMS, Commit
+from jobs.checkpoint.checkpoint import CLAIMS
+from jobs.checkpoint.commit import Commit
 from jobs.errors import CheckpointError
 from jobs.run.directory import RunDirectory
 from jobs.terminal import bytes_text

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from jobs.checkpoint import checkpoint, retention
-from jobs.checkpoint.checkpoint import CheckpointFile, Commit
+from jobs.checkpoint.commit import CheckpointFile, Commit
 from jobs.checkpoint.rank_file import RankPart
 from jobs.errors import NotCommittedError
 from jobs.run.directory import RunDirectory

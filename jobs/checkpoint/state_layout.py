@@ -13,13 +13,12 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from jobs.checkpoint.checkpoint import CheckpointFile, Commit, Range, file_url
+from jobs.checkpoint.checkpoint import file_url
+from jobs.checkpoint.commit import OTHERS, TRAINED_DTYPE, Commit, Range, data_bytes, stretch_bytes
 from jobs.checkpoint.deepspeed_internals import MOMENTS
 from jobs.checkpoint.tensor_ranges import ITEM_BYTES, SourceTensor
 from jobs.errors import DamagedCheckpointError
 from jobs.run.directory import RunDirectory
-
-TRAINED_DTYPE = "F32"
 
 
 class Layout(Protocol):
@@ -144,21 +143,4 @@ class StateLayout:
         return ITEM_BYTES[tensor.dtype]
 
     def _damaged(self, what: str) -> DamagedCheckpointError:
-        remedy = "`convmae checkpoints` shows which others are whole"
-        return DamagedCheckpointError("commit", f"must {what}", f"step {self._commit.step} of {self._run.name}", remedy)
-
-
-def stretch_bytes(ranges: Sequence[Range], element_bytes: Sequence[int]) -> int:
-    """Bytes of ranges that lie one after the other.
-
-    Args:
-        ranges: Of tensors.
-        element_bytes: Of each tensor.
-    """
-    return sum((stop - start) * element_bytes[tensor] for tensor, start, stop in ranges)
-
-
-def data_bytes(file: CheckpointFile, element_bytes: Sequence[int]) -> int:
-    """Bytes of all values in a file."""
-    trained, fixed = (stretch_bytes(ranges, element_bytes) for ranges in (file.trained, file.fixed))
-    return trained * (1 + len(MOMENTS)) + fixed
+        return DamagedCheckpointError("commit", f"must {what}", f"step {self._commit.step} of {self._run.name}", OTHERS)

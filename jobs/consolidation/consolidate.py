@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from jobs.checkpoint import checkpoint
-from jobs.checkpoint.checkpoint import Commit
+from jobs.checkpoint.commit import Commit
 from jobs.checkpoint.opened import opened
 from jobs.checkpoint.tensor_ranges import SourceTensor
 from jobs.cluster.fan_out import FanOut, fan_out_locally

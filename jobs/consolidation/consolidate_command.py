@@ -8,7 +8,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
-from jobs.checkpoint.checkpoint import Commit, commit_url
+from jobs.checkpoint.checkpoint import commit_url
+from jobs.checkpoint.commit import Commit
 from jobs.cluster.fan_out import FanOut
 from jobs.cluster.session import Session
 from jobs.consolidation.consolidate import consolidate, in_threads

@@ -7,7 +7,7 @@ import platform
 from collections.abc import Mapping
 from importlib.metadata import version
 
-from jobs.checkpoint.checkpoint import Commit
+from jobs.checkpoint.commit import Commit
 from jobs.errors import CheckpointError
 from jobs.run.own_code import git_commit
 from pipeline.order.sample_order import ORDER_VERSION

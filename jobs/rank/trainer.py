@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import nn
 
 from jobs.checkpoint import checkpoint
-from jobs.checkpoint.checkpoint import Commit
+from jobs.checkpoint.commit import Commit
 from jobs.checkpoint.rank_file import RankFile
 from jobs.checkpoint.rank_group import RankGroup
 from jobs.checkpoint.restore import restore_newest

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from jobs.checkpoint import checkpoint
-from jobs.checkpoint.checkpoint import Commit
+from jobs.checkpoint.commit import Commit
 from jobs.recipe.recipe import Recipe
 from jobs.report.accuracy import accuracy_curve
 from jobs.report.charts import History

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from jobs.checkpoint import checkpoint
-from jobs.checkpoint.checkpoint import Commit
+from jobs.checkpoint.commit import Commit
 from jobs.checkpoint.opened import opened
 from jobs.checkpoint.rank_group import RankGroup
 from jobs.checkpoint.state_reading import read_zero_state

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from jobs.checkpoint import checkpoint
-from jobs.checkpoint.checkpoint import CHUNK_BYTES, DEEPSPEED_FORMATS, CheckpointFile, Commit
+from jobs.checkpoint.commit import CHUNK_BYTES, DEEPSPEED_FORMATS, CheckpointFile, Commit
 from jobs.checkpoint.deepspeed_internals import MODEL_SUFFIX, OPTIMIZER_SUFFIX
 from jobs.checkpoint.opened import opened
 from jobs.checkpoint.rank_group import RankGroup

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from jobs.checkpoint.checked_files import CheckedFiles, check_sizes, with_chunks
-from jobs.checkpoint.checkpoint import Commit
+from jobs.checkpoint.commit import Commit
 from jobs.checkpoint.deepspeed_files.zero_files import file_names, look_into
 from jobs.checkpoint.deepspeed_files.zero_layout import ZeroFiles
 from jobs.checkpoint.rank_group import RankGroup

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from jobs.checkpoint import deepspeed_internals as keys
-from jobs.checkpoint.checkpoint import Commit, file_url
+from jobs.checkpoint.checkpoint import file_url
+from jobs.checkpoint.commit import Commit
 from jobs.checkpoint.deepspeed_files.torch_archive import Files, LazyTensor, TensorPlace, read_archive
 from jobs.checkpoint.deepspeed_internals import MOMENTS
 from jobs.checkpoint.tensor_ranges import damaged

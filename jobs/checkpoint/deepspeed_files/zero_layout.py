@@ -20,7 +20,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from jobs.checkpoint.checkpoint import Commit, file_url
+from jobs.checkpoint.checkpoint import file_url
+from jobs.checkpoint.commit import Commit
 from jobs.checkpoint.deepspeed_files.torch_archive import TensorPlace
 from jobs.checkpoint.deepspeed_files.zero_files import (
     FilesFound,

@@ -13,7 +13,7 @@ from zero_material import upload_files
 
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.check import faults_of
-from jobs.checkpoint.checkpoint import CheckpointFile, Commit
+from jobs.checkpoint.commit import CheckpointFile, Commit
 from jobs.errors import CheckpointError, DamagedCheckpointError, OvertakenError
 from jobs.run.directory import RunDirectory
 from pipeline.store.lease import Holder

@@ -8,7 +8,7 @@ import pytest
 from zero_material import upload_files
 
 from jobs.checkpoint import checkpoint
-from jobs.checkpoint.checkpoint import Commit
+from jobs.checkpoint.commit import Commit
 from jobs.checkpoint.retention import carry_out, delete_leftovers_before, leftovers, plan_pruning, pruning_lines
 from jobs.errors import CheckpointError
 from jobs.run.directory import RunDirectory

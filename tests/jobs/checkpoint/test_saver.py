@@ -14,7 +14,7 @@ from patience import wait_until
 
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.check import faults_of
-from jobs.checkpoint.checkpoint import CheckpointFile, Commit
+from jobs.checkpoint.commit import CheckpointFile, Commit
 from jobs.checkpoint.rank_file import RankPart
 from jobs.checkpoint.saver import CheckpointSaver
 from jobs.errors import CheckpointError

@@ -20,7 +20,7 @@ from whole_state import MASTER, MOMENTS, WholeState, whole_state
 from zero_groups import WorkerGroup
 from zero_material import commit_parts, commit_zero_files
 
-from jobs.checkpoint.checkpoint import Commit
+from jobs.checkpoint.commit import Commit
 from jobs.checkpoint.zero_state import ZeroState, owned_ranges, restore_optimizer
 from jobs.consolidation.consolidate import consolidate
 from jobs.errors import CheckpointError

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from zero_material import upload_files
 
 from jobs.checkpoint import checkpoint
-from jobs.checkpoint.checkpoint import Commit
+from jobs.checkpoint.commit import Commit
 from jobs.run.directory import RunDirectory
 from model import ConvMAE
 from pipeline.store.storage import Storage

@@ -23,7 +23,7 @@ from torch import Tensor
 from zero_material import Material
 
 from jobs.checkpoint import checkpoint
-from jobs.checkpoint.checkpoint import Commit
+from jobs.checkpoint.commit import Commit
 from jobs.consolidation.target import Target, consolidated_url
 from jobs.errors import CheckpointError
 from jobs.recipe.named_recipes import named_recipe

@@ -11,6 +11,7 @@ import pytest
 from ray.exceptions import RayActorError
 
 from jobs.checkpoint import checkpoint
+from jobs.checkpoint.commit import Commit
 from jobs.control import driver, lease
 from jobs.control.lease import claim_run, is_live, sole_driver
 from jobs.control.run_plan import RunPlan
@@ -52,7 +53,7 @@ def live(plan: RunPlan) -> Iterator[None]:
 
 
 def write_commit(run: RunDirectory, step: int) -> None:
-    commit = checkpoint.Commit(
+    commit = Commit(
         step=step, epoch=0, world_size=1, zero_stage=1, precision="fp32", recipe_digest="", dataset_digest="",
         order_version=1, seed=0, attempt=1, created_at_seconds=0.0, milestone=False, counters={}, versions={}, files=(),
     )  # fmt: skip

@@ -13,7 +13,8 @@ from patience import done, wait_until
 from ray_nodes import Cluster, ray_cluster
 from testbed import losses, small_recipe
 
-from jobs.checkpoint.checkpoint import Commit, committed_steps, read_commit
+from jobs.checkpoint.checkpoint import committed_steps, read_commit
+from jobs.checkpoint.commit import Commit
 from jobs.run.directory import RunDirectory
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]

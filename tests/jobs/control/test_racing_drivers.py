@@ -23,7 +23,7 @@ COMMITTER = """
 import os, sys, time
 from pathlib import Path
 from jobs.checkpoint import checkpoint
-from jobs.checkpoint.checkpoint import Commit
+from jobs.checkpoint.commit import Commit
 from jobs.errors import OvertakenError
 from jobs.run.directory import RunDirectory
 from pipeline.store.storage import Storage

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 from probe_events import probe_events
 
-from jobs.checkpoint.checkpoint import CheckpointFile, Commit, write_commit
+from jobs.checkpoint.checkpoint import write_commit
+from jobs.checkpoint.commit import CheckpointFile, Commit
 from jobs.errors import RunError
 from jobs.recipe.finetune import Finetune
 from jobs.recipe.recipe import Recipe

@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from jobs.checkpoint.checked_files import with_chunks
-from jobs.checkpoint.checkpoint import CheckpointFile, file_url
+from jobs.checkpoint.checkpoint import file_url
+from jobs.checkpoint.commit import CheckpointFile
 from jobs.checkpoint.deepspeed_files import torch_archive
 from jobs.checkpoint.deepspeed_files.torch_archive import LazyTensor, read_archive
 from jobs.errors import DamagedCheckpointError, WeightsFileError
