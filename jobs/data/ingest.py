@@ -20,7 +20,7 @@ from pipeline.errors import DamagedTarsError, DatasetError, RefusedError, Source
 from pipeline.ingest.plan import Ingest, ShardPlan, plan_shards
 from pipeline.ingest.source import Sources, Tars
 from pipeline.ingest.source_lists import sized
-from pipeline.ingest.source_tars import TarImages, TarSummary, TarTask, list_tar, read_listings
+from pipeline.ingest.source_tars import TarImages, TarSummary, TarTask, class_folders, list_tar, read_listings
 from pipeline.ingest.writer import write_shard
 from pipeline.shard.index import Skipped
 from pipeline.shard.manifest import Manifest, existing_manifest
@@ -191,8 +191,12 @@ def _listed(storage: Storage, work: str, tars: Tars, show: Show, landmarks: Land
     if faults and not salvage:
         raise DamagedTarsError([f"{path}, offset {fault.offset}: {fault.what}" for path, fault in faults], len(found))
     lost = [Skipped(f"{path} at byte {fault.offset}", fault.what) for path, fault in faults]
+    by_folder = class_folders(found)
+    classes = tuple(sorted(set(by_folder.values()))) or _classes(storage, tars.root)
+    numbers = {name: number for number, name in enumerate(classes)}
+    labels = {folder: numbers[name] for folder, name in by_folder.items()}
     return _Resolved(
-        Sources(tars.root, _classes(storage, tars.root), TarImages(read_listings(storage, found))),
+        Sources(tars.root, classes, TarImages(read_listings(storage, found), labels)),
         tuple(lost + [item for summary in found for item in summary.skipped]),
         sum(summary.bad_labels for summary in found),
         tuple(summary.listing for summary in found),

@@ -71,6 +71,7 @@ class Prober:
         self._seen = {row.step for row in curve.rows if row.plan == (probes.plan or row.plan)}
         self._waiting: dict[int, ProbedWeights] = {} if 0 in self._seen else {0: probes.control}
         self._at_work: int | None = None
+        self._offered: int | None = None
         self._changed = threading.Condition()
         self._closing = self._given_up = False
         self.thread = threading.Thread(target=self._work, name="probe", daemon=True)
@@ -87,7 +88,12 @@ class Prober:
             self.thread.start()
 
     def offer(self, step: int, *, is_kept: bool) -> None:
-        """Have a committed step probed if it is due; its weights are copied if they are not kept anyway."""
+        """Have a committed step probed if it is due; its weights are copied if they are not kept anyway.
+
+        Steps come in order. One that was due and is passed over was deleted before it could be copied, and is reported.
+        """
+        for passed in self._passed_over(step):
+            self._on_failure(passed, "its checkpoint was deleted before it was copied: raise keep_checkpoints")
         with self._changed:
             is_last = step == self._probes.schedule.total_steps
             # The weights of the last step are kept; it is offered again when they have been written.
@@ -105,6 +111,15 @@ class Prober:
             self._on_failure(step, _reason(error))
             return
         self._add(step, copied.url)
+
+    def _passed_over(self, step: int) -> list[int]:
+        """Steps before this one that were due and that nobody has offered to this driver's prober."""
+        with self._changed:
+            before, self._offered = self._offered, max(step, self._offered or 0)
+            new = [each for each in range((before or step) + 1, step) if each not in self._seen]
+            passed = [each for each in new if self._probes.is_due(each, is_milestone=False)]
+            self._seen.update(passed)
+        return passed
 
     def close(self) -> None:
         """Have the thread end when nothing waits any more; nothing trains from now on."""

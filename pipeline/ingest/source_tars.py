@@ -15,7 +15,7 @@ import re
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, overload
@@ -29,12 +29,14 @@ from pipeline.errors import SourceError
 from pipeline.ingest.braces import expanded
 from pipeline.ingest.source import Source, Tar, Tars, address
 from pipeline.shard.index import NO_LABEL, Skipped
-from pipeline.shard.tar_samples import read_samples
+from pipeline.shard.tar_samples import TarContents, read_samples
 from pipeline.shard.tar_scan import RangedFile, TarFault
 from pipeline.store.json_text import parsed_object
 from pipeline.store.storage import Storage
 
-LISTING_VERSION = 3
+LISTING_VERSION = 4
+MOST_FOLDERS = 100_000
+"""Of one tar's images; more are no classes, and would fill the memory."""
 
 _LISTINGS_AT_ONCE = 16
 
@@ -127,6 +129,10 @@ class TarListing:
     skipped: tuple[Skipped, ...]
     faults: tuple[TarFault, ...]
     bad_labels: int
+    folders: tuple[str, ...]
+    """Of its images, without a dot or slash at either end; empty if they are too many."""
+    places: npt.NDArray[np.int64]
+    """The folder of each image, by number."""
 
     def __len__(self) -> int:
         return len(self.offsets)
@@ -139,10 +145,12 @@ class TarListing:
             "skipped": [[item.path, item.reason] for item in self.skipped],
             "faults": [list(fault) for fault in self.faults],
             "bad_labels": self.bad_labels,
+            "folders": self.folders,
         }
         text = np.frombuffer(json.dumps(header).encode(), np.uint8)
         output = io.BytesIO()
-        np.savez_compressed(output, header=text, offsets=self.offsets, lengths=self.lengths, labels=self.labels)
+        columns = {name: getattr(self, name) for name in _COLUMNS}
+        np.savez_compressed(output, header=text, **columns)
         return output.getvalue()
 
     @classmethod
@@ -151,7 +159,7 @@ class TarListing:
         try:
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 header = parsed_object(arrays["header"].tobytes())
-                columns = {name: _column(arrays[name]) for name in ("offsets", "lengths", "labels")}
+                columns = {name: _column(arrays[name]) for name in _COLUMNS}
             if header["version"] != LISTING_VERSION:
                 raise ValueError(f"version {header['version']}")
             if len({len(column) for column in columns.values()}) != 1:
@@ -160,9 +168,15 @@ class TarListing:
             skipped = tuple(Skipped(_text(path), _text(reason)) for path, reason in header["skipped"])
             faults = tuple(TarFault(_count(offset), _text(what)) for offset, what in header["faults"])
             tar = Tar(Listed(_text(tar[0])), _count(tar[1]))
+            folders, places = tuple(map(_text, header["folders"])), columns["places"]
+            if len(places) and not 0 <= places.min() <= places.max() < max(1, len(folders)):
+                raise ValueError("an image lies in no folder")
         except _NO_LISTING as error:
             raise ValueError(f"no listing: {error}") from error
-        return cls(tar, **columns, skipped=skipped, faults=faults, bad_labels=bad_labels)
+        return cls(tar, **columns, skipped=skipped, faults=faults, bad_labels=bad_labels, folders=folders)
+
+
+_COLUMNS = ("offsets", "lengths", "labels", "places")
 
 
 def _column(values: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
@@ -202,6 +216,10 @@ class TarSummary:
     skipped: tuple[Skipped, ...]
     faults: tuple[TarFault, ...]
     bad_labels: int
+    has_labels: bool
+    """Whether any image has one."""
+    folders: tuple[str, ...]
+    """Of its images; empty if they are too many."""
     kept: bool
     """Whether an earlier run had already scanned it."""
 
@@ -222,8 +240,16 @@ def list_tar(storage: Storage, folder: str, task: TarTask) -> TarSummary:
         return _summary(kept, place, kept=True)
     with RangedFile(lambda offset, length: storage.read_range(url, offset, length), tar.size_bytes) as file:
         contents = read_samples(file, salvage=True)
+    listing = listing_of(tar, contents)
+    storage.write(place, listing.to_bytes())
+    return _summary(listing, place, kept=False)
+
+
+def listing_of(tar: Tar, contents: TarContents) -> TarListing:
+    """What is kept of a tar that was scanned."""
     images = contents.images
-    listing = TarListing(
+    folders, places = _folders([image.key for image in images])
+    return TarListing(
         tar,
         np.array([image.offset for image in images], "<i8"),
         np.array([image.length for image in images], "<i8"),
@@ -231,9 +257,9 @@ def list_tar(storage: Storage, folder: str, task: TarTask) -> TarSummary:
         tuple(Skipped(f"{tar.path}: {item.path}", item.reason) for item in contents.skipped),
         tuple(contents.faults),
         contents.bad_labels,
+        folders,
+        places,
     )
-    storage.write(place, listing.to_bytes())
-    return _summary(listing, place, kept=False)
 
 
 def _kept_listing(storage: Storage, place: str) -> TarListing | None:
@@ -257,7 +283,44 @@ def read_listings(storage: Storage, summaries: Iterable[TarSummary]) -> Iterator
 
 
 def _summary(listing: TarListing, url: str, *, kept: bool) -> TarSummary:
-    return TarSummary(listing.tar, url, len(listing), listing.skipped, listing.faults, listing.bad_labels, kept)
+    return TarSummary(
+        listing.tar,
+        url,
+        len(listing),
+        listing.skipped,
+        listing.faults,
+        listing.bad_labels,
+        bool((listing.labels != NO_LABEL).any()),
+        listing.folders,
+        kept,
+    )
+
+
+def _folders(keys: Sequence[str]) -> tuple[tuple[str, ...], npt.NDArray[np.int64]]:
+    """The folders of samples, and which of them each lies in."""
+    named = [key.rpartition("/")[0].removeprefix("./").strip("/") for key in keys]
+    numbers = {name: number for number, name in enumerate(sorted(set(named)))}
+    if len(numbers) > MOST_FOLDERS:
+        return (), np.zeros(len(keys), "<i8")
+    return tuple(numbers), np.array([numbers[name] for name in named], "<i8")
+
+
+def class_folders(summaries: Sequence[TarSummary]) -> dict[str, str]:
+    """The class of each folder in tars whose images have no labels, as for a folder of class folders; empty for none.
+
+    Folders are classes where some tar has several: tars of shards often have one folder each, which is named after the
+    shard. What all folders begin with is no class.
+    """
+    folders = sorted({folder for summary in summaries for folder in summary.folders})
+    if any(summary.has_labels or (summary.samples and not summary.folders) for summary in summaries):
+        return {}
+    if not any(len(summary.folders) > 1 for summary in summaries) or "" in folders:
+        return {}
+    paths = [folder.split("/") for folder in folders]
+    shared = next((n for n, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1), min(map(len, paths)))
+    if any(len(path) == shared for path in paths):  # images beside class folders
+        return {}
+    return {folder: path[shared] for folder, path in zip(folders, paths, strict=True)}
 
 
 def _name(task: TarTask, etag: str | None) -> str:
@@ -268,7 +331,13 @@ def _name(task: TarTask, etag: str | None) -> str:
 class TarImages(Sequence[Source]):
     """The images of many tars, in the tars' order, as rows of a temporary file: 28 bytes of disk each, no memory."""
 
-    def __init__(self, listings: Iterable[TarListing]) -> None:
+    def __init__(self, listings: Iterable[TarListing], labels: Mapping[str, int] | None = None) -> None:
+        """Lay them out.
+
+        Args:
+            listings: Of the tars.
+            labels: Of images by their folder, where they have none of their own.
+        """
         self._paths: list[Listed] = []
         with tempfile.TemporaryFile(prefix="convmae-images-") as file:
             for number, listing in enumerate(listings):
@@ -276,6 +345,8 @@ class TarImages(Sequence[Source]):
                 rows = np.zeros(len(listing), _ROW)
                 rows["tar"], rows["offset"], rows["length"] = number, listing.offsets, listing.lengths
                 rows["label"] = listing.labels
+                if labels:
+                    rows["label"] = np.array([labels[folder] for folder in listing.folders], "<i8")[listing.places]
                 file.write(rows.tobytes())
             file.flush()
             size = file.tell() // _ROW.itemsize

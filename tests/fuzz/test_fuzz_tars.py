@@ -18,7 +18,7 @@ from pipeline.access.places import Listed
 from pipeline.errors import clipped
 from pipeline.image.photo import CorruptImage
 from pipeline.ingest.source import Tar
-from pipeline.ingest.source_tars import LISTING_VERSION, TarListing
+from pipeline.ingest.source_tars import LISTING_VERSION, TarListing, listing_of
 from pipeline.shard.index import Skipped
 from pipeline.shard.tar_samples import Measured, TarContents, read_samples
 from pipeline.shard.tar_scan import TarFault, TarMember, scan_tar
@@ -176,17 +176,10 @@ def test_a_tar_gives_images_that_lie_in_it(fuzz: Fuzz) -> None:
             with ranged(data) as file:
                 found = read_samples(file, salvage=salvage, measure=measured)
             check_contents(found, data)
-        listing = TarListing(
-            Tar(Listed("x.tar"), len(data)),
-            np.array([image.offset for image in found.images], "<i8"),
-            np.array([image.length for image in found.images], "<i8"),
-            np.array([-1 if image.label is None else image.label for image in found.images], "<i8"),
-            tuple(found.skipped),
-            tuple(found.faults),
-            found.bad_labels,
-        )
+        listing = listing_of(Tar(Listed("x.tar"), len(data)), found)
         again = TarListing.from_bytes(listing.to_bytes())
         assert (again.tar, again.skipped, again.faults) == (listing.tar, listing.skipped, listing.faults)
+        assert [again.folders[place] for place in again.places] == [listing.folders[place] for place in listing.places]
 
     fuzz(tar_bytes, odd_tars(), batch=80)
 

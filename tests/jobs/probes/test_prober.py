@@ -163,6 +163,16 @@ def test_weights_that_cannot_be_copied_are_reported_and_training_continues(run: 
     assert sorted(bench.done) == [0, 3]
 
 
+def test_a_step_whose_checkpoint_was_deleted_before_it_was_copied_is_reported(run: RunDirectory) -> None:
+    bench = Bench(run)
+    for step in (1, 3, 5):  # 2 and 4 were due
+        bench.prober.offer(step, is_kept=False)
+    bench.end()
+
+    reason = "its checkpoint was deleted before it was copied: raise keep_checkpoints"
+    assert bench.failed == [(2, reason), (4, reason)]
+
+
 def test_the_end_waits_no_longer_than_it_is_told_to(run: RunDirectory) -> None:
     bench = Bench(run, is_open=False)
     consolidated(bench, range(1, 5), None)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,15 @@ from pipeline_tars import tar_bytes
 from pipeline.access.places import Listed
 from pipeline.errors import SourceError
 from pipeline.ingest.source import Source, Tar, Tars
-from pipeline.ingest.source_tars import TarImages, TarListing, TarTask, list_tar, read_listings
+from pipeline.ingest.source_tars import (
+    TarImages,
+    TarListing,
+    TarSummary,
+    TarTask,
+    class_folders,
+    list_tar,
+    read_listings,
+)
 from pipeline.ingest.sources import find_sources
 from pipeline.store.storage import Storage
 
@@ -90,6 +99,45 @@ def test_images_are_ranges_of_their_tars(folder: Path) -> None:
     assert images[3].name == f"part/01.tar at byte {images[3].offset}"
 
 
+def listed(folder: Path, tars: Mapping[str, Sequence[str]]) -> list[TarSummary]:
+    """Tars of members with these names."""
+    summaries = []
+    for name, members in tars.items():
+        (folder / name).write_bytes(tar_bytes([(member, b"1") for member in members]))
+        task = TarTask(str(folder), Tar(Listed(name), (folder / name).stat().st_size))
+        summaries.append(list_tar(Storage(), str(folder / "work"), task))
+    return summaries
+
+
+@pytest.mark.parametrize(
+    ("tars", "classes"),
+    [
+        ({"a.tar": ["cat/1.jpg", "dog/1.jpg"]}, {"cat": "cat", "dog": "dog"}),
+        ({"a.tar": ["./cat/1.jpg", "./dog/1.jpg"]}, {"cat": "cat", "dog": "dog"}),
+        ({"a.tar": ["train/cat/1.jpg", "train/dog/old/1.jpg"]}, {"train/cat": "cat", "train/dog/old": "dog"}),
+        ({"a.tar": ["cat/1.jpg", "dog/1.jpg"], "b.tar": ["eel/1.jpg"]}, {"cat": "cat", "dog": "dog", "eel": "eel"}),
+        ({"a.tar": ["cat/1.jpg", "dog/1.jpg", "1.jpg"]}, {}),
+        ({"a.tar": ["train/1.jpg", "train/dog/1.jpg"]}, {}),
+        ({"a.tar": ["cat/1.jpg", "dog/1.jpg", "dog/1.cls"]}, {}),
+        ({"a.tar": ["00000/1.jpg"], "b.tar": ["00001/1.jpg"]}, {}),
+        ({"a.tar": ["1.jpg"]}, {}),
+    ],
+    ids=["folders", "dots", "a common folder", "several tars", "beside", "beside below", "labels", "shards", "plain"],
+)
+def test_folders_in_tars_are_classes_where_they_can_be_nothing_else(
+    tmp_path: Path, tars: dict[str, list[str]], classes: dict[str, str]
+) -> None:
+    assert class_folders(listed(tmp_path, tars)) == classes
+
+
+def test_images_of_class_folders_have_their_labels(tmp_path: Path) -> None:
+    summaries = listed(tmp_path, {"a.tar": ["dog/1.jpg", "cat/1.jpg", "dog/2.jpg"], "b.tar": ["eel/1.jpg"]})
+
+    images = TarImages(read_listings(Storage(), summaries), {"cat": 0, "dog": 1, "eel": 2})
+
+    assert [image.label for image in images] == [1, 0, 1, 2]
+
+
 def test_a_listing_is_kept_and_a_broken_one_is_made_again(folder: Path) -> None:
     task = TarTask(str(folder), Tar(Listed("part/01.tar"), (folder / "part" / "01.tar").stat().st_size))
     first = list_tar(Storage(), str(folder / "work"), task)
@@ -121,7 +169,7 @@ def test_ten_million_images_take_no_memory_to_speak_of() -> None:
 
     count, tars_count = 100_000, 100
     column = np.arange(count)
-    listing = TarListing(Tar(Listed("a.tar"), 1), column, column, column, (), (), 0)
+    listing = TarListing(Tar(Listed("a.tar"), 1), column, column, column, (), (), 0, ("",), np.zeros_like(column))
 
     tracemalloc.start()
     images = TarImages(listing for _ in range(tars_count))
