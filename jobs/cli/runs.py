@@ -139,7 +139,9 @@ def finetune(
     session, resolved = open_session(), amended_recipe(recipe, overrides, strict=strict)
     check_is_finetuning(resolved)
     resolved = resolved.amended(
-        resolved_weights(session.storage, resolved, weights, lambda name: existing_run(session, name, ""))
+        resolved_weights(
+            session.storage, resolved, weights, lambda name: existing_run(session, name, resolved.run_root)
+        )
     )
     plan = plan_run(session, resolved, run or resolved.name, trace, drives=False)
     train_as_job(session, plan, follow=follow, as_json=as_json)

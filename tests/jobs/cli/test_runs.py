@@ -51,6 +51,12 @@ def test_without_cluster_no_run_starts(
     assert [run.name for run in map(Path, Storage().list_files(root)) if run.parts[0] != "first"] == []
 
 
+def test_weights_to_fine_tune_are_those_of_a_run_beside_the_new_one(typed: Typed, root: str, data: str) -> None:
+    ended = typed("finetune", "tiny_finetune", f"data={data}", f"run_root={root}", "--from", "frist")
+
+    assert_refused(ended, "run: must exist", f"'{root}/frist'", "did you mean first?")
+
+
 def test_a_port_in_use_is_refused(typed: Typed, root: str, data: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
