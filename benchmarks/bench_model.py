@@ -1,11 +1,16 @@
-"""Forward and backward of ConvMAE on visible patches, against its dense reference and MAE, in one process.
+"""Forward and backward of ConvMAE on visible patches, against its dense reference, MAE and itself, in one process.
 
 The dense reference does what the official code does: stages 1 and 2 for all patches, times the mask; attention as
 separate operations. MAE is measured with that attention, as its official code has it, and with the fused one. Rounds
 are interleaved, and figures are medians: CPU seconds (of a GPU: seconds by its clock) and wall seconds. Peak memory is
 that of a process, or of the GPU, beyond model and gradients.
 
+Complementary masking is measured on a quarter of the images, each masked four times: in one pass ("4 views"), against
+the same masks in four forward passes, whose losses have one backward pass, or each its own. `--only-views` measures
+these alone; as below that takes a minute of one quiet core.
+
     python benchmarks/bench_model.py [--precision fp32 bf16] [--threads 1] [--rounds 5] [--compile] [--device cuda]
+    python benchmarks/bench_model.py --preset small --only-views --precision fp32 --rounds 3
 """
 
 from __future__ import annotations
@@ -28,6 +33,9 @@ from model.config import PRESETS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SPARSE, COMPILED, DENSE, MAE_PLAIN, MAE_FUSED = "sparse", "sparse, compiled", "dense", "MAE, plain attention", "MAE"
+VIEWS = 4
+IN_VIEWS, IN_PASSES, IN_TURNS = "4 views", "4 forward passes", "4 passes in turn"
+OF_VIEWS = (IN_VIEWS, IN_PASSES, IN_TURNS)
 
 
 @dataclass(frozen=True)
@@ -72,21 +80,32 @@ class Side:
     def __init__(self, name: str, precision: str, options: argparse.Namespace) -> None:
         torch.manual_seed(0)
         preset = "mae_base" if name.startswith("MAE") else options.preset
-        config = ConvMAEConfig.preset(preset, loss="mse", norm_pix=True)
-        self.device = torch.device(options.device)
+        config = ConvMAEConfig.preset(preset, loss="mse", norm_pix=True, views=VIEWS if name == IN_VIEWS else 1)
+        self.name, self.device = name, torch.device(options.device)
         self.model = ConvMAE(config, dense=name in (DENSE, MAE_PLAIN)).to(self.device)
         if name == COMPILED:
             self.model.compile()
-        self.images = torch.randn(options.batch, 3, *config.image_shape, device=self.device)
-        self.noise = torch.rand(options.batch, config.mask_patches, device=self.device)
+        batch = max(1, options.batch // VIEWS) if name in OF_VIEWS else options.batch
+        self.images = torch.randn(batch, 3, *config.image_shape, device=self.device)
+        noise = torch.rand(batch, config.mask_patches, device=self.device)
+        passes = VIEWS if name in (IN_PASSES, IN_TURNS) else 1
+        self.noises = [rotated(noise, each * config.kept) for each in range(passes)]
         half = precision == "bf16"
         self.precision = torch.autocast(self.device.type, torch.bfloat16) if half else nullcontext()
 
+    def loss(self, noise: torch.Tensor) -> torch.Tensor:
+        """Of one forward pass."""
+        with self.precision:
+            loss: torch.Tensor = self.model(self.images, noise=noise).loss
+        return loss / len(self.noises)
+
     def step(self) -> None:
         """Forward and backward."""
-        with self.precision:
-            loss = self.model(self.images, noise=self.noise).loss
-        loss.backward()
+        if self.name == IN_TURNS:
+            for noise in self.noises:
+                self.loss(noise).backward()
+        else:
+            sum(map(self.loss, self.noises[1:]), self.loss(self.noises[0])).backward()
         if self.device.type == "cuda":
             torch.cuda.synchronize()
 
@@ -107,6 +126,12 @@ class Side:
         before = _status_bytes("VmRSS")
         self.step()
         return _status_bytes("VmHWM") - before
+
+
+def rotated(noise: torch.Tensor, ranks: int) -> torch.Tensor:
+    """(B, L) noise by which those patches are the first that have so many before them."""
+    order = noise.argsort(dim=1, stable=True).argsort(dim=1)
+    return ((order - ranks) % noise.shape[1]).float()
 
 
 def _status_bytes(field: str) -> int:
@@ -152,8 +177,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--precision", nargs="+", choices=DTYPES, help="default: fp32, and bf16 if in hardware")
     parser.add_argument("--compile", action="store_true", help="measure torch.compile too; compiling takes minutes")
+    parser.add_argument("--only-views", action="store_true", help="measure complementary masking alone")
     parser.add_argument("--peak-of", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
+
+
+def sides_of(options: argparse.Namespace) -> list[str]:
+    """What is measured, in its order."""
+    if options.only_views:
+        return list(OF_VIEWS)
+    names = [SPARSE, *([COMPILED] if options.compile else []), DENSE]
+    return [*names, *([MAE_PLAIN, MAE_FUSED] if options.preset == "base" else []), *OF_VIEWS]
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -163,11 +197,10 @@ def main(arguments: Sequence[str]) -> None:
     if options.peak_of:
         print(Side(*options.peak_of, options).peak_bytes())
         return
-    names = [SPARSE, *([COMPILED] if options.compile else []), DENSE]
-    names += [MAE_PLAIN, MAE_FUSED] if options.preset == "base" else []
+    names = sides_of(options)
     precisions = options.precision or [name for name in DTYPES if name == "fp32" or has_bf16(options.device)]
     print(f"ConvMAE-{options.preset}, {options.batch} images, {options.threads} thread(s), {options.device}")
-    if "bf16" not in precisions:
+    if "bf16" not in precisions and not has_bf16(options.device):
         print("bf16: this CPU has no instructions for it; --precision bf16 measures it all the same")
     seconds: dict[tuple[str, str], float] = {}
     for precision in precisions:
@@ -177,9 +210,14 @@ def main(arguments: Sequence[str]) -> None:
         for name, (cpu, wall), peak in zip(names, figures, peaks, strict=True):
             seconds[precision, name] = wall if options.device == "cuda" else cpu
             print(f"{name:24}{cpu:8.2f}{wall:8.2f}{peak / 1e6:9.0f}", flush=True)
-        ratio = peaks[0] / peaks[names.index(DENSE)]
-        said = "reached" if ratio <= MEMORY_GOAL else "NOT reached"
-        print(f"peak memory, {precision}: {ratio:.2f} of dense  (goal <= {MEMORY_GOAL}: {said})")
+        took, peak_of = {name: seconds[precision, name] for name in names}, dict(zip(names, peaks, strict=True))
+        if not options.only_views:
+            ratio = peak_of[SPARSE] / peak_of[DENSE]
+            said = "reached" if ratio <= MEMORY_GOAL else "NOT reached"
+            print(f"peak memory, {precision}: {ratio:.2f} of dense  (goal <= {MEMORY_GOAL}: {said})")
+        for other in OF_VIEWS[1:]:
+            times, peak = (figure[IN_VIEWS] / figure[other] for figure in (took, peak_of))
+            print(f"{IN_VIEWS} / {other}, {precision}: {times:.2f} of the time, {peak:.2f} of the peak memory")
     print("\n" + "\n".join(filter(None, (goal.line(seconds) for goal in GOALS))))
 
 

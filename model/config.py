@@ -79,6 +79,10 @@ class ConvMAEConfig:
     mask_ratio: float = 0.75
     """Fraction to hide, in [0, 1). int(draws * (1 - mask_ratio)) are kept, at least one. Where none is hidden, patches
     can be reconstructed, and the loss is the mean over nothing: not a number."""
+    views: int = 1
+    """How often an image is masked in one step. With more than one the masks are complementary: each patch is visible
+    in exactly one view. Then ``mask_ratio`` is 1 - 1 / views (stored so if within 0.001), and views divide the draws.
+    """
     masking: str = "block"
     """``block``: whole 16x16 patches (section 3.2 of the paper). ``random``: single 4x4 cells (its ablation)."""
     kernel_size: int = 5
@@ -168,7 +172,9 @@ class ConvMAEConfig:
 
     @property
     def kept(self) -> int:
-        """How many of the draws stay visible."""
+        """How many of the draws stay visible in a view."""
+        if self.views > 1:
+            return self.mask_patches // self.views  # the product below may fall short by rounding
         return int(self.mask_patches * (1 - self.mask_ratio))
 
 
@@ -176,7 +182,7 @@ _LENGTHS = {"image_size": 2, "embed_dim": 3, "depth": 3, "mlp_ratio": 3}
 _ZERO_WITHOUT_CONVOLUTIONS = ("embed_dim", "depth")
 SWITCHES = ("fusion", "norm_pix")
 """Fields that are on or off."""
-_WHOLE = ("num_heads", "decoder_dim", "decoder_depth", "decoder_num_heads", "kernel_size")
+_WHOLE = ("num_heads", "decoder_dim", "decoder_depth", "decoder_num_heads", "kernel_size", "views")
 
 
 def _check_types(config: ConvMAEConfig) -> None:
@@ -256,9 +262,37 @@ def _check_mask(config: ConvMAEConfig) -> None:
     ratio, draws = config.mask_ratio, config.mask_patches
     if not 0 <= ratio < 1:
         raise ModelConfigError("mask_ratio", "must be in [0, 1)", ratio, "the paper uses 0.75")
+    if config.views > 1:
+        _check_views(config)
     if config.kept == 0:
         rule = f"must keep at least one of {draws} patches"
         raise ModelConfigError("mask_ratio", rule, ratio, "use a lower ratio or larger images")
+
+
+_RATIO_ROUNDING = 1e-3
+"""0.667 is meant to be two thirds."""
+
+
+def _check_views(config: ConvMAEConfig) -> None:
+    """Each draw is visible in one view; the ratio is stored as exactly what that makes it."""
+    views, draws = config.views, config.mask_patches
+    ratio = 1 - 1 / views
+    if abs(config.mask_ratio - ratio) > _RATIO_ROUNDING:
+        agreeing = round(1 / (1 - config.mask_ratio))
+        agrees = abs(config.mask_ratio - (1 - 1 / agreeing)) <= _RATIO_ROUNDING
+        rule = (
+            f"must be 1, or make mask_ratio = {config.mask_ratio:g} be 1 - 1 / views: each patch is visible in one view"
+        )
+        remedy = f"set mask_ratio={ratio:.4g} or views={agreeing if agrees else 1}"
+        raise ModelConfigError("views", rule, views, remedy)
+    if draws % views:
+        # Downwards from what was asked for, as far as it can be: fewer views hide less.
+        near = next(number for number in range(min(views, draws), 0, -1) if draws % number == 0)
+        fewer = f"views={near} with mask_ratio={1 - 1 / near:.4g}" if near > 1 else "views=1"
+        what = "patches" if config.masking == "block" else "cells"
+        rule = f"must divide the {draws} {what} of an image of {config.image_shape[0]} x {config.image_shape[1]} pixels"
+        raise ModelConfigError("views", rule, views, f"use {fewer}, or another image_size")
+    object.__setattr__(config, "mask_ratio", ratio)
 
 
 def check_choice(name: str, value: object, valid: tuple[str, ...]) -> None:

@@ -1,6 +1,6 @@
 """ConvMAE (Gao et al. 2022, arXiv:2205.03892): masked pixels predicted from visible patches.
 
-Letters: B images, L patches, 768 values of a patch.
+Letters: B images, V views of each (``config.views``), L patches, 768 values of a patch.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from model import dense as reference
-from model.blocks import Attention
+from model.blocks import Attention, select
 from model.config import CELL_PIXELS, PARTS, PATCH_PIXELS, ConvMAEConfig, check_choice
 from model.decoder import Decoder
 from model.dense import Features
@@ -27,9 +27,9 @@ class Output(NamedTuple):
     """The result of a forward pass that pretraining needs."""
 
     loss: Tensor
-    """Scalar float32, the mean over all masked patches: every image counts the same."""
+    """Scalar float32, the mean over all masked patches of all views: every image counts the same."""
     mask: Tensor
-    """(B, config.mask_patches) float32: 1 where masked, 0 where visible."""
+    """(B, V * config.mask_patches) float32: 1 where masked, 0 where visible; one view after the other."""
 
 
 class ConvMAE(nn.Module):
@@ -69,27 +69,29 @@ class ConvMAE(nn.Module):
 
         Args:
             images: (B, 3, H, W) float, normalised.
-            noise: (B, config.mask_patches), e.g. ``mask_noise(...)``; the smallest values stay visible.
+            noise: (B, config.mask_patches), e.g. ``mask_noise(...)``; the smallest values stay visible, in the second
+                view the next ones, and so on.
 
         Raises:
             ModelConfigError: If a shape does not fit the configuration.
         """
-        mask = self._mask(images, noise)
+        mask = self._mask(images, noise, self.config.views)
         if self.dense:
-            errors = self._errors(self._predict(images, mask, None), patchify(images))
-            per_draw = errors.mean(-1) if self.config.masking == "block" else self._cell_errors(errors)
-            return Output((per_draw * mask.mask).sum() / mask.mask.sum(), mask.mask)
-        if self.config.masking == "block":
-            targets = square_pixels(images, mask.hidden, PATCH_PIXELS).flatten(2)
-            loss = self._errors(self._predict(images, mask, mask.hidden), targets).mean()
+            loss = self._dense_loss(images.repeat_interleave(self.config.views, dim=0), mask)
+        elif self.config.masking == "block":
+            loss = self._errors(self._predict(images, mask, mask.hidden), self._targets(images, mask.hidden)).mean()
         else:
-            errors = self._cell_errors(self._errors(self._predict(images, mask, None), patchify(images)))
+            targets = self._normalised(patchify(images)).repeat_interleave(self.config.views, dim=0)
+            errors = self._cell_errors(self._errors(self._predict(images, mask, None), targets))
             loss = errors.gather(1, mask.hidden).mean()
-        return Output(loss, mask.mask)
+        return Output(loss, mask.mask.view(images.shape[0], -1))
 
     def reconstruct(self, images: Tensor, noise: Tensor) -> Tensor:
-        """Predict every patch from the visible ones: (B, L, 768), in units of the patch's deviation if ``norm_pix``."""
-        return self._predict(images, self._mask(images, noise), None)
+        """Predict every patch from the visible ones: (B, L, 768), in units of the patch's deviation if ``norm_pix``.
+
+        Where there are several views, from the first.
+        """
+        return self._predict(images, self._mask(images, noise, 1), None)
 
     def encode_dense(self, images: Tensor) -> Features:
         """The three feature maps of whole images, for detection and segmentation. No mask, no fusion, no final norm.
@@ -117,13 +119,13 @@ class ConvMAE(nn.Module):
         """The weights under the names of the official implementation."""
         return to_official(self.state_dict())
 
-    def _mask(self, images: Tensor, noise: Tensor) -> Mask:
+    def _mask(self, images: Tensor, noise: Tensor, views: int) -> Mask:
         self._check_images(images)
         expected = (images.shape[0], self.config.mask_patches)
         if noise.shape != expected:
             rule = f"must have one draw per maskable patch, shape {expected}"
             raise ModelConfigError("noise", rule, tuple(noise.shape), "draw config.mask_patches values per image")
-        return draw_mask(noise, self.config.kept)
+        return draw_mask(noise, self.config.kept, views)
 
     def _check_images(self, images: Tensor) -> None:
         if images.ndim != 4 or images.shape[1:] != (3, *self.config.image_shape):
@@ -134,7 +136,7 @@ class ConvMAE(nn.Module):
 
     def _predict(self, images: Tensor, mask: Mask, wanted: Tensor | None) -> Tensor:
         images = self._cast(images)
-        every = all_patches(images.shape[0], self.config.patches, images.device)
+        every = all_patches(mask.kept.shape[0], self.config.patches, images.device)
         visible = mask.kept if self.config.masking == "block" else every
         if self.dense:
             assert wanted is None
@@ -146,17 +148,35 @@ class ConvMAE(nn.Module):
         """Parameters may be bf16 (DeepSpeed); targets stay as precise as the images are."""
         return images.to(self.decoder.mask_token.dtype)
 
+    def _dense_loss(self, images: Tensor, mask: Mask) -> Tensor:
+        """Of an image for each mask."""
+        errors = self._errors(self._predict(images, mask, None), self._normalised(patchify(images)))
+        per_draw = errors.mean(-1) if self.config.masking == "block" else self._cell_errors(errors)
+        return (per_draw * mask.mask).sum() / mask.mask.sum()
+
+    def _targets(self, images: Tensor, hidden: Tensor) -> Tensor:
+        """What is to be predicted in the place of hidden patches, (B * V, M) -> (B * V, M, 768) float32."""
+        if self.config.views == 1:
+            return self._normalised(square_pixels(images, hidden, PATCH_PIXELS).flatten(2))
+        # Every patch is hidden in all views but one: normalised once, it is only copied for each.
+        whole, of_images = self._normalised(patchify(images)), hidden.view(images.shape[0], -1)
+        return select(whole, of_images).view(*hidden.shape, whole.shape[2])
+
+    def _normalised(self, patches: Tensor) -> Tensor:
+        """(B, M, 768) pixels -> float32, with ``norm_pix`` of mean 0 and deviation 1 in each patch."""
+        patches = patches.float()
+        if self.config.norm_pix and patches.numel():  # PyTorch warns of moments of nothing
+            mean, deviation = patch_moments(patches)
+            patches = (patches - mean) / deviation
+        return patches
+
     def _errors(self, prediction: Tensor, targets: Tensor) -> Tensor:
-        """(B, M, 768) twice -> error of each pixel, in float32."""
-        targets = targets.float()
-        if self.config.norm_pix and targets.numel():  # PyTorch warns of moments of nothing
-            mean, deviation = patch_moments(targets)
-            targets = (targets - mean) / deviation
+        """(B * V, M, 768) twice -> error of each pixel, in float32."""
         difference = prediction.float() - targets
         return difference.abs() if self.config.loss == "l1" else difference.square()
 
     def _cell_errors(self, errors: Tensor) -> Tensor:
-        """Random masking only: (B, L, 768) -> mean of each 4x4 cell in raster order, (B, 16 * L)."""
+        """Random masking only: (B * V, L, 768) -> mean of each 4x4 cell in raster order, (B * V, 16 * L)."""
         side = PATCH_PIXELS // CELL_PIXELS
         pixels = errors.view(-1, *self.config.grid, side, CELL_PIXELS, side, CELL_PIXELS, 3)
         return pixels.mean((4, 6, 7)).transpose(2, 3).flatten(1)

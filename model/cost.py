@@ -94,8 +94,9 @@ def flops(config: ConvMAEConfig, images: int) -> Cost:
 
     Args:
         config: The model's.
-        images: In the micro-batch.
+        images: In the micro-batch, each masked ``config.views`` times.
     """
+    images *= config.views  # views share no operation that is counted: each patch is embedded where it is visible
     if not config.has_convolutions:
         return _mae_flops(config, images)
     dim1, dim2, dim3 = config.embed_dim

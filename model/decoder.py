@@ -1,7 +1,7 @@
 """The decoder: a transformer over visible and mask tokens that predicts the pixels of patches.
 
-Letters: B images, L tokens of an image, K visible ones, M to predict, C channels. Tokens are patches; MAE has a class
-token before them, which is always visible.
+Letters: B images or views of images, L tokens of one, K visible ones, M to predict, C channels. Tokens are patches; MAE
+has a class token before them, which is always visible.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """The encoder: two convolution stages and a transformer over visible patches only.
 
-Letters: B images, L patches, K visible patches of an image, N visible tokens of all images, C channels.
+Letters: B images, V views of each, L patches, K visible ones of a view, N visible tokens of all views, C channels.
 
 In stages 1 and 2 the tokens of a patch follow each other by row and column, so that every embedding and fusion
-convolution, none of which looks across patches, is a reshape and a matrix product.
+convolution, none of which looks across patches, is a reshape and a matrix product. Views of an image share its pixels
+and nothing else: what each of them sees is encoded as if it were an image of its own.
 """
 
 from __future__ import annotations
@@ -58,10 +59,11 @@ class Encoder(nn.Module):
 
         Args:
             images: (B, 3, H, W), normalised.
-            kept: (B, K) visible patches or, with random masking, visible cells.
+            kept: (B * V, K) visible patches or, with random masking, visible cells; views of an image one after the
+                other, V as many as there are.
 
         Returns:
-            (B, K, C) in the order of kept; with random masking (B, L, C), every patch.
+            (B * V, K, C) in the order of kept; with random masking (B * V, L, C), every patch.
         """
         x1_NC = self._stage1(images, kept)
         if self.config.masking == "block":
@@ -80,7 +82,8 @@ class Encoder(nn.Module):
 
     def _stage1(self, images: Tensor, kept: Tensor) -> Tensor:
         pixels = self.config.image_shape[0] // self.config.noise_shape[0]
-        x_NC = self.patch_embed1(square_pixels(images, kept, pixels).flatten(0, 2), pixels)
+        of_images = kept.reshape(images.shape[0], -1)
+        x_NC = self.patch_embed1(square_pixels(images, of_images, pixels).flatten(0, 2), pixels)
         side = pixels // CELL_PIXELS
         surroundings = surrounding_tokens(kept, self.config.noise_shape, side, self.config.kernel_size)
         return self._run("stage1", self.blocks1, x_NC, surroundings)

@@ -1,6 +1,6 @@
 """The encoder of MAE (He et al. 2022, arXiv:2111.06377), the baseline that the paper compares with: a plain ViT.
 
-Letters: B images, K visible patches of an image, C channels.
+Letters: B images, V views of each, K visible patches of a view, C channels.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ class PixelEmbed(nn.Module):
         nn.init.xavier_uniform_(self.proj.weight.flatten(1))
 
     def forward(self, images: Tensor, patches: Tensor) -> Tensor:
-        """(B, 3, H, W), (B, K) -> (B, K, C)."""
-        x_NC: Tensor = self.proj(square_pixels(images, patches, PATCH_PIXELS).flatten(0, 2), PATCH_PIXELS)
+        """(B, 3, H, W), (B * V, K) -> (B * V, K, C)."""
+        of_images = patches.reshape(images.shape[0], -1)
+        x_NC: Tensor = self.proj(square_pixels(images, of_images, PATCH_PIXELS).flatten(0, 2), PATCH_PIXELS)
         return x_NC.view(*patches.shape, -1)
 
 
@@ -56,10 +57,10 @@ class ViTEncoder(nn.Module):
 
         Args:
             images: (B, 3, H, W), normalised.
-            kept: (B, K) visible patches.
+            kept: (B * V, K) visible patches; views of an image one after the other.
 
         Returns:
-            (B, 1 + K, C): the class token, then patches in the order of kept.
+            (B * V, 1 + K, C): the class token, then patches in the order of kept.
         """
         x_BKC = self.patch_embed(images, kept) + functional.embedding(kept + 1, self.pos_embed[0])
         class_B1C = (self.cls_token + self.pos_embed[:, :1]).expand(kept.shape[0], -1, -1)

@@ -16,7 +16,7 @@ class RecipeCost:
     """Of the model that a recipe trains."""
 
     forward_flops: float
-    """Of one image; what is computed once for a micro-batch is shared by its images."""
+    """Of one image, with all its views; what is computed once for a micro-batch is shared by its images."""
     training_flops: float
     """With the backward pass."""
     parameters: Parameters

@@ -105,6 +105,12 @@ def _plan_lines(recipe: Recipe, size: DatasetSize) -> Iterator[tuple[str, str]]:
     yield "parameters", _parameters(cost.parameters)
     forward, whole = (f"{each / 1e9:.2f} G" for each in (cost.forward_flops, cost.training_flops))
     yield "FLOPs per image", f"{forward} forward, {whole} with backward"
+    if recipe.model.views > 1 and not recipe.finetune:
+        views, images = recipe.model.views, recipe.micro_batch_size
+        yield (
+            "masks per image",
+            f"{views}, each patch visible in one; {views * images:,} in a micro-batch of {images:,}",
+        )
     yield "steps per epoch", f"{schedule.steps_per_epoch:,}"
     yield "images per epoch", f"{images_per_epoch:,} ({size.samples - images_per_epoch:,} rest, other ones each epoch)"
     yield "total steps", f"{schedule.total_steps:,}"

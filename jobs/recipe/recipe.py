@@ -191,9 +191,11 @@ class Recipe(BaseModel):
     clip_grad_norm: float = Field(default=0.0, ge=0)
     """Largest global gradient norm; 0: no clipping, as in the paper."""
     global_batch_size: int = Field(gt=0, le=MOST)
-    """Images in one optimizer step over all ranks; never changes with the world size."""
+    """Images in one optimizer step over all ranks; never changes with the world size. With `model.views` an image still
+    counts once."""
     micro_batch_size: int = Field(gt=0, le=MOST)
-    """Most images that one rank sends through the model at once. Where grains are used, it bounds the default grain."""
+    """Most images that one rank sends through the model at once, with all their views: memory is that of `model.views`
+    times as many. Where grains are used, it bounds the default grain."""
     reproducible: Literal["bits", "rounding"] = "bits"
     """What a trajectory at another world size is equal to: the same `bits` with ZeRO 1 and 2, by grains, or the same
     within `rounding`, with micro-batches of any size. With ZeRO 3 it is always `rounding`."""
@@ -407,6 +409,8 @@ class Recipe(BaseModel):
             fields["finetune"] = part
         else:
             del fields["finetune"]  # so that a pretraining is what it was before there were fine-tunings
+        if self.model.views == 1:
+            del fields["model"]["views"]  # likewise
         if self.is_exact:
             return fields | {"grain_size": self.grain}
         # As it was before there were grains, so that checkpoints of older runs are theirs.

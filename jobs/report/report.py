@@ -88,6 +88,8 @@ def _facts(run: ReportedRun) -> Iterable[tuple[str, str]]:
         what = "Validation top-1" if run.recipe.finetune else "kNN accuracy"
         yield what, f"{newest.accuracies[run.accuracies.main]:.1%}"
     yield "Images trained", f"{run.step * batch:,}"
+    if (views := run.recipe.model.views) > 1 and not run.recipe.finetune:
+        yield "Masks of each", f"{views}"
     yield "Attempts", f"{len(attempts):,}"
     if attempts:
         kinds = [event["kind"] for event in attempts]
@@ -150,6 +152,8 @@ def _picture(run: ReportedRun) -> str:
     note += "The last row is of the newest weights, those above it of some that were written before, as of milestones."
     if run.recipe.model.norm_pix:
         note += " The model predicts normalised patches: each is shown with mean and variance of the original patch."
+    if (views := run.recipe.model.views) > 1:
+        note += f" In training an image is masked {views} times, each patch visible once: this is the first mask."
     image = f'<img src="{source}" alt="Originals, masked images and reconstructions">'
     return f'<div class="picture">{image}</div>{paragraph(note)}'
 

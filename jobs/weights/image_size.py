@@ -24,7 +24,7 @@ def image_shape(text: str, config: ConvMAEConfig) -> tuple[int, int]:
     match = re.fullmatch(r"([1-9][0-9]{0,5})(?:x([1-9][0-9]{0,5}))?", text)
     shape = (int(match[1]), int(match[2] or match[1])) if match else (1, 1)
     try:
-        return dataclasses.replace(config, image_size=shape, mask_ratio=0.0).image_shape
+        return dataclasses.replace(config, image_size=shape, mask_ratio=0.0, views=1).image_shape
     except ModelConfigError:
         rule = "must be a side or HEIGHTxWIDTH, multiples of 16 up to 16384, to which positions can be interpolated"
         raise UserError("--image-size", rule, clipped(text), "write 512, or 512x768") from None

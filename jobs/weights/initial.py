@@ -234,7 +234,7 @@ def _encoder_in(path: Path, url: str, config: ConvMAEConfig) -> tuple[dict[str, 
     elif (position := torch_tensors(path, url).get("pos_embed")) is not None and position.ndim == 3:
         side = math.isqrt(position.shape[1])  # the official code knows squares alone
         if (side, side) != config.grid and side**2 + config.class_tokens == position.shape[1]:
-            source = replace(config, image_size=side * PATCH_PIXELS)
+            source = replace(config, image_size=side * PATCH_PIXELS, views=1)  # an encoder has none
     tensors, _ = _taken(path, url, source, fresh_decoder=True, encoder_alone=True)
     check_finite(tensors.items(), url)
     return {name: value.float() for name, value in tensors.items()}, source.grid

@@ -43,9 +43,24 @@ def test_sides_compute_the_same_loss(precision: str) -> None:
     for name in (bench_model.SPARSE, bench_model.DENSE):
         side = bench_model.Side(name, precision, options)
         with torch.no_grad(), side.precision:
-            losses.append(side.model(side.images, noise=side.noise).loss.item())
+            losses.append(side.model(side.images, noise=side.noises[0]).loss.item())
 
     assert losses[0] == pytest.approx(losses[1], rel=1e-6 if precision == "fp32" else 1e-2)
+
+
+def test_views_and_separate_passes_compute_the_same_gradients() -> None:
+    options = bench_model.parse(["--preset", "tiny", "--batch", "8", "--only-views"])
+    assert bench_model.sides_of(options) == [bench_model.IN_VIEWS, bench_model.IN_PASSES, bench_model.IN_TURNS]
+
+    found = []
+    for name in bench_model.OF_VIEWS:
+        side = bench_model.Side(name, "fp32", options)
+        assert len(side.images) == 2
+        side.step()
+        found.append(torch.cat([value.grad.flatten() for value in side.model.parameters() if value.grad is not None]))
+
+    for other in found[1:]:
+        torch.testing.assert_close(found[0], other, rtol=1e-4, atol=1e-6)
 
 
 def test_rounds_are_interleaved_and_the_first_is_not_counted() -> None:

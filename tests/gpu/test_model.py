@@ -50,6 +50,26 @@ def test_loss_mask_and_gradients_are_those_of_the_official_code(
     assert max(errors.values()) < 1e-4, errors
 
 
+def test_four_views_have_the_loss_masks_and_gradients_of_the_official_code(device: torch.device) -> None:
+    files = ("fastconvmae_tiny_inputs.safetensors", "fastconvmae_tiny_outputs.safetensors")
+    golden = {name: value.to(device) for file in files for name, value in load_file(GOLDEN / file).items()}
+    model = ConvMAE(ConvMAEConfig(views=4, decoder_depth=8))
+    model.load_official(official_weights(golden))
+    model.to(device)
+
+    out = model(golden["input.imgs"], noise=golden["input.noise"])
+    out.loss.backward()
+
+    assert out.loss.item() == pytest.approx(golden["out.loss_mse_normpix"].item(), rel=1e-5)
+    assert torch.equal(out.mask.view(2, 4, 196), golden["out.mask"].view(4, 2, 196).transpose(0, 1))
+    found = {name.split(".", 1)[1]: value for name, value in gradients(model).items()}
+    errors = {
+        name: float((found[name] - golden[f"grad.{name}"]).norm() / golden[f"grad.{name}"].norm()) for name in found
+    }
+    assert len(errors) == sum(name.startswith("grad.") for name in golden)
+    assert max(errors.values()) < 1e-4, errors
+
+
 def test_noise_is_that_of_the_cpu_bit_by_bit(device: torch.device) -> None:
     ids = torch.tensor([0, 7, 2**40 + 1])
 

@@ -30,5 +30,14 @@ def golden() -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="session")
+def golden_views() -> dict[str, Tensor]:
+    """Inputs, weights and results of the official FastConvMAE, which masks each image four times."""
+    return {
+        **load_file(GOLDEN / "fastconvmae_tiny_inputs.safetensors"),
+        **load_file(GOLDEN / "fastconvmae_tiny_outputs.safetensors"),
+    }
+
+
+@pytest.fixture(scope="session")
 def official_weights(golden: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name.removeprefix("weight."): value for name, value in golden.items() if name.startswith("weight.")}

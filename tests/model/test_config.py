@@ -48,6 +48,16 @@ from model.config import PRESETS
         ({"mask_ratio": float("nan")}, "mask_ratio"),
         ({"mask_ratio": "0.75"}, "mask_ratio"),
         ({"mask_ratio": 0.75, "image_size": 16}, "mask_ratio"),
+        ({"views": 0}, "views"),
+        ({"views": 4.0}, "views"),
+        ({"views": True}, "views"),
+        ({"views": 2}, "views"),
+        ({"views": 4, "mask_ratio": 0.74}, "views"),
+        ({"views": 4, "mask_ratio": 0}, "views"),
+        ({"views": 10**400}, "views"),
+        ({"views": 10**9, "mask_ratio": 0.9999}, "views"),
+        ({"views": 4, "image_size": 112}, "views"),
+        ({"views": 3, "mask_ratio": 0.667, "masking": "random", "image_size": 64}, "views"),
         ({"masking": "blok"}, "masking"),
         ({"kernel_size": 4}, "kernel_size"),
         ({"kernel_size": 5.0}, "kernel_size"),
@@ -80,6 +90,13 @@ def test_an_impossible_value_names_its_field_value_and_remedy(changes: dict[str,
         ({"num_heads": 5}, "use 4 heads or another embed_dim"),
         ({"decoder_depth": 10**8}, "use 1000 or less"),
         ({"kernel_size": 6}, "use 7"),
+        ({"views": 2}, "set mask_ratio=0.5 or views=4"),
+        ({"views": 3, "mask_ratio": 0.6}, "set mask_ratio=0.6667 or views=1"),
+        ({"views": 4, "image_size": 112}, "use views=1, or another image_size"),
+        (
+            {"views": 6, "mask_ratio": 0.8333, "image_size": 160},
+            "use views=5 with mask_ratio=0.8, or another image_size",
+        ),
     ],
     ids=str,
 )
@@ -88,6 +105,19 @@ def test_the_remedy_is_a_value_that_works(changes: dict[str, object], remedy: st
         ConvMAEConfig(**changes)  # type: ignore[arg-type]
 
     assert caught.value.remedy == remedy
+
+
+def test_the_remedies_for_views_are_configurations() -> None:
+    assert ConvMAEConfig(views=2, mask_ratio=0.5).kept == 98
+    assert ConvMAEConfig(views=5, mask_ratio=0.8, image_size=160).kept == 20
+
+
+@pytest.mark.parametrize("views", [2, 3, 4, 6, 7, 12, 14, 21, 28, 42, 49, 84, 98, 147, 196, 294, 588])
+def test_views_share_all_patches_whatever_their_ratio_rounds_to(views: int) -> None:
+    config = ConvMAEConfig(image_size=(336, 448), views=views, mask_ratio=round(1 - 1 / views, 4))
+
+    assert config.kept * views == config.patches
+    assert config == ConvMAEConfig(image_size=(336, 448), views=views, mask_ratio=1 - 1 / views)
 
 
 def test_an_unknown_preset_or_field_suggests_the_nearest() -> None:

@@ -19,6 +19,9 @@ CONFIGS = [
     ConvMAEConfig.preset("base"),
     ConvMAEConfig.preset("mae_base"),
     ConvMAEConfig(embed_dim=(0, 0, 32), depth=(0, 0, 2), fusion=False, image_size=(64, 96), decoder_depth=1),
+    ConvMAEConfig(views=4),
+    ConvMAEConfig(views=3, mask_ratio=2 / 3, masking="random", image_size=96),
+    ConvMAEConfig(views=2, mask_ratio=0.5, embed_dim=(0, 0, 32), depth=(0, 0, 2), fusion=False, image_size=64),
 ]
 
 
@@ -62,6 +65,12 @@ def test_flops_are_exactly_those_that_pytorch_counts(config: ConvMAEConfig) -> N
     assert forward["ConvMAE.decoder"] == cost.forward.decoder
     assert forward["Global"] == cost.forward.total
     assert total == cost.training
+
+
+def test_views_cost_what_as_many_masked_images_cost() -> None:
+    one, four = (ConvMAEConfig.preset("base", views=views) for views in (1, 4))
+
+    assert flops(four, 16) == flops(one, 64)
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,8 @@ def test_the_promised_names_exist() -> None:
     kinds = ("finetune", "linear")
     tuned = {f"{model}_{kind}" for model in ("convmae_base", "mae_base", "tiny") for kind in kinds}
 
-    assert set(recipe_names()) == {"tiny", "convmae_base_official", "mae_base"} | sizes | shorter | tuned
+    others = {"tiny", "convmae_base_official", "fastconvmae_base", "mae_base"}
+    assert set(recipe_names()) == others | sizes | shorter | tuned
     assert all(named_recipe(name).name == name for name in recipe_names())
 
 
@@ -33,6 +35,20 @@ def test_official_differs_from_base_in_its_loss_alone() -> None:
 
     assert (official.model.loss, official.model.norm_pix) == ("mse", True)
     assert official.amended({"name": base.name, "model.loss": "l1", "model.norm_pix": False}) == base
+
+
+def test_complementary_masking_is_that_of_fastconvmae() -> None:
+    recipe, official = named_recipe("fastconvmae_base"), named_recipe("convmae_base_official")
+
+    # PRETRAIN.md: --nodes 1 of 8 GPUs, --batch_size 64, --blr 6e-4, --norm_pix_loss; main_pretrain.py.
+    assert dataclasses.replace(recipe.model, views=1) == official.model
+    assert (recipe.model.views, recipe.model.mask_ratio, recipe.model.kept) == (4, 0.75, 49)
+    assert (recipe.epochs, recipe.warmup_epochs, recipe.global_batch_size) == (50, 10, 8 * 64)
+    assert (recipe.base_learning_rate, recipe.weight_decay) == (6e-4, 0.05)
+    assert recipe.learning_rate == pytest.approx(1.2e-3)
+    # As many masks at once as a micro-batch of the others has.
+    assert recipe.micro_batch_size * recipe.model.views == official.micro_batch_size
+    assert recipe.grain * recipe.model.views == official.grain
 
 
 def test_the_baseline_differs_from_official_in_the_model_alone() -> None:

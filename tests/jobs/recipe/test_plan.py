@@ -58,6 +58,21 @@ def test_the_plan_of_base_is_that_of_the_paper() -> None:
     assert "ImageNet" in fields["data set"]
 
 
+def test_the_plan_of_complementary_masking_counts_every_mask_of_an_image() -> None:
+    recipe, plain = named_recipe("fastconvmae_base"), named_recipe("convmae_base_official")
+
+    fields, of_one = lines(recipe), lines(plain)
+
+    forward, whole = (flops(plain.model, 64).forward.total / 64, flops(plain.model, 64).training / 64)
+    assert fields["FLOPs per image"] == f"{4 * forward / 1e9:.2f} G forward, {4 * whole / 1e9:.2f} G with backward"
+    assert fields["masks per image"] == "4, each patch visible in one; 64 in a micro-batch of 16"
+    assert fields["total steps"] == f"{50 * (1_281_167 // 512):,}"
+    assert fields["training FLOPs"] == f"{4 * whole * 50 * (1_281_167 // 512) * 512 / 1e18:.3f} EFLOP"
+    assert fields["parameters"] == of_one["parameters"]
+    assert "masks per image" not in of_one
+    assert recipe_json(recipe, IMAGENET)["training_flops_per_image"] == pytest.approx(4 * whole, abs=1)
+
+
 def test_parameters_are_those_of_the_model() -> None:
     recipe = named_recipe("tiny")
     model = ConvMAE(recipe.model)

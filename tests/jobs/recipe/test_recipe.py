@@ -26,6 +26,7 @@ OTHER_VALUES: dict[str, Any] = {
     "init_sha256": "ab" * 32,
     "run_root": "s3://bucket/runs",
     "model.mask_ratio": 0.6,
+    "model.views": 4,
     "finetune.kind": "linear",
     "finetune.labels": "s3://bucket/labels.txt",
     "finetune.label_fraction": 0.05,
@@ -217,7 +218,26 @@ def test_fields_of_a_finetuning_are_refused_in_a_pretraining() -> None:
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ConvMAEConfig)])
 def test_every_field_of_the_model_is_part_of_the_trajectory(field: str) -> None:
-    assert field in TINY.trajectory()["model"]
+    assert field in TINY.amended({"model.views": 4}).trajectory()["model"]
+
+
+def test_one_view_is_what_it_was_before_there_were_several() -> None:
+    fields = TINY.to_json()
+    assert fields["model"].pop("views") == 1
+
+    older = Recipe.from_json(fields)
+
+    assert older == TINY
+    assert "views" not in TINY.trajectory()["model"]
+    assert difference(TINY.trajectory(), TINY.amended({"model.views": 4}).trajectory()) == ["model.views: None -> 4"]
+
+
+def test_two_spellings_of_a_ratio_that_views_make_are_one_recipe() -> None:
+    changes = {"model.views": 3, "model.image_size": 96}
+
+    rounded, exact = (TINY.amended({**changes, "model.mask_ratio": ratio}) for ratio in (0.667, 2 / 3))
+
+    assert rounded == exact and rounded.digest() == exact.digest()
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -265,6 +285,8 @@ def test_a_recipe_cannot_be_changed() -> None:
         ({"milestone_epochs": ["ten"]}, "milestone_epochs", "valid integer", "ten", "<[int, ...]>"),
         ({"model": "base"}, "model", "field by field", "base", "model.preset=base"),
         ({"model.mask_ratio": 1.5}, "model.mask_ratio", "must be in [0, 1)", 1.5, "0.75"),
+        ({"model.views": 2}, "model.views", "mask_ratio = 0.75 be 1 - 1 / views", 2, "mask_ratio=0.5 or views=4"),
+        ({"model.views": 4, "model.image_size": 80}, "model.views", "divide the 25 patches", 4, "views=1, or another"),
         ({"model.preset": "bas"}, "model.preset", "must be one of", "bas", "did you mean 'base'?"),
         ({"epoch": 3}, "epoch", "is not a field", "epoch", "did you mean epochs?"),
         ({"model.maskratio": 0.5}, "model.maskratio", "is not a field", "model.maskratio", "model.mask_ratio?"),

@@ -219,6 +219,17 @@ def test_a_step_that_was_not_measured_is_estimated_as_in_the_guide() -> None:
         assert 4096 / estimated_step_seconds(recipe, node, nodes) == pytest.approx(images_per_second, rel=0.005)
 
 
+def test_a_step_of_images_that_are_masked_four_times_computes_four_times_as_much() -> None:
+    recipe, node = named_recipe("fastconvmae_base"), NodeType(8, H100_FLOPS_PER_SECOND)
+    reduced = estimated_step_seconds(recipe, NodeType(8, math.inf), 1)
+    once = recipe.amended({"model.views": 1, "micro_batch_size": 64})  # as many masks, which share their mask tokens
+
+    four, one = (estimated_step_seconds(each, node, 1) - reduced for each in (recipe, once))
+
+    assert reduced > 0
+    assert four == pytest.approx(4 * one)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

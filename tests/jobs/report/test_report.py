@@ -203,6 +203,19 @@ def test_headline_states_the_facts_of_the_run(tmp_path: Path) -> None:
     assert "last heard of 1970-01-01 01:18:43 UTC" in text
 
 
+@pytest.mark.parametrize("views", [1, 4])
+def test_images_are_counted_once_and_their_masks_named(tmp_path: Path, views: int) -> None:
+    run = finished_run(tmp_path, model=ConvMAEConfig(views=views))
+    STORAGE.write(run.path("reconstructions.png"), b"png")
+
+    page, text = report_of(run)
+
+    assert page.facts["Images trained"] == "480"
+    assert page.facts.get("Masks of each") == (None if views == 1 else "4")
+    assert ("an image is masked 4 times" in text) == (views > 1)
+    assert page.facts["model.views"] == str(views)
+
+
 def test_every_attempt_is_listed_with_its_workers_steps_and_reason(tmp_path: Path) -> None:
     page, _ = report_of(finished_run(tmp_path))
 

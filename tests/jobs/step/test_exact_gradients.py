@@ -67,6 +67,7 @@ def trained(group: WorkerGroup, recipe: Recipe, actions: list[str]) -> tuple[lis
     [
         pytest.param({"clip_grad_norm": CLIPPED}, id="fp32"),
         pytest.param({"precision": "bf16"}, id="bf16"),
+        pytest.param({"model.views": 4}, id="four views"),
         pytest.param({}, id="not clipped", marks=pytest.mark.slow),
         pytest.param({"lanes": 24, "grain_size": 1}, id="smaller grains", marks=pytest.mark.slow),
         pytest.param({"recompute": ["stage3", "decoder"]}, id="recomputed", marks=pytest.mark.slow),

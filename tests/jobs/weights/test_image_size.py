@@ -23,3 +23,9 @@ def test_sizes_are_read_by_side_or_by_height_and_width(text: str, shape: tuple[i
 def test_sizes_to_which_positions_cannot_be_interpolated_are_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"--image-size: must be a side or HEIGHTxWIDTH, multiples of 16 up to 16384"):
         image_shape(text, ConvMAEConfig())
+
+
+def test_views_of_the_pretraining_bound_no_image_size_of_an_encoder() -> None:
+    config = ConvMAEConfig(views=4)
+
+    assert image_shape("240", config) == (240, 240), "225 patches, which four views do not share"
