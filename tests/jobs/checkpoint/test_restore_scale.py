@@ -76,4 +76,5 @@ def test_a_group_restores_its_own_checkpoint_in_requests_that_grow_with_it(
 
         found = group.restore(run, shapes_of(MATERIAL), stage)
 
-        assert sum(answer["requests"] for answer in found) <= REQUESTS_OF_ANY + (REQUESTS_A_RANK + REQUESTS_A_FILE) * size
+        requests = sum(answer["requests"] for answer in found)
+        assert requests <= REQUESTS_OF_ANY + (REQUESTS_A_RANK + REQUESTS_A_FILE) * size
