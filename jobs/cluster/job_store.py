@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from jobs.cluster.ray_internals.core import put_package, take_package
+from jobs.cluster.store_choice import STORE_VARIABLE
 from jobs.errors import ClusterError
 from jobs.run.own_code import module_command
 
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
 VARIABLE = "CONVMAE_STORE_PARCEL"
 """Of a job's environment: the parcel's name."""
-STORE_VARIABLE = "CONVMAE_STORE"
-"""Of a job's own processes: the parcel's content, as JSON. Holds secrets, and is never in a runtime environment."""
 SECONDS = 30.0
 
 

@@ -17,10 +17,9 @@ from typing import Any
 
 from jobs.cluster import address as cluster_address
 from jobs.cluster.address import ClusterAddress
-from jobs.cluster.job_store import STORE_VARIABLE
 from jobs.cluster.key_renewal import start_renewal
 from jobs.cluster.ray_internals.core import printable_command_line
-from jobs.cluster.store_choice import chosen_store, is_of_stack, naming_variable
+from jobs.cluster.store_choice import STORE_VARIABLE, chosen_store, is_of_stack, naming_variable
 from jobs.errors import ClusterError, DependencyError
 from jobs.run import roots
 from jobs.run.directory import RunDirectory

@@ -11,7 +11,6 @@ import json
 from collections.abc import Mapping
 from dataclasses import replace
 
-from jobs.cluster.job_store import STORE_VARIABLE
 from jobs.cluster.key_renewal import KeyRenewal
 from jobs.stack.record import Stack
 from jobs.stack.services import REGION
@@ -22,6 +21,8 @@ from pipeline.errors import StorageError
 from pipeline.store.storage import Storage
 
 STACK_ORIGIN = "the local stack"
+STORE_VARIABLE = "CONVMAE_STORE"
+"""Of a job's own processes: its store, as JSON. Holds secrets, and is never in a runtime environment."""
 
 
 def chosen_store(environ: Mapping[str, str], stack: Stack | None) -> Storage:

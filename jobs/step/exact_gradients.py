@@ -27,15 +27,18 @@ from jobs.checkpoint.deepspeed_internals import (
 from jobs.recipe.recipe import Recipe
 from jobs.step.gradient_tree import Exchange, PartialSums
 from jobs.step.step_words import INTEGER_WORDS, integer_of, integer_words
+from model.convmae import Output
 from pipeline.load.batch import Batch
 
 if TYPE_CHECKING:
     import deepspeed
 
-    from jobs.step.training_step import Forward, OnMask
-
 _KINDS = 1 + len(MOMENTS)
 """Values that each trained element has: its own and its moments."""
+Forward = Callable[[Batch, slice], Output]
+"""The model's output for some images of a rank's part of the global batch."""
+OnMask = Callable[[Tensor], None]
+"""Is given the mask of each image that is trained on."""
 NORM_WORDS = 2 + INTEGER_WORDS
 """Largest exponent, whether something is not finite, and the sum of squares."""
 _CHUNKS = {"cpu": 1 << 16, "cuda": 1 << 24}

@@ -22,7 +22,7 @@ from jobs.metrics.rank_figures import FigureTable
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import micro_batches
 from jobs.step.engine import build_engine, discard_step, has_finite_gradients, set_learning_rate
-from jobs.step.exact_gradients import ExactGradients, digest_of, digest_words, grains_of_ranks
+from jobs.step.exact_gradients import ExactGradients, Forward, OnMask, digest_of, digest_words, grains_of_ranks
 from jobs.step.instruction import INSTRUCTIONS, Instruction
 from jobs.step.non_finite import FAULT_WORDS, NonFiniteLossError, fault_of, write_faults
 from jobs.step.objective import Objective, Reconstruction
@@ -65,12 +65,6 @@ class SharedStep(NamedTuple):
     """Digest of all weights and moments before the update, where it was asked for; else empty."""
     figures: tuple[StepReading, FigureTable] | None
     """Of all ranks, and by rank; rank 0 alone has them."""
-
-
-Forward = Callable[[Batch, slice], Output]
-"""The model's output for some images of a rank's part of the global batch."""
-OnMask = Callable[[Tensor], None]
-"""Is given the mask of each image that is trained on."""
 
 
 class Gradients(Protocol):

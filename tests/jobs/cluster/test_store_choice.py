@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cluster.job_store import STORE_VARIABLE
 from jobs.cluster.session import Session
-from jobs.cluster.store_choice import STACK_ORIGIN, chosen_store, is_of_stack
+from jobs.cluster.store_choice import STACK_ORIGIN, STORE_VARIABLE, chosen_store, is_of_stack
 from jobs.stack.ports import Ports
 from jobs.stack.record import Stack
 from jobs.stack.services import StackSettings, service_environment
