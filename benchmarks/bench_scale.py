@@ -65,7 +65,9 @@ def bench_restore(recipe: str, rounds: int, *, local: bool) -> None:
             storage, root = (server.storage, server.url) if server else (Storage(), str(folder / "store"))
             for stage in (1, 3):
                 for before, now in RESTORES:
-                    runs = {side: RunDirectory.of(storage, f"{root}/{side}", f"zero-{stage}") for side in SIDES}
+                    runs = {
+                        side: RunDirectory.of(storage, f"{root}/{side}", f"zero-{stage}-of-{before}") for side in SIDES
+                    }
                     fields: dict[str, Any] = {"step": 10, "stage": stage, "world_size": before}
                     files, tiny = folder / f"zero-{stage}-of-{before}", named_recipe("tiny")
                     write_zero_files(files, material, stage, before)

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,7 @@ def restore_group(world_size: int, folder: Path) -> Iterator[RestoreGroup]:
         world_size: How many.
         folder: For their logs and the point at which they meet.
     """
+    folder = Path(tempfile.mkdtemp(prefix=f"restore-of-{world_size}-", dir=folder))  # an old meeting point misleads
     environment = os.environ | {
         "PYTHONPATH": str(_PROJECT),
         "MEETING_POINT": (folder / f"meeting-point-of-{world_size}").as_uri(),
