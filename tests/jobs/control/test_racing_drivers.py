@@ -23,7 +23,7 @@ COMMITTER = """
 import os, sys, time
 from pathlib import Path
 from jobs.checkpoint import checkpoint
-from jobs.checkpoint.commit import Commit
+from jobs.checkpoint.commit import CheckpointFile, Commit
 from jobs.errors import OvertakenError
 from jobs.run.directory import RunDirectory
 from pipeline.store.storage import Storage
@@ -33,9 +33,11 @@ run = RunDirectory(Storage.from_environment(os.environ), url)
 print("ready", flush=True)
 begin = float(sys.stdin.readline())
 for step in range(1, steps + 1):
-    for name in ("a.pt", "b.pt"):
-        (local / name).write_bytes(b"%d of driver %d" % (step, claim) * 1000)
-    files = upload_files(run, step, local, checkpoint.owner_name(claim, 1))
+    content, owner, files = b"%d of driver %d" % (step, claim) * 1000, checkpoint.owner_name(claim, 1), []
+    for name in ("a", "b"):
+        (local / name).write_bytes(content)
+        places = CheckpointFile(name, 0, 0)
+        files.append(checkpoint.upload(run, step, local / name, places, content=memoryview(content), owner=owner))
     time.sleep(max(0.0, begin + 0.4 * step - time.time()))
     try:
         checkpoint.write_commit(run, Commit(
