@@ -17,6 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from jobs.checkpoint import checkpoint
@@ -27,6 +28,8 @@ from jobs.recipe.recipe import Recipe
 from jobs.run.directory import RunDirectory
 
 Tensors = Mapping[str, Tensor]
+
+_PLACES, _TENSORS = TypeAdapter(CheckpointFile), TypeAdapter(tuple[StateTensor, ...])
 
 
 @dataclass(frozen=True)
@@ -133,31 +136,16 @@ def state_parts(material: Material, stage: int, world_size: int) -> list[RankPar
 
 
 def commit_state(
-    run: RunDirectory,
-    recipe: Recipe,
-    material: Material,
-    *,
-    step: int,
-    stage: int,
-    world_size: int,
-    chunk_bytes: int = CHUNK_BYTES,
-    milestone: bool = False,
+    run: RunDirectory, recipe: Recipe, material: Material, *, stage: int, world_size: int, **fields: Any
 ) -> Commit:
-    """Make a committed checkpoint of `material`, whose moments are half its values, and their squares."""
-    files, parts = [], state_parts(material, stage, world_size)
-    for part in parts:
-        with tempfile.NamedTemporaryFile() as local:
-            local.write(part.content)
-            local.flush()
-            files.append(
-                checkpoint.upload(
-                    run, step, Path(local.name), part.places, content=part.content, chunk_bytes=chunk_bytes
-                )
-            )
-    return commit_files(
-        run, recipe, files, step=step, stage=stage, world_size=world_size, milestone=milestone,
-        tensors=parts[0].tensors, optimizer_step=parts[0].optimizer_step,
-    )  # fmt: skip
+    """Make a committed checkpoint of `material`, whose moments are half its values, and their squares.
+
+    `fields` are those of `commit_parts`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        for part in state_parts(material, stage, world_size):
+            save_part(part, Path(folder))
+        return commit_parts(run, recipe, Path(folder), stage=stage, world_size=world_size, **fields)
 
 
 def save_part(part: RankPart, folder: Path) -> None:
@@ -172,47 +160,28 @@ def save_part(part: RankPart, folder: Path) -> None:
 
 
 def commit_parts(
-    run: RunDirectory,
-    recipe: Recipe,
-    folder: Path,
-    *,
-    step: int,
-    stage: int,
-    world_size: int,
-    chunk_bytes: int = CHUNK_BYTES,
-    milestone: bool = False,
+    run: RunDirectory, recipe: Recipe, folder: Path, *, step: int, chunk_bytes: int = CHUNK_BYTES, **fields: Any
 ) -> Commit:
-    """Make a committed checkpoint of what `save_part` wrote into a folder."""
+    """Make a committed checkpoint of what `save_part` wrote into a folder; `fields` are those of `commit_files`."""
     files: list[CheckpointFile] = []
-    fields: dict[str, Any] = {}
+    said: dict[str, Any] = {}
     for path in sorted(folder.glob("*.safetensors")):
-        fields = json.loads(path.with_name(f"{path.name}.json").read_text())
-        places, content = CheckpointFile(**fields["places"]), memoryview(path.read_bytes())
+        said = json.loads(path.with_name(f"{path.name}.json").read_text())
+        places, content = _PLACES.validate_python(said["places"]), memoryview(path.read_bytes())
         files.append(checkpoint.upload(run, step, path, places, content=content, chunk_bytes=chunk_bytes))
-    assert len(files) == world_size
-    return commit_files(
-        run, recipe, files, step=step, stage=stage, world_size=world_size, milestone=milestone,
-        tensors=tuple(StateTensor(**tensor) for tensor in fields["tensors"]), optimizer_step=fields["optimizer_step"],
-    )  # fmt: skip
+    tensors = _TENSORS.validate_python(said["tensors"])
+    return commit_files(run, recipe, files, step=step, tensors=tensors, optimizer_step=said["optimizer_step"], **fields)
 
 
 def commit_zero_files(
-    run: RunDirectory,
-    recipe: Recipe,
-    folder: Path,
-    *,
-    step: int,
-    stage: int,
-    world_size: int,
-    chunk_bytes: int = CHUNK_BYTES,
-    milestone: bool = False,
+    run: RunDirectory, recipe: Recipe, folder: Path, *, step: int, chunk_bytes: int = CHUNK_BYTES, **fields: Any
 ) -> Commit:
-    """Make a committed checkpoint, of the newest format that had them, of DeepSpeed's files in `folder`."""
+    """Make a committed checkpoint, of the newest format that had them, of DeepSpeed's files in `folder`.
+
+    `fields` are those of `commit_files`.
+    """
     files = upload_files(run, step, folder, chunk_bytes=chunk_bytes)
-    return commit_files(
-        run, recipe, files, step=step, stage=stage, world_size=world_size, milestone=milestone,
-        format_version=max(DEEPSPEED_FORMATS),
-    )  # fmt: skip
+    return commit_files(run, recipe, files, step=step, format_version=max(DEEPSPEED_FORMATS), **fields)
 
 
 def commit_files(
@@ -226,7 +195,7 @@ def commit_files(
     milestone: bool = False,
     **fields: Any,
 ) -> Commit:
-    """Make a committed checkpoint of a run of files that are there."""
+    """Make a committed checkpoint of a run of files that are there, one of each rank."""
     run.claim(recipe)
     commit = Commit(
         step=step,

@@ -268,21 +268,6 @@ def with_chunks(run: RunDirectory, step: int, files: Sequence[CheckpointFile]) -
     return [known[file.name] for file in files]
 
 
-def check_size(run: RunDirectory, commit: Commit, name: str, size: int) -> None:
-    """Compare a file's size with the commit's, in one request.
-
-    Raises:
-        DamagedCheckpointError: It is missing, or has another size.
-    """
-    url = checkpoint.file_url(run, commit.step, name)
-    try:
-        found = run.storage.size(url)
-    except FileNotFoundError:
-        raise damaged(url, "it is missing") from None
-    if found != size:
-        raise damaged(url, f"it has {found} bytes, not {size}")
-
-
 def check_sizes(run: RunDirectory, commit: Commit, *, part: int = 0, parts: int = 1, empty: bool = False) -> None:
     """Compare sizes of files with the commit's, in one request each.
 
@@ -296,8 +281,17 @@ def check_sizes(run: RunDirectory, commit: Commit, *, part: int = 0, parts: int 
     Raises:
         DamagedCheckpointError: One is missing, or has another size.
     """
-    wanted = [file for file in commit.files if not (empty and file.bytes)][part::parts]
-    in_threads(lambda file: check_size(run, commit, file.name, file.bytes), wanted)
+
+    def check(file: CheckpointFile) -> None:
+        url = checkpoint.file_url(run, commit.step, file.name)
+        try:
+            size = run.storage.size(url)
+        except FileNotFoundError:
+            raise damaged(url, "it is missing") from None
+        if size != file.bytes:
+            raise damaged(url, f"it has {size} bytes, not {file.bytes}")
+
+    in_threads(check, [file for file in commit.files if not (empty and file.bytes)][part::parts])
 
 
 def _chunks_of(run: RunDirectory, url: str, size: int) -> Iterator[bytes]:

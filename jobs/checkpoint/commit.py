@@ -16,7 +16,10 @@ from jobs.run.rows import LARGEST, Text, Time, fault_rule
 CHUNK_BYTES = 1 << 18
 """Each chunk has its own checksum, so that a byte range can be checked without the rest of its file: little is read
 beyond what is needed, and a gigabyte of checkpoint takes 32 KB of the commit object."""
+OTHERS = "`convmae checkpoints` shows which others are whole"
+"""What to do about one that is damaged."""
 TRAINED_DTYPE = "F32"
+"""Of everything that is trained, and of its moments."""
 FORMAT_VERSION = 4
 DEEPSPEED_FORMATS = (1, 2, 3)
 """Formats of commits whose files are DeepSpeed's own (jobs.checkpoint.deepspeed_files)."""
@@ -150,9 +153,6 @@ class Commit:
 
 _COMMIT = TypeAdapter(Commit)
 """Validates commits that are read, not those that are built here."""
-
-
-OTHERS = "`convmae checkpoints` shows which others are whole"
 
 
 def stretch_bytes(ranges: Sequence[Range], element_bytes: Sequence[int]) -> int:

@@ -70,14 +70,14 @@ class RankFile:
             rank: Of this process.
         """
         self._engine, self._rank = engine, rank
-        self.tensors = state_tensors(engine)
-        numbers = {tensor.name: number for number, tensor in enumerate(self.tensors)}
+        self._tensors = state_tensors(engine)
+        numbers = {tensor.name: number for number, tensor in enumerate(self._tensors)}
         owned = (piece for _, pieces in owned_slices(engine) for piece in pieces)
         trained = tuple((numbers[piece.name], piece.start, piece.start + piece.length) for piece in owned)
         fixed = tuple((numbers[name], start, start + len(values)) for name, start, values in fixed_values(engine, rank))
-        self.header = header_of(self.tensors, trained, fixed)
+        self._header = header_of(self._tensors, trained, fixed)
         self._places = CheckpointFile(
-            f"rank-{rank:05d}.safetensors", 0, 0, data_offset=len(self.header), trained=trained, fixed=fixed
+            f"rank-{rank:05d}.safetensors", 0, 0, data_offset=len(self._header), trained=trained, fixed=fixed
         )
         self._file: MemoryFile | None = None
 
@@ -85,7 +85,7 @@ class RankFile:
         """Copy the values as they are now, and wait until all are here. No communication."""
         file = self._file = self._file or self._reserved()
         room = torch.frombuffer(file.memory, dtype=torch.uint8)
-        place = len(self.header)
+        place = len(self._header)
         for values in self._values():
             count = values.numel() * values.element_size()
             # A GPU's copies run on its stream, one after the other; the host waits once, below.
@@ -94,7 +94,7 @@ class RankFile:
         if self._engine.device.type == "cuda":
             torch.cuda.synchronize(self._engine.device)
         assert place == file.size
-        return RankPart(file.path, memoryview(file.memory), self._places, self.tensors, self._optimizer_step())
+        return RankPart(file.path, memoryview(file.memory), self._places, self._tensors, self._optimizer_step())
 
     def _values(self) -> Iterator[Tensor]:
         """Flat, in the order of the file."""
@@ -114,9 +114,9 @@ class RankFile:
         return float(steps[0]) if steps else 0.0
 
     def _reserved(self) -> MemoryFile:
-        sizes = [ITEM_BYTES[tensor.dtype] for tensor in self.tensors]
-        file = MemoryFile("convmae-checkpoint", len(self.header) + data_bytes(self._places, sizes))
-        file.memory[: len(self.header)] = self.header
+        sizes = [ITEM_BYTES[tensor.dtype] for tensor in self._tensors]
+        file = MemoryFile("convmae-checkpoint", len(self._header) + data_bytes(self._places, sizes))
+        file.memory[: len(self._header)] = self._header
         if self._engine.device.type == "cuda":
             _lock_pages(file, self._engine.device)
         return file

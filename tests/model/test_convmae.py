@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_models import batch, seeded, small
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -9,7 +10,6 @@ from model import ConvMAE, ConvMAEConfig, ModelConfigError
 from model.config import LOSSES, PARTS
 from model.masking import draw_mask
 
-SMALL = {"image_size": (64, 96), "embed_dim": (8, 12, 16), "num_heads": 2, "decoder_dim": 16, "decoder_num_heads": 2}
 VARIANTS = [
     {},
     {"image_size": 64, "mask_ratio": 0.5},
@@ -28,27 +28,6 @@ VARIANTS = [
     {"embed_dim": (0, 0, 16), "depth": (0, 0, 2), "fusion": False},
     {"embed_dim": (0, 0, 16), "depth": (0, 0, 1), "fusion": False, "decoder_depth": 1, "position": "learned"},
 ]
-
-
-def small(**changes: object) -> ConvMAEConfig:
-    return ConvMAEConfig(**{**SMALL, **changes})  # type: ignore[arg-type]
-
-
-def batch(config: ConvMAEConfig, size: int = 3, seed: int = 1) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(size, 3, *config.image_shape, generator=generator)
-    return images, torch.rand(size, config.mask_patches, generator=generator)
-
-
-def seeded(config: ConvMAEConfig, dense: bool = False) -> ConvMAE:
-    """A model whose every parameter matters: fresh biases are zero, fresh norms one."""
-    torch.manual_seed(0)
-    model = ConvMAE(config, dense=dense)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
 
 
 def gradients(model: ConvMAE) -> dict[str, Tensor]:
