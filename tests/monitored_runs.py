@@ -65,6 +65,7 @@ def begin(
     return monitor.begin_attempt(
         world_size=world_size,
         resume_step=resume_step,
+        source="store" if resume_step else None,
         counters=counters,
         host="here",
         started_at_seconds=time.time() if started_at_seconds is None else started_at_seconds,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jobs.checkpoint.held.held_checkpoint import HeldCheckpoint, nodes_of
+from jobs.checkpoint.restore import Source
 from jobs.control.run_memory import RunMemory
 from jobs.metrics.rank_figures import FigureTable, RankFigures
 from jobs.metrics.recovery import Recovery
@@ -19,13 +21,21 @@ class RankReports(RunMemory):
     """
 
     def begin_attempt(
-        self, *, world_size: int, resume_step: int, counters: dict[str, float], host: str, started_at_seconds: float
+        self,
+        *,
+        world_size: int,
+        resume_step: int,
+        source: Source | None,
+        counters: dict[str, float],
+        host: str,
+        started_at_seconds: float,
     ) -> int:
         """Number a new attempt. Rank 0 calls it before it restores anything.
 
         Args:
             world_size: Ranks that are about to train.
             resume_step: Steps that the checkpoint to restore holds; 0 for none.
+            source: Where that is; None where there is none.
             counters: Run-level counters of that checkpoint.
             host: Where rank 0 runs.
             started_at_seconds: Unix time at which it began.
@@ -44,6 +54,8 @@ class RankReports(RunMemory):
             self._instructions.begin_attempt()
             self._failures.begin_attempt()
             steps_redone = self._figures.group_began(attempt=number, world_size=world_size, resume_step=resume_step)
+            if self._held and self._held.commit.step > resume_step:
+                self._held = None  # it could not be read, or its steps were rolled back
             self._add_event(
                 kind,
                 reason=reason,
@@ -51,6 +63,7 @@ class RankReports(RunMemory):
                 world_size=world_size,
                 world_size_before=before,
                 steps_redone=steps_redone,
+                restored_from=source or "",
                 host=host,
             )
             self._decide_interval()
@@ -114,6 +127,8 @@ class RankReports(RunMemory):
             self._figures.count("rollbacks")
             self._add_event("rollback", step=last_step, first_step=first_step, reason=reason)
             windows = list(self._left_out)
+            if self._held and self._held.commit.step >= first_step:
+                self._held = None
         self._config.run.write_left_out(windows)
         self.flush()
 
@@ -141,7 +156,7 @@ class RankReports(RunMemory):
         with self._lock:
             self._instructions.saved()
             self._saves.save_began(step, self._clock.monotonic())
-            return {**self._figures.totals, "restarts": self._figures["restarts"]}
+        return self.counters()
 
     def checkpoint_committed(
         self, *, step: int, stall_seconds: float, duration_seconds: float, size_bytes: int, milestone: bool
@@ -175,6 +190,58 @@ class RankReports(RunMemory):
                 milestone=milestone,
             )
             self._decide_interval()
+
+    def counters(self) -> dict[str, float]:
+        """What a commit keeps so that counters continue after a restart."""
+        with self._lock:
+            return {**self._figures.totals, "restarts": self._figures["restarts"]}
+
+    def memory_held(self, held: HeldCheckpoint, *, stall_seconds: float) -> None:
+        """Note a memory checkpoint that is whole: a restart reads it from now on.
+
+        Args:
+            held: Where it is.
+            stall_seconds: How long training stood still for it.
+        """
+        with self._lock:
+            left = nodes_of(self._held) - nodes_of(held)
+            is_further = self._held is None or held.commit.step > self._held.commit.step
+            self._held = held
+            if is_further and held.commit.step > self._furthest_held:
+                self._furthest_held = held.commit.step
+                self._failures.progressed()
+            self._figures.count("memory_checkpoints")
+            self._figures.update(
+                memory_checkpoint_step=held.commit.step,
+                memory_checkpoint_at_seconds=self._clock.wall(),
+                memory_checkpoint_bytes=held.commit.bytes,
+                memory_checkpoint_stall_seconds=stall_seconds,
+            )
+        self._forget(sorted(left))
+
+    def memory_not_held(self, *, step: int, error: str, is_off: bool) -> None:
+        """Note a memory checkpoint that failed; training continues.
+
+        Args:
+            step: Its steps.
+            error: Why.
+            is_off: Whether no other is tried in this attempt.
+        """
+        with self._lock:
+            self._figures.count("memory_checkpoint_failures")
+            reason = f"{error}; no others are made in this attempt" if is_off else error
+            self._add_event("memory-checkpoint-failed", step=step, reason=reason)
+
+    def memory_checkpoint(self) -> HeldCheckpoint | None:
+        """The newest one that is whole, as far as is known: its nodes may be gone."""
+        with self._lock:
+            return self._held
+
+    def memory_lost(self, *, step: int, reason: str) -> None:
+        """Note that a memory checkpoint could not be read, so that the store is."""
+        with self._lock:
+            self._held = None
+            self._add_event("memory-checkpoint-lost", step=step, reason=reason)
 
     def checkpoint_failed(self, *, step: int, error: str) -> None:
         """Note a checkpoint that could not be uploaded or committed; training continues."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jobs.checkpoint.held.held_checkpoint import HeldCheckpoint, forget
 from jobs.control.checkpoint_clock import CheckpointClock
 from jobs.control.failures import Failures
 from jobs.metrics.exporter import RunExporter
@@ -79,6 +80,9 @@ class RunMemory:
         self._failures = Failures(config.max_restarts_without_progress)
         self._watch = HangWatch(config.hang_seconds)
         self._recovery: Recovery | None = None
+        self._held: HeldCheckpoint | None = None
+        """Where the newest memory checkpoint is. Nobody else knows, as what holders have ends with the driver."""
+        self._furthest_held = 0
         self._first_attempt_here = self._record.attempt + 1
         self._driver_died = before.get("state") == "running"  # and nobody ended it
         self._left_out = config.run.read_left_out()
@@ -127,6 +131,10 @@ class RunMemory:
             with self._lock:
                 self._record.written(tail)
                 self._figures.saved(heartbeat)
+
+    def _forget(self, nodes: Sequence[str]) -> None:
+        """Have the holders of nodes that the run has left let go of their memory."""
+        forget(self._config.run.url, nodes)
 
     def _add_event(self, kind: str, **fields: Any) -> dict[str, Any]:
         event = self._record.add_event(kind, fields)

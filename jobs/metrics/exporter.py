@@ -74,6 +74,16 @@ GAUGES = {
     "checkpoint_bytes": ("convmae_checkpoint_bytes", "Size of the newest committed checkpoint."),
     "checkpoint_seconds": ("convmae_checkpoint_duration_seconds", "Seconds from its beginning to its commit."),
     "checkpoint_stall_seconds": ("convmae_checkpoint_last_stall_seconds", "Seconds that training paused for it."),
+    "memory_checkpoint_step": ("convmae_memory_checkpoint_step", "Step of the newest memory checkpoint."),
+    "memory_checkpoint_at_seconds": (
+        "convmae_memory_checkpoint_timestamp_seconds",
+        "Unix time of the newest memory checkpoint.",
+    ),
+    "memory_checkpoint_bytes": ("convmae_memory_checkpoint_bytes", "Size of the newest memory checkpoint, one copy."),
+    "memory_checkpoint_stall_seconds": (
+        "convmae_memory_checkpoint_last_stall_seconds",
+        "Seconds that training paused for it.",
+    ),
     "probe_epoch": ("convmae_probe_epoch", "Epochs finished by the weights that were probed last."),
     "probe_seconds": ("convmae_probe_duration_seconds", "Seconds that the last probe took."),
 }
@@ -85,6 +95,8 @@ COUNTERS = {
     "checkpoint_stall_seconds": "Seconds that training paused for committed checkpoints.",
     "checkpoints": "Checkpoints committed.",
     "checkpoint_failures": "Checkpoints that could not be uploaded or committed.",
+    "memory_checkpoints": "Memory checkpoints that were whole.",
+    "memory_checkpoint_failures": "Memory checkpoints that were not.",
     "hangs": "Ranks that hung and were killed.",
     "skipped_steps": "Steps without an update, since a loss or gradient was not finite, including redone ones.",
     "rollbacks": "Returns to a checkpoint since a loss or gradient was not finite.",

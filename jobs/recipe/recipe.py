@@ -67,6 +67,7 @@ PLACEMENT_FIELDS = frozenset(
         "checkpoint_min_seconds",
         "checkpoint_max_seconds",
         "keep_checkpoints",
+        "memory_checkpoint_every_steps",
         "digest_every_steps",
         "on_damaged_checkpoint",
         "cpus_per_worker",
@@ -267,6 +268,9 @@ class Recipe(BaseModel):
     """Most seconds between checkpoints with `auto`."""
     keep_checkpoints: int = Field(default=3, gt=0, le=MOST)
     """How many of the newest checkpoints to keep; milestones are kept permanently."""
+    memory_checkpoint_every_steps: Annotated[int, Field(ge=0, le=MOST)] | Literal["auto"] = "auto"
+    """Steps between memory checkpoints, which a restart reads first: the state of each rank, in the memory of its node
+    and of another one. `auto`: so rarely that they cost less than 1 % of the time; 0: none."""
     on_damaged_checkpoint: Literal["previous", "fail"] = "previous"
     """If the newest checkpoint is not as it was written: resume from the `previous` one, or `fail`."""
     milestone_epochs: tuple[int, ...] = (200, 400, 800, 1600)

@@ -1,0 +1,37 @@
+"""The holders of a run's memory checkpoints, one on each node with ranks. Imports Ray Train: import it late."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from jobs.checkpoint.held.holder import MemoryHolder, holder_name
+from jobs.cluster.ray_internals.train import WorkerGroupCallback
+
+
+class MemoryHolders(WorkerGroupCallback):
+    """Starts a holder on each node before its ranks train.
+
+    Owns: the holders. They belong to Ray Train's controller, and so end with the run, with its driver, or with their
+    nodes. One whose process dies is started again by Ray, with nothing in it.
+    """
+
+    def __init__(self, run_url: str) -> None:
+        """Start none yet.
+
+        Args:
+            run_url: Of the run.
+        """
+        self._run_url = run_url
+        self._holders: dict[str, Any] = {}
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        """Start those that are missing. Does not wait for them: what is asked of them waits."""
+        for node in {worker.metadata.node_id for worker in worker_group.get_workers()} - self._holders.keys():
+            there = NodeAffinitySchedulingStrategy(node, soft=False)
+            actor: Any = ray.remote(MemoryHolder)
+            self._holders[node] = actor.options(
+                name=holder_name(self._run_url, node), num_cpus=0, max_restarts=-1, scheduling_strategy=there
+            ).remote(self._run_url)
