@@ -216,6 +216,8 @@ class Trainer:
                 if self.recipe.standby and not self._has_successor:
                     ask_for_successor()  # now, when the first step is done that others wait for
                     self._has_successor = True
+                if instruction == "pause" and self._keeper:
+                    self._keeper.settle(self.done_steps)  # else the state that is saved now would not be held, too
                 if self._is_due(self.done_steps) or instruction not in ("", "hold"):
                     self._save()
                 elif instruction == "hold":
