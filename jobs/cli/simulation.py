@@ -115,8 +115,7 @@ def _print_table(markets: Mapping[str, Scenario], found: Mapping[str, Sequence[P
     from jobs.recipe.simulation import prediction_row, scenario_lines
 
     print_pairs(scenario_lines(markets, is_estimate=is_estimate))
-    costs = ("wall", "goodput", "lost", "restarts", "from store", "waiting", "GPU-h")
-    columns = ("nodes", "policy", "interval", "in memory", *costs)
+    columns = ("nodes", "policy", "every", "memory", "wall", "goodput", "lost", "restarts", "waiting", "GPU-h")
     print_table(columns, [(market, *prediction_row(one)) for market, ones in found.items() for one in ones])
 
 

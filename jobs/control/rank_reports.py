@@ -53,7 +53,9 @@ class RankReports(RunMemory):
             self._watch.begin(number)
             self._instructions.begin_attempt()
             self._failures.begin_attempt()
-            steps_redone = self._figures.group_began(attempt=number, world_size=world_size, resume_step=resume_step)
+            steps_redone = self._figures.group_began(
+                attempt=number, world_size=world_size, resume_step=resume_step, from_memory=source == "memory"
+            )
             if self._held and self._held.commit.step > resume_step:
                 self._held = None  # it could not be read, or its steps were rolled back
             self._add_event(

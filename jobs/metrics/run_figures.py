@@ -135,7 +135,7 @@ class RunFigures:
             name, amount, label = name_and_label(key, max(0.0, total - self._totals.get(key, 0.0)))
             self.count(name, amount, label)
 
-    def group_began(self, *, attempt: int, world_size: int, resume_step: int) -> int:
+    def group_began(self, *, attempt: int, world_size: int, resume_step: int, from_memory: bool = False) -> int:
         """Note that ranks resume from a checkpoint of `resume_step` steps; returns how many will be redone."""
         steps_redone = max(0, int(self._status["step"]) - resume_step)
         self.count("steps_redone", steps_redone)
@@ -148,7 +148,7 @@ class RunFigures:
             state="running",
             waiting=False,
             step=resume_step,
-            checkpoint_step=resume_step,
+            **({} if from_memory else {"checkpoint_step": resume_step, "memory_checkpoint_step": None}),
             ending=int(self._stop_asked),
             restarts=self._status["restarts"],
             images_per_second=None,

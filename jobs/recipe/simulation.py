@@ -304,8 +304,7 @@ def scenario_lines(markets: Mapping[str, Scenario], *, is_estimate: bool) -> Ite
 
 
 def prediction_row(prediction: Prediction) -> tuple[str, ...]:
-    """Policy, both intervals, wall-clock, goodput, lost steps, restarts, those of them from the store, waiting and GPU
-    hours, for people."""
+    """Policy, both intervals, wall-clock, goodput, lost steps, restarts, waiting and GPU hours, for people."""
     outcome = prediction.outcome
     case = (prediction.policy, f"{prediction.interval_steps:,}", f"{prediction.memory_interval_steps or '-':}")
     if outcome is None:
@@ -316,7 +315,6 @@ def prediction_row(prediction: Prediction) -> tuple[str, ...]:
         f"{outcome.goodput:.1%}",
         f"{outcome.lost_steps:,.0f}",
         f"{outcome.restarts:,.1f}",
-        f"{outcome.store_restarts:,.1f}",
         duration_text(outcome.waited_seconds),
         f"{outcome.gpu_hours:,.0f}",
     )

@@ -189,12 +189,13 @@ def _timeline(run: ReportedRun) -> str:
             event["kind"],
             event.get("world_size", ""),
             f"{event['step']:,}",
+            event.get("restored_from", ""),
             f"{event['steps_redone']:,}" if "steps_redone" in event else "",
             event.get("reason", ""),
         )
         for event in turns[-MOST_ATTEMPTS:]
     ]
-    head = ("attempt", "time (UTC)", "what", "workers", "at step", "steps redone", "reason")
+    head = ("attempt", "time (UTC)", "what", "workers", "at step", "from", "steps redone", "reason")
     return _unlisted(len(turns) - len(rows)) + table(head, rows)
 
 

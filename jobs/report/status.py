@@ -94,6 +94,8 @@ def status_lines(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "save every", duration_text(status["checkpoint_interval_seconds"])
     if "checkpoint_age_seconds" in status:
         yield "newest one", f"{duration_text(status['checkpoint_age_seconds'])} ago"
+    if status.get("memory_checkpoint_step") and status["state"] not in FINAL_STATES:
+        yield "in memory", f"step {status['memory_checkpoint_step']:,}"
     if status["state"] not in FINAL_STATES:
         yield "ETA", duration_text(status.get("eta_seconds"))
         yield "metrics", status.get("metrics_url", "-")

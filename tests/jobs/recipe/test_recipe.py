@@ -86,6 +86,7 @@ OTHER_VALUES: dict[str, Any] = {
     "checkpoint_min_seconds": 10.0,
     "checkpoint_max_seconds": 1000.0,
     "keep_checkpoints": 1,
+    "memory_checkpoint_every_steps": 5,
     "on_damaged_checkpoint": "fail",
     "milestone_epochs": [10],
     "max_restarts_without_progress": 9,
@@ -116,6 +117,7 @@ def test_resuming_may_change_how_a_run_executes_and_nothing_else() -> None:
     saving = {
         *(f"checkpoint_{name}" for name in interval),
         "keep_checkpoints",
+        "memory_checkpoint_every_steps",
         "on_damaged_checkpoint",
         "digest_every_steps",
     }
