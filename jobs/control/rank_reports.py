@@ -8,6 +8,7 @@ from typing import Any
 from jobs.control.run_memory import RunMemory
 from jobs.metrics.rank_figures import FigureTable, RankFigures
 from jobs.metrics.recovery import Recovery
+from jobs.metrics.utilization import GroupCompute
 from jobs.rank.watchdog import Pulse
 from jobs.step.instruction import Instruction
 
@@ -19,7 +20,14 @@ class RankReports(RunMemory):
     """
 
     def begin_attempt(
-        self, *, world_size: int, resume_step: int, counters: dict[str, float], host: str, started_at_seconds: float
+        self,
+        *,
+        world_size: int,
+        resume_step: int,
+        counters: dict[str, float],
+        host: str,
+        started_at_seconds: float,
+        compute: GroupCompute,
     ) -> int:
         """Number a new attempt. Rank 0 calls it before it restores anything.
 
@@ -29,6 +37,7 @@ class RankReports(RunMemory):
             counters: Run-level counters of that checkpoint.
             host: Where rank 0 runs.
             started_at_seconds: Unix time at which it began.
+            compute: What the group computes in a step, and could compute.
         """
         self.flush()
         with self._lock:
@@ -43,7 +52,9 @@ class RankReports(RunMemory):
             self._watch.begin(number)
             self._instructions.begin_attempt()
             self._failures.begin_attempt()
-            steps_redone = self._figures.group_began(attempt=number, world_size=world_size, resume_step=resume_step)
+            steps_redone = self._figures.group_began(
+                attempt=number, world_size=world_size, resume_step=resume_step, compute=compute
+            )
             self._add_event(
                 kind,
                 reason=reason,
@@ -52,6 +63,7 @@ class RankReports(RunMemory):
                 world_size_before=before,
                 steps_redone=steps_redone,
                 host=host,
+                **compute.to_json(),
             )
             self._decide_interval()
         self.flush()

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from jobs.metrics.rank_figures import FigureTable
+from jobs.metrics.utilization import GroupCompute
 from jobs.rank.watchdog import RankPulse
 from jobs.step.instruction import Instruction
 from jobs.step.non_finite import SkippedSteps
@@ -30,7 +31,13 @@ class MonitorLine:
         self._quarantined: list[Any] = []
 
     def begin_attempt(
-        self, *, world_size: int, resume_step: int, counters: dict[str, float], started_at_seconds: float
+        self,
+        *,
+        world_size: int,
+        resume_step: int,
+        counters: dict[str, float],
+        started_at_seconds: float,
+        compute: GroupCompute,
     ) -> int:
         """Number a new attempt, as rank 0; waits."""
         number: int = self._answer(
@@ -40,6 +47,7 @@ class MonitorLine:
                 counters=counters,
                 host=socket.gethostname(),
                 started_at_seconds=started_at_seconds,
+                compute=compute,
             )
         )
         return number

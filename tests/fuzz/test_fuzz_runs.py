@@ -48,6 +48,9 @@ HEARTBEAT = {
     "loss": 0.5,
     "learning_rate": 1e-3,
     "images_per_second": 120.5,
+    "device_flops_per_second": 2e12,
+    "mfu_ratio": 0.4,
+    "devices": "2 x A10 (data sheet)",
     "data_wait_ratio": 0.01,
     "eta_seconds": 300.0,
     "worker_seconds_total": 60.0,
@@ -62,7 +65,8 @@ HEARTBEAT = {
     "metrics_url": "http://127.0.0.1:1/metrics",
 }
 EVENTS = [
-    {"at_seconds": 1.7e9, "attempt": 1, "kind": "start", "step": 0, "world_size": 2, "steps_redone": 0},
+    {"at_seconds": 1.7e9, "attempt": 1, "kind": "start", "step": 0, "world_size": 2, "steps_redone": 0}
+    | {"step_flops": 4e12, "peak_flops_per_second": 1e13, "devices": "2 x A10 (data sheet)"},
     {
         "at_seconds": 1.7e9 + 5,
         "attempt": 1,

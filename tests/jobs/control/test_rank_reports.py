@@ -227,7 +227,7 @@ def test_how_long_a_restart_took_and_what_for_is_told_once(start: Start, run: Ru
     clock.seconds = 1000.5
     monitor.worker_failed("rank 1: lost", remedy="restart")
     clock.seconds = 1007.0
-    monitor.begin_attempt(world_size=2, resume_step=20, counters={}, host="here", started_at_seconds=1006.0)
+    begin(monitor, resume_step=20, started_at_seconds=1006.0)
     clock.seconds = 1007.5
     monitor.restored()
     clock.seconds = 1008.0
