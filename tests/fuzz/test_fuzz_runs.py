@@ -128,6 +128,8 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("checkpoints", "RUN", "--verify", "--json"),
     ("prune", "RUN"),
     ("stop", "RUN"),
+    ("diff", "RUN", "RUN"),
+    ("diff", "RUN", "RUN", "--json"),
     ("list", "--run-root", "ROOT"),
     ("list", "--run-root", "ROOT", "--json"),
 )
