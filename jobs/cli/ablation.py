@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from jobs.cli.completion import run_names
 from jobs.cli.elsewhere import at_cluster, at_run
 from jobs.cli.shared import AsJson, RunName, RunRoot, existing_run, open_session
 from jobs.errors import RunFailedError
@@ -61,7 +62,7 @@ def ablate(
 def compare(
     runs: Annotated[
         list[str],
-        typer.Argument(metavar="RUN RUN...", help="Names of runs, or their paths or URLs."),
+        typer.Argument(metavar="RUN RUN...", help="Names of runs, or their paths or URLs.", autocompletion=run_names),
     ],
     page: Annotated[str, typer.Option(help="HTML page to write, with their curves on one axis.")] = "",
     run_root: RunRoot = "",

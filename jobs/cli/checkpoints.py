@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jobs.cli.completion import run_names
 from jobs.cli.elsewhere import at_run, at_store, go_there
 from jobs.cli.shared import AsJson, Overrides, RunName, RunRoot, amended_recipe, existing_run, open_session
 from jobs.errors import RunFailedError
@@ -168,6 +169,7 @@ def export(
         typer.Argument(
             metavar="CHECKPOINT",
             help="A run, or the path or URL of a consolidated .safetensors file, or of a folder of several.",
+            autocompletion=run_names,
         ),
     ],
     *,

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from jobs.cli.completion import run_names
 from jobs.cli.elsewhere import at_cluster, at_run, at_store
 from jobs.cli.shared import (
     AsJson,
@@ -120,6 +121,7 @@ def finetune(
             help="Pretrained weights: a run, RUN@STEP, a consolidated .safetensors file, an official .pth file, or "
             "`random`; default: init_from.",
             show_default=False,
+            autocompletion=run_names,
         ),
     ] = "",
     run: RunOption = "",
