@@ -7,7 +7,6 @@ is reported as far as it came. The same directory gives the same bytes.
 from __future__ import annotations
 
 import base64
-import itertools
 from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -19,6 +18,7 @@ from jobs.report.accuracy import accuracy_chart, accuracy_head, accuracy_rows
 from jobs.report.charts import CANVASES, training_chart
 from jobs.report.page import page, pairs, paragraph, section, table
 from jobs.report.reported_run import ReportedRun
+from jobs.report.status import world_sizes_text
 from jobs.run.directory import REPORT_NAME, RunDirectory
 from jobs.terminal import duration_text
 
@@ -99,16 +99,10 @@ def _facts(run: ReportedRun) -> Iterable[tuple[str, str]]:
         yield "Restarts", f"{kinds.count('restart'):,}"
         yield "Resizes", f"{kinds.count('resize'):,}"
         yield "Steps redone", f"{redone:,}"
-        yield "Workers", _world_sizes([event["world_size"] for event in attempts])
+        yield "Workers", world_sizes_text([event["world_size"] for event in attempts])
         if goodput := measured_goodput(run.events):
             yield "Goodput", f"{goodput.ratio:.1%}"
         yield "Wall time", duration_text(run.heard_at - attempts[0]["at_seconds"])
-
-
-def _world_sizes(sizes: Iterable[int]) -> str:
-    """The sizes in order; only their range if there were many."""
-    turns = [size for size, _ in itertools.groupby(sizes)]
-    return " → ".join(map(str, turns)) if len(turns) <= 6 else f"{min(turns)} to {max(turns)}"
 
 
 def _charts(run: ReportedRun) -> str:

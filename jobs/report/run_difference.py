@@ -12,6 +12,7 @@ from jobs.checkpoint.commit import Commit
 from jobs.metrics.utilization import GroupCompute
 from jobs.recipe.differences import differing_fields, is_default, is_placement
 from jobs.recipe.recipe import Recipe
+from jobs.report.status import world_sizes_text
 from jobs.run.directory import RunDirectory
 from jobs.terminal import figure
 from pipeline.errors import UserError
@@ -257,7 +258,7 @@ def _state_texts(state: Mapping[str, Any]) -> dict[str, str]:
         "last loss": figure(state["loss"], ".6f"),
         "newest checkpoint": _text(state["checkpoint_step"]),
         "attempts": f"{state['attempts']:,}: {state['restarts']:,} restarts, {state['resizes']:,} resizes",
-        "workers": " → ".join(map(str, state["workers"])) or "-",
+        "workers": world_sizes_text(state["workers"]) or "-",
         "steps redone": f"{state['steps_redone']:,}",
         "devices": " → ".join(dict.fromkeys(state["devices"])) or "-",
     }

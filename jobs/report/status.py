@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -111,6 +112,12 @@ def _epochs(status: Mapping[str, Any]) -> str:
 def _utilization(status: Mapping[str, Any]) -> str:
     mfu = f"; MFU {status['mfu_ratio']:.1%}" if status.get("mfu_ratio") is not None else ""
     return f"{status['device_flops_per_second'] / 1e12:.3g} a device{mfu} of {status.get('devices') or '-'}"
+
+
+def world_sizes_text(sizes: Iterable[int]) -> str:
+    """Workers of attempts in order; only their range if it changed often."""
+    turns = [size for size, _ in itertools.groupby(sizes)]
+    return " → ".join(map(str, turns)) if len(turns) <= 6 else f"{min(turns)} to {max(turns)}"
 
 
 def _workers(status: Mapping[str, Any]) -> str:
