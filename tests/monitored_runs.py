@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from jobs.control.monitor import RunMonitor
 from jobs.metrics.rank_figures import RankFigures
+from jobs.metrics.utilization import GroupCompute
 from jobs.recipe.checkpoint_interval import IntervalRule
 from jobs.recipe.named_recipes import named_recipe
 from jobs.recipe.schedule import Schedule
@@ -23,6 +24,8 @@ IMAGES = 64
 EVERY_TEN = IntervalRule("steps", every_steps=10, every_seconds=60.0, min_seconds=20.0, max_seconds=600.0)
 READING = StepReading(storage_requests=3, block_cache_hits=2, block_cache_bytes=7)._asdict()
 RANKS = (RankFigures(step_seconds=0.5, data_wait_seconds=0.1), RankFigures(step_seconds=0.5, data_wait_seconds=0.2))
+
+COMPUTE = GroupCompute(step_flops=4e12, peak_flops_per_second=20e12, devices="2 x A10 (data sheet)")
 
 Start = Callable[..., RunMonitor]
 
@@ -60,6 +63,7 @@ def begin(
     world_size: int = 2,
     resume_step: int = 0,
     started_at_seconds: float | None = None,
+    compute: GroupCompute = COMPUTE,
     **counters: float,
 ) -> int:
     return monitor.begin_attempt(
@@ -69,6 +73,7 @@ def begin(
         counters=counters,
         host="here",
         started_at_seconds=time.time() if started_at_seconds is None else started_at_seconds,
+        compute=compute,
     )
 
 

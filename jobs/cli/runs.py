@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from jobs.cli.completion import run_names
 from jobs.cli.elsewhere import at_cluster, at_run, at_store
 from jobs.cli.shared import (
     AsJson,
@@ -120,6 +121,7 @@ def finetune(
             help="Pretrained weights: a run, RUN@STEP, a consolidated .safetensors file, an official .pth file, or "
             "`random`; default: init_from.",
             show_default=False,
+            autocompletion=run_names,
         ),
     ] = "",
     run: RunOption = "",
@@ -270,17 +272,19 @@ def stop(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
 
 @app.command(cls=at_run())
 def history(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
-    """Print one line per step: step, epoch, loss, learning rate, world size, attempt.
+    """Print one line per step: step, epoch, loss, learning rate, world size, attempt, and MFU where it is known.
 
     Some lines end with a digest of all weights and moments: equal runs have equal ones, at any world size; some with
     the accuracy of the encoder, by kNN and a linear probe, or that of a fine-tuning on its validation samples.
     """
+    from jobs.metrics.utilization import with_utilization
     from jobs.run.accuracy_text import accuracies_text
     from jobs.run.probe_rows import ProbeCurve
 
     directory = existing_run(open_session(), run, run_root)
-    probed = {row.step: dict(row.accuracies) for row in ProbeCurve.of(directory.read_events()).rows}
-    for row in directory.read_history():
+    events = directory.read_events()
+    probed = {row.step: dict(row.accuracies) for row in ProbeCurve.of(events).rows}
+    for row in with_utilization(directory.read_history(), events):
         accuracies = probed.get(row["step"])
         if as_json:
             sys.stdout.write(json.dumps({**row, **({"accuracies": accuracies} if accuracies else {})}) + "\n")
@@ -289,9 +293,10 @@ def history(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> No
                 f"step {row['step']:>8}  epoch {row['epoch']:>4}  loss {figure(row['loss'], '.6f')}  "
                 f"lr {row['learning_rate']:.3e}  world {row['world_size']:>3}  attempt {row['attempt']:>3}"
             )
+            mfu = f"  mfu {row['mfu_ratio']:.1%}" if "mfu_ratio" in row else ""
             digest = f"  digest {row['digest']}" if "digest" in row else ""
             measured = accuracies_text({**row, **(accuracies or {})})
-            say(line + digest + (f"  {measured}" if measured else ""))
+            say(line + mfu + digest + (f"  {measured}" if measured else ""))
 
 
 @app.command(cls=at_store("url", "other"))

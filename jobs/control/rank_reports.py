@@ -10,6 +10,7 @@ from jobs.checkpoint.restore import Source
 from jobs.control.run_memory import RunMemory
 from jobs.metrics.rank_figures import FigureTable, RankFigures
 from jobs.metrics.recovery import Recovery
+from jobs.metrics.utilization import GroupCompute
 from jobs.rank.watchdog import Pulse
 from jobs.step.instruction import Instruction
 
@@ -29,6 +30,7 @@ class RankReports(RunMemory):
         counters: dict[str, float],
         host: str,
         started_at_seconds: float,
+        compute: GroupCompute,
     ) -> int:
         """Number a new attempt. Rank 0 calls it before it restores anything.
 
@@ -39,6 +41,7 @@ class RankReports(RunMemory):
             counters: Run-level counters of that checkpoint.
             host: Where rank 0 runs.
             started_at_seconds: Unix time at which it began.
+            compute: What the group computes in a step, and could compute.
         """
         self.flush()
         with self._lock:
@@ -54,7 +57,11 @@ class RankReports(RunMemory):
             self._instructions.begin_attempt()
             self._failures.begin_attempt()
             steps_redone = self._figures.group_began(
-                attempt=number, world_size=world_size, resume_step=resume_step, from_memory=source == "memory"
+                attempt=number,
+                world_size=world_size,
+                resume_step=resume_step,
+                compute=compute,
+                from_memory=source == "memory",
             )
             if self._held and self._held.commit.step > resume_step:
                 self._held = None  # it could not be read, or its steps were rolled back
@@ -67,6 +74,7 @@ class RankReports(RunMemory):
                 steps_redone=steps_redone,
                 restored_from=source or "",
                 host=host,
+                **compute.to_json(),
             )
             self._decide_interval()
         self.flush()

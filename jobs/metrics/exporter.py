@@ -52,6 +52,14 @@ GAUGES = {
     ),
     "gradient_norm": ("convmae_gradient_norm", "Global gradient norm of the last step."),
     "images_per_second": ("convmae_images_per_second", "Images trained per second over the last steps, all ranks."),
+    "device_flops_per_second": (
+        "convmae_device_flops_per_second",
+        "Operations of the model per second over the last steps, of one device.",
+    ),
+    "mfu_ratio": (
+        "convmae_mfu_ratio",
+        "Share of the devices' peak that these are; no series where the peak is not known.",
+    ),
     "data_wait_ratio": ("convmae_data_wait_ratio", "Share of the last steps that the slowest rank waited for data."),
     "quarantined": ("convmae_quarantined_samples", "Distinct samples that were found unusable."),
     "block_cache_bytes": ("convmae_block_cache_bytes", "Bytes in the disk cache of rank 0's node."),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.checkpoint.held.held_checkpoint import HeldCheckpoint
 from jobs.checkpoint.restore import Source
 from jobs.metrics.rank_figures import FigureTable
+from jobs.metrics.utilization import GroupCompute
 from jobs.rank.watchdog import RankPulse
 from jobs.step.instruction import Instruction
 from jobs.step.non_finite import SkippedSteps
@@ -48,6 +49,7 @@ class MonitorLine:
         source: Source | None,
         counters: dict[str, float],
         started_at_seconds: float,
+        compute: GroupCompute,
     ) -> int:
         """Number a new attempt, as rank 0; waits."""
         number: int = self._answer(
@@ -58,6 +60,7 @@ class MonitorLine:
                 counters=counters,
                 host=socket.gethostname(),
                 started_at_seconds=started_at_seconds,
+                compute=compute,
             )
         )
         return number

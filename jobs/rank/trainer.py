@@ -29,6 +29,7 @@ from jobs.errors import CheckpointError, DamagedCheckpointError
 from jobs.finetune.classification import Classification
 from jobs.finetune.training_labels import TrainingLabels
 from jobs.finetune.validation import Validation
+from jobs.rank.compute import group_compute
 from jobs.rank.gpu import check_given, compute_as
 from jobs.rank.history_row import done_row, skipped_row
 from jobs.rank.monitor_line import MonitorLine
@@ -474,6 +475,7 @@ class Trainer:
     def _begin_attempt(self, found: Restored | None) -> tuple[int, list[SkippedSteps]]:
         """The attempt's number, and the steps that earlier ones rolled back."""
         begun: list[Any] = [0, []]
+        compute = group_compute(self.recipe, self._group)
         if self.place.rank == 0:
             number = self.line.begin_attempt(
                 world_size=self.place.world_size,
@@ -481,6 +483,7 @@ class Trainer:
                 source=found.source if found else None,
                 counters=dict(found.commit.counters) if found else {},
                 started_at_seconds=self._started_at_seconds,
+                compute=compute,
             )
             begun = [number, [SkippedSteps.from_json(row) for row in self.run_directory.read_left_out()]]
         dist.broadcast_object_list(begun, src=0)

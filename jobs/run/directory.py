@@ -163,8 +163,12 @@ class RunDirectory:
 
     def read_history(self) -> list[dict[str, Any]]:
         """One row per step, by step; for a step that was redone after a restart, that of the last attempt."""
-        rows = {row["step"]: row for name in self._parts("history") for row in self._read_lines("history", name)}
+        rows = {row["step"]: row for row in self.read_every_row()}
         return [rows[step] for step in sorted(rows)]
+
+    def read_every_row(self) -> list[dict[str, Any]]:
+        """Every row of the history as it was written, also of steps that were redone: by attempt, then by step."""
+        return [row for name in self._parts("history") for row in self._read_lines("history", name)]
 
     def write_history(self, attempt: int, first_step: int, rows: Iterable[dict[str, Any]]) -> None:
         """Replace one part of the history."""

@@ -189,6 +189,7 @@ def typing_names(callback: Any) -> list[str]:
         ["pretrain", "tiny", "data=s3://b/d", "run_root=s3://b/runs", "cache_dir=cache"],
         ["pretrain", "tiny", "data=s3://b/d", "run_root=s3://b/runs", "cache_dir=~/cache"],
         ["pretrain", "{toml}", "run_root=s3://b/runs"],
+        ["diff", "s3://b/runs/first", "runs/second"],
     ],
 )
 def test_paths_that_depend_on_the_current_folder_are_refused(sent: Any, tmp_path: Path, words: list[str]) -> None:

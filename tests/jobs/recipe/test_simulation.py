@@ -222,7 +222,9 @@ def test_a_step_that_was_not_measured_is_estimated_as_in_the_guide() -> None:
 def test_a_step_of_images_that_are_masked_four_times_computes_four_times_as_much() -> None:
     recipe, node = named_recipe("fastconvmae_base"), NodeType(8, H100_FLOPS_PER_SECOND)
     reduced = estimated_step_seconds(recipe, NodeType(8, math.inf), 1)
-    once = recipe.amended({"model.views": 1, "micro_batch_size": 64})  # as many masks, which share their mask tokens
+    once = recipe.amended(
+        {"model.views": 1, "micro_batch_size": 64, "grain_size": 64, "max_workers": 8}
+    )  # as many masks a grain
 
     four, one = (estimated_step_seconds(each, node, 1) - reduced for each in (recipe, once))
 

@@ -17,6 +17,7 @@ from probe_events import probe_events
 from jobs.checkpoint.checkpoint import write_commit
 from jobs.checkpoint.commit import CheckpointFile, Commit
 from jobs.errors import RunError
+from jobs.metrics.utilization import GroupCompute
 from jobs.recipe.finetune import Finetune
 from jobs.recipe.recipe import Recipe
 from jobs.report.report import MOST_ATTEMPTS, MOST_CHECKPOINTS, MOST_FAULTS, MOST_SKIPPED, write_report
@@ -180,6 +181,23 @@ def test_report_lies_in_the_run_directory_and_is_the_same_every_time(tmp_path: P
 
     assert url == run.path("report.html")
     assert STORAGE.read(write_report(run)) == first
+
+
+def test_mfu_and_devices_are_those_of_attempts_that_recorded_them(tmp_path: Path) -> None:
+    run = finished_run(tmp_path)
+    assert "MFU" not in report_of(run)[0].facts
+
+    for number, world_size in ((2, 1), (3, 2)):
+        compute = GroupCompute(3e12, 10e12 * world_size, f"{world_size} x L4 (data sheet)").to_json()
+        begun, *later = [event for event in run.read_events() if event["attempt"] == number]
+        run.write_events(number, [begun | compute, *later])
+    run.write_history(2, 21, [row | {"step_seconds": 0.6} for row in rows(21, 41, 2, 1)])  # 0.5 of the peak
+    run.write_history(3, 41, [row | {"step_seconds": 0.25} for row in rows(41, TOTAL_STEPS + 1, 3, 2)])  # 0.6
+    page, text = report_of(run)
+
+    assert page.facts["MFU"] == f"{(0.5 * 0.6 + 0.6 * 0.25) / 0.85:.1%}"
+    assert ">MFU<" in text
+    assert page.facts["devices"] == "1 x L4 (data sheet) → 2 x L4 (data sheet)"
 
 
 def test_headline_states_the_facts_of_the_run(tmp_path: Path) -> None:
