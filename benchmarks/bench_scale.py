@@ -134,8 +134,9 @@ def figure_costs(ranks: int) -> dict[str, float]:
     from jobs.step.step_reading import RankReading, from_words, slowest, word_count
     from pipeline.load.read_counters import ReadCounters
 
+    probe: Any = SimpleNamespace(poll=lambda: SimpleNamespace(metrics={}))
     dataset: Any = SimpleNamespace(counters=ReadCounters(), cache=None)
-    batch: Any = SimpleNamespace(wait_seconds=0.0, substitutions=[])
+    batch: Any = SimpleNamespace(wait_seconds=0.0, read_wait_seconds=0.0, substitutions=[])
     reading, words = RankReading(dataset, 0, device=torch.device("cpu")), torch.zeros(word_count(ranks)).double()
     table = from_words(words.numpy())[1]
     parsed = tuple(RankFigures(*row) for row in table.tolist())
@@ -148,7 +149,7 @@ def figure_costs(ranks: int) -> dict[str, float]:
     for pulse in pulses:
         watch.hear(pulse, 0.0)
     return {
-        "every rank, a step: write": cpu_of(lambda: reading.write(words.numpy(), batch)),
+        "every rank, a step: write": cpu_of(lambda: reading.write(words.numpy(), batch, probe)),
         "as it was: lists of all ranks, and tuples": cpu_of(lambda: as_it_was(words)),
         "rank 0, a step: parse and pack": cpu_of(
             lambda: (slowest(from_words(words.numpy())[1], "step_seconds"), pickle.dumps(table))

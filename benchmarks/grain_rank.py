@@ -29,7 +29,7 @@ SIDES = ("bits", "rounding")
 class NoReading:
     """Reads nothing."""
 
-    def write(self, words: torch.Tensor, _: Batch) -> None:
+    def write(self, words: torch.Tensor, *_: object) -> None:
         """Leave the words as they are."""
 
 

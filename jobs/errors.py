@@ -104,5 +104,9 @@ class MonitorLivesError(RunError):
     """The monitor of an earlier driver, which Ray has yet to end."""
 
 
+class PreflightError(Exception):
+    """Nodes on which ranks must not start, by the checks before; a restart leaves them out."""
+
+
 class RunFailedError(Exception):
     """A run that ended early; the message is the root cause in one line."""

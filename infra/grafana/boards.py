@@ -420,6 +420,22 @@ NODES = Board(
             [
                 Graph("Step time", "The same for all, which wait for each other.", "s", [_by_rank("step_seconds")]),
                 Graph(
+                    "Own time of each rank",
+                    "Computing and waiting for data, until it meets the others; the highest is whom they wait for.",
+                    "s",
+                    [
+                        Query(
+                            f"convmae_rank_compute_seconds{{{RUN}}} + convmae_rank_data_wait_seconds{{{RUN}}}", BY_RANK
+                        )
+                    ],
+                ),
+                Graph(
+                    "Stragglers",
+                    "Ranks that make the others wait; zero.",
+                    "short",
+                    [_of("convmae_straggler_ranks")],
+                ),
+                Graph(
                     "Memory", "Of each worker's process; level after some minutes.", "bytes", [_by_rank("memory_bytes")]
                 ),
                 Graph(

@@ -271,6 +271,31 @@ def stop(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
 
 
 @app.command(cls=at_run())
+def profile(
+    run: RunName,
+    *,
+    rank: Annotated[int, typer.Option("--rank", help="Which one to profile.")] = 0,
+    steps: Annotated[int, typer.Option("--steps", help="For how many steps.")] = 5,
+    run_root: RunRoot = "",
+    as_json: AsJson = False,
+) -> None:
+    """Profile some steps of one rank of a run that trains: operators, a Chrome trace, and a flame graph with py-spy.
+
+    Nothing is restarted. Prints where the files are once they are written, in the run directory.
+    """
+    from jobs.control.profiling import profiled
+
+    event = profiled(existing_run(open_session(), run, run_root), rank, steps)
+    if as_json:
+        print_json(event)
+        return
+    for name in event["files"]:
+        say(f"{event['url']}/{name}")
+    if event["reason"]:
+        say(event["reason"])
+
+
+@app.command(cls=at_run())
 def history(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
     """Print one line per step: step, epoch, loss, learning rate, world size, attempt, and MFU where it is known.
 

@@ -195,6 +195,8 @@ def _start_monitor(session: Session, plan: RunPlan, lease: Lease) -> Any:
         device=plan.recipe.device,
         host="127.0.0.1" if session.is_local else get_node_ip_address(),  # type: ignore[no-untyped-call]
         hang_seconds=plan.recipe.hang_seconds,
+        straggler_factor=plan.recipe.straggler_factor,
+        leave_out_stragglers=plan.recipe.leave_out_stragglers,
         metrics_port=plan.recipe.metrics_port,
         targets_folder=str(session.stack.targets_dir) if session.is_local and session.stack else "",
     )

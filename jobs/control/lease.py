@@ -84,6 +84,8 @@ def claim_run(plan: RunPlan, *, is_sole_driver: bool = False) -> Literal["new", 
             held = f" ({ruler.text})" if ruler and not ruler.is_over else ""
             raise RunError("run", f"must not be running already{held}", run.name, _ask_the_other(run))
         run.take_stop_request()  # one that nobody read is not meant for this attempt
+        with contextlib.suppress(RunError):  # nor is this, which may also be damaged
+            run.take_profile_request()
     return "new" if run.claim(plan.recipe) else "resumes"
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from jobs.control.group_reports import GroupReports
 from jobs.control.rank_reports import RankReports
 from jobs.control.run_memory import Clock, MonitorConfig
+from jobs.errors import RunError
 from jobs.rank.watchdog import examined_on_its_node
 from jobs.run.probe_rows import PROBE_EVENT, ProbeCurve
 
@@ -100,8 +101,18 @@ class RunMonitor(RankReports, GroupReports):
                 self.flush()
                 if self._config.run.take_stop_request():
                     self.request_stop("asked by `convmae stop`")
+                self._take_profile_request()
             except Exception:
                 logger.warning("history, events and heartbeat could not be written; trying again", exc_info=True)
+
+    def _take_profile_request(self) -> None:
+        try:
+            request = self._config.run.take_profile_request()
+        except RunError as error:
+            logger.warning("%s", error)
+            return
+        if request:
+            self.ask_profile(request)
 
     def _watch_forever(self) -> None:
         while not self._outcome:

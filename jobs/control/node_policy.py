@@ -5,6 +5,7 @@ Imports Ray Train: import it late.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import Counter
@@ -105,6 +106,8 @@ class FollowNodes(ElasticPolicy):
         """Looks in a row at which nobody could say what there is room for."""
         self._newcomers = Newcomers()
         self._unusable: set[str] = set()
+        self._left_out: set[str] = set()
+        """As the monitor said last."""
         self._pause_until: float | None = None
 
     def after_controller_start(self, train_run_context: Any) -> None:  # noqa: ARG002
@@ -157,7 +160,18 @@ class FollowNodes(ElasticPolicy):
             self._renew_coordinator()
             return None
         self._uncounted = 0
-        return {node: what for node, what in reserved.items() if node not in self._unusable}
+        usable = {node: what for node, what in reserved.items() if node not in self._unusable}
+        return self._without_left_out(usable)
+
+    def _without_left_out(self, room: Mapping[str, Mapping[str, float]]) -> Mapping[str, Mapping[str, float]]:
+        """The room on nodes that the run has no reason to avoid; all of it where min_workers need the others, too."""
+        with contextlib.suppress(RayError):  # a monitor that is being restarted
+            self._left_out = self._answer(self._monitor.nodes_left_out.remote(), timeout=ANSWER_SECONDS)
+        others = {node: what for node, what in room.items() if node not in self._left_out}
+        if len(others) == len(room) or self.possible_workers(others) < self.scaling_config.min_workers:
+            return room
+        self._unusable = self._unusable | self._left_out
+        return others
 
     def _grow_when_saved(self, num_workers: int) -> Any:
         """Grow as far as there is room by now, once the ranks stand still; give it up where they take too long."""

@@ -7,7 +7,8 @@ from typing import Any
 
 from jobs.checkpoint.held.held_checkpoint import HeldCheckpoint, nodes_of
 from jobs.checkpoint.restore import Source
-from jobs.control.run_memory import RunMemory
+from jobs.control.health_reports import HealthReports
+from jobs.control.profile_reports import ProfileReports
 from jobs.metrics.rank_figures import FigureTable, RankFigures
 from jobs.metrics.recovery import Recovery
 from jobs.metrics.utilization import GroupCompute
@@ -15,7 +16,7 @@ from jobs.rank.watchdog import Pulse
 from jobs.step.instruction import Instruction
 
 
-class RankReports(RunMemory):
+class RankReports(HealthReports, ProfileReports):
     """The part of the monitor that ranks call. Concurrency and failure: as `RunMemory`.
 
     Blocking: `begin_attempt`, `roll_back` and `checkpoint_damaged` wait for storage; `record` is O(1).
@@ -53,6 +54,8 @@ class RankReports(RunMemory):
             before = self._figures["world_size"]
             kind, reason = self._start_kind(before, world_size)
             self._count_start(kind, started_at_seconds)
+            self._end_spells(resume_step)
+            self._drop_profile()
             self._watch.begin(number)
             self._instructions.begin_attempt()
             self._failures.begin_attempt()
@@ -109,6 +112,7 @@ class RankReports(RunMemory):
                 self._add_event("skipped", step=row["step"], reason=f"{row['skipped']} is not finite")
             now = self._clock.monotonic()
             self._figures.step_done(row, gradient_norm, reading, ranks, now)
+            self._look_for_stragglers(int(row["step"]), ranks)
             return self._instructions.after_step(now, save_is_due=self._saves.is_due(now))
 
     def skip(self, rows: Sequence[dict[str, Any]]) -> None:

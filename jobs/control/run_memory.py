@@ -11,6 +11,7 @@ from typing import Any
 from jobs.checkpoint.held.held_checkpoint import HeldCheckpoint, forget
 from jobs.control.checkpoint_clock import CheckpointClock
 from jobs.control.failures import Failures
+from jobs.health.stragglers import StragglerWatch
 from jobs.metrics.exporter import RunExporter
 from jobs.metrics.recovery import Recovery
 from jobs.metrics.run_figures import RunFigures
@@ -19,6 +20,7 @@ from jobs.recipe.checkpoint_interval import IntervalRule
 from jobs.recipe.schedule import Schedule
 from jobs.run.directory import RunDirectory
 from jobs.run.probe_rows import PROBE_EVENT, ProbeCurve
+from jobs.run.profile_request import ProfileRequest
 from jobs.run.record import RunRecord
 from jobs.step.instruction import Instructions
 
@@ -54,6 +56,9 @@ class MonitorConfig:
     metrics_port: int
     targets_folder: str
     """Folder that the local Prometheus watches; empty: none."""
+    straggler_factor: float
+    """Of the recipe, as the next."""
+    leave_out_stragglers: bool
     flush_seconds: float = FLUSH_INTERVAL_SECONDS
     """Between two writes to storage."""
 
@@ -79,6 +84,12 @@ class RunMemory:
         self._instructions = Instructions()
         self._failures = Failures(config.max_restarts_without_progress)
         self._watch = HangWatch(config.hang_seconds)
+        self._stragglers = StragglerWatch(config.straggler_factor)
+        self._left_out_nodes: set[str] = set()
+        """Ids of those that failed a check, or make others wait. Known until the driver ends."""
+        self._profile: ProfileRequest | None = None
+        """The one that is asked for, or under way."""
+        self._profile_is_taken = False
         self._recovery: Recovery | None = None
         self._held: HeldCheckpoint | None = None
         """Where the newest memory checkpoint is. Nobody else knows, as what holders have ends with the driver."""

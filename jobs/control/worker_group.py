@@ -31,6 +31,7 @@ from jobs.control.failure_cause import Failure, describe_failure, describe_start
 from jobs.control.memory_holders import MemoryHolders
 from jobs.control.node_policy import FollowNodes
 from jobs.errors import RunFailedError
+from jobs.rank.preflight import Preflight
 from jobs.rank.process_group import RanksOverNodes
 from jobs.rank.standby import rank_environment
 from jobs.rank.trainer import TrainJob, train_worker
@@ -79,7 +80,7 @@ def fit(job: TrainJob) -> None:
         )
         trainer: Any = TrainerWithPolicy(
             lambda: train_worker(job),
-            torch_config=RanksOverNodes.of(recipe),
+            torch_config=RanksOverNodes.of(recipe, Preflight.of(recipe, job.monitor)),
             scaling_config=scaling_config,
             run_config=run_config,
         )

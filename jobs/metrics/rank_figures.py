@@ -15,6 +15,12 @@ class RankFigures(NamedTuple):
     """Since its last step."""
     data_wait_seconds: float = 0.0
     """Of these, without a batch."""
+    read_wait_seconds: float = 0.0
+    """Of these, for bytes; the rest for decoding."""
+    compute_seconds: float = 0.0
+    """Of the step before, until the rank met the others; 0 where that cannot be separated (ZeRO 3)."""
+    images: float = 0.0
+    """For which it computed then; 0 in the first step of an attempt, before which there is none."""
     storage_requests: float = 0.0
     """Since the worker started, as the next three."""
     storage_read_bytes: float = 0.0

@@ -11,6 +11,7 @@ from jobs.checkpoint.restore import Source
 from jobs.metrics.rank_figures import FigureTable
 from jobs.metrics.utilization import GroupCompute
 from jobs.rank.watchdog import RankPulse
+from jobs.run.profile_request import ProfileRequest
 from jobs.step.instruction import Instruction
 from jobs.step.non_finite import SkippedSteps
 from jobs.step.step_reading import StepReading
@@ -129,6 +130,19 @@ class MonitorLine:
     def roll_back(self, window: SkippedSteps, reason: str) -> None:
         """Report steps that all later attempts skip; waits until storage has it."""
         self._answer(self._monitor.roll_back.remote(**window.to_json(), reason=reason))
+
+    def take_profile(self, rank: int) -> ProfileRequest | None:
+        """What this rank is to profile; waits."""
+        request: ProfileRequest | None = self._answer(self._monitor.take_profile.remote(rank))
+        return request
+
+    def profiled(self, request: ProfileRequest, step: int, url: str, files: Sequence[str], note: str) -> None:
+        """Report a profile that was written; waits, so that the run's end does not overtake it."""
+        self._answer(self._monitor.profiled.remote(request, step=step, url=url, files=files, note=note))
+
+    def profile_failed(self, request: ProfileRequest, error: str) -> None:
+        """Report a profile that could not be made; waits."""
+        self._answer(self._monitor.profile_failed.remote(request, error))
 
     def memory_lost(self, step: int, reason: str) -> None:
         """Report a memory checkpoint that could not be read; waits."""

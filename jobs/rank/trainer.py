@@ -37,6 +37,7 @@ from jobs.rank.rank_data import RankData
 from jobs.rank.restored_engine import restored_engine, values_of_rank
 from jobs.rank.resumable import check_resumable, software_versions
 from jobs.rank.standby import ask_for_successor
+from jobs.rank.step_profile import StepProfile
 from jobs.rank.watchdog import COMPILE_ALLOWED_SECONDS, SAVE_ALLOWED_SECONDS
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import Schedule
@@ -44,7 +45,7 @@ from jobs.run.directory import RunDirectory
 from jobs.run.shared_folder import Landmarks, check_seen_here
 from jobs.run.trace import TraceWriter, begin_trace
 from jobs.step.engine import build_model, initialize_deepspeed
-from jobs.step.instruction import PAUSE_SECONDS, Instruction
+from jobs.step.instruction import PAUSE_SECONDS, SAVES, Instruction
 from jobs.step.non_finite import NonFiniteLossError, RolledBackError, SkippedSteps, rollbacks_in_a_row, stretches
 from jobs.step.objective import Objective, Reconstruction
 from jobs.step.step_reading import RankReading
@@ -186,6 +187,8 @@ class Trainer:
         self._validation = self._opened_validation()
         self._skipped_in_a_row = 0
         self._has_successor = False
+        self._profile: StepProfile | None = None
+        """Recording, or being written."""
         self._quarantined: set[int] = set()
         self._undigested: Callable[[str], None] | None = None
         """Reports the last step, once the digest of what it left is known: it travels with the next step."""
@@ -200,6 +203,7 @@ class Trainer:
         self.pulse.at("end", SAVE_ALLOWED_SECONDS)
         self._settle_digest()
         self.saver.close()
+        self._close_profile()
         self.pulse.close()
         if self.trace:
             self.trace.close()
@@ -219,7 +223,7 @@ class Trainer:
                     self._has_successor = True
                 if instruction == "pause" and self._keeper:
                     self._keeper.settle(self.done_steps)  # else the state that is saved now would not be held, too
-                if self._is_due(self.done_steps) or instruction not in ("", "hold"):
+                if self._is_due(self.done_steps) or instruction in SAVES:
                     self._save()
                 elif instruction == "hold":
                     self._hold()
@@ -227,8 +231,28 @@ class Trainer:
                     self._stand_still()
                 if instruction == "stop":
                     return True
+                self._profile_on(asks=instruction == "profile")
                 self.pulse.at("data", self.recipe.stall_seconds)
         return False
+
+    def _profile_on(self, *, asks: bool) -> None:
+        """Between two steps: end a profile that has its steps, or begin the one that this rank is asked for."""
+        if self._profile and self._profile.is_recording and self._profile.stepped():
+            self._finish_profile(self._profile)
+        request = self.line.take_profile(self.place.rank) if asks else None
+        if request:
+            self._profile = StepProfile(request, self.run_directory, self.place.device)
+
+    def _finish_profile(self, profile: StepProfile) -> None:
+        done = functools.partial(self.line.profiled, profile.request)
+        profile.finish(self.done_steps, done, functools.partial(self.line.profile_failed, profile.request))
+
+    def _close_profile(self) -> None:
+        """Write what there is of a profile, and wait for it."""
+        if self._profile and self._profile.is_recording:
+            self._finish_profile(self._profile)
+        if self._profile:
+            self._profile.close()
 
     def _stand_still(self) -> None:
         """Commit, report it, and wait to be ended; continue training if nobody comes. Collective."""
@@ -276,7 +300,7 @@ class Trainer:
             self._keeper.stepped(time.monotonic() - began, self.done_steps, holding=shared.holding)
         report = self._reporter(batch.epoch, learning_rate, shared, self._measured())
         due = self.done_steps % self.recipe.digest_every_steps == 0 or self._is_due(self.done_steps)
-        if self.recipe.is_exact and (due or shared.instruction not in ("", "hold")):
+        if self.recipe.is_exact and (due or shared.instruction in SAVES):
             self._undigested = report
         else:
             report("")

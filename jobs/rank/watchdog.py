@@ -169,6 +169,11 @@ class HangWatch:
         """Ranks of the attempt that have spoken from a node."""
         return sorted(number for number, rank in self._ranks.items() if rank.pulse.node_id == node_id)
 
+    def pulse_of(self, rank: int) -> Pulse | None:
+        """The last of a rank of the attempt; None if it has not spoken."""
+        known = self._ranks.get(rank)
+        return known.pulse if known else None
+
     def hangs(self, now: float) -> list[Hang]:
         """The ranks that hold up the others, by rank; empty while there is hope."""
         ranks = [self._ranks[number] for number in sorted(self._ranks)]

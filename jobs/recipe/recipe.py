@@ -81,6 +81,9 @@ PLACEMENT_FIELDS = frozenset(
         "hang_seconds",
         "resize_seconds",
         "standby",
+        "preflight",
+        "straggler_factor",
+        "leave_out_stragglers",
         "on_nonfinite_loss",
         "max_nonfinite_in_a_row",
         "max_restarts_without_progress",
@@ -250,6 +253,12 @@ class Recipe(BaseModel):
     """How often to check whether more or fewer workers could train now. A resize costs a save and a restart."""
     standby: Switch = True
     """Keep a process beside each rank that has already imported what a rank needs, so that a restart takes seconds."""
+    preflight: Switch = True
+    """Check memory, matrix products, disks and links of the nodes before ranks start, and leave out those that fail."""
+    straggler_factor: float = Field(default=1.5, gt=1)
+    """By how much a rank's own time for a step must exceed the median of the others' for it to be a straggler."""
+    leave_out_stragglers: Switch = False
+    """Leave out the nodes of stragglers at the next restart, as long as min_workers fit on the others."""
     on_nonfinite_loss: OnNonFinite = "stop"
     """If a loss or gradient is not finite: `stop` the attempt, `skip_batch`, or `rollback` and skip steps."""
     max_nonfinite_in_a_row: int = Field(default=10, gt=0, le=MOST)

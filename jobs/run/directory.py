@@ -8,6 +8,8 @@
         left-out.json               steps that rollbacks skipped, if there were any
         heartbeat.json              the latest status of the live run
         stop-request.json           there until the run obeys `convmae stop`
+        profile-request.json        there until the run takes what `convmae profile` asks for
+        profiles/step-00000050-rank-0001/  what it asked for: trace, operators, flame graph
         claims/claim-000001.json    which driver has it
         checkpoints/step-00000050/  native ZeRO files, a folder for each attempt of each driver
         commits/step-00000050.json  written last: without it the checkpoint does not exist
@@ -28,6 +30,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jobs.errors import RunError
+from jobs.run.profile_request import ProfileRequest
 from jobs.run.rows import checked, parsed
 from pipeline.access.places import normal
 from pipeline.store.storage import Storage
@@ -37,6 +40,7 @@ if TYPE_CHECKING:  # it imports torch, for which commands that only read should 
 
 REPORT_NAME = "report.html"
 STOP_REQUEST_NAME = "stop-request.json"
+PROFILE_REQUEST_NAME = "profile-request.json"
 HISTORY_PART_STEPS = 1000
 """Steps in one part of the history, which is the most that one flush rewrites."""
 
@@ -222,6 +226,23 @@ class RunDirectory:
             return False
         self.storage.delete(self.path(STOP_REQUEST_NAME))
         return True
+
+    def write_profile_request(self, request: ProfileRequest) -> None:
+        """Ask the run, wherever its driver is, to profile one of its ranks."""
+        self.storage.write(self.path(PROFILE_REQUEST_NAME), _json_bytes(request.to_json()))
+
+    def take_profile_request(self) -> ProfileRequest | None:
+        """The profile that the run was asked for, if it was; removes the request.
+
+        Raises:
+            RunError: It is damaged, or foreign; it is removed as well.
+        """
+        url = self.path(PROFILE_REQUEST_NAME)
+        if not self.storage.exists(url):
+            return None
+        data = self.storage.read(url)
+        self.storage.delete(url)
+        return ProfileRequest.from_json(checked("profile-request", parsed(data, url), url))
 
     def _parts(self, folder: str) -> list[str]:
         names = filter(_NAMES[folder].fullmatch, self.storage.list_names(self.path(folder)))

@@ -15,6 +15,7 @@ from typing_extensions import TypedDict
 
 from jobs.errors import RunError
 from jobs.run.probe_rows import PROBE_EVENT, PROBE_NAMES
+from jobs.run.profile_request import MOST_STEPS
 from jobs.run.validation_rows import MAIN_VALIDATION
 from pipeline.errors import clipped
 from pipeline.store.json_text import parsed_json
@@ -94,6 +95,12 @@ class _LeftOutRow(TypedDict):
     last_step: Integer
 
 
+class _ProfileRequest(TypedDict):
+    rank: Annotated[Integer, Field(ge=0)]
+    steps: Annotated[Integer, Field(ge=1, le=MOST_STEPS)]
+    key: Text
+
+
 class _Heartbeat(TypedDict):
     state: Text
     updated_at_seconds: Time
@@ -137,6 +144,7 @@ _ROWS: dict[str, TypeAdapter[Any]] = {
     "quarantine": TypeAdapter(_QuarantineRow),
     "left-out": TypeAdapter(_LeftOutRow),
     "heartbeat": TypeAdapter(_Heartbeat),
+    "profile-request": TypeAdapter(_ProfileRequest),
 }
 _OF_KINDS: Mapping[str, tuple[str, ...]] = {
     "checkpoint": ("bytes", "stall_seconds", "duration_seconds"),
@@ -154,7 +162,10 @@ _TYPES = {
     "bool_type": " as true or false",
 }
 """What a field should have been, by pydantic's name of the fault."""
-_REMEDIES = {"heartbeat": "delete it: a live run writes it again"}
+_REMEDIES = {
+    "heartbeat": "delete it: a live run writes it again",
+    "profile-request": "ask again with `convmae profile`",
+}
 _RESTORE = "restore the file, or move it away: what it holds is then missing"
 
 
@@ -174,7 +185,7 @@ def checked(kind: str, row: Any, url: str) -> Row:
     """The same row, if it has the fields of its kind.
 
     Args:
-        kind: `events`, `history`, `quarantine`, `left-out` or `heartbeat`.
+        kind: `events`, `history`, `quarantine`, `left-out`, `heartbeat` or `profile-request`.
         row: What was read.
         url: From where, for the message.
 

@@ -25,6 +25,7 @@ from jobs.checkpoint.deepspeed_internals import (
     parameter_groups_in_order,
 )
 from jobs.recipe.recipe import Recipe
+from jobs.step.compute_probe import ComputeProbe
 from jobs.step.gradient_tree import Exchange, PartialSums
 from jobs.step.step_words import INTEGER_WORDS, integer_of, integer_words
 from model.convmae import Output
@@ -65,7 +66,12 @@ class ExactGradients:
     """
 
     def __init__(
-        self, engine: deepspeed.DeepSpeedEngine, recipe: Recipe, grains_by_rank: Sequence[range], rank: int
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        recipe: Recipe,
+        grains_by_rank: Sequence[range],
+        rank: int,
+        probe: ComputeProbe,
     ) -> None:
         """Lay out the vectors; every rank alike.
 
@@ -74,8 +80,10 @@ class ExactGradients:
             recipe: Says how large grains are, and at which norm gradients are clipped.
             grains_by_rank: From `grains_of_ranks`.
             rank: This one.
+            probe: Times what this rank computes by itself.
         """
         self._engine, self._recipe, self._grains, self._rank = engine, recipe, grains_by_rank[rank], rank
+        self._probe = probe
         self._parameters: list[Tensor] = []
         self._firsts: list[int] = []
         numels, position = [], 0
@@ -99,11 +107,12 @@ class ExactGradients:
         """Compute this rank's grains and bring all together."""
         size = self._recipe.grain
         for number, grain in enumerate(self._grains):
-            output = forward(batch, slice(number * size, (number + 1) * size))
-            on_mask(output.mask)
-            share = output.loss * (size / self._recipe.global_batch_size)
-            gradients = torch.autograd.grad(share, self._parameters)
-            self._sums.add(grain, functools.partial(self._write, gradients))
+            with self._probe.computing():
+                output = forward(batch, slice(number * size, (number + 1) * size))
+                on_mask(output.mask)
+                share = output.loss * (size / self._recipe.global_batch_size)
+                gradients = torch.autograd.grad(share, self._parameters)
+                self._sums.add(grain, functools.partial(self._write, gradients))
             self._exchange.send_complete(self._sums.vectors())
             words[grain] = share.detach()
         self._partitions = self._exchange.gather(self._sums.vectors())

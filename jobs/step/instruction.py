@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Literal
 
-Instruction = Literal["", "stop", "pause", "save", "hold"]
+Instruction = Literal["", "stop", "pause", "save", "hold", "profile"]
 """`stop`: save and end. `pause`: save and stand still, since the group is about to end. `save`: save and continue.
-`hold`: keep the state in memory and continue, which rank 0 decides by itself."""
+`hold`: keep the state in memory and continue, which rank 0 decides by itself. `profile`: ask the monitor who is to be
+profiled, and continue."""
 
-INSTRUCTIONS: tuple[Instruction, ...] = ("", "stop", "pause", "save", "hold")
+INSTRUCTIONS: tuple[Instruction, ...] = ("", "stop", "pause", "save", "hold", "profile")
+SAVES: frozenset[Instruction] = frozenset({"stop", "pause", "save"})
+"""Those after which the ranks save."""
 
 PAUSE_SECONDS = 120.0
 """For saving before a resize, and for standing still thereafter; then training continues."""
@@ -22,6 +25,7 @@ class Instructions:
         self.stop_reason = ""
         """Why the run is to end; empty while it is not."""
         self._next: Instruction = ""
+        self._profiles = False
         self._pause_at: float | None = None
         self.stands_still = False
         """Whether the ranks have saved, and wait to be ended."""
@@ -29,6 +33,7 @@ class Instructions:
     def begin_attempt(self) -> None:
         """Forget what earlier ranks were to do; a stop holds for the run."""
         self._next, self._pause_at, self.stands_still = "", None, False
+        self._profiles = False
 
     def stop(self, reason: str) -> None:
         """End the run after the current step; the first reason counts."""
@@ -37,6 +42,14 @@ class Instructions:
     def save(self) -> None:
         """Save after the current step."""
         self._next = self._next or "save"
+
+    def profile(self) -> None:
+        """Have a rank profiled, once nothing else is to be done."""
+        self._profiles = True
+
+    def profiles(self) -> None:
+        """Note that it is, or that nobody asks for it any more."""
+        self._profiles = False
 
     def pause(self) -> None:
         """Save and stand still, unless the ranks do by now."""
@@ -70,4 +83,4 @@ class Instructions:
             return "stop"
         if self._pause_at is not None and now >= self._pause_at:
             self._next, self._pause_at = "pause", None
-        return self._next or ("save" if save_is_due else "")
+        return self._next or ("save" if save_is_due else "profile" if self._profiles else "")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +18,7 @@ import psutil
 import torch
 from numpy.typing import NDArray
 
+from jobs.health.interface import WorkerProbe
 from jobs.metrics.rank_figures import FigureTable, RankFigures
 from pipeline.load.batch import Batch
 from pipeline.load.read_counters import ReadCounts
@@ -74,12 +75,13 @@ class RankReading:
         self._counts = ReadCounts()
         self._evictions = 0
 
-    def write(self, words: NDArray[np.float64], batch: Batch) -> None:
+    def write(self, words: NDArray[np.float64], batch: Batch, probe: WorkerProbe) -> None:
         """Put numbers that the ranks add up into their places; call once a step.
 
         Args:
             words: (word_count,) zeros.
             batch: Of the step.
+            probe: Says what the rank computed in the step before.
         """
         now, cache = self._dataset.counters.read(), self._dataset.cache
         more, self._counts = now.minus(self._counts), now
@@ -98,15 +100,18 @@ class RankReading:
         )
         first = len(StepReading._fields) + self._rank * len(RankFigures._fields)
         words[: len(reading)] = reading
-        words[first : first + len(RankFigures._fields)] = self._figures(batch)
+        words[first : first + len(RankFigures._fields)] = self._figures(batch, probe.poll().metrics)
 
-    def _figures(self, batch: Batch) -> RankFigures:
+    def _figures(self, batch: Batch, computed: Mapping[str, float]) -> RankFigures:
         now = self._clock()
         step_seconds, self._stepped_at = now - self._stepped_at, now
         on_gpu = self._device.type == "cuda"
         return RankFigures(
             step_seconds=step_seconds,
             data_wait_seconds=batch.wait_seconds,
+            read_wait_seconds=batch.read_wait_seconds,
+            compute_seconds=computed.get("compute_seconds", 0.0),
+            images=computed.get("images", 0.0),
             storage_requests=self._counts.requests,
             storage_read_bytes=self._counts.bytes,
             block_cache_hits=self._counts.cache_hits,

@@ -7,6 +7,7 @@ step is the mean over the global batch, whatever the world size: to the bit wher
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from jobs.metrics.rank_figures import FigureTable
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import micro_batches
+from jobs.step.compute_probe import ComputeProbe
 from jobs.step.engine import build_engine, discard_step, has_finite_gradients, set_learning_rate
 from jobs.step.exact_gradients import ExactGradients, Forward, OnMask, digest_of, digest_words, grains_of_ranks
 from jobs.step.instruction import INSTRUCTIONS, Instruction
@@ -104,7 +106,12 @@ class ReducedGradients:
     words, loss_words = 2, 1
 
     def __init__(
-        self, engine: deepspeed.DeepSpeedEngine, recipe: Recipe, place: RankPlace, sizes: Sequence[int]
+        self,
+        engine: deepspeed.DeepSpeedEngine,
+        recipe: Recipe,
+        place: RankPlace,
+        sizes: Sequence[int],
+        probe: ComputeProbe,
     ) -> None:
         """Name what is worked with.
 
@@ -113,15 +120,19 @@ class ReducedGradients:
             recipe: Of the run.
             place: Of this rank.
             sizes: Of its micro-batches; as many on every rank.
+            probe: Times what this rank computes by itself: forward passes, as DeepSpeed's backward passes communicate.
+                With ZeRO 3 forward passes do, too, and nothing is timed.
         """
         self._engine, self._recipe, self._place, self._sizes = engine, recipe, place, sizes
+        self._timed = probe.computing if recipe.zero_stage < 3 else contextlib.nullcontext
 
     def compute(self, batch: Batch, forward: Forward, on_mask: OnMask, words: Tensor) -> None:
         """Run every micro-batch."""
         recipe, place, first = self._recipe, self._place, 0
         for index, size in enumerate(self._sizes):
             # A rank without images for this micro-batch still takes part in the reduction, with weight 0.
-            output = forward(batch, slice(first, first + size) if size else slice(0, 1))
+            with self._timed():
+                output = forward(batch, slice(first, first + size) if size else slice(0, 1))
             if size:
                 on_mask(output.mask)
             weight = size * place.world_size * len(self._sizes) / recipe.global_batch_size
@@ -165,14 +176,15 @@ def build_rank_engine(model: nn.Module, recipe: Recipe, order: Order, place: Ran
 
 
 def gradients_of(
-    engine: deepspeed.DeepSpeedEngine, recipe: Recipe, order: Order, place: RankPlace
+    engine: deepspeed.DeepSpeedEngine, recipe: Recipe, order: Order, place: RankPlace, probe: ComputeProbe
 ) -> ExactGradients | ReducedGradients:
     """Gradients in the recipe's way."""
     if not recipe.is_exact:
-        return ReducedGradients(engine, recipe, place, rank_micro_batches(recipe, order, place.rank, place.world_size))
+        sizes = rank_micro_batches(recipe, order, place.rank, place.world_size)
+        return ReducedGradients(engine, recipe, place, sizes, probe)
     lanes = [order.rank_lanes(rank, place.world_size) for rank in range(place.world_size)]
     grains = grains_of_ranks(lanes, lane_batch_size=order.lane_batch_size, grain=recipe.grain)
-    return ExactGradients(engine, recipe, grains, place.rank)
+    return ExactGradients(engine, recipe, grains, place.rank, probe)
 
 
 class TrainingStep:
@@ -204,7 +216,8 @@ class TrainingStep:
         """
         self.engine = engine
         self._recipe, self.place, self._reading, self._on_mask = recipe, place, reading, on_mask
-        self._gradients: Gradients = gradients_of(engine, recipe, order, place)
+        self._probe = ComputeProbe(place.device)
+        self._gradients: Gradients = gradients_of(engine, recipe, order, place, self._probe)
         self._objective = objective or Reconstruction(recipe, place.device)
         sizes = (FAULT_WORDS, self._gradients.words, self._objective.words, INTEGER_WORDS)
         first, second, third, last = itertools.accumulate(sizes)
@@ -251,13 +264,15 @@ class TrainingStep:
         with_digest = with_digest and self._recipe.is_exact
         if with_digest:
             words[self._of_state] = digest_words(self.engine)
-        return self._shared(self._words.add_up(), with_digest=with_digest)
+        summed = self._words.add_up()
+        self._probe.stepped(len(batch.images))
+        return self._shared(summed, with_digest=with_digest)
 
     def _write_words_of_host(self, batch: Batch, instruction: Instruction, *, uploading: bool, holding: bool) -> None:
         words, consumed = self._words.of_host(), ConsumedDigest.of(batch.sample_ids.numpy())
         told = INSTRUCTIONS.index(instruction) if self.place.rank == 0 else 0
         words[:_HOST_WORDS] = [told, uploading, holding, consumed.count, *words_of(consumed.total)]
-        self._reading.write(words[_HOST_WORDS:], batch)
+        self._reading.write(words[_HOST_WORDS:], batch, self._probe)
 
     def _shared(self, summed: NDArray[np.float64], *, with_digest: bool) -> SharedStep:
         loss, are_finite = self._gradients.read(summed[self._of_gradients].tolist())

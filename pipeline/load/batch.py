@@ -33,6 +33,8 @@ class Batch:
     crops: CropRow
     """(n, 5): what each image shows of the one that it was cut from."""
     substitutions: tuple[Substitution, ...] = ()
+    read_wait_seconds: float = 0.0
+    """Of `wait_seconds`, for bytes; the rest for decoding. By what the decoding threads were busy with."""
 
 
 class StartedBatch:
@@ -61,18 +63,31 @@ class StartedBatch:
         self.crops: CropRow = np.zeros((len(pending), 5), dtype=np.int32)
         self.substitutions: list[Substitution | None] = [None] * len(pending)
         self.done = [False] * len(pending)
+        self.read_seconds = self.decode_seconds = 0.0
+        """Of all threads: how long they waited for bytes, and how long they made images of these."""
         self.copy: Future[StartedCopy] = Future()
         """Done when the copy to the device has started, or when the first image failed."""
         self._device_copy = device_copy
         self._left = len(pending)
         self._lock = threading.Lock()
 
-    def image_done(self, place: int, substitution: Substitution | None) -> None:
-        """Note that one more image is ready; called by the thread that made it."""
+    def image_done(
+        self, place: int, substitution: Substitution | None, *, read_seconds: float, decode_seconds: float
+    ) -> None:
+        """Note that one more image is ready; called by the thread that made it.
+
+        Args:
+            place: In the batch.
+            substitution: How it was replaced.
+            read_seconds: For which the thread waited for its bytes.
+            decode_seconds: For which it then worked.
+        """
         self.substitutions[place] = substitution
         self.done[place] = True
         with self._lock:
             self._left -= 1
+            self.read_seconds += read_seconds
+            self.decode_seconds += decode_seconds
             last = self._left == 0
         if last:
             try:

@@ -146,10 +146,14 @@ class Loader:
 
     def _fill(self, batch: StartedBatch, place: int) -> None:
         try:
+            began = time.monotonic()
             found = batch.pending[place].result()
+            read_at = time.monotonic()
             epoch = self._order.epoch(batch.step)
             draws, pixels, crop = batch.draws[place], batch.pixels[place], batch.crops[place]
-            batch.image_done(place, self._maker.fill(epoch, found, draws, pixels, crop))
+            substitution = self._maker.fill(epoch, found, draws, pixels, crop)
+            decode_seconds = time.monotonic() - read_at
+            batch.image_done(place, substitution, read_seconds=read_at - began, decode_seconds=decode_seconds)
         except BaseException as error:
             batch.fail(error)
 
@@ -158,14 +162,16 @@ class Loader:
         self._watch.wait(batch, began)
         images = device_copy.finish(batch.copy.result())
         self._count_bad(batch.substitutions, bad_runs)
+        wait_seconds = time.monotonic() - began
         return Batch(
             batch.step,
             self._order.epoch(batch.step),
             batch.sample_ids,
             images,
-            time.monotonic() - began,
+            wait_seconds,
             batch.crops,
             tuple(substitution for substitution in batch.substitutions if substitution),
+            wait_seconds * batch.read_seconds / (batch.read_seconds + batch.decode_seconds),
         )
 
     def _count_bad(self, substitutions: list[Substitution | None], bad_runs: Counter[int]) -> None:

@@ -41,6 +41,7 @@ def start(run: RunDirectory) -> Start:
         targets_folder: str = "",
         interval: IntervalRule = EVERY_TEN,
         flush_seconds: float = 3600.0,
+        leave_out_stragglers: bool = False,
         wall: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> RunMonitor:
@@ -53,6 +54,8 @@ def start(run: RunDirectory) -> Start:
             checkpoint_interval=interval,
             device="cpu",
             hang_seconds=30.0,
+            straggler_factor=1.5,
+            leave_out_stragglers=leave_out_stragglers,
             host="127.0.0.1",
             metrics_port=0,
             targets_folder=targets_folder,

@@ -250,6 +250,74 @@ def test_a_group_is_kept_off_nodes_that_do_not_answer() -> None:
     assert policy.on_controller_start_worker_group() == {"ray.io/node-id": "!in(a,b)"}
 
 
+@pytest.mark.parametrize(
+    ("left_out", "min_workers", "used"),
+    [
+        (set(), 1, {"a", "b", "c"}),
+        ({"b"}, 1, {"a", "c"}),
+        ({"b"}, 2, {"a", "c"}),
+        ({"b"}, 3, {"a", "b", "c"}),
+        ({"a", "b", "c"}, 1, {"a", "b", "c"}),
+        ({"gone before"}, 3, {"a", "b", "c"}),
+    ],
+)
+def test_nodes_that_the_run_leaves_out_are_used_only_if_min_workers_need_them(
+    left_out: set[str], min_workers: int, used: set[str]
+) -> None:
+    room = {name: {"CPU": 1.0} for name in "abc"}
+
+    class Leaving(FollowNodes):
+        client = Client
+
+        def reserved_reply(self) -> Any:
+            return room
+
+    class AllAnswer(PolicyCluster):
+        def unusable_nodes(self) -> set[str]:
+            return set()
+
+    class Avoiding(Monitor):
+        nodes_left_out = SimpleNamespace(remote=lambda: left_out)
+
+    config = ScalingConfig(num_workers=(min_workers, 3), resources_per_worker={"CPU": 1.0})
+    answer: Callable[..., Any] = lambda reply, **_: reply  # noqa: E731
+    policy = Leaving(config, Avoiding(), "url", standby=False, cluster=AllAnswer(), answer=answer)
+
+    assert set(policy.room()) == used
+
+    avoided = {"a", "b", "c"} - used
+    selector = policy.on_controller_start_worker_group()
+    assert selector == ({"ray.io/node-id": f"!in({','.join(sorted(avoided))})"} if avoided else None)
+
+
+def test_what_is_left_out_is_remembered_while_the_monitor_is_away() -> None:
+    answers: list[Any] = [{"node-1"}, ray.exceptions.ActorUnavailableError("restarting", None)]
+
+    class Leaving(FollowNodes):
+        client = Client
+        count_seconds = 0.0
+
+        def reserved_reply(self) -> Any:
+            return rooms(1, 1)
+
+    def answer(reply: Any, **_: Any) -> Any:
+        if not isinstance(reply, bool):
+            return reply
+        found = answers.pop(0)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    class AllAnswer(PolicyCluster):
+        def unusable_nodes(self) -> set[str]:
+            return set()
+
+    policy = Leaving(scaling(), Monitor(), "url", standby=False, cluster=AllAnswer(), answer=answer)
+
+    assert [set(policy.room()), set(policy.room())] == [{"node-0"}] * 2
+    assert not answers
+
+
 def test_the_policy_travels_to_the_controller_by_name_and_takes_no_state_of_ray_along() -> None:
     sent = FollowNodes(scaling(), None, "s3://b/runs/first", standby=True)
 

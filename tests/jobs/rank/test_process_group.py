@@ -12,6 +12,8 @@ from ray.train.v2.api.exceptions import ControllerError
 from jobs.cluster.interfaces import UNREACHED_REMEDY
 from jobs.cluster.ray_internals.train import WorkerGroupStartupFailedError
 from jobs.control.failure_cause import describe_start_failure
+from jobs.errors import PreflightError
+from jobs.rank.preflight import RankNode
 from jobs.rank.process_group import RanksBackend, RanksOverNodes, make_ready
 
 
@@ -25,8 +27,9 @@ class Group:
     def get_resources_per_worker(self) -> dict[str, float]:
         return {"CPU": 1.0}
 
-    def execute(self, function: Callable[..., Any]) -> None:
+    def execute(self, function: Callable[..., Any]) -> list[RankNode]:
         self.told.append(function)
+        return [RankNode("id-a", "a", "10.0.0.1")]
 
     def execute_single(self, *_: object) -> None:
         assert self.told == [make_ready], "each rank is checked, and has its interface, before any connects"
@@ -45,6 +48,22 @@ def test_ranks_that_do_not_reach_each_other_are_tried_again() -> None:
     assert policy.make_decision(ControllerError(refused)) == FailureDecision.RAISE, "what Ray Train itself would do"
     line, remedy = describe_start_failure(caught.value)
     assert line == f"start of the ranks: RuntimeError: SO_ERROR: Connection refused; {UNREACHED_REMEDY}"
+    assert remedy == "restart"
+
+
+def test_a_node_that_fails_its_check_is_a_start_that_is_tried_again() -> None:
+    class Failing:
+        def check(self, group: Group, places: list[RankNode]) -> None:
+            assert group.told == [make_ready] and [place.host for place in places] == ["a"]
+            raise PreflightError("a: the check of its disk failed: OSError: read-only")
+
+    group, config = Group(RuntimeError("never asked")), RanksOverNodes(preflight=Failing())  # type: ignore[arg-type]
+
+    with pytest.raises(WorkerGroupStartupFailedError) as caught:
+        RanksBackend().on_start(group, config)
+
+    line, remedy = describe_start_failure(caught.value)
+    assert line == "start of the ranks: PreflightError: a: the check of its disk failed: OSError: read-only"
     assert remedy == "restart"
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from jobs.recipe.named_recipes import named_recipe
 from jobs.recipe.schedule import Schedule, micro_batches, order_of
+from jobs.step.compute_probe import ComputeProbe
 from jobs.step.training_step import RankPlace, ReducedGradients
 from model.convmae import Output
 
@@ -156,7 +157,8 @@ def backward_of_rank(recipe: Any, place: RankPlace, parts: list[int], images: Te
         return Output(sample_losses(weights, batch.images[chosen]).mean(), torch.empty(0))
 
     words = torch.zeros(ReducedGradients.words, dtype=torch.float64)
-    ReducedGradients(engine, recipe, place, parts).compute(batch, forward, lambda _: None, words)
+    probe = ComputeProbe(place.device)
+    ReducedGradients(engine, recipe, place, parts, probe).compute(batch, forward, lambda _: None, words)
     return float(words[0])
 
 

@@ -19,8 +19,15 @@ def stand_in_dataset() -> Any:
     return SimpleNamespace(counters=ReadCounters(), cache=None)
 
 
+def computed(seconds: float, images: int) -> Any:
+    metrics = {"compute_seconds": seconds, "images": images} if images else {}
+    return SimpleNamespace(poll=lambda: SimpleNamespace(metrics=metrics))
+
+
 def batch(wait_seconds: float, substitutions: int = 0) -> Any:
-    return SimpleNamespace(wait_seconds=wait_seconds, substitutions=[None] * substitutions)
+    return SimpleNamespace(
+        wait_seconds=wait_seconds, read_wait_seconds=wait_seconds / 2, substitutions=[None] * substitutions
+    )
 
 
 def test_the_ranks_words_add_up_to_sums_and_a_table_of_ranks(tmp_path: Path) -> None:
@@ -36,7 +43,7 @@ def test_the_ranks_words_add_up_to_sums_and_a_table_of_ranks(tmp_path: Path) -> 
         now += 0.5 + step
         words = np.zeros((3, word_count(3)))
         for rank, reading in enumerate(readings):
-            reading.write(words[rank], batch(0.1 * rank, rank))
+            reading.write(words[rank], batch(0.1 * rank, rank), computed(0.3 + rank, 8 * step))
 
     sums, table = from_words(words.sum(0))
     ranks = [RankFigures(*row) for row in table.tolist()]
@@ -46,6 +53,9 @@ def test_the_ranks_words_add_up_to_sums_and_a_table_of_ranks(tmp_path: Path) -> 
     assert slowest(table, "step_seconds") == 1.5
     assert slowest(table, "data_wait_seconds") == pytest.approx(0.2)
     assert [figures.data_wait_seconds for figures in ranks] == pytest.approx([0, 0.1, 0.2])
+    assert [figures.read_wait_seconds for figures in ranks] == pytest.approx([0, 0.05, 0.1])
+    assert [figures.compute_seconds for figures in ranks] == pytest.approx([0.3, 1.3, 2.3])
+    assert [figures.images for figures in ranks] == [8] * 3
     assert [figures.storage_requests for figures in ranks] == [2, 4, 6]  # since the start
     assert [figures.block_cache_hits for figures in ranks] == [0, 2, 4]
     assert all(figures.memory_bytes == pytest.approx(psutil.Process().memory_info().rss, rel=0.5) for figures in ranks)

@@ -1,0 +1,152 @@
+"""A profile of some steps of one rank, asked for while it trains: operators by torch, and a flame graph by py-spy.
+
+Nothing of it exists outside these steps. What was recorded is written by a thread, beside the steps that follow.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sysconfig
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from jobs.run.directory import RunDirectory
+from jobs.run.profile_request import ProfileRequest
+from pipeline.host.scratch import scratch_folder
+
+logger = logging.getLogger(__name__)
+
+TRACE_NAME, OPERATORS_NAME, FLAME_NAME = "trace.json.gz", "operators.txt", "flame.svg"
+OPERATORS = 100
+"""Lines of the table."""
+SAMPLES_PER_SECOND = 100
+FLAME_SECONDS = 30.0
+"""For py-spy to write what it has seen."""
+
+Done = Callable[[int, str, Sequence[str], str], None]
+"""Is given the last step, the folder's URL, the names of files, and what is missing."""
+Failed = Callable[[str], None]
+"""Is given the reason."""
+
+
+class StepProfile:
+    """The profile of a rank, from the end of one step to the end of a later one.
+
+    Owns: torch's profiler and py-spy's process until `finish`; then a thread, until what it writes is in the store.
+    Concurrency: called by the training thread, whose operators torch records. Failure: reported, never raised.
+    Blocking: `__init__` and `finish` for fractions of a second, `close` until all is written.
+    """
+
+    def __init__(self, request: ProfileRequest, run: RunDirectory, device: torch.device) -> None:
+        """Begin to record.
+
+        Args:
+            request: What is asked for.
+            run: Of the rank; the result goes there.
+            device: Where it trains.
+        """
+        self.request, self._run, self._device = request, run, device
+        self._steps_left = request.steps
+        self._folder = scratch_folder()
+        self._flames = FlameGraph(Path(self._folder.name, FLAME_NAME))
+        on_gpu = device.type == "cuda"
+        self._profile = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])])
+        self._profile.start()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether `finish` is yet to come."""
+        return self._thread is None
+
+    def stepped(self) -> bool:
+        """Note one more step; whether it was the last one."""
+        self._steps_left -= 1
+        return self._steps_left == 0
+
+    def finish(self, step: int, done: Done, failed: Failed) -> None:
+        """Record no more, and have a thread write what there is.
+
+        Args:
+            step: The last one that was recorded.
+            done: Called once all is in the store.
+            failed: Called in its place.
+        """
+        self._profile.stop()
+        self._flames.stop()
+        self._thread = threading.Thread(
+            target=self._write, args=(step, done, failed), name="convmae-profile", daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        """Wait for the thread."""
+        if self._thread:
+            self._thread.join()
+
+    def _write(self, step: int, done: Done, failed: Failed) -> None:
+        try:
+            with self._folder as name:
+                folder, note = Path(name), self._flames.missing()
+                self._profile.export_chrome_trace(str(folder / TRACE_NAME))
+                order = "self_cuda_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
+                table = self._profile.key_averages().table(sort_by=order, row_limit=OPERATORS)
+                (folder / OPERATORS_NAME).write_text(table + "\n", "utf-8")
+                names = [TRACE_NAME, OPERATORS_NAME, *([] if note else [FLAME_NAME])]
+                url = self._run.path("profiles", f"step-{step:08d}-rank-{self.request.rank:04d}")
+                for each in names:
+                    self._run.storage.write(self._run.storage.join(url, each), (folder / each).read_bytes())
+        except Exception as error:
+            logger.warning("the profile could not be written", exc_info=True)
+            failed(f"{type(error).__name__}: {error}")
+            return
+        done(step, url, names, note)
+
+
+class FlameGraph:
+    """A picture of where this process spends its time in Python, where py-spy is installed and may look at it."""
+
+    def __init__(self, path: Path) -> None:
+        """Have py-spy look, if it is there.
+
+        Args:
+            path: To be written, as SVG.
+        """
+        self._path, self._process = path, None
+        command = shutil.which("py-spy") or shutil.which("py-spy", path=sysconfig.get_path("scripts"))
+        if command:
+            arguments = ["record", "--pid", str(os.getpid()), "--output", str(path), "--duration", "unlimited"]
+            self._process = subprocess.Popen(
+                [command, *arguments, "--rate", str(SAMPLES_PER_SECOND), "--nonblocking"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+
+    def stop(self) -> None:
+        """Have it write what it has seen; does not wait."""
+        if self._process and self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+
+    def missing(self) -> str:
+        """Waits for the file; why there is none, empty where there is."""
+        if self._process is None:
+            return f"no {FLAME_NAME}: py-spy is not installed on the rank's node"
+        try:
+            said = self._process.communicate(timeout=FLAME_SECONDS)[0].strip().splitlines()
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            said = self._process.communicate()[0].strip().splitlines() or ["py-spy did not end"]
+        if self._path.is_file():
+            return ""
+        return (
+            f"no {FLAME_NAME}: {next((line for line in said if 'rror' in line), said[-1] if said else 'py-spy failed')}"
+        )
