@@ -117,10 +117,10 @@ def medians_of_others(values: NDArray[np.float64]) -> NDArray[np.float64]:
     ordered, others = values[order], len(values) - 1
 
     def other(number: int) -> NDArray[np.float64]:
-        return np.where(place > number, ordered[number], ordered[number + 1])
+        found: NDArray[np.float64] = np.where(place > number, ordered[number], ordered[number + 1])
+        return found
 
-    middle = (other((others - 1) // 2) + other(others // 2)) / 2
-    return np.asarray(middle, np.float64)
+    return (other((others - 1) // 2) + other(others // 2)) / 2
 
 
 class StragglerWatch:

@@ -1,6 +1,6 @@
 """A profile of some steps of one rank, asked for while it trains: operators by torch, and a flame graph by py-spy.
 
-Nothing of it exists outside these steps. What was recorded is written by a thread, beside the steps that follow.
+Nothing of it exists outside these steps, but for a thread that brings the files to the store.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class StepProfile:
 
     Owns: torch's profiler and py-spy's process until `finish`; then a thread, until what it writes is in the store.
     Concurrency: called by the training thread, whose operators torch records. Failure: reported, never raised.
-    Blocking: `__init__` and `finish` for fractions of a second, `close` until all is written.
+    Blocking: `finish` while the files are made, seconds for many operators; `close` until all is in the store.
     """
 
     def __init__(self, request: ProfileRequest, run: RunDirectory, device: torch.device) -> None:
@@ -73,7 +73,10 @@ class StepProfile:
         return self._steps_left == 0
 
     def finish(self, step: int, done: Done, failed: Failed) -> None:
-        """Record no more, and have a thread write what there is.
+        """Record no more, and have a thread bring what there is to the store.
+
+        The files are made here: while all ranks stand still once, since a thread of Python beside the steps that follow
+        would slow these for longer.
 
         Args:
             step: The last one that was recorded.
@@ -82,8 +85,13 @@ class StepProfile:
         """
         self._profile.stop()
         self._flames.stop()
+        made: Exception | None = None
+        try:
+            self._make_files()
+        except Exception as error:
+            made = error
         self._thread = threading.Thread(
-            target=self._write, args=(step, done, failed), name="convmae-profile", daemon=True
+            target=self._write, args=(made, step, done, failed), name="convmae-profile", daemon=True
         )
         self._thread.start()
 
@@ -92,18 +100,23 @@ class StepProfile:
         if self._thread:
             self._thread.join()
 
-    def _write(self, step: int, done: Done, failed: Failed) -> None:
+    def _make_files(self) -> None:
+        folder = Path(self._folder.name)
+        self._profile.export_chrome_trace(str(folder / TRACE_NAME))
+        order = "self_cuda_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
+        table = self._profile.key_averages().table(sort_by=order, row_limit=OPERATORS)
+        (folder / OPERATORS_NAME).write_text(table + "\n", "utf-8")
+
+    def _write(self, made: Exception | None, step: int, done: Done, failed: Failed) -> None:
         try:
             with self._folder as name:
-                folder, note = Path(name), self._flames.missing()
-                self._profile.export_chrome_trace(str(folder / TRACE_NAME))
-                order = "self_cuda_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
-                table = self._profile.key_averages().table(sort_by=order, row_limit=OPERATORS)
-                (folder / OPERATORS_NAME).write_text(table + "\n", "utf-8")
+                note = self._flames.missing()
+                if made:
+                    raise made
                 names = [TRACE_NAME, OPERATORS_NAME, *([] if note else [FLAME_NAME])]
                 url = self._run.path("profiles", f"step-{step:08d}-rank-{self.request.rank:04d}")
                 for each in names:
-                    self._run.storage.write(self._run.storage.join(url, each), (folder / each).read_bytes())
+                    self._run.storage.write(self._run.storage.join(url, each), Path(name, each).read_bytes())
         except Exception as error:
             logger.warning("the profile could not be written", exc_info=True)
             failed(f"{type(error).__name__}: {error}")

@@ -8,8 +8,10 @@ that is stopped counts, too.
 from __future__ import annotations
 
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
@@ -46,7 +48,8 @@ class ComputeProbe:
             self._seconds += self._clock() - began
             return
         if self._stretches == len(self._events):
-            self._events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+            timing: Any = functools.partial(torch.cuda.Event, enable_timing=True)
+            self._events.append((timing(), timing()))
         begin, end = self._events[self._stretches]
         begin.record(torch.cuda.current_stream(self._device))
         yield

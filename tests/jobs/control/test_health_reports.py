@@ -33,6 +33,7 @@ def events(run: RunDirectory, monitor: RunMonitor, kind: str) -> list[dict[str, 
 def test_a_spell_is_one_event_with_rank_host_and_part_and_one_when_it_ends(
     start: Start, run: RunDirectory, clock: FakeClock
 ) -> None:
+    clock.tick_seconds = 0.001
     monitor = start(monotonic=clock)
     begin(monitor, world_size=3)
     speak(monitor, 1)
@@ -51,7 +52,8 @@ def test_a_spell_is_one_event_with_rank_host_and_part_and_one_when_it_ends(
     train(monitor, range(31, 61), 0.1, 0.1, 0.1)
 
     (ended,) = events(run, monitor, "straggler-ended")
-    assert (ended["rank"], ended["first_step"], ended["seconds"]) == (1, WINDOW_STEPS, 50)
+    assert (ended["rank"], ended["first_step"]) == (1, WINDOW_STEPS)
+    assert ended["seconds"] == pytest.approx(50, abs=1)
     assert scraped(monitor)["convmae_straggler_ranks"] == 0
     assert monitor.nodes_left_out() == set(), "the recipe does not say so"
 

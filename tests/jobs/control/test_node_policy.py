@@ -16,7 +16,9 @@ from jobs.step.instruction import PAUSE_SECONDS
 
 
 class Monitor:
-    """Of the run: notes what it was asked; `stands_still` is what the ranks do."""
+    """Of the run: notes what it was asked; `stands_still` is what the ranks do. It leaves no node out."""
+
+    nodes_left_out = SimpleNamespace(remote=set)
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -301,7 +303,7 @@ def test_what_is_left_out_is_remembered_while_the_monitor_is_away() -> None:
             return rooms(1, 1)
 
     def answer(reply: Any, **_: Any) -> Any:
-        if not isinstance(reply, bool):
+        if not isinstance(reply, set):
             return reply
         found = answers.pop(0)
         if isinstance(found, Exception):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -68,15 +68,18 @@ def test_the_steps_are_recorded_and_no_profiler_is_left(run: RunDirectory, monke
 def test_py_spy_that_may_not_look_costs_the_flame_graph_alone(
     run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    refusing = tmp_path / "py-spy"
+    refusing, said = tmp_path / "py-spy", tmp_path / "said"
     refusing.write_text(
-        f"#!{sys.executable}\nprint('Error: Permission Denied: Try running again with elevated rights')\n"
+        f"#!/bin/sh\ntrap '' INT\necho 'Error: Permission Denied: Try running again with elevated rights'\n: >{said}\n"
     )
     refusing.chmod(0o755)
     monkeypatch.setattr(step_profile.shutil, "which", lambda name, path=None: str(refusing))
     outcome = Outcome()
 
-    outcome.finish(recorded(run)[0], step=1)
+    profile, _ = recorded(run)
+    while not said.exists():
+        time.sleep(0.01)
+    outcome.finish(profile, step=1)
 
     ((_, _, files, note),) = outcome.done
     assert FLAME_NAME not in files
