@@ -77,7 +77,7 @@ class MonitoredRanks:
             name: Of the run.
             folder: For logs and the place where ranks meet.
             world_size: Ranks.
-            slow: `reading` or `decoding`, by `rank_<number>`: what takes that rank longer.
+            slow: `reading`, `decoding` or `flips`, by `rank_<number>`: what takes that rank longer, or what it does.
         """
         self.run = RunDirectory.of(Storage(), recipe.run_root, name)
         self.run.claim(recipe)
@@ -146,6 +146,10 @@ class MonitoredRanks:
         self.monitor.request_stop("the test is over")
         for rank, process in enumerate(self.processes):
             assert process.wait(60) == 0, self._log(rank).read_text()[-3000:]
+
+    def log(self, rank: int) -> str:
+        """What a rank has printed."""
+        return self._log(rank).read_text()
 
     def _log(self, rank: int) -> Path:
         return self._folder / f"{self.run.name}-rank-{rank}.log"

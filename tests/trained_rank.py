@@ -60,7 +60,14 @@ def slow_decode(data: bytes) -> Any:
     return decode(data)
 
 
-decode = image_maker.decode
+def flipped(*words: Any, **named: Any) -> Any:
+    """The gradients, with one bit of one element flipped."""
+    gradients = grad(*words, **named)
+    gradients[3].view(-1)[:1].view(torch.int32).bitwise_xor_(1 << 3)
+    return gradients
+
+
+decode, grad = image_maker.decode, torch.autograd.grad
 
 
 if __name__ == "__main__":
@@ -72,6 +79,8 @@ if __name__ == "__main__":
     storage = SlowStorage() if os.environ["SLOW"] == "reading" else Storage()
     if os.environ["SLOW"] == "decoding":
         image_maker.decode = slow_decode
+    if os.environ["SLOW"] == "flips":
+        torch.autograd.grad = flipped
     dist.init_process_group("gloo", init_method=os.environ["MEETING_POINT"], rank=RANK, world_size=WORLD_SIZE)
     run = RunDirectory(storage, os.environ["RUN_URL"])
     job = TrainJob(run.read_recipe(), run, Monitor(), claim=0, driver="a test")  # type: ignore[arg-type]

@@ -79,6 +79,7 @@ class ExactSteps:
         batch = Batch(step, step, ids, images, 0.0, np.zeros((len(ids), 5), np.int32))
         shared = self._step.gradients(batch, self._recipe.learning_rate, instruction="", uploading=False)
         assert bool(shared.fault) == bool(poison)
+        assert not shared.verdicts
         self._step.discard() if poison else self._step.update(step + 1)
         self.digests.append(self._step.digest())
         self.norms.append(self._step.gradient_norm)

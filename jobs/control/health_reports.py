@@ -29,6 +29,29 @@ class HealthReports(RunMemory):
                 self._figures.count("preflight_failures")
                 self._add_event("preflight-failed", step=self._figures["step"], reason=reason)
 
+    def corrupt(self, *, step: int, found: Sequence[tuple[Sequence[int], str]]) -> None:
+        """Note ranks that computed other gradients than the others; later starts leave out the nodes of those named.
+
+        Args:
+            step: That was verified.
+            found: The ranks that may have erred, one where it is certain, and what they did.
+        """
+        with self._lock:
+            self._figures.count("corruptions")
+            certain = sorted({ranks[0] for ranks, _ in found if len(ranks) == 1})
+            suspects = certain or sorted({rank for ranks, _ in found for rank in ranks})
+            pulses = [pulse for rank in suspects if (pulse := self._watch.pulse_of(rank))]
+            if certain:
+                self._left_out_nodes |= {pulse.node_id for pulse in pulses}
+            self._add_event(
+                "corruption",
+                step=step,
+                ranks=suspects,
+                hosts=[pulse.host for pulse in pulses],
+                certain=bool(certain),
+                reason="; ".join(line for _, line in found),
+            )
+
     def nodes_left_out(self) -> set[str]:
         """Ids of nodes on which no rank should start, if the others have room for min_workers."""
         with self._lock:

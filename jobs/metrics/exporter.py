@@ -108,6 +108,7 @@ COUNTERS = {
     "memory_checkpoint_failures": "Memory checkpoints that were not.",
     "hangs": "Ranks that hung and were killed.",
     "straggler_spells": "Spells in which a rank made the others wait.",
+    "corruptions": "Verified steps in which ranks computed different gradients.",
     "preflight_failures": "Nodes that failed the check before ranks start.",
     "skipped_steps": "Steps without an update, since a loss or gradient was not finite, including redone ones.",
     "rollbacks": "Returns to a checkpoint since a loss or gradient was not finite.",

@@ -15,6 +15,7 @@ from jobs.run.profile_request import ProfileRequest
 from jobs.step.instruction import Instruction
 from jobs.step.non_finite import SkippedSteps
 from jobs.step.step_reading import StepReading
+from jobs.step.step_verification import Verdict
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -130,6 +131,11 @@ class MonitorLine:
     def roll_back(self, window: SkippedSteps, reason: str) -> None:
         """Report steps that all later attempts skip; waits until storage has it."""
         self._answer(self._monitor.roll_back.remote(**window.to_json(), reason=reason))
+
+    def corrupt(self, step: int, found: Sequence[Verdict]) -> None:
+        """Report ranks that computed other gradients than the others; waits."""
+        blamed = [(verdict.ranks, verdict.line()) for verdict in found]
+        self._answer(self._monitor.corrupt.remote(step=step, found=blamed))
 
     def take_profile(self, rank: int) -> ProfileRequest | None:
         """What this rank is to profile; waits."""

@@ -7,7 +7,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +49,7 @@ from jobs.step.instruction import PAUSE_SECONDS, SAVES, Instruction
 from jobs.step.non_finite import NonFiniteLossError, RolledBackError, SkippedSteps, rollbacks_in_a_row, stretches
 from jobs.step.objective import Objective, Reconstruction
 from jobs.step.step_reading import RankReading
+from jobs.step.step_verification import CorruptGradientError, Verdict
 from jobs.step.training_step import RankPlace, SharedStep, TrainingStep
 from model import Classifier
 from pipeline.image.augment import Augmentation, RandomCrops
@@ -289,6 +290,8 @@ class Trainer:
             with_digest=self._undigested is not None,
         )
         self._report_undigested(shared.state)
+        if shared.verdicts:
+            self._end_for_corruption(batch.step + 1, shared.verdicts)
         self._update(batch.step + 1, shared.fault)
         self.done_steps = batch.step + 1
         if self.trace:
@@ -367,6 +370,14 @@ class Trainer:
             raise NonFiniteLossError(f"{reason}; no update was made")
         logger.warning("%s; its batch is skipped", reason)
         self.step.discard()
+
+    def _end_for_corruption(self, step: int, found: Sequence[Verdict]) -> None:
+        """Report ranks that erred, and end the attempt before the update. Collective."""
+        reason = f"step {step}: {'; '.join(verdict.line() for verdict in found)}"
+        if self.place.rank == 0:
+            self.line.corrupt(step, found)
+        dist.barrier()  # a rank that fails ends the others; the report comes first
+        raise CorruptGradientError(f"{reason}; no update was made")
 
     def _roll_back(self, step: int, reason: str) -> None:
         """Skip the steps from the newest checkpoint up to `step`, and end the attempt. Collective."""

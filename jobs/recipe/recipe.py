@@ -84,6 +84,7 @@ PLACEMENT_FIELDS = frozenset(
         "preflight",
         "straggler_factor",
         "leave_out_stragglers",
+        "verify_steps_every",
         "on_nonfinite_loss",
         "max_nonfinite_in_a_row",
         "max_restarts_without_progress",
@@ -259,6 +260,9 @@ class Recipe(BaseModel):
     """By how much a rank's own time for a step must exceed the median of the others' for it to be a straggler."""
     leave_out_stragglers: Switch = False
     """Leave out the nodes of stragglers at the next restart, as long as min_workers fit on the others."""
+    verify_steps_every: int = Field(default=0, ge=0, le=MOST)
+    """Steps between those in which a gradient of each rank is computed by two others as well, and compared; 0: never.
+    Only of pretraining, and where the same bits come out on every rank."""
     on_nonfinite_loss: OnNonFinite = "stop"
     """If a loss or gradient is not finite: `stop` the attempt, `skip_batch`, or `rollback` and skip steps."""
     max_nonfinite_in_a_row: int = Field(default=10, gt=0, le=MOST)
@@ -385,6 +389,14 @@ class Recipe(BaseModel):
         if self.compile and self.zero_stage == 3:
             rule = "must be false with zero_stage = 3, which gathers parameters between operations"
             raise RecipeError("compile", rule, self.compile, "set compile=false or zero_stage=2")
+        if self.verify_steps_every and not self.is_exact:
+            name, value = ("zero_stage", 3) if self.zero_stage == 3 else ("reproducible", self.reproducible)
+            rule = f"must be 0 with {name}={value}, where gradients of two ranks differ by rounding"
+            remedy = "set verify_steps_every=0, or train with zero_stage=1 reproducible=bits"
+            raise RecipeError("verify_steps_every", rule, self.verify_steps_every, remedy)
+        if self.verify_steps_every and self.finetune:
+            rule = "must be 0 in a fine-tuning, whose grains leave statistics of what was computed"
+            raise RecipeError("verify_steps_every", rule, self.verify_steps_every, "set verify_steps_every=0")
         if self.warmup_epochs >= self.epochs:
             remedy = f"set warmup_epochs={self.epochs / 10:g}, a tenth of the epochs, or train longer"
             raise RecipeError("warmup_epochs", f"must be below epochs = {self.epochs}", self.warmup_epochs, remedy)

@@ -40,6 +40,7 @@ Forward = Callable[[Batch, slice], Output]
 """The model's output for some images of a rank's part of the global batch."""
 OnMask = Callable[[Tensor], None]
 """Is given the mask of each image that is trained on."""
+OnGradients = Callable[[int, Sequence[Tensor]], None]
 NORM_WORDS = 2 + INTEGER_WORDS
 """Largest exponent, whether something is not finite, and the sum of squares."""
 _CHUNKS = {"cpu": 1 << 16, "cuda": 1 << 24}
@@ -84,6 +85,10 @@ class ExactGradients:
         """
         self._engine, self._recipe, self._grains, self._rank = engine, recipe, grains_by_rank[rank], rank
         self._probe = probe
+        self.grains = len(self._grains)
+        """Of this rank."""
+        self.on_gradients: OnGradients = lambda *_: None
+        """Is given the gradients of each of this rank's grains, by its number, as they are used."""
         self._parameters: list[Tensor] = []
         self._firsts: list[int] = []
         numels, position = [], 0
@@ -108,15 +113,32 @@ class ExactGradients:
         size = self._recipe.grain
         for number, grain in enumerate(self._grains):
             with self._probe.computing():
-                output = forward(batch, slice(number * size, (number + 1) * size))
+                output, gradients = self.of_grain(batch, forward, number)
                 on_mask(output.mask)
-                share = output.loss * (size / self._recipe.global_batch_size)
-                gradients = torch.autograd.grad(share, self._parameters)
+                self.on_gradients(number, gradients)
                 self._sums.add(grain, functools.partial(self._write, gradients))
             self._exchange.send_complete(self._sums.vectors())
-            words[grain] = share.detach()
+            words[grain] = output.loss.detach() * (size / self._recipe.global_batch_size)
         self._partitions = self._exchange.gather(self._sums.vectors())
         words[self.loss_words :] = norm_words(self._partitions, self._elements, rank=self._rank)
+
+    def of_grain(self, batch: Batch, forward: Forward, number: int) -> tuple[Output, tuple[Tensor, ...]]:
+        """The output for a grain, and its gradients, by parameter: those of its share of the mean loss.
+
+        Args:
+            batch: Grains in turn.
+            forward: The model's output.
+            number: Of the grain in the batch.
+        """
+        size = self._recipe.grain
+        output = forward(batch, slice(number * size, (number + 1) * size))
+        share = output.loss * (size / self._recipe.global_batch_size)
+        return output, torch.autograd.grad(share, self._parameters)
+
+    def digest(self, gradients: Sequence[Tensor]) -> Tensor:
+        """(1,) int64 of all bits of gradients, by parameter."""
+        whole = torch.cat([gradient.detach().float().flatten() for gradient in gradients])
+        return _bits(whole, 0).view(1)
 
     def read(self, words: Sequence[float]) -> tuple[float, bool]:
         """The mean loss, of its grains' shares in their order, and whether all gradients are finite."""

@@ -29,6 +29,7 @@ from jobs.step.instruction import INSTRUCTIONS, Instruction
 from jobs.step.non_finite import FAULT_WORDS, NonFiniteLossError, fault_of, write_faults
 from jobs.step.objective import Objective, Reconstruction
 from jobs.step.step_reading import RankReading, StepReading, from_words, word_count
+from jobs.step.step_verification import StepVerifier, Verdict
 from jobs.step.step_words import INTEGER_WORDS, StepWords, integer_of, wait_for, words_of
 from model.convmae import Output
 from pipeline.load.batch import Batch
@@ -69,6 +70,8 @@ class SharedStep(NamedTuple):
     """Digest of all weights and moments before the update, where it was asked for; else empty."""
     figures: tuple[StepReading, FigureTable] | None
     """Of all ranks, and by rank; rank 0 alone has them."""
+    verdicts: Sequence[Verdict] = ()
+    """Of ranks that computed other gradients than the others, where the step was verified."""
 
 
 class Gradients(Protocol):
@@ -219,10 +222,15 @@ class TrainingStep:
         self._probe = ComputeProbe(place.device)
         self._gradients: Gradients = gradients_of(engine, recipe, order, place, self._probe)
         self._objective = objective or Reconstruction(recipe, place.device)
-        sizes = (FAULT_WORDS, self._gradients.words, self._objective.words, INTEGER_WORDS)
-        first, second, third, last = itertools.accumulate(sizes)
+        self._verifier = (
+            StepVerifier(self._gradients, recipe, place) if isinstance(self._gradients, ExactGradients) else None
+        )
+        of_verifier = self._verifier.words if self._verifier else 0
+        sizes = (FAULT_WORDS, self._gradients.words, self._objective.words, INTEGER_WORDS, of_verifier)
+        first, second, third, fourth, last = itertools.accumulate(sizes)
         self._of_faults, self._of_gradients = slice(first), slice(first, second)
-        self._of_objective, self._of_state = slice(second, third), slice(third, last)
+        self._of_objective, self._of_state = slice(second, third), slice(third, fourth)
+        self._of_verifier = slice(fourth, last)
         self._of_host = slice(last, None)
         self._statistics: list[float] = []
         """Of the objective, over all ranks, for the update."""
@@ -258,7 +266,12 @@ class TrainingStep:
         self._write_words_of_host(batch, instruction, uploading=uploading, holding=holding)
         words = self._words.send()
         of_gradients = words[self._of_gradients]
+        verifier = self._verifier if self._verifier and self._verifier.is_due(batch.step) else None
+        if verifier:
+            verifier.begin(batch, self.forward)
         self._gradients.compute(batch, self.forward, self._on_mask, of_gradients)
+        if verifier:
+            verifier.write(words[self._of_verifier])
         self._objective.write(words[self._of_objective])
         write_faults(words[self._of_faults], of_gradients[: self._gradients.loss_words], self.place.rank)
         with_digest = with_digest and self._recipe.is_exact
@@ -266,7 +279,8 @@ class TrainingStep:
             words[self._of_state] = digest_words(self.engine)
         summed = self._words.add_up()
         self._probe.stepped(len(batch.images))
-        return self._shared(summed, with_digest=with_digest)
+        shared = self._shared(summed, with_digest=with_digest)
+        return shared._replace(verdicts=verifier.read(summed[self._of_verifier])) if verifier else shared
 
     def _write_words_of_host(self, batch: Batch, instruction: Instruction, *, uploading: bool, holding: bool) -> None:
         words, consumed = self._words.of_host(), ConsumedDigest.of(batch.sample_ids.numpy())

@@ -81,6 +81,7 @@ OTHER_VALUES: dict[str, Any] = {
     "preflight": False,
     "straggler_factor": 3.0,
     "leave_out_stragglers": True,
+    "verify_steps_every": 50,
     "on_nonfinite_loss": "skip_batch",
     "max_nonfinite_in_a_row": 3,
     "checkpoint_interval": "auto",
@@ -125,7 +126,7 @@ def test_resuming_may_change_how_a_run_executes_and_nothing_else() -> None:
         "digest_every_steps",
     }
     watching = {"max_restarts_without_progress", "metrics_port", "hang_seconds", "resize_seconds", "standby"}
-    watching |= {"preflight", "straggler_factor", "leave_out_stragglers"}
+    watching |= {"preflight", "straggler_factor", "leave_out_stragglers", "verify_steps_every"}
 
     reading = {
         "on_bad_sample",

@@ -86,6 +86,15 @@ def test_losses_norms_and_digests_have_the_same_bits_at_every_world_size(
         assert trained(groups(world_size), recipe(stage, **changes), ["train"] * STEPS) == alone, (world_size, stage)
 
 
+def test_verified_steps_have_the_same_bits_and_no_rank_is_blamed(groups: Callable[[int], WorkerGroup]) -> None:
+    """Of one rank, of two and of three, which find their three digests in different ways."""
+    alone = trained(groups(1), recipe(), ["train"] * STEPS)
+
+    for world_size, stage in ((1, 1), (2, 2), (3, 1)):
+        verified = recipe(stage, verify_steps_every=2)
+        assert trained(groups(world_size), verified, ["train"] * STEPS) == alone, world_size
+
+
 @pytest.mark.slow
 def test_five_ranks_which_divide_no_number_of_grains_have_the_same_bits(groups: Callable[[int], WorkerGroup]) -> None:
     changes = {"clip_grad_norm": CLIPPED}
