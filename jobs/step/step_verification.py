@@ -50,9 +50,8 @@ class Verdict(NamedTuple):
         """For people."""
         if self.is_certain:
             return f"rank {self.ranks[0]} computed another gradient than the others for a grain of rank {self.owner}"
-        return (
-            f"ranks {' and '.join(map(str, self.ranks))} computed different gradients for a grain of rank {self.owner}"
-        )
+        named = " and ".join(map(str, self.ranks))
+        return f"ranks {named} computed different gradients for a grain of rank {self.owner}"
 
 
 def voters(owner: int, world_size: int) -> tuple[int, ...]:
@@ -92,23 +91,19 @@ class StepVerifier:
 
         Args:
             gradients: Of this rank, which are watched.
-            recipe: Says how often, and how large grains are.
+            recipe: Says how often, which is not never, and how large grains are.
             place: Of this rank.
         """
-        self._gradients, self._every, self._grain, self._place = (
-            gradients,
-            recipe.verify_steps_every,
-            recipe.grain,
-            place,
-        )
-        self.words = place.world_size * VOTES * INTEGER_WORDS if self._every else 0
+        self._gradients, self._place = gradients, place
+        self._every, self._grain = recipe.verify_steps_every, recipe.grain
+        self.words = place.world_size * VOTES * INTEGER_WORDS
         self._chosen = -1
         self._votes: list[Tensor] = []
         gradients.on_gradients = self._see
 
     def is_due(self, step: int) -> bool:
         """Whether a step, from 0, is verified."""
-        return self._every > 0 and (step + 1) % self._every == 0
+        return (step + 1) % self._every == 0
 
     def begin(self, batch: Batch, forward: Forward) -> None:
         """Compute the gradients of two other ranks' grains, before this rank's own. Collective.

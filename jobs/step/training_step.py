@@ -222,9 +222,10 @@ class TrainingStep:
         self._probe = ComputeProbe(place.device)
         self._gradients: Gradients = gradients_of(engine, recipe, order, place, self._probe)
         self._objective = objective or Reconstruction(recipe, place.device)
-        self._verifier = (
-            StepVerifier(self._gradients, recipe, place) if isinstance(self._gradients, ExactGradients) else None
-        )
+        self._verifier: StepVerifier | None = None
+        if recipe.verify_steps_every:
+            assert isinstance(self._gradients, ExactGradients)
+            self._verifier = StepVerifier(self._gradients, recipe, place)
         of_verifier = self._verifier.words if self._verifier else 0
         sizes = (FAULT_WORDS, self._gradients.words, self._objective.words, INTEGER_WORDS, of_verifier)
         first, second, third, fourth, last = itertools.accumulate(sizes)
