@@ -56,10 +56,10 @@ class StepProfile:
         self.request, self._run, self._device = request, run, device
         self._steps_left = request.steps
         self._folder = scratch_folder()
-        self._flames = FlameGraph(Path(self._folder.name, FLAME_NAME))
         on_gpu = device.type == "cuda"
         self._profile = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])])
         self._profile.start()
+        self._flames = FlameGraph(Path(self._folder.name, FLAME_NAME))
         self._thread: threading.Thread | None = None
 
     @property
@@ -83,10 +83,10 @@ class StepProfile:
             done: Called once all is in the store.
             failed: Called in its place.
         """
-        self._profile.stop()
         self._flames.stop()
         made: Exception | None = None
         try:
+            self._profile.stop()
             self._make_files()
         except Exception as error:
             made = error
@@ -134,8 +134,11 @@ class FlameGraph:
             path: To be written, as SVG.
         """
         self._path, self._process = path, None
+        self._why_not = "py-spy is not installed on the rank's node"
         command = shutil.which("py-spy") or shutil.which("py-spy", path=sysconfig.get_path("scripts"))
-        if command:
+        if command is None:
+            return
+        try:
             arguments = ["record", "--pid", str(os.getpid()), "--output", str(path), "--duration", "unlimited"]
             self._process = subprocess.Popen(
                 [command, *arguments, "--rate", str(SAMPLES_PER_SECOND), "--nonblocking"],
@@ -143,6 +146,8 @@ class FlameGraph:
                 stderr=subprocess.STDOUT,
                 text=True,
             )
+        except OSError as error:
+            self._why_not = str(error)
 
     def stop(self) -> None:
         """Have it write what it has seen; does not wait."""
@@ -152,7 +157,7 @@ class FlameGraph:
     def missing(self) -> str:
         """Waits for the file; why there is none, empty where there is."""
         if self._process is None:
-            return f"no {FLAME_NAME}: py-spy is not installed on the rank's node"
+            return f"no {FLAME_NAME}: {self._why_not}"
         try:
             said = self._process.communicate(timeout=FLAME_SECONDS)[0].strip().splitlines()
         except subprocess.TimeoutExpired:

@@ -232,17 +232,21 @@ class Trainer:
                     self._stand_still()
                 if instruction == "stop":
                     return True
-                self._profile_on(asks=instruction == "profile")
+                self._attend_to_profile(is_asked=instruction == "profile")
                 self.pulse.at("data", self.recipe.stall_seconds)
         return False
 
-    def _profile_on(self, *, asks: bool) -> None:
+    def _attend_to_profile(self, *, is_asked: bool) -> None:
         """Between two steps: end a profile that has its steps, or begin the one that this rank is asked for."""
         if self._profile and self._profile.is_recording and self._profile.stepped():
             self._finish_profile(self._profile)
-        request = self.line.take_profile(self.place.rank) if asks else None
-        if request:
+        request = self.line.take_profile(self.place.rank) if is_asked else None
+        if request is None:
+            return
+        try:
             self._profile = StepProfile(request, self.run_directory, self.place.device)
+        except (OSError, RuntimeError) as error:  # of a disk, or of a profiler that somebody else has started
+            self.line.profile_failed(request, f"{type(error).__name__}: {error}")
 
     def _finish_profile(self, profile: StepProfile) -> None:
         done = functools.partial(self.line.profiled, profile.request)

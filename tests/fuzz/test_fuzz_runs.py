@@ -22,12 +22,13 @@ from probe_events import probe_events
 
 from jobs.cli.main import app
 from jobs.control import lease
-from jobs.errors import RunFailedError
+from jobs.errors import RunError, RunFailedError
 from jobs.export.run_tables import TABLE_SUFFIXES, export_tables
 from jobs.recipe.named_recipes import named_recipe
 from jobs.report.report import write_report
 from jobs.run import roots
 from jobs.run.directory import RunDirectory
+from jobs.run.profile_request import MOST_STEPS, ProfileRequest
 from jobs.stack.ports import Ports
 from jobs.stack.record import Stack
 from pipeline.store.lease import Holder, current_lease
@@ -129,6 +130,7 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("checkpoints", "RUN", "--verify", "--json"),
     ("prune", "RUN"),
     ("stop", "RUN"),
+    ("profile", "RUN"),
     ("diff", "RUN", "RUN"),
     ("diff", "RUN", "RUN", "--json"),
     ("list", "--run-root", "ROOT"),
@@ -334,6 +336,21 @@ def test_what_a_driver_reads_of_its_predecessors_is_rows_or_refused(fuzz: Fuzz, 
                 assert isinstance(row, dict)
 
     fuzz(run_records, examples(files_of(sound)), batch=80)
+
+
+def test_a_request_for_a_profile_is_one_or_refused_and_gone(fuzz: Fuzz, sound: RunDirectory) -> None:
+    request = ProfileRequest(1, 5, "key")
+
+    def run_requests(data: bytes) -> None:
+        sound.storage.write(sound.path("profile-request.json"), data)
+        with contextlib.suppress(RunError):
+            found = sound.take_profile_request()
+            assert found and found.rank >= 0 and 1 <= found.steps <= MOST_STEPS and isinstance(found.key, str)
+        assert sound.take_profile_request() is None
+
+    sound.write_profile_request(request)
+    assert sound.take_profile_request() == request
+    fuzz(run_requests, json_documents(request.to_json()), batch=80)
 
 
 # What commands remember on this machine

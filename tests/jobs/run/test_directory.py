@@ -9,6 +9,7 @@ from jobs.errors import RunError
 from jobs.recipe.named_recipes import named_recipe
 from jobs.recipe.recipe import PLACEMENT_FIELDS
 from jobs.run.directory import RunDirectory, list_runs, unknown_run
+from jobs.run.profile_request import ProfileRequest
 from pipeline.store.storage import Storage
 
 STORAGE = Storage()
@@ -135,6 +136,16 @@ def test_a_stop_request_is_taken_once(run: RunDirectory) -> None:
 
     assert run.take_stop_request()
     assert not run.take_stop_request()
+
+
+def test_a_request_for_a_profile_is_taken_once(run: RunDirectory) -> None:
+    assert run.take_profile_request() is None
+    request = ProfileRequest(rank=3, steps=5, key="k")
+
+    run.write_profile_request(request)
+
+    assert run.take_profile_request() == request
+    assert run.take_profile_request() is None
 
 
 def test_runs_are_listed_by_name_and_other_folders_are_not(run: RunDirectory, tmp_path: Path) -> None:
