@@ -436,10 +436,18 @@ NODES = Board(
                     [_of("convmae_straggler_ranks")],
                 ),
                 Graph(
-                    "Memory", "Of each worker's process; level after some minutes.", "bytes", [_by_rank("memory_bytes")]
+                    "Memory",
+                    "Of each worker's process; level after some minutes.",
+                    "bytes",
+                    [_by_rank("memory_bytes")],
+                    12,
                 ),
                 Graph(
-                    "GPU memory", "Most that PyTorch held; zero on a CPU.", "bytes", [_by_rank("device_memory_bytes")]
+                    "GPU memory",
+                    "Most that PyTorch held; zero on a CPU.",
+                    "bytes",
+                    [_by_rank("device_memory_bytes")],
+                    12,
                 ),
                 Graph(
                     "Free disk",

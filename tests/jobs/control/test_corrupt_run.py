@@ -10,7 +10,7 @@ from monitored_ranks import MonitoredRanks, long_recipe, made_dataset
 EVERY = 4
 
 
-@pytest.mark.parametrize("world_size", [3, 2])
+@pytest.mark.parametrize("world_size", [3, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_rank_that_flips_a_bit_ends_the_attempt_at_the_next_verified_step(tmp_path: Path, world_size: int) -> None:
     recipe = long_recipe(made_dataset(tmp_path), str(tmp_path / "runs"), verify_steps_every=EVERY)
     with MonitoredRanks(recipe, "flips", tmp_path, world_size, rank_1="flips") as ranks:

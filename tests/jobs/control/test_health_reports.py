@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 from monitored_runs import READING, FakeClock, Start, begin, scraped
 
@@ -11,6 +14,20 @@ from jobs.metrics.rank_figures import RankFigures
 from jobs.rank.watchdog import Pulse
 from jobs.run.directory import RunDirectory
 from pipeline.host.process_identity import ProcessIdentity
+
+
+@pytest.fixture
+def start(start: Start) -> Iterator[Start]:
+    """Monitors that end with the test: no rank speaks any more, and they would look for those that hang."""
+    made: list[RunMonitor] = []
+
+    def make(**settings: Any) -> RunMonitor:
+        made.append(start(**settings))
+        return made[-1]
+
+    yield make
+    for monitor in made:
+        monitor.end("stopped")
 
 
 def train(monitor: RunMonitor, steps: range, *compute_seconds: float) -> None:

@@ -60,6 +60,7 @@ def test_a_rank_that_is_stopped_in_bursts_is_named_and_well_again_after_them(dat
         assert not ranks.events("restart"), "nothing was restarted for it"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["reading", "decoding"])
 def test_a_rank_whose_images_come_late_is_named_with_the_reason(data: str, tmp_path: Path, part: str) -> None:
     recipe = long_recipe(data, str(tmp_path / "runs"), straggler_factor=FACTOR)
