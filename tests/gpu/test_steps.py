@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -198,6 +200,27 @@ def test_a_step_waits_for_the_device_once(device: torch.device, stage: int) -> N
     assert not [warning for warning in waited if "synchroniz" in str(warning.message)]
     of_host = {"numpy": 3 * len(batches)} if device.type == "cpu" else {}
     assert dict(seen) == of_host, "sample ids, and words on their way there and back, are the host's own"
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("reproducible", ["bits", "rounding"])
+def test_a_step_is_timed_where_its_rank_computes_alone(device: torch.device, stage: int, reproducible: str) -> None:
+    rank = Rank(recipe_for(device, zero_stage=stage, reproducible=reproducible), device)
+    seen: list[Mapping[str, float]] = []
+    rank.step._reading = SimpleNamespace(write=lambda words, batch, probe: seen.append(probe.poll().metrics))  # type: ignore[assignment]
+    rank.train(2)
+    began = time.perf_counter()
+    rank.train()
+    seconds = time.perf_counter() - began
+    rank.train()
+
+    first, _, _, last = seen
+    assert not first, "nothing was computed before"
+    assert last["images"] == rank.recipe.global_batch_size
+    if stage == 3:
+        assert last["compute_seconds"] == 0, "forward passes gather weights"
+    else:
+        assert 0.02 * seconds < last["compute_seconds"] < seconds
 
 
 @pytest.mark.parametrize("kind", ["trained", "frozen", "moment"])
