@@ -1,9 +1,9 @@
 """Stragglers: ranks that make the others wait, since they read, decode or compute more slowly. Pure.
 
 All ranks finish a step together, so that its wall time names nobody. Each rank's own time does: its wait for a batch
-and its computing before it meets the others. A rank is slow in a step if its own time exceeds the median of the others'
-by a factor; it is a straggler while that holds for enough steps of a window, so that neither one long pause nor one
-lucky step counts.
+and its computing before it meets the others. A rank is a straggler while its own time, on average over a window of
+steps, exceeds the median of the others' by a factor. Its longest steps are left out: one long pause does not count, and
+a rank that waits for a whole window of the order now and then does.
 """
 
 from __future__ import annotations
@@ -23,10 +23,8 @@ Part = Literal["reading", "decoding", "computing"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
 WINDOW_STEPS = 20
-SLOW_RATIO = 0.5
-"""Share of the window's steps in which a rank must be slow for a spell to begin."""
-WELL_RATIO = 0.25
-"""Share below which the spell ends; lower, so that a rank at the limit does not begin one spell after the other."""
+PAUSES = 2
+"""Longest steps of each rank in a window that do not count: a save, a collection of garbage."""
 LEAST_EXCESS_SECONDS = 0.01
 """Of a step; what is less costs nobody anything, and may be a process that was not scheduled at once."""
 
@@ -69,37 +67,41 @@ class StragglerEvaluator:
             window_steps: Steps that are looked at together.
         """
         self._factor = factor
-        self._excess: deque[NDArray[np.float64]] = deque(maxlen=window_steps)
-        """(parts, ranks) of each step."""
-        self._medians: deque[NDArray[np.float64]] = deque(maxlen=window_steps)
-        """(ranks,), of the others."""
-        self._slow: deque[NDArray[np.bool_]] = deque(maxlen=window_steps)
+        self._own: deque[NDArray[np.float64]] = deque(maxlen=window_steps)
+        """(parts, ranks) of each step, for an image."""
         self._stragglers: NDArray[np.bool_] | None = None
 
     def evaluate(self, state: HealthState) -> Sequence[Straggler]:
         """The ranks that are stragglers after one more step, in their order; empty until a window is full."""
         assert state.reported is not None
-        own = own_seconds(state.reported)
         images = state.reported[:, RankFigures._fields.index("images")]
         if len(images) < 2 or not images.all():  # alone, or of a first step, before which nothing was computed
             return ()
-        medians = np.stack([medians_of_others(part / images) * images for part in (*own, own.sum(0))])
-        excess = own.sum(0) - medians[-1]
-        self._excess.append(own - medians[:-1])
-        self._medians.append(medians[-1])
-        self._slow.append((excess > (self._factor - 1) * medians[-1]) & (excess > LEAST_EXCESS_SECONDS))
-        if len(self._slow) < (self._slow.maxlen or 0):
+        self._own.append(own_seconds(state.reported) / images)
+        if len(self._own) < (self._own.maxlen or 0):
             return ()
-        share = np.mean(self._slow, axis=0)
+        own = _means_without_pauses(np.stack(self._own)) * images
+        others = np.stack([medians_of_others(part / images) * images for part in (*own, own.sum(0))])
         before = np.zeros(len(images), bool) if self._stragglers is None else self._stragglers
-        self._stragglers = (share >= SLOW_RATIO) | (before & (share >= WELL_RATIO))
-        return [self._straggler(int(rank)) for rank in np.flatnonzero(self._stragglers)]
+        # Half of it lets a spell last, so that a rank at the limit does not begin one after the other.
+        limit = np.where(before, (self._factor - 1) / 2, self._factor - 1) * others[-1]
+        excess = own.sum(0) - others[-1]
+        self._stragglers = (excess > limit) & (excess > LEAST_EXCESS_SECONDS)
+        return [_straggler(int(rank), own, others) for rank in np.flatnonzero(self._stragglers)]
 
-    def _straggler(self, rank: int) -> Straggler:
-        by_part, others = np.mean(self._excess, axis=0)[:, rank], float(np.mean(self._medians, axis=0)[rank])
-        part, own = PARTS[int(by_part.argmax())], others + float(by_part.sum())
-        reason = f"rank {rank} takes {own:.3f} s of its own for a step, others {others:.3f} s; it loses most in {part}"
-        return Straggler(Cause.NO_PROGRESS, reason, (rank,), rank, part, own, others)
+
+def _means_without_pauses(own: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(parts, ranks) means of (steps, parts, ranks), of each rank without its longest steps."""
+    kept = np.argsort(own.sum(1), axis=0)[:-PAUSES]
+    means: NDArray[np.float64] = np.take_along_axis(own, kept[:, None, :], axis=0).mean(0)
+    return means
+
+
+def _straggler(rank: int, own: NDArray[np.float64], others: NDArray[np.float64]) -> Straggler:
+    part = PARTS[int((own - others[:-1])[:, rank].argmax())]
+    mine, median = float(own[:, rank].sum()), float(others[-1, rank])
+    reason = f"rank {rank} takes {mine:.3f} s of its own for a step, others {median:.3f} s; it loses most in {part}"
+    return Straggler(Cause.NO_PROGRESS, reason, (rank,), rank, part, mine, median)
 
 
 def own_seconds(ranks: FigureTable) -> NDArray[np.float64]:

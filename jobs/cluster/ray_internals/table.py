@@ -67,6 +67,9 @@ OF_DRIVERS = (
     Internal(f"{_TRAIN}.execution.callback:WorkerGroupCallback.after_worker_group_start", _ASK),
     Internal(f"{_TRAIN}.execution.worker_group.poll:WorkerStatus", _ASK),
     Internal(f"{_TRAIN}.execution.worker_group.worker_group:WorkerGroup._poll_workers_and_collect_errors", _ASK),
+    Internal(
+        f"{_TRAIN}.execution.worker_group.worker_group:WorkerGroup.execute_single_async", "checking each rank's node"
+    ),
     Internal(f"{_CONTROLLER}:PreemptingState", _TOLD),
     Internal(f"{_CONTROLLER}:ReschedulingState", _TOLD),
     Internal(f"{_TRAIN}.exceptions:WorkerGroupStartupFailedError", _TOLD),

@@ -96,13 +96,23 @@ def test_a_rank_with_half_of_the_images_and_the_same_time_is_one() -> None:
 
 
 def test_long_pauses_now_and_then_name_nobody() -> None:
-    """A garbage collection, a save, a neighbour's burst: however long, they are few."""
+    """A garbage collection, a save: however long, they are few."""
     evaluator, found = StragglerEvaluator(1.5), []
     for step in range(200):
-        slow = figures(30.0 if step % 5 == 0 else 0.1)
+        slow = figures(30.0 if step % 10 == 0 else 0.1)
         found += evaluator.evaluate(HealthState(reported=table(figures(), slow, figures())))
 
     assert not found
+
+
+def test_a_rank_that_waits_for_a_whole_window_of_its_order_now_and_then_is_named() -> None:
+    """One step of five waits for all that was to be read for five."""
+    evaluator, found = StragglerEvaluator(1.5), []
+    for step in range(WINDOW_STEPS):
+        late = figures(read=0.6 if step % 5 == 0 else 0.0)
+        found = list(evaluator.evaluate(HealthState(reported=table(figures(), late, figures()))))
+
+    assert [(each.rank, each.part) for each in found] == [(1, "reading")]
 
 
 def test_bursts_in_most_steps_are_one_spell_which_ends() -> None:
