@@ -22,8 +22,8 @@ from pipeline.load import image_maker
 from pipeline.store.storage import Storage
 
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-SLOW_SECONDS = 0.3
-"""For an image to be decoded, or for a range to be read, one after the other."""
+READ_SECONDS, DECODE_SECONDS = 1.0, 0.1
+"""For a range to be read, one after the other, and for an image to be decoded."""
 
 
 class Monitor:
@@ -51,12 +51,12 @@ class SlowStorage(Storage):
 
     def read_range(self, *words: Any, **named: Any) -> bytes:
         with self._lock:
-            time.sleep(SLOW_SECONDS)
+            time.sleep(READ_SECONDS)
         return super().read_range(*words, **named)
 
 
 def slow_decode(data: bytes) -> Any:
-    time.sleep(SLOW_SECONDS / 3)
+    time.sleep(DECODE_SECONDS)
     return decode(data)
 
 
