@@ -10,7 +10,9 @@ from typing import Any
 
 import boto3
 import pytest
+from browser import chromium
 from moto.server import ThreadedMotoServer
+from playwright.sync_api import Browser
 
 from jobs.stack.local_stack import down, up
 from jobs.stack.record import Stack
@@ -30,6 +32,7 @@ STACK_FILES = frozenset(
         "jobs/control/test_goodput_run",
         "jobs/control/test_hangs",
         "jobs/control/test_iam_policies",
+        "jobs/control/test_live_page_run",
         "jobs/control/test_main_job",
         "jobs/control/test_poisoned_runs",
         "jobs/probes/test_probed_run",
@@ -122,3 +125,10 @@ def open_s3() -> Iterator[Storage]:
     boto3.client("s3", endpoint_url=storage.endpoint_url, **keys).create_bucket(Bucket="bucket")
     yield storage
     moto.stop()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A headless browser, for tests that `needs_browser` marks."""
+    with chromium() as started:
+        yield started

@@ -77,7 +77,7 @@ def begin(
     )
 
 
-def record(monitor: RunMonitor, steps: range, attempt: int = 1) -> str:
+def record(monitor: RunMonitor, steps: range, attempt: int = 1, world_size: int = 2) -> str:
     instruction = ""
     for step in steps:
         row = {
@@ -85,7 +85,7 @@ def record(monitor: RunMonitor, steps: range, attempt: int = 1) -> str:
             "epoch": (step - 1) // 100,
             "loss": 1 / step,
             "learning_rate": 1e-3,
-            "world_size": 2,
+            "world_size": world_size,
             "attempt": attempt,
             "data_wait_seconds": 0.0,
         }

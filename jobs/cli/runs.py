@@ -206,7 +206,7 @@ def status(
 
     With --watch and --json, print one JSON object per line.
     """
-    from jobs.report.status import event_line, run_status, status_lines
+    from jobs.report.status import event_line, page_address, run_status, status_lines
     from jobs.report.watch import status_display, watch_run
 
     directory = existing_run(open_session(), run, run_root)
@@ -215,6 +215,8 @@ def status(
             watch_run(directory, show)
         return
     current = run_status(directory)
+    if address := page_address(directory, current):
+        current["page_url"] = address
     if as_json:
         print_json({**current, "events": directory.read_events()})
         return

@@ -17,6 +17,8 @@ from jobs.metrics.run_figures import RunFigures
 from jobs.rank.watchdog import HangWatch
 from jobs.recipe.checkpoint_interval import IntervalRule
 from jobs.recipe.schedule import Schedule
+from jobs.report.live.live_figures import LiveFigures
+from jobs.report.live.run_pages import run_pages
 from jobs.run.directory import RunDirectory
 from jobs.run.probe_rows import PROBE_EVENT, ProbeCurve
 from jobs.run.record import RunRecord
@@ -100,7 +102,9 @@ class RunMemory:
             "steps_per_epoch": config.schedule.steps_per_epoch,
             "quarantined": self._record.quarantined,
         }
-        exporter = RunExporter(config.run.name, config.host, config.metrics_port, config.run.storage.retry_seconds)
+        pages = run_pages(config.run, config.host, self._live_figures)
+        patience_seconds = config.run.storage.retry_seconds
+        exporter = RunExporter(config.run.name, config.host, config.metrics_port, patience_seconds, pages)
         self._figures = RunFigures(
             fixed,
             before,
@@ -115,6 +119,11 @@ class RunMemory:
         """What the heartbeat says, fresh."""
         with self._lock:
             return self._figures.heartbeat()
+
+    def _live_figures(self) -> LiveFigures:
+        """For the page, which is drawn elsewhere."""
+        with self._lock:
+            return LiveFigures(self._figures.heartbeat(), self._figures.ranks())
 
     def flush(self) -> None:
         """Write history, events and heartbeat; returns when storage has them."""

@@ -7,6 +7,7 @@
         quarantine/attempt-0001.jsonl  samples first found unusable in this attempt, one JSON line each
         left-out.json               steps that rollbacks skipped, if there were any
         heartbeat.json              the latest status of the live run
+        page-token.json             what the run's live page asks for, on a cluster
         stop-request.json           there until the run obeys `convmae stop`
         claims/claim-000001.json    which driver has it
         checkpoints/step-00000050/  native ZeRO files, a folder for each attempt of each driver
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # it imports torch, for which commands that only read should 
 
 REPORT_NAME = "report.html"
 STOP_REQUEST_NAME = "stop-request.json"
+PAGE_TOKEN_NAME = "page-token.json"
 HISTORY_PART_STEPS = 1000
 """Steps in one part of the history, which is the most that one flush rewrites."""
 
@@ -155,7 +157,7 @@ class RunDirectory:
 
     def read_events(self) -> list[dict[str, Any]]:
         """Every event, oldest first."""
-        return [event for name in self._parts("events") for event in self._read_lines("events", name)]
+        return [event for name in self.part_names("events") for event in self.read_part("events", name)]
 
     def write_events(self, attempt: int, events: Iterable[dict[str, Any]]) -> None:
         """Replace the events of one attempt."""
@@ -168,7 +170,7 @@ class RunDirectory:
 
     def read_every_row(self) -> list[dict[str, Any]]:
         """Every row of the history as it was written, also of steps that were redone: by attempt, then by step."""
-        return [row for name in self._parts("history") for row in self._read_lines("history", name)]
+        return [row for name in self.part_names("history") for row in self.read_part("history", name)]
 
     def write_history(self, attempt: int, first_step: int, rows: Iterable[dict[str, Any]]) -> None:
         """Replace one part of the history."""
@@ -176,7 +178,7 @@ class RunDirectory:
 
     def read_quarantine(self) -> list[dict[str, Any]]:
         """Every sample that was found unusable, once, in the order of discovery."""
-        return [row for name in self._parts("quarantine") for row in self._read_lines("quarantine", name)]
+        return [row for name in self.part_names("quarantine") for row in self.read_part("quarantine", name)]
 
     def write_quarantine(self, attempt: int, rows: Iterable[dict[str, Any]]) -> None:
         """Replace the samples first found unusable in one attempt."""
@@ -197,7 +199,7 @@ class RunDirectory:
 
     def last_attempt(self) -> int:
         """The number of the newest attempt; 0 if there was none."""
-        names = self._parts("events")
+        names = self.part_names("events")
         return int(names[-1].removeprefix("attempt-").removesuffix(".jsonl")) if names else 0
 
     def write_heartbeat(self, status: dict[str, Any]) -> None:
@@ -223,17 +225,39 @@ class RunDirectory:
         self.storage.delete(self.path(STOP_REQUEST_NAME))
         return True
 
-    def _parts(self, folder: str) -> list[str]:
+    def part_names(self, folder: str) -> list[str]:
+        """Names of the files in `events`, `history` or `quarantine`, by attempt, then by step.
+
+        All but the last stay as they are.
+        """
         names = filter(_NAMES[folder].fullmatch, self.storage.list_names(self.path(folder)))
         return sorted(names, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
 
-    def _read_lines(self, folder: str, name: str) -> list[dict[str, Any]]:
+    def read_part(self, folder: str, name: str) -> list[dict[str, Any]]:
+        """The rows of one of these files; none if it is gone."""
         url = self.path(folder, name)
         try:
             data = self.storage.read(url)
         except FileNotFoundError:  # object stores list deleted names for a while
             return []
         return [checked(folder, parsed(line, url), url) for line in data.splitlines()]
+
+    def read_page_token(self) -> str:
+        """What the live page asks for where others than this machine reach it; empty if there is none.
+
+        Raises:
+            RunError: It is damaged.
+        """
+        url = self.path(PAGE_TOKEN_NAME)
+        try:
+            row = checked("page-token", parsed(self.storage.read(url), url), url)
+        except FileNotFoundError:
+            return ""
+        return str(row["token"])
+
+    def write_page_token(self, token: str) -> None:
+        """Replace it."""
+        self.storage.write(self.path(PAGE_TOKEN_NAME), _json_bytes({"token": token}))
 
     def _write_lines(self, folder: str, name: str, rows: Iterable[dict[str, Any]]) -> None:
         data = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)

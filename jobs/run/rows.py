@@ -129,6 +129,11 @@ class _Heartbeat(TypedDict):
     validation_best_low: NotRequired[Ratio]
     device: NotRequired[Text]
     metrics_url: NotRequired[Text]
+    page_url: NotRequired[Text]
+
+
+class _PageToken(TypedDict):
+    token: Annotated[str, Strict(), Field(pattern="^[A-Za-z0-9_-]{32,128}$")]
 
 
 _ROWS: dict[str, TypeAdapter[Any]] = {
@@ -137,6 +142,7 @@ _ROWS: dict[str, TypeAdapter[Any]] = {
     "quarantine": TypeAdapter(_QuarantineRow),
     "left-out": TypeAdapter(_LeftOutRow),
     "heartbeat": TypeAdapter(_Heartbeat),
+    "page-token": TypeAdapter(_PageToken),
 }
 _OF_KINDS: Mapping[str, tuple[str, ...]] = {
     "checkpoint": ("bytes", "stall_seconds", "duration_seconds"),
@@ -154,7 +160,10 @@ _TYPES = {
     "bool_type": " as true or false",
 }
 """What a field should have been, by pydantic's name of the fault."""
-_REMEDIES = {"heartbeat": "delete it: a live run writes it again"}
+_REMEDIES = {
+    "heartbeat": "delete it: a live run writes it again",
+    "page-token": "delete it: the run's next driver makes another",
+}
 _RESTORE = "restore the file, or move it away: what it holds is then missing"
 
 
@@ -174,7 +183,7 @@ def checked(kind: str, row: Any, url: str) -> Row:
     """The same row, if it has the fields of its kind.
 
     Args:
-        kind: `events`, `history`, `quarantine`, `left-out` or `heartbeat`.
+        kind: `events`, `history`, `quarantine`, `left-out`, `heartbeat` or `page-token`.
         row: What was read.
         url: From where, for the message.
 

@@ -172,7 +172,7 @@ def test_verbose_may_be_given_anywhere() -> None:
 
 def test_every_command_that_takes_a_run_can_be_sent_there() -> None:
     group: Any = get_command(main.app)
-    here = {"up", "down", "demo", "drive"}
+    here = {"up", "down", "demo", "drive", "ui"}
     for name, command in group.commands.items():
         takes_context = any("ctx" in str(parameter) for parameter in typing_names(command.callback))
         assert name in here or type(command).__name__ == "Elsewhere" or takes_context, name

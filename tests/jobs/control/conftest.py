@@ -41,6 +41,7 @@ def start(run: RunDirectory) -> Start:
         targets_folder: str = "",
         interval: IntervalRule = EVERY_TEN,
         flush_seconds: float = 3600.0,
+        host: str = "127.0.0.1",
         wall: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> RunMonitor:
@@ -53,7 +54,7 @@ def start(run: RunDirectory) -> Start:
             checkpoint_interval=interval,
             device="cpu",
             hang_seconds=30.0,
-            host="127.0.0.1",
+            host=host,
             metrics_port=0,
             targets_folder=targets_folder,
             flush_seconds=flush_seconds,

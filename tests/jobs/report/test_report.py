@@ -3,7 +3,6 @@ import html
 import io
 import json
 import re
-import shutil
 import subprocess
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import CHROMIUM, needs_browser
 from PIL import Image
 from probe_events import probe_events
 
@@ -455,7 +455,6 @@ def test_report_of_an_unknown_run_is_refused(tmp_path: Path) -> None:
         write_report(RunDirectory.of(STORAGE, str(tmp_path), "nobody"))
 
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), "")
 LAID_OUT = """<script>
 const hidden = element => getComputedStyle(element).display === "none";
 const wide = [...document.querySelectorAll("body *")].filter(element => {
@@ -491,7 +490,7 @@ def page_of_a_run(tmp_path: Path) -> Path:
     return page
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
+@needs_browser
 @pytest.mark.parametrize(("width", "charts"), [(360, "narrow"), (1280, "wide")])
 def test_report_is_readable_on_a_phone_and_on_a_desk(page_of_a_run: Path, width: int, charts: str) -> None:
     text = page_of_a_run.read_text()
@@ -511,7 +510,7 @@ def test_report_is_readable_on_a_phone_and_on_a_desk(page_of_a_run: Path, width:
     assert found["pictures"] == [True]
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
+@needs_browser
 def test_report_prints_and_loads_nothing_from_elsewhere(page_of_a_run: Path) -> None:
     printed = page_of_a_run.with_suffix(".pdf")
 
