@@ -82,7 +82,7 @@ class Guard:
                 return refused(start_response, HTTPStatus.FORBIDDEN, refusal)
             if self._agrees(parse_qs(environ.get("QUERY_STRING", "")).get("token", [""])[0]):
                 # A relative address: this folder, whatever a proxy calls it, and never another host.
-                kept = f"{self._cookie_name}={self.token}; HttpOnly; SameSite=Lax; Path=/"
+                kept = f"{self.cookie_name}={self.token}; HttpOnly; SameSite=Lax; Path=/"
                 headers = [("Location", "./"), ("Set-Cookie", kept)]
                 return refused(start_response, HTTPStatus.SEE_OTHER, "", headers)
             if self._agrees(_bearer(environ)) or self._agrees(self._cookie(environ)):
@@ -98,14 +98,14 @@ class Guard:
         return hmac.compare_digest(given.encode(), self.token.encode())
 
     @property
-    def _cookie_name(self) -> str:
+    def cookie_name(self) -> str:
         """Of this token: cookies are of a host, whatever the port, and a host may serve several runs."""
         return f"convmae-{hashlib.sha256(self.token.encode()).hexdigest()[:12]}"
 
     def _cookie(self, environ: WSGIEnvironment) -> str:
         # By hand: `http.cookies` gives up at the first odd one, which another program on this host may have set.
         pairs = (piece.strip().partition("=") for piece in str(environ.get("HTTP_COOKIE", "")).split(";"))
-        return next((value for name, _, value in pairs if name == self._cookie_name), "")
+        return next((value for name, _, value in pairs if name == self.cookie_name), "")
 
 
 def refused(

@@ -9,26 +9,33 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from email.message import Message
 from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import numpy as np
 import psutil
 import pytest
 from browser import DESK, PHONE, needs_browser, watched
+from guarded_s3 import GuardedS3, Principal
 from monitored_runs import Start, begin, commit, record, served
 from patience import wait_until
 from playwright.sync_api import Browser
 from probe_events import probe_event
 
 from jobs.metrics.endpoint import MOST_CLIENTS
+from jobs.metrics.rank_figures import RankFigures
 from jobs.recipe.named_recipes import named_recipe
+from jobs.report.live.drawing_process import DrawingProcess
+from jobs.report.live.live_figures import LiveFigures
+from jobs.report.live.live_page import RUN_PARTS
 from jobs.report.status import page_address, run_status, status_lines
 from jobs.run.directory import RunDirectory
 from jobs.run.own_code import PROJECT
+from pipeline.access.profile_keys import Keys
 from pipeline.store.storage import Storage
 
 HOSTILE = "rank 1: <img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
@@ -141,6 +148,7 @@ from jobs.control.monitor import RunMonitor
 from jobs.control.run_memory import MonitorConfig
 from jobs.run.directory import RunDirectory
 from monitored_runs import EVERY_TEN, SCHEDULE, begin, record
+from pipeline.access.profile_keys import Keys
 from pipeline.store.storage import Storage
 run = RunDirectory(Storage(), {url!r})
 monitor = RunMonitor(MonitorConfig(run, SCHEDULE, 64, 2, 3, EVERY_TEN, "cpu", 30.0, "127.0.0.1", 0, "", 0.2))
@@ -195,6 +203,50 @@ def test_what_draws_the_page_ends_with_the_monitor(run: RunDirectory) -> None:
         process.kill()
         process.wait()
         wait_until("its end", lambda: not drawer.is_running() or drawer.status() == psutil.STATUS_ZOMBIE, 30)
+
+
+def test_what_draws_the_page_is_replaced_when_it_is_killed(start: Start, run: RunDirectory) -> None:
+    monitor = start()
+    begin(monitor)
+    monitor.flush()
+    drawing = DrawingProcess(run, lambda: LiveFigures(monitor.status(), np.empty((0, len(RankFigures._fields)))))
+    try:
+        assert {name for drawn in drawing.draw() for name in drawn.parts} == set(RUN_PARTS)
+        (process,) = (each for each in psutil.Process().children() if "drawing_process" in " ".join(each.cmdline()))
+        process.kill()
+        process.wait()
+
+        drawn = list(drawing.draw())
+
+        assert {name for each in drawn for name in each.parts} == set(RUN_PARTS)
+        assert not any(each.fault for each in drawn)
+    finally:
+        drawing.close()
+    assert not [each for each in psutil.Process().children() if "drawing_process" in " ".join(each.cmdline())]
+
+
+def test_keys_that_the_store_refuses_are_replaced_by_those_that_the_monitor_gets(open_s3: Storage) -> None:
+    """As with keys of SSO: only the monitor's process can ask for newer ones."""
+    run = RunDirectory.of(open_s3, "s3://bucket/runs", "first")
+    run.claim(named_recipe("tiny"))
+    old, new = Principal(token="old"), Principal(token="new")
+    with GuardedS3(open_s3, principals={"OLD": old, "NEW": new}).running() as guard:
+        storage = replace(open_s3, endpoint_url=guard.endpoint, key="OLD", secret="x", token="old", renewal=newer_keys)
+        drawing = DrawingProcess(replace(run, storage=storage), lambda: LiveFigures({}, np.empty((0, 9))))
+        try:
+            assert not any(each.fault for each in drawing.draw())
+            old.refusal = "ExpiredToken"
+            faults = [each.fault for each in drawing.draw()]
+            assert "credentials" in faults[0]
+
+            wait_until("newer keys", lambda: not any(each.fault for each in drawing.draw()), 60)
+        finally:
+            drawing.close()
+    assert {seen.key_id for seen in guard.seen if not seen.refused} == {"OLD", "NEW"}
+
+
+def newer_keys() -> Keys:
+    return Keys("NEW", "x", "new")
 
 
 def test_on_loopback_only_requests_to_this_machine_are_answered(start: Start, run: RunDirectory) -> None:
