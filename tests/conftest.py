@@ -32,7 +32,6 @@ STACK_FILES = frozenset(
         "jobs/control/test_goodput_run",
         "jobs/control/test_hangs",
         "jobs/control/test_iam_policies",
-        "jobs/control/test_live_page_run",
         "jobs/control/test_main_job",
         "jobs/control/test_poisoned_runs",
         "jobs/probes/test_probed_run",

@@ -2,68 +2,74 @@
 
 from __future__ import annotations
 
-import os
-import signal
+import json
+from collections.abc import Iterator
 
 import psutil
 import pytest
 from browser import needs_browser, watched
-from followed_runs import has_checkpoint, has_trained, trains, until
-from patience import wait_until
+from followed_runs import SPREAD, has_checkpoint, has_trained, made_dataset, trains, until
+from patience import done, wait_until
 from playwright.sync_api import Browser
-from testbed import Command, family, processes, ranks, small_recipe
+from ray_nodes import Cluster, ray_cluster
+from testbed import processes, small_recipe
 
-from jobs.stack.record import Stack
-
-pytestmark = [pytest.mark.slow, needs_browser]
-
-FIELDS: dict[str, object] = {
-    "epochs": 1000,
-    "warmup_epochs": 1.0,
-    "checkpoint_every_steps": 20,
-    "max_restarts_without_progress": 5,
-    "cpus_per_worker": 1.0,
-    "loader_threads": 1,
-}
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), needs_browser]
 
 
-def test_the_page_of_a_run_follows_a_kill_and_a_resize(
-    convmae: Command, data: str, local_stack: Stack, browser: Browser
-) -> None:
-    """Two of four CPUs are another run's at first: when it stops, this one grows from two ranks to three."""
-    convmae("submit", *small_recipe(data, **FIELDS, max_workers=2), "--run", "neighbour")
-    until(convmae.run("neighbour"), "two ranks", trains(2))
-    others = {process.pid for process in ranks(local_stack)}
-    growing = {**FIELDS, "min_workers": 1, "max_workers": 3, "resize_seconds": 2.0}
-    convmae("submit", *small_recipe(data, **growing), "--run", "watched-page")
-    run = convmae.run("watched-page")
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A head and two nodes of one CPU."""
+    with ray_cluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        cluster.add()
+        cluster.add()
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def data(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """URL of a data set."""
+    return made_dataset(cluster, tmp_path_factory.mktemp("photographs"))
+
+
+def test_the_page_of_a_run_follows_a_kill_and_a_resize(cluster: Cluster, data: str, browser: Browser) -> None:
+    fields = {**SPREAD, "run_root": f"{cluster.s3.url}/runs"}
+    done(cluster.convmae("submit", *small_recipe(data, **fields), "--run", "watched-page"))
+    run = cluster.run("watched-page")
     until(run, "two ranks", trains(2))
     until(run, "a checkpoint", has_checkpoint)
-    url = run.read_heartbeat()["page_url"]
-    assert dict(line.split(maxsplit=1) for line in convmae("status", run.name)[0].splitlines())["page"] == url
+    out, _ = done(cluster.convmae("status", run.url, "--json"))
+    address = str(json.loads(out)["page_url"])  # with the token, where the cluster is not on loopback
 
-    with watched(browser, url) as seen:
+    with watched(browser, address) as seen:
         seen.waits_for(".state", "running")
         seen.waits_for_fact("Workers now", "2 of 3")
         seen.waits_for('[data-part="training"] svg.narrow', "loss")
         seen.page.evaluate("window.isTheSame = true")
+        (drawer,) = (each for each in drawers() if "ray::" in " ".join(psutil.Process(each.ppid()).cmdline()))
 
-        killed = next(process for process in ranks(local_stack) if process.pid not in others)
-        os.kill(killed.pid, signal.SIGKILL)
+        cluster.nodes[1].workers()[0].kill()
         has_trained(run, 2)
         seen.waits_for_fact("Restarts", "1")
         seen.waits_for('[data-part="attempts"] td', "restart")
 
-        convmae("stop", "neighbour")
+        cluster.add()
         until(run, "three ranks", trains(3))
         seen.waits_for_fact("Workers now", "3 of 3")
         seen.waits_for('[data-part="attempts"] td', "resize")
         seen.is_in_order()
         assert seen.page.evaluate("window.isTheSame")
-        (drawer,) = processes("jobs.report.live.drawing_process", family(local_stack))
-    convmae("stop", run.name)
+    done(cluster.convmae("stop", run.url))
     wait_until("the end of what draws", lambda: not is_alive(drawer), 120)
 
 
+def drawers() -> list[psutil.Process]:
+    """Those of other tests' monitors are not of a Ray worker."""
+    return processes("jobs.report.live.drawing_process", psutil.process_iter())
+
+
 def is_alive(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ import boto3
 from browser import DESK, PHONE, needs_browser, watched
 from moto.server import ThreadedMotoServer
 from patience import wait_until
+from PIL import Image
 from playwright.sync_api import Browser
 
 from jobs.metrics.endpoint import served, url_of
@@ -69,7 +71,10 @@ def ui(root: str, *arguments: str, **environ: str) -> Iterator[tuple[str, subpro
 def test_live_and_ended_runs_are_listed_and_each_leads_to_its_page(tmp_path: Path, browser: Browser) -> None:
     root, storage = str(tmp_path / "runs"), Storage()
     live = make_run(storage, root, "live", "running", eta_seconds=3700.0, probe_accuracies={"knn_20": 0.5})
-    make_run(storage, root, "ended", "finished")
+    ended = make_run(storage, root, "ended", "finished")
+    picture = io.BytesIO()
+    Image.new("RGB", (800, 300), "green").save(picture, "PNG")
+    storage.write(ended.path("reconstructions.png"), picture.getvalue())
     make_run(storage, root, "silent", "running", updated_at_seconds=time.time() - 3600)
     broken = make_run(storage, root, "broken", "running")
     storage.write(broken.path("heartbeat.json"), b'{"state": "<b>"')
@@ -101,6 +106,7 @@ def test_live_and_ended_runs_are_listed_and_each_leads_to_its_page(tmp_path: Pat
         seen.waits_for('[data-part="training"] svg.narrow', "loss")
         seen.waits_for('[data-part="events"] td', HOSTILE)
         assert seen.page.title() == "ended · ConvMAE run"
+        seen.page.wait_for_function("document.images.length === 1 && document.images[0].naturalWidth === 800")
         seen.is_in_order()
         seen.page.get_by_role("link", name="All runs").click()
         seen.waits_for("h1", "5 runs")
