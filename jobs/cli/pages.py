@@ -89,11 +89,11 @@ def ui(
         rule = f"must be where this process can listen ({error.strerror or error})"
         raise UserError("--host, --port", rule, f"{host}:{port}", "choose others, or port 0 for any free one") from None
     url = with_token(url_of(host, server.server_port), token)
-    if as_json:
-        print_json({"url": url, "runs": [run.url for run in listed.runs.values()]})
-    else:
-        say(f"{len(listed.runs)} runs: {url}")
     with contextlib.suppress(KeyboardInterrupt):
+        if as_json:
+            print_json({"url": url, "runs": [run.url for run in listed.runs.values()]})
+        else:
+            say(f"{len(listed.runs)} runs: {url}")
         threading.Event().wait()
 
 

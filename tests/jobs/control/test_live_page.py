@@ -26,7 +26,7 @@ from patience import wait_until
 from playwright.sync_api import Browser
 from probe_events import probe_event
 
-from jobs.metrics.endpoint import MOST_CLIENTS
+from jobs.metrics.endpoint import MOST_CLIENTS, SILENT_SECONDS
 from jobs.metrics.rank_figures import RankFigures
 from jobs.recipe.named_recipes import named_recipe
 from jobs.report.live.drawing_process import DrawingProcess
@@ -60,7 +60,7 @@ class Answer:
 
 def answer(url: str, **headers: str) -> Answer:
     parts = urlsplit(url)
-    connection = HTTPConnection(parts.hostname or "", parts.port, timeout=10)
+    connection = HTTPConnection(parts.hostname or "", parts.port, timeout=60)
     try:
         connection.request("GET", url.removeprefix(f"http://{parts.netloc}"), headers=headers)
         found = connection.getresponse()
@@ -209,10 +209,11 @@ def test_what_draws_the_page_is_replaced_when_it_is_killed(start: Start, run: Ru
     monitor = start()
     begin(monitor)
     monitor.flush()
+    before = set(psutil.Process().children())  # of earlier tests' monitors, whose pages somebody has just looked at
     drawing = DrawingProcess(run, lambda: LiveFigures(monitor.status(), np.empty((0, len(RankFigures._fields)))))
     try:
         assert {name for drawn in drawing.draw() for name in drawn.parts} == set(RUN_PARTS)
-        (process,) = (each for each in psutil.Process().children() if "drawing_process" in " ".join(each.cmdline()))
+        (process,) = set(psutil.Process().children()) - before
         process.kill()
         process.wait()
 
@@ -222,7 +223,7 @@ def test_what_draws_the_page_is_replaced_when_it_is_killed(start: Start, run: Ru
         assert not any(each.fault for each in drawn)
     finally:
         drawing.close()
-    assert not [each for each in psutil.Process().children() if "drawing_process" in " ".join(each.cmdline())]
+    assert set(psutil.Process().children()) <= before
 
 
 def test_keys_that_the_store_refuses_are_replaced_by_those_that_the_monitor_gets(open_s3: Storage) -> None:
@@ -347,7 +348,7 @@ def test_clients_that_hang_hold_up_neither_the_page_nor_a_scrape_nor_the_monitor
         record(monitor, range(1, 101))
         assert answer(url).status == 200
         assert served(monitor)["convmae_step"] == 100
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < SILENT_SECONDS
         wait_until("all to be cut off", lambda: all(map(is_cut_off, hanging)), 30)
         assert answer(url).status == 200
     finally:

@@ -14,7 +14,7 @@ from jobs.report.live.live_parts import LATE_SECONDS, Drawn, LiveParts, Snapshot
 
 
 class Counted:
-    """Makes numbered parts; fails while it is told to."""
+    """Makes numbered parts; fails while it has a fault."""
 
     def __init__(self) -> None:
         self.opened = self.made = self.closed = 0

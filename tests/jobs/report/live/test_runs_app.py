@@ -177,7 +177,7 @@ def test_elsewhere_a_token_is_asked_for_and_printed_or_taken(tmp_path: Path) -> 
 
     def status(url: str, **headers: str) -> int:
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=5) as found:
+            with urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=60) as found:
                 return int(found.status)
         except urllib.error.HTTPError as error:
             return error.code
