@@ -13,6 +13,7 @@ from jobs.cluster.session import Session
 from jobs.errors import PortTakenError, RecipeError
 from jobs.finetune.training_labels import TrainingLabels
 from jobs.probes.probe_plan import RunProbes, planned_probes
+from jobs.recipe.image_statistics import recorded_statistics
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import Schedule, order_of
 from jobs.run.directory import RunDirectory
@@ -21,6 +22,7 @@ from jobs.run.shared_folder import check_seen_by_all, input_landmarks, planted, 
 from jobs.run.trace import check_trace
 from jobs.weights.initial import pinned
 from pipeline.access.places import normal
+from pipeline.image.channels import RGB_CHANNELS
 from pipeline.shard.manifest import Manifest
 from pipeline.store.lease import Lease
 from pipeline.store.storage import Storage
@@ -68,6 +70,7 @@ def plan_run(
     patience_seconds = run.storage.retry_seconds if is_patient else 0.0
     session.storage.check(recipe.data, write=False, is_patient=is_patient)
     manifest = Manifest.load(session.storage, recipe.data)
+    recipe = _with_channels(recipe, manifest)
     _check_capacity(session, recipe)
     if drives or session.is_local:
         persevere(lambda: _check_port(recipe.metrics_port), PortTakenError, patience_seconds)
@@ -75,7 +78,8 @@ def plan_run(
     session.remember_run_root(run.root)
     recipe, samples = _with_labels(session.storage, recipe, run, manifest.samples)
     order = order_of(recipe, samples)
-    recipe = begun_way(run, pinned(session.storage, recipe, run))
+    recipe = _with_statistics(pinned(session.storage, recipe, run), run, manifest)
+    recipe = begun_way(run, recipe)
     run.check_recipe(recipe)
     if trace_url:
         trace_url = normal(trace_url)
@@ -115,6 +119,28 @@ def _with_labels(storage: Storage, recipe: Recipe, run: RunDirectory, samples: i
         recipe = recipe.amended(given)
     labels = TrainingLabels.of(storage, recipe)
     return labels.pinned(recipe), len(labels.train)
+
+
+def _with_channels(recipe: Recipe, manifest: Manifest) -> Recipe:
+    """The recipe with a model for images as the data set has them.
+
+    Raises:
+        RecipeError: The model is for gray images, and they are not; or what they are normalised by is for others.
+    """
+    given = recipe.model.in_channels
+    if given == manifest.channels:
+        return recipe
+    if given != RGB_CHANNELS:
+        remedy = "make the data set with --gray, or leave the field out"
+        raise RecipeError("model.in_channels", f"must be the data set's {manifest.channels}", given, remedy)
+    return recipe.amended({"model.in_channels": manifest.channels})
+
+
+def _with_statistics(recipe: Recipe, run: RunDirectory, manifest: Manifest) -> Recipe:
+    """The recipe with what images are normalised by: an existing run keeps what it began with."""
+    if run.exists():
+        return recipe.with_statistics(*run.read_recipe().statistics)
+    return recipe.with_statistics(*recorded_statistics(manifest))
 
 
 def begun_way(run: RunDirectory, recipe: Recipe) -> Recipe:

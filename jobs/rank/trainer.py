@@ -103,6 +103,7 @@ def rank_loader(dataset: Dataset, order: Order, recipe: Recipe, place: RankPlace
         dataset,
         order,
         image_shape=recipe.model.image_shape,
+        channels=recipe.model.in_channels,
         seed=recipe.seed,
         rank=place.rank,
         world_size=place.world_size,

@@ -32,12 +32,14 @@ from pydantic import (
 from jobs.errors import RecipeError
 from jobs.recipe import finetune
 from jobs.recipe.finetune import Finetune
-from model import ConvMAEConfig
+from jobs.recipe.image_statistics import IMAGENET_MEAN, IMAGENET_STD
+from model import ChannelStatistics, ConvMAEConfig
 from model.config import SWITCHES
 from model.errors import ModelConfigError
 from pipeline.access.places import normal
 from pipeline.access.urls import is_local, is_web
 from pipeline.errors import StorageError
+from pipeline.image.channels import CHANNELS, RGB_CHANNELS
 from pipeline.load.bad_sample import MAX_CONSECUTIVE_BAD_SAMPLES, OnBadSample
 from pipeline.load.stall_watch import STALL_SECONDS
 
@@ -170,6 +172,11 @@ class Recipe(BaseModel):
     """URL under which the run directory `<run_root>/<run name>` is made. Empty: the local stack's bucket."""
     model: ModelField
     """Architecture, masking and loss (`model.<field>`)."""
+    image_mean: tuple[float, ...] = ()
+    """Mean of each channel, of pixels in 0..1, by which images are normalised. Empty: that of the weights that it
+    starts from, or else of the data set, as its manifest says; determined when a run begins."""
+    image_std: tuple[float, ...] = ()
+    """Deviation of each channel likewise."""
     finetune: FinetuneField = None
     """What makes the run a fine-tuning (`finetune.<field>`); only recipes that are made for it have it."""
     init_from: str = ""
@@ -295,6 +302,11 @@ class Recipe(BaseModel):
         return self.base_learning_rate * self.global_batch_size / 256
 
     @property
+    def statistics(self) -> ChannelStatistics:
+        """What images are normalised by. Of a recipe that says nothing ImageNet's: so were runs before it could."""
+        return ChannelStatistics(self.image_mean or IMAGENET_MEAN, self.image_std or IMAGENET_STD)
+
+    @property
     def lane_batch_size(self) -> int:
         """Images that one lane contributes to every global batch."""
         return self.global_batch_size // self.lanes
@@ -372,12 +384,30 @@ class Recipe(BaseModel):
         if self.compile and self.zero_stage == 3:
             rule = "must be false with zero_stage = 3, which gathers parameters between operations"
             raise RecipeError("compile", rule, self.compile, "set compile=false or zero_stage=2")
+        self._check_statistics()
         if self.warmup_epochs >= self.epochs:
             remedy = f"set warmup_epochs={self.epochs / 10:g}, a tenth of the epochs, or train longer"
             raise RecipeError("warmup_epochs", f"must be below epochs = {self.epochs}", self.warmup_epochs, remedy)
         if self.finetune:
             self._check_finetune(self.finetune)
         return self
+
+    def _check_statistics(self) -> None:
+        if len(self.image_mean) != len(self.image_std):
+            rule = f"must have as many numbers as image_mean, {len(self.image_mean)}"
+            raise RecipeError("image_std", rule, list(self.image_std), "give both, or neither")
+        channels = self.model.in_channels
+        if channels not in CHANNELS:
+            rule = f"must be one of {', '.join(map(str, CHANNELS))}, to which images are decoded"
+            raise RecipeError("model.in_channels", rule, channels, "use 3 for RGB and 1 for gray")
+        if self.image_mean and len(self.image_mean) != channels:
+            rule = f"must have a number for each channel, {channels}"
+            remedy = "set image_mean=[] image_std=[] to take the data set's"
+            raise RecipeError("image_mean", rule, list(self.image_mean), remedy)
+        if not all(0 <= value <= 1 for value in self.image_mean):
+            raise RecipeError("image_mean", "must be from 0 to 1", list(self.image_mean), "divide by 255")
+        if not all(0 < value <= 1 for value in self.image_std):
+            raise RecipeError("image_std", "must be above 0, up to 1", list(self.image_std), "divide by 255")
 
     def _check_finetune(self, part: Finetune) -> None:
         if part.mixes and self.mixed_images < 2:
@@ -411,6 +441,10 @@ class Recipe(BaseModel):
             del fields["finetune"]  # so that a pretraining is what it was before there were fine-tunings
         if self.model.views == 1:
             del fields["model"]["views"]  # likewise
+        if self.model.in_channels == RGB_CHANNELS:
+            del fields["model"]["in_channels"]  # likewise
+        if self.statistics == (IMAGENET_MEAN, IMAGENET_STD):
+            del fields["image_mean"], fields["image_std"]  # likewise
         if self.is_exact:
             return fields | {"grain_size": self.grain}
         # As it was before there were grains, so that checkpoints of older runs are theirs.
@@ -421,6 +455,10 @@ class Recipe(BaseModel):
         """This recipe as it was meant before there were grains: free micro-batches, and bf16 of weights, too."""
         precision = "bf16_pure" if self.precision == "bf16" else self.precision
         return self.model_copy(update={"reproducible": "rounding", "grain_size": 0, "precision": precision})
+
+    def with_statistics(self, mean: Sequence[float], std: Sequence[float]) -> Recipe:
+        """This recipe, whose images are normalised by these where it says nothing itself."""
+        return self if self.image_mean else self.amended({"image_mean": list(mean), "image_std": list(std)})
 
     def digest(self) -> str:
         """SHA-256 of the trajectory, which every checkpoint records."""
@@ -442,7 +480,7 @@ class Recipe(BaseModel):
                 raise unknown_key(key, [*cls.model_fields, "model.<field>", "finetune.<field>"])
         # Tuples are lists in JSON and TOML, and an integer is a valid float: strict mode would refuse both.
         values = dict(fields)
-        for key in ("milestone_epochs", "recompute"):
+        for key in ("image_mean", "image_std", "milestone_epochs", "recompute"):
             if isinstance(values.get(key), list):
                 values[key] = tuple(values[key])
         try:
