@@ -1,8 +1,9 @@
 """Time from a failure to the first new step: `make bench-recovery`.
 
 A head and nodes of one CPU each run the recipe `tiny` on photographs, on a real Ray cluster on this machine. By turns a
-rank's process is killed, a node is killed, a node is added and a node is drained. Printed are, over all rounds, the
-medians of what the run's own event log says: how long no step was done, and in which phase of the restart.
+rank's process is killed, a node is killed, a node is added and a node is drained; in each round once where restarts are
+fed by the store alone, and once by memory checkpoints. Printed are, over all rounds, the medians of what the run's own
+event log says: how long no step was done, in which phase of the restart, and how many steps were done again.
 
     python benchmarks/bench_recovery.py [--rounds 3] [--calm-seconds 30]
 """
@@ -33,19 +34,35 @@ PATIENCE_SECONDS = 300.0
 IMAGES = 512
 DRAIN_SECONDS = 15
 
-Found = dict[str, list[dict[str, float]]]
+SIDES = ("store", "memory")
+SAVE_EVERY = 10
+"""Steps between checkpoints in the store."""
+HOLD_EVERY = 1
+"""And between those in memory."""
+
+Found = dict[str, list[dict[str, Any]]]
 
 
 def measure(cluster: Cluster, rounds: int, calm_seconds: float) -> Found:
-    """Events `recovered` and the steps that were redone, by what had happened.
+    """Events `recovered` and what came of them, by what had happened and what fed the restarts.
 
     Args:
         cluster: Of two nodes.
-        rounds: How often each thing happens; a node is added twice in each.
+        rounds: How often each thing happens on either side; a node is added twice in each.
         calm_seconds: How long the run trains undisturbed before each, so that processes that wait have imported.
     """
-    run = begin(cluster)
+    sharded(cluster)
     found: Found = defaultdict(list)
+    for number in range(rounds):
+        for side in SIDES if number % 2 == 0 else reversed(SIDES):
+            run = begin(cluster, f"{side}-{number}", HOLD_EVERY if side == "memory" else 0)
+            disturb(cluster, run, found, side, calm_seconds)
+            done(cluster, "stop", run.url)
+    return found
+
+
+def disturb(cluster: Cluster, run: RunDirectory, found: Found, side: str, calm_seconds: float) -> None:
+    """Have everything happen once to a run."""
 
     def after(what: str, do: Callable[[], object]) -> None:
         time.sleep(calm_seconds)
@@ -55,32 +72,43 @@ def measure(cluster: Cluster, rounds: int, calm_seconds: float) -> Found:
         (start,) = (event for event in run.read_events() if event["attempt"] == attempt + 1 and "steps_redone" in event)
         event = recovered(run, attempt)
         assert event
-        found[what].append({**event, "steps_redone": start["steps_redone"]})
+        found[f"{what}, {side}"].append({**start, **event})
         phases = ", ".join(
             f"{phase} {event[f'{phase}_seconds']:.1f}" for phase in PHASES if f"{phase}_seconds" in event
         )
-        print(f"{what}: {event['down_seconds']:.1f} s ({phases})", file=sys.stderr, flush=True)
+        took = f"{event['down_seconds']:.1f} s ({phases}), {start['steps_redone']} redone"
+        print(f"{what}: {took}, from {start['restored_from']}", file=sys.stderr, flush=True)
         settle(run)
 
     settle(run)
-    for _ in range(rounds):
-        after("worker killed", alive(cluster)[0].workers()[0].kill)
-        after("node killed", alive(cluster)[-1].kill)
-        after("node added", cluster.add)
-        leaves = alive(cluster)[-1]
-        after("node drained", lambda node=leaves: cluster.drain(node, DRAIN_SECONDS))
-        after("node added", cluster.add)
-    return found
+    after("worker killed", alive(cluster)[0].workers()[0].kill)
+    after("node killed", alive(cluster)[-1].kill)
+    after("node added", cluster.add)
+    leaves = alive(cluster)[-1]
+    after("node drained", lambda: cluster.drain(leaves, DRAIN_SECONDS))
+    after("node added", cluster.add)
 
 
-def begin(cluster: Cluster) -> RunDirectory:
-    """Submit a run that lasts."""
+def sharded(cluster: Cluster) -> None:
+    """Make the dataset."""
     with tempfile.TemporaryDirectory() as folder:
         cut_tiles(Path(folder), IMAGES, seed=0)
         done(cluster, "shard", folder, f"{cluster.s3.url}/data", "--samples-per-shard", "128")
-    placed = ("cpus_per_worker=1.0", "epochs=100000", f"run_root={cluster.s3.url}/runs", "checkpoint_every_steps=10")
-    done(cluster, "submit", "tiny", f"data={cluster.s3.url}/data", *placed, "--run", "recovery")
-    return cluster.run("recovery")
+
+
+def begin(cluster: Cluster, name: str, hold_every: int) -> RunDirectory:
+    """Submit a run that lasts."""
+    fields = {
+        "data": f"{cluster.s3.url}/data",
+        "run_root": f"{cluster.s3.url}/runs",
+        "cpus_per_worker": 1.0,
+        "epochs": 100_000,
+        "probes": "false",
+        "checkpoint_every_steps": SAVE_EVERY,
+        "memory_checkpoint_every_steps": hold_every,
+    }
+    done(cluster, "submit", "tiny", *(f"{field}={value}" for field, value in fields.items()), "--run", name)
+    return cluster.run(name)
 
 
 def done(cluster: Cluster, *arguments: str) -> None:
@@ -117,14 +145,15 @@ def recovered(run: RunDirectory, attempt: int) -> dict[str, Any] | None:
 
 def report(found: Found, goals: Mapping[str, float]) -> list[str]:
     """One line for each kind of event; `goals` are seconds down at most."""
-    lines = [f"{'':16}{'down':>8}{'goal':>8}{'redone':>8}" + "".join(f"{phase:>12}" for phase in PHASES)]
-    for what, events in found.items():
+    lines = [f"{'':24}{'down':>8}{'goal':>8}{'redone':>8}" + "".join(f"{phase:>12}" for phase in PHASES)]
+    for what, events in sorted(found.items()):
         median = {key: statistics.median(event.get(f"{key}_seconds", 0.0) for event in events) for key in PHASES}
         down = statistics.median(event["down_seconds"] for event in events)
         redone = statistics.median(event["steps_redone"] for event in events)
-        goal = f"{goals[what]:.0f} s" if what in goals else ""
+        limit = goals.get(what.partition(",")[0])
+        goal = f"{limit:.0f} s" if limit else ""
         phases = "".join(f"{median[phase]:>10.1f} s" for phase in PHASES)
-        lines.append(f"{what:16}{down:>6.1f} s{goal:>8}{redone:>8.0f}{phases}")
+        lines.append(f"{what:24}{down:>6.1f} s{goal:>8}{redone:>8.0f}{phases}")
     return lines
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from jobs.checkpoint.restore import Source
 from jobs.control.monitor import RunMonitor
 from jobs.metrics.rank_figures import RankFigures
 from jobs.metrics.utilization import GroupCompute
@@ -64,12 +65,13 @@ def begin(
     resume_step: int = 0,
     started_at_seconds: float | None = None,
     compute: GroupCompute = COMPUTE,
+    source: Source | None = None,
     **counters: float,
 ) -> int:
     return monitor.begin_attempt(
         world_size=world_size,
         resume_step=resume_step,
-        source="store" if resume_step else None,
+        source=source or ("store" if resume_step else None),
         counters=counters,
         host="here",
         started_at_seconds=time.time() if started_at_seconds is None else started_at_seconds,
