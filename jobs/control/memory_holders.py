@@ -9,6 +9,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.checkpoint.held.holder import MemoryHolder, holder_name
 from jobs.cluster.ray_internals.train import WorkerGroupCallback
+from jobs.run.directory import RunDirectory
 
 
 class MemoryHolders(WorkerGroupCallback):
@@ -18,20 +19,22 @@ class MemoryHolders(WorkerGroupCallback):
     nodes. One whose process dies is started again by Ray, with nothing in it.
     """
 
-    def __init__(self, run_url: str) -> None:
+    def __init__(self, run: RunDirectory) -> None:
         """Start none yet.
 
         Args:
-            run_url: Of the run.
+            run: Whose recipe says whether there are any.
         """
-        self._run_url = run_url
+        self._run = run
         self._holders: dict[str, Any] = {}
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Start those that are missing. Does not wait for them: what is asked of them waits."""
+        if not self._run.read_recipe_fields().get("memory_checkpoint_every_steps", "auto"):
+            return
         for node in {worker.metadata.node_id for worker in worker_group.get_workers()} - self._holders.keys():
             there = NodeAffinitySchedulingStrategy(node, soft=False)
             actor: Any = ray.remote(MemoryHolder)
             self._holders[node] = actor.options(
-                name=holder_name(self._run_url, node), num_cpus=0, max_restarts=-1, scheduling_strategy=there
-            ).remote(self._run_url)
+                name=holder_name(self._run.url, node), num_cpus=0, max_restarts=-1, scheduling_strategy=there
+            ).remote(self._run.url)

@@ -51,7 +51,8 @@ class RankReports(RunMemory):
                 # The last heartbeat is newer than the commit, unless it was lost.
                 self._figures.catch_up(counters)
             before = self._figures["world_size"]
-            kind, reason = self._start_kind(before, world_size)
+            settings = self._settings.begin_attempt()
+            kind, reason = self._start_kind(before, world_size, settings)
             self._count_start(kind, started_at_seconds)
             self._watch.begin(number)
             self._instructions.begin_attempt()
@@ -270,14 +271,15 @@ class RankReports(RunMemory):
         with self._lock:
             self._watch.hear(pulse, self._clock.monotonic())
 
-    def _start_kind(self, before: int | None, now: int) -> tuple[str, str]:
+    def _start_kind(self, before: int | None, now: int, settings: str) -> tuple[str, str]:
         if self._record.attempt == 1:
             return "start", "new run"
         if self._record.attempt == self._first_attempt_here:
             return "restart", "resumed by a new driver"
         if self._failures.reason:
             return "restart", self._failures.reason
-        return "resize", f"workers {before} -> {now}"
+        resized = f"workers {before} -> {now}"
+        return "resize", f"{settings} (set; {resized})" if settings else resized
 
     def _count_start(self, kind: str, started_at_seconds: float) -> None:
         """Count what led to an attempt, and note when its recovery began."""

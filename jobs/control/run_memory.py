@@ -11,6 +11,7 @@ from typing import Any
 from jobs.checkpoint.held.held_checkpoint import HeldCheckpoint, forget
 from jobs.control.checkpoint_clock import CheckpointClock
 from jobs.control.failures import Failures
+from jobs.control.settings import ChangedSettings
 from jobs.metrics.exporter import RunExporter
 from jobs.metrics.recovery import Recovery
 from jobs.metrics.run_figures import RunFigures
@@ -79,6 +80,7 @@ class RunMemory:
         self._instructions = Instructions()
         self._failures = Failures(config.max_restarts_without_progress)
         self._watch = HangWatch(config.hang_seconds)
+        self._settings = ChangedSettings()
         self._recovery: Recovery | None = None
         self._held: HeldCheckpoint | None = None
         """Where the newest memory checkpoint is. Nobody else knows, as what holders have ends with the driver."""

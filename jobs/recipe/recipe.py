@@ -94,6 +94,28 @@ PLACEMENT_FIELDS = frozenset(
     }
 )
 
+# Of these, those that belong to the run's driver, or to the process group that it starts; the others may change while
+# it trains (`convmae set`).
+DRIVER_FIELDS = frozenset(
+    {
+        "run_root",
+        "max_steps",
+        "compile",
+        "cpus_per_worker",
+        "stall_seconds",
+        "hang_seconds",
+        "standby",
+        "probes",
+        "probe_data",
+        "probe_labels",
+        "probe_epochs",
+        "probe_samples",
+        "probe_wait_seconds",
+        "metrics_port",
+    }
+)
+LIVE_FIELDS = PLACEMENT_FIELDS - DRIVER_FIELDS
+
 
 _OLDER_PRECISIONS = {"bf16_pure": "bf16", "bf16": "bf16_autocast"}
 """What precisions are called in the trajectory of a run without grains: once `bf16` was that of the weights, too."""

@@ -8,6 +8,7 @@
         left-out.json               steps that rollbacks skipped, if there were any
         heartbeat.json              the latest status of the live run
         stop-request.json           there until the run obeys `convmae stop`
+        set-request.json            there until the run obeys `convmae set`
         claims/claim-000001.json    which driver has it
         checkpoints/step-00000050/  native ZeRO files, a folder for each attempt of each driver
         commits/step-00000050.json  written last: without it the checkpoint does not exist
@@ -23,7 +24,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:  # it imports torch, for which commands that only read should 
 
 REPORT_NAME = "report.html"
 STOP_REQUEST_NAME = "stop-request.json"
+SET_REQUEST_NAME = "set-request.json"
 HISTORY_PART_STEPS = 1000
 """Steps in one part of the history, which is the most that one flush rewrites."""
 
@@ -222,6 +224,49 @@ class RunDirectory:
             return False
         self.storage.delete(self.path(STOP_REQUEST_NAME))
         return True
+
+    def change_recipe(self, change: Callable[[Recipe], Recipe]) -> tuple[Recipe, Recipe]:
+        """Replace the recipe by what `change` makes of it; returns both. Nothing that others write is lost.
+
+        Raises:
+            RunError: As `read_recipe`.
+            Exception: What `change` raises; nothing was written.
+        """
+        url = self.path("recipe.json")
+        while True:
+            before = self.read_recipe()
+            data = self.storage.read(url)
+            after = change(before)
+            if self.storage.replace(url, _json_bytes(after.to_json()), data):
+                return before, after
+
+    def write_set_request(self, changes: Mapping[str, Sequence[Any]]) -> None:
+        """Ask the run, wherever its driver is, to train on by its changed recipe.
+
+        Args:
+            changes: The value before and after, by field; added to those that it has not obeyed yet.
+        """
+        url = self.path(SET_REQUEST_NAME)
+        self.storage.write(url, _json_bytes({**self._read_set_request(), **changes}))
+
+    def take_set_request(self) -> dict[str, Sequence[Any]]:
+        """Fields that were changed, with the values before and after; removes the request. Empty: none."""
+        changes = self._read_set_request()
+        if changes:
+            self.storage.delete(self.path(SET_REQUEST_NAME))
+        return changes
+
+    def is_set_requested(self) -> bool:
+        """Whether a request has not been obeyed yet."""
+        return self.storage.exists(self.path(SET_REQUEST_NAME))
+
+    def _read_set_request(self) -> dict[str, Sequence[Any]]:
+        url = self.path(SET_REQUEST_NAME)
+        try:
+            found = parsed(self.storage.read(url), url)
+        except FileNotFoundError:
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def _parts(self, folder: str) -> list[str]:
         names = filter(_NAMES[folder].fullmatch, self.storage.list_names(self.path(folder)))
