@@ -5,7 +5,7 @@ rank's process is killed, a node is killed, a node is added and a node is draine
 fed by the store alone, and once by memory checkpoints. Printed are, over all rounds, the medians of what the run's own
 event log says: how long no step was done, in which phase of the restart, and how many steps were done again.
 
-    python benchmarks/bench_recovery.py [--rounds 3] [--calm-seconds 30]
+    python benchmarks/bench_recovery.py [--rounds 3] [--calm-seconds 30] [--recipe tiny] [--set FIELD=VALUE ...]
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,25 +43,31 @@ HOLD_EVERY = 1
 Found = dict[str, list[dict[str, Any]]]
 
 
-def measure(cluster: Cluster, rounds: int, calm_seconds: float) -> Found:
+def measure(cluster: Cluster, rounds: int, calm_seconds: float, recipe: Sequence[str], kinds: Sequence[str]) -> Found:
     """Events `recovered` and what came of them, by what had happened and what fed the restarts.
 
     Args:
         cluster: Of two nodes.
         rounds: How often each thing happens on either side; a node is added twice in each.
         calm_seconds: How long the run trains undisturbed before each, so that processes that wait have imported.
+        recipe: Its name, and `field=value`.
+        kinds: What happens.
     """
     sharded(cluster)
     found: Found = defaultdict(list)
     for number in range(rounds):
         for side in SIDES if number % 2 == 0 else reversed(SIDES):
-            run = begin(cluster, f"{side}-{number}", HOLD_EVERY if side == "memory" else 0)
-            disturb(cluster, run, found, side, calm_seconds)
+            run = begin(cluster, f"{side}-{number}", HOLD_EVERY if side == "memory" else 0, recipe)
+            disturb(cluster, run, found, side, calm_seconds, kinds)
+            stall = run.read_heartbeat().get(f"{'memory_' if side == 'memory' else ''}checkpoint_stall_seconds")
+            print(f"a checkpoint, {side}: training stands still for {stall} s", file=sys.stderr, flush=True)
             done(cluster, "stop", run.url)
     return found
 
 
-def disturb(cluster: Cluster, run: RunDirectory, found: Found, side: str, calm_seconds: float) -> None:
+def disturb(
+    cluster: Cluster, run: RunDirectory, found: Found, side: str, calm_seconds: float, kinds: Sequence[str]
+) -> None:
     """Have everything happen once to a run."""
 
     def after(what: str, do: Callable[[], object]) -> None:
@@ -81,12 +87,15 @@ def disturb(cluster: Cluster, run: RunDirectory, found: Found, side: str, calm_s
         settle(run)
 
     settle(run)
-    after("worker killed", alive(cluster)[0].workers()[0].kill)
-    after("node killed", alive(cluster)[-1].kill)
-    after("node added", cluster.add)
-    leaves = alive(cluster)[-1]
-    after("node drained", lambda: cluster.drain(leaves, DRAIN_SECONDS))
-    after("node added", cluster.add)
+    if "worker" in kinds:
+        after("worker killed", alive(cluster)[0].workers()[0].kill)
+    if "node" in kinds:
+        after("node killed", alive(cluster)[-1].kill)
+        after("node added", cluster.add)
+    if "drain" in kinds:
+        leaves = alive(cluster)[-1]
+        after("node drained", lambda: cluster.drain(leaves, DRAIN_SECONDS))
+        after("node added", cluster.add)
 
 
 def sharded(cluster: Cluster) -> None:
@@ -96,7 +105,7 @@ def sharded(cluster: Cluster) -> None:
         done(cluster, "shard", folder, f"{cluster.s3.url}/data", "--samples-per-shard", "128")
 
 
-def begin(cluster: Cluster, name: str, hold_every: int) -> RunDirectory:
+def begin(cluster: Cluster, name: str, hold_every: int, recipe: Sequence[str]) -> RunDirectory:
     """Submit a run that lasts."""
     fields = {
         "data": f"{cluster.s3.url}/data",
@@ -107,7 +116,9 @@ def begin(cluster: Cluster, name: str, hold_every: int) -> RunDirectory:
         "checkpoint_every_steps": SAVE_EVERY,
         "memory_checkpoint_every_steps": hold_every,
     }
-    done(cluster, "submit", "tiny", *(f"{field}={value}" for field, value in fields.items()), "--run", name)
+    given = {each.partition("=")[0] for each in recipe[1:]}
+    ours = (f"{field}={value}" for field, value in fields.items() if field not in given)
+    done(cluster, "submit", *recipe, *ours, "--run", name)
     return cluster.run(name)
 
 
@@ -162,12 +173,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--calm-seconds", type=float, default=30.0, help="of training before each; 0: disturb at once")
+    parser.add_argument("--recipe", default="tiny")
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="of the recipe, further ones")
+    parser.add_argument("--kinds", nargs="*", default=["worker", "node", "drain"], help="what happens")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-recovery-") as folder, ray_cluster(Path(folder)) as cluster:
         cluster.add()
         cluster.add()
-        found = measure(cluster, arguments.rounds, arguments.calm_seconds)
+        recipe = (arguments.recipe, *arguments.set)
+        found = measure(cluster, arguments.rounds, arguments.calm_seconds, recipe, arguments.kinds)
     print(json.dumps(found) if arguments.json else "\n".join(report(found, GOALS)))
 
 

@@ -29,6 +29,9 @@ def changed_live(run: RunDirectory, changes: Sequence[str], word: str) -> dict[s
         after = recipe.amended(given)
         for name in given:
             _check_live(name, word, changes)
+        if not after.micro_batch_size:
+            rule, remedy = "must be a number in a run that has begun", "`auto` is found before a run's first step"
+            raise RunError("micro_batch_size", rule, "auto", remedy)
         if differences := difference(recipe.trajectory(), after.trajectory()):
             rule = f"would change what the run computes ({'; '.join(differences)})"
             raise RunError("run", rule, ", ".join(changes), "set grain_size in a new run, or leave it")

@@ -16,7 +16,8 @@ class MemoryHolders(WorkerGroupCallback):
     """Starts a holder on each node before its ranks train.
 
     Owns: the holders. They belong to Ray Train's controller, and so end with the run, with its driver, or with their
-    nodes. One whose process dies is started again by Ray, with nothing in it.
+    nodes; the monitor ends those of nodes that the run has left, once there is a newer memory checkpoint. One whose
+    process dies is started again by Ray, with nothing in it.
     """
 
     def __init__(self, run: RunDirectory) -> None:
@@ -32,9 +33,13 @@ class MemoryHolders(WorkerGroupCallback):
         """Start those that are missing. Does not wait for them: what is asked of them waits."""
         if not self._run.read_recipe_fields().get("memory_checkpoint_every_steps", "auto"):
             return
-        for node in {worker.metadata.node_id for worker in worker_group.get_workers()} - self._holders.keys():
-            there = NodeAffinitySchedulingStrategy(node, soft=False)
+        for node in {worker.metadata.node_id for worker in worker_group.get_workers()}:
             actor: Any = ray.remote(MemoryHolder)
-            self._holders[node] = actor.options(
-                name=holder_name(self._run.url, node), num_cpus=0, max_restarts=-1, scheduling_strategy=there
-            ).remote(self._run.url)
+            options = {
+                "name": holder_name(self._run.url, node),
+                "get_if_exists": True,  # else it was ended when the run left the node
+                "num_cpus": 0,
+                "max_restarts": -1,
+                "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
+            }
+            self._holders[node] = actor.options(**options).remote(self._run.url)

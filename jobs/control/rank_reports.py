@@ -228,7 +228,7 @@ class RankReports(RunMemory):
                 memory_checkpoint_bytes=held.commit.bytes,
                 memory_checkpoint_stall_seconds=stall_seconds,
             )
-        self._forget(sorted(left))
+        self._end_holders(sorted(left))
 
     def memory_not_held(self, *, step: int, error: str, is_off: bool) -> None:
         """Note a memory checkpoint that failed; training continues.

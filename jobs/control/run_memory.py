@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.checkpoint.held.held_checkpoint import HeldCheckpoint, forget
+from jobs.checkpoint.held.held_checkpoint import HeldCheckpoint, end_holders
 from jobs.control.checkpoint_clock import CheckpointClock
 from jobs.control.failures import Failures
 from jobs.control.settings import ChangedSettings
@@ -134,9 +134,9 @@ class RunMemory:
                 self._record.written(tail)
                 self._figures.saved(heartbeat)
 
-    def _forget(self, nodes: Sequence[str]) -> None:
-        """Have the holders of nodes that the run has left let go of their memory."""
-        forget(self._config.run.url, nodes)
+    def _end_holders(self, nodes: Sequence[str]) -> None:
+        """End the holders of nodes that the run has left."""
+        end_holders(self._config.run.url, nodes)
 
     def _add_event(self, kind: str, **fields: Any) -> dict[str, Any]:
         event = self._record.add_event(kind, fields)

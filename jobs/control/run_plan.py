@@ -65,6 +65,7 @@ def plan_run(
     if not recipe.data:
         raise RecipeError("data", "must be the URL of a data set", "", "make one with `convmae shard SOURCE URL`")
     run = session.run(name, recipe.run_root)
+    recipe = _with_found_size(run, recipe)
     patience_seconds = run.storage.retry_seconds if is_patient else 0.0
     session.storage.check(recipe.data, write=False, is_patient=is_patient)
     manifest = Manifest.load(session.storage, recipe.data)
@@ -84,6 +85,13 @@ def plan_run(
     schedule = Schedule.of(recipe, order.steps_per_epoch)
     probes, note = planned_probes(session.storage, recipe, schedule, is_known=_has_probe_fields(run, recipe))
     return RunPlan(recipe, run, schedule, trace_url, patience_seconds, first_tars, probes, note)
+
+
+def _with_found_size(run: RunDirectory, recipe: Recipe) -> Recipe:
+    """The recipe, with the micro-batch that was found when its run began, if it leaves that to be found."""
+    if recipe.micro_batch_size or not run.exists():
+        return recipe
+    return recipe.amended({"micro_batch_size": run.read_recipe().micro_batch_size})
 
 
 def _first_tars(storage: Storage, recipe: Recipe, manifest: Manifest) -> dict[str, str]:

@@ -13,6 +13,7 @@ from jobs.cluster.session import Session
 from jobs.control import driver
 from jobs.control.finish import finish
 from jobs.control.lease import claim_run, sole_driver
+from jobs.control.micro_batch_task import with_micro_batch
 from jobs.control.run_plan import RunPlan, check_folders
 from jobs.control.unreported_end import end_noted, note_end
 from jobs.errors import ClusterError, RunFailedError
@@ -30,6 +31,7 @@ def train_here(session: Session, plan: RunPlan) -> None:
     persevere(session.connect, ClusterError, plan.patience_seconds)
     with sole_driver(plan.run, lambda other: say(f"is {other} alive? watching its lease")) as lease:
         check_folders(plan, lease)
+        plan = with_micro_batch(plan)
         claimed = claim_run(plan, is_sole_driver=True)
         if claimed == "finished":
             say_finished(session, plan.run)

@@ -121,6 +121,11 @@ _OLDER_PRECISIONS = {"bf16_pure": "bf16", "bf16": "bf16_autocast"}
 """What precisions are called in the trajectory of a run without grains: once `bf16` was that of the weights, too."""
 
 
+def _or_auto(value: object) -> object:
+    """0 for `auto`."""
+    return 0 if value == "auto" else value
+
+
 Switch = Annotated[bool, Field(strict=False)]
 """true or false, in any spelling: False, no, off, 0."""
 
@@ -216,14 +221,16 @@ class Recipe(BaseModel):
     global_batch_size: int = Field(gt=0, le=MOST)
     """Images in one optimizer step over all ranks; never changes with the world size. With `model.views` an image still
     counts once."""
-    micro_batch_size: int = Field(gt=0, le=MOST)
+    micro_batch_size: Annotated[int, BeforeValidator(_or_auto)] = Field(ge=0, le=MOST)
     """Most images that one rank sends through the model at once, with all their views: memory is that of `model.views`
-    times as many. Where grains are used, it bounds the default grain."""
+    times as many. Where grains are used, it bounds the default grain. `auto`, which is 0: the most that fit, found
+    before the run's first step and kept."""
     reproducible: Literal["bits", "rounding"] = "bits"
     """What a trajectory at another world size is equal to: the same `bits` with ZeRO 1 and 2, by grains, or the same
     within `rounding`, with micro-batches of any size. With ZeRO 3 it is always `rounding`."""
-    grain_size: int = Field(default=0, ge=0, le=MOST)
-    """Images whose gradient is computed at once, whatever the world size; their number bounds it. 0: see `grain`."""
+    grain_size: Annotated[int, BeforeValidator(_or_auto)] = Field(default=0, ge=0, le=MOST)
+    """Images whose gradient is computed at once, whatever the world size; their number bounds it. `auto`, which is 0:
+    see `grain`."""
     digest_every_steps: int = Field(default=100, gt=0, le=MOST)
     """Steps between digests of all weights and moments in the history; also where a checkpoint is saved."""
     lanes: int = Field(gt=0, le=MOST)
@@ -341,8 +348,13 @@ class Recipe(BaseModel):
         such shares, fits in a micro-batch, and is at most a 64th of the batch where lanes' shares are smaller."""
         if self.grain_size:
             return self.grain_size
-        most = min(self.micro_batch_size, max(self.lane_batch_size, self.global_batch_size // STANDARD_WORKERS))
+        most = min(self.images_at_once, max(self.lane_batch_size, self.global_batch_size // STANDARD_WORKERS))
         return next(size for size in range(most, 0, -1) if self._is_grain(size))
+
+    @property
+    def images_at_once(self) -> int:
+        """Most images that a rank sends through the model at once: `micro_batch_size`, or all, until that is found."""
+        return self.micro_batch_size or self.global_batch_size
 
     @property
     def lanes_together(self) -> int:

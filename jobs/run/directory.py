@@ -140,10 +140,15 @@ class RunDirectory:
 
         if not self.exists():
             return False
-        if differences := difference(self.read_recipe().trajectory(), recipe.trajectory()):
+        if differences := difference(self.begun_recipe(recipe).trajectory(), recipe.trajectory()):
             rule = f"has another recipe under this name ({'; '.join(differences)})"
             raise RunError("run", rule, self.name, "use the same recipe to resume it, or another --run name")
         return True
+
+    def begun_recipe(self, recipe: Recipe) -> Recipe:
+        """The run's recipe; as long as its micro-batch is yet to be found, with that of another one."""
+        begun = self.read_recipe()
+        return begun if begun.micro_batch_size else begun.amended({"micro_batch_size": recipe.micro_batch_size})
 
     def claim(self, recipe: Recipe) -> bool:
         """Record `recipe` as this run's; True if the run is new.

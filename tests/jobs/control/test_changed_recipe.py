@@ -65,6 +65,11 @@ def test_what_a_live_run_cannot_have_is_refused_with_the_way_to_it(
     assert begun.read_recipe() == TINY
 
 
+def test_a_micro_batch_is_not_looked_for_again(begun: RunDirectory) -> None:
+    with pytest.raises(RunError, match="micro_batch_size: must be a number in a run that has begun, got 'auto'"):
+        changed_live(begun, ["micro_batch_size=auto"], "first")
+
+
 def test_a_micro_batch_that_makes_other_grains_is_refused(begun: RunDirectory) -> None:
     with pytest.raises(RunError, match=r"would change what the run computes \(grain_size"):
         changed_live(begun, ["micro_batch_size=1"], "first")

@@ -340,9 +340,9 @@ def test_memory_checkpoints_are_progress_as_long_as_they_advance(start: Start) -
     assert verdicts == ["", "3 failures without a new checkpoint; the last: rank 0: lost"]
 
 
-def test_holders_on_nodes_that_the_run_has_left_let_go(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_holders_on_nodes_that_the_run_has_left_end(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[list[str]] = []
-    monkeypatch.setattr("jobs.control.run_memory.forget", lambda url, nodes: left.append(list(nodes)))
+    monkeypatch.setattr("jobs.control.run_memory.end_holders", lambda url, nodes: left.append(list(nodes)))
     monitor = start()
     begin(monitor)
     monitor.memory_held(held(10, ("a", "b"), ("b", "c"), ("c", "a")), stall_seconds=0.5)

@@ -35,6 +35,18 @@ def test_a_new_name_is_claimed_once(run: RunDirectory) -> None:
     assert run.read_recipe() == TINY
 
 
+def test_a_micro_batch_that_was_found_is_kept(run: RunDirectory) -> None:
+    open_ended = TINY.amended({"micro_batch_size": "auto"})
+    assert run.claim(open_ended) is True
+    found = TINY.amended({"micro_batch_size": 8})
+
+    assert run.claim(found) is False
+
+    assert run.read_recipe() == found
+    with pytest.raises(RunError, match="grain_size: 8 -> 4"):
+        run.claim(TINY.amended({"micro_batch_size": 4}))
+
+
 def test_a_name_is_refused_to_another_recipe_and_the_differences_are_listed(run: RunDirectory) -> None:
     run.claim(TINY)
 
