@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.control.checkpoint_clock import CheckpointClock
@@ -13,6 +13,9 @@ from jobs.control.failures import Failures
 from jobs.metrics.exporter import RunExporter
 from jobs.metrics.recovery import Recovery
 from jobs.metrics.run_figures import RunFigures
+from jobs.metrics.speed_watch import SpeedWatch
+from jobs.notices.notifier import Notifier
+from jobs.notices.webhook import Webhook
 from jobs.rank.watchdog import HangWatch
 from jobs.recipe.checkpoint_interval import IntervalRule
 from jobs.recipe.schedule import Schedule
@@ -20,6 +23,7 @@ from jobs.run.directory import RunDirectory
 from jobs.run.probe_rows import PROBE_EVENT, ProbeCurve
 from jobs.run.record import RunRecord
 from jobs.step.instruction import Instructions
+from jobs.trackers.trackers import Trackers, TrackerSettings
 
 FLUSH_INTERVAL_SECONDS = 2.0
 """Between heartbeats; each is one PUT."""
@@ -53,6 +57,9 @@ class MonitorConfig:
     metrics_port: int
     targets_folder: str
     """Folder that the local Prometheus watches; empty: none."""
+    trackers: TrackerSettings = field(default_factory=TrackerSettings)
+    webhook: Webhook | None = None
+    """Where notices go; None: nowhere."""
     flush_seconds: float = FLUSH_INTERVAL_SECONDS
     """Between two writes to storage."""
 
@@ -106,6 +113,9 @@ class RunMemory:
             monotonic=clock.monotonic,
         )
         self._figures.probed(ProbeCurve.of(self._probed))
+        self._speed = SpeedWatch(config.global_batch_size)
+        self._trackers = Trackers(config.trackers, config.run, config.global_batch_size, events, self._report)
+        self._notifier = Notifier(config.webhook, config.run, events, self._report) if config.webhook else None
 
     def status(self) -> dict[str, Any]:
         """What the heartbeat says, fresh."""
@@ -131,10 +141,19 @@ class RunMemory:
     def _add_event(self, kind: str, **fields: Any) -> dict[str, Any]:
         event = self._record.add_event(kind, fields)
         self._saves.see(event)
+        self._trackers.see_event(event)
+        if self._notifier:
+            self._notifier.see_event(event)
         return event
 
-    def _add_row(self, row: dict[str, Any]) -> None:
+    def _report(self, kind: str, reason: str) -> None:
+        """Note what a tracker or the notifier says, from its own thread."""
+        with self._lock:
+            self._add_event(kind, step=self._figures["step"], reason=reason)
+
+    def _add_row(self, row: dict[str, Any], gradient_norm: float | None = None) -> None:
         self._record.add_row(row)
+        self._trackers.see_row(row, gradient_norm)
         if "skipped" in row:
             self._figures.count("skipped_steps")
 
