@@ -12,6 +12,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from jobs.control.monitor import RunMonitor
 from jobs.control.run_memory import Clock, MonitorConfig
 from jobs.metrics.rank_figures import RankFigures
+from jobs.notices.notifier import Patience
 from jobs.notices.webhook import Webhook
 from jobs.recipe.checkpoint_interval import IntervalRule
 from jobs.recipe.named_recipes import named_recipe
@@ -68,6 +69,7 @@ def start_monitor(
     monotonic: Callable[[], float] = time.monotonic,
     trackers: TrackerSettings | None = None,
     webhook: Webhook | None = None,
+    patience: Patience = Patience(),  # noqa: B008  frozen
 ) -> RunMonitor:
     """A monitor that writes only when told to."""
     config = MonitorConfig(
@@ -84,6 +86,7 @@ def start_monitor(
         targets_folder=targets_folder,
         trackers=trackers or TrackerSettings(),
         webhook=webhook,
+        patience=patience,
         flush_seconds=flush_seconds,
     )
     return RunMonitor(config, Clock(wall, monotonic))
@@ -105,7 +108,7 @@ def begin(
     )
 
 
-def record(monitor: RunMonitor, steps: range, attempt: int = 1) -> str:
+def record(monitor: RunMonitor, steps: range, attempt: int = 1, step_seconds: float = 0.5) -> str:
     instruction = ""
     for step in steps:
         row = {
@@ -115,7 +118,7 @@ def record(monitor: RunMonitor, steps: range, attempt: int = 1) -> str:
             "learning_rate": 1e-3,
             "world_size": 2,
             "attempt": attempt,
-            "step_seconds": 0.5,
+            "step_seconds": step_seconds,
             "data_wait_seconds": 0.0,
         }
         instruction = monitor.record(row, gradient_norm=0.5, reading=READING, ranks=RANKS)

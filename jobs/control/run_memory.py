@@ -14,7 +14,7 @@ from jobs.metrics.exporter import RunExporter
 from jobs.metrics.recovery import Recovery
 from jobs.metrics.run_figures import RunFigures
 from jobs.metrics.speed_watch import SpeedWatch
-from jobs.notices.notifier import Notifier
+from jobs.notices.notifier import Notifier, Patience
 from jobs.notices.webhook import Webhook
 from jobs.rank.watchdog import HangWatch
 from jobs.recipe.checkpoint_interval import IntervalRule
@@ -60,6 +60,8 @@ class MonitorConfig:
     trackers: TrackerSettings = field(default_factory=TrackerSettings)
     webhook: Webhook | None = None
     """Where notices go; None: nowhere."""
+    patience: Patience = field(default_factory=Patience)
+    """With that webhook."""
     flush_seconds: float = FLUSH_INTERVAL_SECONDS
     """Between two writes to storage."""
 
@@ -115,7 +117,9 @@ class RunMemory:
         self._figures.probed(ProbeCurve.of(self._probed))
         self._speed = SpeedWatch(config.global_batch_size)
         self._trackers = Trackers(config.trackers, config.run, config.global_batch_size, events, self._report)
-        self._notifier = Notifier(config.webhook, config.run, events, self._report) if config.webhook else None
+        self._notifier: Notifier | None = None
+        if config.webhook:
+            self._notifier = Notifier(config.webhook, config.run, events, self._report, config.patience)
 
     def status(self) -> dict[str, Any]:
         """What the heartbeat says, fresh."""

@@ -53,7 +53,7 @@ class Notifier:
         directory: RunDirectory,
         events: Iterable[Mapping[str, Any]],
         report: Callable[[str, str], None],
-        patience: Patience | None = None,
+        patience: Patience,
     ) -> None:
         """Start the thread.
 
@@ -65,7 +65,7 @@ class Notifier:
             patience: How long what is tried.
         """
         self._webhook, self._directory, self._report = webhook, directory, report
-        self._patience = patience or Patience()
+        self._patience = patience
         self._rules = NoticeRules()
         self._lock = threading.Lock()
         self._waiting: deque[Notice] = deque(maxlen=MOST_WAITING)

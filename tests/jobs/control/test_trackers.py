@@ -266,6 +266,22 @@ def test_a_server_that_never_answers_delays_neither_steps_nor_the_end(start: Sta
     assert run.read_heartbeat()["state"] == "finished"
 
 
+def test_a_damaged_file_of_a_tracker_costs_the_tracker_alone(start: Start, run: RunDirectory) -> None:
+    run.storage.write(run.path("trackers", "tensorboard.json"), b"{")
+
+    monitor = start(trackers=settings("tensorboard", end_seconds=0.5))
+    begin(monitor)
+    record(monitor, range(1, 11))
+    wait_until("the event", lambda: monitor.flush() or "tracker-lost" in kinds(run), 20)
+    monitor.end("finished")
+
+    reason = next(event["reason"] for event in run.read_events() if event["kind"] == "tracker-lost")
+    assert reason.startswith(
+        "tensorboard takes no figures, and gets them later: RunError: run directory: must hold JSON"
+    )
+    assert run.read_heartbeat()["state"] == "finished"
+
+
 def test_no_password_of_a_tracker_is_in_an_event_or_a_log(
     start: Start, run: RunDirectory, caplog: pytest.LogCaptureFixture
 ) -> None:
