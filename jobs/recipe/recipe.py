@@ -105,6 +105,8 @@ _OLDER_PRECISIONS = {"bf16_pure": "bf16", "bf16": "bf16_autocast"}
 """What precisions are called in the trajectory of a run without grains: once `bf16` was that of the weights, too."""
 
 _VARIABLE = re.compile(rf"env:{NOTIFY_PREFIX}[A-Z0-9_]+")
+"""What `notify_url` must be."""
+
 
 Switch = Annotated[bool, Field(strict=False)]
 """true or false, in any spelling: False, no, off, 0."""
@@ -357,10 +359,7 @@ class Recipe(BaseModel):
     @field_validator("notify_url")
     @classmethod
     def _names_a_variable(cls, text: str) -> str:
-        if text and not _VARIABLE.fullmatch(text):  # it may be the secret itself, which no message quotes
-            rule = f"must be env:NAME of a variable whose name begins with {NOTIFY_PREFIX}: a recipe is no place for it"
-            remedy = f"export {NOTIFY_PREFIX}URL=https://... and set notify_url=env:{NOTIFY_PREFIX}URL"
-            raise RecipeError("notify_url", rule, "(not shown)", remedy)
+        check_notify_url(text)
         return text
 
     @field_validator(*URL_FIELDS, "cache_dir")
@@ -505,6 +504,18 @@ class Recipe(BaseModel):
             raise RecipeError(key, "is of fine-tunings alone", value, remedy)
         parts["finetune"] = {**(fields["finetune"] or {}), **parts["finetune"]}
         return Recipe.from_json({**fields, "model": parts["model"], "finetune": parts["finetune"] or None})
+
+
+def check_notify_url(text: str) -> None:
+    """Refuse a `notify_url` that is not the name of a variable, without quoting it: it may be the secret itself.
+
+    Raises:
+        RecipeError: It is not.
+    """
+    if text and not _VARIABLE.fullmatch(text):
+        rule = f"must be env:NAME, of a variable whose name begins with {NOTIFY_PREFIX}, since a recipe is no secret"
+        remedy = f"export {NOTIFY_PREFIX}URL=https://... and set notify_url=env:{NOTIFY_PREFIX}URL"
+        raise RecipeError("notify_url", rule, "(not shown)", remedy)
 
 
 def unknown_key(key: str, known: Sequence[str]) -> RecipeError:

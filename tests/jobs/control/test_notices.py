@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from jobs.control import unreported_end
 from jobs.control.monitor import RunMonitor
 from jobs.control.unreported_end import end_noted
 from jobs.metrics.speed_watch import BLOCK_STEPS, LEAST_BLOCKS
+from jobs.notices.notice_rules import Notice
 from jobs.notices.notifier import Patience
 from jobs.notices.webhook import Webhook
 from jobs.recipe.named_recipes import named_recipe
@@ -295,3 +297,11 @@ def test_the_webhooks_address_is_nowhere_but_in_the_request(
     shown = json.dumps(run_status(run)) + repr(there) + repr(monitor._config) + caplog.text
     assert SECRET not in written + shown
     assert "env:CONVMAE_NOTIFY_URL" in written
+
+
+def test_a_monitors_settings_travel_to_its_process(run: RunDirectory, hook: Hook) -> None:
+    sent = pickle.loads(pickle.dumps(webhook(run, hook.endpoint)))
+
+    sent.post(Notice("failed", 1.0, 1, 1, ""))
+
+    assert hook.kinds == ["failed"]
