@@ -109,9 +109,13 @@ def test_the_alertmanagers_webhook_is_a_secret_and_it_alone_has_a_way_out() -> N
 def test_the_alertmanager_knows_alerts_and_severities_of_the_rules() -> None:
     (rules,) = documents("prometheus/convmae.rules.yml")
     alerts = [rule for group in rules["groups"] for rule in group["rules"] if "alert" in rule]
-    known = {"alertname": {rule["alert"] for rule in alerts}, "severity": {rule["labels"]["severity"] for rule in alerts}}
-    inhibiting = [each[side] for each in alertmanager()["inhibit_rules"] for side in ("source_matchers", "target_matchers")]
-    matchers = [*sum(inhibiting, []), *sum((route["matchers"] for route in alertmanager()["route"]["routes"]), [])]
+    known = {
+        "alertname": {rule["alert"] for rule in alerts},
+        "severity": {rule["labels"]["severity"] for rule in alerts},
+    }
+    matchers = [matcher for route in alertmanager()["route"]["routes"] for matcher in route["matchers"]]
+    for rule in alertmanager()["inhibit_rules"]:
+        matchers += rule["source_matchers"] + rule["target_matchers"]
 
     assert matchers
     for matcher in matchers:
