@@ -58,17 +58,19 @@ def measure(cluster: Cluster, rounds: int, calm_seconds: float, recipe: Sequence
     for number in range(rounds):
         for side in SIDES if number % 2 == 0 else reversed(SIDES):
             run = begin(cluster, f"{side}-{number}", HOLD_EVERY if side == "memory" else 0, recipe)
-            disturb(cluster, run, found, side, calm_seconds, kinds)
+            for what, event in disturbed(cluster, run, calm_seconds, kinds):
+                found[f"{what}, {side}"].append(event)
             stall = run.read_heartbeat().get(f"{'memory_' if side == 'memory' else ''}checkpoint_stall_seconds")
             print(f"a checkpoint, {side}: training stands still for {stall} s", file=sys.stderr, flush=True)
             done(cluster, "stop", run.url)
     return found
 
 
-def disturb(
-    cluster: Cluster, run: RunDirectory, found: Found, side: str, calm_seconds: float, kinds: Sequence[str]
-) -> None:
-    """Have everything happen once to a run."""
+def disturbed(
+    cluster: Cluster, run: RunDirectory, calm_seconds: float, kinds: Sequence[str]
+) -> list[tuple[str, dict[str, Any]]]:
+    """Have everything happen once to a run; what, and the events by which it restarted and trained again, as one."""
+    found: list[tuple[str, dict[str, Any]]] = []
 
     def after(what: str, do: Callable[[], object]) -> None:
         time.sleep(calm_seconds)
@@ -78,7 +80,7 @@ def disturb(
         (start,) = (event for event in run.read_events() if event["attempt"] == attempt + 1 and "steps_redone" in event)
         event = recovered(run, attempt)
         assert event
-        found[f"{what}, {side}"].append({**start, **event})
+        found.append((what, {**start, **event}))
         phases = ", ".join(
             f"{phase} {event[f'{phase}_seconds']:.1f}" for phase in PHASES if f"{phase}_seconds" in event
         )
@@ -96,6 +98,7 @@ def disturb(
         leaves = alive(cluster)[-1]
         after("node drained", lambda: cluster.drain(leaves, DRAIN_SECONDS))
         after("node added", cluster.add)
+    return found
 
 
 def sharded(cluster: Cluster) -> None:

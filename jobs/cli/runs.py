@@ -86,7 +86,7 @@ def drive(run_url: str, trace: TraceOption = "") -> None:
 
     session = open_session(verbose=True)  # the job's log is the only log of the ranks that a user has
     directory = session.run(run_url)
-    with end_noted(directory):
+    with end_noted(directory, session.environ):
         recipe = directory.read_recipe().amended({"run_root": directory.root})
         train_here(session, plan_run(session, recipe, directory.name, trace, is_patient=True))
 

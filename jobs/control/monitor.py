@@ -29,7 +29,7 @@ WATCH_INTERVAL_SECONDS = 1.0
 class RunMonitor(RankReports, GroupReports):
     """Record of one run. A plain class: jobs.control.driver makes an actor of it; tests call it directly.
 
-    Owns: two threads, that flush and look for hangs; all else is `RunMemory`.
+    Owns: two threads, that flush and look for hangs; all else is `RunMemory`, and the threads of trackers and notices.
     Failure: dies with its process; a new one continues from the run directory. What was unwritten is of steps after
         the last commit (`flush` precedes every commit): rank 0 sees the death and fails, and they are done again.
     """
@@ -109,13 +109,20 @@ class RunMonitor(RankReports, GroupReports):
             self._record.touch()
 
     def end(self, outcome: str, reason: str = "") -> None:
-        """Note that the run is `finished`, `stopped` or `failed`, and write everything."""
+        """Note that the run is `finished`, `stopped` or `failed`, and write everything.
+
+        Trackers and webhook have a minute together to take what is left.
+        """
         with self._lock:
             self._outcome = outcome
             self._watch.end()
             self._figures.ended(outcome)
             self._add_event(outcome, step=self._figures["step"], reason=reason or self._instructions.stop_reason)
         self.flush()
+        self._trackers.end(outcome)
+        if self._notifier:
+            self._notifier.end()
+        self.flush()  # what these two report
         if outcome != "failed" and self._config.targets_folder:
             self._figures.withdraw(Path(self._config.targets_folder))
 

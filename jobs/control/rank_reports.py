@@ -57,6 +57,7 @@ class RankReports(RunMemory):
             self._watch.begin(number)
             self._instructions.begin_attempt()
             self._failures.begin_attempt()
+            self._speed.begin_attempt()
             steps_redone = self._figures.group_began(
                 attempt=number,
                 world_size=world_size,
@@ -104,8 +105,10 @@ class RankReports(RunMemory):
         """
         with self._lock:
             self._instructions.trains()
-            self._add_row(row)
+            self._add_row(row, gradient_norm)
             self._report_recovery(int(row["step"]))
+            if why_slow := self._speed.step_done(row["step_seconds"], row["world_size"]):
+                self._add_event("slow", step=row["step"], reason=why_slow)
             if "skipped" in row:
                 self._add_event("skipped", step=row["step"], reason=f"{row['skipped']} is not finite")
             now = self._clock.monotonic()

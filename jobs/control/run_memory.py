@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from jobs.checkpoint.held.held_checkpoint import HeldCheckpoint, end_holders
@@ -15,6 +15,9 @@ from jobs.control.settings import ChangedSettings
 from jobs.metrics.exporter import RunExporter
 from jobs.metrics.recovery import Recovery
 from jobs.metrics.run_figures import RunFigures
+from jobs.metrics.speed_watch import SpeedWatch
+from jobs.notices.notifier import Notifier, Patience
+from jobs.notices.webhook import Webhook
 from jobs.rank.watchdog import HangWatch
 from jobs.recipe.checkpoint_interval import IntervalRule
 from jobs.recipe.schedule import Schedule
@@ -22,6 +25,7 @@ from jobs.run.directory import RunDirectory
 from jobs.run.probe_rows import PROBE_EVENT, ProbeCurve
 from jobs.run.record import RunRecord
 from jobs.step.instruction import Instructions
+from jobs.trackers.trackers import Trackers, TrackerSettings
 
 FLUSH_INTERVAL_SECONDS = 2.0
 """Between heartbeats; each is one PUT."""
@@ -55,6 +59,11 @@ class MonitorConfig:
     metrics_port: int
     targets_folder: str
     """Folder that the local Prometheus watches; empty: none."""
+    trackers: TrackerSettings = field(default_factory=TrackerSettings)
+    webhook: Webhook | None = None
+    """Where notices go; None: nowhere."""
+    patience: Patience = field(default_factory=Patience)
+    """With that webhook."""
     flush_seconds: float = FLUSH_INTERVAL_SECONDS
     """Between two writes to storage."""
 
@@ -112,6 +121,11 @@ class RunMemory:
             monotonic=clock.monotonic,
         )
         self._figures.probed(ProbeCurve.of(self._probed))
+        self._speed = SpeedWatch(config.global_batch_size)
+        self._trackers = Trackers(config.trackers, config.run, config.global_batch_size, events, self._report)
+        self._notifier: Notifier | None = None
+        if config.webhook:
+            self._notifier = Notifier(config.webhook, config.run, events, self._report, config.patience)
 
     def status(self) -> dict[str, Any]:
         """What the heartbeat says, fresh."""
@@ -141,10 +155,19 @@ class RunMemory:
     def _add_event(self, kind: str, **fields: Any) -> dict[str, Any]:
         event = self._record.add_event(kind, fields)
         self._saves.see(event)
+        self._trackers.see_event(event)
+        if self._notifier:
+            self._notifier.see_event(event)
         return event
 
-    def _add_row(self, row: dict[str, Any]) -> None:
+    def _report(self, kind: str, reason: str) -> None:
+        """Note what a tracker or the notifier says, from its own thread."""
+        with self._lock:
+            self._add_event(kind, step=self._figures["step"], reason=reason)
+
+    def _add_row(self, row: dict[str, Any], gradient_norm: float | None = None) -> None:
         self._record.add_row(row)
+        self._trackers.see_row(row, gradient_norm)
         if "skipped" in row:
             self._figures.count("skipped_steps")
 

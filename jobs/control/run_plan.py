@@ -12,6 +12,7 @@ import torch
 from jobs.cluster.session import Session
 from jobs.errors import PortTakenError, RecipeError
 from jobs.finetune.training_labels import TrainingLabels
+from jobs.notices.webhook import Webhook
 from jobs.probes.probe_plan import RunProbes, planned_probes
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import Schedule, order_of
@@ -19,6 +20,7 @@ from jobs.run.directory import RunDirectory
 from jobs.run.patience import persevere
 from jobs.run.shared_folder import check_seen_by_all, input_landmarks, planted, rank_datasets, run_landmarks
 from jobs.run.trace import check_trace
+from jobs.trackers.trackers import check_trackers
 from jobs.weights.initial import pinned
 from pipeline.access.places import normal
 from pipeline.shard.manifest import Manifest
@@ -66,6 +68,8 @@ def plan_run(
         raise RecipeError("data", "must be the URL of a data set", "", "make one with `convmae shard SOURCE URL`")
     run = session.run(name, recipe.run_root)
     recipe = _with_found_size(run, recipe)
+    check_trackers(recipe, session.environ, drives=drives or session.is_local)
+    Webhook.of(recipe.to_json(), session.environ, run)
     patience_seconds = run.storage.retry_seconds if is_patient else 0.0
     session.storage.check(recipe.data, write=False, is_patient=is_patient)
     manifest = Manifest.load(session.storage, recipe.data)

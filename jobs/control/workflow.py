@@ -39,7 +39,7 @@ def train_here(session: Session, plan: RunPlan) -> None:
         say(f"{'begins' if claimed == 'new' else 'resumes'}: {plan.run.url}")
         if plan.probe_note:
             say(plan.probe_note)
-        with end_noted(plan.run), progress_bar(plan.run.name) as show:
+        with end_noted(plan.run, session.environ), progress_bar(plan.run.name) as show:
             outcome = driver.train(
                 session, plan, lease, lambda now: show(now["step"], now["total_steps"], status_text(now))
             )
@@ -140,7 +140,7 @@ def end_of_job(session: Session, run: RunDirectory, job: str, state: str) -> Map
         raise RunFailedError(f"the Ray head died, and job {job} with it; the same command resumes {run.name}")
     if state != "SUCCEEDED":
         reason = _last_word(session, run, submission.job_client(session).get_job_info(job).message)
-        note_end(run, 0.0, reason)  # a job that Ray could not start has reported nothing
+        note_end(run, 0.0, reason, session.environ)  # a job that Ray could not start has reported nothing
         raise RunFailedError(f"job {job} {state.lower()}: {reason}")
     return run.read_heartbeat()
 

@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
@@ -31,6 +32,7 @@ from pydantic import (
 
 from jobs.errors import RecipeError
 from jobs.recipe import finetune
+from jobs.recipe.carried import NOTIFY_PREFIX
 from jobs.recipe.finetune import Finetune
 from model import ConvMAEConfig
 from model.config import SWITCHES
@@ -48,6 +50,8 @@ STANDARD_WORKERS = 64
 URL_FIELDS = ("data", "run_root", "init_from", "probe_data", "probe_labels")
 FINETUNE_URL_FIELDS = ("labels", "validation_data", "validation_labels")
 HANG_SECONDS = 300.0
+TrackerName = Literal["tensorboard", "mlflow", "wandb"]
+NotifyFormat = Literal["auto", "slack", "json"]
 OnNonFinite = Literal["stop", "skip_batch", "rollback"]
 """What to do with a step whose loss or gradient is not finite: see `jobs.step.non_finite`."""
 
@@ -91,6 +95,9 @@ PLACEMENT_FIELDS = frozenset(
         "probe_samples",
         "probe_wait_seconds",
         "metrics_port",
+        "tracker",
+        "notify_url",
+        "notify_format",
     }
 )
 
@@ -119,6 +126,9 @@ LIVE_FIELDS = PLACEMENT_FIELDS - DRIVER_FIELDS
 
 _OLDER_PRECISIONS = {"bf16_pure": "bf16", "bf16": "bf16_autocast"}
 """What precisions are called in the trajectory of a run without grains: once `bf16` was that of the weights, too."""
+
+_VARIABLE = re.compile(rf"env:{NOTIFY_PREFIX}[A-Z0-9_]+")
+"""What `notify_url` must be."""
 
 
 def _or_auto(value: object) -> object:
@@ -321,6 +331,12 @@ class Recipe(BaseModel):
     """How long the end of a run waits for probes that are left."""
     metrics_port: int = Field(default=0, ge=0, le=65535)
     """Port of the run's /metrics endpoint; 0: any free one."""
+    tracker: tuple[TrackerName, ...] = ()
+    """Where the run is shown besides: `tensorboard` (in the run directory), `mlflow`, `wandb` (by their variables)."""
+    notify_url: str = ""
+    """Webhook for notices, as `env:NAME` of the variable that holds its URL, a secret. Empty: none."""
+    notify_format: NotifyFormat = "auto"
+    """What is posted there: Slack's `slack`, plain `json`, or `auto` by the host."""
 
     @property
     def learning_rate(self) -> float:
@@ -369,6 +385,20 @@ class Recipe(BaseModel):
     def _is_grain(self, size: int) -> bool:
         lane, (lanes, rest) = self.lane_batch_size, divmod(size, self.lane_batch_size)
         return lane % size == 0 or (rest == 0 and self.lanes % lanes == 0)
+
+    @field_validator("tracker")
+    @classmethod
+    def _each_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(names)) < len(names):
+            remedy = f"write {json.dumps(list(dict.fromkeys(names)))}"
+            raise RecipeError("tracker", "must name each tracker once", list(names), remedy)
+        return names
+
+    @field_validator("notify_url")
+    @classmethod
+    def _names_a_variable(cls, text: str) -> str:
+        check_notify_url(text)
+        return text
 
     @field_validator(*URL_FIELDS, "cache_dir")
     @classmethod
@@ -480,7 +510,7 @@ class Recipe(BaseModel):
                 raise unknown_key(key, [*cls.model_fields, "model.<field>", "finetune.<field>"])
         # Tuples are lists in JSON and TOML, and an integer is a valid float: strict mode would refuse both.
         values = dict(fields)
-        for key in ("milestone_epochs", "recompute"):
+        for key in ("milestone_epochs", "recompute", "tracker"):
             if isinstance(values.get(key), list):
                 values[key] = tuple(values[key])
         try:
@@ -512,6 +542,18 @@ class Recipe(BaseModel):
             raise RecipeError(key, "is of fine-tunings alone", value, remedy)
         parts["finetune"] = {**(fields["finetune"] or {}), **parts["finetune"]}
         return Recipe.from_json({**fields, "model": parts["model"], "finetune": parts["finetune"] or None})
+
+
+def check_notify_url(text: str) -> None:
+    """Refuse a `notify_url` that is not the name of a variable, without quoting it: it may be the secret itself.
+
+    Raises:
+        RecipeError: It is not.
+    """
+    if text and not _VARIABLE.fullmatch(text):
+        rule = f"must be env:NAME, of a variable whose name begins with {NOTIFY_PREFIX}, since a recipe is no secret"
+        remedy = f"export {NOTIFY_PREFIX}URL=https://... and set notify_url=env:{NOTIFY_PREFIX}URL"
+        raise RecipeError("notify_url", rule, "(not shown)", remedy)
 
 
 def unknown_key(key: str, known: Sequence[str]) -> RecipeError:

@@ -7,6 +7,9 @@
         quarantine/attempt-0001.jsonl  samples first found unusable in this attempt, one JSON line each
         left-out.json               steps that rollbacks skipped, if there were any
         heartbeat.json              the latest status of the live run
+        trackers/mlflow.json        what this tracker calls the run, and how much of it it has
+        tensorboard/                event files of TensorBoard
+        notices.json                up to which event people were notified
         stop-request.json           there until the run obeys `convmae stop`
         set-request.json            there until the run obeys `convmae set`
         claims/claim-000001.json    which driver has it
@@ -168,10 +171,15 @@ class RunDirectory:
         """Replace the events of one attempt."""
         self._write_lines("events", f"attempt-{attempt:04d}.jsonl", events)
 
-    def read_history(self) -> list[dict[str, Any]]:
-        """One row per step, by step; for a step that was redone after a restart, that of the last attempt."""
-        rows = {row["step"]: row for row in self.read_every_row()}
-        return [rows[step] for step in sorted(rows)]
+    def read_history(self, after: int = 0) -> list[dict[str, Any]]:
+        """One row per step, by step; for a step that was redone after a restart, that of the last attempt.
+
+        Args:
+            after: Only of steps after this one; parts that hold none of them are not read.
+        """
+        names = _parts_after(self._parts("history"), after)
+        rows = {row["step"]: row for name in names for row in self._read_lines("history", name)}
+        return [rows[step] for step in sorted(rows) if step > after]
 
     def read_every_row(self) -> list[dict[str, Any]]:
         """Every row of the history as it was written, also of steps that were redone: by attempt, then by step."""
@@ -213,11 +221,23 @@ class RunDirectory:
 
     def read_heartbeat(self) -> dict[str, Any]:
         """The latest status of the live run; empty before its first."""
-        url = self.path("heartbeat.json")
-        try:
-            return checked("heartbeat", parsed(self.storage.read(url), url), url)
-        except FileNotFoundError:
-            return {}
+        return self._read_object("heartbeat", self.path("heartbeat.json"))
+
+    def read_tracked(self, tracker: str) -> dict[str, Any]:
+        """What a tracker calls the run, and how much of it it has; empty before it was first opened."""
+        return self._read_object("tracked", self.path("trackers", f"{tracker}.json"))
+
+    def write_tracked(self, tracker: str, state: dict[str, Any]) -> None:
+        """Replace what is known of a tracker."""
+        self.storage.write(self.path("trackers", f"{tracker}.json"), _json_bytes(state))
+
+    def read_notified(self) -> dict[str, Any]:
+        """Up to which event people were notified; empty before the first notice could be sent."""
+        return self._read_object("notified", self.path("notices.json"))
+
+    def write_notified(self, state: dict[str, Any]) -> None:
+        """Replace what is known of the notices."""
+        self.storage.write(self.path("notices.json"), _json_bytes(state))
 
     def write_stop_request(self) -> None:
         """Ask the run, wherever its driver is, to save a checkpoint and end."""
@@ -273,6 +293,12 @@ class RunDirectory:
             return {}
         return found if isinstance(found, dict) else {}
 
+    def _read_object(self, kind: str, url: str) -> dict[str, Any]:
+        try:
+            return checked(kind, parsed(self.storage.read(url), url), url)
+        except FileNotFoundError:
+            return {}
+
     def _parts(self, folder: str) -> list[str]:
         names = filter(_NAMES[folder].fullmatch, self.storage.list_names(self.path(folder)))
         return sorted(names, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
@@ -288,6 +314,17 @@ class RunDirectory:
     def _write_lines(self, folder: str, name: str, rows: Iterable[dict[str, Any]]) -> None:
         data = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
         self.storage.write(self.path(folder, name), data.encode())
+
+
+def _parts_after(names: Sequence[str], step: int) -> list[str]:
+    """The parts of a history, in order, that may hold later steps: a part ends where the next of its attempt begins."""
+    numbers = [[int(number) for number in re.findall(r"\d+", name)] for name in names]
+    ended = {
+        name
+        for name, (attempt, _), (next_attempt, next_step) in zip(names, numbers, numbers[1:], strict=False)
+        if attempt == next_attempt and next_step <= step + 1
+    }
+    return [name for name in names if name not in ended]
 
 
 def list_runs(storage: Storage, run_root: str) -> list[RunDirectory]:

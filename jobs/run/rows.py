@@ -131,12 +131,24 @@ class _Heartbeat(TypedDict):
     metrics_url: NotRequired[Text]
 
 
+class _Tracked(TypedDict):
+    id: Annotated[str, Strict(), Field(pattern=r"^[A-Za-z0-9._-]{1,100}$")]
+    step: Integer
+    at_seconds: Time
+
+
+class _Notified(TypedDict):
+    at_seconds: Time
+
+
 _ROWS: dict[str, TypeAdapter[Any]] = {
     "events": TypeAdapter(_Event),
     "history": TypeAdapter(_HistoryRow),
     "quarantine": TypeAdapter(_QuarantineRow),
     "left-out": TypeAdapter(_LeftOutRow),
     "heartbeat": TypeAdapter(_Heartbeat),
+    "tracked": TypeAdapter(_Tracked),
+    "notified": TypeAdapter(_Notified),
 }
 _OF_KINDS: Mapping[str, tuple[str, ...]] = {
     "checkpoint": ("bytes", "stall_seconds", "duration_seconds"),
@@ -154,7 +166,11 @@ _TYPES = {
     "bool_type": " as true or false",
 }
 """What a field should have been, by pydantic's name of the fault."""
-_REMEDIES = {"heartbeat": "delete it: a live run writes it again"}
+_REMEDIES = {
+    "heartbeat": "delete it: a live run writes it again",
+    "tracked": "delete it: the tracker then has the run a second time",
+    "notified": "delete it: notices are sent from the next event on",
+}
 _RESTORE = "restore the file, or move it away: what it holds is then missing"
 
 
@@ -174,7 +190,7 @@ def checked(kind: str, row: Any, url: str) -> Row:
     """The same row, if it has the fields of its kind.
 
     Args:
-        kind: `events`, `history`, `quarantine`, `left-out` or `heartbeat`.
+        kind: `events`, `history`, `quarantine`, `left-out`, `heartbeat`, `tracked` or `notified`.
         row: What was read.
         url: From where, for the message.
 

@@ -188,7 +188,7 @@ def test_skipped_steps_are_rows_events_and_a_counter(start: Start, run: RunDirec
     begin(monitor)
     record(monitor, range(1, 3))
     row = {"step": 3, "epoch": 0, "loss": None, "learning_rate": 1e-3, "world_size": 2, "attempt": 1}
-    row |= {"data_wait_seconds": 0.0, "skipped": "the loss of rank 1"}
+    row |= {"step_seconds": 0.5, "data_wait_seconds": 0.0, "skipped": "the loss of rank 1"}
     monitor.record(row, gradient_norm=float("inf"), reading=READING, ranks=RANKS)
     monitor.flush()
     assert run.read_heartbeat()["loss"] is None
