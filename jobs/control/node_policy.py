@@ -103,6 +103,8 @@ class FollowNodes(ElasticPolicy):
         self._cluster, self._answer, self._now = cluster or PolicyCluster(), answer, now
         self._waiting = False
         self._asked_settings: Any = None
+        self._settings_version = self._followed = 0
+        """Of what was set, the newest that is known, and that of which the group is."""
         self._uncounted = 0
         """Looks in a row at which nobody could say what there is room for."""
         self._newcomers = Newcomers()
@@ -127,7 +129,7 @@ class FollowNodes(ElasticPolicy):
             self._monitor.waiting.remote(self.possible_workers(self.last_room), self.scaling_config.min_workers)
             self._waiting = True
         elif not waits:
-            self._waiting = False
+            self._waiting, self._followed = False, self._settings_version
         return decision
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
@@ -135,10 +137,11 @@ class FollowNodes(ElasticPolicy):
 
         The ranks save first. Meanwhile the controller still looks after them, so that one that dies is noticed.
         """
-        wants_attempt = self._follow_settings()
+        self._follow_settings()
         if self._pause_until is not None:
             return self._renew_when_saved(worker_group_state.num_workers)
-        if wants_attempt and self.possible_workers(self.room()) >= self.scaling_config.min_workers:
+        is_outdated = self._followed < self._settings_version
+        if is_outdated and self.possible_workers(self.room()) >= self.scaling_config.min_workers:
             self._pause_until = self._now() + PAUSE_SECONDS
             return self._renew_when_saved(worker_group_state.num_workers)
         decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
@@ -166,21 +169,20 @@ class FollowNodes(ElasticPolicy):
         self._uncounted = 0
         return {node: what for node, what in reserved.items() if node not in self._unusable}
 
-    def _follow_settings(self) -> bool:
-        """Take over what was set since; returns whether the next attempt should begin for it."""
+    def _follow_settings(self) -> None:
+        """Take over what was set since."""
         if self._asked_settings is None:
             self._asked_settings = self._monitor.settings.remote()
         try:
             settings: Settings = self._answer(self._asked_settings, timeout=0)
         except GetTimeoutError:  # it is there at the next look
-            return False
+            return
         except RayError:
             self._asked_settings = None
-            return False
-        self._asked_settings = None
+            return
+        self._asked_settings, self._settings_version = None, settings.version
         if settings.max_workers:
             self._take_bounds(settings)
-        return settings.wants_attempt
 
     def _take_bounds(self, settings: Settings) -> None:
         config, bounds = self.scaling_config, (settings.min_workers, settings.max_workers)
@@ -196,7 +198,7 @@ class FollowNodes(ElasticPolicy):
             if self._answer(self._monitor.pause.remote()):
                 possible = self.possible_workers(self.room())
                 if possible >= self.scaling_config.min_workers:  # fewer than before do no harm: all is saved
-                    self._pause_until = None
+                    self._pause_until, self._followed = None, self._settings_version
                     return self.resized(possible)
             if self._now() > self._pause_until:
                 logger.warning("the %d ranks did not save for a new group; they continue", num_workers)

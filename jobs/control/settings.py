@@ -14,8 +14,8 @@ class Settings(NamedTuple):
     """0: nothing was changed since the driver began."""
     max_workers: int = 0
     resize_seconds: float = 0.0
-    wants_attempt: bool = False
-    """Whether the ranks follow a recipe that is no longer the run's, so that the next attempt should begin."""
+    version: int = 0
+    """How often something was changed. A group that was started before the newest change should begin anew."""
 
 
 class ChangedSettings:
@@ -29,13 +29,13 @@ class ChangedSettings:
 
     def changed(self, recipe: Recipe, text: str) -> None:
         """Note the run's recipe, and in words what is new in it."""
-        self._settings = Settings(recipe.min_workers, recipe.max_workers, recipe.resize_seconds, wants_attempt=True)
+        version = self._settings.version + 1
+        self._settings = Settings(recipe.min_workers, recipe.max_workers, recipe.resize_seconds, version)
         self.reason = f"{self.reason}, {text}" if self.reason else text
 
     def begin_attempt(self) -> str:
         """Note that ranks read the recipe now; returns what they are the first to follow."""
         reason, self.reason = self.reason, ""
-        self._settings = self._settings._replace(wants_attempt=False)
         return reason
 
     def now(self) -> Settings:

@@ -112,7 +112,7 @@ def test_the_next_attempt_is_for_what_was_changed(start: Start, run: RunDirector
 
     monitor.change_settings(changes)
 
-    assert monitor.settings() == Settings(TINY.min_workers, 4, 3.0, wants_attempt=True)
+    assert monitor.settings() == Settings(TINY.min_workers, 4, 3.0, version=1)
     monitor.flush()
     said = "checkpoint_every_steps {} -> 7, max_workers {} -> 4, resize_seconds {} -> 3.0".format(
         *(json.dumps(TINY.to_json()[name]) for name in ("checkpoint_every_steps", "max_workers", "resize_seconds"))
@@ -124,7 +124,6 @@ def test_the_next_attempt_is_for_what_was_changed(start: Start, run: RunDirector
 
     begin(monitor, resume_step=10)
 
-    assert not monitor.settings().wants_attempt
     event = last_event(run)
     assert (event["kind"], event["steps_redone"]) == ("resize", 0)
     assert event["reason"] == f"{said} (set; workers 2 -> 2)"

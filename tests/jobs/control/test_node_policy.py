@@ -268,7 +268,7 @@ def test_what_was_set_begins_another_attempt_of_as_many_workers_as_it_allows(
     monitor: Monitor, policy: Policy, decide: Callable[[int], int | None]
 ) -> None:
     policy.there = rooms(1, 1, 1, 1)
-    monitor.changed = Settings(min_workers=2, max_workers=2, resize_seconds=7.0, wants_attempt=True)
+    monitor.changed = Settings(min_workers=2, max_workers=2, resize_seconds=7.0, version=1)
 
     assert decide(3) is None
     assert monitor.asked == ["pause"]
@@ -276,14 +276,15 @@ def test_what_was_set_begins_another_attempt_of_as_many_workers_as_it_allows(
     assert decide(3) == 2, "fewer than there is room for"
     assert policy.scaling_config.elastic_resize_monitor_interval_s == 7.0
 
-    monitor.changed = monitor.changed._replace(wants_attempt=False)
-    assert decide(2) is None
+    assert [decide(2), decide(2)] == [None, None], "also before the new ranks have spoken"
+    monitor.changed = monitor.changed._replace(version=2)
+    assert decide(2) == 2
 
 
 def test_the_same_number_of_workers_begins_anew_with_what_was_set(
     monitor: Monitor, decide: Callable[[int], int | None]
 ) -> None:
-    monitor.changed = Settings(min_workers=1, max_workers=3, resize_seconds=0.0, wants_attempt=True)
+    monitor.changed = Settings(min_workers=1, max_workers=3, resize_seconds=0.0, version=1)
     monitor.stands_still = True
 
     assert decide(2) == 2
@@ -292,7 +293,18 @@ def test_the_same_number_of_workers_begins_anew_with_what_was_set(
 def test_a_minimum_that_there_is_no_room_for_stops_no_training(
     monitor: Monitor, decide: Callable[[int], int | None]
 ) -> None:
-    monitor.changed = Settings(min_workers=3, max_workers=3, resize_seconds=0.0, wants_attempt=True)
+    monitor.changed = Settings(min_workers=3, max_workers=3, resize_seconds=0.0, version=1)
 
     assert [decide(2), decide(2)] == [None, None]
     assert monitor.asked == []
+
+
+def test_a_group_that_was_started_after_a_change_has_followed_it(
+    monitor: Monitor, policy: Policy, decide: Callable[[int], int | None]
+) -> None:
+    monitor.changed = Settings(min_workers=1, max_workers=2, resize_seconds=0.0, version=1)
+    monitor.stands_still = True
+    decision = policy.make_decision_for_non_running_worker_group()
+
+    assert decision.num_workers == 2
+    assert decide(2) is None
