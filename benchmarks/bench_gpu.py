@@ -26,28 +26,13 @@ from bench_model import COMPILED, DENSE, MAE_FUSED, SPARSE, Side
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import PRESETS
+from model.device_peak import sheet_peak
 
-PEAK_TFLOPS = {
-    "H100 PCIe": (756, 51),
-    "H100 NVL": (835, 60),
-    "H100": (989, 67),
-    "H200": (989, 67),
-    "A100": (312, 19.5),
-    "L40S": (362, 91.6),
-    "A10G": (70, 31.2),
-}
-"""Dense bf16 and fp32 without TF32, by NVIDIA's data sheets; the first name that the card's holds."""
 COMPILED_BATCHES = 2
 """Compiling takes a minute for each size: only the largest few that fit are."""
 DETERMINISM_BATCH, LOADED_IMAGES = 64, 4096
 
 Row = dict[str, Any]
-
-
-def peak_flops(card: str, precision: str) -> float | None:
-    """Operations a second at most; None for a card that is not in the table."""
-    found = next((peaks for name, peaks in PEAK_TFLOPS.items() if name in card), None)
-    return found[precision == "fp32"] * 1e12 if found else None
 
 
 def options_of(options: argparse.Namespace, batch: int) -> argparse.Namespace:
@@ -85,7 +70,7 @@ def measured(name: str, precision: str, batch: int, options: argparse.Namespace,
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         return None
-    peak = peak_flops(card, precision)
+    peak = sheet_peak(card, torch.float32 if precision == "fp32" else torch.bfloat16)
     mfu = flops / seconds / peak if peak else None
     row = {
         "side": name,

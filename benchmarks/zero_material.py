@@ -22,7 +22,7 @@ from torch import Tensor
 
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.commit import CHUNK_BYTES, DEEPSPEED_FORMATS, CheckpointFile, Commit, StateTensor
-from jobs.checkpoint.rank_file import DTYPE_NAMES, RankPart, header_of
+from jobs.checkpoint.rank_file import DTYPE_NAMES, CopyRoom, RankPart, header_of
 from jobs.checkpoint.zero_state import owned_ranges
 from jobs.recipe.recipe import Recipe
 from jobs.run.directory import RunDirectory
@@ -131,7 +131,7 @@ def state_parts(material: Material, stage: int, world_size: int) -> list[RankPar
         places = CheckpointFile(
             f"rank-{rank:05d}.safetensors", 0, 0, data_offset=len(header), trained=ranges[0], fixed=ranges[1]
         )
-        parts.append(RankPart(Path(), memoryview(data), places, tensors, 2.0))
+        parts.append(RankPart(CopyRoom(Path(), memoryview(data)), places, tensors, 2.0))
     return parts
 
 

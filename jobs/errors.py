@@ -72,6 +72,10 @@ class DamagedCheckpointError(CheckpointError):
     """A committed checkpoint that is not as it was written: a file is missing, truncated or altered."""
 
 
+class HolderFullError(CheckpointError):
+    """A memory checkpoint for which a node lacks memory; the run trains on without."""
+
+
 class WeightsFileError(UserError):
     """A file of weights that cannot be used: missing, altered, unreadable, or of another model."""
 
@@ -86,6 +90,10 @@ class EvaluationError(UserError):
 
 class ProbeDiedError(Exception):
     """A probe whose process died: killed, out of memory, or gone with its node."""
+
+
+class TrackerError(UserError):
+    """A tracker that cannot be written to: its library is missing."""
 
 
 class AblationError(UserError):

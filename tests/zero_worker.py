@@ -136,7 +136,7 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     if case["resume"]:
         restored = restore_newest(
             RunDirectory(CountingStorage(), case["resume"]), owned, RankGroup(RANK, WORLD_SIZE),
-            check=lambda commit: None, on_damage=lambda step, why: None,
+            check=lambda commit: None, on_damage=lambda *_: None,
         )  # fmt: skip
         assert restored
         state = restored.state

@@ -13,10 +13,11 @@ import bisect
 import dataclasses
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import google_crc32c
 import numpy as np
@@ -26,8 +27,8 @@ from jobs.checkpoint import checkpoint
 from jobs.checkpoint.checkpoint import checksummed
 from jobs.checkpoint.commit import CHUNK_BYTES, CheckpointFile, Commit
 from jobs.checkpoint.tensor_ranges import ByteRange, damaged
+from jobs.errors import DamagedCheckpointError
 from jobs.run.directory import RunDirectory
-from pipeline.store.storage import Storage
 
 READ_BYTES = 8 << 20
 """Of one request, at most."""
@@ -35,6 +36,8 @@ THREADS = 8
 """Requests at once."""
 _KEPT_CHUNKS = 64
 """Chunks with directories and headers, which are read piece by piece."""
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -54,6 +57,16 @@ class Copy:
         return ByteRange(self.url, self.offset, len(self.target))
 
 
+class RangeReader(Protocol):
+    """Where a checkpoint's files are read: `Storage`, or the memory of nodes."""
+
+    def read_range(self, url: str, offset: int, length: int) -> bytes:
+        """Bytes of a file, fewer where it ends before; FileNotFoundError where there is none."""
+
+    def size(self, url: str) -> int:
+        """Bytes of the whole file."""
+
+
 @dataclass(frozen=True)
 class CheckedRange:
     """A byte range of whole chunks, and their checksums: a picklable value, which any process can read."""
@@ -66,7 +79,7 @@ class CheckedRange:
     file_bytes: int
     """Of the whole file."""
 
-    def read(self, storage: Storage) -> bytes:
+    def read(self, storage: RangeReader) -> bytes:
         """The bytes, as they were written.
 
         Raises:
@@ -87,7 +100,7 @@ class CheckedRange:
                 raise damaged(url, f"it was altered {place}")
         return data
 
-    def _length_fault(self, storage: Storage) -> str:
+    def _length_fault(self, storage: RangeReader) -> str:
         size = storage.size(self.range.url)
         if size != self.file_bytes:
             return f"it has {size} bytes, not {self.file_bytes}"
@@ -114,15 +127,16 @@ class CheckedFiles:
     Blocking: every read.
     """
 
-    def __init__(self, run: RunDirectory, commit: Commit) -> None:
+    def __init__(self, run: RunDirectory, commit: Commit, copies: Sequence[RangeReader] = ()) -> None:
         """Number the chunks; does no I/O.
 
         Args:
             run: Whose checkpoint it is.
             commit: With checksums of chunks: an older one must have passed through `with_chunks`.
+            copies: Where the files are, best first; the store if empty.
         """
         self.run, self.commit = run, commit
-        self._storage = run.storage
+        self._copies: Sequence[RangeReader] = copies or (run.storage,)
         self._files = [file for file in commit.files if file.bytes]
         assert all(file.chunk_bytes for file in self._files)
         self._urls = [checkpoint.file_url(run, commit.step, file.name) for file in self._files]
@@ -230,9 +244,18 @@ class CheckedFiles:
     def _read(self, request: ChunkRequest) -> bytes:
         """The bytes of a request, compared with the commit."""
         first = request.first - self._firsts[request.file]
-        data = self._range(request.file, first, request.count).read(self._storage)
+        data = self._whole(self._range(request.file, first, request.count))
         self._checked[request.first : request.first + request.count] = True
         return data
+
+    def _whole(self, wanted: CheckedRange) -> bytes:
+        """The bytes from the first copy that has them as they were written."""
+        for copy in self._copies[:-1]:
+            try:
+                return wanted.read(copy)
+            except DamagedCheckpointError as error:
+                logger.warning("%s; another copy is read", error)
+        return wanted.read(self._copies[-1])
 
     def _range(self, number: int, first: int, count: int) -> CheckedRange:
         """Chunks of one file, counted from its beginning."""

@@ -40,26 +40,59 @@ _ALIGNMENT = 8
 DTYPE_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
-@dataclass(frozen=True)
-class RankPart:
-    """A rank's part of a checkpoint, ready to be uploaded."""
+@dataclass
+class CopyRoom:
+    """Memory for one copy, and how many need what is in it."""
 
     path: Path
     """Of its file here."""
     content: memoryview
     """The same bytes."""
+    file: MemoryFile | None = None
+    """What the path is of, which exists as long as this does."""
+    claims: int = 0
+
+
+@dataclass(frozen=True)
+class RankPart:
+    """A rank's part of a checkpoint, ready to be uploaded or held.
+
+    Concurrency: `claim` and `release` are the training thread's.
+    """
+
+    room: CopyRoom
+    """Its memory, which later copies use again once nobody needs it."""
     places: CheckpointFile
     """Where values lie in it; the name is that of the file alone, and size and checksums are missing."""
     tensors: tuple[StateTensor, ...] = ()
     """The model's state dict; the same on every rank."""
     optimizer_step: float = 0.0
 
+    @property
+    def path(self) -> Path:
+        """Of its file here."""
+        return self.room.path
+
+    @property
+    def content(self) -> memoryview:
+        """The bytes of the file."""
+        return self.room.content
+
+    def claim(self) -> None:
+        """Need the bytes as they are."""
+        self.room.claims += 1
+
+    def release(self) -> None:
+        """Need them no longer."""
+        self.room.claims -= 1
+
 
 class RankFile:
     """The file of one rank, with room for the values of one save after the other.
 
-    Owns: memory for the whole file, page-locked where values come from a GPU, from the first save on.
-    Concurrency: `copied` must not be called while an earlier copy is being uploaded.
+    Owns: memory for the whole file, page-locked where values come from a GPU, from the first save on; more than once
+        where copies are needed at the same time: one that is uploaded, one that is held, one that is made.
+    Concurrency: the training thread's.
     """
 
     def __init__(self, engine: deepspeed.DeepSpeedEngine, rank: int) -> None:
@@ -79,12 +112,18 @@ class RankFile:
         self._places = CheckpointFile(
             f"rank-{rank:05d}.safetensors", 0, 0, data_offset=len(self._header), trained=trained, fixed=fixed
         )
-        self._file: MemoryFile | None = None
+        self._rooms: list[CopyRoom] = []
+
+    @property
+    def bytes(self) -> int:
+        """Size of a copy."""
+        return len(self._header) + data_bytes(self._places, self._item_bytes())
 
     def copied(self) -> RankPart:
         """Copy the values as they are now, and wait until all are here. No communication."""
-        file = self._file = self._file or self._reserved()
-        room = torch.frombuffer(file.memory, dtype=torch.uint8)
+        unused = next((room for room in self._rooms if not room.claims), None)
+        chosen = unused or self._reserved()
+        room = torch.frombuffer(chosen.content, dtype=torch.uint8)
         place = len(self._header)
         for values in self._values():
             count = values.numel() * values.element_size()
@@ -93,8 +132,8 @@ class RankFile:
             place += count
         if self._engine.device.type == "cuda":
             torch.cuda.synchronize(self._engine.device)
-        assert place == file.size
-        return RankPart(file.path, memoryview(file.memory), self._places, self._tensors, self._optimizer_step())
+        assert place == len(room)
+        return RankPart(chosen, self._places, self._tensors, self._optimizer_step())
 
     def _values(self) -> Iterator[Tensor]:
         """Flat, in the order of the file."""
@@ -113,13 +152,16 @@ class RankFile:
         steps = [adam_slots(self._engine, flat).get("step", 0.0) for flat, _ in owned_slices(self._engine)]
         return float(steps[0]) if steps else 0.0
 
-    def _reserved(self) -> MemoryFile:
-        sizes = [ITEM_BYTES[tensor.dtype] for tensor in self._tensors]
-        file = MemoryFile("convmae-checkpoint", len(self._header) + data_bytes(self._places, sizes))
+    def _item_bytes(self) -> list[int]:
+        return [ITEM_BYTES[tensor.dtype] for tensor in self._tensors]
+
+    def _reserved(self) -> CopyRoom:
+        file = MemoryFile("convmae-checkpoint", self.bytes)
         file.memory[: len(self._header)] = self._header
         if self._engine.device.type == "cuda":
             _lock_pages(file, self._engine.device)
-        return file
+        self._rooms.append(room := CopyRoom(file.path, memoryview(file.memory), file))
+        return room
 
 
 def _lock_pages(file: MemoryFile, device: torch.device) -> None:

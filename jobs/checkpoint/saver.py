@@ -58,6 +58,7 @@ class CheckpointSaver:
         self._thread = DaemonThreads(1, "convmae-save")
         self._upload: Future[CheckpointFile] | None = None
         self._commit: Commit | None = None
+        self._part: RankPart | None = None
         self._committing: Future[None] | None = None
         self._began = self._stall_seconds = 0.0
         self._failure = ""
@@ -72,32 +73,38 @@ class CheckpointSaver:
         """Whether this rank's files are still on their way."""
         return self._upload is not None and not self._upload.done()
 
-    def begin(self, commit: Commit, copied: Callable[[], RankPart]) -> None:
+    def begin(self, commit: Commit, copied: Callable[[], RankPart]) -> RankPart:
         """Copy this rank's part of the state and start its upload.
 
         Args:
             commit: What will be committed, without its files. Rank 0's is used; claim and attempt are the same on all.
-            copied: Copies this rank's part; called when no earlier copy is needed any more.
+            copied: Copies this rank's part; called when no earlier copy is uploaded any more.
+
+        Returns:
+            The copy.
         """
         self._began = time.monotonic()
         self.finish()
-        part = copied()
+        self._part = part = copied()
+        part.claim()
         owner = checkpoint.owner_name(commit.claim, commit.attempt)
         upload = functools.partial(checkpoint.upload, self._run, commit.step, part.path, part.places)
         self._commit = dataclasses.replace(commit, tensors=part.tensors, optimizer_step=part.optimizer_step)
         self._upload = self._thread.submit(upload, content=part.content, owner=owner)
         self._stall_seconds = time.monotonic() - self._began
+        return part
 
     def finish(self) -> None:
         """Wait for the uploads of the checkpoint that is under way, and begin its commit. Collective."""
-        if self._commit is None or self._upload is None:
+        if self._commit is None or self._upload is None or self._part is None:
             return
         began = time.monotonic()
         by_rank: list[Any] = [None] * self._world_size if self._rank == 0 else []
         # To rank 0 alone: with checksums the files of all ranks take megabytes, and each answer as much as the longest.
         dist.gather_object(_outcome(self._upload), by_rank or None)
         errors = [f"rank {rank}: {found}" for rank, found in enumerate(by_rank) if isinstance(found, str)]
-        commit, self._commit, self._upload = self._commit, None, None
+        self._part.release()
+        commit, self._commit, self._upload, self._part = self._commit, None, None, None
         self._await_commit()
         self._failure = ""
         self._stall_seconds += time.monotonic() - began

@@ -6,8 +6,10 @@ from typing import Annotated
 
 import typer
 
+from jobs.cli.completion import run_names
 from jobs.cli.elsewhere import at_cluster, at_run
-from jobs.cli.shared import AsJson, RunRoot, existing_run, open_session
+from jobs.cli.shared import AsJson, RunName, RunRoot, existing_run, open_session
+from jobs.errors import RunFailedError
 from jobs.terminal import print_json, print_table, say
 from pipeline.access.places import normal
 from pipeline.errors import UserError
@@ -58,12 +60,19 @@ def ablate(
 
 @app.command(cls=at_run("page"))
 def compare(
-    runs: Annotated[list[str], typer.Argument(metavar="RUN RUN...", help="Names of runs, or their paths or URLs.")],
+    runs: Annotated[
+        list[str],
+        typer.Argument(metavar="RUN RUN...", help="Names of runs, or their paths or URLs.", autocompletion=run_names),
+    ],
     page: Annotated[str, typer.Option(help="HTML page to write, with their curves on one axis.")] = "",
     run_root: RunRoot = "",
     as_json: AsJson = False,
 ) -> None:
-    """Compare runs: what differs in their recipes, their losses at the same epochs, their accuracies."""
+    """Compare what runs came to: what differs in their recipes, losses at the same epochs, accuracies, cost.
+
+    For runs that are meant to differ. `diff` says whether two are the same, to the bit, and if not, since which step.
+    """
+    from jobs.recipe.differences import differing_fields
     from jobs.report import comparison
 
     if len(runs) < 2:
@@ -80,7 +89,7 @@ def compare(
     print_table(comparison.FIGURE_COLUMNS, comparison.figure_rows(found))
     columns, rows = comparison.loss_rows(found)
     print_table(columns, rows)
-    fields = comparison.differing_fields(found)
+    fields = differing_fields([run.recipe for run in found])
     print_table(
         ("field", *comparison.named_apart(found)), [(name, *map(str, values)) for name, values in fields.items()]
     )
@@ -92,3 +101,31 @@ def compare(
         say(comparison.NO_ACCURACY)
     if page:
         say(normal(page))
+
+
+@app.command(cls=at_run())
+def diff(run: RunName, other: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
+    """Show in what two runs differ, exactly: recipes, software, data, attempts, and the first step that differs.
+
+    Samples, learning rates, losses and digests of all weights are compared step by step, of a step that was done again
+    the last time. Exit code 1 where these differ. `compare` shows what several runs came to.
+    """
+    from jobs.report.run_difference import RunDifference
+
+    session = open_session()
+    found = RunDifference.between(existing_run(session, run, run_root), existing_run(session, other, run_root))
+    if as_json:
+        print_json(found.to_json())
+    else:
+        names = found.names()
+        print_table(("", *names), found.state_rows())
+        print_table(("field", *names, "decides"), fields := found.field_rows())
+        print_table(("origin", *names), found.origin_rows())
+        if not fields:
+            say("recipe: the same")
+        if note := found.origin_note():
+            say(note)
+        for line in found.history.lines():
+            say(line)
+    if found.history.first_step is not None:
+        raise RunFailedError(f"step {found.history.first_step} is the first that differs")

@@ -5,15 +5,20 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from typing import Annotated
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from jobs.cli.completion import run_names
 from jobs.cli.elsewhere import at_run, at_store, go_there
 from jobs.cli.shared import AsJson, Overrides, RunName, RunRoot, amended_recipe, existing_run, open_session
 from jobs.errors import RunFailedError
 from jobs.terminal import bytes_text, print_json, print_table, progress_bar, say
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from jobs.export.written import Exported
 
 app = typer.Typer()
 
@@ -164,10 +169,13 @@ def export(
         typer.Argument(
             metavar="CHECKPOINT",
             help="A run, or the path or URL of a consolidated .safetensors file, or of a folder of several.",
+            autocompletion=run_names,
         ),
     ],
     *,
-    name: Annotated[str, typer.Option("--format", help="Format: official, backbone, hf or onnx.")],
+    name: Annotated[
+        str, typer.Option("--format", help="Format: official, backbone, hf, onnx, metrics or metrics-csv.")
+    ],
     step: Annotated[
         int | None,
         typer.Option(min=1, help="Step of one of the run's checkpoints; default: the newest.", show_default=False),
@@ -181,20 +189,32 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
     run_root: RunRoot = "",
 ) -> None:
-    """Write a checkpoint in the format of another tool.
+    """Write a checkpoint, or what a run recorded, in the format of another tool.
 
     `official`: a .pth for the official ConvMAE code, for pretraining and fine-tuning. `backbone`: safetensors that
     `model.Backbone` loads. `hf`: a folder with config.json, model.safetensors and a model card. `onnx`: the dense
     encoder with its three maps, compared with PyTorch before it is written; needs the extra `export`.
+
+    `metrics`, `metrics-csv`: a folder of tables, Parquet or CSV, of all attempts of a run: history (a row a step,
+    `superseded` where it was done again), accuracies and events.
     """
     from jobs.export.formats import FORMATS, Source, check_format
     from jobs.export.formats import export as export_weights
+    from jobs.export.run_tables import TABLE_SUFFIXES, export_tables
     from jobs.weights import consolidated
     from pipeline.access.places import is_place, normal
 
     session = open_session()
-    check_format(name)
     out = out and normal(out)
+    if name in TABLE_SUFFIXES:
+        for option, value in (("--step", step), ("--image-size", image_size)):
+            if value:
+                raise UserError(option, f"must not be given with --format {name}", value, "leave it out")
+        directory = existing_run(session, checkpoint, run_root)
+        target = out or directory.path("exports", f"{directory.name}-{name}")
+        _say_exported(name, export_tables(directory, name, session.storage, target, force=force))
+        return
+    check_format(name)
     if is_place(checkpoint):
         checkpoint = normal(checkpoint)
     if consolidated.is_weights(session.storage, checkpoint):
@@ -208,7 +228,11 @@ def export(
         weights, default = consolidated.of_run(directory, step), directory.path("exports")
     source = Source.of(weights, directory, image_size)
     target = out or (default if FORMATS[name].suffix else f"{default}/{source.stem}-{name}")
-    for written in export_weights(source, name, session.storage, target, force=force):
+    _say_exported(name, export_weights(source, name, session.storage, target, force=force))
+
+
+def _say_exported(name: str, files: Iterable[Exported]) -> None:
+    for written in files:
         note = f": {written.note}" if written.note else ""
         say(f"{name}: {written.url} ({bytes_text(written.bytes)}, sha256 {written.sha256[:16]}…){note}")
 

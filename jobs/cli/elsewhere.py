@@ -26,6 +26,8 @@ RECIPES = ("recipe", "target")
 """Parameters that name a recipe; the second may name a data set instead."""
 EVALUATION_FIELDS = tuple(f"evaluation.{name}" for name in ("data", "train_data", "labels", "train_labels"))
 """Fields of an ablation's evaluation that are paths or URLs."""
+RUNS = ("run", "other")
+"""Parameters that name a run, by its name or its directory."""
 WEIGHTS = ("what", "weights")
 """Parameters that name weights: a run, a file, or neither."""
 
@@ -103,9 +105,10 @@ def _urls(session: Session, parameters: Mapping[str, Any], needs: Needs) -> Iter
     yield from (place for _, place in _places(parameters, needs.places))
     yield from fields.values()
     if needs.run:
-        name = str(parameters.get("run") or parameters.get("checkpoint") or "")
         root = str(parameters.get("run_root") or fields.get("run_root", ""))
-        yield name if is_place(name) or Path(name).is_file() else session.run_root(root)
+        names = [str(parameters[name]) for name in (*RUNS, "checkpoint") if parameters.get(name)]
+        for name in names or [""]:
+            yield name if is_place(name) or Path(name).is_file() else session.run_root(root)
 
 
 def go_there(
@@ -127,6 +130,7 @@ def go_there(
     Raises:
         UserError: A path is on this machine's disk.
     """
+    from jobs.recipe.recipe import check_notify_url
     from jobs.remote.command import run_there
 
     parameters, attached = {**ctx.params, **changed}, dict(files or {})
@@ -140,6 +144,10 @@ def go_there(
         refuse_own_path(field, place)
     for field, place in _own_words(parameters):
         _refuse_unless_absolute(field, place)
+    for override in parameters.get("overrides") or ():
+        field, _, value = override.partition("=")
+        if field == "notify_url":  # Ray's dashboard shows what a job is called with
+            check_notify_url(value)
     given = str(parameters.get("run_root") or dict(_url_fields(parameters)).get("run_root", ""))
     code = run_there(session, arguments(ctx, parameters), files=attached, run_root=known_run_root(session, given))
     if given and code == 0:
@@ -150,8 +158,9 @@ def go_there(
 def _own_words(parameters: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Values that may depend on the current folder or the home folder, besides those that `refuse_own_path` checks."""
     yield "--run-root", str(parameters.get("run_root") or "")
-    run = str(parameters.get("run") or "")
-    yield "run", run if is_place(run) else ""
+    for name in RUNS:
+        run = str(parameters.get(name) or "")
+        yield name, run if is_place(run) else ""
     for name in WEIGHTS:
         weights = str(parameters.get(name) or "")
         yield name, weights if is_place(weights) or Path(weights).is_file() else ""

@@ -7,6 +7,7 @@ from typing import Annotated, Any, TextIO
 
 import typer
 
+from jobs.cli.completion import run_names
 from jobs.cli.elsewhere import at_cluster, at_store
 from jobs.cli.shared import Overrides, RunRoot, amended_recipe, existing_run, open_session
 from pipeline.access.places import normal
@@ -18,7 +19,7 @@ WHAT_HELP = (
     "A run, RUN@STEP, a consolidated .safetensors file or a folder of several, an official .pth file, or `random`: "
     "weights that nothing has trained."
 )
-Weights = Annotated[str, typer.Option("--weights", help=WHAT_HELP)]
+Weights = Annotated[str, typer.Option("--weights", help=WHAT_HELP, autocompletion=run_names)]
 Step = Annotated[
     int | None,
     typer.Option(min=1, help="Step of one of the run's checkpoints; default: the newest.", show_default=False),
@@ -38,7 +39,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu or cuda; auto: GPUs where t
 
 @app.command(cls=at_cluster("data", "train_data", "labels", "train_labels", "json_file", "page"))
 def evaluate(
-    what: Annotated[str, typer.Argument(metavar="WHAT", help=WHAT_HELP)],
+    what: Annotated[str, typer.Argument(metavar="WHAT", help=WHAT_HELP, autocompletion=run_names)],
     overrides: Overrides = None,
     *,
     data: Annotated[str, typer.Option(help="URL of the data set to test on.")],

@@ -17,6 +17,7 @@ import typer
 from typer.exceptions import TyperException
 
 from jobs.cli import ablation, checkpoints, data, evaluation, runs, simulation, stack
+from jobs.cli.completion import completes, leave
 from jobs.errors import RunFailedError
 from jobs.terminal import close_streams, has_reader, open_streams, write_line
 from pipeline.errors import UserError
@@ -63,6 +64,8 @@ def main() -> None:
     open_streams()
     logging.getLogger("matplotlib").setLevel(logging.ERROR)  # about folders that it cannot write
     code = _run(sys.argv[1:])
+    if completes(os.environ):
+        leave(code)
     sys.exit(code if close_streams() else code or 1)
 
 

@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from jobs.cli.completion import run_names
 from jobs.cli.elsewhere import at_cluster, at_run, at_store
 from jobs.cli.shared import (
     AsJson,
@@ -28,6 +29,9 @@ from pipeline.access.places import normal
 from pipeline.errors import UserError
 
 app = typer.Typer()
+
+SET_SECONDS = 30.0
+"""For a live run to hear of changed fields."""
 
 TraceOption = Annotated[
     str, typer.Option("--trace", help="URL at which to record the samples, crops and masks of each step and rank.")
@@ -82,7 +86,7 @@ def drive(run_url: str, trace: TraceOption = "") -> None:
 
     session = open_session(verbose=True)  # the job's log is the only log of the ranks that a user has
     directory = session.run(run_url)
-    with end_noted(directory):
+    with end_noted(directory, session.environ):
         recipe = directory.read_recipe().amended({"run_root": directory.root})
         train_here(session, plan_run(session, recipe, directory.name, trace, is_patient=True))
 
@@ -120,6 +124,7 @@ def finetune(
             help="Pretrained weights: a run, RUN@STEP, a consolidated .safetensors file, an official .pth file, or "
             "`random`; default: init_from.",
             show_default=False,
+            autocompletion=run_names,
         ),
     ] = "",
     run: RunOption = "",
@@ -268,19 +273,62 @@ def stop(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
     say(f"{directory.name}: {heartbeat['state']} at step {heartbeat['step']}; `convmae resume {run}` resumes it")
 
 
+@app.command("set", cls=at_run())
+def set_fields(
+    run: RunName,
+    changes: Annotated[list[str], typer.Argument(metavar="FIELD=VALUE...", help="Fields to change: max_workers=8")],
+    run_root: RunRoot = "",
+    as_json: AsJson = False,
+) -> None:
+    """Change how a live run executes: workers, checkpoints, threads, what to do about faults; no step is lost.
+
+    The ranks save, and the next attempt begins with the changed fields, which stay when the run is resumed. What the
+    run computes never changes; what belongs to its driver needs `convmae stop` and `convmae resume RUN FIELD=VALUE`.
+    """
+    from jobs.control.changed_recipe import changed_live
+    from jobs.control.lease import is_live
+
+    directory = existing_run(open_session(), run, run_root)
+    if not is_live(directory):
+        state = directory.read_heartbeat().get("state", "submitted")
+        remedy = f"`convmae resume {run} {' '.join(changes)}` resumes it with these"
+        raise RunError("run", "must be running to be changed", f"{directory.name} ({state})", remedy)
+    found = changed_live(directory, changes, run)
+    if found:
+        directory.write_set_request(found)
+        deadline = time.monotonic() + SET_SECONDS
+        while directory.is_set_requested() and time.monotonic() < deadline:
+            time.sleep(0.2)
+    heard = not directory.is_set_requested()
+    if as_json:
+        values = {name: {"before": before, "after": after} for name, (before, after) in found.items()}
+        print_json({"run": directory.name, "url": directory.url, "changes": values, "heard": heard})
+        return
+    for name, (before, after) in found.items():
+        say(f"{name}: {before} -> {after}")
+    if not found:
+        say(f"{directory.name} has these values already")
+    elif heard:
+        say("in force from the next attempt, which begins as soon as the ranks have saved")
+    else:
+        say(f"the run has not answered for {SET_SECONDS:.0f} s; it obeys when it does")
+
+
 @app.command(cls=at_run())
 def history(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
-    """Print one line per step: step, epoch, loss, learning rate, world size, attempt.
+    """Print one line per step: step, epoch, loss, learning rate, world size, attempt, and MFU where it is known.
 
     Some lines end with a digest of all weights and moments: equal runs have equal ones, at any world size; some with
     the accuracy of the encoder, by kNN and a linear probe, or that of a fine-tuning on its validation samples.
     """
+    from jobs.metrics.utilization import with_utilization
     from jobs.run.accuracy_text import accuracies_text
     from jobs.run.probe_rows import ProbeCurve
 
     directory = existing_run(open_session(), run, run_root)
-    probed = {row.step: dict(row.accuracies) for row in ProbeCurve.of(directory.read_events()).rows}
-    for row in directory.read_history():
+    events = directory.read_events()
+    probed = {row.step: dict(row.accuracies) for row in ProbeCurve.of(events).rows}
+    for row in with_utilization(directory.read_history(), events):
         accuracies = probed.get(row["step"])
         if as_json:
             sys.stdout.write(json.dumps({**row, **({"accuracies": accuracies} if accuracies else {})}) + "\n")
@@ -289,9 +337,10 @@ def history(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> No
                 f"step {row['step']:>8}  epoch {row['epoch']:>4}  loss {figure(row['loss'], '.6f')}  "
                 f"lr {row['learning_rate']:.3e}  world {row['world_size']:>3}  attempt {row['attempt']:>3}"
             )
+            mfu = f"  mfu {row['mfu_ratio']:.1%}" if "mfu_ratio" in row else ""
             digest = f"  digest {row['digest']}" if "digest" in row else ""
             measured = accuracies_text({**row, **(accuracies or {})})
-            say(line + digest + (f"  {measured}" if measured else ""))
+            say(line + mfu + digest + (f"  {measured}" if measured else ""))
 
 
 @app.command(cls=at_store("url", "other"))

@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from jobs.cli.completion import run_names
+
 RecipeName = Annotated[
     str, typer.Argument(metavar="RECIPE", help="Name of a recipe, or a .toml file that amends one.", show_default=False)
 ]
@@ -15,7 +17,10 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[FIELD=VALUE]...", help="Fields to change: epochs=400 model.mask_ratio=0.6"),
 ]
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of a run, or the path or URL of its directory.")]
+RunName = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="Name of a run, or the path or URL of its directory.", autocompletion=run_names),
+]
 RunRoot = Annotated[
     str,
     typer.Option(

@@ -41,18 +41,27 @@ def simulate(
     spot_replace_minutes: Annotated[float, typer.Option(help="Minutes until a spot node is replaced.")] = 30.0,
     restart_seconds: Annotated[float, typer.Option(help="Seconds from a failure to the first step after it.")] = 60.0,
     stall_seconds: Annotated[float, typer.Option(help="Seconds for which a checkpoint pauses training.")] = 1.0,
+    memory_interval: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Steps between memory checkpoints; 0: none. Default: the recipe's, with `auto` one of --stall-seconds "
+            "in 1 % of the time.",
+        ),
+    ] = None,
     trials: Annotated[int, typer.Option(min=1, help="Runs to simulate; means are shown.")] = 20,
     seed: Annotated[int, typer.Option(help="Seed of the failures.")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Predict how long a recipe takes on nodes that fail, with a fixed and with an elastic number of workers.
 
-    Shows wall time, goodput, lost steps and GPU hours at the recipe's checkpoint interval and at the best one, for
-    on-demand nodes and, with --spot-mtbf-hours, for spot nodes. Starts nothing.
+    Shows wall time, goodput, lost steps and GPU hours at the recipe's checkpoint interval and at the best one, with and
+    without memory checkpoints, for on-demand nodes and, with --spot-mtbf-hours, for spot nodes. Starts nothing.
     """
     from dataclasses import replace
 
     from jobs.recipe.checkpoint_interval import IntervalRule
+    from jobs.recipe.memory_interval import auto_interval_steps
     from jobs.recipe.simulation import Scenario, predictions
 
     resolved = amended_recipe(recipe, overrides)
@@ -72,6 +81,10 @@ def simulate(
         interval_steps=1,  # until the rest has been checked
         gpus_per_node=gpus_per_node,
     )
+    held = resolved.memory_checkpoint_every_steps if memory_interval is None else memory_interval
+    if held == "auto":
+        held = auto_interval_steps(stall_seconds, scenario.step_seconds)
+    scenario = replace(scenario, memory_interval_steps=held)
     markets = {"on-demand": scenario}
     if spot_mtbf_hours is not None:
         markets["spot"] = replace(
@@ -102,7 +115,7 @@ def _print_table(markets: Mapping[str, Scenario], found: Mapping[str, Sequence[P
     from jobs.recipe.simulation import prediction_row, scenario_lines
 
     print_pairs(scenario_lines(markets, is_estimate=is_estimate))
-    columns = ("nodes", "policy", "interval", "wall", "goodput", "lost", "restarts", "waiting", "GPU-h")
+    columns = ("nodes", "policy", "every", "memory", "wall", "goodput", "lost", "restarts", "waiting", "GPU-h")
     print_table(columns, [(market, *prediction_row(one)) for market, ones in found.items() for one in ones])
 
 

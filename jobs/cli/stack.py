@@ -80,10 +80,12 @@ def doctor(
     """Check the machine, the cluster and the store, and say what to do about each finding.
 
     Checks versions and clocks of all nodes, reads, writes and conditional writes, the bandwidth of each node, disks,
-    shared memory, GPUs, and an all-reduce over all nodes. Exit code 1 if something failed.
+    shared memory, GPUs, an all-reduce over all nodes, and the memory checkpoints that nodes hold. Exit code 1 if
+    something failed.
     """
     from jobs.cluster.diagnosis import exit_code, finding_lines
     from jobs.cluster.doctor import CALLER_NAME, Caller, examine
+    from jobs.control.memory_findings import memory_findings
 
     session = open_session()
     store = store or known_run_root(session)
@@ -94,7 +96,8 @@ def doctor(
     store, cache_dir = store and normal(store), cache_dir and normal(cache_dir)
     caller = Caller.of_text(Path(asked_from).read_text("utf-8")) if asked_from else None
     findings = []
-    for finding in examine(session, store, [cache_dir] if cache_dir else [], caller, wants_gpu=gpu):
+    folders = [cache_dir] if cache_dir else []
+    for finding in examine(session, store, folders, caller, wants_gpu=gpu, of_runs=memory_findings):
         findings.append(finding)
         if not as_json:
             for line in finding_lines([finding]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -68,7 +68,13 @@ class Caller:
 
 
 def examine(
-    session: Session, store_url: str, folders: Sequence[str], caller: Caller | None = None, *, wants_gpu: bool
+    session: Session,
+    store_url: str,
+    folders: Sequence[str],
+    caller: Caller | None = None,
+    *,
+    wants_gpu: bool,
+    of_runs: Callable[[], Iterable[Finding]] = tuple,
 ) -> Iterator[Finding]:
     """Check everything; yields findings as they become known.
 
@@ -78,6 +84,7 @@ def examine(
         folders: Folders that nodes will write to, like a `cache_dir`.
         caller: The machine on which the command was typed, if it is not this one.
         wants_gpu: Whether nodes without a GPU are a failure.
+        of_runs: Finds out what live runs have on the cluster, once that is connected to.
     """
     here = NodeProbe().facts(folders)
     if caller:
@@ -101,6 +108,7 @@ def examine(
         return
     try:
         yield from _examine_cluster(session.storage, store_url if stored else "", here, folders, wants_gpu)
+        yield from of_runs()
         if not session.is_local:
             yield from _head_settings()
     finally:

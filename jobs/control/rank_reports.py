@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jobs.checkpoint.held.held_checkpoint import HeldCheckpoint, nodes_of
+from jobs.checkpoint.restore import Source
 from jobs.control.run_memory import RunMemory
 from jobs.metrics.rank_figures import FigureTable, RankFigures
 from jobs.metrics.recovery import Recovery
+from jobs.metrics.utilization import GroupCompute
 from jobs.rank.watchdog import Pulse
 from jobs.step.instruction import Instruction
 
@@ -19,16 +22,26 @@ class RankReports(RunMemory):
     """
 
     def begin_attempt(
-        self, *, world_size: int, resume_step: int, counters: dict[str, float], host: str, started_at_seconds: float
+        self,
+        *,
+        world_size: int,
+        resume_step: int,
+        source: Source | None,
+        counters: dict[str, float],
+        host: str,
+        started_at_seconds: float,
+        compute: GroupCompute,
     ) -> int:
         """Number a new attempt. Rank 0 calls it before it restores anything.
 
         Args:
             world_size: Ranks that are about to train.
             resume_step: Steps that the checkpoint to restore holds; 0 for none.
+            source: Where that is; None where there is none.
             counters: Run-level counters of that checkpoint.
             host: Where rank 0 runs.
             started_at_seconds: Unix time at which it began.
+            compute: What the group computes in a step, and could compute.
         """
         self.flush()
         with self._lock:
@@ -38,12 +51,22 @@ class RankReports(RunMemory):
                 # The last heartbeat is newer than the commit, unless it was lost.
                 self._figures.catch_up(counters)
             before = self._figures["world_size"]
-            kind, reason = self._start_kind(before, world_size)
+            settings = self._settings.begin_attempt()
+            kind, reason = self._start_kind(before, world_size, settings)
             self._count_start(kind, started_at_seconds)
             self._watch.begin(number)
             self._instructions.begin_attempt()
             self._failures.begin_attempt()
-            steps_redone = self._figures.group_began(attempt=number, world_size=world_size, resume_step=resume_step)
+            self._speed.begin_attempt()
+            steps_redone = self._figures.group_began(
+                attempt=number,
+                world_size=world_size,
+                resume_step=resume_step,
+                compute=compute,
+                from_memory=source == "memory",
+            )
+            if self._held and self._held.commit.step > resume_step:
+                self._held = None  # it could not be read, or its steps were rolled back
             self._add_event(
                 kind,
                 reason=reason,
@@ -51,7 +74,9 @@ class RankReports(RunMemory):
                 world_size=world_size,
                 world_size_before=before,
                 steps_redone=steps_redone,
+                restored_from=source or "",
                 host=host,
+                **compute.to_json(),
             )
             self._decide_interval()
         self.flush()
@@ -80,8 +105,10 @@ class RankReports(RunMemory):
         """
         with self._lock:
             self._instructions.trains()
-            self._add_row(row)
+            self._add_row(row, gradient_norm)
             self._report_recovery(int(row["step"]))
+            if why_slow := self._speed.step_done(row["step_seconds"], row["world_size"]):
+                self._add_event("slow", step=row["step"], reason=why_slow)
             if "skipped" in row:
                 self._add_event("skipped", step=row["step"], reason=f"{row['skipped']} is not finite")
             now = self._clock.monotonic()
@@ -114,6 +141,8 @@ class RankReports(RunMemory):
             self._figures.count("rollbacks")
             self._add_event("rollback", step=last_step, first_step=first_step, reason=reason)
             windows = list(self._left_out)
+            if self._held and self._held.commit.step >= first_step:
+                self._held = None
         self._config.run.write_left_out(windows)
         self.flush()
 
@@ -141,7 +170,7 @@ class RankReports(RunMemory):
         with self._lock:
             self._instructions.saved()
             self._saves.save_began(step, self._clock.monotonic())
-            return {**self._figures.totals, "restarts": self._figures["restarts"]}
+        return self.counters()
 
     def checkpoint_committed(
         self, *, step: int, stall_seconds: float, duration_seconds: float, size_bytes: int, milestone: bool
@@ -176,6 +205,58 @@ class RankReports(RunMemory):
             )
             self._decide_interval()
 
+    def counters(self) -> dict[str, float]:
+        """What a commit keeps so that counters continue after a restart."""
+        with self._lock:
+            return {**self._figures.totals, "restarts": self._figures["restarts"]}
+
+    def memory_held(self, held: HeldCheckpoint, *, stall_seconds: float) -> None:
+        """Note a memory checkpoint that is whole: a restart reads it from now on.
+
+        Args:
+            held: Where it is.
+            stall_seconds: How long training stood still for it.
+        """
+        with self._lock:
+            left = nodes_of(self._held) - nodes_of(held)
+            is_further = self._held is None or held.commit.step > self._held.commit.step
+            self._held = held
+            if is_further and held.commit.step > self._furthest_held:
+                self._furthest_held = held.commit.step
+                self._failures.progressed()
+            self._figures.count("memory_checkpoints")
+            self._figures.update(
+                memory_checkpoint_step=held.commit.step,
+                memory_checkpoint_at_seconds=self._clock.wall(),
+                memory_checkpoint_bytes=held.commit.bytes,
+                memory_checkpoint_stall_seconds=stall_seconds,
+            )
+        self._end_holders(sorted(left))
+
+    def memory_not_held(self, *, step: int, error: str, is_off: bool) -> None:
+        """Note a memory checkpoint that failed; training continues.
+
+        Args:
+            step: Its steps.
+            error: Why.
+            is_off: Whether no other is tried in this attempt.
+        """
+        with self._lock:
+            self._figures.count("memory_checkpoint_failures")
+            reason = f"{error}; no others are made in this attempt" if is_off else error
+            self._add_event("memory-checkpoint-failed", step=step, reason=reason)
+
+    def memory_checkpoint(self) -> HeldCheckpoint | None:
+        """The newest one that is whole, as far as is known: its nodes may be gone."""
+        with self._lock:
+            return self._held
+
+    def memory_lost(self, *, step: int, reason: str) -> None:
+        """Note that a memory checkpoint could not be read, so that the store is."""
+        with self._lock:
+            self._held = None
+            self._add_event("memory-checkpoint-lost", step=step, reason=reason)
+
     def checkpoint_failed(self, *, step: int, error: str) -> None:
         """Note a checkpoint that could not be uploaded or committed; training continues."""
         with self._lock:
@@ -193,14 +274,15 @@ class RankReports(RunMemory):
         with self._lock:
             self._watch.hear(pulse, self._clock.monotonic())
 
-    def _start_kind(self, before: int | None, now: int) -> tuple[str, str]:
+    def _start_kind(self, before: int | None, now: int, settings: str) -> tuple[str, str]:
         if self._record.attempt == 1:
             return "start", "new run"
         if self._record.attempt == self._first_attempt_here:
             return "restart", "resumed by a new driver"
         if self._failures.reason:
             return "restart", self._failures.reason
-        return "resize", f"workers {before} -> {now}"
+        resized = f"workers {before} -> {now}"
+        return "resize", f"{settings} (set; {resized})" if settings else resized
 
     def _count_start(self, kind: str, started_at_seconds: float) -> None:
         """Count what led to an attempt, and note when its recovery began."""

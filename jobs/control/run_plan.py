@@ -12,6 +12,7 @@ import torch
 from jobs.cluster.session import Session
 from jobs.errors import PortTakenError, RecipeError
 from jobs.finetune.training_labels import TrainingLabels
+from jobs.notices.webhook import Webhook
 from jobs.probes.probe_plan import RunProbes, planned_probes
 from jobs.recipe.image_statistics import recorded_statistics
 from jobs.recipe.recipe import Recipe
@@ -20,6 +21,7 @@ from jobs.run.directory import RunDirectory
 from jobs.run.patience import persevere
 from jobs.run.shared_folder import check_seen_by_all, input_landmarks, planted, rank_datasets, run_landmarks
 from jobs.run.trace import check_trace
+from jobs.trackers.trackers import check_trackers
 from jobs.weights.initial import pinned
 from pipeline.access.places import normal
 from pipeline.image.channels import RGB_CHANNELS
@@ -67,6 +69,9 @@ def plan_run(
     if not recipe.data:
         raise RecipeError("data", "must be the URL of a data set", "", "make one with `convmae shard SOURCE URL`")
     run = session.run(name, recipe.run_root)
+    recipe = _with_found_size(run, recipe)
+    check_trackers(recipe, session.environ, drives=drives or session.is_local)
+    Webhook.of(recipe.to_json(), session.environ, run)
     patience_seconds = run.storage.retry_seconds if is_patient else 0.0
     session.storage.check(recipe.data, write=False, is_patient=is_patient)
     manifest = Manifest.load(session.storage, recipe.data)
@@ -88,6 +93,13 @@ def plan_run(
     schedule = Schedule.of(recipe, order.steps_per_epoch)
     probes, note = planned_probes(session.storage, recipe, schedule, is_known=_has_probe_fields(run, recipe))
     return RunPlan(recipe, run, schedule, trace_url, patience_seconds, first_tars, probes, note)
+
+
+def _with_found_size(run: RunDirectory, recipe: Recipe) -> Recipe:
+    """The recipe, with the micro-batch that was found when its run began, if it leaves that to be found."""
+    if recipe.micro_batch_size or not run.exists():
+        return recipe
+    return recipe.amended({"micro_batch_size": run.read_recipe().micro_batch_size})
 
 
 def _first_tars(storage: Storage, recipe: Recipe, manifest: Manifest) -> dict[str, str]:

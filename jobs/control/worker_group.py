@@ -28,6 +28,7 @@ from jobs.cluster.ray_internals.train import (
     WorkerGroupStartupFailedError,
 )
 from jobs.control.failure_cause import Failure, describe_failure, describe_start_failure
+from jobs.control.memory_holders import MemoryHolders
 from jobs.control.node_policy import FollowNodes
 from jobs.errors import RunFailedError
 from jobs.rank.process_group import RanksOverNodes
@@ -60,12 +61,13 @@ def fit(job: TrainJob) -> None:
     with scratch_folder() as folder, NodeWatch(job.monitor):
         reporter: Any = ControllerReporter(job.monitor)
         patient_polls: Any = PatientPolls()
+        holders: Any = MemoryHolders(job.run)
         variables = rank_environment(os.environ, recipe.device, recipe.cpus_per_worker, standby=recipe.standby)
         run_config = RunConfig(
             name=job.run.name,
             storage_path=folder,  # Ray's own bookkeeping; checkpoints are ours
             failure_config=FailureConfig(max_failures=-1),
-            callbacks=[FailureReporter(job.monitor), reporter, patient_polls],
+            callbacks=[FailureReporter(job.monitor), reporter, patient_polls, holders],
             worker_runtime_env={"env_vars": variables},
             logging_config=LoggingConfig(log_level="ERROR"),
         )

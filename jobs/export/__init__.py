@@ -1,1 +1,1 @@
-"""Exports of weights: the official names, the backbone, a Hugging Face folder, ONNX."""
+"""Exports: weights under official names, as backbone, Hugging Face folder and ONNX; a run's records as tables."""

@@ -14,17 +14,18 @@ from jobs.checkpoint.checkpoint import folder_name
 from jobs.errors import ExportError
 from jobs.export import onnx_export
 from jobs.export.model_card import write_card
+from jobs.export.run_tables import TABLE_SUFFIXES
+from jobs.export.written import Exported, written_files
 from jobs.recipe.image_statistics import statistics_metadata
 from jobs.run.directory import RunDirectory
 from jobs.weights.consolidated import Weights
 from jobs.weights.image_size import image_shape
-from jobs.weights.weight_files import model_json, sha256_of, write_tensors
+from jobs.weights.weight_files import model_json, write_tensors
 from model import Backbone, ConvMAE, ConvMAEConfig
 from model.config import PATCH_PIXELS
 from model.errors import ModelConfigError
 from model.weights import to_official
 from pipeline.access.places import normal
-from pipeline.host.scratch import scratch_folder
 from pipeline.store.storage import Storage
 
 OFFICIAL_KERNEL_SIZE = 5
@@ -60,17 +61,6 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Exported:
-    """A file that was written."""
-
-    url: str
-    bytes: int
-    sha256: str
-    note: str = ""
-    """What of the weights is not in it, where that may surprise."""
-
-
-@dataclass(frozen=True)
 class Format:
     """One format, and how it is written into a local folder."""
 
@@ -83,7 +73,7 @@ class Format:
 
 
 def export(source: Source, name: str, storage: Storage, out: str, *, force: bool = False) -> list[Exported]:
-    """Write a checkpoint in the format `name`; if that fails, nothing is left under `out`.
+    """Write a checkpoint in the format `name`.
 
     Args:
         source: What to export.
@@ -100,19 +90,11 @@ def export(source: Source, name: str, storage: Storage, out: str, *, force: bool
     folder, file_name = normal(out), f"{source.stem}-{name}{form.suffix}"
     if form.suffix and folder.endswith(form.suffix):
         folder, _, file_name = folder.rpartition("/")
-    target = storage.join(folder, file_name) if form.suffix else folder
-    storage.check(folder, write=True)
-    if not force and _exists(storage, target, is_folder=not form.suffix):
-        raise ExportError("--out", "must not exist yet", target, "choose another place, or replace it with --force")
     note = form.without_head if source.weights.head else ""
-    with scratch_folder() as scratch:
-        form.write(source, Path(scratch), file_name)
-        exported = []
-        for path in sorted(Path(scratch).iterdir()):
-            url = storage.join(folder, path.name)
-            storage.upload(path, url)
-            exported.append(Exported(url, path.stat().st_size, sha256_of(path), note))
-    return exported
+    written = written_files(
+        storage, folder, file_name if form.suffix else "", lambda at: form.write(source, at, file_name), force=force
+    )
+    return [replace(each, note=note) for each in written]
 
 
 def check_format(name: str) -> None:
@@ -122,13 +104,10 @@ def check_format(name: str) -> None:
         ExportError: It is unknown, or a package is missing.
     """
     if name not in FORMATS:
-        raise ExportError("--format", f"must be one of {', '.join(FORMATS)}", name, "see `convmae export --help`")
+        known = ", ".join([*FORMATS, *TABLE_SUFFIXES])
+        raise ExportError("--format", f"must be one of {known}", name, "see `convmae export --help`")
     if name == "onnx":
         onnx_export.check_packages()
-
-
-def _exists(storage: Storage, target: str, *, is_folder: bool) -> bool:
-    return bool(storage.list_names(target)) if is_folder else storage.exists(target)
 
 
 def _write_official(source: Source, folder: Path, name: str) -> None:

@@ -52,6 +52,14 @@ GAUGES = {
     ),
     "gradient_norm": ("convmae_gradient_norm", "Global gradient norm of the last step."),
     "images_per_second": ("convmae_images_per_second", "Images trained per second over the last steps, all ranks."),
+    "device_flops_per_second": (
+        "convmae_device_flops_per_second",
+        "Operations of the model per second over the last steps, of one device.",
+    ),
+    "mfu_ratio": (
+        "convmae_mfu_ratio",
+        "Share of the devices' peak that these are; no series where the peak is not known.",
+    ),
     "data_wait_ratio": ("convmae_data_wait_ratio", "Share of the last steps that the slowest rank waited for data."),
     "quarantined": ("convmae_quarantined_samples", "Distinct samples that were found unusable."),
     "block_cache_bytes": ("convmae_block_cache_bytes", "Bytes in the disk cache of rank 0's node."),
@@ -74,6 +82,16 @@ GAUGES = {
     "checkpoint_bytes": ("convmae_checkpoint_bytes", "Size of the newest committed checkpoint."),
     "checkpoint_seconds": ("convmae_checkpoint_duration_seconds", "Seconds from its beginning to its commit."),
     "checkpoint_stall_seconds": ("convmae_checkpoint_last_stall_seconds", "Seconds that training paused for it."),
+    "memory_checkpoint_step": ("convmae_memory_checkpoint_step", "Step of the newest memory checkpoint."),
+    "memory_checkpoint_at_seconds": (
+        "convmae_memory_checkpoint_timestamp_seconds",
+        "Unix time of the newest memory checkpoint.",
+    ),
+    "memory_checkpoint_bytes": ("convmae_memory_checkpoint_bytes", "Size of the newest memory checkpoint, one copy."),
+    "memory_checkpoint_stall_seconds": (
+        "convmae_memory_checkpoint_last_stall_seconds",
+        "Seconds that training paused for it.",
+    ),
     "probe_epoch": ("convmae_probe_epoch", "Epochs finished by the weights that were probed last."),
     "probe_seconds": ("convmae_probe_duration_seconds", "Seconds that the last probe took."),
 }
@@ -85,6 +103,8 @@ COUNTERS = {
     "checkpoint_stall_seconds": "Seconds that training paused for committed checkpoints.",
     "checkpoints": "Checkpoints committed.",
     "checkpoint_failures": "Checkpoints that could not be uploaded or committed.",
+    "memory_checkpoints": "Memory checkpoints that were whole.",
+    "memory_checkpoint_failures": "Memory checkpoints that were not.",
     "hangs": "Ranks that hung and were killed.",
     "skipped_steps": "Steps without an update, since a loss or gradient was not finite, including redone ones.",
     "rollbacks": "Returns to a checkpoint since a loss or gradient was not finite.",

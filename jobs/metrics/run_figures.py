@@ -11,6 +11,7 @@ from typing import Any
 
 from jobs.metrics.exporter import COUNTERS, RunExporter, name_and_label, saved_counters
 from jobs.metrics.rank_figures import FigureTable, RankFigures
+from jobs.metrics.utilization import GroupCompute
 from jobs.run.probe_rows import ProbeCurve
 from jobs.run.validation_rows import MAIN_VALIDATION, ValidationCurve
 
@@ -68,6 +69,7 @@ class RunFigures:
         self._step_times: deque[tuple[float, float]] = deque(maxlen=RATE_WINDOW_STEPS)
         self._workers_seen_at = monotonic()
         self._stop_asked = False
+        self._compute: GroupCompute | None = None
         self._totals = saved_counters(before)
         self._served: dict[str, float] = {}
         self.saved(before)
@@ -135,8 +137,11 @@ class RunFigures:
             name, amount, label = name_and_label(key, max(0.0, total - self._totals.get(key, 0.0)))
             self.count(name, amount, label)
 
-    def group_began(self, *, attempt: int, world_size: int, resume_step: int) -> int:
+    def group_began(
+        self, *, attempt: int, world_size: int, resume_step: int, compute: GroupCompute, from_memory: bool = False
+    ) -> int:
         """Note that ranks resume from a checkpoint of `resume_step` steps; returns how many will be redone."""
+        self._compute = compute
         steps_redone = max(0, int(self._status["step"]) - resume_step)
         self.count("steps_redone", steps_redone)
         self._workers_seen_at = self._monotonic()
@@ -148,10 +153,13 @@ class RunFigures:
             state="running",
             waiting=False,
             step=resume_step,
-            checkpoint_step=resume_step,
+            **({} if from_memory else {"checkpoint_step": resume_step, "memory_checkpoint_step": None}),
             ending=int(self._stop_asked),
             restarts=self._status["restarts"],
+            devices=compute.devices,
             images_per_second=None,
+            device_flops_per_second=None,
+            mfu_ratio=None,
             data_wait_ratio=None,
             eta_seconds=None,
         )
@@ -200,7 +208,9 @@ class RunFigures:
         seconds = self._step_times[-1][0] - self._step_times[0][0]
         step_seconds = seconds / (len(self._step_times) - 1)
         waited = sum(wait for _, wait in list(self._step_times)[1:])
+        compute, world_size = self._compute, int(self._status["world_size"] or 0)
         return {
+            **(compute.figures(world_size, step_seconds) if compute else {}),
             "images_per_second": self._global_batch_size / step_seconds,
             "data_wait_ratio": min(1.0, waited / seconds),
             "eta_seconds": (self._status["total_steps"] - step) * step_seconds,

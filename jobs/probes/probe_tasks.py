@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from jobs.cluster.fan_out import INGEST_RESOURCE, copying_places, offered
 from jobs.errors import ProbeDiedError
 from jobs.probes.probe_plan import RunProbes
-from jobs.probes.probe_process import ProbeProcess
+from jobs.probes.probe_process import Allowance, ProbeProcess
 from jobs.probes.run_probe import ProbedWeights
 from jobs.run.directory import RunDirectory
 from pipeline.access.urls import is_local
@@ -22,6 +23,9 @@ from pipeline.errors import UserError
 
 IDLE_SECONDS = 120.0
 """Without a probe, after which its process is ended: it holds about half a gigabyte of memory."""
+NODE_SHARE = 0.02
+"""Of the CPU time of a node's cores that probes take while the run trains. Whatever its priority, a process slows its
+neighbours, with whom it shares caches, memory and, on many machines, the cores themselves."""
 PLACE_SECONDS = 10.0
 """For asking where a CPU is idle."""
 
@@ -29,15 +33,34 @@ PLACE_SECONDS = 10.0
 class ProbeTasks:
     """Measures weights by tasks of one process, which is started when it is needed.
 
-    Concurrency: called by one thread. Blocking: as long as a probe takes.
+    Concurrency: called by one thread, for the first time when the run trains. Blocking: as long as a probe takes, which
+    is longer where it may use less CPU time than it wants (Pace).
     """
 
-    def __init__(self, run: RunDirectory, probes: RunProbes, idle_seconds: float = IDLE_SECONDS) -> None:
-        """Start nothing yet."""
-        self._run, self._probes, self._idle_seconds = run, probes, idle_seconds
+    def __init__(
+        self,
+        run: RunDirectory,
+        probes: RunProbes,
+        *,
+        idle_seconds: float = IDLE_SECONDS,
+        node_share: float = NODE_SHARE,
+    ) -> None:
+        """Start nothing yet.
+
+        Args:
+            run: The run.
+            probes: On what it is probed.
+            idle_seconds: Without a probe, after which the process is ended.
+            node_share: Of the CPU time of a node that probes may take while the run trains.
+        """
+        self._run, self._probes = run, probes
+        self._idle_seconds, self._node_share = idle_seconds, node_share
         self._process: Any = None
         self._end: threading.Timer | None = None
         self._lock = threading.Lock()
+        self._began: float | None = None
+        self._used_before = self._used = 0.0
+        """CPU seconds of processes that have ended, and of the present one as far as it said."""
         self._is_busy = self._is_hurried = False
 
     def __call__(self, weights: ProbedWeights) -> Mapping[str, Any]:
@@ -73,9 +96,14 @@ class ProbeTasks:
 
         with self._lock:
             self._is_busy = True
-            process = self._process = self._process or self._started()
+            if self._process is None:
+                self._used_before, self._used = self._used_before + self._used, 0.0
+                self._process = self._started()
+            process, allowance = self._process, self._allowance()
         try:
-            found: Mapping[str, Any] = ray.get(process.probe.remote(self._run.storage, self._probes.data, weights))
+            asked = process.probe.remote(self._run.storage, self._probes.data, weights, allowance)
+            found: Mapping[str, Any]
+            found, self._used = ray.get(asked)
         except RayTaskError as error:
             if isinstance(error.cause, UserError | OSError):
                 raise error.cause from None
@@ -86,6 +114,14 @@ class ProbeTasks:
             what = str(error).strip().splitlines()
             raise ProbeDiedError(f"the probe's process died: {what[0] if what else type(error).__name__}") from error
         return found
+
+    def _allowance(self) -> Allowance | None:
+        if self._is_hurried:
+            return None
+        now = time.monotonic()
+        if self._began is None:
+            self._began = now
+        return Allowance(self._node_share, now - self._began, self._used_before)
 
     def _rest(self) -> None:
         with self._lock:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,14 @@ class ProbedWeights:
     std: tuple[float, ...] = ()
 
 
-def probed(storage: Storage, data: ProbedData, weights: ProbedWeights, *, threads: int) -> dict[str, Any]:
+def probed(
+    storage: Storage,
+    data: ProbedData,
+    weights: ProbedWeights,
+    *,
+    threads: int,
+    pace: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
     """The fields of a probe's event: accuracies, how many samples, the digest of which, and how long it took.
 
     The figures are those of `convmae evaluate` with the same weights, data, labels and number of samples.
@@ -52,20 +60,24 @@ def probed(storage: Storage, data: ProbedData, weights: ProbedWeights, *, thread
         data: What is learned from and tested on.
         weights: What is probed.
         threads: Batches at once, each by one thread of PyTorch; they change no figure.
+        pace: Returns when there is CPU time for more; called before PyTorch is imported, and between batches.
 
     Raises:
         UserError: Data or weights cannot be read, or the weights are not finite.
     """
+    began = time.monotonic()
+    pace()
+
     from jobs.evaluate.encoder import one_thread
     from jobs.evaluate.evaluation import ProbePlan, probe, probe_features
     from jobs.evaluate.features import FeaturePlan, here
 
-    began = time.monotonic()
     samples = probe_samples(storage, data)
     encoder = _subject(storage, weights).encoder()
     found = probe_features(
-        storage, samples, encoder, plan=FeaturePlan(), runner=here(width=threads), on_progress=lambda _: None
+        storage, samples, encoder, plan=FeaturePlan(), runner=here(width=threads), on_progress=lambda _: pace()
     )
+    pace()
     with one_thread():
         scores = probe(samples, found, ProbePlan())
     accuracies = {name: each.top1.ratio for name, each in zip(PROBE_NAMES, scores, strict=True)}

@@ -6,7 +6,10 @@ import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from jobs.checkpoint.held.held_checkpoint import HeldCheckpoint
+from jobs.checkpoint.restore import Source
 from jobs.metrics.rank_figures import FigureTable
+from jobs.metrics.utilization import GroupCompute
 from jobs.rank.watchdog import RankPulse
 from jobs.step.instruction import Instruction
 from jobs.step.non_finite import SkippedSteps
@@ -25,31 +28,51 @@ class MonitorLine:
 
     def __init__(self, monitor: ActorHandle[Any]) -> None:
         """Keep the monitor's handle; nothing is sent."""
+        import ray
+
         self._monitor = monitor
+        self.node_id: str = ray.get_runtime_context().get_node_id()
+        """Of the node of this rank."""
         self._reply: Any = None
         self._quarantined: list[Any] = []
 
+    def memory_checkpoint(self) -> HeldCheckpoint | None:
+        """The newest one that the run's nodes hold, as the monitor knows it; waits."""
+        held: HeldCheckpoint | None = self._answer(self._monitor.memory_checkpoint.remote())
+        return held
+
     def begin_attempt(
-        self, *, world_size: int, resume_step: int, counters: dict[str, float], started_at_seconds: float
+        self,
+        *,
+        world_size: int,
+        resume_step: int,
+        source: Source | None,
+        counters: dict[str, float],
+        started_at_seconds: float,
+        compute: GroupCompute,
     ) -> int:
         """Number a new attempt, as rank 0; waits."""
         number: int = self._answer(
             self._monitor.begin_attempt.remote(
                 world_size=world_size,
                 resume_step=resume_step,
+                source=source,
                 counters=counters,
                 host=socket.gethostname(),
                 started_at_seconds=started_at_seconds,
+                compute=compute,
             )
         )
         return number
 
+    @property
+    def monitor(self) -> ActorHandle[Any]:
+        """Its handle."""
+        return self._monitor
+
     def begin_pulse(self, attempt: int, rank: int, limit_seconds: float) -> RankPulse:
         """Start the thread that reports how far the rank is (jobs.rank.watchdog)."""
-        import ray
-
-        node_id = ray.get_runtime_context().get_node_id()
-        return RankPulse(self._monitor, attempt=attempt, rank=rank, node_id=node_id, limit_seconds=limit_seconds)
+        return RankPulse(self._monitor, attempt=attempt, rank=rank, node_id=self.node_id, limit_seconds=limit_seconds)
 
     def restored(self) -> None:
         """Report that the engine holds the checkpoint."""
@@ -74,13 +97,17 @@ class MonitorLine:
         """Do not follow the answer to the last step: it repeats an instruction that was followed."""
         self._reply = None
 
-    def settle(self) -> None:
-        """Wait until the monitor has all that was reported, before a commit."""
+    def await_reports(self) -> None:
+        """Wait until the monitor has all that was reported."""
         if self._reply is not None:
-            self._answer(self._reply)  # it may repeat the instruction that the commit follows
-            self._reply = None
-        self._answer(self._quarantined)  # the ledger up to a commit is never lost
+            self._answer(self._reply)
+        self._answer(self._quarantined)
         self._quarantined.clear()
+
+    def settle(self) -> None:
+        """Wait until the monitor has all that was reported, before a commit: history and ledger are never lost."""
+        self.await_reports()
+        self._reply = None  # it may repeat the instruction that the commit follows
 
     def quarantine(self, rows: Sequence[dict[str, Any]]) -> None:
         """Report samples that were replaced."""
@@ -102,6 +129,19 @@ class MonitorLine:
     def roll_back(self, window: SkippedSteps, reason: str) -> None:
         """Report steps that all later attempts skip; waits until storage has it."""
         self._answer(self._monitor.roll_back.remote(**window.to_json(), reason=reason))
+
+    def memory_lost(self, step: int, reason: str) -> None:
+        """Report a memory checkpoint that could not be read; waits."""
+        self._answer(self._monitor.memory_lost.remote(step=step, reason=reason))
+
+    def memory_off(self, reason: str) -> None:
+        """Report that nothing is kept in memory in this attempt."""
+        self._monitor.memory_not_held.remote(step=0, error=reason, is_off=True)
+
+    def counters(self) -> dict[str, float]:
+        """What a commit keeps of the run's counters; waits."""
+        counters: dict[str, float] = self._answer(self._monitor.counters.remote())
+        return counters
 
     def checkpoint_damaged(self, step: int, reason: str) -> None:
         """Report a checkpoint that is skipped; waits."""

@@ -135,7 +135,7 @@ def _replayed(
         loader = rank_loader(dataset, order, recipe, place)
         with closing(loader.batches(stretch.steps.start, stretch.steps.stop)) as batches:
             for batch in batches:
-                shared = step.gradients(batch, schedule.learning_rate(batch.step), instruction="", uploading=False)
+                shared = step.gradients(batch, schedule.learning_rate(batch.step), instruction="")
                 step.discard() if shared.fault else step.update(batch.step + 1)
                 loss = None if shared.fault else shared.loss
                 row = noted[batch.step + 1]

@@ -19,14 +19,17 @@ from torch import nn
 
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.commit import Commit
+from jobs.checkpoint.held.held_checkpoint import HeldCheckpoint, copies_of
+from jobs.checkpoint.held.memory_keeper import MemoryKeeper
 from jobs.checkpoint.rank_file import RankFile
 from jobs.checkpoint.rank_group import RankGroup
-from jobs.checkpoint.restore import restore_newest
+from jobs.checkpoint.restore import InMemory, Restored, Source, restore_newest
 from jobs.checkpoint.saver import CheckpointSaver
 from jobs.errors import CheckpointError, DamagedCheckpointError
 from jobs.finetune.classification import Classification
 from jobs.finetune.training_labels import TrainingLabels
 from jobs.finetune.validation import Validation
+from jobs.rank.compute import group_compute
 from jobs.rank.gpu import check_given, compute_as
 from jobs.rank.history_row import done_row, skipped_row
 from jobs.rank.monitor_line import MonitorLine
@@ -35,13 +38,13 @@ from jobs.rank.restored_engine import restored_engine, values_of_rank
 from jobs.rank.resumable import check_resumable, software_versions
 from jobs.rank.standby import ask_for_successor
 from jobs.rank.watchdog import COMPILE_ALLOWED_SECONDS, SAVE_ALLOWED_SECONDS
-from jobs.recipe.recipe import Recipe
+from jobs.recipe.recipe import LIVE_FIELDS, Recipe
 from jobs.recipe.schedule import Schedule
 from jobs.run.directory import RunDirectory
 from jobs.run.shared_folder import Landmarks, check_seen_here
 from jobs.run.trace import TraceWriter, begin_trace
 from jobs.step.engine import build_model, initialize_deepspeed
-from jobs.step.instruction import PAUSE_SECONDS
+from jobs.step.instruction import PAUSE_SECONDS, Instruction
 from jobs.step.non_finite import NonFiniteLossError, RolledBackError, SkippedSteps, rollbacks_in_a_row, stretches
 from jobs.step.objective import Objective, Reconstruction
 from jobs.step.step_reading import RankReading
@@ -140,25 +143,29 @@ class Trainer:
     def __init__(self, job: TrainJob, place: RankPlace, step_of: type[TrainingStep] = TrainingStep) -> None:
         """Restore the newest committed checkpoint; every rank must come here together."""
         self._started_at_seconds = time.time()
-        self.job, self.recipe, self.run_directory, self.place = job, job.recipe, job.run, place
+        self.job, self.run_directory, self.place = job, job.run, place
         self.line = MonitorLine(job.monitor)
         check_seen_here(job.run.storage, job.landmarks)
-        initialize_deepspeed(self.recipe.device)
-        compute_as(self.recipe)
+        initialize_deepspeed(job.recipe.device)
         self._group = RankGroup(place.rank, place.world_size, place.device)
-        self.data = RankData.open(job.run.storage, job.recipe, self._group)
+        self.recipe = self._present_recipe()
+        compute_as(self.recipe)
+        self.data = RankData.open(job.run.storage, self.recipe, self._group)
         self.dataset, self.order = self.data.dataset, self.data.order
         self.schedule = Schedule.of(self.recipe, self.order.steps_per_epoch)
         model = build_model(self.recipe)
+        self._nodes = self._group.gathered(self.line.node_id)
+        in_memory = self._in_memory()
         found = restore_newest(
             job.run,
             values_of_rank(model, self.recipe, place),
             self._group,
             check=lambda commit: check_resumable(commit, self.dataset.manifest.digest),
             on_damage=self._skip_checkpoint,
+            in_memory=in_memory,
         )
         self.done_steps = found.commit.step if found else 0
-        self.attempt, self.skipped = self._begin_attempt(found.commit if found else None)
+        self.attempt, self.skipped = self._begin_attempt(found)
         self.pulse = self.line.begin_pulse(self.attempt, place.rank, self.recipe.hang_seconds)
         self.engine = restored_engine(
             model,
@@ -174,6 +181,8 @@ class Trainer:
             job.run, job.monitor, rank=place.rank, world_size=place.world_size, keep=self.recipe.keep_checkpoints
         )
         self._rank_file = RankFile(self.engine, place.rank)
+        is_from_memory = found is not None and found.source == "memory"
+        self._keeper = self._memory_keeper(in_memory.held if in_memory and is_from_memory else None)
         self.trace = self._begin_trace() if job.trace_url else None
         self.step = self._training_step(step_of)
         self._validation = self._opened_validation()
@@ -182,6 +191,12 @@ class Trainer:
         self._quarantined: set[int] = set()
         self._undigested: Callable[[str], None] | None = None
         """Reports the last step, once the digest of what it left is known: it travels with the next step."""
+
+    def _present_recipe(self) -> Recipe:
+        """That of the driver, with what was set since it began; the same on every rank."""
+        group, given = self._group, self.job.recipe
+        stored = group.broadcast(group.together(lambda: self.run_directory.read_recipe() if group.rank == 0 else given))
+        return given.model_copy(update={name: getattr(stored, name) for name in LIVE_FIELDS})
 
     def run(self) -> None:
         """Train to the end of the schedule; saves on the way, at the end, and when asked to stop."""
@@ -210,8 +225,12 @@ class Trainer:
                 if self.recipe.standby and not self._has_successor:
                     ask_for_successor()  # now, when the first step is done that others wait for
                     self._has_successor = True
-                if instruction or self._is_due(self.done_steps):
+                if instruction == "pause" and self._keeper:
+                    self._keeper.settle(self.done_steps)  # else the state that is saved now would not be held, too
+                if self._is_due(self.done_steps) or instruction not in ("", "hold"):
                     self._save()
+                elif instruction == "hold":
+                    self._hold()
                 if instruction == "pause":
                     self._stand_still()
                 if instruction == "stop":
@@ -223,6 +242,8 @@ class Trainer:
         """Commit, report it, and wait to be ended; continue training if nobody comes. Collective."""
         self.pulse.at("pause", SAVE_ALLOWED_SECONDS + PAUSE_SECONDS)
         self.saver.settle()
+        if self._keeper:
+            self._keeper.settle(self.done_steps)
         if self.place.rank == 0:
             self.line.paused()
         time.sleep(PAUSE_SECONDS)
@@ -241,14 +262,14 @@ class Trainer:
 
     def _train_step(self, batch: Batch) -> SharedStep:
         """One optimizer step on the global batch `batch.step`; returns what all ranks know of it."""
-        learning_rate = self.schedule.learning_rate(batch.step)
+        began, learning_rate = time.monotonic(), self.schedule.learning_rate(batch.step)
         self._quarantine(batch)
-        instruction = self.line.instruction() if self.place.rank == 0 else ""
         shared = self.step.gradients(
             batch,
             learning_rate,
-            instruction=instruction,
+            instruction=self._instruction(batch.step + 1) if self.place.rank == 0 else "",
             uploading=self.saver.is_uploading,
+            holding=self._keeper is not None and self._keeper.is_holding,
             with_digest=self._undigested is not None,
         )
         self._report_undigested(shared.state)
@@ -259,13 +280,22 @@ class Trainer:
         if self.saver.is_under_way and not shared.uploading:
             self.pulse.at("commit", SAVE_ALLOWED_SECONDS)
             self.saver.finish()
+        if self._keeper:
+            self._keeper.stepped(time.monotonic() - began, self.done_steps, holding=shared.holding)
         report = self._reporter(batch.epoch, learning_rate, shared, self._measured())
         due = self.done_steps % self.recipe.digest_every_steps == 0 or self._is_due(self.done_steps)
-        if self.recipe.is_exact and (due or shared.instruction):
+        if self.recipe.is_exact and (due or shared.instruction not in ("", "hold")):
             self._undigested = report
         else:
             report("")
         return shared
+
+    def _instruction(self, step: int) -> Instruction:
+        """What rank 0 has all ranks do after `step`."""
+        instruction = self.line.instruction()
+        if self._keeper and not instruction and self._keeper.is_due(step):
+            return "hold"
+        return instruction
 
     def _measured(self) -> dict[str, Any]:
         """The accuracy of a fine-tuning, where it is due after the steps done. Collective."""
@@ -363,7 +393,22 @@ class Trainer:
         self.line.settle()
         if self.trace:
             self.trace.flush()  # the trace up to a commit is never lost
-        self.saver.begin(self._commit(digest), self._rank_file.copied)
+        commit = self._commit(digest, self.line.save_began(self.done_steps) if self.place.rank == 0 else {})
+        part = self.saver.begin(commit, self._rank_file.copied)
+        if self._keeper:
+            self._keeper.begin(commit, part, 0.0)  # training stood still for the store
+
+    def _hold(self) -> None:
+        """Begin a memory checkpoint of the steps done; every rank must come here after the same step."""
+        assert self._keeper
+        began = time.monotonic()
+        digest = self._settle_digest() if self._undigested else ""
+        counters: dict[str, float] = {}
+        if self.place.rank == 0:
+            self.line.await_reports()  # whoever resumes here finds the history up to here
+            counters = self.line.counters()
+        part = self._rank_file.copied()
+        self._keeper.begin(self._commit(digest, counters), part, time.monotonic() - began)
 
     def _begin_trace(self) -> TraceWriter:
         storage, url, place = self.run_directory.storage, self.job.trace_url, self.place
@@ -371,9 +416,8 @@ class Trainer:
             begin_trace(storage, url, self.run_directory.url, self.done_steps)
         return TraceWriter(storage, url, rank=place.rank, world_size=place.world_size, attempt=self.attempt)
 
-    def _commit(self, digest: str) -> Commit:
+    def _commit(self, digest: str, counters: Mapping[str, float]) -> Commit:
         recipe = self.recipe
-        counters = self.line.save_began(self.done_steps) if self.place.rank == 0 else {}
         return Commit(
             step=self.done_steps,
             epoch=self.done_steps // self.schedule.steps_per_epoch,
@@ -395,21 +439,59 @@ class Trainer:
             digest=digest,
         )
 
-    def _skip_checkpoint(self, step: int, damage: str) -> None:
+    def _in_memory(self) -> InMemory | None:
+        """What the run's nodes hold, as its monitor knows it; the same on every rank."""
+        if self.recipe.memory_checkpoint_every_steps == 0:
+            return None
+        held = self._group.broadcast(self.line.memory_checkpoint() if self.place.rank == 0 else None)
+        return InMemory(held, copies_of(self.job.run.url, held, self.line.node_id)) if held else None
+
+    def _memory_keeper(self, whole: HeldCheckpoint | None) -> MemoryKeeper | None:
+        """Keeps this rank's state in memory, if the recipe has it and every node has a holder."""
+        every = self.recipe.memory_checkpoint_every_steps
+        if every == 0:
+            return None
+        keeper, missing = None, ""
+        try:
+            keeper = MemoryKeeper(
+                self.job.run.url,
+                self.line.monitor,
+                self._group,
+                self._nodes,
+                every=every,
+                part_bytes=self._rank_file.bytes,
+                whole=whole,
+                counts_cpu=self.place.device.type == "cpu",
+            )
+        except ValueError as error:
+            missing = str(error)
+        if not self._group.total(1 if missing else 0):
+            return keeper
+        if missing:
+            self.line.memory_off(f"rank {self.place.rank}: {missing}")
+        return None
+
+    def _skip_checkpoint(self, step: int, damage: str, source: Source) -> None:
+        if source == "memory":
+            self.line.memory_lost(step, damage)
+            return
         if self.recipe.on_damaged_checkpoint == "fail":
             remedy = "resume with on_damaged_checkpoint=previous to resume from the checkpoint before"
             raise DamagedCheckpointError("checkpoint", "must be as it was written", damage, remedy)
         self.line.checkpoint_damaged(step, damage)
 
-    def _begin_attempt(self, commit: Commit | None) -> tuple[int, list[SkippedSteps]]:
+    def _begin_attempt(self, found: Restored | None) -> tuple[int, list[SkippedSteps]]:
         """The attempt's number, and the steps that earlier ones rolled back."""
         begun: list[Any] = [0, []]
+        compute = group_compute(self.recipe, self._group)
         if self.place.rank == 0:
             number = self.line.begin_attempt(
                 world_size=self.place.world_size,
                 resume_step=self.done_steps,
-                counters=dict(commit.counters) if commit else {},
+                source=found.source if found else None,
+                counters=dict(found.commit.counters) if found else {},
                 started_at_seconds=self._started_at_seconds,
+                compute=compute,
             )
             begun = [number, [SkippedSteps.from_json(row) for row in self.run_directory.read_left_out()]]
         dist.broadcast_object_list(begun, src=0)

@@ -16,7 +16,7 @@ class RecipeCost:
     """Of the model that a recipe trains."""
 
     forward_flops: float
-    """Of one image, with all its views; what is computed once for a micro-batch is shared by its images."""
+    """Of one image, with all its views; what is computed once for a grain or micro-batch is shared by its images."""
     training_flops: float
     """With the backward pass."""
     parameters: Parameters
@@ -29,7 +29,8 @@ class RecipeCost:
             recipe: Of either kind.
             classes: Of a fine-tuning that has not begun, if they are known.
         """
-        model, images, part = recipe.model, recipe.micro_batch_size, recipe.finetune
+        model, part = recipe.model, recipe.finetune
+        images = recipe.grain if recipe.is_exact else recipe.images_at_once
         if part is None:
             cost, counts = flops(model, images), parameters(model)
         else:

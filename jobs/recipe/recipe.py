@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
@@ -31,6 +32,7 @@ from pydantic import (
 
 from jobs.errors import RecipeError
 from jobs.recipe import finetune
+from jobs.recipe.carried import NOTIFY_PREFIX
 from jobs.recipe.finetune import Finetune
 from jobs.recipe.image_statistics import IMAGENET_MEAN, IMAGENET_STD
 from model import ChannelStatistics, ConvMAEConfig
@@ -50,6 +52,8 @@ STANDARD_WORKERS = 64
 URL_FIELDS = ("data", "run_root", "init_from", "probe_data", "probe_labels")
 FINETUNE_URL_FIELDS = ("labels", "validation_data", "validation_labels")
 HANG_SECONDS = 300.0
+TrackerName = Literal["tensorboard", "mlflow", "wandb"]
+NotifyFormat = Literal["auto", "slack", "json"]
 OnNonFinite = Literal["stop", "skip_batch", "rollback"]
 """What to do with a step whose loss or gradient is not finite: see `jobs.step.non_finite`."""
 
@@ -69,6 +73,7 @@ PLACEMENT_FIELDS = frozenset(
         "checkpoint_min_seconds",
         "checkpoint_max_seconds",
         "keep_checkpoints",
+        "memory_checkpoint_every_steps",
         "digest_every_steps",
         "on_damaged_checkpoint",
         "cpus_per_worker",
@@ -92,12 +97,45 @@ PLACEMENT_FIELDS = frozenset(
         "probe_samples",
         "probe_wait_seconds",
         "metrics_port",
+        "tracker",
+        "notify_url",
+        "notify_format",
     }
 )
+
+# Of these, those that belong to the run's driver, or to the process group that it starts; the others may change while
+# it trains (`convmae set`).
+DRIVER_FIELDS = frozenset(
+    {
+        "run_root",
+        "max_steps",
+        "compile",
+        "cpus_per_worker",
+        "stall_seconds",
+        "hang_seconds",
+        "standby",
+        "probes",
+        "probe_data",
+        "probe_labels",
+        "probe_epochs",
+        "probe_samples",
+        "probe_wait_seconds",
+        "metrics_port",
+    }
+)
+LIVE_FIELDS = PLACEMENT_FIELDS - DRIVER_FIELDS
 
 
 _OLDER_PRECISIONS = {"bf16_pure": "bf16", "bf16": "bf16_autocast"}
 """What precisions are called in the trajectory of a run without grains: once `bf16` was that of the weights, too."""
+
+_VARIABLE = re.compile(rf"env:{NOTIFY_PREFIX}[A-Z0-9_]+")
+"""What `notify_url` must be."""
+
+
+def _or_auto(value: object) -> object:
+    """0 for `auto`."""
+    return 0 if value == "auto" else value
 
 
 Switch = Annotated[bool, Field(strict=False)]
@@ -200,14 +238,16 @@ class Recipe(BaseModel):
     global_batch_size: int = Field(gt=0, le=MOST)
     """Images in one optimizer step over all ranks; never changes with the world size. With `model.views` an image still
     counts once."""
-    micro_batch_size: int = Field(gt=0, le=MOST)
+    micro_batch_size: Annotated[int, BeforeValidator(_or_auto)] = Field(ge=0, le=MOST)
     """Most images that one rank sends through the model at once, with all their views: memory is that of `model.views`
-    times as many. Where grains are used, it bounds the default grain."""
+    times as many. Where grains are used, it bounds the default grain. `auto`, which is 0: the most that fit, found
+    before the run's first step and kept."""
     reproducible: Literal["bits", "rounding"] = "bits"
     """What a trajectory at another world size is equal to: the same `bits` with ZeRO 1 and 2, by grains, or the same
     within `rounding`, with micro-batches of any size. With ZeRO 3 it is always `rounding`."""
-    grain_size: int = Field(default=0, ge=0, le=MOST)
-    """Images whose gradient is computed at once, whatever the world size; their number bounds it. 0: see `grain`."""
+    grain_size: Annotated[int, BeforeValidator(_or_auto)] = Field(default=0, ge=0, le=MOST)
+    """Images whose gradient is computed at once, whatever the world size; their number bounds it. `auto`, which is 0:
+    see `grain`."""
     digest_every_steps: int = Field(default=100, gt=0, le=MOST)
     """Steps between digests of all weights and moments in the history; also where a checkpoint is saved."""
     lanes: int = Field(gt=0, le=MOST)
@@ -274,6 +314,9 @@ class Recipe(BaseModel):
     """Most seconds between checkpoints with `auto`."""
     keep_checkpoints: int = Field(default=3, gt=0, le=MOST)
     """How many of the newest checkpoints to keep; milestones are kept permanently."""
+    memory_checkpoint_every_steps: Annotated[int, Field(ge=0, le=MOST)] | Literal["auto"] = "auto"
+    """Steps between memory checkpoints, which a restart reads first: the state of each rank, in the memory of its node
+    and of another one. `auto`: so rarely that they cost less than 1 % of the time; 0: none."""
     on_damaged_checkpoint: Literal["previous", "fail"] = "previous"
     """If the newest checkpoint is not as it was written: resume from the `previous` one, or `fail`."""
     milestone_epochs: tuple[int, ...] = (200, 400, 800, 1600)
@@ -295,6 +338,12 @@ class Recipe(BaseModel):
     """How long the end of a run waits for probes that are left."""
     metrics_port: int = Field(default=0, ge=0, le=65535)
     """Port of the run's /metrics endpoint; 0: any free one."""
+    tracker: tuple[TrackerName, ...] = ()
+    """Where the run is shown besides: `tensorboard` (in the run directory), `mlflow`, `wandb` (by their variables)."""
+    notify_url: str = ""
+    """Webhook for notices, as `env:NAME` of the variable that holds its URL, a secret. Empty: none."""
+    notify_format: NotifyFormat = "auto"
+    """What is posted there: Slack's `slack`, plain `json`, or `auto` by the host."""
 
     @property
     def learning_rate(self) -> float:
@@ -327,8 +376,13 @@ class Recipe(BaseModel):
         such shares, fits in a micro-batch, and is at most a 64th of the batch where lanes' shares are smaller."""
         if self.grain_size:
             return self.grain_size
-        most = min(self.micro_batch_size, max(self.lane_batch_size, self.global_batch_size // STANDARD_WORKERS))
+        most = min(self.images_at_once, max(self.lane_batch_size, self.global_batch_size // STANDARD_WORKERS))
         return next(size for size in range(most, 0, -1) if self._is_grain(size))
+
+    @property
+    def images_at_once(self) -> int:
+        """Most images that a rank sends through the model at once: `micro_batch_size`, or all, until that is found."""
+        return self.micro_batch_size or self.global_batch_size
 
     @property
     def lanes_together(self) -> int:
@@ -343,6 +397,20 @@ class Recipe(BaseModel):
     def _is_grain(self, size: int) -> bool:
         lane, (lanes, rest) = self.lane_batch_size, divmod(size, self.lane_batch_size)
         return lane % size == 0 or (rest == 0 and self.lanes % lanes == 0)
+
+    @field_validator("tracker")
+    @classmethod
+    def _each_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(names)) < len(names):
+            remedy = f"write {json.dumps(list(dict.fromkeys(names)))}"
+            raise RecipeError("tracker", "must name each tracker once", list(names), remedy)
+        return names
+
+    @field_validator("notify_url")
+    @classmethod
+    def _names_a_variable(cls, text: str) -> str:
+        check_notify_url(text)
+        return text
 
     @field_validator(*URL_FIELDS, "cache_dir")
     @classmethod
@@ -480,7 +548,7 @@ class Recipe(BaseModel):
                 raise unknown_key(key, [*cls.model_fields, "model.<field>", "finetune.<field>"])
         # Tuples are lists in JSON and TOML, and an integer is a valid float: strict mode would refuse both.
         values = dict(fields)
-        for key in ("image_mean", "image_std", "milestone_epochs", "recompute"):
+        for key in ("image_mean", "image_std", "milestone_epochs", "recompute", "tracker"):
             if isinstance(values.get(key), list):
                 values[key] = tuple(values[key])
         try:
@@ -512,6 +580,18 @@ class Recipe(BaseModel):
             raise RecipeError(key, "is of fine-tunings alone", value, remedy)
         parts["finetune"] = {**(fields["finetune"] or {}), **parts["finetune"]}
         return Recipe.from_json({**fields, "model": parts["model"], "finetune": parts["finetune"] or None})
+
+
+def check_notify_url(text: str) -> None:
+    """Refuse a `notify_url` that is not the name of a variable, without quoting it: it may be the secret itself.
+
+    Raises:
+        RecipeError: It is not.
+    """
+    if text and not _VARIABLE.fullmatch(text):
+        rule = f"must be env:NAME, of a variable whose name begins with {NOTIFY_PREFIX}, since a recipe is no secret"
+        remedy = f"export {NOTIFY_PREFIX}URL=https://... and set notify_url=env:{NOTIFY_PREFIX}URL"
+        raise RecipeError("notify_url", rule, "(not shown)", remedy)
 
 
 def unknown_key(key: str, known: Sequence[str]) -> RecipeError:

@@ -5,12 +5,16 @@ after `restart_seconds` from the newest checkpoint. The elastic policy trains on
 that shrinks with their number; the fixed policy waits until all are available. Failures of a node
 are exponential, and a failed node is replaced after a fixed time.
 
+With memory checkpoints a restart begins at the newest of them. The part of a node has its copy on the next one, so they
+are lost with two neighbours: where a node fails before the group that a failure before it left has made new copies.
+
 Sources: Young 1974, doi:10.1145/361147.361115; Daly 2006, doi:10.1016/j.future.2004.11.016.
 """
 
 from __future__ import annotations
 
 import heapq
+import itertools
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,6 +57,8 @@ class Scenario:
     interval_steps: int
     """Steps between checkpoints."""
     gpus_per_node: int = 1
+    memory_interval_steps: int = 0
+    """Steps between memory checkpoints, whose cost is part of `step_seconds`; 0: none."""
 
     def __post_init__(self) -> None:
         """Check the numbers.
@@ -63,7 +69,7 @@ class Scenario:
         for name in ("steps", "step_seconds", "nodes", "min_nodes", "mtbf_seconds", "interval_steps", "gpus_per_node"):
             if not getattr(self, name) > 0:
                 raise UserError(name, "must be above 0", getattr(self, name), "give a larger one")
-        for name in ("replace_seconds", "restart_seconds", "stall_seconds"):
+        for name in ("replace_seconds", "restart_seconds", "stall_seconds", "memory_interval_steps"):
             if not getattr(self, name) >= 0:
                 raise UserError(name, "must be at least 0", getattr(self, name), "give a larger one")
         if self.min_nodes > self.nodes:
@@ -90,6 +96,8 @@ class Outcome:
     lost_steps: float
     """Steps that were redone, since no checkpoint held them."""
     restarts: float
+    store_restarts: float
+    """Of these, those for which no memory checkpoint was left."""
     waited_seconds: float
     """With too few nodes to train."""
     gpu_hours: float
@@ -110,7 +118,7 @@ def simulate(scenario: Scenario, policy: Policy, rng: random.Random) -> Outcome:
     run = _SimulatedRun(scenario, policy, rng)
     while not run.is_done:
         if run.idle_events >= MAX_IDLE_EVENTS:
-            done = f"{run.kept:,} of {scenario.steps:,} steps after {run.now / 86_400:,.0f} days"
+            done = f"{run.stored:,} of {scenario.steps:,} steps after {run.now / 86_400:,.0f} days"
             remedy = "save more often, or use nodes that fail less"
             raise NoHeadwayError(
                 "interval_steps", f"must let the run make headway ({done})", scenario.interval_steps, remedy
@@ -127,17 +135,22 @@ class _SimulatedRun:
         self._least = scenario.nodes if policy == "fixed" else scenario.min_nodes
         self._alive, self._arrivals = scenario.nodes, list[float]()
         self._lost, self._restarts, self._waited, self._node_seconds = 0.0, -1, 0.0, 0.0
-        self.now, self.kept, self.idle_events = 0.0, 0, 0
+        self._store_restarts = 0
+        self._held = 0
+        """Steps that the newest memory checkpoint has; those in the store where there is none."""
+        self._is_copied = False
+        """Whether two nodes have each part of it."""
+        self.now, self.stored, self.idle_events = 0.0, 0, 0
 
     @property
     def is_done(self) -> bool:
-        return self.kept >= self._scenario.steps
+        return self.stored >= self._scenario.steps
 
     @property
     def outcome(self) -> Outcome:
         hours = self._node_seconds * self._scenario.gpus_per_node / 3600
         goodput = self._scenario.ideal_seconds / self.now
-        return Outcome(self.now, goodput, self._lost, self._restarts, self._waited, hours)
+        return Outcome(self.now, goodput, self._lost, self._restarts, self._store_restarts, self._waited, hours)
 
     def advance(self) -> None:
         """Advance to the next event, or to the end of the run before it."""
@@ -157,19 +170,34 @@ class _SimulatedRun:
             self._alive += 1
         else:
             heapq.heappush(self._arrivals, event + self._scenario.replace_seconds)
+            self._fail()
             self._alive -= 1
 
     def _train(self, seconds: float) -> None:
         """Train for `seconds`, restart included, or until all steps are done."""
-        scenario = self._scenario
+        scenario, begin = self._scenario, self._held
         self._restarts += 1
-        stretch = _trained(scenario, self._alive, seconds - scenario.restart_seconds, scenario.steps - self.kept)
-        self.kept, self._lost = self.kept + stretch.kept, self._lost + stretch.lost
-        if stretch.kept:
-            self.idle_events = 0
+        self._store_restarts += self._restarts > 0 and not scenario.memory_interval_steps
+        stretch = _trained(scenario, self._alive, seconds - scenario.restart_seconds, begin)
+        if stretch.stored > self.stored:
+            self.stored, self.idle_events = stretch.stored, 0
+        every = scenario.memory_interval_steps
+        self._held = max(self.stored, begin, int(stretch.done // every) * every if every else 0)
+        self._is_copied = self._is_copied or self._held > begin
+        self._lost += stretch.done - self._held
         if self.is_done:
             needed = scenario.restart_seconds + stretch.seconds
             self._pass(needed, self.now + needed)
+
+    def _fail(self) -> None:
+        """A node fails: its part is read from its neighbour, unless that has lost it with the failure before."""
+        if not self._scenario.memory_interval_steps:
+            return
+        others = self._alive - 1
+        if others == 0 or (not self._is_copied and self._rng.random() < 2 / others):
+            self._lost += self._held - self.stored
+            self._held, self._store_restarts = self.stored, self._store_restarts + 1
+        self._is_copied = False
 
     def _pass(self, seconds: float, until: float) -> None:
         self._node_seconds += self._alive * seconds
@@ -178,22 +206,29 @@ class _SimulatedRun:
 
 @dataclass(frozen=True)
 class _Stretch:
-    kept: int
-    lost: float
+    stored: int
+    """Steps that the newest checkpoint in the store has; 0 if none was saved."""
+    done: float
+    """Steps of the run that were done at the end."""
     seconds: float
     """Until all steps were done; 0 if they were not."""
 
 
-def _trained(scenario: Scenario, nodes: int, seconds: float, steps: int) -> _Stretch:
-    """What a worker group gets done in `seconds`, if `steps` are left to do."""
+def _trained(scenario: Scenario, nodes: int, seconds: float, begin: int) -> _Stretch:
+    """What a worker group that begins after `begin` steps gets done in `seconds`."""
     step_seconds = scenario.step_seconds * scenario.nodes / nodes
-    interval_seconds = scenario.interval_steps * step_seconds + scenario.stall_seconds
-    intervals, rest = divmod(steps, scenario.interval_steps)
-    needed = intervals * interval_seconds + (rest * step_seconds + scenario.stall_seconds if rest else 0.0)
+    every, steps = scenario.interval_steps, scenario.steps
+    saves = -(-steps // every) - begin // every
+    needed = (steps - begin) * step_seconds + saves * scenario.stall_seconds
     if seconds >= needed:
-        return _Stretch(steps, 0.0, needed)
-    done, left = divmod(max(0.0, seconds), interval_seconds)
-    return _Stretch(int(done) * scenario.interval_steps, min(left / step_seconds, scenario.interval_steps), 0.0)
+        return _Stretch(steps, steps, needed)
+    left, at, stored = max(0.0, seconds), begin, 0
+    first = every - begin % every
+    if left >= (first_seconds := first * step_seconds + scenario.stall_seconds):
+        intervals, left = divmod(left - first_seconds, every * step_seconds + scenario.stall_seconds)
+        stored = at = begin + first + int(intervals) * every
+        first = every
+    return _Stretch(stored, min(at + min(left / step_seconds, first), steps), 0.0)
 
 
 def mean_outcome(scenario: Scenario, policy: Policy, *, trials: int, seed: int) -> Outcome:
@@ -229,20 +264,22 @@ class Prediction:
 
     policy: Policy
     interval_steps: int
+    memory_interval_steps: int
     outcome: Outcome | None
     """None if it never ends, since nodes fail before a checkpoint is reached."""
 
 
 def predictions(scenario: Scenario, *, trials: int, seed: int) -> list[Prediction]:
-    """Every policy at the scenario's interval, and at the best one if that differs."""
+    """Every policy at the scenario's interval, and at the best one if that differs; without memory checkpoints, too."""
     intervals = dict.fromkeys((scenario.interval_steps, best_interval_steps(scenario)))
+    memory = dict.fromkeys((0, scenario.memory_interval_steps))
     found = []
-    for policy in POLICIES:
-        for steps in intervals:
-            outcome = None
-            with suppress(NoHeadwayError):
-                outcome = mean_outcome(replace(scenario, interval_steps=steps), policy, trials=trials, seed=seed)
-            found.append(Prediction(policy, steps, outcome))
+    for policy, steps, held in itertools.product(POLICIES, intervals, memory):
+        outcome = None
+        case = replace(scenario, interval_steps=steps, memory_interval_steps=held)
+        with suppress(NoHeadwayError):
+            outcome = mean_outcome(case, policy, trials=trials, seed=seed)
+        found.append(Prediction(policy, steps, held, outcome))
     return found
 
 
@@ -261,17 +298,19 @@ def scenario_lines(markets: Mapping[str, Scenario], *, is_estimate: bool) -> Ite
         best = best_interval_steps(scenario)
         yield market, f"any of the nodes fails every {duration_text(scenario.group_mtbf_seconds)}"
         yield "  checkpoints", f"every {scenario.interval_steps:,} steps, {scenario.stall_seconds:g} s each"
+        if scenario.memory_interval_steps:
+            yield "  in memory", f"every {scenario.memory_interval_steps:,} steps"
         yield "  best interval", f"{best:,} steps ({duration_text(best * scenario.step_seconds)}), by Young and Daly"
 
 
 def prediction_row(prediction: Prediction) -> tuple[str, ...]:
-    """Policy, interval, wall-clock, goodput, lost steps, restarts, waiting and GPU hours, for people."""
+    """Policy, both intervals, wall-clock, goodput, lost steps, restarts, waiting and GPU hours, for people."""
     outcome = prediction.outcome
+    case = (prediction.policy, f"{prediction.interval_steps:,}", f"{prediction.memory_interval_steps or '-':}")
     if outcome is None:
-        return (prediction.policy, f"{prediction.interval_steps:,}", "never ends")
+        return (*case, "never ends")
     return (
-        prediction.policy,
-        f"{prediction.interval_steps:,}",
+        *case,
         duration_text(outcome.wall_seconds),
         f"{outcome.goodput:.1%}",
         f"{outcome.lost_steps:,.0f}",

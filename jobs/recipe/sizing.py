@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from jobs.recipe.cost import RecipeCost
 from jobs.recipe.recipe import Recipe
+from model.device_peak import SHEET_TFLOPS
 
 GRADIENT_BYTES = {"fp32": 4, "bf16": 4, "bf16_pure": 2}
 """Of one gradient as it is sent, by precision."""
@@ -29,7 +30,7 @@ class NodeType:
     """Half the total bandwidth of a node's links to other nodes; NCCL runs a ring over each. Default: EFA of a p5."""
 
 
-H100_FLOPS_PER_SECOND = 989e12
+H100_FLOPS_PER_SECOND = SHEET_TFLOPS["H100"][1] * 1e12
 
 
 def estimated_step_seconds(recipe: Recipe, node: NodeType, nodes: int) -> float:

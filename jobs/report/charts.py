@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 Floats = npt.NDArray[np.float64]
 
@@ -44,12 +44,14 @@ class History:
     world_sizes: Floats
     step_seconds: Floats
     """NaN if it was not recorded."""
+    mfu_ratios: Floats
+    """NaN where it is not known."""
 
     @classmethod
     def of(cls, rows: Sequence[Mapping[str, Any]]) -> History:
-        """Take the columns from history rows, as `RunDirectory.read_history` returns them, without skipped steps."""
+        """Take the columns from history rows, with the figures of `with_utilization`, but those of skipped steps."""
         rows = [row for row in rows if row["loss"] is not None]
-        names = ("step", "loss", "learning_rate", "world_size", "step_seconds")
+        names = ("step", "loss", "learning_rate", "world_size", "step_seconds", "mfu_ratio")
         return cls(*(np.fromiter((row.get(name, np.nan) for row in rows), np.float64, len(rows)) for name in names))
 
     def __len__(self) -> int:
@@ -109,7 +111,7 @@ def training_chart(
 ) -> str:
     """Draw a run over its steps, one panel below the other, as one `<svg>` element.
 
-    Loss and learning rate; images per second if the history has times; workers if their number changed.
+    Loss and learning rate; images per second and MFU if the history has them; workers if their number changed.
 
     Args:
         history: At least one step.
@@ -124,6 +126,8 @@ def training_chart(
     ]
     if (history.step_seconds > 0).any():
         drawn.append(("images/s", 0.5, partial(_draw_speed, global_batch_size=global_batch_size)))
+    if np.isfinite(history.mfu_ratios).any():
+        drawn.append(("MFU", 0.5, _draw_mfu))
     if len(np.unique(history.world_sizes)) > 1:
         drawn.append(("workers", 0.35, _draw_workers))
     heights = [height for _, height, _ in drawn]
@@ -151,6 +155,13 @@ def _draw_speed(panel: Axes, history: History, global_batch_size: int) -> None:
     panel.plot(*speeds(history, global_batch_size), color=ACCENT, linewidth=1.6)
     panel.set_ylim(bottom=0)
     panel.yaxis.set_major_formatter(EngFormatter(sep=""))
+
+
+def _draw_mfu(panel: Axes, history: History) -> None:
+    known = np.isfinite(history.mfu_ratios)
+    panel.plot(*trend(history.steps[known], history.mfu_ratios[known], TREND_POINTS), color=ACCENT, linewidth=1.6)
+    panel.set_ylim(bottom=0)
+    panel.yaxis.set_major_formatter(PercentFormatter(1))
 
 
 def _draw_workers(panel: Axes, history: History) -> None:

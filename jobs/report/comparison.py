@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from jobs.recipe.recipe import PARTS, Recipe
+from jobs.recipe.differences import differing_fields
+from jobs.recipe.recipe import Recipe
 from jobs.report.accuracy import accuracy_curve
 from jobs.report.page import page, paragraph, section, table
 from jobs.report.run_figures import RunFigures
@@ -69,21 +69,6 @@ def named_apart(runs: Sequence[ComparedRun]) -> list[str]:
     """The names of the runs; URLs where two have the same."""
     names = [run.name for run in runs]
     return [run.url if names.count(run.name) > 1 else run.name for run in runs]
-
-
-def differing_fields(runs: Sequence[ComparedRun]) -> dict[str, list[Any]]:
-    """The values of every field of the recipe in which runs differ."""
-    flat = [dict(_flat(run.recipe)) for run in runs]
-    fields = {name: [values.get(name) for values in flat] for name in dict.fromkeys(itertools.chain(*flat))}
-    return {name: values for name, values in fields.items() if any(value != values[0] for value in values)}
-
-
-def _flat(recipe: Recipe) -> Iterator[tuple[str, Any]]:
-    for name, value in recipe.to_json().items():
-        if isinstance(value, dict):
-            yield from ((f"{name}.{key}", item) for key, item in value.items())
-        elif name not in PARTS:
-            yield name, value
 
 
 def accuracy_rows(runs: Sequence[ComparedRun]) -> list[tuple[str, ...]]:
@@ -157,7 +142,7 @@ def _loss_at(run: ComparedRun, epoch: float) -> str:
 def comparison_json(runs: Sequence[ComparedRun]) -> dict[str, Any]:
     """All that is compared, as plain values."""
     return {
-        "differences": differing_fields(runs),
+        "differences": differing_fields([run.recipe for run in runs]),
         "runs": [
             {
                 "run": run.name,
@@ -188,7 +173,7 @@ def _measured_json(run: ComparedRun) -> dict[str, Sequence[float]]:
 def comparison_html(runs: Sequence[ComparedRun]) -> str:
     """The page as HTML; all outside text is escaped."""
     names = named_apart(runs)
-    fields = [(name, *map(str, values)) for name, values in differing_fields(runs).items()]
+    fields = [(name, *map(str, values)) for name, values in differing_fields([run.recipe for run in runs]).items()]
     differences = table(("field", *names), fields) if fields else paragraph("Their recipes are the same.")
     curves = [Curve(name, run.figures.epochs, run.figures.losses) for name, run in zip(names, runs, strict=True)]
     chart = curves_chart(curves, title="loss", axis="epoch") or paragraph("No step was recorded yet.")

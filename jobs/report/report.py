@@ -7,18 +7,18 @@ is reported as far as it came. The same directory gives the same bytes.
 from __future__ import annotations
 
 import base64
-import itertools
 from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, datetime
 from html import escape
 
 from jobs.metrics.goodput import measured_goodput
-from jobs.recipe.recipe import Recipe
+from jobs.recipe.differences import recipe_fields
 from jobs.report.accuracy import accuracy_chart, accuracy_head, accuracy_rows
 from jobs.report.charts import CANVASES, training_chart
 from jobs.report.page import page, pairs, paragraph, section, table
 from jobs.report.reported_run import ReportedRun
+from jobs.report.status import world_sizes_text
 from jobs.run.directory import REPORT_NAME, RunDirectory
 from jobs.terminal import duration_text
 
@@ -56,7 +56,7 @@ def report_html(run: ReportedRun) -> str:
         section("Checkpoints", _checkpoints(run)),
         section("Data faults", _faults(run)),
         section("Skipped images", _skipped(run)),
-        section("Recipe", pairs(_recipe_fields(run.recipe))),
+        section("Recipe", pairs(recipe_fields(run.recipe))),
         section("Software and data", pairs(_origins(run))),
     ]
     return page(title=f"{run.name} · ConvMAE run", header=_header(run), facts=_facts(run), sections=sections)
@@ -87,6 +87,8 @@ def _facts(run: ReportedRun) -> Iterable[tuple[str, str]]:
     if newest := run.accuracies.newest:
         what = "Validation top-1" if run.recipe.finetune else "kNN accuracy"
         yield what, f"{newest.accuracies[run.accuracies.main]:.1%}"
+    if run.mfu_ratio is not None:
+        yield "MFU", f"{run.mfu_ratio:.1%}"
     yield "Images trained", f"{run.step * batch:,}"
     if (views := run.recipe.model.views) > 1 and not run.recipe.finetune:
         yield "Masks of each", f"{views}"
@@ -97,16 +99,10 @@ def _facts(run: ReportedRun) -> Iterable[tuple[str, str]]:
         yield "Restarts", f"{kinds.count('restart'):,}"
         yield "Resizes", f"{kinds.count('resize'):,}"
         yield "Steps redone", f"{redone:,}"
-        yield "Workers", _world_sizes([event["world_size"] for event in attempts])
+        yield "Workers", world_sizes_text([event["world_size"] for event in attempts])
         if goodput := measured_goodput(run.events):
             yield "Goodput", f"{goodput.ratio:.1%}"
         yield "Wall time", duration_text(run.heard_at - attempts[0]["at_seconds"])
-
-
-def _world_sizes(sizes: Iterable[int]) -> str:
-    """The sizes in order; only their range if there were many."""
-    turns = [size for size, _ in itertools.groupby(sizes)]
-    return " → ".join(map(str, turns)) if len(turns) <= 6 else f"{min(turns)} to {max(turns)}"
 
 
 def _charts(run: ReportedRun) -> str:
@@ -189,12 +185,13 @@ def _timeline(run: ReportedRun) -> str:
             event["kind"],
             event.get("world_size", ""),
             f"{event['step']:,}",
+            event.get("restored_from", ""),
             f"{event['steps_redone']:,}" if "steps_redone" in event else "",
             event.get("reason", ""),
         )
         for event in turns[-MOST_ATTEMPTS:]
     ]
-    head = ("attempt", "time (UTC)", "what", "workers", "at step", "steps redone", "reason")
+    head = ("attempt", "time (UTC)", "what", "workers", "at step", "from", "steps redone", "reason")
     return _unlisted(len(turns) - len(rows)) + table(head, rows)
 
 
@@ -247,17 +244,11 @@ def _skipped(run: ReportedRun) -> str:
     return paragraph(count) + table(("image", "reason"), [(item["path"], item["reason"]) for item in shown])
 
 
-def _recipe_fields(recipe: Recipe) -> Iterable[tuple[str, object]]:
-    for name, value in recipe.to_json().items():
-        if isinstance(value, dict):
-            yield from ((f"{name}.{key}", item) for key, item in value.items())
-        else:
-            yield name, value
-
-
 def _origins(run: ReportedRun) -> Iterable[tuple[str, object]]:
     yield "run directory", run.url
     yield "recipe digest", run.recipe.digest()
+    if run.devices:
+        yield "devices", " → ".join(run.devices)
     if run.commit:
         yield "data set digest", run.commit.dataset_digest
         yield from run.commit.versions.items()

@@ -9,6 +9,7 @@ from typing import Any
 
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.commit import Commit
+from jobs.metrics.utilization import GroupCompute, mean_mfu, with_utilization
 from jobs.recipe.recipe import Recipe
 from jobs.report.accuracy import accuracy_curve
 from jobs.report.charts import History
@@ -30,6 +31,8 @@ class ReportedRun:
     """Empty before the run first started."""
     events: Sequence[Mapping[str, Any]]
     history: History
+    mfu_ratio: float | None
+    """Over all steps that have one, by their time."""
     kept_steps: frozenset[int]
     """Checkpoints that exist now."""
     commit: Commit | None
@@ -51,7 +54,8 @@ class ReportedRun:
             RunError: If there is no such run.
         """
         recipe = run.read_recipe()
-        rows, events = run.read_history(), run.read_events()
+        events = run.read_events()
+        rows = list(with_utilization(run.read_history(), events))
         skipped = _read_or_none(run, run.storage.join(recipe.data, SKIPPED_NAME)) if recipe.data else None
         return cls(
             name=run.name,
@@ -60,6 +64,7 @@ class ReportedRun:
             heartbeat=run.read_heartbeat(),
             events=events,
             history=History.of(rows),
+            mfu_ratio=mean_mfu(rows),
             accuracies=accuracy_curve(recipe, events, rows),
             kept_steps=frozenset(checkpoint.committed_steps(run)),
             commit=checkpoint.latest_commit(run),
@@ -77,6 +82,11 @@ class ReportedRun:
     def step(self) -> int:
         """Optimizer steps done."""
         return int(self.heartbeat.get("step", 0))
+
+    @property
+    def devices(self) -> list[str]:
+        """What its attempts trained on, in order, each once."""
+        return list(dict.fromkeys(compute.devices for compute in GroupCompute.of_attempts(self.events).values()))
 
     @property
     def ending(self) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -81,6 +82,8 @@ def status_lines(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "validation", validation
     yield "learning rate", figure(status.get("learning_rate"), ".3e")
     yield "images/s", figure(status.get("images_per_second"), ".1f")
+    if status.get("device_flops_per_second") is not None:
+        yield "TFLOP/s", _utilization(status)
     yield "data wait", figure(status.get("data_wait_ratio"), ".1%")
     yield "workers", _workers(status)
     yield "attempt", f"{status.get('attempt', '-')} ({status.get('restarts', 0)} restarts)"
@@ -94,6 +97,8 @@ def status_lines(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "save every", duration_text(status["checkpoint_interval_seconds"])
     if "checkpoint_age_seconds" in status:
         yield "newest one", f"{duration_text(status['checkpoint_age_seconds'])} ago"
+    if status.get("memory_checkpoint_step") and status["state"] not in FINAL_STATES:
+        yield "in memory", f"step {status['memory_checkpoint_step']:,}"
     if status["state"] not in FINAL_STATES:
         yield "ETA", duration_text(status.get("eta_seconds"))
         yield "metrics", status.get("metrics_url", "-")
@@ -106,6 +111,17 @@ def _epochs(status: Mapping[str, Any]) -> str:
     return f"{status['step'] // length:,} of {math.ceil(status['total_steps'] / length):,}" if length else "-"
 
 
+def _utilization(status: Mapping[str, Any]) -> str:
+    mfu = f"; MFU {status['mfu_ratio']:.1%}" if status.get("mfu_ratio") is not None else ""
+    return f"{status['device_flops_per_second'] / 1e12:.3g} a device{mfu} of {status.get('devices') or '-'}"
+
+
+def world_sizes_text(sizes: Iterable[int]) -> str:
+    """Workers of attempts in order; only their range if it changed often."""
+    turns = [size for size, _ in itertools.groupby(sizes)]
+    return " → ".join(map(str, turns)) if len(turns) <= 6 else f"{min(turns)} to {max(turns)}"
+
+
 def _workers(status: Mapping[str, Any]) -> str:
     now, most = status.get("world_size"), status.get("target_world_size")
     return "-" if not now else f"{now} of {most}" if most else str(now)
@@ -115,5 +131,9 @@ def event_line(event: Mapping[str, Any]) -> str:
     """One event in one line: when, which attempt, what, and its fields."""
     at = datetime.fromtimestamp(event["at_seconds"], UTC).strftime("%Y-%m-%d %H:%M:%S")
     fields = {key: value for key, value in event.items() if key not in ("at_seconds", "attempt", "kind")}
-    text = ", ".join(f"{key} {value}" for key, value in fields.items() if value not in (None, ""))
+    text = ", ".join(f"{key} {_field_text(key, value)}" for key, value in fields.items() if value not in (None, ""))
     return f"{at}  attempt {event['attempt']}  {event['kind']}: {text}"
+
+
+def _field_text(key: str, value: Any) -> str:
+    return f"{value:.4g}" if "flops" in key and isinstance(value, int | float) else str(value)

@@ -28,6 +28,8 @@ _LAST_SECOND = datetime(9999, 12, 31, tzinfo=UTC).timestamp()
 
 Integer = Annotated[int, Strict(), Field(gt=-LARGEST, lt=LARGEST)]
 Number = Annotated[float, Strict(), Field(gt=-LARGEST, lt=LARGEST)]
+Flops = Annotated[float, Strict(), Field(gt=0, lt=1e30)]
+"""Operations, or operations a second: of a step of thousands of GPUs more than LARGEST."""
 Time = Annotated[float, Strict(), Field(ge=0, le=_LAST_SECOND)]
 """A Unix time, in seconds, that a calendar has."""
 Ratio = Annotated[float, Strict(), Field(ge=0, le=1)]
@@ -47,6 +49,9 @@ class _Event(TypedDict):
     down_seconds: NotRequired[Number]
     seconds: NotRequired[Number]
     reason: NotRequired[Text]
+    step_flops: NotRequired[Flops]
+    peak_flops_per_second: NotRequired[Flops]
+    devices: NotRequired[Text]
     epoch: NotRequired[Integer]
     plan: NotRequired[Text]
     tested: NotRequired[Annotated[Integer, Field(gt=0)]]
@@ -65,6 +70,7 @@ class _HistoryRow(TypedDict):
     step_seconds: NotRequired[Number]
     data_wait_seconds: NotRequired[Number]
     samples: NotRequired[Text]
+    substitutions: NotRequired[Integer]
     digest: NotRequired[Text]
     validation_top1: NotRequired[Ratio]
     validation_top5: NotRequired[Ratio]
@@ -102,6 +108,9 @@ class _Heartbeat(TypedDict):
     loss: NotRequired[Number | None]
     learning_rate: NotRequired[Number | None]
     images_per_second: NotRequired[Number | None]
+    device_flops_per_second: NotRequired[Flops | None]
+    mfu_ratio: NotRequired[Number | None]
+    devices: NotRequired[Text]
     data_wait_ratio: NotRequired[Number | None]
     eta_seconds: NotRequired[Number | None]
     worker_seconds_total: NotRequired[Number | None]
@@ -122,12 +131,24 @@ class _Heartbeat(TypedDict):
     metrics_url: NotRequired[Text]
 
 
+class _Tracked(TypedDict):
+    id: Annotated[str, Strict(), Field(pattern=r"^[A-Za-z0-9._-]{1,100}$")]
+    step: Integer
+    at_seconds: Time
+
+
+class _Notified(TypedDict):
+    at_seconds: Time
+
+
 _ROWS: dict[str, TypeAdapter[Any]] = {
     "events": TypeAdapter(_Event),
     "history": TypeAdapter(_HistoryRow),
     "quarantine": TypeAdapter(_QuarantineRow),
     "left-out": TypeAdapter(_LeftOutRow),
     "heartbeat": TypeAdapter(_Heartbeat),
+    "tracked": TypeAdapter(_Tracked),
+    "notified": TypeAdapter(_Notified),
 }
 _OF_KINDS: Mapping[str, tuple[str, ...]] = {
     "checkpoint": ("bytes", "stall_seconds", "duration_seconds"),
@@ -145,7 +166,11 @@ _TYPES = {
     "bool_type": " as true or false",
 }
 """What a field should have been, by pydantic's name of the fault."""
-_REMEDIES = {"heartbeat": "delete it: a live run writes it again"}
+_REMEDIES = {
+    "heartbeat": "delete it: a live run writes it again",
+    "tracked": "delete it: the tracker then has the run a second time",
+    "notified": "delete it: notices are sent from the next event on",
+}
 _RESTORE = "restore the file, or move it away: what it holds is then missing"
 
 
@@ -165,7 +190,7 @@ def checked(kind: str, row: Any, url: str) -> Row:
     """The same row, if it has the fields of its kind.
 
     Args:
-        kind: `events`, `history`, `quarantine`, `left-out` or `heartbeat`.
+        kind: `events`, `history`, `quarantine`, `left-out`, `heartbeat`, `tracked` or `notified`.
         row: What was read.
         url: From where, for the message.
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-Instruction = Literal["", "stop", "pause", "save"]
-"""`stop`: save and end. `pause`: save and stand still, since the group is about to end. `save`: save and continue."""
+Instruction = Literal["", "stop", "pause", "save", "hold"]
+"""`stop`: save and end. `pause`: save and stand still, since the group is about to end. `save`: save and continue.
+`hold`: keep the state in memory and continue, which rank 0 decides by itself."""
 
-INSTRUCTIONS: tuple[Instruction, ...] = ("", "stop", "pause", "save")
+INSTRUCTIONS: tuple[Instruction, ...] = ("", "stop", "pause", "save", "hold")
 
 PAUSE_SECONDS = 120.0
 """For saving before a resize, and for standing still thereafter; then training continues."""

@@ -35,8 +35,8 @@ from pipeline.order.sample_order import ConsumedDigest, Order
 if TYPE_CHECKING:
     import deepspeed
 
-_HOST_WORDS = 3 + INTEGER_WORDS
-"""The instruction, whether a rank uploads, and a digest of what was consumed: its count and total."""
+_HOST_WORDS = 4 + INTEGER_WORDS
+"""The instruction, whether a rank uploads or hands over, and a digest of what was consumed: its count and total."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class SharedStep(NamedTuple):
     """What to do after it."""
     uploading: bool
     """Whether some rank is uploading a checkpoint."""
+    holding: bool
+    """Whether some rank's part of a memory checkpoint is on its way."""
     samples: str
     """Digest of the samples that were used."""
     state: str
@@ -222,23 +224,25 @@ class TrainingStep:
         learning_rate: float,
         *,
         instruction: Instruction,
-        uploading: bool,
+        uploading: bool = False,
+        holding: bool = False,
         with_digest: bool = False,
     ) -> SharedStep:
         """Gradients of the mean loss over the global batch. Collective; waits for the device, once in a step.
 
         The monitor's instruction travels from rank 0 with the loss, so that all ranks follow it after the same step; so
-        does whether a rank is uploading, and what each rank read.
+        does whether a rank is still saving, and what each rank read.
 
         Args:
             batch: This rank's part of the global batch.
             learning_rate: Of the update that follows.
             instruction: The monitor's, on rank 0.
             uploading: Whether this rank uploads a checkpoint.
+            holding: Whether this rank's part of a memory checkpoint is on its way.
             with_digest: Whether to compute that of the state before the update.
         """
         set_learning_rate(self.engine, learning_rate)
-        self._write_words_of_host(batch, instruction, uploading)
+        self._write_words_of_host(batch, instruction, uploading=uploading, holding=holding)
         words = self._words.send()
         of_gradients = words[self._of_gradients]
         self._gradients.compute(batch, self.forward, self._on_mask, of_gradients)
@@ -249,21 +253,22 @@ class TrainingStep:
             words[self._of_state] = digest_words(self.engine)
         return self._shared(self._words.add_up(), with_digest=with_digest)
 
-    def _write_words_of_host(self, batch: Batch, instruction: Instruction, uploading: bool) -> None:
+    def _write_words_of_host(self, batch: Batch, instruction: Instruction, *, uploading: bool, holding: bool) -> None:
         words, consumed = self._words.of_host(), ConsumedDigest.of(batch.sample_ids.numpy())
         told = INSTRUCTIONS.index(instruction) if self.place.rank == 0 else 0
-        words[:_HOST_WORDS] = [told, uploading, consumed.count, *words_of(consumed.total)]
+        words[:_HOST_WORDS] = [told, uploading, holding, consumed.count, *words_of(consumed.total)]
         self._reading.write(words[_HOST_WORDS:], batch)
 
     def _shared(self, summed: NDArray[np.float64], *, with_digest: bool) -> SharedStep:
         loss, are_finite = self._gradients.read(summed[self._of_gradients].tolist())
         self._statistics = summed[self._of_objective].tolist()
-        told, uploads, count, *total = summed[self._of_host][:_HOST_WORDS].tolist()
+        told, uploads, holds, count, *total = summed[self._of_host][:_HOST_WORDS].tolist()
         return SharedStep(
             loss=loss,
             fault=fault_of(summed[self._of_faults].tolist(), gradients_are_finite=are_finite),
             instruction=INSTRUCTIONS[int(told)],
             uploading=uploads > 0,
+            holding=holds > 0,
             samples=str(ConsumedDigest(int(count), integer_of(total))),
             state=digest_of(summed[self._of_state].tolist()) if with_digest else "",
             figures=from_words(summed[self._of_host][_HOST_WORDS:].copy()) if self.place.rank == 0 else None,

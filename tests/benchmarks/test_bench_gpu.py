@@ -8,19 +8,6 @@ import pytest
 import torch
 
 
-@pytest.mark.parametrize(
-    ("card", "precision", "teraflops"),
-    [
-        ("NVIDIA H100 80GB HBM3", "bf16", 989),
-        ("NVIDIA H100 PCIe", "bf16", 756),
-        ("NVIDIA A100-SXM4", "fp32", 19.5),
-    ],
-)
-def test_the_peak_is_that_of_the_card(card: str, precision: str, teraflops: float) -> None:
-    assert bench_gpu.peak_flops(card, precision) == teraflops * 1e12
-    assert bench_gpu.peak_flops("a card of next year", precision) is None
-
-
 @pytest.mark.slow
 def test_rows_are_measured_and_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

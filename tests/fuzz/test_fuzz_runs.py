@@ -23,6 +23,7 @@ from probe_events import probe_events
 from jobs.cli.main import app
 from jobs.control import lease
 from jobs.errors import RunFailedError
+from jobs.export.run_tables import TABLE_SUFFIXES, export_tables
 from jobs.recipe.named_recipes import named_recipe
 from jobs.report.report import write_report
 from jobs.run import roots
@@ -48,6 +49,9 @@ HEARTBEAT = {
     "loss": 0.5,
     "learning_rate": 1e-3,
     "images_per_second": 120.5,
+    "device_flops_per_second": 2e12,
+    "mfu_ratio": 0.4,
+    "devices": "2 x A10 (data sheet)",
     "data_wait_ratio": 0.01,
     "eta_seconds": 300.0,
     "worker_seconds_total": 60.0,
@@ -62,7 +66,8 @@ HEARTBEAT = {
     "metrics_url": "http://127.0.0.1:1/metrics",
 }
 EVENTS = [
-    {"at_seconds": 1.7e9, "attempt": 1, "kind": "start", "step": 0, "world_size": 2, "steps_redone": 0},
+    {"at_seconds": 1.7e9, "attempt": 1, "kind": "start", "step": 0, "world_size": 2, "steps_redone": 0}
+    | {"step_flops": 4e12, "peak_flops_per_second": 1e13, "devices": "2 x A10 (data sheet)"},
     {
         "at_seconds": 1.7e9 + 5,
         "attempt": 1,
@@ -124,6 +129,8 @@ COMMANDS: tuple[tuple[str, ...], ...] = (
     ("checkpoints", "RUN", "--verify", "--json"),
     ("prune", "RUN"),
     ("stop", "RUN"),
+    ("diff", "RUN", "RUN"),
+    ("diff", "RUN", "RUN", "--json"),
     ("list", "--run-root", "ROOT"),
     ("list", "--run-root", "ROOT", "--json"),
 )
@@ -288,6 +295,17 @@ def test_a_report_is_written_or_says_what_is_damaged(fuzz: Fuzz, sound: RunDirec
 
     write_report(sound)  # the first one imports and compiles what draws, and looks for fonts: no example's time
     fuzz(run_reports, st.tuples(examples(files), json_lines(skipped)), batch=8)
+
+
+def test_tables_of_a_run_are_written_or_say_what_is_damaged(fuzz: Fuzz, sound: RunDirectory, tmp_path: Path) -> None:
+    def run_exports(example: Example) -> None:
+        with changed_files(sound, example.changed):
+            for name in TABLE_SUFFIXES:
+                written = export_tables(sound, name, sound.storage, str(tmp_path / name), force=True)
+                assert len(written) == 3
+
+    export_tables(sound, "metrics", sound.storage, str(tmp_path / "metrics"))  # the first one imports what writes
+    fuzz(run_exports, examples(files_of(sound)), batch=30)
 
 
 def test_the_driver_of_a_run_is_named_whatever_its_claims_hold(fuzz: Fuzz, sound: RunDirectory, quick: None) -> None:

@@ -10,7 +10,7 @@ from ray.train.torch import TorchConfig
 from ray.train.torch.config import _shutdown_torch, _TorchBackend
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
-from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.controller.state import PreemptingState, ReschedulingState
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, NoopDecision, ResizeDecision
 from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
@@ -33,6 +33,7 @@ __all__ = [
     "TorchBackend",
     "TorchConfig",
     "TrainerWithPolicy",
+    "WorkerGroupCallback",
     "WorkerGroupStartupFailedError",
     "shutdown_torch",
 ]

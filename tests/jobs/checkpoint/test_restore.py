@@ -44,7 +44,7 @@ def together(monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[list[Restor
         found = ranks.run(
             lambda rank: restore_newest(
                 run, owned(material, stage, rank, world_size), RankGroup(rank, world_size),
-                check=lambda commit: None, on_damage=lambda step, why: passed_over.append((step, why)),
+                check=lambda commit: None, on_damage=lambda step, why, source: passed_over.append((step, why)),
             )
         )  # fmt: skip
         return found, passed_over

@@ -15,7 +15,7 @@ from patience import wait_until
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.check import faults_of
 from jobs.checkpoint.commit import CheckpointFile, Commit
-from jobs.checkpoint.rank_file import RankPart
+from jobs.checkpoint.rank_file import CopyRoom, RankPart
 from jobs.checkpoint.saver import CheckpointSaver
 from jobs.errors import CheckpointError
 from jobs.run.directory import RunDirectory
@@ -89,7 +89,7 @@ FILE.memory[:] = b"weights"
 
 
 def copied() -> RankPart:
-    return RankPart(FILE.path, memoryview(FILE.memory), CheckpointFile("weights", 0, 0, data_offset=7))
+    return RankPart(CopyRoom(FILE.path, memoryview(FILE.memory)), CheckpointFile("weights", 0, 0, data_offset=7))
 
 
 def test_training_continues_during_the_upload(saver: CheckpointSaver, run: RunDirectory, monitor: Monitor) -> None:
@@ -177,7 +177,8 @@ def test_what_the_store_holds_other_than_was_copied_is_found(saver: CheckpointSa
     Gate.open.set()
     other = MemoryFile("other", 7)
     other.memory[:] = b"weighty"
-    saver.begin(commit(5), lambda: dataclasses.replace(copied(), path=other.path))
+    differs = CopyRoom(other.path, memoryview(FILE.memory))
+    saver.begin(commit(5), lambda: dataclasses.replace(copied(), room=differs))
     saver.close()
 
     (fault,) = faults_of(run, checkpoint.read_commit(run, 5))

@@ -84,6 +84,27 @@ def test_one_run_or_none_or_an_unknown_one_is_refused(typed: Typed, two: str) ->
     assert_refused(typed("compare", "first", "secnd", "--run-root", two), "did you mean second?")
 
 
+def test_two_runs_differ_from_a_step_on_or_not_at_all(typed: Typed, two: str) -> None:
+    ended = typed("diff", "first", "second", "--run-root", two)
+    found = typed("diff", "first", "second", "--run-root", two, "--json")
+
+    assert (ended.code, ended.error) == (1, "failed: step 1 is the first that differs\n")
+    rows = [" ".join(line.split()) for line in ended.output.splitlines()]
+    assert "model.kernel_size 5 (default) 7 trajectory" in rows
+    assert "state finished stopped" in rows
+    assert "history: step 1 is the first with another loss: 0.5 and 1.0" in rows
+    differences = json.loads(found.output)
+    assert found.code == 1
+    assert differences["history"]["partings"] == [{"what": "loss", "step": 1, "values": [0.5, 1.0]}]
+    assert {each["field"] for each in differences["recipe"]} == {"model.kernel_size", "epochs"}
+    assert [run["run"] for run in differences["runs"]] == ["first", "second"]
+
+    same = typed("diff", "first", "first", "--run-root", two)
+    assert (same.code, same.error) == (0, "")
+    assert "history: the same in all 5 steps that both have; digests of all weights compared: 0" in same.output
+    assert_refused(typed("diff", "first", "secnd", "--run-root", two), "did you mean second?")
+
+
 def test_a_plan_needs_neither_cluster_nor_data(typed: Typed) -> None:
     ended = typed("ablate", "epochs", "--plan")
     rows = json.loads(typed("ablate", "epochs", "--plan", "--json").output)

@@ -111,3 +111,20 @@ def test_weights_are_exported_and_imported(typed: Typed, root: str, tmp_path: Pa
     assert_refused(typed("export", f"{tmp_path}/no.safetensors", "--format", "hf"), "must exist")
     assert_refused(typed("import", f"{tmp_path}/no.pth", f"{tmp_path}/o.safetensors"), "must exist")
     assert_refused(typed("import", official, f"{tmp_path}/o.pth"), "OUT", "must end in .safetensors")
+
+
+def test_what_a_run_recorded_is_exported_as_tables(typed: Typed, root: str, tmp_path: Path) -> None:
+    place = ("--run-root", root)
+
+    ended = typed("export", "first", "--format", "metrics", *place)
+    assert (ended.code, ended.error) == (0, "")
+    assert [line.split()[:2] for line in ended.output.splitlines()] == [
+        ["metrics:", f"{root}/first/exports/first-metrics/{name}.parquet"]
+        for name in ("accuracies", "events", "history")
+    ]
+    assert typed("export", "first", "--format", "metrics-csv", "--out", str(tmp_path / "out"), *place).code == 0
+    assert (tmp_path / "out" / "history.csv").read_text().startswith('"step","epoch","attempt","superseded"')
+
+    assert_refused(typed("export", "first", "--format", "metrics", *place), "--out: must not exist yet")
+    assert_refused(typed("export", "first", "--format", "metrics", "--step", "3", *place), "--step", "leave it out")
+    assert_refused(typed("export", "first", "--format", "metric", *place), "--format", "metrics-csv")

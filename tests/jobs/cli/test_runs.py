@@ -84,6 +84,8 @@ def test_an_unknown_run_is_answered_with_the_nearest(typed: Typed, root: str) ->
 
 def test_requests_that_do_not_fit_the_run_are_refused(typed: Typed, root: str) -> None:
     assert_refused(typed("stop", "first", "--run-root", root), "first (finished)", "nothing to stop")
+    ended = typed("set", "first", "loader_threads=3", "--run-root", root)
+    assert_refused(ended, "first (finished)", "`convmae resume first loader_threads=3`")
     assert_refused(typed("consolidate", "first", "--run-root", root), "committed checkpoint", "first")
     assert_refused(typed("consolidate", "first", "--step", "3", "--run-root", root), "step", "none yet")
     assert_refused(typed("consolidate", "first", "--dtype", "fp8", "--run-root", root), "--dtype", "'fp8'")
@@ -186,3 +188,22 @@ def test_history_is_one_line_per_step(typed: Typed, root: str) -> None:
         "attempt",
         "1",
     ]
+
+
+def test_the_history_has_mfu_where_the_attempt_recorded_its_devices(typed: Typed, root: str) -> None:
+    run = RunDirectory.of(Storage(), root, "first")
+    place = ("history", "first", "--run-root", root)
+    assert "mfu" not in typed(*place).output
+
+    begun, *later = run.read_events()
+    compute = {"step_flops": 3e12, "peak_flops_per_second": 24e12, "devices": "2 x L4 (data sheet)"}
+    run.write_events(1, [begun | compute, *later])
+    rows = run.read_history()
+    run.write_history(1, 1, [row | {"step_seconds": 0.25} if row["step"] > 1 else row for row in rows])
+
+    lines = typed(*place).output.splitlines()
+    found = [json.loads(line) for line in typed(*place, "--json").output.splitlines()]
+
+    assert ["mfu 50.0%" in line for line in lines] == [False] + [True] * 4
+    assert [row.get("mfu_ratio") for row in found] == [None] + [0.5] * 4
+    assert found[1]["device_flops_per_second"] == 6e12

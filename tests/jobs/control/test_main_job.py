@@ -51,6 +51,11 @@ def test_history_has_every_step_once_and_the_loss_falls(convmae: Command, finish
     assert all(row["world_size"] == 2 and row["attempt"] == 1 for row in rows)
     assert [row["epoch"] for row in rows] == [step * 12 // TILES for step in range(STEPS)]
     assert all(row["step_seconds"] >= row["data_wait_seconds"] >= 0 for row in rows)
+    (begun,) = (event for event in convmae.run(finished).read_events() if event["kind"] == "start")
+    assert begun["devices"].startswith("2 x CPU, ") and begun["devices"].endswith("(measured)")
+    for row in rows:
+        possible = begun["peak_flops_per_second"] * row["step_seconds"]
+        assert row["mfu_ratio"] == pytest.approx(begun["step_flops"] / possible) and row["mfu_ratio"] > 0
     quarter = STEPS // 4
     assert sum(row["loss"] for row in rows[-quarter:]) < 0.95 * sum(row["loss"] for row in rows[:quarter])
     assert len(convmae("history", finished)[0].splitlines()) == STEPS

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 from monitored_runs import (
+    COMPUTE,
     IMAGES,
     RANKS,
     READING,
@@ -295,13 +297,40 @@ def test_rates_are_those_of_the_last_steps(start: Start, clock: FakeClock) -> No
     for step in range(1, 101):
         clock.seconds += 2.0 if step < 50 else 0.5
         row = {"step": step, "epoch": 0, "loss": 1.0, "learning_rate": 0.1, "world_size": 2, "attempt": 1}
-        monitor.record(row | {"data_wait_seconds": 0.1}, gradient_norm=1.0, reading=READING, ranks=RANKS)
+        monitor.record(
+            row | {"step_seconds": 0.5, "data_wait_seconds": 0.1}, gradient_norm=1.0, reading=READING, ranks=RANKS
+        )
 
     status = monitor.status()
 
     assert status["images_per_second"] == pytest.approx(IMAGES / 0.5)
     assert status["data_wait_ratio"] == pytest.approx(0.1 / 0.5)
     assert status["eta_seconds"] == pytest.approx((SCHEDULE.total_steps - 100) * 0.5)
+    assert status["device_flops_per_second"] == pytest.approx(COMPUTE.step_flops / 0.5 / 2)
+    assert status["mfu_ratio"] == pytest.approx(4e12 / 0.5 / 20e12)
+
+
+def test_mfu_is_served_until_the_group_ends_and_its_devices_are_in_the_event(
+    start: Start, run: RunDirectory, clock: FakeClock
+) -> None:
+    clock.tick_seconds = 0.5
+    monitor = start(monotonic=clock)
+    begin(monitor)
+    record(monitor, range(1, 11))
+
+    series = scraped(monitor)
+
+    assert series["convmae_mfu_ratio"] == pytest.approx(monitor.status()["mfu_ratio"]) and series["convmae_mfu_ratio"]
+    assert series["convmae_device_flops_per_second"] == pytest.approx(series["convmae_mfu_ratio"] * 20e12 / 2)
+    event = last_event(run)
+    assert (event["step_flops"], event["peak_flops_per_second"]) == (4e12, 20e12)
+    assert event["devices"] == monitor.status()["devices"] == COMPUTE.devices
+
+    begin(monitor, resume_step=10, compute=replace(COMPUTE, peak_flops_per_second=None))
+    assert not {"convmae_mfu_ratio", "convmae_device_flops_per_second"} & set(scraped(monitor))
+    record(monitor, range(11, 21), attempt=2)
+    series = scraped(monitor)
+    assert "convmae_mfu_ratio" not in series and series["convmae_device_flops_per_second"] > 0
 
 
 def test_the_endpoint_is_announced_to_prometheus(start: Start, tmp_path: Path) -> None:

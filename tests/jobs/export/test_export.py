@@ -301,7 +301,7 @@ def test_a_target_that_exists_is_refused_unless_forced(weights: Weights, tmp_pat
         ({"image_size": (64, 96)}, "official", "model.image_size: must be square"),
         ({"embed_dim": (0, 0, 16), "depth": (0, 0, 2), "fusion": False}, "backbone", "must have convolution stages"),
         ({"embed_dim": (0, 0, 16), "depth": (0, 0, 2), "fusion": False}, "onnx", "must have convolution stages"),
-        ({}, "coreml", "--format: must be one of official, backbone, hf, onnx, got 'coreml'"),
+        ({}, "coreml", "--format: must be one of official, backbone, hf, onnx, metrics, metrics-csv, got 'coreml'"),
     ],
 )
 def test_what_a_format_cannot_hold_is_refused(

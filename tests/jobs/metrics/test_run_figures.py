@@ -8,8 +8,10 @@ import pytest
 
 from jobs.metrics.exporter import RunExporter
 from jobs.metrics.run_figures import RunFigures
+from jobs.metrics.utilization import GroupCompute
 
 TOTAL_STEPS = 10
+COMPUTE = GroupCompute(step_flops=1e9, peak_flops_per_second=None, devices="")
 
 
 @pytest.fixture
@@ -29,24 +31,24 @@ def train(figures: RunFigures, step: int, **measured: object) -> None:
 
 def test_a_run_is_about_to_end_after_its_last_step(figures: RunFigures) -> None:
     """What distinguishes an endpoint that ends as planned from one that is lost."""
-    figures.group_began(attempt=1, world_size=2, resume_step=0)
+    figures.group_began(attempt=1, world_size=2, resume_step=0, compute=COMPUTE)
     train(figures, TOTAL_STEPS - 1)
     assert figures["ending"] == 0
     train(figures, TOTAL_STEPS)
     assert figures["ending"] == 1
 
     figures.group_failed()
-    figures.group_began(attempt=2, world_size=2, resume_step=5)
+    figures.group_began(attempt=2, world_size=2, resume_step=5, compute=COMPUTE)
     assert figures["ending"] == 0
 
 
 def test_a_run_that_was_asked_to_stop_is_about_to_end_whatever_happens(figures: RunFigures) -> None:
-    figures.group_began(attempt=1, world_size=2, resume_step=0)
+    figures.group_began(attempt=1, world_size=2, resume_step=0, compute=COMPUTE)
     figures.stop_asked()
     assert (figures["state"], figures["ending"]) == ("stopping", 1)
 
     figures.group_failed()
-    figures.group_began(attempt=2, world_size=2, resume_step=0)
+    figures.group_began(attempt=2, world_size=2, resume_step=0, compute=COMPUTE)
     train(figures, 1)
     assert figures["ending"] == 1
 

@@ -41,7 +41,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def tasks_on(url: str, folder: Path) -> ProbeTasks:
     probes = RunProbes(ProbedData(url), "", RECIPE, Schedule.of(RECIPE, 1))
-    return ProbeTasks(RunDirectory.of(STORAGE, str(folder), "first"), probes)
+    return ProbeTasks(RunDirectory.of(STORAGE, str(folder), "first"), probes, node_share=1e9)
 
 
 def probing() -> list[psutil.Process]:

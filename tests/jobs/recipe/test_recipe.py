@@ -88,6 +88,7 @@ OTHER_VALUES: dict[str, Any] = {
     "checkpoint_min_seconds": 10.0,
     "checkpoint_max_seconds": 1000.0,
     "keep_checkpoints": 1,
+    "memory_checkpoint_every_steps": 5,
     "on_damaged_checkpoint": "fail",
     "milestone_epochs": [10],
     "max_restarts_without_progress": 9,
@@ -100,6 +101,9 @@ OTHER_VALUES: dict[str, Any] = {
     "metrics_port": 9000,
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
+    "tracker": ["tensorboard", "mlflow"],
+    "notify_url": "env:CONVMAE_NOTIFY_URL",
+    "notify_format": "slack",
 }
 
 
@@ -120,6 +124,7 @@ def test_resuming_may_change_how_a_run_executes_and_nothing_else() -> None:
     saving = {
         *(f"checkpoint_{name}" for name in interval),
         "keep_checkpoints",
+        "memory_checkpoint_every_steps",
         "on_damaged_checkpoint",
         "digest_every_steps",
     }
@@ -136,7 +141,10 @@ def test_resuming_may_change_how_a_run_executes_and_nothing_else() -> None:
 
     probing = {"probes", *(f"probe_{name}" for name in ("data", "labels", "epochs", "samples", "wait_seconds"))}
 
-    assert workers | computing | saving | watching | reading | probing | {"run_root", "max_steps"} == PLACEMENT_FIELDS
+    telling = {"tracker", "notify_url", "notify_format"}
+
+    known = workers | computing | saving | watching | reading | probing | telling
+    assert known | {"run_root", "max_steps"} == PLACEMENT_FIELDS
     assert set(Recipe.model_fields) >= PLACEMENT_FIELDS
 
 
@@ -335,6 +343,13 @@ def test_a_recipe_cannot_be_changed() -> None:
         ({"epochs": 0}, "epochs", "greater than 0", 0, "epochs=<int>"),
         ({"seed": -1}, "seed", "greater than or equal to 0", -1, "seed=<int>"),
         ({"metrics_port": 65536}, "metrics_port", "less than or equal to 65535", 65536, "metrics_port=<int>"),
+        (
+            {"tracker": ["mlflow", "mlflow"]},
+            "tracker",
+            "must name each tracker once",
+            ["mlflow", "mlflow"],
+            'write ["mlflow"]',
+        ),
         ({"base_learning_rate": float("inf")}, "base_learning_rate", "finite", float("inf"), "<float>"),
         ({"epochs": "many"}, "epochs", "valid integer", "many", "epochs=<int>"),
         ({"epochs": 4.0}, "epochs", "valid integer", 4.0, "epochs=<int>"),
@@ -518,3 +533,13 @@ def test_what_is_on_or_off_is_taken_as_people_write_it(field: str, written: str,
 def test_what_is_neither_on_nor_off_is_refused(field: str, written: str) -> None:
     with pytest.raises(RecipeError, match=rf"{field}: .*boolean"):
         named_recipe("tiny").amended(parse_overrides([f"{field}={written}"]))
+
+
+@pytest.mark.parametrize(
+    "text", ["https://hooks.slack.com/services/T0/B0/s3cr3t", "env:HOME", "env:CONVMAE_NOTIFY_", "CONVMAE_NOTIFY_URL"]
+)
+def test_a_webhook_is_named_by_a_variable_and_never_quoted(text: str) -> None:
+    error = refused({"notify_url": text})
+
+    assert error.field == "notify_url" and "notify_url=env:CONVMAE_NOTIFY_URL" in error.remedy
+    assert text not in str(error).replace("env:CONVMAE_NOTIFY_URL", "") or text == "CONVMAE_NOTIFY_URL"

@@ -205,7 +205,7 @@ def test_the_command_prints_a_table_or_json(
     )
     both = json.loads(said("--spot-mtbf-hours", "24", "--spot-replace-minutes", "60", "--json"))
     assert both["scenarios"]["spot"] == scenario | {"mtbf_seconds": 24 * HOUR, "replace_seconds": HOUR}
-    assert [item["market"] for item in both["predictions"]] == ["on-demand"] * 4 + ["spot"] * 4
+    assert [item["market"] for item in both["predictions"]] == ["on-demand"] * 8 + ["spot"] * 8
     spot = both["predictions"][-1]["outcome"]
     assert spot["wall_seconds"] > found["predictions"][-1]["outcome"]["wall_seconds"]
     assert "spot" in said("--spot-mtbf-hours", "24")
@@ -222,7 +222,9 @@ def test_a_step_that_was_not_measured_is_estimated_as_in_the_guide() -> None:
 def test_a_step_of_images_that_are_masked_four_times_computes_four_times_as_much() -> None:
     recipe, node = named_recipe("fastconvmae_base"), NodeType(8, H100_FLOPS_PER_SECOND)
     reduced = estimated_step_seconds(recipe, NodeType(8, math.inf), 1)
-    once = recipe.amended({"model.views": 1, "micro_batch_size": 64})  # as many masks, which share their mask tokens
+    once = recipe.amended(
+        {"model.views": 1, "micro_batch_size": 64, "grain_size": 64, "max_workers": 8}
+    )  # as many masks a grain
 
     four, one = (estimated_step_seconds(each, node, 1) - reduced for each in (recipe, once))
 
@@ -272,3 +274,37 @@ def test_numbers_that_cannot_be_are_refused(changes: dict[str, float], field: st
     with pytest.raises(UserError) as caught:
         replace(QUIET, **changes)
     assert caught.value.field == field
+
+
+def test_memory_checkpoints_lose_their_interval_and_no_more() -> None:
+    """Half an interval with each failure, as failures come at any time in it."""
+    scenario = replace(ROUGH, steps=200_000, interval_steps=2000, mtbf_seconds=80 * HOUR, memory_interval_steps=40)
+
+    stored = mean_outcome(replace(scenario, memory_interval_steps=0), "fixed", trials=20, seed=0)
+    held = mean_outcome(scenario, "fixed", trials=20, seed=0)
+
+    assert stored.lost_steps / stored.restarts == pytest.approx(1000, rel=0.15)
+    from_store = held.store_restarts / held.restarts
+    assert from_store < 0.01
+    assert held.lost_steps / held.restarts == pytest.approx(20 + 1000 * from_store, rel=0.3)
+    assert held.wall_seconds < stored.wall_seconds
+    assert stored.store_restarts == stored.restarts
+
+
+def test_two_neighbours_that_fail_before_there_are_new_copies_lose_the_memory() -> None:
+    """The second failure comes within a restart and an interval, and hits one of two neighbours of seven others."""
+    scenario = replace(ROUGH, steps=400_000, mtbf_seconds=4 * HOUR, memory_interval_steps=40)
+
+    outcome = mean_outcome(scenario, "fixed", trials=20, seed=0)
+
+    soon = -math.expm1(-(scenario.restart_seconds + 40) / scenario.group_mtbf_seconds)
+    assert outcome.store_restarts / outcome.restarts == pytest.approx(soon * 2 / 7, rel=0.2)
+
+
+def test_a_node_alone_has_nobody_for_its_copies() -> None:
+    scenario = replace(ROUGH, nodes=1, mtbf_seconds=HOUR, memory_interval_steps=10)
+
+    outcome = mean_outcome(scenario, "fixed", trials=5, seed=0)
+    without = mean_outcome(replace(scenario, memory_interval_steps=0), "fixed", trials=5, seed=0)
+
+    assert outcome.lost_steps / outcome.restarts == pytest.approx(without.lost_steps / without.restarts, rel=0.3)

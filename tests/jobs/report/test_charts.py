@@ -101,6 +101,14 @@ def test_speed_is_that_of_the_steps_that_were_timed() -> None:
     assert ">images/s<" not in chart(History.of(rows), [], CANVASES[0])
 
 
+def test_mfu_is_drawn_where_steps_have_one() -> None:
+    rows = [{"step": step, "loss": 1.0, "learning_rate": 1e-3, "world_size": 2} for step in range(1, 41)]
+    some = History.of(rows[:10] + [row | {"mfu_ratio": 0.4} for row in rows[10:]])
+
+    assert 'aria-label="loss, learning rate, MFU over 40 steps"' in chart(some, [], CANVASES[0])
+    assert ">MFU<" not in chart(History.of(rows), [], CANVASES[0])
+
+
 def test_workers_are_drawn_only_where_their_number_changed() -> None:
     assert ">workers<" not in chart(history(50, (2,)), [], CANVASES[0])
     assert ">workers<" in chart(history(50, (2, 1)), [], CANVASES[0])
@@ -108,6 +116,6 @@ def test_workers_are_drawn_only_where_their_number_changed() -> None:
 
 def test_chart_of_a_million_steps_stays_small() -> None:
     steps, values = noisy(1_000_000)
-    long = History(steps, values, np.abs(values), np.full(len(steps), 2.0), np.abs(values))
+    long = History(steps, values, np.abs(values), np.full(len(steps), 2.0), np.abs(values), np.abs(values))
 
     assert len(chart(long, [], CANVASES[0])) < 200_000

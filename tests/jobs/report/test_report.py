@@ -17,6 +17,7 @@ from probe_events import probe_events
 from jobs.checkpoint.checkpoint import write_commit
 from jobs.checkpoint.commit import CheckpointFile, Commit
 from jobs.errors import RunError
+from jobs.metrics.utilization import GroupCompute
 from jobs.recipe.finetune import Finetune
 from jobs.recipe.recipe import Recipe
 from jobs.report.report import MOST_ATTEMPTS, MOST_CHECKPOINTS, MOST_FAULTS, MOST_SKIPPED, write_report
@@ -165,7 +166,7 @@ def report_of(run: RunDirectory) -> tuple[Page, str]:
 
 
 def attempt_cells(page: Page) -> list[Sequence[str]]:
-    return [cells for cells in page.cells if len(cells) == 7]
+    return [cells for cells in page.cells if len(cells) == 8]
 
 
 def checkpoint_cells(page: Page) -> list[Sequence[str]]:
@@ -180,6 +181,23 @@ def test_report_lies_in_the_run_directory_and_is_the_same_every_time(tmp_path: P
 
     assert url == run.path("report.html")
     assert STORAGE.read(write_report(run)) == first
+
+
+def test_mfu_and_devices_are_those_of_attempts_that_recorded_them(tmp_path: Path) -> None:
+    run = finished_run(tmp_path)
+    assert "MFU" not in report_of(run)[0].facts
+
+    for number, world_size in ((2, 1), (3, 2)):
+        compute = GroupCompute(3e12, 10e12 * world_size, f"{world_size} x L4 (data sheet)").to_json()
+        begun, *later = [event for event in run.read_events() if event["attempt"] == number]
+        run.write_events(number, [begun | compute, *later])
+    run.write_history(2, 21, [row | {"step_seconds": 0.6} for row in rows(21, 41, 2, 1)])  # 0.5 of the peak
+    run.write_history(3, 41, [row | {"step_seconds": 0.25} for row in rows(41, TOTAL_STEPS + 1, 3, 2)])  # 0.6
+    page, text = report_of(run)
+
+    assert page.facts["MFU"] == f"{(0.5 * 0.6 + 0.6 * 0.25) / 0.85:.1%}"
+    assert ">MFU<" in text
+    assert page.facts["devices"] == "1 x L4 (data sheet) → 2 x L4 (data sheet)"
 
 
 def test_headline_states_the_facts_of_the_run(tmp_path: Path) -> None:
@@ -221,7 +239,7 @@ def test_every_attempt_is_listed_with_its_workers_steps_and_reason(tmp_path: Pat
 
     listed = [
         (kind, reason, int(step), int(redone), int(workers))
-        for _, _, kind, workers, step, redone, reason in attempt_cells(page)[:-1]
+        for _, _, kind, workers, step, _, redone, reason in attempt_cells(page)[:-1]
     ]
     assert listed == ATTEMPTS
     assert attempt_cells(page)[-1][2] == "finished"
@@ -248,7 +266,7 @@ def test_whatever_comes_from_outside_is_escaped(tmp_path: Path) -> None:
     assert "<script" not in text
     assert RUN_NAME in "".join(page.texts)
     assert not [tag for tag, _ in page.tags if tag == "script"]
-    assert attempt_cells(page)[1][6] == f"rank 1: {SCRIPT}"
+    assert attempt_cells(page)[1][7] == f"rank 1: {SCRIPT}"
     assert [f"{SCRIPT}.jpg", SCRIPT] in page.cells
     assert page.facts["name"] == SCRIPT
 

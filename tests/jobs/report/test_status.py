@@ -77,6 +77,19 @@ def test_lines_say_how_far_a_live_run_is(run: RunDirectory) -> None:
     assert lines["metrics"] == "http://127.0.0.1:1/metrics"
 
 
+def test_lines_say_what_of_its_devices_a_run_uses(run: RunDirectory) -> None:
+    reached = {"device_flops_per_second": 405.5e12, "devices": "8 x NVIDIA H100 80GB HBM3 (data sheet)"}
+    run.write_heartbeat({**heartbeat("running", 1), **reached, "mfu_ratio": 0.41})
+    assert dict(status_lines(run_status(run, NOW)))["TFLOP/s"] == (
+        "406 a device; MFU 41.0% of 8 x NVIDIA H100 80GB HBM3 (data sheet)"
+    )
+
+    run.write_heartbeat({**heartbeat("running", 1), **reached, "mfu_ratio": None})
+    assert dict(status_lines(run_status(run, NOW)))["TFLOP/s"].startswith("406 a device of 8 x")
+    run.write_heartbeat(heartbeat("running", 1))
+    assert "TFLOP/s" not in dict(status_lines(run_status(run, NOW)))
+
+
 def test_lines_of_a_run_without_a_heartbeat_have_no_figures(run: RunDirectory) -> None:
     lines = dict(status_lines(run_status(run, NOW)))
 
@@ -95,6 +108,14 @@ def test_an_event_is_one_line_without_empty_fields() -> None:
     event = {"at_seconds": NOW, "attempt": 2, "kind": "restart", "reason": "rank 1: lost", "step": 0, "host": ""}
 
     assert event_line(event) == "2023-11-14 22:13:20  attempt 2  restart: reason rank 1: lost, step 0"
+
+
+def test_operations_in_an_event_have_few_digits() -> None:
+    event = {"at_seconds": NOW, "attempt": 1, "kind": "start", "step": 0}
+
+    line = event_line(event | {"step_flops": 269_072_000_000_000, "peak_flops_per_second": 7.9152e15})
+
+    assert line.endswith("start: step 0, step_flops 2.691e+14, peak_flops_per_second 7.915e+15")
 
 
 def test_age_of_the_checkpoint_and_hours_are_shown(run: RunDirectory) -> None:

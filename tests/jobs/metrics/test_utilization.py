@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from jobs.metrics.utilization import GroupCompute, mean_mfu, with_utilization
+
+EVENT = {"at_seconds": 1.0, "kind": "start", "step": 0, "steps_redone": 0}
+TWO = GroupCompute(step_flops=6e12, peak_flops_per_second=20e12, devices="2 x A (data sheet)")
+"""A slow and a fast device."""
+
+
+def row(step: int, attempt: int, world_size: int = 2, **more: Any) -> dict[str, Any]:
+    return {"step": step, "attempt": attempt, "world_size": world_size, **more}
+
+
+def test_mfu_is_a_steps_operations_over_the_peak_of_all_devices() -> None:
+    assert TWO.figures(world_size=2, step_seconds=0.5) == pytest.approx(
+        {"device_flops_per_second": 6e12, "mfu_ratio": 0.6}
+    )
+
+
+def test_without_a_peak_there_is_no_mfu() -> None:
+    unknown = GroupCompute(step_flops=6e12, peak_flops_per_second=None, devices="")
+
+    assert unknown.figures(2, 0.5) == {"device_flops_per_second": 6e12}
+    assert "peak_flops_per_second" not in unknown.to_json()
+
+
+@pytest.mark.parametrize(("world_size", "seconds"), [(2, 0.0), (2, -1.0), (0, 1.0), (2, 5e-324)])
+def test_a_step_that_took_no_time_has_no_figures(world_size: int, seconds: float) -> None:
+    assert TWO.figures(world_size, seconds) == {}
+
+
+def test_each_row_has_the_figures_of_its_own_attempt_and_older_ones_have_none() -> None:
+    one = GroupCompute(step_flops=6e12, peak_flops_per_second=5e12, devices="1 x B (data sheet)")
+    events = [
+        {**EVENT, "attempt": 1},
+        {**EVENT, "attempt": 2, **TWO.to_json()},
+        {"at_seconds": 2.0, "attempt": 2, "kind": "finished", "step": 3},
+        {**EVENT, "attempt": 3, **one.to_json()},
+    ]
+    rows = [
+        row(1, 1, step_seconds=1.0),
+        row(2, 2, step_seconds=1.0),
+        row(3, 2),
+        row(4, 3, world_size=1, step_seconds=3.0),
+    ]
+
+    found = list(with_utilization(rows, events))
+
+    assert [each.get("mfu_ratio") for each in found] == [None, pytest.approx(0.3), None, pytest.approx(0.4)]
+    assert [each.get("device_flops_per_second") for each in found] == [None, 3e12, None, 2e12]
+    assert found[0] == rows[0]
+    assert mean_mfu(found) == pytest.approx((0.3 * 1 + 0.4 * 3) / 4)
+    assert mean_mfu(rows) is None
