@@ -76,7 +76,7 @@ def largest_micro_batch(recipe: Recipe, ranks_here: int) -> Fitting:
 
     def attempt(images: int) -> int:
         pixels = torch.zeros(images, 3, *recipe.model.image_shape, dtype=torch.uint8, device=device)
-        batch = Batch(0, 0, torch.arange(images), pixels, 0.0, np.zeros((images, 5), np.int32))
+        batch = Batch(0, 0, torch.arange(images, device="cpu"), pixels, 0.0, np.zeros((images, 5), np.int32))
 
         def passes() -> None:
             torch.autograd.backward(objective.output(model, batch, slice(None)).loss)
