@@ -36,6 +36,7 @@ STACK_FILES = frozenset(
         "jobs/control/test_poisoned_runs",
         "jobs/probes/test_probed_run",
         "jobs/control/test_racing_drivers",
+        "jobs/control/test_set_run",
         "jobs/control/test_settings_travel",
         "jobs/control/test_soak",
         "jobs/control/test_trajectory",

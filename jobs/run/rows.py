@@ -136,12 +136,24 @@ class _PageToken(TypedDict):
     token: Annotated[str, Strict(), Field(pattern="^[A-Za-z0-9_-]{32,128}$")]
 
 
+class _Tracked(TypedDict):
+    id: Annotated[str, Strict(), Field(pattern=r"^[A-Za-z0-9._-]{1,100}$")]
+    step: Integer
+    at_seconds: Time
+
+
+class _Notified(TypedDict):
+    at_seconds: Time
+
+
 _ROWS: dict[str, TypeAdapter[Any]] = {
     "events": TypeAdapter(_Event),
     "history": TypeAdapter(_HistoryRow),
     "quarantine": TypeAdapter(_QuarantineRow),
     "left-out": TypeAdapter(_LeftOutRow),
     "heartbeat": TypeAdapter(_Heartbeat),
+    "tracked": TypeAdapter(_Tracked),
+    "notified": TypeAdapter(_Notified),
     "page-token": TypeAdapter(_PageToken),
 }
 _OF_KINDS: Mapping[str, tuple[str, ...]] = {
@@ -162,6 +174,8 @@ _TYPES = {
 """What a field should have been, by pydantic's name of the fault."""
 _REMEDIES = {
     "heartbeat": "delete it: a live run writes it again",
+    "tracked": "delete it: the tracker then has the run a second time",
+    "notified": "delete it: notices are sent from the next event on",
     "page-token": "delete it: the run's next driver makes another",
 }
 _RESTORE = "restore the file, or move it away: what it holds is then missing"
@@ -183,7 +197,7 @@ def checked(kind: str, row: Any, url: str) -> Row:
     """The same row, if it has the fields of its kind.
 
     Args:
-        kind: `events`, `history`, `quarantine`, `left-out`, `heartbeat` or `page-token`.
+        kind: `events`, `history`, `quarantine`, `left-out`, `heartbeat`, `tracked`, `notified` or `page-token`.
         row: What was read.
         url: From where, for the message.
 

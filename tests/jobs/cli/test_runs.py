@@ -84,6 +84,8 @@ def test_an_unknown_run_is_answered_with_the_nearest(typed: Typed, root: str) ->
 
 def test_requests_that_do_not_fit_the_run_are_refused(typed: Typed, root: str) -> None:
     assert_refused(typed("stop", "first", "--run-root", root), "first (finished)", "nothing to stop")
+    ended = typed("set", "first", "loader_threads=3", "--run-root", root)
+    assert_refused(ended, "first (finished)", "`convmae resume first loader_threads=3`")
     assert_refused(typed("consolidate", "first", "--run-root", root), "committed checkpoint", "first")
     assert_refused(typed("consolidate", "first", "--step", "3", "--run-root", root), "step", "none yet")
     assert_refused(typed("consolidate", "first", "--dtype", "fp8", "--run-root", root), "--dtype", "'fp8'")

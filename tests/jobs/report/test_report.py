@@ -166,7 +166,7 @@ def report_of(run: RunDirectory) -> tuple[Page, str]:
 
 
 def attempt_cells(page: Page) -> list[Sequence[str]]:
-    return [cells for cells in page.cells if len(cells) == 7]
+    return [cells for cells in page.cells if len(cells) == 8]
 
 
 def checkpoint_cells(page: Page) -> list[Sequence[str]]:
@@ -239,7 +239,7 @@ def test_every_attempt_is_listed_with_its_workers_steps_and_reason(tmp_path: Pat
 
     listed = [
         (kind, reason, int(step), int(redone), int(workers))
-        for _, _, kind, workers, step, redone, reason in attempt_cells(page)[:-1]
+        for _, _, kind, workers, step, _, redone, reason in attempt_cells(page)[:-1]
     ]
     assert listed == ATTEMPTS
     assert attempt_cells(page)[-1][2] == "finished"
@@ -266,7 +266,7 @@ def test_whatever_comes_from_outside_is_escaped(tmp_path: Path) -> None:
     assert "<script" not in text
     assert RUN_NAME in "".join(page.texts)
     assert not [tag for tag, _ in page.tags if tag == "script"]
-    assert attempt_cells(page)[1][6] == f"rank 1: {SCRIPT}"
+    assert attempt_cells(page)[1][7] == f"rank 1: {SCRIPT}"
     assert [f"{SCRIPT}.jpg", SCRIPT] in page.cells
     assert page.facts["name"] == SCRIPT
 
