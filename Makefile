@@ -38,6 +38,7 @@ $(INSTALLED): pyproject.toml constraints.txt
 	@touch $(INSTALLED)
 
 pretrain: $(INSTALLED)  ## The main job, end to end; IMAGES=DIR takes your own photographs
+	@infra/local/bring prometheus
 	@$(BIN)/convmae demo $(if $(IMAGES),--images "$(IMAGES)")
 
 down: $(INSTALLED)  ## Stop the local stack; data is kept
@@ -55,6 +56,7 @@ check: $(INSTALLED)  ## Lint, format, types, layers
 	$(BIN)/lint-imports
 
 test: check  ## Checks, then all tests but the slow ones
+	@infra/local/bring prometheus ip chromium amtool
 	$(BIN)/python -m pytest -n 2
 
 test-pythons:  ## The fast tests on each other Python that is found, or in PYTHONS="/path/to/python3.13 ..."

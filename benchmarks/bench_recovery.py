@@ -1,10 +1,11 @@
 """Time from a failure to the first new step: `make bench-recovery`.
 
 A head and nodes of one CPU each run the recipe `tiny` on photographs, on a real Ray cluster on this machine. By turns a
-rank's process is killed, a node is killed, a node is added and a node is drained. Printed are, over all rounds, the
-medians of what the run's own event log says: how long no step was done, and in which phase of the restart.
+rank's process is killed, a node is killed, a node is added and a node is drained; in each round once where restarts are
+fed by the store alone, and once by memory checkpoints. Printed are, over all rounds, the medians of what the run's own
+event log says: how long no step was done, in which phase of the restart, and how many steps were done again.
 
-    python benchmarks/bench_recovery.py [--rounds 3] [--calm-seconds 30]
+    python benchmarks/bench_recovery.py [--rounds 3] [--calm-seconds 30] [--recipe tiny] [--set FIELD=VALUE ...]
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,19 +34,43 @@ PATIENCE_SECONDS = 300.0
 IMAGES = 512
 DRAIN_SECONDS = 15
 
-Found = dict[str, list[dict[str, float]]]
+SIDES = ("store", "memory")
+SAVE_EVERY = 10
+"""Steps between checkpoints in the store."""
+HOLD_EVERY = 1
+"""And between those in memory."""
+
+Found = dict[str, list[dict[str, Any]]]
 
 
-def measure(cluster: Cluster, rounds: int, calm_seconds: float) -> Found:
-    """Events `recovered` and the steps that were redone, by what had happened.
+def measure(cluster: Cluster, rounds: int, calm_seconds: float, recipe: Sequence[str], kinds: Sequence[str]) -> Found:
+    """Events `recovered` and what came of them, by what had happened and what fed the restarts.
 
     Args:
         cluster: Of two nodes.
-        rounds: How often each thing happens; a node is added twice in each.
+        rounds: How often each thing happens on either side; a node is added twice in each.
         calm_seconds: How long the run trains undisturbed before each, so that processes that wait have imported.
+        recipe: Its name, and `field=value`.
+        kinds: What happens.
     """
-    run = begin(cluster)
+    sharded(cluster)
     found: Found = defaultdict(list)
+    for number in range(rounds):
+        for side in SIDES if number % 2 == 0 else reversed(SIDES):
+            run = begin(cluster, f"{side}-{number}", HOLD_EVERY if side == "memory" else 0, recipe)
+            for what, event in disturbed(cluster, run, calm_seconds, kinds):
+                found[f"{what}, {side}"].append(event)
+            stall = run.read_heartbeat().get(f"{'memory_' if side == 'memory' else ''}checkpoint_stall_seconds")
+            print(f"a checkpoint, {side}: training stands still for {stall} s", file=sys.stderr, flush=True)
+            done(cluster, "stop", run.url)
+    return found
+
+
+def disturbed(
+    cluster: Cluster, run: RunDirectory, calm_seconds: float, kinds: Sequence[str]
+) -> list[tuple[str, dict[str, Any]]]:
+    """Have everything happen once to a run; what, and the events by which it restarted and trained again, as one."""
+    found: list[tuple[str, dict[str, Any]]] = []
 
     def after(what: str, do: Callable[[], object]) -> None:
         time.sleep(calm_seconds)
@@ -55,32 +80,49 @@ def measure(cluster: Cluster, rounds: int, calm_seconds: float) -> Found:
         (start,) = (event for event in run.read_events() if event["attempt"] == attempt + 1 and "steps_redone" in event)
         event = recovered(run, attempt)
         assert event
-        found[what].append({**event, "steps_redone": start["steps_redone"]})
+        found.append((what, {**start, **event}))
         phases = ", ".join(
             f"{phase} {event[f'{phase}_seconds']:.1f}" for phase in PHASES if f"{phase}_seconds" in event
         )
-        print(f"{what}: {event['down_seconds']:.1f} s ({phases})", file=sys.stderr, flush=True)
+        took = f"{event['down_seconds']:.1f} s ({phases}), {start['steps_redone']} redone"
+        print(f"{what}: {took}, from {start['restored_from']}", file=sys.stderr, flush=True)
         settle(run)
 
     settle(run)
-    for _ in range(rounds):
+    if "worker" in kinds:
         after("worker killed", alive(cluster)[0].workers()[0].kill)
+    if "node" in kinds:
         after("node killed", alive(cluster)[-1].kill)
         after("node added", cluster.add)
+    if "drain" in kinds:
         leaves = alive(cluster)[-1]
-        after("node drained", lambda node=leaves: cluster.drain(node, DRAIN_SECONDS))
+        after("node drained", lambda: cluster.drain(leaves, DRAIN_SECONDS))
         after("node added", cluster.add)
     return found
 
 
-def begin(cluster: Cluster) -> RunDirectory:
-    """Submit a run that lasts."""
+def sharded(cluster: Cluster) -> None:
+    """Make the dataset."""
     with tempfile.TemporaryDirectory() as folder:
         cut_tiles(Path(folder), IMAGES, seed=0)
         done(cluster, "shard", folder, f"{cluster.s3.url}/data", "--samples-per-shard", "128")
-    placed = ("cpus_per_worker=1.0", "epochs=100000", f"run_root={cluster.s3.url}/runs", "checkpoint_every_steps=10")
-    done(cluster, "submit", "tiny", f"data={cluster.s3.url}/data", *placed, "--run", "recovery")
-    return cluster.run("recovery")
+
+
+def begin(cluster: Cluster, name: str, hold_every: int, recipe: Sequence[str]) -> RunDirectory:
+    """Submit a run that lasts."""
+    fields = {
+        "data": f"{cluster.s3.url}/data",
+        "run_root": f"{cluster.s3.url}/runs",
+        "cpus_per_worker": 1.0,
+        "epochs": 100_000,
+        "probes": "false",
+        "checkpoint_every_steps": SAVE_EVERY,
+        "memory_checkpoint_every_steps": hold_every,
+    }
+    given = {each.partition("=")[0] for each in recipe[1:]}
+    ours = (f"{field}={value}" for field, value in fields.items() if field not in given)
+    done(cluster, "submit", *recipe, *ours, "--run", name)
+    return cluster.run(name)
 
 
 def done(cluster: Cluster, *arguments: str) -> None:
@@ -117,14 +159,15 @@ def recovered(run: RunDirectory, attempt: int) -> dict[str, Any] | None:
 
 def report(found: Found, goals: Mapping[str, float]) -> list[str]:
     """One line for each kind of event; `goals` are seconds down at most."""
-    lines = [f"{'':16}{'down':>8}{'goal':>8}{'redone':>8}" + "".join(f"{phase:>12}" for phase in PHASES)]
-    for what, events in found.items():
+    lines = [f"{'':24}{'down':>8}{'goal':>8}{'redone':>8}" + "".join(f"{phase:>12}" for phase in PHASES)]
+    for what, events in sorted(found.items()):
         median = {key: statistics.median(event.get(f"{key}_seconds", 0.0) for event in events) for key in PHASES}
         down = statistics.median(event["down_seconds"] for event in events)
         redone = statistics.median(event["steps_redone"] for event in events)
-        goal = f"{goals[what]:.0f} s" if what in goals else ""
+        limit = goals.get(what.partition(",")[0])
+        goal = f"{limit:.0f} s" if limit else ""
         phases = "".join(f"{median[phase]:>10.1f} s" for phase in PHASES)
-        lines.append(f"{what:16}{down:>6.1f} s{goal:>8}{redone:>8.0f}{phases}")
+        lines.append(f"{what:24}{down:>6.1f} s{goal:>8}{redone:>8.0f}{phases}")
     return lines
 
 
@@ -133,12 +176,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--calm-seconds", type=float, default=30.0, help="of training before each; 0: disturb at once")
+    parser.add_argument("--recipe", default="tiny")
+    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="of the recipe, further ones")
+    parser.add_argument("--kinds", nargs="*", default=["worker", "node", "drain"], help="what happens")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bench-recovery-") as folder, ray_cluster(Path(folder)) as cluster:
         cluster.add()
         cluster.add()
-        found = measure(cluster, arguments.rounds, arguments.calm_seconds)
+        recipe = (arguments.recipe, *arguments.set)
+        found = measure(cluster, arguments.rounds, arguments.calm_seconds, recipe, arguments.kinds)
     print(json.dumps(found) if arguments.json else "\n".join(report(found, GOALS)))
 
 

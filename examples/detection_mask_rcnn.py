@@ -23,7 +23,7 @@ from coco_folder import CocoFolder, check_same_categories, open_split
 from command import arguments, exit_code, trained, write_result
 from jitter import DETECTION_DRAWS, boxes_of, draws_of, scaled_crop
 from pictures import Pixels
-from pretrained import backbone
+from pretrained import backbone, statistics
 from schedule import DetectionSchedule, ScheduleError, read_schedule
 from torch import Tensor, distributed, nn
 from training import Ranks, TrainingError
@@ -107,6 +107,7 @@ def main(given: argparse.Namespace, environment: Mapping[str, str]) -> None:
     model = detector(
         backbone(given.weights, schedule.drop_path),
         schedule.classes,
+        statistics=statistics(given.weights),
         image_size=schedule.image_size,
         channels=schedule.channels,
         regions=schedule.regions,

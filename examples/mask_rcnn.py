@@ -20,8 +20,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
-from model import Backbone
-from model.pixels import IMAGENET_MEAN, IMAGENET_STD
+from model import Backbone, ChannelStatistics
 
 LEVELS = ("0", "1", "2", "3")
 """Strides 4, 8, 16 and 32."""
@@ -54,8 +53,9 @@ class PyramidBackbone(nn.Module):
 class SquareTransform(GeneralizedRCNNTransform):  # type: ignore[misc]  # torchvision has no types
     """Normalises images and fills them to squares; resizes for testing alone, since training has jittered the scale."""
 
-    def __init__(self, image_size: int) -> None:
-        super().__init__(image_size, image_size, list(IMAGENET_MEAN), list(IMAGENET_STD), size_divisible=image_size)
+    def __init__(self, image_size: int, statistics: ChannelStatistics) -> None:
+        mean, std = (list(values) for values in statistics)
+        super().__init__(image_size, image_size, mean, std, size_divisible=image_size)
 
     def resize(self, image: Tensor, target: Target | None = None) -> tuple[Tensor, Target | None]:
         """The image as it is in training, else with its long side as long as the square's."""
@@ -64,12 +64,21 @@ class SquareTransform(GeneralizedRCNNTransform):  # type: ignore[misc]  # torchv
         return cast(tuple[Tensor, Target | None], super().resize(image, target))
 
 
-def detector(backbone: Backbone, classes: int, *, image_size: int, channels: int, regions: int) -> MaskRCNN:
+def detector(
+    backbone: Backbone,
+    classes: int,
+    *,
+    statistics: ChannelStatistics,
+    image_size: int,
+    channels: int,
+    regions: int,
+) -> MaskRCNN:
     """Mask R-CNN on RGB images in 0 to 1.
 
     Args:
         backbone: The encoder.
         classes: Without the background, which is class 0.
+        statistics: By which images are normalised.
         image_size: Side of the squares, in pixels.
         channels: Of the pyramid and the heads.
         regions: Of an image, from which the box head learns.
@@ -88,5 +97,5 @@ def detector(backbone: Backbone, classes: int, *, image_size: int, channels: int
         mask_head=MaskRCNNHeads(channels, [channels] * 4, 1, _norm),
         mask_predictor=MaskRCNNPredictor(channels, channels, classes + 1),
     )
-    model.transform = SquareTransform(image_size)
+    model.transform = SquareTransform(image_size, statistics)
     return model

@@ -21,14 +21,14 @@ from command import arguments, exit_code, trained, write_result
 from jitter import SEGMENTATION_DRAWS, draws_of, fitted, labelled_crop
 from miou import figures, segmentation_metrics
 from pictures import UNLABELLED, Pixels
-from pretrained import backbone
+from pretrained import backbone, statistics
 from schedule import SegmentationSchedule, read_schedule
 from torch import Tensor, nn
 from torch.nn import functional
 from training import Ranks
 from upernet import UPerNet
 
-from model import normalise
+from model import ChannelStatistics, normalise
 
 Crop = tuple[Pixels, Pixels]
 
@@ -57,21 +57,23 @@ def load_crop(data: AdeFolder, schedule: SegmentationSchedule, seed: int, epoch:
     )
 
 
-def losses_of(side: int, device: torch.device, model: nn.Module, crops: list[Crop]) -> dict[str, Tensor]:
+def losses_of(
+    side: int, statistics: ChannelStatistics, device: torch.device, model: nn.Module, crops: list[Crop]
+) -> dict[str, Tensor]:
     """Of some crops, filled to squares with the mean colour and without labels."""
     images = torch.zeros(len(crops), 3, side, side)
     labels = torch.full((len(crops), side, side), UNLABELLED, dtype=torch.long)
     for image, label, (picture, classes) in zip(images, labels, crops, strict=True):
         rows, columns = classes.shape
-        image[:, :rows, :columns] = normalised(picture)
+        image[:, :rows, :columns] = normalised(picture, statistics)
         label[:rows, :columns] = torch.from_numpy(np.array(classes))
     losses: dict[str, Tensor] = model(images.to(device), labels.to(device))
     return losses
 
 
-def normalised(picture: Pixels) -> Tensor:
+def normalised(picture: Pixels, statistics: ChannelStatistics) -> Tensor:
     """(H, W, 3) bytes -> (3, H, W)."""
-    return normalise(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None])[0]
+    return normalise(torch.from_numpy(np.array(picture)).permute(2, 0, 1)[None], statistics)[0]
 
 
 def logits_of_windows(model: nn.Module, image: Tensor, side: int, stride: int) -> Tensor:
@@ -103,14 +105,17 @@ def logits_of_windows(model: nn.Module, image: Tensor, side: int, stride: int) -
     return (sums / times)[:, :height, :width]
 
 
-def test(model: UPerNet, data: AdeFolder, schedule: SegmentationSchedule, ranks: Ranks) -> dict[str, object]:
+def test(
+    model: UPerNet, statistics: ChannelStatistics, data: AdeFolder, schedule: SegmentationSchedule, ranks: Ranks
+) -> dict[str, object]:
     """Mean intersection over union, that of each class, and the accuracy of pixels: over all processes' pictures."""
     metrics = segmentation_metrics(schedule.classes).to(ranks.device)
     model.eval()
     with torch.inference_mode():
         for index in range(ranks.rank, len(data), ranks.world):
             picture, labels = data.sample(index)
-            image = normalised(fitted(picture, max(schedule.image_scale), min(schedule.image_scale))).to(ranks.device)
+            shown = fitted(picture, max(schedule.image_scale), min(schedule.image_scale))
+            image = normalised(shown, statistics).to(ranks.device)
             logits = logits_of_windows(model, image, schedule.crop, schedule.slide)
             whole = functional.interpolate(logits[None], labels.shape, mode="bilinear", align_corners=False)
             wanted = torch.from_numpy(np.array(labels)).long().to(ranks.device)
@@ -125,7 +130,7 @@ def main(given: argparse.Namespace, environment: Mapping[str, str]) -> None:
     training, validation = opened(split=given.train_split), opened(split=given.val_split)
     ranks = Ranks.joined(environment)
     torch.manual_seed(given.seed)
-    model = segmenter(given, schedule).to(ranks.device)
+    model, channels = segmenter(given, schedule).to(ranks.device), statistics(given.weights)
     identity = {"classes": schedule.classes}
     step = trained(
         model,
@@ -134,10 +139,10 @@ def main(given: argparse.Namespace, environment: Mapping[str, str]) -> None:
         schedule=schedule,
         size=len(training),
         load=partial(load_crop, training, schedule, given.seed),
-        losses=partial(losses_of, schedule.crop, ranks.device),
+        losses=partial(losses_of, schedule.crop, channels, ranks.device),
         identity=identity,
     )
-    measured = test(model, validation, schedule, ranks)
+    measured = test(model, channels, validation, schedule, ranks)
     if ranks.rank == 0:
         write_result(given.out, step, measured)
         print(f"mIoU {measured['miou']:.1%}, pixels {measured['pixel_accuracy']:.1%}, after step {step}")

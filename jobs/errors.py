@@ -92,6 +92,10 @@ class ProbeDiedError(Exception):
     """A probe whose process died: killed, out of memory, or gone with its node."""
 
 
+class TrackerError(UserError):
+    """A tracker that cannot be written to: its library is missing."""
+
+
 class AblationError(UserError):
     """An ablation that cannot be made as asked: an unknown key of its spec, a variant without a name of its own."""
 

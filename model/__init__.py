@@ -7,11 +7,12 @@ from model.convmae import ConvMAE, Output
 from model.dense import Features
 from model.errors import ModelConfigError, WeightsError
 from model.noise import mask_noise
-from model.pixels import denormalise, normalise
+from model.pixels import ChannelStatistics, denormalise, normalise
 from model.pooled import PooledEncoder
 
 __all__ = [
     "Backbone",
+    "ChannelStatistics",
     "Classifier",
     "ConvMAE",
     "ConvMAEConfig",

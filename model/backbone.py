@@ -60,15 +60,17 @@ class Backbone(nn.Module):
         """Maps at strides 4, 8 and 16; ``.pooled`` of the result is one at stride 32.
 
         Args:
-            images: (B, 3, H, W) float, normalised, of any size. Sides that are no multiple of 16 are padded with
-                zeros at the bottom and right, and the maps are of the filled size.
+            images: (B, in_channels, H, W) float, normalised, of any size. Sides that are no multiple of 16 are padded
+                with zeros at the bottom and right, and the maps are of the filled size.
 
         Raises:
             ModelConfigError: If the shape is another one, or the images were not normalised.
         """
-        if images.ndim != 4 or images.shape[1] != 3:
-            rule = "must have shape (batch, 3, height, width)"
-            raise ModelConfigError("images", rule, tuple(images.shape), "add a batch dimension, use RGB")
+        if images.ndim != 4 or images.shape[1] != self.config.in_channels:
+            rule = f"must have shape (batch, {self.config.in_channels}, height, width)"
+            raise ModelConfigError(
+                "images", rule, tuple(images.shape), "add a batch dimension, use images of as many channels"
+            )
         if not images.is_floating_point():
             raise ModelConfigError("images", "must be normalised floats", images.dtype, "pass them through normalise()")
         height, width = images.shape[2:]

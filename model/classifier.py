@@ -84,7 +84,7 @@ class Classifier(nn.Module):
     def features(self, images: Tensor, noise: Tensor | None = None) -> Tensor:
         """(B, C): what the head sees; arguments as of ``forward``."""
         of_blocks = None if noise is None else noise.view(-1, self.blocks, 2)
-        tokens = dense.last_tokens(self.encoder, checked_images(images), of_blocks)
+        tokens = dense.last_tokens(self.encoder, checked_images(images, self.config.in_channels), of_blocks)
         out: Tensor = self.fc_norm(tokens.mean(dim=1))
         return out
 
@@ -92,7 +92,7 @@ class Classifier(nn.Module):
         """(B, classes) logits.
 
         Args:
-            images: (B, 3, H, W) normalised, H and W multiples of 16.
+            images: (B, in_channels, H, W) normalised, H and W multiples of 16.
             noise: (B, noise_draws) in [0, 1) for stochastic depth while training, as of ``sample_noise``; None: from
                 PyTorch's generator, where there are draws.
 

@@ -26,7 +26,7 @@ PARTS = ("stage1", "stage2", "stage3", "decoder")
 # error: building such a model, even without memory for its parameters, would not come to an end.
 _MOST = {
     "image_size": 16384, "embed_dim": 65536, "depth": 1000, "num_heads": 1024, "mlp_ratio": 256, "decoder_dim": 65536,
-    "decoder_depth": 1000, "decoder_num_heads": 1024, "kernel_size": 255,
+    "decoder_depth": 1000, "decoder_num_heads": 1024, "kernel_size": 255, "in_channels": 64,
 }  # fmt: skip
 
 _DECODER = {"decoder_dim": 512, "decoder_depth": 8, "decoder_num_heads": 16}
@@ -96,6 +96,8 @@ class ConvMAEConfig:
     """``mse`` or ``l1``."""
     norm_pix: bool = True
     """Whether each target patch is normalised by its own mean and unbiased variance."""
+    in_channels: int = 3
+    """Channels of the images, which are also predicted: 3 for RGB, 1 for gray."""
 
     def __post_init__(self) -> None:
         if type(self.image_size) is int:
@@ -155,6 +157,11 @@ class ConvMAEConfig:
         return 0 if self.has_convolutions else 1
 
     @property
+    def patch_values(self) -> int:
+        """P, numbers in a patch, all channels."""
+        return PATCH_PIXELS**2 * self.in_channels
+
+    @property
     def patches(self) -> int:
         """L, patches per image."""
         return self.grid[0] * self.grid[1]
@@ -182,7 +189,7 @@ _LENGTHS = {"image_size": 2, "embed_dim": 3, "depth": 3, "mlp_ratio": 3}
 _ZERO_WITHOUT_CONVOLUTIONS = ("embed_dim", "depth")
 SWITCHES = ("fusion", "norm_pix")
 """Fields that are on or off."""
-_WHOLE = ("num_heads", "decoder_dim", "decoder_depth", "decoder_num_heads", "kernel_size", "views")
+_WHOLE = ("num_heads", "decoder_dim", "decoder_depth", "decoder_num_heads", "kernel_size", "views", "in_channels")
 
 
 def _check_types(config: ConvMAEConfig) -> None:

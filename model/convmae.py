@@ -1,6 +1,6 @@
 """ConvMAE (Gao et al. 2022, arXiv:2205.03892): masked pixels predicted from visible patches.
 
-Letters: B images, V views of each (``config.views``), L patches, 768 values of a patch.
+Letters: B images, V views of each (``config.views``), L patches, P values of a patch.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class ConvMAE(nn.Module):
         """Mask, encode, predict and compare.
 
         Args:
-            images: (B, 3, H, W) float, normalised.
+            images: (B, in_channels, H, W) float, normalised.
             noise: (B, config.mask_patches), e.g. ``mask_noise(...)``; the smallest values stay visible, in the second
                 view the next ones, and so on.
 
@@ -87,7 +87,7 @@ class ConvMAE(nn.Module):
         return Output(loss, mask.mask.view(images.shape[0], -1))
 
     def reconstruct(self, images: Tensor, noise: Tensor) -> Tensor:
-        """Predict every patch from the visible ones: (B, L, 768), in units of the patch's deviation if ``norm_pix``.
+        """Predict every patch from the visible ones: (B, L, P), in units of the patch's deviation if ``norm_pix``.
 
         Where there are several views, from the first.
         """
@@ -128,8 +128,9 @@ class ConvMAE(nn.Module):
         return draw_mask(noise, self.config.kept, views)
 
     def _check_images(self, images: Tensor) -> None:
-        if images.ndim != 4 or images.shape[1:] != (3, *self.config.image_shape):
-            rule = f"must have shape (batch, 3, {', '.join(map(str, self.config.image_shape))})"
+        wanted = (self.config.in_channels, *self.config.image_shape)
+        if images.ndim != 4 or images.shape[1:] != wanted:
+            rule = f"must have shape (batch, {', '.join(map(str, wanted))})"
             raise ModelConfigError("images", rule, tuple(images.shape), "resize them or set image_size")
         if not images.is_floating_point():
             raise ModelConfigError("images", "must be normalised floats", images.dtype, "pass them through normalise()")
@@ -155,7 +156,7 @@ class ConvMAE(nn.Module):
         return (per_draw * mask.mask).sum() / mask.mask.sum()
 
     def _targets(self, images: Tensor, hidden: Tensor) -> Tensor:
-        """What is to be predicted in the place of hidden patches, (B * V, M) -> (B * V, M, 768) float32."""
+        """What is to be predicted in the place of hidden patches, (B * V, M) -> (B * V, M, P) float32."""
         if self.config.views == 1:
             return self._normalised(square_pixels(images, hidden, PATCH_PIXELS).flatten(2))
         # Every patch is hidden in all views but one: normalised once, it is only copied for each.
@@ -163,7 +164,7 @@ class ConvMAE(nn.Module):
         return select(whole, of_images).view(*hidden.shape, whole.shape[2])
 
     def _normalised(self, patches: Tensor) -> Tensor:
-        """(B, M, 768) pixels -> float32, with ``norm_pix`` of mean 0 and deviation 1 in each patch."""
+        """(B, M, P) pixels -> float32, with ``norm_pix`` of mean 0 and deviation 1 in each patch."""
         patches = patches.float()
         if self.config.norm_pix and patches.numel():  # PyTorch warns of moments of nothing
             mean, deviation = patch_moments(patches)
@@ -171,12 +172,12 @@ class ConvMAE(nn.Module):
         return patches
 
     def _errors(self, prediction: Tensor, targets: Tensor) -> Tensor:
-        """(B * V, M, 768) twice -> error of each pixel, in float32."""
+        """(B * V, M, P) twice -> error of each pixel, in float32."""
         difference = prediction.float() - targets
         return difference.abs() if self.config.loss == "l1" else difference.square()
 
     def _cell_errors(self, errors: Tensor) -> Tensor:
-        """Random masking only: (B * V, L, 768) -> mean of each 4x4 cell in raster order, (B * V, 16 * L)."""
+        """Random masking only: (B * V, L, P) -> mean of each 4x4 cell in raster order, (B * V, 16 * L)."""
         side = PATCH_PIXELS // CELL_PIXELS
-        pixels = errors.view(-1, *self.config.grid, side, CELL_PIXELS, side, CELL_PIXELS, 3)
+        pixels = errors.view(-1, *self.config.grid, side, CELL_PIXELS, side, CELL_PIXELS, self.config.in_channels)
         return pixels.mean((4, 6, 7)).transpose(2, 3).flatten(1)

@@ -15,8 +15,6 @@ from dataclasses import dataclass, replace
 
 from model.config import CELL_PIXELS, PATCH_PIXELS, ConvMAEConfig
 
-_PATCH_VALUES = PATCH_PIXELS**2 * 3
-
 
 @dataclass(frozen=True)
 class Flops:
@@ -74,7 +72,7 @@ def parameters(config: ConvMAEConfig) -> Parameters:
     """Count parameters without building the model."""
     dim3 = config.embed_dim[2]
     transformer = config.depth[2] * _transformer_block(dim3, config.mlp_ratio[2]) + 2 * dim3
-    before = _convolution_stages(config) if config.has_convolutions else _dense(_PATCH_VALUES, dim3) + dim3
+    before = _convolution_stages(config) if config.has_convolutions else _dense(config.patch_values, dim3) + dim3
     tokens = config.class_tokens + config.patches
     position = tokens * dim3
     learned = position if config.position == "learned" else 0
@@ -84,7 +82,7 @@ def parameters(config: ConvMAEConfig) -> Parameters:
         + dim  # mask token
         + config.decoder_depth * _transformer_block(dim, config.mlp_ratio[0])
         + 2 * dim
-        + _dense(dim, _PATCH_VALUES)
+        + _dense(dim, config.patch_values)
     )
     return Parameters(encoder=before + transformer + learned, decoder=decoder, frozen=position - learned + tokens * dim)
 
@@ -174,13 +172,13 @@ def _stage_flops(config: ConvMAEConfig, images: int, cells: int, kept: int) -> F
 
 def _pixel_flops(config: ConvMAEConfig, cells: int) -> int:
     """The first embedding, whose input needs no gradient."""
-    return 2 * cells * CELL_PIXELS**2 * 3 * config.embed_dim[0]
+    return 2 * cells * CELL_PIXELS**2 * config.in_channels * config.embed_dim[0]
 
 
 def _vit_flops(config: ConvMAEConfig, images: int, kept: int) -> tuple[Flops, int]:
     """An MAE's encoder over `kept` patches of each image, and of that the embedding, whose input needs no gradient."""
     dim = config.embed_dim[2]
-    pixels = 2 * images * kept * _PATCH_VALUES * dim
+    pixels = 2 * images * kept * config.patch_values * dim
     blocks = images * config.depth[2] * _transformer_flops(kept + 1, dim, config.mlp_ratio[2])
     return Flops(0, 0, pixels + blocks, 0, 0), pixels
 
@@ -201,7 +199,7 @@ def _decoder_flops(config: ConvMAEConfig, images: int, seen: int) -> int:
     first = _qkv_flops(tokens + images * seen, dim) + images * _mix_flops(tokens, tokens, dim, ratio)
     whole = images * _transformer_flops(tokens, dim, ratio)
     spared = images * (_mix_flops(tokens, tokens, dim, ratio) - _mix_flops(predicted, tokens, dim, ratio))
-    return embedded + first + (depth - 1) * whole - spared + 2 * images * predicted * dim * _PATCH_VALUES
+    return embedded + first + (depth - 1) * whole - spared + 2 * images * predicted * dim * config.patch_values
 
 
 def _dense(inputs: int, outputs: int) -> int:
@@ -211,7 +209,7 @@ def _dense(inputs: int, outputs: int) -> int:
 def _convolution_stages(config: ConvMAEConfig) -> int:
     """Operations of stages 1 and 2, all embeddings, and fusion."""
     dim1, dim2, dim3 = config.embed_dim
-    pixels = CELL_PIXELS**2 * 3
+    pixels = CELL_PIXELS**2 * config.in_channels
     embeddings = sum(_dense(i, o) + 2 * o for i, o in ((pixels, dim1), (4 * dim1, dim2), (4 * dim2, dim3)))
     blocks = sum(
         config.depth[stage] * _conv_block(config.embed_dim[stage], config.mlp_ratio[stage], config.kernel_size)

@@ -1,7 +1,7 @@
 """The decoder: a transformer over visible and mask tokens that predicts the pixels of patches.
 
-Letters: B images or views of images, L tokens of one, K visible ones, M to predict, C channels. Tokens are patches; MAE
-has a class token before them, which is always visible.
+Letters: B images or views of images, L tokens of one, K visible ones, M to predict, P pixels of one, C channels. Tokens
+are patches; MAE has a class token before them, which is always visible.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.blocks import TRANSFORMER_EPS, TransformerBlock, initialise_linear, run
-from model.config import PATCH_PIXELS, ConvMAEConfig
+from model.config import ConvMAEConfig
 from model.position import position_parameter
 
 
@@ -35,7 +35,7 @@ class Decoder(nn.Module):
             TransformerBlock(dim, config.decoder_num_heads, ratio) for _ in range(config.decoder_depth)
         )
         self.decoder_norm = nn.LayerNorm(dim, eps=TRANSFORMER_EPS)
-        self.decoder_pred = nn.Linear(dim, PATCH_PIXELS**2 * 3)
+        self.decoder_pred = nn.Linear(dim, config.patch_values)
         self.apply(initialise_linear)
 
     def forward(self, latent_BKC: Tensor, visible: Tensor, wanted: Tensor | None) -> Tensor:
@@ -51,7 +51,7 @@ class Decoder(nn.Module):
             wanted: (B, M) patches to predict; None for all of them, in raster order.
 
         Returns:
-            (B, M, 768), pixels in (row, column, channel) order.
+            (B, M, P), pixels in (row, column, channel) order.
         """
         places = functional.pad(visible + self.class_tokens, (self.class_tokens, 0))
         seen_BKC = self.decoder_embed(latent_BKC) + functional.embedding(places, self.decoder_pos_embed[0])

@@ -46,7 +46,7 @@ def features(encoder: Encoder, images: Tensor, noise: Tensor | None = None) -> F
 
     Args:
         encoder: With convolution stages.
-        images: (B, 3, H, W), of any size that is a multiple of 16.
+        images: (B, in_channels, H, W), of any size that is a multiple of 16.
         noise: (B, blocks, 2) in [0, 1) for stochastic depth; None: from PyTorch's generator, where there is any.
     """
     noises = _of_blocks(noise)

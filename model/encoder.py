@@ -38,7 +38,7 @@ class Encoder(nn.Module):
         dim1, dim2, dim3 = config.embed_dim
         ratio1, ratio2, ratio3 = config.mlp_ratio
         depth1, depth2, depth3 = config.depth
-        self.patch_embed1 = PatchEmbed(3, dim1, 4)
+        self.patch_embed1 = PatchEmbed(config.in_channels, dim1, 4)
         self.patch_embed2 = PatchEmbed(dim1, dim2, 2)
         self.patch_embed3 = PatchEmbed(dim2, dim3, 2)
         self.patch_embed4 = nn.Linear(dim3, dim3)
@@ -58,7 +58,7 @@ class Encoder(nn.Module):
         """Encode what is visible.
 
         Args:
-            images: (B, 3, H, W), normalised.
+            images: (B, in_channels, H, W), normalised.
             kept: (B * V, K) visible patches or, with random masking, visible cells; views of an image one after the
                 other, V as many as there are.
 

@@ -1,41 +1,47 @@
 """Conversions between images and what the model reads and predicts: normalisation, patches, targets.
 
-Letters: B images, L patches, P = 768 values of a patch, laid out (row, column, channel).
+Letters: B images, C channels, L patches, P = 256 * C values of a patch, laid out (row, column, channel).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from model.config import PATCH_PIXELS
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+
+class ChannelStatistics(NamedTuple):
+    """What the pixels of a data set are like, each channel for itself; of pixels in 0..1."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    """Deviation, above 0."""
 
 
-def normalise(images: Tensor) -> Tensor:
-    """uint8 (B, 3, H, W) -> float32, ImageNet mean 0 and deviation 1, on the images' device."""
-    mean, std = _per_channel(IMAGENET_MEAN, images), _per_channel(IMAGENET_STD, images)
+def normalise(images: Tensor, statistics: ChannelStatistics) -> Tensor:
+    """uint8 (B, C, H, W) -> float32, of mean 0 and deviation 1 where the images are such, on the images' device."""
+    mean, std = _per_channel(statistics.mean, images), _per_channel(statistics.std, images)
     return (images.to(torch.float32) - 255 * mean) / (255 * std)
 
 
-def denormalise(images: Tensor) -> Tensor:
+def denormalise(images: Tensor, statistics: ChannelStatistics) -> Tensor:
     """The inverse of ``normalise``, rounded and clipped to uint8."""
-    mean, std = _per_channel(IMAGENET_MEAN, images), _per_channel(IMAGENET_STD, images)
+    mean, std = _per_channel(statistics.mean, images), _per_channel(statistics.std, images)
     return ((images.to(torch.float32) * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
 
 
 def _per_channel(values: Sequence[float], images: Tensor) -> Tensor:
-    # Filled on the device: copying three floats from the host would wait for the queue of kernels.
+    # Filled on the device: copying floats from the host would wait for the queue of kernels.
     columns = [torch.full((1, 1, 1), value, dtype=torch.float32, device=images.device) for value in values]
     return torch.cat(columns)
 
 
 def patchify(images: Tensor) -> Tensor:
-    """(B, 3, H, W) -> (B, L, 768)."""
+    """(B, C, H, W) -> (B, L, P)."""
     return _squares(images, PATCH_PIXELS).flatten(3).flatten(1, 2)
 
 
@@ -43,12 +49,12 @@ def square_pixels(images: Tensor, squares: Tensor, side: int) -> Tensor:
     """The pixels of some squares of images.
 
     Args:
-        images: (B, 3, H, W).
+        images: (B, C, H, W).
         squares: (B, K) places in raster order.
         side: Of a square, in pixels.
 
     Returns:
-        (B, K, side**2, 3), by row and column.
+        (B, K, side**2, C), by row and column.
     """
     x = _squares(images, side)
     image = torch.arange(images.shape[0], device=images.device)[:, None]
@@ -56,20 +62,20 @@ def square_pixels(images: Tensor, squares: Tensor, side: int) -> Tensor:
 
 
 def _squares(images: Tensor, side: int) -> Tensor:
-    """A view: (B, 3, H, W) -> (B, H / side, W / side, side, side, 3)."""
-    B, _, H, W = images.shape
-    x = images.reshape(B, 3, H // side, side, W // side, side)
+    """A view: (B, C, H, W) -> (B, H / side, W / side, side, side, C)."""
+    B, C, H, W = images.shape
+    x = images.reshape(B, C, H // side, side, W // side, side)
     return x.permute(0, 2, 4, 3, 5, 1)
 
 
 def unpatchify(patches: Tensor, grid: tuple[int, int]) -> Tensor:
-    """(B, L, 768) -> (B, 3, H, W).
+    """(B, L, P) -> (B, C, H, W).
 
     Args:
         patches: Values in (row, column, channel) order.
         grid: Rows and columns of patches, ``config.grid``.
     """
-    x = patches.reshape(-1, *grid, PATCH_PIXELS, PATCH_PIXELS, 3)
+    x = patches.reshape(-1, *grid, PATCH_PIXELS, PATCH_PIXELS, patches.shape[-1] // PATCH_PIXELS**2)
     return x.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
 
@@ -77,7 +83,7 @@ def patch_moments(patches: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and deviation of each patch, as ``norm_pix`` uses them: prediction * deviation + mean is pixels again.
 
     Args:
-        patches: (B, L, 768).
+        patches: (B, L, P).
 
     Returns:
         Two tensors (B, L, 1). The variance is unbiased, plus 1e-6 (models_convmae.py, forward_loss).

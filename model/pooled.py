@@ -33,12 +33,14 @@ class PooledEncoder(nn.Module):
         self.fc_norm = nn.LayerNorm(config.embed_dim[2], eps=TRANSFORMER_EPS)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised, H and W multiples of 16 -> (B, C).
+        """(B, in_channels, H, W) normalised, H and W multiples of 16 -> (B, C).
 
         Raises:
             ModelConfigError: The shape is another one, or the images were not normalised.
         """
-        out: Tensor = self.fc_norm(dense.last_tokens(self.encoder, checked_images(images)).mean(dim=1))
+        out: Tensor = self.fc_norm(
+            dense.last_tokens(self.encoder, checked_images(images, self.config.in_channels)).mean(dim=1)
+        )
         return out
 
     def load(self, state: Mapping[str, Tensor]) -> None:
@@ -46,14 +48,14 @@ class PooledEncoder(nn.Module):
         load_encoder(self.encoder, state)
 
 
-def checked_images(images: Tensor) -> Tensor:
+def checked_images(images: Tensor, channels: int) -> Tensor:
     """The images.
 
     Raises:
-        ModelConfigError: They are not (B, 3, H, W) with sides that are whole patches, or were not normalised.
+        ModelConfigError: They are not (B, channels, H, W) with sides that are whole patches, or were not normalised.
     """
-    if images.ndim != 4 or images.shape[1] != 3 or any(side % PATCH_PIXELS for side in images.shape[2:]):
-        rule = f"must have shape (batch, 3, height, width), sides multiples of {PATCH_PIXELS}"
+    if images.ndim != 4 or images.shape[1] != channels or any(side % PATCH_PIXELS for side in images.shape[2:]):
+        rule = f"must have shape (batch, {channels}, height, width), sides multiples of {PATCH_PIXELS}"
         raise ModelConfigError("images", rule, tuple(images.shape), "resize them")
     if not images.is_floating_point():
         raise ModelConfigError("images", "must be normalised floats", images.dtype, "pass them through normalise()")

@@ -18,13 +18,13 @@ from model.position import position_parameter
 class PixelEmbed(nn.Module):
     """Patches of pixels to tokens, without norm."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, channels: int, dim: int) -> None:
         super().__init__()
-        self.proj = TokenConv(3, dim, PATCH_PIXELS)
+        self.proj = TokenConv(channels, dim, PATCH_PIXELS)
         nn.init.xavier_uniform_(self.proj.weight.flatten(1))
 
     def forward(self, images: Tensor, patches: Tensor) -> Tensor:
-        """(B, 3, H, W), (B * V, K) -> (B * V, K, C)."""
+        """(B, in_channels, H, W), (B * V, K) -> (B * V, K, C)."""
         of_images = patches.reshape(images.shape[0], -1)
         x_NC: Tensor = self.proj(square_pixels(images, of_images, PATCH_PIXELS).flatten(0, 2), PATCH_PIXELS)
         return x_NC.view(*patches.shape, -1)
@@ -43,7 +43,7 @@ class ViTEncoder(nn.Module):
         dim = config.embed_dim[2]
         self.recompute = recompute
         self.grid = config.grid
-        self.patch_embed = PixelEmbed(dim)
+        self.patch_embed = PixelEmbed(config.in_channels, dim)
         self.cls_token = nn.Parameter(nn.init.normal_(torch.empty(1, 1, dim), std=0.02))
         self.pos_embed = position_parameter(config.position, dim, config.grid, config.class_tokens)
         self.blocks = nn.ModuleList(
@@ -56,7 +56,7 @@ class ViTEncoder(nn.Module):
         """Encode what is visible.
 
         Args:
-            images: (B, 3, H, W), normalised.
+            images: (B, in_channels, H, W), normalised.
             kept: (B * V, K) visible patches; views of an image one after the other.
 
         Returns:

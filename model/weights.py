@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from model.config import PATCH_PIXELS
 from model.errors import WeightsError
 
 
@@ -31,6 +32,31 @@ def from_official(official: Mapping[str, Tensor], ours: Mapping[str, Tensor]) ->
     expected = to_official(ours)
     check_names(official, expected)
     return {name: official[short] for name, short in zip(ours, expected, strict=True)}
+
+
+_EMBEDDINGS = ("patch_embed1.proj.weight", "patch_embed.proj.weight")
+"""Official names, of ConvMAE and MAE: (dim, channels, side, side)."""
+_PREDICTION = ("decoder_pred.weight", "decoder_pred.bias")
+"""(P, dim) and (P,), the channels of a pixel beside each other."""
+
+
+def to_gray(state: Mapping[str, Tensor], channels: int = 3) -> dict[str, Tensor]:
+    """Weights of a model for images of several channels, as one for gray images.
+
+    An embedding gets the sum over its channels: of a gray image it then computes what the other one does of that image
+    in every channel, normalised alike. The prediction gets the mean over the channels of a pixel.
+
+    Args:
+        state: By our names or the official ones.
+        channels: Of the images; weights of another number are left as they are.
+    """
+    made = dict(state)
+    for name, tensor in state.items():
+        if name.endswith(_EMBEDDINGS) and tensor.ndim == 4 and tensor.shape[1] == channels:
+            made[name] = tensor.sum(1, keepdim=True)
+        elif name.endswith(_PREDICTION) and tensor.shape[0] == PATCH_PIXELS**2 * channels:
+            made[name] = tensor.reshape(PATCH_PIXELS**2, channels, *tensor.shape[1:]).mean(1)
+    return made
 
 
 def check_names(given: Mapping[str, Any], expected: Mapping[str, Tensor], ignored: tuple[str, ...] = ()) -> None:

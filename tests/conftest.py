@@ -10,7 +10,9 @@ from typing import Any
 
 import boto3
 import pytest
+from browser import chromium
 from moto.server import ThreadedMotoServer
+from playwright.sync_api import Browser
 
 from jobs.stack.local_stack import down, up
 from jobs.stack.record import Stack
@@ -34,6 +36,7 @@ STACK_FILES = frozenset(
         "jobs/control/test_poisoned_runs",
         "jobs/probes/test_probed_run",
         "jobs/control/test_racing_drivers",
+        "jobs/control/test_set_run",
         "jobs/control/test_settings_travel",
         "jobs/control/test_soak",
         "jobs/control/test_trajectory",
@@ -122,3 +125,10 @@ def open_s3() -> Iterator[Storage]:
     boto3.client("s3", endpoint_url=storage.endpoint_url, **keys).create_bucket(Bucket="bucket")
     yield storage
     moto.stop()
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """A headless browser, for tests that `needs_browser` marks."""
+    with chromium() as started:
+        yield started

@@ -9,14 +9,19 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from jobs.checkpoint.restore import Source
 from jobs.control.monitor import RunMonitor
+from jobs.control.run_memory import Clock, MonitorConfig
 from jobs.metrics.rank_figures import RankFigures
 from jobs.metrics.utilization import GroupCompute
+from jobs.notices.notifier import Patience
+from jobs.notices.webhook import Webhook
 from jobs.recipe.checkpoint_interval import IntervalRule
 from jobs.recipe.named_recipes import named_recipe
 from jobs.recipe.schedule import Schedule
 from jobs.run.directory import RunDirectory
 from jobs.step.step_reading import StepReading
+from jobs.trackers.trackers import TrackerSettings
 from pipeline.store.storage import Storage
 
 SCHEDULE = Schedule.of(named_recipe("tiny"), steps_per_epoch=100)
@@ -58,18 +63,56 @@ class FakeClock:
         return self.seconds
 
 
+def start_monitor(
+    run: RunDirectory,
+    max_restarts: int = 2,
+    targets_folder: str = "",
+    interval: IntervalRule = EVERY_TEN,
+    flush_seconds: float = 3600.0,
+    host: str = "127.0.0.1",
+    leave_out_stragglers: bool = False,
+    wall: Callable[[], float] = time.time,
+    monotonic: Callable[[], float] = time.monotonic,
+    trackers: TrackerSettings | None = None,
+    webhook: Webhook | None = None,
+    patience: Patience = Patience(),  # noqa: B008  frozen
+) -> RunMonitor:
+    """A monitor that writes only when told to."""
+    config = MonitorConfig(
+        run=run,
+        schedule=SCHEDULE,
+        global_batch_size=IMAGES,
+        max_restarts_without_progress=max_restarts,
+        target_world_size=3,
+        checkpoint_interval=interval,
+        device="cpu",
+        hang_seconds=30.0,
+        straggler_factor=1.5,
+        leave_out_stragglers=leave_out_stragglers,
+        host=host,
+        metrics_port=0,
+        targets_folder=targets_folder,
+        trackers=trackers or TrackerSettings(),
+        webhook=webhook,
+        patience=patience,
+        flush_seconds=flush_seconds,
+    )
+    return RunMonitor(config, Clock(wall, monotonic))
+
+
 def begin(
     monitor: RunMonitor,
     world_size: int = 2,
     resume_step: int = 0,
     started_at_seconds: float | None = None,
     compute: GroupCompute = COMPUTE,
+    source: Source | None = None,
     **counters: float,
 ) -> int:
     return monitor.begin_attempt(
         world_size=world_size,
         resume_step=resume_step,
-        source="store" if resume_step else None,
+        source=source or ("store" if resume_step else None),
         counters=counters,
         host="here",
         started_at_seconds=time.time() if started_at_seconds is None else started_at_seconds,
@@ -77,7 +120,7 @@ def begin(
     )
 
 
-def record(monitor: RunMonitor, steps: range, attempt: int = 1) -> str:
+def record(monitor: RunMonitor, steps: range, attempt: int = 1, world_size: int = 2, step_seconds: float = 0.5) -> str:
     instruction = ""
     for step in steps:
         row = {
@@ -85,8 +128,9 @@ def record(monitor: RunMonitor, steps: range, attempt: int = 1) -> str:
             "epoch": (step - 1) // 100,
             "loss": 1 / step,
             "learning_rate": 1e-3,
-            "world_size": 2,
+            "world_size": world_size,
             "attempt": attempt,
+            "step_seconds": step_seconds,
             "data_wait_seconds": 0.0,
         }
         instruction = monitor.record(row, gradient_norm=0.5, reading=READING, ranks=RANKS)

@@ -18,7 +18,7 @@ def small(**changes: object) -> ConvMAEConfig:
 def batch(config: ConvMAEConfig, size: int = 3, seed: int = 1) -> tuple[Tensor, Tensor]:
     """Images and their noise."""
     generator = torch.Generator().manual_seed(seed)
-    images = torch.randn(size, 3, *config.image_shape, generator=generator)
+    images = torch.randn(size, config.in_channels, *config.image_shape, generator=generator)
     return images, torch.rand(size, config.mask_patches, generator=generator)
 
 

@@ -29,6 +29,7 @@ SMALL: dict[str, object] = {
     "micro_batch_size": 4,
     "base_learning_rate": 0.02,
     "probes": False,  # most tests look at something else, and a probe imports PyTorch once more
+    "memory_checkpoint_every_steps": 0,  # most tests restart nothing, and holders are processes
     "standby": False,  # most tests restart nothing, and importing takes seconds of both cores
 }
 TILES = 96

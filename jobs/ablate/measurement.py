@@ -26,10 +26,13 @@ from jobs.evaluate.evaluation import (
 from jobs.evaluate.features import FeaturePlan, on_cluster
 from jobs.evaluate.labels import InputNames
 from jobs.evaluate.subject import Subject
+from jobs.recipe.image_statistics import recorded_statistics
+from jobs.recipe.recipe import Recipe
 from jobs.run.directory import RunDirectory
 from jobs.run.evaluations import key_of, read_evaluation, url_of
 from jobs.weights import consolidated
-from model import ConvMAEConfig
+from model import ChannelStatistics, ConvMAEConfig
+from pipeline.shard.manifest import Manifest
 from pipeline.store.storage import Storage
 
 _NAMES = InputNames(
@@ -46,7 +49,7 @@ class Measurement:
     folder: str
     """Of the ablation, for the controls, which several variants may share."""
     _samples: dict[SamplePlan, ProbeSamples] = field(default_factory=dict, compare=False)
-    _controls: dict[tuple[ConvMAEConfig, int], str] = field(default_factory=dict, compare=False)
+    _controls: dict[tuple[ConvMAEConfig, ChannelStatistics, int], str] = field(default_factory=dict, compare=False)
 
     def check(self, trial: Trial) -> None:
         """Refuse what cannot be measured, before anything is trained.
@@ -78,7 +81,7 @@ class Measurement:
             raise CheckpointError("run", "must have a committed checkpoint", run.name, "resume it")
         places: list[tuple[str, Callable[[], Subject]]] = [
             (url_of(run.url, self._key(trial, _weights_digest(run, step))), lambda: Subject.of_run(run, step)),
-            (url_of(self.folder, self._control_key(trial)), lambda: _control(trial)),
+            (url_of(self.folder, self._control_key(trial)), lambda: self._control(trial)),
         ]
         for url, subject in places:
             if read_evaluation(self.storage, url) is None:
@@ -117,10 +120,20 @@ class Measurement:
 
     def _control_key(self, trial: Trial) -> str:
         """One for variants that begin with the same encoder, as those that differ in mask or loss."""
-        known = trial.recipe.model, trial.seed
+        recipe = self._begun(trial)
+        known = recipe.model, recipe.statistics, trial.seed
         if known not in self._controls:
-            self._controls[known] = _control(trial).encoder(self.part.image_size).digest
+            self._controls[known] = self._control(trial).encoder(self.part.image_size).digest
         return self._key(trial, f"random weights {self._controls[known]}")
+
+    def _control(self, trial: Trial) -> Subject:
+        recipe = self._begun(trial)
+        return Subject.of_seed(recipe.model, trial.seed, "random", recipe.statistics)
+
+    def _begun(self, trial: Trial) -> Recipe:
+        """The recipe of a trial with what its images are normalised by."""
+        recipe = trial.recipe
+        return recipe.with_statistics(*recorded_statistics(Manifest.load(self.storage, recipe.data)))
 
     def _key(self, trial: Trial, weights: str) -> str:
         """Of all that decides the figures but the device, which may change their last bits."""
@@ -149,7 +162,3 @@ def _weights_digest(run: RunDirectory, step: int) -> str:
     if (url := consolidated.urls_by_step(run).get(step)) and (sha256 := recorded_sha256(run.storage, url)):
         return sha256
     return hashlib.sha256(run.storage.read(checkpoint.commit_url(run, step))).hexdigest()
-
-
-def _control(trial: Trial) -> Subject:
-    return Subject.of_seed(trial.recipe.model, trial.seed, "random")

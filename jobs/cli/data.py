@@ -25,6 +25,13 @@ Salvage = Annotated[
     bool, typer.Option("--salvage", help="Use what is intact in damaged tars; without it, they are refused.")
 ]
 
+AsGray = Annotated[
+    bool,
+    typer.Option(
+        "--gray", help="Images are gray: read one channel of each, its brightness. Their bytes stay as they are."
+    ),
+]
+
 
 @app.command()
 def shard(
@@ -54,6 +61,7 @@ def shard(
         int | None, typer.Option(help="Re-encode every image at this JPEG quality; default: keep the original bytes.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffle before images are dealt to shards.")] = 0,
+    gray: AsGray = False,
     salvage: Salvage = False,
     upload: Annotated[
         str,
@@ -68,6 +76,7 @@ def shard(
     If it is interrupted, the same command resumes it; once it is done, it says that there is nothing to do.
     """
     from jobs.terminal import parsed_bytes
+    from pipeline.image.channels import GRAY_CHANNELS, RGB_CHANNELS
     from pipeline.image.photo import Encoding
     from pipeline.ingest.plan import Sharding
 
@@ -91,6 +100,7 @@ def shard(
         normal(dest),
         Sharding(samples_per_shard, size, seed, Encoding(max_side, quality)),
         salvage=salvage,
+        channels=GRAY_CHANNELS if gray else RGB_CHANNELS,
     )
 
 
@@ -108,6 +118,7 @@ def index(
     deep: Annotated[
         bool, typer.Option("--deep", help="Decode every image, and skip those that do not decode.")
     ] = False,
+    gray: AsGray = False,
     salvage: Salvage = False,
 ) -> None:
     """Make a data set from tars that were made elsewhere, without rewriting them: indexes and a manifest.
@@ -116,8 +127,10 @@ def index(
     offset. If it is interrupted, the same command resumes it.
     """
     from jobs.data.datasets import index_and_say
+    from pipeline.image.channels import GRAY_CHANNELS, RGB_CHANNELS
 
-    index_and_say(open_session(), url, out and normal(out), deep=deep, salvage=salvage)
+    channels = GRAY_CHANNELS if gray else RGB_CHANNELS
+    index_and_say(open_session(), url, out and normal(out), deep=deep, salvage=salvage, channels=channels)
 
 
 @app.command(cls=at_cluster("url"))
@@ -133,6 +146,24 @@ def verify(
     from jobs.data.datasets import verify_and_say
 
     verify_and_say(open_session(), normal(url), deep=deep, as_json=as_json)
+
+
+@app.command(cls=at_cluster("url"))
+def stats(
+    url: Annotated[str, typer.Argument(metavar="URL", help="URL of a data set.")],
+    samples: Annotated[
+        int, typer.Option(min=0, help="Most images to read, equally far apart in the data set; 0: all.")
+    ] = 10_000,
+    as_json: AsJson = False,
+) -> None:
+    """Measure mean and deviation of a data set's pixels, each channel for itself, of pixels from 0 to 1.
+
+    Every image counts the same. `shard` and `index` measure them too, and write them into the manifest; this command
+    writes nothing. A run takes them from the manifest, or from the fields image_mean and image_std of its recipe.
+    """
+    from jobs.data.datasets import measure_and_say
+
+    measure_and_say(open_session(), normal(url), samples=samples, as_json=as_json)
 
 
 @app.command(cls=at_store("target"))

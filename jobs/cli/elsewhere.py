@@ -130,6 +130,7 @@ def go_there(
     Raises:
         UserError: A path is on this machine's disk.
     """
+    from jobs.recipe.recipe import check_notify_url
     from jobs.remote.command import run_there
 
     parameters, attached = {**ctx.params, **changed}, dict(files or {})
@@ -143,6 +144,10 @@ def go_there(
         refuse_own_path(field, place)
     for field, place in _own_words(parameters):
         _refuse_unless_absolute(field, place)
+    for override in parameters.get("overrides") or ():
+        field, _, value = override.partition("=")
+        if field == "notify_url":  # Ray's dashboard shows what a job is called with
+            check_notify_url(value)
     given = str(parameters.get("run_root") or dict(_url_fields(parameters)).get("run_root", ""))
     code = run_there(session, arguments(ctx, parameters), files=attached, run_root=known_run_root(session, given))
     if given and code == 0:

@@ -243,7 +243,8 @@ def _subject(
     config = amended_recipe(named, overrides) if named else None
     if is_random:
         assert config is not None
-        return Subject.of_seed(config.model, config.seed if seed is None else seed, config.name)
+        seed = config.seed if seed is None else seed
+        return Subject.of_seed(config.model, seed, config.name, config.statistics)
     if is_foreign:
         model = None if config is None else config.model
         return Subject.of_file(session.storage, normal(what), model, encoder_alone=encoder_alone)

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from typer.exceptions import TyperException
 
-from jobs.cli import ablation, checkpoints, data, evaluation, runs, simulation, stack
+from jobs.cli import ablation, checkpoints, data, evaluation, pages, runs, simulation, stack
 from jobs.cli.completion import completes, leave
 from jobs.errors import RunFailedError
 from jobs.terminal import close_streams, has_reader, open_streams, write_line
@@ -34,7 +34,7 @@ On one machine, from nothing: `convmae up`, `convmae shard PHOTOS s3://convmae/d
 
 On a cluster, set RAY_ADDRESS and the AWS_* variables; the commands are the same.""",
 )
-for part in (stack, data, simulation, runs, checkpoints, evaluation, ablation):
+for part in (stack, data, simulation, runs, pages, checkpoints, evaluation, ablation):
     app.add_typer(part.app)
 
 

@@ -30,6 +30,9 @@ from pipeline.errors import UserError
 
 app = typer.Typer()
 
+SET_SECONDS = 30.0
+"""For a live run to hear of changed fields."""
+
 TraceOption = Annotated[
     str, typer.Option("--trace", help="URL at which to record the samples, crops and masks of each step and rank.")
 ]
@@ -83,7 +86,7 @@ def drive(run_url: str, trace: TraceOption = "") -> None:
 
     session = open_session(verbose=True)  # the job's log is the only log of the ranks that a user has
     directory = session.run(run_url)
-    with end_noted(directory):
+    with end_noted(directory, session.environ):
         recipe = directory.read_recipe().amended({"run_root": directory.root})
         train_here(session, plan_run(session, recipe, directory.name, trace, is_patient=True))
 
@@ -206,7 +209,7 @@ def status(
 
     With --watch and --json, print one JSON object per line.
     """
-    from jobs.report.status import event_line, run_status, status_lines
+    from jobs.report.status import event_line, page_address, run_status, status_lines
     from jobs.report.watch import status_display, watch_run
 
     directory = existing_run(open_session(), run, run_root)
@@ -215,6 +218,8 @@ def status(
             watch_run(directory, show)
         return
     current = run_status(directory)
+    if address := page_address(directory, current):
+        current["page_url"] = address
     if as_json:
         print_json({**current, "events": directory.read_events()})
         return
@@ -268,6 +273,47 @@ def stop(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> None:
         print_json({"run": directory.name, "url": directory.url, **outcome(heartbeat)})
         return
     say(f"{directory.name}: {heartbeat['state']} at step {heartbeat['step']}; `convmae resume {run}` resumes it")
+
+
+@app.command("set", cls=at_run())
+def set_fields(
+    run: RunName,
+    changes: Annotated[list[str], typer.Argument(metavar="FIELD=VALUE...", help="Fields to change: max_workers=8")],
+    run_root: RunRoot = "",
+    as_json: AsJson = False,
+) -> None:
+    """Change how a live run executes: workers, checkpoints, threads, what to do about faults; no step is lost.
+
+    The ranks save, and the next attempt begins with the changed fields, which stay when the run is resumed. What the
+    run computes never changes; what belongs to its driver needs `convmae stop` and `convmae resume RUN FIELD=VALUE`.
+    """
+    from jobs.control.changed_recipe import changed_live
+    from jobs.control.lease import is_live
+
+    directory = existing_run(open_session(), run, run_root)
+    if not is_live(directory):
+        state = directory.read_heartbeat().get("state", "submitted")
+        remedy = f"`convmae resume {run} {' '.join(changes)}` resumes it with these"
+        raise RunError("run", "must be running to be changed", f"{directory.name} ({state})", remedy)
+    found = changed_live(directory, changes, run)
+    if found:
+        directory.write_set_request(found)
+        deadline = time.monotonic() + SET_SECONDS
+        while directory.is_set_requested() and time.monotonic() < deadline:
+            time.sleep(0.2)
+    heard = not directory.is_set_requested()
+    if as_json:
+        values = {name: {"before": before, "after": after} for name, (before, after) in found.items()}
+        print_json({"run": directory.name, "url": directory.url, "changes": values, "heard": heard})
+        return
+    for name, (before, after) in found.items():
+        say(f"{name}: {before} -> {after}")
+    if not found:
+        say(f"{directory.name} has these values already")
+    elif heard:
+        say("in force from the next attempt, which begins as soon as the ranks have saved")
+    else:
+        say(f"the run has not answered for {SET_SECONDS:.0f} s; it obeys when it does")
 
 
 @app.command(cls=at_run())

@@ -57,6 +57,10 @@ class Progress:
         )
 
 
+Show = Callable[[str, Progress], None]
+"""Called with the name and progress of a stage, after each task and about every second."""
+
+
 class FanOut(Protocol):
     """Runs tasks: `fan_out` on a cluster, or `fan_out_locally` in threads of this process."""
 

@@ -1,4 +1,4 @@
-"""The store settings that a session sends to a job of the cluster.
+"""The settings that a session sends to a job of the cluster: of its store, and of what else a run writes to.
 
 Ray's dashboard shows a job's command line, metadata and environment, so none of them can hold a key. The settings go
 into the cluster's key-value store, the way Ray's packages do, as a parcel under a name that cannot be guessed. The job
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from jobs.cluster.ray_internals.core import put_package, take_package
 from jobs.cluster.store_choice import STORE_VARIABLE
 from jobs.errors import ClusterError
+from jobs.recipe.carried import carried_variables
 from jobs.run.own_code import module_command
 
 if TYPE_CHECKING:
@@ -29,9 +30,9 @@ SECONDS = 30.0
 
 
 def send(session: Session, client: Any) -> dict[str, str]:
-    """Send a session's store settings; returns what the job's environment must have.
+    """Send a session's settings; returns what the job's environment must have.
 
-    Nothing is sent if the cluster's own settings are to be used: on the local stack, or if the caller has none.
+    The store's are not sent if the cluster's own are to be used: on the local stack, or if the caller has none.
 
     Args:
         session: Whose store.
@@ -44,10 +45,12 @@ def send(session: Session, client: Any) -> dict[str, str]:
     storage = session.storage
     if storage.fault:
         raise storage.fault
-    if storage.is_of_machines or session.is_on_stack:
+    is_sent = not (storage.is_of_machines or session.is_on_stack)
+    parcel = {"store": storage.to_json() if is_sent else None, "variables": carried_variables(session.environ)}
+    if not any(parcel.values()):
         return {}
     name = f"convmae-{secrets.token_hex(16)}.zip"
-    status = put_package(client, name, json.dumps(storage.to_json()).encode())
+    status = put_package(client, name, json.dumps(parcel).encode())
     if status != 200:
         remedy = "look at the cluster with `convmae doctor`"
         raise ClusterError("RAY_ADDRESS", f"must take settings ({status})", session.cluster.text, remedy)
@@ -74,7 +77,9 @@ def received(environ: Mapping[str, str]) -> dict[str, str]:
         raise ClusterError(
             VARIABLE, f"must exist when the job starts ({why})", environ[VARIABLE], "submit the job again"
         )
-    return {**environ, STORE_VARIABLE: taking.stdout}
+    parcel = json.loads(taking.stdout)
+    store = {STORE_VARIABLE: json.dumps(parcel["store"])} if parcel["store"] else {}
+    return {**environ, **parcel["variables"], **store}
 
 
 if __name__ == "__main__":

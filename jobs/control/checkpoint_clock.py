@@ -37,14 +37,19 @@ class CheckpointClock:
         self._stalls: deque[float] = deque(maxlen=REMEMBERED)
         self._uploads: deque[float] = deque(maxlen=REMEMBERED)
         self._restarts: deque[float] = deque(maxlen=REMEMBERED)
-        self._seconds = {"steps": None, "seconds": rule.every_seconds, "auto": rule.bounded(rule.every_seconds)}[
-            rule.kind
-        ]
+        self._seconds = _first_seconds(rule)
         self._is_explained = False
         self._counts_from: float | None = None
         self._under_way: int | None = None
         for event in events:
             self.see(event)
+
+    def follow(self, rule: IntervalRule) -> None:
+        """Go by another rule from now on; what was learned of costs stays."""
+        if rule == self._rule:
+            return
+        self._rule, self._is_explained = rule, False
+        self._seconds = _first_seconds(rule)
 
     @property
     def seconds(self) -> float | None:
@@ -113,3 +118,10 @@ class CheckpointClock:
             return None
         self._seconds, self._is_explained = found.seconds, True
         return found
+
+
+def _first_seconds(rule: IntervalRule) -> float | None:
+    """The interval before anything is known of costs; None where it is one of steps."""
+    if rule.kind == "steps":
+        return None
+    return rule.every_seconds if rule.kind == "seconds" else rule.bounded(rule.every_seconds)

@@ -25,6 +25,7 @@ from jobs.control.monitor import RunMonitor
 from jobs.control.run_memory import MonitorConfig
 from jobs.control.run_plan import RunPlan
 from jobs.errors import DependencyError, MonitorLivesError, OvertakenError, RunFailedError
+from jobs.notices.webhook import Webhook
 from jobs.probes.probe_tasks import ProbeTasks
 from jobs.probes.prober import Prober
 from jobs.rank.trainer import TrainJob
@@ -32,6 +33,7 @@ from jobs.recipe.checkpoint_interval import IntervalRule
 from jobs.run.directory import RunDirectory
 from jobs.run.patience import persevere
 from jobs.run.shared_folder import run_landmarks
+from jobs.trackers.trackers import TrackerSettings
 from pipeline.errors import LeaseHeldError, UserError
 from pipeline.store.lease import Lease
 
@@ -199,6 +201,8 @@ def _start_monitor(session: Session, plan: RunPlan, lease: Lease) -> Any:
         leave_out_stragglers=plan.recipe.leave_out_stragglers,
         metrics_port=plan.recipe.metrics_port,
         targets_folder=str(session.stack.targets_dir) if session.is_local and session.stack else "",
+        trackers=TrackerSettings.of(plan.recipe, session.environ),
+        webhook=Webhook.of(plan.recipe.to_json(), session.environ, plan.run),
     )
     patience_seconds = plan.run.storage.retry_seconds
     monitor = persevere(lambda: _new_monitor(plan.run, config, lease), MonitorLivesError, patience_seconds)

@@ -24,6 +24,10 @@ class Failures:
         self._in_a_row = 0
         self._label = ""
 
+    def allow(self, most_without_progress: int) -> None:
+        """Survive another number of failures in a row."""
+        self._most = most_without_progress
+
     def begin_attempt(self) -> None:
         """Forget the newest; the count holds until there is a checkpoint."""
         self.reason = self.cause = self._label = ""

@@ -9,29 +9,37 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from jobs.checkpoint.held.holder import MemoryHolder, holder_name
 from jobs.cluster.ray_internals.train import WorkerGroupCallback
+from jobs.run.directory import RunDirectory
 
 
 class MemoryHolders(WorkerGroupCallback):
     """Starts a holder on each node before its ranks train.
 
     Owns: the holders. They belong to Ray Train's controller, and so end with the run, with its driver, or with their
-    nodes. One whose process dies is started again by Ray, with nothing in it.
+    nodes; the monitor ends those of nodes that the run has left, once there is a newer memory checkpoint. One whose
+    process dies is started again by Ray, with nothing in it.
     """
 
-    def __init__(self, run_url: str) -> None:
+    def __init__(self, run: RunDirectory) -> None:
         """Start none yet.
 
         Args:
-            run_url: Of the run.
+            run: Whose recipe says whether there are any.
         """
-        self._run_url = run_url
+        self._run = run
         self._holders: dict[str, Any] = {}
 
     def after_worker_group_start(self, worker_group: Any) -> None:
         """Start those that are missing. Does not wait for them: what is asked of them waits."""
-        for node in {worker.metadata.node_id for worker in worker_group.get_workers()} - self._holders.keys():
-            there = NodeAffinitySchedulingStrategy(node, soft=False)
+        if not self._run.read_recipe_fields().get("memory_checkpoint_every_steps", "auto"):
+            return
+        for node in {worker.metadata.node_id for worker in worker_group.get_workers()}:
             actor: Any = ray.remote(MemoryHolder)
-            self._holders[node] = actor.options(
-                name=holder_name(self._run_url, node), num_cpus=0, max_restarts=-1, scheduling_strategy=there
-            ).remote(self._run_url)
+            options = {
+                "name": holder_name(self._run.url, node),
+                "get_if_exists": True,  # else it was ended when the run left the node
+                "num_cpus": 0,
+                "max_restarts": -1,
+                "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
+            }
+            self._holders[node] = actor.options(**options).remote(self._run.url)

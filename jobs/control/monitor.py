@@ -9,15 +9,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jobs.control.group_reports import GroupReports
 from jobs.control.rank_reports import RankReports
 from jobs.control.run_memory import Clock, MonitorConfig
+from jobs.control.settings import Settings
 from jobs.errors import RunError
 from jobs.rank.watchdog import examined_on_its_node
+from jobs.recipe.checkpoint_interval import IntervalRule
 from jobs.run.probe_rows import PROBE_EVENT, ProbeCurve
 
 logger = logging.getLogger(__name__)
@@ -28,7 +30,7 @@ WATCH_INTERVAL_SECONDS = 1.0
 class RunMonitor(RankReports, GroupReports):
     """Record of one run. A plain class: jobs.control.driver makes an actor of it; tests call it directly.
 
-    Owns: two threads, that flush and look for hangs; all else is `RunMemory`.
+    Owns: two threads, that flush and look for hangs; all else is `RunMemory`, and the threads of trackers and notices.
     Failure: dies with its process; a new one continues from the run directory. What was unwritten is of steps after
         the last commit (`flush` precedes every commit): rank 0 sees the death and fails, and they are done again.
     """
@@ -76,6 +78,30 @@ class RunMonitor(RankReports, GroupReports):
             self._watch.end()
             self._figures.trained()
 
+    def change_settings(self, changes: Mapping[str, Sequence[Any]]) -> None:
+        """Follow the run's changed recipe; the ranks do from their next attempt on, which begins when they have saved.
+
+        Args:
+            changes: The value before and after, by field.
+        """
+        recipe = self._config.run.read_recipe()
+        text = ", ".join(f"{name} {before} -> {after}" for name, (before, after) in sorted(changes.items()))
+        with self._lock:
+            self._settings.changed(recipe, text)
+            self._saves.follow(IntervalRule.of(recipe))
+            self._failures.allow(recipe.max_restarts_without_progress)
+            self._figures.update(
+                target_world_size=recipe.max_workers,
+                checkpoint_every_steps=None if self._saves.seconds is not None else recipe.checkpoint_every_steps,
+                checkpoint_interval_seconds=self._saves.seconds,
+            )
+            self._add_event("set", step=self._figures["step"], reason=text)
+
+    def settings(self) -> Settings:
+        """What the controller should follow by now."""
+        with self._lock:
+            return self._settings.now()
+
     def request_stop(self, reason: str) -> None:
         """Ask the run to save a checkpoint and end after the current step."""
         with self._lock:
@@ -84,13 +110,20 @@ class RunMonitor(RankReports, GroupReports):
             self._record.touch()
 
     def end(self, outcome: str, reason: str = "") -> None:
-        """Note that the run is `finished`, `stopped` or `failed`, and write everything."""
+        """Note that the run is `finished`, `stopped` or `failed`, and write everything.
+
+        Trackers and webhook have a minute together to take what is left.
+        """
         with self._lock:
             self._outcome = outcome
             self._watch.end()
             self._figures.ended(outcome)
             self._add_event(outcome, step=self._figures["step"], reason=reason or self._instructions.stop_reason)
         self.flush()
+        self._trackers.end(outcome)
+        if self._notifier:
+            self._notifier.end()
+        self.flush()  # what these two report
         if outcome != "failed" and self._config.targets_folder:
             self._figures.withdraw(Path(self._config.targets_folder))
 
@@ -99,6 +132,8 @@ class RunMonitor(RankReports, GroupReports):
             time.sleep(self._config.flush_seconds)
             try:
                 self.flush()
+                if changes := self._config.run.take_set_request():
+                    self.change_settings(changes)
                 if self._config.run.take_stop_request():
                     self.request_stop("asked by `convmae stop`")
                 self._take_profile_request()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
 
 from jobs.cluster.node_watch import raylet_addresses, unusable_nodes
 from jobs.cluster.ray_internals.core import (
@@ -24,6 +24,7 @@ from jobs.cluster.ray_internals.core import (
     own_environment,
 )
 from jobs.cluster.ray_internals.train import ElasticPolicy, NoopDecision, ResizeDecision
+from jobs.control.settings import Settings
 from jobs.rank.standby import Newcomers, start_standbys
 from jobs.step.instruction import PAUSE_SECONDS
 
@@ -102,6 +103,9 @@ class FollowNodes(ElasticPolicy):
         self._monitor, self._run_url, self._standby = monitor, run_url, standby
         self._cluster, self._answer, self._now = cluster or PolicyCluster(), answer, now
         self._waiting = False
+        self._asked_settings: Any = None
+        self._settings_version = self._followed = 0
+        """Of what was set, the newest that is known, and that of which the group is."""
         self._uncounted = 0
         """Looks in a row at which nobody could say what there is room for."""
         self._newcomers = Newcomers()
@@ -121,13 +125,14 @@ class FollowNodes(ElasticPolicy):
     def make_decision_for_non_running_worker_group(self) -> Any:
         """Start a group of all that can be placed; wait where they are fewer than min_workers, and report it."""
         self._pause_until = None
+        self._follow_settings()
         decision = super().make_decision_for_non_running_worker_group()
         waits = isinstance(decision, NoopDecision)
         if waits and not self._waiting and (self._uncounted == 0 or self._uncounted >= UNCOUNTED_LOOKS):
             self._monitor.waiting.remote(self.possible_workers(self.last_room), self.scaling_config.min_workers)
             self._waiting = True
         elif not waits:
-            self._waiting = False
+            self._waiting, self._followed = False, self._settings_version
         return decision
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
@@ -135,14 +140,19 @@ class FollowNodes(ElasticPolicy):
 
         The ranks save first. Meanwhile the controller still looks after them, so that one that dies is noticed.
         """
+        self._follow_settings()
         if self._pause_until is not None:
-            return self._grow_when_saved(worker_group_state.num_workers)
+            return self._renew_when_saved(worker_group_state.num_workers)
+        is_outdated = self._followed < self._settings_version
+        if is_outdated and self.possible_workers(self.room()) >= self.scaling_config.min_workers:
+            self._pause_until = self._now() + PAUSE_SECONDS
+            return self._renew_when_saved(worker_group_state.num_workers)
         decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
         if not isinstance(decision, ResizeDecision) or decision.num_workers <= worker_group_state.num_workers:
             return NoopDecision()
         if self._is_prepared(decision.num_workers, worker_group_state):
             self._pause_until = self._now() + PAUSE_SECONDS
-            return self._grow_when_saved(worker_group_state.num_workers)
+            return self._renew_when_saved(worker_group_state.num_workers)
         return NoopDecision()
 
     def on_controller_start_worker_group(self, **_: Any) -> dict[str, str] | None:
@@ -173,17 +183,39 @@ class FollowNodes(ElasticPolicy):
         self._unusable = self._unusable | self._left_out
         return others
 
-    def _grow_when_saved(self, num_workers: int) -> Any:
-        """Grow as far as there is room by now, once the ranks stand still; give it up where they take too long."""
+    def _follow_settings(self) -> None:
+        """Take over what was set since."""
+        if self._asked_settings is None:
+            self._asked_settings = self._monitor.settings.remote()
+        try:
+            settings: Settings = self._answer(self._asked_settings, timeout=0)
+        except GetTimeoutError:  # it is there at the next look
+            return
+        except RayError:
+            self._asked_settings = None
+            return
+        self._asked_settings, self._settings_version = None, settings.version
+        if settings.max_workers:
+            self._take_bounds(settings)
+
+    def _take_bounds(self, settings: Settings) -> None:
+        config, bounds = self.scaling_config, (settings.min_workers, settings.max_workers)
+        config.elastic_resize_monitor_interval_s = settings.resize_seconds
+        if (config.min_workers, config.max_workers) != bounds:
+            config.num_workers = bounds
+            self.request_resources(self._run_url)
+
+    def _renew_when_saved(self, num_workers: int) -> Any:
+        """Begin anew on all workers that have room, once the ranks stand still; give it up where they take too long."""
         assert self._pause_until is not None
         try:
             if self._answer(self._monitor.pause.remote()):
                 possible = self.possible_workers(self.room())
                 if possible >= self.scaling_config.min_workers:  # fewer than before do no harm: all is saved
-                    self._pause_until = None
+                    self._pause_until, self._followed = None, self._settings_version
                     return self.resized(possible)
             if self._now() > self._pause_until:
-                logger.warning("the %d ranks did not save for a larger group; they continue", num_workers)
+                logger.warning("the %d ranks did not save for a new group; they continue", num_workers)
                 self._pause_until = None
                 self._answer(self._monitor.end_pause.remote())
         except RayError:

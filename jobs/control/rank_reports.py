@@ -52,13 +52,15 @@ class RankReports(HealthReports, ProfileReports):
                 # The last heartbeat is newer than the commit, unless it was lost.
                 self._figures.catch_up(counters)
             before = self._figures["world_size"]
-            kind, reason = self._start_kind(before, world_size)
+            settings = self._settings.begin_attempt()
+            kind, reason = self._start_kind(before, world_size, settings)
             self._count_start(kind, started_at_seconds)
             self._end_spells(resume_step)
             self._drop_profile()
             self._watch.begin(number)
             self._instructions.begin_attempt()
             self._failures.begin_attempt()
+            self._speed.begin_attempt()
             steps_redone = self._figures.group_began(
                 attempt=number,
                 world_size=world_size,
@@ -106,8 +108,10 @@ class RankReports(HealthReports, ProfileReports):
         """
         with self._lock:
             self._instructions.trains()
-            self._add_row(row)
+            self._add_row(row, gradient_norm)
             self._report_recovery(int(row["step"]))
+            if why_slow := self._speed.step_done(row["step_seconds"], row["world_size"]):
+                self._add_event("slow", step=row["step"], reason=why_slow)
             if "skipped" in row:
                 self._add_event("skipped", step=row["step"], reason=f"{row['skipped']} is not finite")
             now = self._clock.monotonic()
@@ -231,7 +235,7 @@ class RankReports(HealthReports, ProfileReports):
                 memory_checkpoint_bytes=held.commit.bytes,
                 memory_checkpoint_stall_seconds=stall_seconds,
             )
-        self._forget(sorted(left))
+        self._end_holders(sorted(left))
 
     def memory_not_held(self, *, step: int, error: str, is_off: bool) -> None:
         """Note a memory checkpoint that failed; training continues.
@@ -274,14 +278,15 @@ class RankReports(HealthReports, ProfileReports):
         with self._lock:
             self._watch.hear(pulse, self._clock.monotonic())
 
-    def _start_kind(self, before: int | None, now: int) -> tuple[str, str]:
+    def _start_kind(self, before: int | None, now: int, settings: str) -> tuple[str, str]:
         if self._record.attempt == 1:
             return "start", "new run"
         if self._record.attempt == self._first_attempt_here:
             return "restart", "resumed by a new driver"
         if self._failures.reason:
             return "restart", self._failures.reason
-        return "resize", f"workers {before} -> {now}"
+        resized = f"workers {before} -> {now}"
+        return "resize", f"{settings} (set; {resized})" if settings else resized
 
     def _count_start(self, kind: str, started_at_seconds: float) -> None:
         """Count what led to an attempt, and note when its recovery began."""

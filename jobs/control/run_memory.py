@@ -5,24 +5,31 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from jobs.checkpoint.held.held_checkpoint import HeldCheckpoint, forget
+from jobs.checkpoint.held.held_checkpoint import HeldCheckpoint, end_holders
 from jobs.control.checkpoint_clock import CheckpointClock
 from jobs.control.failures import Failures
+from jobs.control.settings import ChangedSettings
 from jobs.health.stragglers import StragglerWatch
 from jobs.metrics.exporter import RunExporter
 from jobs.metrics.recovery import Recovery
 from jobs.metrics.run_figures import RunFigures
+from jobs.metrics.speed_watch import SpeedWatch
+from jobs.notices.notifier import Notifier, Patience
+from jobs.notices.webhook import Webhook
 from jobs.rank.watchdog import HangWatch
 from jobs.recipe.checkpoint_interval import IntervalRule
 from jobs.recipe.schedule import Schedule
+from jobs.report.live.live_figures import LiveFigures
+from jobs.report.live.run_pages import run_pages
 from jobs.run.directory import RunDirectory
 from jobs.run.probe_rows import PROBE_EVENT, ProbeCurve
 from jobs.run.profile_request import ProfileRequest
 from jobs.run.record import RunRecord
 from jobs.step.instruction import Instructions
+from jobs.trackers.trackers import Trackers, TrackerSettings
 
 FLUSH_INTERVAL_SECONDS = 2.0
 """Between heartbeats; each is one PUT."""
@@ -59,6 +66,11 @@ class MonitorConfig:
     straggler_factor: float
     """Of the recipe, as the next."""
     leave_out_stragglers: bool
+    trackers: TrackerSettings = field(default_factory=TrackerSettings)
+    webhook: Webhook | None = None
+    """Where notices go; None: nowhere."""
+    patience: Patience = field(default_factory=Patience)
+    """With that webhook."""
     flush_seconds: float = FLUSH_INTERVAL_SECONDS
     """Between two writes to storage."""
 
@@ -90,6 +102,7 @@ class RunMemory:
         self._profile: ProfileRequest | None = None
         """The one that is asked for, or under way."""
         self._profile_is_taken = False
+        self._settings = ChangedSettings()
         self._recovery: Recovery | None = None
         self._held: HeldCheckpoint | None = None
         """Where the newest memory checkpoint is. Nobody else knows, as what holders have ends with the driver."""
@@ -111,7 +124,9 @@ class RunMemory:
             "steps_per_epoch": config.schedule.steps_per_epoch,
             "quarantined": self._record.quarantined,
         }
-        exporter = RunExporter(config.run.name, config.host, config.metrics_port, config.run.storage.retry_seconds)
+        pages = run_pages(config.run, config.host, self._live_figures)
+        patience_seconds = config.run.storage.retry_seconds
+        exporter = RunExporter(config.run.name, config.host, config.metrics_port, patience_seconds, pages)
         self._figures = RunFigures(
             fixed,
             before,
@@ -121,11 +136,21 @@ class RunMemory:
             monotonic=clock.monotonic,
         )
         self._figures.probed(ProbeCurve.of(self._probed))
+        self._speed = SpeedWatch(config.global_batch_size)
+        self._trackers = Trackers(config.trackers, config.run, config.global_batch_size, events, self._report)
+        self._notifier: Notifier | None = None
+        if config.webhook:
+            self._notifier = Notifier(config.webhook, config.run, events, self._report, config.patience)
 
     def status(self) -> dict[str, Any]:
         """What the heartbeat says, fresh."""
         with self._lock:
             return self._figures.heartbeat()
+
+    def _live_figures(self) -> LiveFigures:
+        """For the page, which is drawn elsewhere."""
+        with self._lock:
+            return LiveFigures(self._figures.heartbeat(), self._figures.ranks())
 
     def flush(self) -> None:
         """Write history, events and heartbeat; returns when storage has them."""
@@ -143,17 +168,26 @@ class RunMemory:
                 self._record.written(tail)
                 self._figures.saved(heartbeat)
 
-    def _forget(self, nodes: Sequence[str]) -> None:
-        """Have the holders of nodes that the run has left let go of their memory."""
-        forget(self._config.run.url, nodes)
+    def _end_holders(self, nodes: Sequence[str]) -> None:
+        """End the holders of nodes that the run has left."""
+        end_holders(self._config.run.url, nodes)
 
     def _add_event(self, kind: str, **fields: Any) -> dict[str, Any]:
         event = self._record.add_event(kind, fields)
         self._saves.see(event)
+        self._trackers.see_event(event)
+        if self._notifier:
+            self._notifier.see_event(event)
         return event
 
-    def _add_row(self, row: dict[str, Any]) -> None:
+    def _report(self, kind: str, reason: str) -> None:
+        """Note what a tracker or the notifier says, from its own thread."""
+        with self._lock:
+            self._add_event(kind, step=self._figures["step"], reason=reason)
+
+    def _add_row(self, row: dict[str, Any], gradient_norm: float | None = None) -> None:
         self._record.add_row(row)
+        self._trackers.see_row(row, gradient_norm)
         if "skipped" in row:
             self._figures.count("skipped_steps")
 

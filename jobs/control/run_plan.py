@@ -12,15 +12,19 @@ import torch
 from jobs.cluster.session import Session
 from jobs.errors import PortTakenError, RecipeError
 from jobs.finetune.training_labels import TrainingLabels
+from jobs.notices.webhook import Webhook
 from jobs.probes.probe_plan import RunProbes, planned_probes
+from jobs.recipe.image_statistics import recorded_statistics
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import Schedule, order_of
 from jobs.run.directory import RunDirectory
 from jobs.run.patience import persevere
 from jobs.run.shared_folder import check_seen_by_all, input_landmarks, planted, rank_datasets, run_landmarks
 from jobs.run.trace import check_trace
+from jobs.trackers.trackers import check_trackers
 from jobs.weights.initial import pinned
 from pipeline.access.places import normal
+from pipeline.image.channels import RGB_CHANNELS
 from pipeline.shard.manifest import Manifest
 from pipeline.store.lease import Lease
 from pipeline.store.storage import Storage
@@ -65,9 +69,13 @@ def plan_run(
     if not recipe.data:
         raise RecipeError("data", "must be the URL of a data set", "", "make one with `convmae shard SOURCE URL`")
     run = session.run(name, recipe.run_root)
+    recipe = _with_found_size(run, recipe)
+    check_trackers(recipe, session.environ, drives=drives or session.is_local)
+    Webhook.of(recipe.to_json(), session.environ, run)
     patience_seconds = run.storage.retry_seconds if is_patient else 0.0
     session.storage.check(recipe.data, write=False, is_patient=is_patient)
     manifest = Manifest.load(session.storage, recipe.data)
+    recipe = _with_channels(recipe, manifest)
     _check_capacity(session, recipe)
     if drives or session.is_local:
         persevere(lambda: _check_port(recipe.metrics_port), PortTakenError, patience_seconds)
@@ -75,7 +83,8 @@ def plan_run(
     session.remember_run_root(run.root)
     recipe, samples = _with_labels(session.storage, recipe, run, manifest.samples)
     order = order_of(recipe, samples)
-    recipe = begun_way(run, pinned(session.storage, recipe, run))
+    recipe = _with_statistics(pinned(session.storage, recipe, run), run, manifest)
+    recipe = begun_way(run, recipe)
     run.check_recipe(recipe)
     if trace_url:
         trace_url = normal(trace_url)
@@ -84,6 +93,13 @@ def plan_run(
     schedule = Schedule.of(recipe, order.steps_per_epoch)
     probes, note = planned_probes(session.storage, recipe, schedule, is_known=_has_probe_fields(run, recipe))
     return RunPlan(recipe, run, schedule, trace_url, patience_seconds, first_tars, probes, note)
+
+
+def _with_found_size(run: RunDirectory, recipe: Recipe) -> Recipe:
+    """The recipe, with the micro-batch that was found when its run began, if it leaves that to be found."""
+    if recipe.micro_batch_size or not run.exists():
+        return recipe
+    return recipe.amended({"micro_batch_size": run.read_recipe().micro_batch_size})
 
 
 def _first_tars(storage: Storage, recipe: Recipe, manifest: Manifest) -> dict[str, str]:
@@ -115,6 +131,28 @@ def _with_labels(storage: Storage, recipe: Recipe, run: RunDirectory, samples: i
         recipe = recipe.amended(given)
     labels = TrainingLabels.of(storage, recipe)
     return labels.pinned(recipe), len(labels.train)
+
+
+def _with_channels(recipe: Recipe, manifest: Manifest) -> Recipe:
+    """The recipe with a model for images as the data set has them.
+
+    Raises:
+        RecipeError: The model is for gray images, and they are not; or what they are normalised by is for others.
+    """
+    given = recipe.model.in_channels
+    if given == manifest.channels:
+        return recipe
+    if given != RGB_CHANNELS:
+        remedy = "make the data set with --gray, or leave the field out"
+        raise RecipeError("model.in_channels", f"must be the data set's {manifest.channels}", given, remedy)
+    return recipe.amended({"model.in_channels": manifest.channels})
+
+
+def _with_statistics(recipe: Recipe, run: RunDirectory, manifest: Manifest) -> Recipe:
+    """The recipe with what images are normalised by: an existing run keeps what it began with."""
+    if run.exists():
+        return recipe.with_statistics(*run.read_recipe().statistics)
+    return recipe.with_statistics(*recorded_statistics(manifest))
 
 
 def begun_way(run: RunDirectory, recipe: Recipe) -> Recipe:

@@ -90,7 +90,8 @@ def drive(arguments: Sequence[str], environ: Mapping[str, str]) -> int:
         from jobs.control.unreported_end import note_end
 
         run = Session.open(environ).run(arguments[0])
-        note_end(run, began, f"its driver ended before the run began; `convmae logs {run.name}` has what it printed")
+        reason = f"its driver ended before the run began; `convmae logs {run.name}` has what it printed"
+        note_end(run, began, reason, environ)
     return code
 
 

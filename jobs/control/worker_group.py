@@ -62,13 +62,13 @@ def fit(job: TrainJob) -> None:
     with scratch_folder() as folder, NodeWatch(job.monitor):
         reporter: Any = ControllerReporter(job.monitor)
         patient_polls: Any = PatientPolls()
-        holders: list[Any] = [MemoryHolders(job.run.url)] if recipe.memory_checkpoint_every_steps else []
+        holders: Any = MemoryHolders(job.run)
         variables = rank_environment(os.environ, recipe.device, recipe.cpus_per_worker, standby=recipe.standby)
         run_config = RunConfig(
             name=job.run.name,
             storage_path=folder,  # Ray's own bookkeeping; checkpoints are ours
             failure_config=FailureConfig(max_failures=-1),
-            callbacks=[FailureReporter(job.monitor), reporter, patient_polls, *holders],
+            callbacks=[FailureReporter(job.monitor), reporter, patient_polls, holders],
             worker_runtime_env={"env_vars": variables},
             logging_config=LoggingConfig(log_level="ERROR"),
         )

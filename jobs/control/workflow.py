@@ -13,6 +13,7 @@ from jobs.cluster.session import Session
 from jobs.control import driver
 from jobs.control.finish import finish
 from jobs.control.lease import claim_run, sole_driver
+from jobs.control.micro_batch_task import with_micro_batch
 from jobs.control.run_plan import RunPlan, check_folders
 from jobs.control.unreported_end import end_noted, note_end
 from jobs.errors import ClusterError, RunFailedError
@@ -30,6 +31,7 @@ def train_here(session: Session, plan: RunPlan) -> None:
     persevere(session.connect, ClusterError, plan.patience_seconds)
     with sole_driver(plan.run, lambda other: say(f"is {other} alive? watching its lease")) as lease:
         check_folders(plan, lease)
+        plan = with_micro_batch(plan)
         claimed = claim_run(plan, is_sole_driver=True)
         if claimed == "finished":
             say_finished(session, plan.run)
@@ -37,7 +39,7 @@ def train_here(session: Session, plan: RunPlan) -> None:
         say(f"{'begins' if claimed == 'new' else 'resumes'}: {plan.run.url}")
         if plan.probe_note:
             say(plan.probe_note)
-        with end_noted(plan.run), progress_bar(plan.run.name) as show:
+        with end_noted(plan.run, session.environ), progress_bar(plan.run.name) as show:
             outcome = driver.train(
                 session, plan, lease, lambda now: show(now["step"], now["total_steps"], status_text(now))
             )
@@ -138,7 +140,7 @@ def end_of_job(session: Session, run: RunDirectory, job: str, state: str) -> Map
         raise RunFailedError(f"the Ray head died, and job {job} with it; the same command resumes {run.name}")
     if state != "SUCCEEDED":
         reason = _last_word(session, run, submission.job_client(session).get_job_info(job).message)
-        note_end(run, 0.0, reason)  # a job that Ray could not start has reported nothing
+        note_end(run, 0.0, reason, session.environ)  # a job that Ray could not start has reported nothing
         raise RunFailedError(f"job {job} {state.lower()}: {reason}")
     return run.read_heartbeat()
 

@@ -1,1 +1,1 @@
-"""Data sets, made, indexed and verified by tasks of the cluster, with the output of those commands."""
+"""Data sets, made, indexed, verified and measured by tasks of the cluster, with the output of those commands."""

@@ -1,4 +1,4 @@
-"""`convmae shard`, `index` and `verify`, with their output: checks, then progress, then the result."""
+"""`convmae shard`, `index`, `verify` and `stats`, with their output: checks, then progress, then the result."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from jobs.terminal import bytes_text, duration_text, print_json, progress_bar, s
 from pipeline.access.places import normal
 from pipeline.access.urls import is_local
 from pipeline.errors import DamagedManifestError, DamagedTarsError, SourceError
+from pipeline.image.channels import RGB_CHANNELS
 from pipeline.ingest.plan import Ingest, Sharding
 from pipeline.ingest.source import Sources, Tars
 from pipeline.ingest.sources import find_sources
@@ -30,7 +31,13 @@ if TYPE_CHECKING:
 
 
 def shard_and_say(
-    session: Session, source: str, destination: str, sharding: Sharding, *, salvage: bool = False
+    session: Session,
+    source: str,
+    destination: str,
+    sharding: Sharding,
+    *,
+    salvage: bool = False,
+    channels: int = RGB_CHANNELS,
 ) -> Manifest:
     """Shard what lies at `source`, and print the result.
 
@@ -38,7 +45,7 @@ def shard_and_say(
         UserError: Bad input, found before a cluster is needed if possible.
     """
     _refuse_within(source, destination)
-    job = Ingest(find_sources(session.storage, source), sharding)
+    job = Ingest(find_sources(session.storage, source), sharding, channels)
     session.storage.check(destination, write=True, shared=True, exclusive=True)
     session.connect()
     from jobs.data.ingest import ingest
@@ -52,7 +59,9 @@ def shard_and_say(
     return result.manifest
 
 
-def index_and_say(session: Session, url: str, out: str, *, deep: bool, salvage: bool) -> Manifest:
+def index_and_say(
+    session: Session, url: str, out: str, *, deep: bool, salvage: bool, channels: int = RGB_CHANNELS
+) -> Manifest:
     """Index the tars at `url`, and print the result.
 
     Raises:
@@ -71,7 +80,14 @@ def index_and_say(session: Session, url: str, out: str, *, deep: bool, salvage: 
     _say_skipped(found)
     with _shown("skipped") as show, _damage_listed():
         result = index_dataset(
-            session.storage, found, destination, deep=deep, salvage=salvage, on_progress=show, on_wait=_say_waiting
+            session.storage,
+            found,
+            destination,
+            deep=deep,
+            salvage=salvage,
+            channels=channels,
+            on_progress=show,
+            on_wait=_say_waiting,
         )
     done = f"{result.tars_read} read, {result.tars_kept} kept"
     _say_made(destination, result.manifest, done, result.skipped, result.bad_labels)
@@ -110,6 +126,32 @@ def verify_and_say(session: Session, url: str, *, deep: bool, as_json: bool) -> 
         )
     if result.faults:
         raise RunFailedError(f"{url} has {len(result.faults)} faults")
+
+
+def measure_and_say(session: Session, url: str, *, samples: int, as_json: bool) -> None:
+    """Measure a data set, and print what its pixels are like, and what its manifest says of them.
+
+    Raises:
+        UserError: There is no data set, or no image that decodes.
+    """
+    session.storage.check(url, write=False, shared=True)
+    Manifest.load(session.storage, url)
+    session.connect()
+    from jobs.data.statistics import measure_dataset
+
+    with _shown("bad", sys.stderr if as_json else sys.stdout) as show:
+        result = measure_dataset(session.storage, url, samples=samples, on_progress=show)
+    manifest, pixels = result.manifest, result.pixels
+    recorded = manifest.pixels.to_json() if manifest.pixels else None
+    if as_json:
+        about = {"url": url, "digest": manifest.digest, "samples": manifest.samples, "channels": pixels.channels}
+        print_json({**about, **pixels.to_json(), "manifest": recorded, "seconds": round(result.seconds, 3)})
+        return
+    read = "all" if pixels.images == manifest.samples else f"{pixels.images} of"
+    say(f"{url}: {read} {manifest.samples} images read in {duration_text(result.seconds)}, {pixels.channels} channels")
+    say(f"image_mean={list(pixels.mean)} image_std={list(pixels.std)}".replace(", ", ","))
+    if manifest.pixels is None:
+        say("its manifest says nothing of them: runs take ImageNet's, unless their recipe has these two fields")
 
 
 def _say_damaged(url: str, error: DamagedManifestError, *, deep: bool, as_json: bool) -> None:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from jobs.cluster.fan_out import Progress, fan_out
-from jobs.data.ingest import WORK_FOLDER, Show, source_landmarks, sweep
+from jobs.cluster.fan_out import Progress, Show, fan_out
+from jobs.data.ingest import WORK_FOLDER, source_landmarks, sweep
+from jobs.data.statistics import SAMPLED_IMAGES, measured_pixels
 from jobs.run.shared_folder import Landmarks, lease_landmarks
 from pipeline.access.places import normal
 from pipeline.errors import DamagedTarsError, SourceError
+from pipeline.image.channels import RGB_CHANNELS
 from pipeline.ingest.index_tar import IndexTask, TarReport, index_tar
 from pipeline.ingest.source import Tar, Tars
 from pipeline.shard.index import Skipped
-from pipeline.shard.manifest import Manifest, existing_manifest
+from pipeline.shard.manifest import Made, Manifest, channel_marks, existing_manifest
 from pipeline.shard.table import leads_away
 from pipeline.shard.tar_samples import unread_kinds
-from pipeline.store.lease import Lease, hold_lease
+from pipeline.store.lease import hold_lease
 from pipeline.store.storage import Storage
 
 logger = logging.getLogger(__name__)
@@ -46,6 +48,7 @@ def index_dataset(
     *,
     deep: bool = False,
     salvage: bool = False,
+    channels: int = RGB_CHANNELS,
     on_progress: Show,
     on_wait: Callable[[str], None] = logger.warning,
 ) -> IndexingReport:
@@ -59,6 +62,7 @@ def index_dataset(
         destination: Where indexes and manifest go; may be the tars' own folder.
         deep: Decode every image, and skip those that fail; otherwise only their headers are read.
         salvage: Index what is left of damaged tars.
+        channels: To which images are to be decoded.
         on_progress: Called in this process.
         on_wait: Called with who seems to work there, when it takes time to find out whether they are alive.
 
@@ -72,15 +76,31 @@ def index_dataset(
     destination = normal(destination)
     tasks = [_task(tars, tar, deep=deep, salvage=salvage) for tar in tars.tars]
     work = Storage.join(destination, WORK_FOLDER)
-    manifest, done, skipped = existing_manifest(storage, destination, tasks), [], list[Skipped]()
+    made: list[Made] = [*tasks, *channel_marks(channels)]
+    manifest, done, skipped = existing_manifest(storage, destination, made), [], list[Skipped]()
     if manifest is None:
         with hold_lease(storage, work, "convmae index", on_wait=on_wait) as lease:
             # The previous holder of the lease may have finished the data set, or made another one.
-            manifest = existing_manifest(storage, destination, tasks)
+            manifest = existing_manifest(storage, destination, made)
             if manifest is None:
                 landmarks = (*lease_landmarks("URL", destination, lease), *source_landmarks(storage, tars))
-                done = _indexed(storage, destination, tasks, lease, on_progress, landmarks=landmarks)
-                manifest, skipped = _manifest(tars, tasks, done)
+
+                def show(stage: str, progress: Progress) -> None:
+                    lease.check()
+                    on_progress(stage, progress)
+
+                done = _indexed(storage, destination, tasks, show, landmarks=landmarks)
+                manifest, skipped = _manifest(tars, made, done)
+                pixels = measured_pixels(
+                    storage,
+                    destination,
+                    manifest,
+                    channels=channels,
+                    samples=SAMPLED_IMAGES,
+                    on_progress=show,
+                    landmarks=landmarks,
+                )
+                manifest = manifest.measured(pixels)
                 lease.check()
                 manifest.save(storage, destination, skipped)
         sweep(work)
@@ -101,14 +121,13 @@ def _task(tars: Tars, tar: Tar, *, deep: bool, salvage: bool) -> IndexTask:
 
 
 def _indexed(
-    storage: Storage, destination: str, tasks: list[IndexTask], lease: Lease, on_progress: Show, *, landmarks: Landmarks
+    storage: Storage, destination: str, tasks: list[IndexTask], show: Show, *, landmarks: Landmarks
 ) -> list[TarReport]:
     """The report of every tar, by name."""
     progress = Progress(total=len(tasks))
 
     def tick() -> None:
-        lease.check()
-        on_progress("tars", progress)
+        show("tars", progress)
 
     done: list[TarReport] = []
     for report in fan_out(index_tar, storage, destination, tasks, on_tick=tick, landmarks=landmarks):
@@ -117,14 +136,14 @@ def _indexed(
     return sorted(done, key=lambda report: report.name)
 
 
-def _manifest(tars: Tars, tasks: list[IndexTask], done: list[TarReport]) -> tuple[Manifest, list[Skipped]]:
+def _manifest(tars: Tars, made: Sequence[Made], done: list[TarReport]) -> tuple[Manifest, list[Skipped]]:
     damaged = [report for report in done if report.report is None]
     if damaged:
         lines = [f"{item.name}.tar, offset {fault.offset}: {fault.what}" for item in damaged for fault in item.faults]
         raise DamagedTarsError(lines, len(done))
     reports = [report.report for report in done if report.report is not None]
     skipped = [item for report in reports for item in report.skipped]
-    manifest = Manifest.of(tasks, reports, ())
+    manifest = Manifest.of(made, reports, ())
     if not manifest.samples:
         why = (
             f"the first of {len(skipped)} skipped is {skipped[0].path}: {skipped[0].reason}" if skipped else "none has"

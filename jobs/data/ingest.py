@@ -12,7 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from jobs.cluster.fan_out import Progress, fan_out
+from jobs.cluster.fan_out import Progress, Show, fan_out
+from jobs.data.statistics import SAMPLED_IMAGES, measured_pixels
 from jobs.run.shared_folder import Landmarks, file_landmarks, lease_landmarks
 from pipeline.access.places import normal
 from pipeline.access.urls import is_local
@@ -35,9 +36,6 @@ WORK_FOLDER = ".ingest"
 """Under the destination: claims, and listings of source tars; empty when all is done."""
 
 LISTINGS = "tars"
-
-Show = Callable[[str, Progress], None]
-"""Called with the name and progress of a stage, after each shard and about every second."""
 
 
 @dataclass(frozen=True)
@@ -132,6 +130,16 @@ def _made(
     if not manifest.samples:
         why = f"the first of {len(skipped)} is {skipped[0].path}: {skipped[0].reason}" if skipped else "it has none"
         raise SourceError("source", "must have an image that decodes", job.found.root, why)
+    pixels = measured_pixels(
+        storage,
+        destination,
+        manifest,
+        channels=job.channels,
+        samples=SAMPLED_IMAGES,
+        on_progress=show,
+        landmarks=landmarks,
+    )
+    manifest = manifest.measured(pixels)
     lease.check()
     manifest.save(storage, destination, skipped)
     for listing in resolved.listings:

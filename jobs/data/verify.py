@@ -5,8 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
-from jobs.cluster.fan_out import Progress, fan_out
-from jobs.data.ingest import Show
+from jobs.cluster.fan_out import Progress, Show, fan_out
 from jobs.run.shared_folder import manifest_landmarks
 from pipeline.shard.manifest import Manifest
 from pipeline.shard.table import ShardEntry

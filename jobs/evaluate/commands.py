@@ -200,7 +200,7 @@ def reconstruct_and_say(session: Session, subject: Subject, pictures: Sequence[s
     """
     storage = session.storage
     urls = found_pictures(storage, pictures, str(Path.cwd()))
-    storage.write(out, png(reconstructed(storage, urls, subject.model(), seed=seed)))
+    storage.write(out, png(reconstructed(storage, urls, subject.model(), subject.statistics, seed=seed)))
     say(f"{out}: {len(urls)} pictures, by {subject.name}")
 
 

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from jobs.errors import EvaluationError
+from jobs.recipe.image_statistics import IMAGENET_MEAN, IMAGENET_STD
 from jobs.weights.consolidated import ClassifierHead
 from jobs.weights.weight_checks import check_finite
-from model import Classifier, ConvMAEConfig, PooledEncoder, normalise
+from model import ChannelStatistics, Classifier, ConvMAEConfig, PooledEncoder, normalise
 from model.config import ENCODER_FIELDS
+from pipeline.image.channels import RGB_CHANNELS
 from pipeline.image.decode import Pixels
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -43,6 +45,8 @@ class FrozenEncoder:
     """H and W of the images, to which positions are interpolated."""
     digest: str
     """SHA-256 of all that decides what it gives, and of nothing else: not of a decoder, a mask or a loss."""
+    statistics: ChannelStatistics
+    """By which images are normalised."""
     head: ClassifierHead | None = None
     """Of a classifier, which gives logits in place of features."""
 
@@ -53,6 +57,8 @@ class FrozenEncoder:
         state: Mapping[str, Tensor],
         image_shape: tuple[int, int],
         value: str,
+        *,
+        statistics: ChannelStatistics,
         head: ClassifierHead | None = None,
     ) -> FrozenEncoder:
         """Take what is needed out of a whole model's weights.
@@ -62,6 +68,7 @@ class FrozenEncoder:
             state: By our names; what belongs to the decoder may be missing.
             image_shape: H and W of the images.
             value: Where the weights come from, for the message.
+            statistics: By which images are normalised.
             head: Of a classifier, if its logits are wanted.
 
         Raises:
@@ -74,11 +81,16 @@ class FrozenEncoder:
         arrays = {name: tensor.detach().cpu().float().contiguous().numpy() for name, tensor in tensors.items()}
         shape = [getattr(config, field) for field in ENCODER_FIELDS]
         digest = hashlib.sha256(f"{shape} {config.image_shape} {image_shape}".encode())
+        # For RGB and ImageNet's statistics it is what it was before there were others.
+        if config.in_channels != RGB_CHANNELS:
+            digest.update(f"{config.in_channels} channels".encode())
+        if statistics != (IMAGENET_MEAN, IMAGENET_STD):
+            digest.update(f"{statistics.mean} {statistics.std}".encode())
         if head:
             digest.update(f"{head.kind} {head.classes}".encode())
         for name in sorted(arrays):
             digest.update(name.removeprefix(_ENCODER).encode() + arrays[name].tobytes())
-        return cls(config, arrays, image_shape, digest.hexdigest(), head)
+        return cls(config, arrays, image_shape, digest.hexdigest(), statistics, head)
 
     @property
     def channels(self) -> int:
@@ -121,7 +133,7 @@ def encode(encoder: FrozenEncoder, pixels: Pixels, device: str) -> Float32s:
 
     Args:
         encoder: Gives them.
-        pixels: (B, 3, H, W) uint8.
+        pixels: (B, in_channels, H, W) uint8.
         device: `cpu` or `cuda`.
 
     Raises:
@@ -129,7 +141,8 @@ def encode(encoder: FrozenEncoder, pixels: Pixels, device: str) -> Float32s:
     """
     model = encoder.built(device)
     with torch.inference_mode(), exactly(device):
-        found: Float32s = model(normalise(torch.from_numpy(pixels).to(device))).cpu().numpy()
+        images = normalise(torch.from_numpy(pixels).to(device), encoder.statistics)
+        found: Float32s = model(images).cpu().numpy()
     if not np.isfinite(found).all():
         rule = "must give finite values in fp32"
         raise EvaluationError("weights", rule, f"{(~np.isfinite(found)).any(1).sum()} that are not", "use others")

@@ -109,7 +109,9 @@ def embedded(storage: Storage, url: str, task: FeatureTask) -> tuple[int, Float3
         size = task.plan.batch_size
         groups = [task.sample_ids[start : start + size] for start in range(0, len(task.sample_ids), size)]
         encoder = _received(task.encoder)
-        batches = center_crops(dataset, groups, encoder.image_shape, threads=task.threads)
+        batches = center_crops(
+            dataset, groups, encoder.image_shape, threads=task.threads, channels=encoder.config.in_channels
+        )
         return task.first, np.concatenate([encode(encoder, pixels, task.plan.device) for pixels in batches])
 
 

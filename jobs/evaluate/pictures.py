@@ -12,7 +12,7 @@ from torch import Tensor
 
 from jobs.errors import EvaluationError
 from jobs.report.reconstruction import draw_grid, reconstruct_panels
-from model import ConvMAE
+from model import ChannelStatistics, ConvMAE, ConvMAEConfig
 from model.noise import mask_noise
 from pipeline.access.places import Given, Listed
 from pipeline.errors import clipped
@@ -54,25 +54,28 @@ def found_pictures(storage: Storage, places: Sequence[str], folder: str) -> list
     return urls
 
 
-def reconstructed(storage: Storage, urls: Sequence[str], model: ConvMAE, *, seed: int) -> Image.Image:
+def reconstructed(
+    storage: Storage, urls: Sequence[str], model: ConvMAE, statistics: ChannelStatistics, *, seed: int
+) -> Image.Image:
     """One image with all of them, COLUMNS beside each other.
 
     Args:
         storage: Reaches the pictures.
         urls: Of image files of any format that `convmae shard` reads.
         model: In evaluation mode.
+        statistics: By which its images were normalised.
         seed: Chooses the masks, each by the seed and the place of its picture.
 
     Raises:
         EvaluationError: One does not decode.
     """
     config = model.config
-    images = torch.from_numpy(np.stack([_cropped(storage, url, config.image_shape) for url in urls]))
+    images = torch.from_numpy(np.stack([_cropped(storage, url, config) for url in urls]))
     noise = mask_noise(seed, 0, torch.arange(len(urls), device="cpu"), config.mask_patches, "cpu")
     grids = []
     for start in range(0, len(urls), COLUMNS):
         part = slice(start, start + COLUMNS)
-        panels = reconstruct_panels(model, images[part], noise[part])
+        panels = reconstruct_panels(model, statistics, images[part], noise[part])
         rows = [
             ("original", panels.original),
             (f"what the model sees: {config.mask_ratio:.0%} is hidden", panels.masked),
@@ -89,10 +92,10 @@ def png(picture: Image.Image) -> bytes:
     return data.getvalue()
 
 
-def _cropped(storage: Storage, url: str, image_shape: tuple[int, int]) -> Pixels:
+def _cropped(storage: Storage, url: str, config: ConvMAEConfig) -> Pixels:
     data = storage.read(url)
     try:
-        return center_crop(decode(data), image_shape)
+        return center_crop(decode(data, config.in_channels), config.image_shape)
     except ValueError as error:
         rule = f"must be images that decode ({clipped(str(error))})"
         raise EvaluationError("PICTURES", rule, url, "leave it out, or save it again") from None

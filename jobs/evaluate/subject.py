@@ -13,13 +13,14 @@ from jobs.evaluate.encoder import FrozenEncoder
 from jobs.run.directory import RunDirectory
 from jobs.weights import consolidated
 from jobs.weights.consolidated import ClassifierHead, Weights
+from jobs.weights.file_statistics import IMAGENET, statistics_in
 from jobs.weights.foreign_classifier import foreign_classifier
 from jobs.weights.image_size import image_shape
 from jobs.weights.initial import foreign_weights
 from jobs.weights.named_weights import RANDOM
 from jobs.weights.names import fresh_tensors, model_names
 from jobs.weights.weight_files import SUFFIX, local_copy, model_config, opened_file
-from model import ConvMAE, ConvMAEConfig
+from model import ChannelStatistics, ConvMAE, ConvMAEConfig
 from pipeline.store.storage import Storage
 
 OFFICIAL_RECIPE = "convmae_base_official"
@@ -41,6 +42,8 @@ class Subject:
     """Of a fine-tuned classifier."""
     has_class_names: bool = True
     """Whether the head's classes are known by more than their numbers."""
+    statistics: ChannelStatistics = IMAGENET
+    """By which images are normalised; for the official weights ImageNet's."""
 
     @classmethod
     def of_run(cls, run: RunDirectory, step: int | None = None) -> Subject:
@@ -53,7 +56,7 @@ class Subject:
         known = _known(weights)
         return cls(f"{run.name}, step {known.get('step', '?')}", weights.config, weights.tensors, {
             "kind": "run", "url": run.url, **known
-        }, weights.head)  # fmt: skip
+        }, weights.head, statistics=weights.statistics)  # fmt: skip
 
     @classmethod
     def of_file(
@@ -74,9 +77,13 @@ class Subject:
         if config is not None:
             about = {"kind": "file", "url": url}
             with local_copy(storage, url) as path:
+                statistics = statistics_in(path, url, config)
                 if encoder_alone and (found := foreign_classifier(path, url, config)):
-                    return cls(name, config, found.tensors, about, found.head, has_class_names=False)
-                return cls(name, config, foreign_weights(path, url, config, encoder_alone=encoder_alone), about)
+                    return cls(
+                        name, config, found.tensors, about, found.head, has_class_names=False, statistics=statistics
+                    )
+                tensors = foreign_weights(path, url, config, encoder_alone=encoder_alone)
+                return cls(name, config, tensors, about, statistics=statistics)
         try:
             weights = consolidated.of_file(storage, url)
         except WeightsFileError:
@@ -85,14 +92,16 @@ class Subject:
                 raise
             return cls.of_file(storage, url, known, encoder_alone=True)
         about = {"kind": "file", "url": url, **_known(weights)}
-        return cls(name, weights.config, weights.tensors, about, weights.head)
+        return cls(name, weights.config, weights.tensors, about, weights.head, statistics=weights.statistics)
 
     @classmethod
-    def of_seed(cls, config: ConvMAEConfig, seed: int, recipe: str) -> Subject:
+    def of_seed(
+        cls, config: ConvMAEConfig, seed: int, recipe: str, statistics: ChannelStatistics = IMAGENET
+    ) -> Subject:
         """The weights with which a run of that seed begins."""
         tensors = fresh_tensors(model_names(config), config, seed)
         origin = {"kind": RANDOM, "recipe": recipe, "seed": seed}
-        return cls(f"random weights of {recipe}, seed {seed}", config, tensors, origin)
+        return cls(f"random weights of {recipe}, seed {seed}", config, tensors, origin, statistics=statistics)
 
     def encoder(self, image_size: str = "") -> FrozenEncoder:
         """The encoder, for images of a size as written on the command line; empty: that of the pretraining.
@@ -101,7 +110,8 @@ class Subject:
             UserError: The size is invalid.
             WeightsFileError: A weight is not finite.
         """
-        return FrozenEncoder.of(self.config, self.tensors, image_shape(image_size, self.config), self.name)
+        shape = image_shape(image_size, self.config)
+        return FrozenEncoder.of(self.config, self.tensors, shape, self.name, statistics=self.statistics)
 
     def classifier(self, classes: tuple[str, ...], image_size: str = "") -> FrozenEncoder:
         """The classifier with the names of its classes, for images of a size as of `encoder`.
@@ -112,7 +122,8 @@ class Subject:
         """
         assert self.head
         head = replace(self.head, classes=classes)
-        return FrozenEncoder.of(self.config, self.tensors, image_shape(image_size, self.config), self.name, head)
+        shape = image_shape(image_size, self.config)
+        return FrozenEncoder.of(self.config, self.tensors, shape, self.name, statistics=self.statistics, head=head)
 
     def model(self) -> ConvMAE:
         """The whole model, in evaluation mode.

@@ -16,6 +16,7 @@ from jobs.export import onnx_export
 from jobs.export.model_card import write_card
 from jobs.export.run_tables import TABLE_SUFFIXES
 from jobs.export.written import Exported, written_files
+from jobs.recipe.image_statistics import statistics_metadata
 from jobs.run.directory import RunDirectory
 from jobs.weights.consolidated import Weights
 from jobs.weights.image_size import image_shape
@@ -23,7 +24,6 @@ from jobs.weights.weight_files import model_json, write_tensors
 from model import Backbone, ConvMAE, ConvMAEConfig
 from model.config import PATCH_PIXELS
 from model.errors import ModelConfigError
-from model.pixels import IMAGENET_MEAN, IMAGENET_STD
 from model.weights import to_official
 from pipeline.access.places import normal
 from pipeline.store.storage import Storage
@@ -119,7 +119,7 @@ def _write_official(source: Source, folder: Path, name: str) -> None:
         check_official(weights.config)
         official = to_official(weights.tensors)
     state = {key: value.contiguous() for key, value in official.items()}
-    about = {**weights.metadata, "model": model_json(weights.config)}
+    about = {**weights.metadata, **_statistics(weights), "model": model_json(weights.config)}
     if weights.head:
         about["classifier"] = json.dumps(asdict(weights.head), sort_keys=True)
     torch.save({"model": state, ABOUT: about}, folder / name)
@@ -132,7 +132,10 @@ def check_official(config: ConvMAEConfig) -> None:
         ExportError: It cannot; names the field.
     """
     rows, columns = config.grid
-    limits: list[tuple[str, object, object]] = [("image_size", rows == columns, True)]
+    limits: list[tuple[str, object, object]] = [
+        ("image_size", rows == columns, True),
+        ("in_channels", config.in_channels, 3),
+    ]
     if config.has_convolutions:
         limits += [("kernel_size", config.kernel_size, OFFICIAL_KERNEL_SIZE), ("fusion", config.fusion, True)]
     for field, value, wanted in limits:
@@ -166,8 +169,8 @@ def _write_hugging_face(source: Source, folder: Path, _: str) -> None:
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,
-            "image_mean": IMAGENET_MEAN,
-            "image_std": IMAGENET_STD,
+            "image_mean": weights.statistics.mean,
+            "image_std": weights.statistics.std,
         },
     )
     write_card(folder, weights, source.run)
@@ -182,7 +185,7 @@ def hugging_face_config(weights: Weights) -> dict[str, object]:
         "torch_dtype": str(next(iter(weights.tensors.values())).dtype).removeprefix("torch."),
         "image_size": list(config.image_shape),
         "patch_size": PATCH_PIXELS,
-        "num_channels": 3,
+        "num_channels": config.in_channels,
         "hidden_sizes": list(config.embed_dim),
         "depths": list(config.depth),
         "num_attention_heads": config.num_heads,
@@ -193,16 +196,21 @@ def hugging_face_config(weights: Weights) -> dict[str, object]:
         "mask_ratio": config.mask_ratio,
         "norm_pix_loss": config.norm_pix,
         "convmae": json.loads(model_json(config)),
-        "pretraining": dict(weights.metadata),
+        "pretraining": {**weights.metadata, **_statistics(weights)},
     }
 
 
 def _write_onnx(source: Source, folder: Path, name: str) -> None:
     weights = source.weights
+    model, about = weights.classifier() if weights.head else _backbone(weights), _statistics(weights)
     if weights.head:
-        onnx_export.write(weights.classifier(), folder / name, source.image_size, weights.head.classes)
-    else:
-        onnx_export.write(_backbone(weights), folder / name, source.image_size)
+        about[onnx_export.CLASSES] = json.dumps(weights.head.classes)
+    onnx_export.write(model, folder / name, source.image_size, about)
+
+
+def _statistics(weights: Weights) -> dict[str, str]:
+    """What images must be normalised by, also where the weights are older than its record."""
+    return statistics_metadata(*weights.statistics)
 
 
 def _backbone(weights: Weights) -> Backbone:
@@ -216,7 +224,7 @@ def _backbone(weights: Weights) -> Backbone:
 
 
 def _save(state: Mapping[str, Tensor], path: Path, weights: Weights) -> None:
-    metadata = {**weights.metadata, "format": "pt", "model": model_json(weights.config)}
+    metadata = {**weights.metadata, **_statistics(weights), "format": "pt", "model": model_json(weights.config)}
     write_tensors(state, path, metadata)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from jobs.report.charts import History, thinned, trend
 from jobs.run.directory import RunDirectory
 from jobs.weights.consolidated import Weights
+from pipeline.image.channels import RGB_CHANNELS
 
 RAW_POINTS = 1200
 TREND_POINTS = 120
@@ -51,7 +52,7 @@ model = ConvMAE(config)
 model.load_state_dict(load_file("model.safetensors"))
 ```
 $backbone
-Images are RGB, scaled to 0..1 and normalised with the mean and deviation in `preprocessor_config.json`.
+Images are $colours, scaled to 0..1 and normalised with the mean and deviation in `preprocessor_config.json`.
 $results
 ## Recipe
 
@@ -71,7 +72,7 @@ The encoder alone, for images of any size:
 ```python
 backbone = Backbone(config, drop_path=0.1)
 backbone.load(load_file("model.safetensors"))
-stage1, stage2, stage3 = backbone(images)  # images: (B, 3, H, W)
+stage1, stage2, stage3 = backbone(images)  # images: (B, $channels, H, W)
 ```
 """
 
@@ -96,14 +97,15 @@ def write_card(folder: Path, weights: Weights, run: RunDirectory | None) -> None
 def card(weights: Weights, run: RunDirectory | None, rows: list[dict[str, Any]], *, has_picture: bool) -> str:
     """The text of the README."""
     recipe: Mapping[str, Any] = run.read_recipe().to_json() if run else {}
-    metadata = dict(weights.metadata)
+    metadata, channels = dict(weights.metadata), weights.config.in_channels
     fields = {**{key: value for key, value in recipe.items() if key not in ("model", "run_root")}, **_model(weights)}
     pictures = [f"![loss over steps]({LOSS_PICTURE})"] if rows else []
     pictures += [f"![originals, masked images and reconstructions]({RECONSTRUCTIONS})"] if has_picture else []
     return Template(_CARD).substitute(
         name=metadata.get("run") or "ConvMAE",
         facts="\n".join(f"- {line}" for line in _facts(weights, rows)),
-        backbone=_BACKBONE if weights.config.has_convolutions else "",
+        backbone=Template(_BACKBONE).substitute(channels=channels) if weights.config.has_convolutions else "",
+        colours="RGB" if channels == RGB_CHANNELS else "gray",
         results="\n## Pretraining\n\n" + "\n\n".join(pictures) + "\n" if pictures else "",
         recipe="\n".join(_row(key, value) for key, value in fields.items()),
         provenance="\n".join(_row(key, value) for key, value in metadata.items()),

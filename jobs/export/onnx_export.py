@@ -5,10 +5,9 @@ Whole images in; three maps out, or the logits of their classes.
 
 from __future__ import annotations
 
-import json
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,21 +56,21 @@ def check_packages() -> None:
             raise ExportError("--format onnx", "needs a package that is not installed", name, remedy) from None
 
 
-def write(
-    model: Backbone | Classifier, path: Path, image_size: tuple[int, int], classes: Sequence[str] | None = None
-) -> None:
+def write(model: Backbone | Classifier, path: Path, image_size: tuple[int, int], metadata: Mapping[str, str]) -> None:
     """Write a model for images of one size and batches of any, and compare it with PyTorch.
 
     Args:
         model: In evaluation mode.
         path: The file to write; weights are inside it.
         image_size: Height and width in pixels.
-        classes: Names of a classifier's outputs.
+        metadata: Of the file: what images are to be normalised by; under CLASSES the names of a classifier's outputs.
 
     Raises:
         ExportError: ONNX Runtime computes something other than PyTorch.
     """
-    images = torch.randn(2, 3, *image_size, device="cpu", generator=torch.Generator().manual_seed(0))
+    images = torch.randn(
+        2, model.config.in_channels, *image_size, device="cpu", generator=torch.Generator().manual_seed(0)
+    )
     plain = _Plain(model.float()).eval()
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with torch.no_grad(), warnings.catch_warnings():
@@ -88,20 +87,19 @@ def write(
             external_data=False,
             verbose=False,
         )
-    if classes is not None:
-        _describe(path, {CLASSES: json.dumps(classes)})
     difference = largest_difference(plain, path, [images, images[:1], torch.cat([images, images.flip(0)])])
     if not difference <= TOLERANCE:
         rule = f"must agree with PyTorch within {TOLERANCE:g} of the largest value"
         remedy = "export on another machine, or use --format backbone or official"
         raise ExportError("--format onnx", rule, f"{difference:.2g}", remedy)
+    _describe(path, metadata)
 
 
-def _describe(path: Path, metadata: dict[str, str]) -> None:
+def _describe(path: Path, metadata: Mapping[str, str]) -> None:
     import onnx
 
     model = onnx.load(path)
-    onnx.helper.set_model_props(model, metadata)
+    onnx.helper.set_model_props(model, dict(metadata))
     onnx.save(model, path)
 
 

@@ -98,7 +98,7 @@ class Classification:
 
     def _erased(self, batch: Batch, chosen: slice) -> tuple[Tensor, Tensor]:
         ids, part = batch.sample_ids[chosen], self._part
-        images = normalise(batch.images[chosen])
+        images = normalise(batch.images[chosen], self._recipe.statistics)
         if part.erasing:
             images = erased(images, self._recipe.seed, batch.epoch, ids, part.erasing)
         shown = {item.bad.id: item.substitute for item in batch.substitutions}

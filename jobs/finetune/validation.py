@@ -57,8 +57,8 @@ class Validation:
         model.eval()
         counts = torch.zeros(3, dtype=torch.int64, device=device)
         groups = [self._samples.sample_ids[places] for places in self._mine]
-        shape, threads = self._recipe.model.image_shape, self._recipe.loader_threads
-        crops = center_crops(self._dataset, groups, shape, threads=threads)
+        config, threads = self._recipe.model, self._recipe.loader_threads
+        crops = center_crops(self._dataset, groups, config.image_shape, threads=threads, channels=config.in_channels)
         with one_thread(), torch.no_grad(), exactly(device.type):
             for places, pixels in zip(self._mine, crops, strict=True):
                 on_batch()
@@ -68,7 +68,9 @@ class Validation:
                 counts += torch.tensor([hits[:, 0].sum(), hits.any(1).sum(), len(places)], device=device)
             for _ in range(self._idle):
                 on_batch()
-                self._logits(model, torch.zeros(1, 3, *shape, dtype=torch.uint8, device=device))
+                self._logits(
+                    model, torch.zeros(1, config.in_channels, *config.image_shape, dtype=torch.uint8, device=device)
+                )
         model.train()
         dist.all_reduce(counts)
         first, among, samples = counts.tolist()
@@ -78,5 +80,5 @@ class Validation:
 
     def _logits(self, model: nn.Module, images: Tensor) -> Tensor:
         dtype = torch.bfloat16 if self._recipe.precision == "bf16_pure" else torch.float32
-        logits: Tensor = model(normalise(images).to(dtype))
+        logits: Tensor = model(normalise(images, self._recipe.statistics).to(dtype))
         return logits

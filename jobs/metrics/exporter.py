@@ -1,4 +1,4 @@
-"""The /metrics endpoint of a run: run-level series that outlive workers, and series of each rank while it trains.
+"""The endpoint of a run: run-level series that outlive workers, series of each rank while it trains, and its page.
 
 Counters are those of the last heartbeat that was written, so that a restart does not look like a reset. Series of ranks
 are made at each scrape from the figures of the newest step, so that none of an ended group remain.
@@ -9,19 +9,23 @@ from __future__ import annotations
 import errno
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, start_http_server
+from prometheus_client import CollectorRegistry, Counter, Gauge, disable_created_metrics, make_wsgi_app
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from jobs.errors import PortTakenError
+from jobs.metrics.endpoint import Endpoint, served, url_of
 from jobs.metrics.rank_figures import FigureTable, RankFigures
 from jobs.run.patience import persevere
 from jobs.run.probe_rows import PROBE_NAMES, ProbeCurve
+
+if TYPE_CHECKING:
+    from wsgiref.types import StartResponse, WSGIApplication, WSGIEnvironment
 
 RANKS_SILENT_SECONDS = 20.0
 """Series of ranks end when no step was reported for this long, or for RANKS_SILENT_STEPS of the slowest rank's."""
@@ -191,13 +195,16 @@ class RankSeries(Collector):
         """Take the figures of the newest step, by rank; none remove all ranks."""
         self._reported = (self._clock(), _table(ranks))
 
-    def collect(self) -> Iterator[Metric]:
-        """The series of a scrape; none if the ranks fell silent."""
+    def alive(self) -> FigureTable:
+        """The newest figures; none if the ranks fell silent."""
         at, ranks = self._reported
         slowest = float(ranks[:, RankFigures._fields.index("step_seconds")].max(initial=0.0))
         patience = max(RANKS_SILENT_SECONDS, RANKS_SILENT_STEPS * slowest)
-        alive = ranks if self._clock() - at <= patience else _table(())
-        for (name, text), column in zip(RANK_GAUGES.items(), alive.T.tolist(), strict=True):
+        return ranks if self._clock() - at <= patience else _table(())
+
+    def collect(self) -> Iterator[Metric]:
+        """The series of a scrape; none if the ranks fell silent."""
+        for (name, text), column in zip(RANK_GAUGES.items(), self.alive().T.tolist(), strict=True):
             family = GaugeMetricFamily(f"convmae_rank_{name}", text, labels=["run", "rank"])
             for rank, figure in enumerate(column):
                 family.add_metric([self._run, str(rank)], figure)
@@ -209,12 +216,19 @@ def _table(ranks: FigureTable | Sequence[RankFigures]) -> FigureTable:
 
 
 class RunExporter:
-    """Serves one run's series over HTTP.
+    """Serves one run's series over HTTP, and the page of whoever has one.
 
-    Owns: the server thread and the registry. Blocking: `update` is O(1) and does no I/O.
+    Owns: the server's threads and the registry. Blocking: `update` is O(1) and does no I/O.
     """
 
-    def __init__(self, run: str, host: str, port: int, patience_seconds: float = 0.0) -> None:
+    def __init__(
+        self,
+        run: str,
+        host: str,
+        port: int,
+        patience_seconds: float = 0.0,
+        pages: Mapping[str, WSGIApplication] | None = None,
+    ) -> None:
         """Start serving.
 
         Args:
@@ -222,6 +236,7 @@ class RunExporter:
             host: Address to listen on.
             port: Port to listen on; 0: any free one.
             patience_seconds: How long to wait for a port of another process, which may be about to end.
+            pages: What is served at some paths; at all others, series are.
 
         Raises:
             PortTakenError: Another process still has the port.
@@ -250,8 +265,10 @@ class RunExporter:
         }
         self._ranks = RankSeries(run)
         registry.register(self._ranks)
-        server = persevere(lambda: _served(registry, host, port), PortTakenError, patience_seconds)
+        app = _by_path(pages or {}, make_wsgi_app(registry))
+        server = persevere(lambda: _listening(app, host, port), PortTakenError, patience_seconds)
         self.address = f"{host}:{server.server_port}"
+        self.page_url = url_of(host, server.server_port)
 
     @property
     def url(self) -> str:
@@ -269,6 +286,10 @@ class RunExporter:
     def update_ranks(self, ranks: FigureTable | Sequence[RankFigures]) -> None:
         """Take the newest step's figures of each rank; none when the group has ended."""
         self._ranks.update(ranks)
+
+    def ranks(self) -> FigureTable:
+        """The figures that are served of ranks."""
+        return self._ranks.alive()
 
     def count(self, name: str, amount: float, label: str = "") -> None:
         """Add to one of COUNTERS, or of LABELLED_COUNTERS with the value of its label."""
@@ -310,11 +331,17 @@ class RunExporter:
         (folder / f"{self._run}.json").unlink(missing_ok=True)
 
 
-def _served(registry: CollectorRegistry, host: str, port: int) -> Any:
+def _by_path(pages: Mapping[str, WSGIApplication], others: WSGIApplication) -> WSGIApplication:
+    def routed(environ: WSGIEnvironment, start_response: StartResponse) -> Iterable[bytes]:
+        return pages.get(environ.get("PATH_INFO", ""), others)(environ, start_response)
+
+    return routed
+
+
+def _listening(app: WSGIApplication, host: str, port: int) -> Endpoint:
     try:
-        server, _ = start_http_server(port, addr=host, registry=registry)
+        return served(app, host, port)
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
         raise PortTakenError.of(port, error) from error
-    return server

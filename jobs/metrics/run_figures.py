@@ -83,6 +83,7 @@ class RunFigures:
             **{key: before[key] for key in _KEPT if key in before},
             **fixed,
             "metrics_url": exporter.url,
+            "page_url": exporter.page_url,
         }
         exporter.update({**self._status, "world_size": 0})  # no rank trains yet
 
@@ -102,6 +103,10 @@ class RunFigures:
     def heartbeat(self) -> dict[str, Any]:
         """All figures, as the heartbeat has them."""
         return {**self._status, **self._totals, "updated_at_seconds": self._wall()}
+
+    def ranks(self) -> FigureTable:
+        """The figures that are served of the ranks that train now."""
+        return self._exporter.ranks()
 
     def update(self, **changes: Any) -> None:
         """Take new values; None: unknown now."""

@@ -31,7 +31,8 @@ class RunProbes:
     @property
     def control(self) -> ProbedWeights:
         """The weights before the first step."""
-        return ProbedWeights(self.recipe.init_from, model_json(self.recipe.model), self.recipe.seed)
+        recipe = self.recipe
+        return ProbedWeights(recipe.init_from, model_json(recipe.model), recipe.seed, *recipe.statistics)
 
     def is_due(self, step: int, *, is_milestone: bool) -> bool:
         """Whether the weights after `step` steps are probed."""

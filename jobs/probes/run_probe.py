@@ -38,6 +38,9 @@ class ProbedWeights:
     model: str = ""
     """JSON of the fields of ConvMAEConfig."""
     seed: int = 0
+    mean: tuple[float, ...] = ()
+    """With the model: what its images are normalised by; empty: ImageNet's."""
+    std: tuple[float, ...] = ()
 
 
 def probed(
@@ -101,8 +104,11 @@ def probe_samples(storage: Storage, data: ProbedData) -> ProbeSamples:
 
 def _subject(storage: Storage, weights: ProbedWeights) -> Subject:
     from jobs.evaluate.subject import Subject
+    from jobs.recipe.image_statistics import statistics_metadata
+    from jobs.weights.file_statistics import image_statistics
     from jobs.weights.weight_files import model_config
 
     if weights.url:
         return Subject.of_file(storage, weights.url)
-    return Subject.of_seed(model_config({"model": weights.model}, "recipe"), weights.seed, "recipe")
+    statistics = image_statistics(statistics_metadata(weights.mean, weights.std), "recipe")
+    return Subject.of_seed(model_config({"model": weights.model}, "recipe"), weights.seed, "recipe", statistics)

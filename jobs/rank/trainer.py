@@ -39,7 +39,7 @@ from jobs.rank.resumable import check_resumable, software_versions
 from jobs.rank.standby import ask_for_successor
 from jobs.rank.step_profile import StepProfile
 from jobs.rank.watchdog import COMPILE_ALLOWED_SECONDS, SAVE_ALLOWED_SECONDS
-from jobs.recipe.recipe import Recipe
+from jobs.recipe.recipe import LIVE_FIELDS, Recipe
 from jobs.recipe.schedule import Schedule
 from jobs.run.directory import RunDirectory
 from jobs.run.shared_folder import Landmarks, check_seen_here
@@ -108,6 +108,7 @@ def rank_loader(dataset: Dataset, order: Order, recipe: Recipe, place: RankPlace
         dataset,
         order,
         image_shape=recipe.model.image_shape,
+        channels=recipe.model.in_channels,
         seed=recipe.seed,
         rank=place.rank,
         world_size=place.world_size,
@@ -144,13 +145,14 @@ class Trainer:
     def __init__(self, job: TrainJob, place: RankPlace, step_of: type[TrainingStep] = TrainingStep) -> None:
         """Restore the newest committed checkpoint; every rank must come here together."""
         self._started_at_seconds = time.time()
-        self.job, self.recipe, self.run_directory, self.place = job, job.recipe, job.run, place
+        self.job, self.run_directory, self.place = job, job.run, place
         self.line = MonitorLine(job.monitor)
         check_seen_here(job.run.storage, job.landmarks)
-        initialize_deepspeed(self.recipe.device)
-        compute_as(self.recipe)
+        initialize_deepspeed(job.recipe.device)
         self._group = RankGroup(place.rank, place.world_size, place.device)
-        self.data = RankData.open(job.run.storage, job.recipe, self._group)
+        self.recipe = self._present_recipe()
+        compute_as(self.recipe)
+        self.data = RankData.open(job.run.storage, self.recipe, self._group)
         self.dataset, self.order = self.data.dataset, self.data.order
         self.schedule = Schedule.of(self.recipe, self.order.steps_per_epoch)
         model = build_model(self.recipe)
@@ -193,6 +195,12 @@ class Trainer:
         self._quarantined: set[int] = set()
         self._undigested: Callable[[str], None] | None = None
         """Reports the last step, once the digest of what it left is known: it travels with the next step."""
+
+    def _present_recipe(self) -> Recipe:
+        """That of the driver, with what was set since it began; the same on every rank."""
+        group, given = self._group, self.job.recipe
+        stored = group.broadcast(group.together(lambda: self.run_directory.read_recipe() if group.rank == 0 else given))
+        return given.model_copy(update={name: getattr(stored, name) for name in LIVE_FIELDS})
 
     def run(self) -> None:
         """Train to the end of the schedule; saves on the way, at the end, and when asked to stop."""

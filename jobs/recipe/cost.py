@@ -30,7 +30,7 @@ class RecipeCost:
             classes: Of a fine-tuning that has not begun, if they are known.
         """
         model, part = recipe.model, recipe.finetune
-        images = recipe.grain if recipe.is_exact else recipe.micro_batch_size
+        images = recipe.grain if recipe.is_exact else recipe.images_at_once
         if part is None:
             cost, counts = flops(model, images), parameters(model)
         else:

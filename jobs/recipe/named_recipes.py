@@ -26,6 +26,7 @@ from typing import Any
 
 from jobs.errors import RecipeError
 from jobs.recipe.finetune import Finetune
+from jobs.recipe.image_statistics import IMAGENET_MEAN, IMAGENET_STD
 from jobs.recipe.recipe import PARTS, Recipe, unknown_key
 from model import ConvMAEConfig
 
@@ -39,6 +40,9 @@ def _imagenet(name: str, size: str, **fields: Any) -> Recipe:
     values: dict[str, Any] = {
         "name": name,
         "model": ConvMAEConfig.preset(size, loss="l1", norm_pix=False),
+        # As published; those of another data set are `image_mean=[] image_std=[]`.
+        "image_mean": IMAGENET_MEAN,
+        "image_std": IMAGENET_STD,
         "epochs": 1600,
         "global_batch_size": 4096,
         "micro_batch_size": 64,

@@ -28,7 +28,7 @@ def parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
             rule = f"must be at most {LONGEST_ARGUMENT} characters"
             raise RecipeError(key[:40], rule, f"{text[:40]}...", "put it into a .toml file, or correct it")
         if key in overrides:
-            raise RecipeError(key, "must be given once", argument, "drop one of the two")
+            raise RecipeError(key, "must be given once", f"{key}=...", "drop one of the two")
         overrides[key] = _toml_value(text)
     return overrides
 

@@ -106,7 +106,7 @@ def _plan_lines(recipe: Recipe, size: DatasetSize) -> Iterator[tuple[str, str]]:
     forward, whole = (f"{each / 1e9:.2f} G" for each in (cost.forward_flops, cost.training_flops))
     yield "FLOPs per image", f"{forward} forward, {whole} with backward"
     if recipe.model.views > 1 and not recipe.finetune:
-        views, images = recipe.model.views, recipe.micro_batch_size
+        views, images = recipe.model.views, recipe.images_at_once
         yield (
             "masks per image",
             f"{views}, each patch visible in one; {views * images:,} in a micro-batch of {images:,}",

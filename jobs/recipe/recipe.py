@@ -13,6 +13,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
@@ -31,13 +32,16 @@ from pydantic import (
 
 from jobs.errors import RecipeError
 from jobs.recipe import finetune
+from jobs.recipe.carried import NOTIFY_PREFIX
 from jobs.recipe.finetune import Finetune
-from model import ConvMAEConfig
+from jobs.recipe.image_statistics import IMAGENET_MEAN, IMAGENET_STD
+from model import ChannelStatistics, ConvMAEConfig
 from model.config import SWITCHES
 from model.errors import ModelConfigError
 from pipeline.access.places import normal
 from pipeline.access.urls import is_local, is_web
 from pipeline.errors import StorageError
+from pipeline.image.channels import CHANNELS, RGB_CHANNELS
 from pipeline.load.bad_sample import MAX_CONSECUTIVE_BAD_SAMPLES, OnBadSample
 from pipeline.load.stall_watch import STALL_SECONDS
 
@@ -48,6 +52,8 @@ STANDARD_WORKERS = 64
 URL_FIELDS = ("data", "run_root", "init_from", "probe_data", "probe_labels")
 FINETUNE_URL_FIELDS = ("labels", "validation_data", "validation_labels")
 HANG_SECONDS = 300.0
+TrackerName = Literal["tensorboard", "mlflow", "wandb"]
+NotifyFormat = Literal["auto", "slack", "json"]
 OnNonFinite = Literal["stop", "skip_batch", "rollback"]
 """What to do with a step whose loss or gradient is not finite: see `jobs.step.non_finite`."""
 
@@ -95,12 +101,51 @@ PLACEMENT_FIELDS = frozenset(
         "probe_samples",
         "probe_wait_seconds",
         "metrics_port",
+        "tracker",
+        "notify_url",
+        "notify_format",
     }
 )
+
+# Of these, those that belong to the run's driver, or to the process group that it starts; the others may change while
+# it trains (`convmae set`).
+DRIVER_FIELDS = frozenset(
+    {
+        "run_root",
+        "max_steps",
+        "compile",
+        "cpus_per_worker",
+        "stall_seconds",
+        "hang_seconds",
+        "standby",
+        "preflight",
+        "straggler_factor",
+        "leave_out_stragglers",
+        "probes",
+        "probe_data",
+        "probe_labels",
+        "probe_epochs",
+        "probe_samples",
+        "probe_wait_seconds",
+        "metrics_port",
+        "tracker",
+        "notify_url",
+        "notify_format",
+    }
+)
+LIVE_FIELDS = PLACEMENT_FIELDS - DRIVER_FIELDS
 
 
 _OLDER_PRECISIONS = {"bf16_pure": "bf16", "bf16": "bf16_autocast"}
 """What precisions are called in the trajectory of a run without grains: once `bf16` was that of the weights, too."""
+
+_VARIABLE = re.compile(rf"env:{NOTIFY_PREFIX}[A-Z0-9_]+")
+"""What `notify_url` must be."""
+
+
+def _or_auto(value: object) -> object:
+    """0 for `auto`."""
+    return 0 if value == "auto" else value
 
 
 Switch = Annotated[bool, Field(strict=False)]
@@ -175,6 +220,11 @@ class Recipe(BaseModel):
     """URL under which the run directory `<run_root>/<run name>` is made. Empty: the local stack's bucket."""
     model: ModelField
     """Architecture, masking and loss (`model.<field>`)."""
+    image_mean: tuple[float, ...] = ()
+    """Mean of each channel, of pixels in 0..1, by which images are normalised. Empty: that of the weights that it
+    starts from, or else of the data set, as its manifest says; determined when a run begins."""
+    image_std: tuple[float, ...] = ()
+    """Deviation of each channel likewise."""
     finetune: FinetuneField = None
     """What makes the run a fine-tuning (`finetune.<field>`); only recipes that are made for it have it."""
     init_from: str = ""
@@ -198,14 +248,16 @@ class Recipe(BaseModel):
     global_batch_size: int = Field(gt=0, le=MOST)
     """Images in one optimizer step over all ranks; never changes with the world size. With `model.views` an image still
     counts once."""
-    micro_batch_size: int = Field(gt=0, le=MOST)
+    micro_batch_size: Annotated[int, BeforeValidator(_or_auto)] = Field(ge=0, le=MOST)
     """Most images that one rank sends through the model at once, with all their views: memory is that of `model.views`
-    times as many. Where grains are used, it bounds the default grain."""
+    times as many. Where grains are used, it bounds the default grain. `auto`, which is 0: the most that fit, found
+    before the run's first step and kept."""
     reproducible: Literal["bits", "rounding"] = "bits"
     """What a trajectory at another world size is equal to: the same `bits` with ZeRO 1 and 2, by grains, or the same
     within `rounding`, with micro-batches of any size. With ZeRO 3 it is always `rounding`."""
-    grain_size: int = Field(default=0, ge=0, le=MOST)
-    """Images whose gradient is computed at once, whatever the world size; their number bounds it. 0: see `grain`."""
+    grain_size: Annotated[int, BeforeValidator(_or_auto)] = Field(default=0, ge=0, le=MOST)
+    """Images whose gradient is computed at once, whatever the world size; their number bounds it. `auto`, which is 0:
+    see `grain`."""
     digest_every_steps: int = Field(default=100, gt=0, le=MOST)
     """Steps between digests of all weights and moments in the history; also where a checkpoint is saved."""
     lanes: int = Field(gt=0, le=MOST)
@@ -305,11 +357,22 @@ class Recipe(BaseModel):
     """How long the end of a run waits for probes that are left."""
     metrics_port: int = Field(default=0, ge=0, le=65535)
     """Port of the run's /metrics endpoint; 0: any free one."""
+    tracker: tuple[TrackerName, ...] = ()
+    """Where the run is shown besides: `tensorboard` (in the run directory), `mlflow`, `wandb` (by their variables)."""
+    notify_url: str = ""
+    """Webhook for notices, as `env:NAME` of the variable that holds its URL, a secret. Empty: none."""
+    notify_format: NotifyFormat = "auto"
+    """What is posted there: Slack's `slack`, plain `json`, or `auto` by the host."""
 
     @property
     def learning_rate(self) -> float:
         """Peak learning rate after warm-up."""
         return self.base_learning_rate * self.global_batch_size / 256
+
+    @property
+    def statistics(self) -> ChannelStatistics:
+        """What images are normalised by. Of a recipe that says nothing ImageNet's: so were runs before it could."""
+        return ChannelStatistics(self.image_mean or IMAGENET_MEAN, self.image_std or IMAGENET_STD)
 
     @property
     def lane_batch_size(self) -> int:
@@ -332,8 +395,13 @@ class Recipe(BaseModel):
         such shares, fits in a micro-batch, and is at most a 64th of the batch where lanes' shares are smaller."""
         if self.grain_size:
             return self.grain_size
-        most = min(self.micro_batch_size, max(self.lane_batch_size, self.global_batch_size // STANDARD_WORKERS))
+        most = min(self.images_at_once, max(self.lane_batch_size, self.global_batch_size // STANDARD_WORKERS))
         return next(size for size in range(most, 0, -1) if self._is_grain(size))
+
+    @property
+    def images_at_once(self) -> int:
+        """Most images that a rank sends through the model at once: `micro_batch_size`, or all, until that is found."""
+        return self.micro_batch_size or self.global_batch_size
 
     @property
     def lanes_together(self) -> int:
@@ -348,6 +416,20 @@ class Recipe(BaseModel):
     def _is_grain(self, size: int) -> bool:
         lane, (lanes, rest) = self.lane_batch_size, divmod(size, self.lane_batch_size)
         return lane % size == 0 or (rest == 0 and self.lanes % lanes == 0)
+
+    @field_validator("tracker")
+    @classmethod
+    def _each_once(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(names)) < len(names):
+            remedy = f"write {json.dumps(list(dict.fromkeys(names)))}"
+            raise RecipeError("tracker", "must name each tracker once", list(names), remedy)
+        return names
+
+    @field_validator("notify_url")
+    @classmethod
+    def _names_a_variable(cls, text: str) -> str:
+        check_notify_url(text)
+        return text
 
     @field_validator(*URL_FIELDS, "cache_dir")
     @classmethod
@@ -397,12 +479,30 @@ class Recipe(BaseModel):
         if self.verify_steps_every and self.finetune:
             rule = "must be 0 in a fine-tuning, whose grains leave statistics of what was computed"
             raise RecipeError("verify_steps_every", rule, self.verify_steps_every, "set verify_steps_every=0")
+        self._check_statistics()
         if self.warmup_epochs >= self.epochs:
             remedy = f"set warmup_epochs={self.epochs / 10:g}, a tenth of the epochs, or train longer"
             raise RecipeError("warmup_epochs", f"must be below epochs = {self.epochs}", self.warmup_epochs, remedy)
         if self.finetune:
             self._check_finetune(self.finetune)
         return self
+
+    def _check_statistics(self) -> None:
+        if len(self.image_mean) != len(self.image_std):
+            rule = f"must have as many numbers as image_mean, {len(self.image_mean)}"
+            raise RecipeError("image_std", rule, list(self.image_std), "give both, or neither")
+        channels = self.model.in_channels
+        if channels not in CHANNELS:
+            rule = f"must be one of {', '.join(map(str, CHANNELS))}, to which images are decoded"
+            raise RecipeError("model.in_channels", rule, channels, "use 3 for RGB and 1 for gray")
+        if self.image_mean and len(self.image_mean) != channels:
+            rule = f"must have a number for each channel, {channels}"
+            remedy = "set image_mean=[] image_std=[] to take the data set's"
+            raise RecipeError("image_mean", rule, list(self.image_mean), remedy)
+        if not all(0 <= value <= 1 for value in self.image_mean):
+            raise RecipeError("image_mean", "must be from 0 to 1", list(self.image_mean), "divide by 255")
+        if not all(0 < value <= 1 for value in self.image_std):
+            raise RecipeError("image_std", "must be above 0, up to 1", list(self.image_std), "divide by 255")
 
     def _check_finetune(self, part: Finetune) -> None:
         if part.mixes and self.mixed_images < 2:
@@ -436,6 +536,10 @@ class Recipe(BaseModel):
             del fields["finetune"]  # so that a pretraining is what it was before there were fine-tunings
         if self.model.views == 1:
             del fields["model"]["views"]  # likewise
+        if self.model.in_channels == RGB_CHANNELS:
+            del fields["model"]["in_channels"]  # likewise
+        if self.statistics == (IMAGENET_MEAN, IMAGENET_STD):
+            del fields["image_mean"], fields["image_std"]  # likewise
         if self.is_exact:
             return fields | {"grain_size": self.grain}
         # As it was before there were grains, so that checkpoints of older runs are theirs.
@@ -446,6 +550,10 @@ class Recipe(BaseModel):
         """This recipe as it was meant before there were grains: free micro-batches, and bf16 of weights, too."""
         precision = "bf16_pure" if self.precision == "bf16" else self.precision
         return self.model_copy(update={"reproducible": "rounding", "grain_size": 0, "precision": precision})
+
+    def with_statistics(self, mean: Sequence[float], std: Sequence[float]) -> Recipe:
+        """This recipe, whose images are normalised by these where it says nothing itself."""
+        return self if self.image_mean else self.amended({"image_mean": list(mean), "image_std": list(std)})
 
     def digest(self) -> str:
         """SHA-256 of the trajectory, which every checkpoint records."""
@@ -467,7 +575,7 @@ class Recipe(BaseModel):
                 raise unknown_key(key, [*cls.model_fields, "model.<field>", "finetune.<field>"])
         # Tuples are lists in JSON and TOML, and an integer is a valid float: strict mode would refuse both.
         values = dict(fields)
-        for key in ("milestone_epochs", "recompute"):
+        for key in ("image_mean", "image_std", "milestone_epochs", "recompute", "tracker"):
             if isinstance(values.get(key), list):
                 values[key] = tuple(values[key])
         try:
@@ -499,6 +607,18 @@ class Recipe(BaseModel):
             raise RecipeError(key, "is of fine-tunings alone", value, remedy)
         parts["finetune"] = {**(fields["finetune"] or {}), **parts["finetune"]}
         return Recipe.from_json({**fields, "model": parts["model"], "finetune": parts["finetune"] or None})
+
+
+def check_notify_url(text: str) -> None:
+    """Refuse a `notify_url` that is not the name of a variable, without quoting it: it may be the secret itself.
+
+    Raises:
+        RecipeError: It is not.
+    """
+    if text and not _VARIABLE.fullmatch(text):
+        rule = f"must be env:NAME, of a variable whose name begins with {NOTIFY_PREFIX}, since a recipe is no secret"
+        remedy = f"export {NOTIFY_PREFIX}URL=https://... and set notify_url=env:{NOTIFY_PREFIX}URL"
+        raise RecipeError("notify_url", rule, "(not shown)", remedy)
 
 
 def unknown_key(key: str, known: Sequence[str]) -> RecipeError:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import re
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,8 @@ _INK, FAINT, _RULE, ACCENT, MARK = "#010101", "#020202", "#030303", "#040404", "
 _VARIABLES = {_INK: "var(--ink)", FAINT: "var(--faint)", _RULE: "var(--rule)", ACCENT: "var(--accent)"}
 _VARIABLES[MARK] = "var(--mark)"
 
+_SETTINGS = threading.Lock()
+"""Held while matplotlib's settings, which are of the process, are ours."""
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 
@@ -192,7 +195,7 @@ def prepare(panel: Axes, title: str, restarts: Sequence[int] = ()) -> None:
 def drawn_svg(figure: Figure, canvas: Canvas, description: str) -> str:
     """The figure as one `<svg>` element, in the colours of the page."""
     data = io.StringIO()
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": canvas.name}):
+    with _SETTINGS, mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": canvas.name}):
         figure.savefig(data, format="svg", metadata=_NO_METADATA, transparent=True)
     text = data.getvalue()
     text = text[text.index("<svg") :]  # what precedes it, and name spaces, belong only to a separate file

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from html import escape
 from string import Template
+
+ALONE = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+"""Content-Security-Policy of a page that holds all that it shows."""
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -13,7 +17,7 @@ _PAGE = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="$policy">
 <title>$title</title>
 <style>
 :root { --page: #fff; --card: #f5f6f8; --ink: #1b1f24; --faint: #616a75; --rule: #dfe3e8; --accent: #2563a8;
@@ -52,6 +56,9 @@ dd { margin: 0; font-variant-numeric: tabular-nums; overflow-wrap: anywhere }
   border-left: 3px solid var(--accent); font-size: .8rem; line-height: 2.2rem; text-align: center;
   print-color-adjust: exact; -webkit-print-color-adjust: exact }
 .bars .restart { border-left-color: var(--mark) }
+a { color: var(--accent) }
+.notice { padding: .6rem .8rem; border-left: 3px solid var(--mark); border-radius: .3rem; background: var(--card);
+  color: var(--ink) }
 table { width: 100%; border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums }
 th, td { padding: .35rem 1rem .35rem 0; border-bottom: 1px solid var(--rule); text-align: left; vertical-align: top }
 th { position: sticky; top: 0; background: var(--page); color: var(--faint); font-weight: 400 }
@@ -76,16 +83,33 @@ svg.narrow { display: none }
 <body>
 <header>
 $header
-<dl class="facts">$facts</dl>
+$facts
 </header>
 <main>
 $sections</main>
-</body>
+$script</body>
 </html>
 """
 
 
-def page(*, title: str, header: str, facts: Iterable[tuple[str, str]], sections: Iterable[str]) -> str:
+@dataclass(frozen=True)
+class Link:
+    """A cell that leads to another page of the same server."""
+
+    text: str
+    target: str
+    """A relative URL, as it stands in an address."""
+
+
+def page(
+    *,
+    title: str,
+    header: str,
+    facts: Iterable[tuple[str, str]],
+    sections: Iterable[str],
+    policy: str = ALONE,
+    script: str = "",
+) -> str:
     """A whole page.
 
     Args:
@@ -93,9 +117,23 @@ def page(*, title: str, header: str, facts: Iterable[tuple[str, str]], sections:
         header: HTML that stands above the facts.
         facts: Name and value of each figure at the top; text.
         sections: HTML, as `section` makes it.
+        policy: What the page may load and run.
+        script: The `<script>` element of a page that has one.
     """
+    return Template(_PAGE).substitute(
+        title=escape(title),
+        header=header,
+        facts=facts_html(facts),
+        sections="".join(sections),
+        policy=escape(policy, quote=True),
+        script=script,
+    )
+
+
+def facts_html(facts: Iterable[tuple[str, str]]) -> str:
+    """Figures as they stand at the top of a page."""
     shown = "".join(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in facts)
-    return Template(_PAGE).substitute(title=escape(title), header=header, facts=shown, sections="".join(sections))
+    return f'<dl class="facts">{shown}</dl>'
 
 
 def section(title: str, body: str) -> str:
@@ -122,6 +160,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def _cell(value: object) -> str:
+    if isinstance(value, Link):
+        return f'<td><a href="{escape(value.target)}">{escape(value.text)}</a></td>'
     return f"<td>{escape(str(value))}</td>"
 
 

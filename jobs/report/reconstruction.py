@@ -1,6 +1,6 @@
 """Pictures of what a model has learned: photographs, what it sees of them, and how it reconstructs the rest.
 
-Letters: B images, H and W pixels.
+Letters: B images, C channels, 1 or 3, H and W pixels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from jobs.run.directory import RunDirectory
-from model import ConvMAE, ConvMAEConfig
+from model import ChannelStatistics, ConvMAE, ConvMAEConfig
 from model.masking import draw_mask
 from model.noise import mask_noise
 from model.pixels import denormalise, normalise, patch_moments, patchify, unpatchify
@@ -44,7 +44,7 @@ _SAMPLES_STREAM = 0x50494354  # separates the choice of samples from other uses 
 
 
 class Panels(NamedTuple):
-    """The reconstruction of images by one model, each (B, 3, H, W) uint8."""
+    """The reconstruction of images by one model, each (B, C, H, W) uint8."""
 
     original: Tensor
     masked: Tensor
@@ -62,7 +62,13 @@ class Stage(NamedTuple):
 
 
 def reconstruction_grid(
-    config: ConvMAEConfig, stages: Iterable[Stage], dataset: Dataset, *, seed: int, count: int = 8
+    config: ConvMAEConfig,
+    statistics: ChannelStatistics,
+    stages: Iterable[Stage],
+    dataset: Dataset,
+    *,
+    seed: int,
+    count: int = 8,
 ) -> Image.Image:
     """Draw originals, masked images and a row of reconstructions for each stage, one column for each image.
 
@@ -72,6 +78,7 @@ def reconstruction_grid(
 
     Args:
         config: The model's.
+        statistics: By which its images were normalised.
         stages: At least one; each is dropped before the next is requested.
         dataset: Where the images come from.
         seed: Chooses images and masks.
@@ -79,14 +86,14 @@ def reconstruction_grid(
     """
     model = ConvMAE(config).eval()
     samples = varied(usable(dataset, spread_samples(dataset.samples, CANDIDATES * count, seed)), count)
-    crops = [center_crop(decode(sample.data), config.image_shape) for sample in samples]
+    crops = [center_crop(decode(sample.data, config.in_channels), config.image_shape) for sample in samples]
     noise = mask_noise(
         seed, 0, torch.tensor([sample.id for sample in samples], device="cpu"), config.mask_patches, "cpu"
     )
     images, rows = torch.from_numpy(np.stack(crops)), list[tuple[str, Tensor]]()
     for stage in stages:
         model.load_state_dict(stage.weights)
-        panels = reconstruct_panels(model, images, noise)
+        panels = reconstruct_panels(model, statistics, images, noise)
         rows = rows or [
             ("original", panels.original),
             (f"what the model sees: {config.mask_ratio:.0%} is hidden", panels.masked),
@@ -105,7 +112,8 @@ def write_reconstructions(run: RunDirectory, stages: Iterable[Stage], dataset: D
     """
     recipe = run.read_recipe()
     data = io.BytesIO()
-    reconstruction_grid(recipe.model, stages, dataset, seed=recipe.seed).save(data, "PNG", optimize=True)
+    grid = reconstruction_grid(recipe.model, recipe.statistics, stages, dataset, seed=recipe.seed)
+    grid.save(data, "PNG", optimize=True)
     url = run.path(RECONSTRUCTIONS_NAME)
     run.storage.write(url, data.getvalue())
     return url
@@ -153,29 +161,31 @@ def varied(samples: Sequence[Sample], count: int) -> list[Sample]:
 
 
 @torch.inference_mode()
-def reconstruct_panels(model: ConvMAE, images: Tensor, noise: Tensor) -> Panels:
+def reconstruct_panels(model: ConvMAE, statistics: ChannelStatistics, images: Tensor, noise: Tensor) -> Panels:
     """Mask images, and fill what was hidden with the model's prediction.
 
     Args:
         model: In evaluation mode.
-        images: (B, 3, H, W) uint8.
+        statistics: By which its images were normalised.
+        images: (B, C, H, W) uint8.
         noise: (B, draws), what the model masks by.
     """
-    config, inputs = model.config, normalise(images)
+    config, inputs = model.config, normalise(images, statistics)
     prediction = model.reconstruct(inputs, noise=noise).float()
     if config.norm_pix:
         mean, deviation = patch_moments(patchify(inputs))
         prediction = prediction * deviation + mean
     hidden = _hidden_pixels(config, noise)
     masked = images.masked_fill(hidden, HIDDEN_GRAY)
-    return Panels(images, masked, torch.where(hidden, denormalise(unpatchify(prediction, config.grid)), images))
+    filled = denormalise(unpatchify(prediction, config.grid), statistics)
+    return Panels(images, masked, torch.where(hidden, filled, images))
 
 
 def draw_grid(rows: Sequence[tuple[str, Tensor]]) -> Image.Image:
     """Lay images out in captioned rows, about LEAST_WIDTH_PIXELS to MOST_WIDTH_PIXELS wide.
 
     Args:
-        rows: Caption and images, (B, 3, H, W) uint8, of each.
+        rows: Caption and images, (B, C, H, W) uint8, of each.
     """
     count, _, height, width = rows[0][1].shape
     whole_factor = math.ceil(LEAST_WIDTH_PIXELS / (count * width))
@@ -190,7 +200,8 @@ def draw_grid(rows: Sequence[tuple[str, Tensor]]) -> Image.Image:
         top = number * row_height
         pen.text((_GAP_PIXELS, top + _CAPTION_PIXELS // 2), caption, "black", font, anchor="lm")
         for column, image in enumerate(images):
-            cell = Image.fromarray(image.permute(1, 2, 0).numpy()).resize((cell_width, cell_height), method)
+            shown = image.expand(3, -1, -1)  # of a gray one all channels are alike
+            cell = Image.fromarray(shown.permute(1, 2, 0).numpy()).resize((cell_width, cell_height), method)
             picture.paste(cell, (_GAP_PIXELS + column * (cell_width + _GAP_PIXELS), top + _CAPTION_PIXELS))
     return picture
 

@@ -49,21 +49,22 @@ def write_report(run: RunDirectory) -> str:
 def report_html(run: ReportedRun) -> str:
     """The page as HTML. All outside text (names, reasons, paths) is escaped."""
     sections = [
-        section("Training", _charts(run)),
-        section("Accuracy", _accuracy(run)),
-        section("Reconstructions", _picture(run)),
-        section("Attempts", _bars(run) + _timeline(run)),
-        section("Checkpoints", _checkpoints(run)),
-        section("Data faults", _faults(run)),
+        section("Training", training(run)),
+        section("Accuracy", accuracy(run)),
+        section("Reconstructions", reconstructions(run)),
+        section("Attempts", attempt_bars(run) + attempt_rows(run)),
+        section("Checkpoints", checkpoints(run)),
+        section("Data faults", data_faults(run)),
         section("Skipped images", _skipped(run)),
         section("Recipe", pairs(recipe_fields(run.recipe))),
         section("Software and data", pairs(_origins(run))),
     ]
-    return page(title=f"{run.name} · ConvMAE run", header=_header(run), facts=_facts(run), sections=sections)
+    return page(title=f"{run.name} · ConvMAE run", header=header(run), facts=facts(run), sections=sections)
 
 
-def _header(run: ReportedRun) -> str:
-    heard = f"last heard of {_time_text(run.heard_at)} UTC" if run.heard_at else ""
+def header(run: ReportedRun) -> str:
+    """What stands above all: name, state, how far it is."""
+    heard = f"last heard of {time_text(run.heard_at)} UTC" if run.heard_at else ""
     name, recipe, state = (escape(text) for text in (run.name, run.recipe.name, run.state))
     total_steps = run.heartbeat.get("total_steps", 0)
     done_percent = f"{100 * run.step / total_steps:.1f}" if total_steps else "0"
@@ -76,7 +77,8 @@ def _header(run: ReportedRun) -> str:
     return "\n".join(lines)
 
 
-def _facts(run: ReportedRun) -> Iterable[tuple[str, str]]:
+def facts(run: ReportedRun) -> Iterable[tuple[str, str]]:
+    """The figures at the top, by name; text."""
     heartbeat, attempts, batch = run.heartbeat, run.attempts, run.recipe.global_batch_size
     finished = run.state == "finished"
     yield "Step", f"{run.step:,} / {heartbeat['total_steps']:,}" if heartbeat else "0"
@@ -105,7 +107,8 @@ def _facts(run: ReportedRun) -> Iterable[tuple[str, str]]:
         yield "Wall time", duration_text(run.heard_at - attempts[0]["at_seconds"])
 
 
-def _charts(run: ReportedRun) -> str:
+def training(run: ReportedRun) -> str:
+    """Loss, learning rate, speed, MFU and workers over the steps."""
     if not len(run.history):
         return paragraph("No step was recorded yet.")
     restarts = [event["step"] for event in run.attempts if event["kind"] != "start"]
@@ -123,7 +126,7 @@ def _charts(run: ReportedRun) -> str:
     return charts + (paragraph("Dashed lines: the step from which a later attempt resumed.") if restarts else "")
 
 
-def _accuracy(run: ReportedRun) -> str:
+def accuracy(run: ReportedRun) -> str:
     """Of a pretraining by its probes; of a fine-tuning as it was measured while it trained."""
     curve, failed = run.accuracies, sum(event["kind"] == "probe-failed" for event in run.events)
     faults = paragraph(f"{failed:,} probes failed: see the events `probe-failed`.") if failed else ""
@@ -140,7 +143,8 @@ def _accuracy(run: ReportedRun) -> str:
     return charts + paragraph(note) + table(accuracy_head(curve), list(accuracy_rows(curve))) + faults
 
 
-def _picture(run: ReportedRun) -> str:
+def reconstructions(run: ReportedRun) -> str:
+    """The picture of them, if the run has one."""
     if run.picture is None:
         return ""
     source = f"data:image/png;base64,{base64.b64encode(run.picture).decode()}"
@@ -154,7 +158,7 @@ def _picture(run: ReportedRun) -> str:
     return f'<div class="picture">{image}</div>{paragraph(note)}'
 
 
-def _bars(run: ReportedRun) -> str:
+def attempt_bars(run: ReportedRun) -> str:
     """The attempts over wall time: as wide as they lasted, with their workers, and a mark after a failure."""
     attempts = run.attempts
     if not attempts:
@@ -174,14 +178,15 @@ def _bars(run: ReportedRun) -> str:
     return f'<div class="bars" role="img" aria-label="{escape(note)}">{"".join(bars)}</div>{paragraph(note)}'
 
 
-def _timeline(run: ReportedRun) -> str:
+def attempt_rows(run: ReportedRun) -> str:
+    """What began and ended attempts, and why."""
     turns = [event for event in run.events if "steps_redone" in event or event["kind"] in _ENDINGS]
     if not turns:
         return paragraph("The run has not started yet.")
     rows = [
         (
             event["attempt"],
-            _time_text(event["at_seconds"]),
+            time_text(event["at_seconds"]),
             event["kind"],
             event.get("world_size", ""),
             f"{event['step']:,}",
@@ -195,7 +200,8 @@ def _timeline(run: ReportedRun) -> str:
     return _unlisted(len(turns) - len(rows)) + table(head, rows)
 
 
-def _checkpoints(run: ReportedRun) -> str:
+def checkpoints(run: ReportedRun) -> str:
+    """Those in the store, and what they cost."""
     saved = [event for event in run.events if event["kind"] == "checkpoint"]
     if not saved:
         return paragraph("No checkpoint was committed yet.")
@@ -205,7 +211,7 @@ def _checkpoints(run: ReportedRun) -> str:
     rows = [
         (
             f"{event['step']:,}",
-            _time_text(event["at_seconds"]),
+            time_text(event["at_seconds"]),
             _bytes_text(event["bytes"]),
             f"{event['stall_seconds']:.2f}",
             "yes" if event["step"] in run.kept_steps else "",
@@ -219,7 +225,8 @@ def _checkpoints(run: ReportedRun) -> str:
     return total + _unlisted(len(saved) - len(rows)) + table(head, rows)
 
 
-def _faults(run: ReportedRun) -> str:
+def data_faults(run: ReportedRun) -> str:
+    """Samples that were found unusable."""
     if not run.faults:
         return paragraph("None: every sample that was read is as it was ingested.")
     kinds = Counter(str(row["fault"]) for row in run.faults)
@@ -258,7 +265,8 @@ def _unlisted(count: int) -> str:
     return paragraph(f"{count:,} older ones are not listed.") if count else ""
 
 
-def _time_text(seconds: float) -> str:
+def time_text(seconds: float) -> str:
+    """A Unix time in UTC."""
     return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}"
 
 

@@ -8,8 +8,10 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
+from urllib.parse import urlsplit
 
 from jobs.checkpoint import checkpoint
+from jobs.report.live.page_token import is_loopback, with_token
 from jobs.run.accuracy_text import accuracies_text, accuracy_text
 from jobs.run.directory import FINAL_STATES, RunDirectory
 from jobs.run.validation_rows import VALIDATION_NAMES
@@ -35,15 +37,29 @@ def run_status(run: RunDirectory, now_seconds: float | None = None) -> dict[str,
         "total_steps": 0,
         **run.read_heartbeat(),
     }
-    silent = now - status.get("updated_at_seconds", now)
-    if status["state"] not in FINAL_STATES and silent > SILENT_SECONDS:
-        status["state"] = "interrupted"
+    status["state"] = current_state(status, now)
     status["committed_steps"] = checkpoint.committed_steps(run)
     if "checkpoint_at_seconds" in status:
         status["checkpoint_age_seconds"] = max(0.0, now - status["checkpoint_at_seconds"])
     if "worker_seconds_total" in status:
         status["worker_hours"] = status["worker_seconds_total"] / 3600
     return status
+
+
+def current_state(heartbeat: Mapping[str, Any], now_seconds: float) -> str:
+    """The state that a heartbeat stands for, by its age."""
+    state = str(heartbeat.get("state", "submitted"))
+    silent = now_seconds - heartbeat.get("updated_at_seconds", now_seconds)
+    return "interrupted" if state not in FINAL_STATES and silent > SILENT_SECONDS else state
+
+
+def page_address(run: RunDirectory, status: Mapping[str, Any]) -> str:
+    """Where the live page of a run can be opened, with the token that it asks for; empty where there is none."""
+    url = str(status.get("page_url", ""))
+    if not url or status["state"] in (*FINAL_STATES, "interrupted"):
+        return ""
+    token = "" if is_loopback(urlsplit(url).hostname or "") else run.read_page_token()
+    return with_token(url, token)
 
 
 def status_or_error(run: RunDirectory) -> dict[str, Any]:
@@ -102,6 +118,8 @@ def status_lines(status: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if status["state"] not in FINAL_STATES:
         yield "ETA", duration_text(status.get("eta_seconds"))
         yield "metrics", status.get("metrics_url", "-")
+        if status.get("page_url"):
+            yield "page", status["page_url"]
     yield "directory", status["url"]
 
 

@@ -7,9 +7,14 @@
         quarantine/attempt-0001.jsonl  samples first found unusable in this attempt, one JSON line each
         left-out.json               steps that rollbacks skipped, if there were any
         heartbeat.json              the latest status of the live run
+        trackers/mlflow.json        what this tracker calls the run, and how much of it it has
+        tensorboard/                event files of TensorBoard
+        notices.json                up to which event people were notified
+        page-token.json             what the run's live page asks for, on a cluster
         stop-request.json           there until the run obeys `convmae stop`
         profile-request.json        there until the run takes what `convmae profile` asks for
         profiles/step-00000050-rank-0001/  what it asked for: trace, operators, flame graph
+        set-request.json            there until the run obeys `convmae set`
         claims/claim-000001.json    which driver has it
         checkpoints/step-00000050/  native ZeRO files, a folder for each attempt of each driver
         commits/step-00000050.json  written last: without it the checkpoint does not exist
@@ -25,7 +30,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +46,8 @@ if TYPE_CHECKING:  # it imports torch, for which commands that only read should 
 REPORT_NAME = "report.html"
 STOP_REQUEST_NAME = "stop-request.json"
 PROFILE_REQUEST_NAME = "profile-request.json"
+SET_REQUEST_NAME = "set-request.json"
+PAGE_TOKEN_NAME = "page-token.json"
 HISTORY_PART_STEPS = 1000
 """Steps in one part of the history, which is the most that one flush rewrites."""
 
@@ -142,10 +149,15 @@ class RunDirectory:
 
         if not self.exists():
             return False
-        if differences := difference(self.read_recipe().trajectory(), recipe.trajectory()):
+        if differences := difference(self.begun_recipe(recipe).trajectory(), recipe.trajectory()):
             rule = f"has another recipe under this name ({'; '.join(differences)})"
             raise RunError("run", rule, self.name, "use the same recipe to resume it, or another --run name")
         return True
+
+    def begun_recipe(self, recipe: Recipe) -> Recipe:
+        """The run's recipe; as long as its micro-batch is yet to be found, with that of another one."""
+        begun = self.read_recipe()
+        return begun if begun.micro_batch_size else begun.amended({"micro_batch_size": recipe.micro_batch_size})
 
     def claim(self, recipe: Recipe) -> bool:
         """Record `recipe` as this run's; True if the run is new.
@@ -159,20 +171,25 @@ class RunDirectory:
 
     def read_events(self) -> list[dict[str, Any]]:
         """Every event, oldest first."""
-        return [event for name in self._parts("events") for event in self._read_lines("events", name)]
+        return [event for name in self.part_names("events") for event in self.read_part("events", name)]
 
     def write_events(self, attempt: int, events: Iterable[dict[str, Any]]) -> None:
         """Replace the events of one attempt."""
         self._write_lines("events", f"attempt-{attempt:04d}.jsonl", events)
 
-    def read_history(self) -> list[dict[str, Any]]:
-        """One row per step, by step; for a step that was redone after a restart, that of the last attempt."""
-        rows = {row["step"]: row for row in self.read_every_row()}
-        return [rows[step] for step in sorted(rows)]
+    def read_history(self, after: int = 0) -> list[dict[str, Any]]:
+        """One row per step, by step; for a step that was redone after a restart, that of the last attempt.
+
+        Args:
+            after: Only of steps after this one; parts that hold none of them are not read.
+        """
+        names = _parts_after(self.part_names("history"), after)
+        rows = {row["step"]: row for name in names for row in self.read_part("history", name)}
+        return [rows[step] for step in sorted(rows) if step > after]
 
     def read_every_row(self) -> list[dict[str, Any]]:
         """Every row of the history as it was written, also of steps that were redone: by attempt, then by step."""
-        return [row for name in self._parts("history") for row in self._read_lines("history", name)]
+        return [row for name in self.part_names("history") for row in self.read_part("history", name)]
 
     def write_history(self, attempt: int, first_step: int, rows: Iterable[dict[str, Any]]) -> None:
         """Replace one part of the history."""
@@ -180,7 +197,7 @@ class RunDirectory:
 
     def read_quarantine(self) -> list[dict[str, Any]]:
         """Every sample that was found unusable, once, in the order of discovery."""
-        return [row for name in self._parts("quarantine") for row in self._read_lines("quarantine", name)]
+        return [row for name in self.part_names("quarantine") for row in self.read_part("quarantine", name)]
 
     def write_quarantine(self, attempt: int, rows: Iterable[dict[str, Any]]) -> None:
         """Replace the samples first found unusable in one attempt."""
@@ -201,7 +218,7 @@ class RunDirectory:
 
     def last_attempt(self) -> int:
         """The number of the newest attempt; 0 if there was none."""
-        names = self._parts("events")
+        names = self.part_names("events")
         return int(names[-1].removeprefix("attempt-").removesuffix(".jsonl")) if names else 0
 
     def write_heartbeat(self, status: dict[str, Any]) -> None:
@@ -210,11 +227,23 @@ class RunDirectory:
 
     def read_heartbeat(self) -> dict[str, Any]:
         """The latest status of the live run; empty before its first."""
-        url = self.path("heartbeat.json")
-        try:
-            return checked("heartbeat", parsed(self.storage.read(url), url), url)
-        except FileNotFoundError:
-            return {}
+        return self._read_object("heartbeat", self.path("heartbeat.json"))
+
+    def read_tracked(self, tracker: str) -> dict[str, Any]:
+        """What a tracker calls the run, and how much of it it has; empty before it was first opened."""
+        return self._read_object("tracked", self.path("trackers", f"{tracker}.json"))
+
+    def write_tracked(self, tracker: str, state: dict[str, Any]) -> None:
+        """Replace what is known of a tracker."""
+        self.storage.write(self.path("trackers", f"{tracker}.json"), _json_bytes(state))
+
+    def read_notified(self) -> dict[str, Any]:
+        """Up to which event people were notified; empty before the first notice could be sent."""
+        return self._read_object("notified", self.path("notices.json"))
+
+    def write_notified(self, state: dict[str, Any]) -> None:
+        """Replace what is known of the notices."""
+        self.storage.write(self.path("notices.json"), _json_bytes(state))
 
     def write_stop_request(self) -> None:
         """Ask the run, wherever its driver is, to save a checkpoint and end."""
@@ -244,11 +273,65 @@ class RunDirectory:
         self.storage.delete(url)
         return ProfileRequest.from_json(checked("profile-request", parsed(data, url), url))
 
-    def _parts(self, folder: str) -> list[str]:
+    def change_recipe(self, change: Callable[[Recipe], Recipe]) -> tuple[Recipe, Recipe]:
+        """Replace the recipe by what `change` makes of it; returns both. Nothing that others write is lost.
+
+        Raises:
+            RunError: As `read_recipe`.
+            Exception: What `change` raises; nothing was written.
+        """
+        url = self.path("recipe.json")
+        while True:
+            before = self.read_recipe()
+            data = self.storage.read(url)
+            after = change(before)
+            if self.storage.replace(url, _json_bytes(after.to_json()), data):
+                return before, after
+
+    def write_set_request(self, changes: Mapping[str, Sequence[Any]]) -> None:
+        """Ask the run, wherever its driver is, to train on by its changed recipe.
+
+        Args:
+            changes: The value before and after, by field; added to those that it has not obeyed yet.
+        """
+        url = self.path(SET_REQUEST_NAME)
+        self.storage.write(url, _json_bytes({**self._read_set_request(), **changes}))
+
+    def take_set_request(self) -> dict[str, Sequence[Any]]:
+        """Fields that were changed, with the values before and after; removes the request. Empty: none."""
+        changes = self._read_set_request()
+        if changes:
+            self.storage.delete(self.path(SET_REQUEST_NAME))
+        return changes
+
+    def is_set_requested(self) -> bool:
+        """Whether a request has not been obeyed yet."""
+        return self.storage.exists(self.path(SET_REQUEST_NAME))
+
+    def _read_set_request(self) -> dict[str, Sequence[Any]]:
+        url = self.path(SET_REQUEST_NAME)
+        try:
+            found = parsed(self.storage.read(url), url)
+        except FileNotFoundError:
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _read_object(self, kind: str, url: str) -> dict[str, Any]:
+        try:
+            return checked(kind, parsed(self.storage.read(url), url), url)
+        except FileNotFoundError:
+            return {}
+
+    def part_names(self, folder: str) -> list[str]:
+        """Names of the files in `events`, `history` or `quarantine`, by attempt, then by step.
+
+        All but the last stay as they are.
+        """
         names = filter(_NAMES[folder].fullmatch, self.storage.list_names(self.path(folder)))
         return sorted(names, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
 
-    def _read_lines(self, folder: str, name: str) -> list[dict[str, Any]]:
+    def read_part(self, folder: str, name: str) -> list[dict[str, Any]]:
+        """The rows of one of these files; none if it is gone."""
         url = self.path(folder, name)
         try:
             data = self.storage.read(url)
@@ -256,9 +339,37 @@ class RunDirectory:
             return []
         return [checked(folder, parsed(line, url), url) for line in data.splitlines()]
 
+    def read_page_token(self) -> str:
+        """What the live page asks for where others than this machine reach it; empty if there is none.
+
+        Raises:
+            RunError: It is damaged.
+        """
+        url = self.path(PAGE_TOKEN_NAME)
+        try:
+            row = checked("page-token", parsed(self.storage.read(url), url), url)
+        except FileNotFoundError:
+            return ""
+        return str(row["token"])
+
+    def write_page_token(self, token: str) -> None:
+        """Replace it."""
+        self.storage.write(self.path(PAGE_TOKEN_NAME), _json_bytes({"token": token}))
+
     def _write_lines(self, folder: str, name: str, rows: Iterable[dict[str, Any]]) -> None:
         data = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
         self.storage.write(self.path(folder, name), data.encode())
+
+
+def _parts_after(names: Sequence[str], step: int) -> list[str]:
+    """The parts of a history, in order, that may hold later steps: a part ends where the next of its attempt begins."""
+    numbers = [[int(number) for number in re.findall(r"\d+", name)] for name in names]
+    ended = {
+        name
+        for name, (attempt, _), (next_attempt, next_step) in zip(names, numbers, numbers[1:], strict=False)
+        if attempt == next_attempt and next_step <= step + 1
+    }
+    return [name for name in names if name not in ended]
 
 
 def list_runs(storage: Storage, run_root: str) -> list[RunDirectory]:

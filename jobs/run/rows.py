@@ -136,6 +136,21 @@ class _Heartbeat(TypedDict):
     validation_best_low: NotRequired[Ratio]
     device: NotRequired[Text]
     metrics_url: NotRequired[Text]
+    page_url: NotRequired[Text]
+
+
+class _PageToken(TypedDict):
+    token: Annotated[str, Strict(), Field(pattern="^[A-Za-z0-9_-]{32,128}$")]
+
+
+class _Tracked(TypedDict):
+    id: Annotated[str, Strict(), Field(pattern=r"^[A-Za-z0-9._-]{1,100}$")]
+    step: Integer
+    at_seconds: Time
+
+
+class _Notified(TypedDict):
+    at_seconds: Time
 
 
 _ROWS: dict[str, TypeAdapter[Any]] = {
@@ -145,6 +160,9 @@ _ROWS: dict[str, TypeAdapter[Any]] = {
     "left-out": TypeAdapter(_LeftOutRow),
     "heartbeat": TypeAdapter(_Heartbeat),
     "profile-request": TypeAdapter(_ProfileRequest),
+    "tracked": TypeAdapter(_Tracked),
+    "notified": TypeAdapter(_Notified),
+    "page-token": TypeAdapter(_PageToken),
 }
 _OF_KINDS: Mapping[str, tuple[str, ...]] = {
     "checkpoint": ("bytes", "stall_seconds", "duration_seconds"),
@@ -165,6 +183,9 @@ _TYPES = {
 _REMEDIES = {
     "heartbeat": "delete it: a live run writes it again",
     "profile-request": "ask again with `convmae profile`",
+    "tracked": "delete it: the tracker then has the run a second time",
+    "notified": "delete it: notices are sent from the next event on",
+    "page-token": "delete it: the run's next driver makes another",
 }
 _RESTORE = "restore the file, or move it away: what it holds is then missing"
 
@@ -185,7 +206,8 @@ def checked(kind: str, row: Any, url: str) -> Row:
     """The same row, if it has the fields of its kind.
 
     Args:
-        kind: `events`, `history`, `quarantine`, `left-out`, `heartbeat` or `profile-request`.
+        kind: `events`, `history`, `quarantine`, `left-out`, `heartbeat`, `tracked`, `notified`, `page-token` or
+            `profile-request`.
         row: What was read.
         url: From where, for the message.
 

@@ -62,7 +62,7 @@ class Reconstruction:
         sample_ids = batch.sample_ids[chosen].to(device, non_blocking=True)
         noise = mask_noise(recipe.seed, batch.epoch, sample_ids, recipe.model.mask_patches, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
-            output: Output = model(normalise(batch.images[chosen]), noise=noise)
+            output: Output = model(normalise(batch.images[chosen], recipe.statistics), noise=noise)
         return output
 
     def write(self, words: Tensor) -> None:

@@ -20,10 +20,12 @@ from jobs.checkpoint.state_reading import read_zero_state
 from jobs.consolidation.file_layout import FILE_NAME, INDEX_NAME
 from jobs.consolidation.target import SEVERAL_FILES, recorded_sha256
 from jobs.errors import CheckpointError, WeightsFileError
+from jobs.recipe.image_statistics import statistics_metadata
 from jobs.run.directory import RunDirectory
+from jobs.weights.file_statistics import image_statistics
 from jobs.weights.weight_checks import check_against, check_dtypes
 from jobs.weights.weight_files import SUFFIX, local_copy, model_config, opened_file, sha256_of, tensors_in
-from model import Classifier, ConvMAEConfig
+from model import ChannelStatistics, Classifier, ConvMAEConfig
 from model.classifier import KINDS
 from model.errors import WeightsError, listed
 from model.weights import check_names
@@ -75,6 +77,15 @@ class Weights:
     """Run, step, epoch, digests and versions, as far as they are known."""
     head: ClassifierHead | None = None
     """Of a fine-tuning; None: it is a pretraining's model."""
+
+    @property
+    def statistics(self) -> ChannelStatistics:
+        """What its images were normalised by.
+
+        Raises:
+            WeightsFileError: The metadata are damaged.
+        """
+        return image_statistics(self.metadata, self.metadata.get("run", "weights"))
 
     def classifier(self) -> Classifier:
         """The model of a fine-tuning, with these weights, in evaluation mode."""
@@ -219,6 +230,7 @@ def _of_checkpoint(run: RunDirectory, commit: Commit) -> Weights:
         "recipe_digest": commit.recipe_digest,
         "dataset_digest": commit.dataset_digest,
         "versions": json.dumps(dict(commit.versions), sort_keys=True),
+        **statistics_metadata(*recipe.statistics),
     }
     head = ClassifierHead(part.kind, part.classes) if part else None
     weights = Weights(config, tensors, metadata, head)
@@ -250,6 +262,7 @@ def read_weights(path: Path, url: str) -> Weights:
 def _weights(tensors: Mapping[str, Tensor], metadata: Mapping[str, str], url: str) -> Weights:
     others = {name: value for name, value in metadata.items() if name not in ("model", "format", "classifier")}
     weights = Weights(model_config(metadata, url), tensors, others, ClassifierHead.of(metadata, url))
+    image_statistics(metadata, url)
     weights.check(url)
     return weights
 

@@ -17,9 +17,11 @@ from torch import Tensor
 
 from jobs.checkpoint.rank_group import RankGroup, Room
 from jobs.errors import WeightsFileError
+from jobs.recipe.image_statistics import statistics_metadata
 from jobs.recipe.recipe import Recipe
 from jobs.run.directory import RunDirectory
 from jobs.weights.deepspeed_folder import weights_in_folder
+from jobs.weights.file_statistics import IMAGENET, statistics_for, statistics_in
 from jobs.weights.names import WeightNames, described, fresh_tensors, weight_names
 from jobs.weights.torch_file import is_safetensors, torch_tensors
 from jobs.weights.weight_checks import check_dtypes, check_finite, check_header, check_heads, check_values
@@ -31,11 +33,14 @@ from jobs.weights.weight_files import (
     opened_file,
     sha256_of,
     shapes_of,
+    tensors_in,
     write_tensors,
 )
 from model import ConvMAEConfig
 from model.config import ENCODER_FIELDS, PATCH_PIXELS
+from model.weights import to_gray
 from pipeline.host.scratch import scratch_folder
+from pipeline.image.channels import GRAY_CHANNELS
 from pipeline.store.storage import Storage
 
 KINDS = ("file", "deepspeed")
@@ -91,10 +96,12 @@ def import_weights(
     fresh_decoder = fresh_decoder_seed is not None
     if kind == "deepspeed":
         state, metadata["source_sha256"] = weights_in_folder(storage, source)
+        metadata |= statistics_metadata(*statistics_for(config, IMAGENET))
         tensors, names = _chosen(state, source, config, fresh_decoder=fresh_decoder)
     else:
         with local_copy(storage, source) as path:
             metadata["source_sha256"] = sha256_of(path)
+            metadata |= statistics_metadata(*statistics_in(path, source, config))
             tensors, names = _taken(path, source, config, fresh_decoder=fresh_decoder)
     check_finite(tensors.items(), source)
     notes = names.notes
@@ -144,6 +151,9 @@ def _taken(
     with opened_file(path, url) as file:
         if "model" in (metadata := dict(file.metadata() or {})):
             check_heads(model_config(metadata, url), config, url)
+        if config.in_channels == GRAY_CHANNELS:
+            state = dict(tensors_in(file, url))
+            return _chosen(state, url, config, fresh_decoder=fresh_decoder, encoder_alone=encoder_alone)
         names = weight_names(shapes_of(file), config, url, fresh_decoder=fresh_decoder, encoder_alone=encoder_alone)
         check_dtypes({name: file.get_slice(theirs).get_dtype() for name, theirs in names.places.items()}, url)
         return {name: file.get_tensor(theirs) for name, theirs in names.places.items()}, names
@@ -152,7 +162,9 @@ def _taken(
 def _chosen(
     state: Mapping[str, Tensor], url: str, config: ConvMAEConfig, *, fresh_decoder: bool, encoder_alone: bool = False
 ) -> tuple[dict[str, Tensor], WeightNames]:
-    """The tensors of a state dict by our names, each of a type that weights may have."""
+    """The tensors of a state dict by our names, each of a type that weights may have; RGB ones as gray, if need be."""
+    if config.in_channels == GRAY_CHANNELS:
+        state = to_gray(state)
     names = weight_names(state, config, url, fresh_decoder=fresh_decoder, encoder_alone=encoder_alone)
     tensors = {name: state[theirs] for name, theirs in names.places.items()}
     check_dtypes({name: tensor.dtype for name, tensor in tensors.items()}, url)
@@ -161,6 +173,8 @@ def _chosen(
 
 def pinned(storage: Storage, recipe: Recipe, run: RunDirectory) -> Recipe:
     """The recipe with the SHA-256 of the file that `init_from` names, which is compared with the model.
+
+    Images are normalised as they were for these weights, unless the recipe says otherwise.
 
     An existing run keeps what it began with, whose file may be gone by now.
 
@@ -173,14 +187,15 @@ def pinned(storage: Storage, recipe: Recipe, run: RunDirectory) -> Recipe:
     if run.exists():
         began = run.read_recipe()
         if began.init_from == recipe.init_from and recipe.init_sha256 in ("", began.init_sha256):
-            return recipe.amended({"init_sha256": began.init_sha256})
+            return recipe.amended({"init_sha256": began.init_sha256}).with_statistics(*began.statistics)
     with local_copy(storage, recipe.init_from) as path:
         if recipe.finetune:
             _encoder_in(path, recipe.init_from, recipe.model)
-            return recipe.amended({"init_sha256": _checked_sha256(path, recipe)})
-        check_header(path, recipe.init_from, recipe.model)
-        check_values(path, recipe.init_from)
-        return recipe.amended({"init_sha256": _checked_sha256(path, recipe)})
+        else:
+            check_header(path, recipe.init_from, recipe.model)
+            check_values(path, recipe.init_from)
+        begun = recipe.amended({"init_sha256": _checked_sha256(path, recipe)})
+        return begun.with_statistics(*statistics_in(path, recipe.init_from, recipe.model))
 
 
 def load_initial_weights(storage: Storage, recipe: Recipe, group: RankGroup) -> dict[str, Tensor]:
@@ -229,7 +244,7 @@ def _encoder_in(path: Path, url: str, config: ConvMAEConfig) -> tuple[dict[str, 
         with opened_file(path, url) as file:
             metadata = dict(file.metadata() or {})
         if "model" in metadata:
-            source = model_config(metadata, url)
+            source = replace(model_config(metadata, url), in_channels=config.in_channels)
             _check_encoder(source, config, url)
     elif (position := torch_tensors(path, url).get("pos_embed")) is not None and position.ndim == 3:
         side = math.isqrt(position.shape[1])  # the official code knows squares alone

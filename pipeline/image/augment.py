@@ -95,10 +95,10 @@ class Augmentation(Protocol):
         """
 
     def image(self, pixels: Pixels, draws: Draws, image_shape: tuple[int, int]) -> tuple[Pixels, Crop]:
-        """(3, H, W), and what it shows.
+        """(C, H, W), and what it shows.
 
         Args:
-            pixels: (height, width, 3).
+            pixels: (height, width, C).
             draws: The sample's row.
             image_shape: H and W, in pixels.
         """
@@ -123,10 +123,10 @@ class RandomCrops:
 
 
 def augmented(pixels: Pixels, crop: Crop, image_shape: tuple[int, int]) -> Pixels:
-    """(3, H, W) of the crop; a view where it is mirrored.
+    """(C, H, W) of the crop; a view where it is mirrored.
 
     Args:
-        pixels: (height, width, 3).
+        pixels: (height, width, C).
         crop: What to show.
         image_shape: H and W of the result, in pixels.
     """
@@ -136,7 +136,7 @@ def augmented(pixels: Pixels, crop: Crop, image_shape: tuple[int, int]) -> Pixel
 
 
 def center_crop(pixels: Pixels, image_shape: tuple[int, int]) -> Pixels:
-    """(3, H, W) of the largest central part with the proportions of `image_shape`, for pictures and evaluation."""
+    """(C, H, W) of the largest central part with the proportions of `image_shape`, for pictures and evaluation."""
     height, width = pixels.shape[:2]
     scale = min(height / image_shape[0], width / image_shape[1])
     rows, columns = (max(1, round(side * scale)) for side in image_shape)

@@ -10,48 +10,54 @@ import simplejpeg
 
 from pipeline.image import other_formats
 from pipeline.image.bare_image import JPEG_START, bare_image
+from pipeline.image.channels import GRAY_CHANNELS, RGB_CHANNELS
 from pipeline.image.jpeg_scans import refuse_scan_bomb
 
 Pixels = npt.NDArray[np.uint8]
+_COLOURSPACES = {GRAY_CHANNELS: "Gray", RGB_CHANNELS: "RGB"}
 
 KEPT_COLOURSPACES = frozenset({"YCbCr", "Gray", "RGB"})
 """What libjpeg-turbo converts to RGB by itself; CMYK and YCCK need a colour conversion."""
 _CONVERTIBLE = ("extraneous bytes", "Unsupported", "Could not determine subsampling")
 
 
-def decode(data: bytes) -> Pixels:
-    """(H, W, 3) RGB pixels of an image: our own JPEGs by libjpeg-turbo, other formats in slower ways.
+def decode(data: bytes, channels: int = RGB_CHANNELS) -> Pixels:
+    """(H, W, channels) pixels of an image: our own JPEGs by libjpeg-turbo, other formats in slower ways.
+
+    Args:
+        data: Of the file.
+        channels: 3 for RGB, of gray images too; 1 for the brightness, of coloured images too (ITU-R 601).
 
     Raises:
         ValueError: The bytes are no image, or a damaged one; nothing is patched up with grey.
     """
     if not data.startswith(JPEG_START):
-        return other_formats.pixels_of(data)
+        return other_formats.pixels_of(data, channels)
     try:
-        return readable_jpeg(data)[1]
+        return readable_jpeg(data, channels)[1]
     except ValueError as error:
         if not is_convertible(error):
             raise
-    return other_formats.pixels_of(data)
+    return other_formats.pixels_of(data, channels)
 
 
-def readable_jpeg(data: bytes) -> tuple[bytes, Pixels]:
+def readable_jpeg(data: bytes, channels: int = RGB_CHANNELS) -> tuple[bytes, Pixels]:
     """A JPEG that `decode_jpeg` takes, and its pixels: as it is, or without metadata where only that is odd.
 
     Raises:
         ValueError: It takes neither.
     """
     try:
-        return data, decode_jpeg(data)
+        return data, decode_jpeg(data, channels)
     except ValueError:
         bare = bare_image(data).data
         if bare is data:
             raise
-    return bare, decode_jpeg(bare)
+    return bare, decode_jpeg(bare, channels)
 
 
-def decode_jpeg(data: bytes) -> Pixels:
-    """(H, W, 3) RGB pixels of a gray, YCbCr or RGB JPEG of 8 bits.
+def decode_jpeg(data: bytes, channels: int = RGB_CHANNELS) -> Pixels:
+    """(H, W, channels) pixels of a gray, YCbCr or RGB JPEG of 8 bits.
 
     Raises:
         ValueError: The bytes are no such JPEG, a damaged one, or one of more pixels than PIL's guard or more scans than
@@ -62,7 +68,7 @@ def decode_jpeg(data: bytes) -> Pixels:
     with contextlib.suppress(ValueError, KeyError):  # the decoder says it better
         height, width, *_ = simplejpeg.decode_jpeg_header(data, strict=False)
     other_formats.refuse_bomb(height, width)  # before memory is asked for
-    pixels: Pixels = simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True)
+    pixels: Pixels = simplejpeg.decode_jpeg(data, colorspace=_COLOURSPACES[channels], strict=True)
     return pixels
 
 
@@ -75,10 +81,10 @@ def is_convertible(error: ValueError) -> bool:
 
 
 def resize(pixels: Pixels, height: int, width: int) -> Pixels:
-    """(3, height, width) bicubic, antialiased; within rounding of PIL's BICUBIC.
+    """(C, height, width) bicubic, antialiased; within rounding of PIL's BICUBIC.
 
     Args:
-        pixels: (H, W, 3); a view of a crop is fine.
+        pixels: (H, W, C); a view of a crop is fine.
         height: Of the result.
         width: Of the result.
     """

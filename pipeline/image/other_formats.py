@@ -15,6 +15,7 @@ import simplejpeg
 from PIL import ExifTags, Image, ImageFile, UnidentifiedImageError
 
 from pipeline.image.bare_image import JPEG_START, BareImage, bare_image
+from pipeline.image.channels import RGB_CHANNELS
 from pipeline.image.jpeg_scans import refuse_scan_bomb
 
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
@@ -56,15 +57,16 @@ def opened(data: bytes) -> Iterator[Image.Image]:
         yield image
 
 
-def pixels_of(data: bytes) -> npt.NDArray[np.uint8]:
-    """(H, W, 3) RGB pixels, not turned by EXIF.
+def pixels_of(data: bytes, channels: int = RGB_CHANNELS) -> npt.NDArray[np.uint8]:
+    """(H, W, channels) pixels, RGB or gray, not turned by EXIF.
 
     Raises:
         ValueError: It is no image, a damaged one, or one whose values have no known range.
     """
     try:
         with opened(data) as image:
-            return np.array(plain(image).convert("RGB"))
+            shown = np.array(plain(image).convert("RGB" if channels == RGB_CHANNELS else "L"))
+            return shown.reshape(*shown.shape[:2], channels)
     except UnidentifiedImageError as error:
         raise ValueError(unread(data)) from error
     except Exception as error:

@@ -28,6 +28,8 @@ APPLIED = 0.5
 """Probability that an operation which was drawn is applied."""
 FILL = (124, 116, 104)
 """What comes into view from outside of an image: ImageNet's mean."""
+GRAY_FILL = 117
+"""Its brightness, for gray images."""
 _DRAWS = 4
 """Of one operation: which, whether, how much, in which direction."""
 _STREAM = 0x52616E64
@@ -38,14 +40,18 @@ _Apply = Callable[[Image.Image, float, float], Image.Image]
 
 def _affine(image: Image.Image, *matrix: float) -> Image.Image:
     return image.transform(
-        image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC, fillcolor=FILL
+        image.size, Image.Transform.AFFINE, matrix, resample=Image.Resampling.BICUBIC, fillcolor=_fill(image)
     )
+
+
+def _fill(image: Image.Image) -> int | tuple[int, int, int]:
+    return GRAY_FILL if image.mode == "L" else FILL
 
 
 def _solarized_sum(image: Image.Image, level: float, _: float) -> Image.Image:
     added = min(128, int(level * 110))
     table = [min(255, value + added) if value < 128 else value for value in range(256)]
-    return image.point(table * 3)
+    return image.point(table * len(image.getbands()))
 
 
 def _enhanced(kind: Callable[[Image.Image], ImageEnhance._Enhance]) -> _Apply:
@@ -57,7 +63,7 @@ OPERATIONS: dict[str, _Apply] = {
     "equalize": lambda image, *_: ImageOps.equalize(image),
     "invert": lambda image, *_: ImageOps.invert(image),
     "rotate": lambda image, level, sign: image.rotate(
-        30 * level * sign, resample=Image.Resampling.BICUBIC, fillcolor=FILL
+        30 * level * sign, resample=Image.Resampling.BICUBIC, fillcolor=_fill(image)
     ),
     "posterize": lambda image, level, _: ImageOps.posterize(image, max(1, 4 - int(4 * level))),
     "solarize": lambda image, level, _: ImageOps.solarize(image, 256 - min(256, int(256 * level))),
@@ -105,13 +111,14 @@ class RandAugmented:
         return np.concatenate([self.crops.draws(seed, epoch, samples), own], axis=1)
 
     def image(self, pixels: Pixels, draws: Draws, image_shape: tuple[int, int]) -> tuple[Pixels, Crop]:
-        """(3, H, W) and what it shows; arguments as of `RandomCrops.image`."""
+        """(C, H, W) and what it shows; arguments as of `RandomCrops.image`."""
         of_operations = len(draws) - _DRAWS * self.operations
         cropped, crop = self.crops.image(pixels, draws[:of_operations], image_shape)
-        image = Image.fromarray(np.ascontiguousarray(cropped.transpose(1, 2, 0)))
+        image = Image.fromarray(np.ascontiguousarray(cropped[0] if len(cropped) == 1 else cropped.transpose(1, 2, 0)))
         for operation in self.chosen(draws[of_operations:]):
             image = operation.applied(image)
-        return np.asarray(image).transpose(2, 0, 1), crop
+        shown = np.asarray(image)
+        return (shown[None] if shown.ndim == 2 else shown.transpose(2, 0, 1)), crop
 
     def chosen(self, draws: Draws) -> list[Operation]:
         """The operations on one image.

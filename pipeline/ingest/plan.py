@@ -17,9 +17,11 @@ import numpy.typing as npt
 
 from pipeline.access.places import Given, Listed
 from pipeline.errors import SourceError
+from pipeline.image.channels import RGB_CHANNELS
 from pipeline.image.photo import ORIGINAL, Encoding
 from pipeline.ingest.source import Source, Sources, Tars
 from pipeline.order import hashing
+from pipeline.shard.manifest import channel_marks
 
 SHARD_VERSION = 3
 """Part of every sources digest: shards written under other rules are not kept."""
@@ -57,6 +59,8 @@ class Ingest:
 
     found: Sources | Tars
     sharding: Sharding
+    channels: int = RGB_CHANNELS
+    """To which images are to be decoded; their bytes do not depend on it."""
 
     @property
     def digest(self) -> str:
@@ -69,6 +73,8 @@ class Ingest:
             rows = ([_identity(image.path), image.size_bytes, image.label] for image in self.found.images)
         for row in rows:
             digest.update(json.dumps(row).encode())
+        for mark in channel_marks(self.channels):
+            digest.update(mark.digest.encode())
         return digest.hexdigest()
 
 

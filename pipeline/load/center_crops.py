@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.image.augment import center_crop
+from pipeline.image.channels import RGB_CHANNELS
 from pipeline.image.decode import Pixels, decode
 from pipeline.load.bad_sample import BadSample
 from pipeline.load.dataset import Dataset
@@ -20,15 +21,21 @@ _REMEDY = "evaluate another dataset: an accuracy without it would be of other sa
 
 
 def center_crops(
-    dataset: Dataset, groups: Sequence[Int64s], image_shape: tuple[int, int], *, threads: int
+    dataset: Dataset,
+    groups: Sequence[Int64s],
+    image_shape: tuple[int, int],
+    *,
+    threads: int,
+    channels: int = RGB_CHANNELS,
 ) -> Iterator[Pixels]:
-    """Pixels of each group, (n, 3, H, W) uint8; the next group is read and decoded meanwhile.
+    """Pixels of each group, (n, C, H, W) uint8; the next group is read and decoded meanwhile.
 
     Args:
         dataset: Where the images are.
         groups: (n,) sample ids each.
         image_shape: H and W, in pixels.
         threads: That decode.
+        channels: C, to which images are decoded.
 
     Raises:
         DatasetError: A sample is not as it was ingested, or does not decode; names shard, image and offset.
@@ -37,7 +44,7 @@ def center_crops(
 
         def made(sample_ids: Int64s) -> Pixels:
             found = dataset.read_each(sample_ids)
-            return np.stack(list(decoders.map(lambda sample: _cropped(sample, image_shape), found)))
+            return np.stack(list(decoders.map(lambda sample: _cropped(sample, image_shape, channels), found)))
 
         if not groups:
             return
@@ -49,11 +56,11 @@ def center_crops(
             yield pixels
 
 
-def _cropped(found: Sample | BadSample, image_shape: tuple[int, int]) -> Pixels:
+def _cropped(found: Sample | BadSample, image_shape: tuple[int, int], channels: int) -> Pixels:
     if isinstance(found, BadSample):
         raise found.error(_REMEDY)
     try:
-        pixels = decode(found.data)
+        pixels = decode(found.data, channels)
     except ValueError as error:
         name = f"{found.shard}/{found.member}"
         reason = f"{name} at offset {found.offset} does not decode ({error})"

@@ -56,7 +56,7 @@ class ImageMaker:
         self,
         dataset: Dataset,
         order: Order,
-        image_shape: tuple[int, int],
+        shape: tuple[int, int, int],
         *,
         seed: int,
         policy: BadSamplePolicy,
@@ -64,7 +64,7 @@ class ImageMaker:
     ) -> None:
         self._dataset = dataset
         self._order = order
-        self._image_shape = image_shape
+        self._channels, self._image_shape = shape[0], shape[1:]
         self._seed = seed
         self._policy = policy
         self._augmentation = augmentation
@@ -82,7 +82,7 @@ class ImageMaker:
             epoch: Decides the substitute.
             found: What was read.
             draws: Of its crop and flip in the epoch.
-            out: (3, H, W), written.
+            out: (C, H, W), written.
             crop: (5,), written: what was shown of the image that was used.
 
         Returns:
@@ -125,7 +125,7 @@ class ImageMaker:
     def _drawn(self, sample: Sample, draws: Draws, out: Pixels, crop: CropRow) -> BadSample | None:
         with self._dataset.activities.doing("decode", f"{sample.member} at offset {sample.offset} of {sample.url}"):
             try:
-                pixels = decode(sample.data)
+                pixels = decode(sample.data, self._channels)
             except ValueError as error:
                 name = f"{sample.shard}/{sample.member}"
                 return sample.bad("undecodable", f"{name} at offset {sample.offset} does not decode ({error})")

@@ -19,6 +19,7 @@ import torch
 from pipeline.errors import OrderError
 from pipeline.host.daemon_threads import DaemonThreads
 from pipeline.image.augment import Augmentation, RandomCrops
+from pipeline.image.channels import RGB_CHANNELS
 from pipeline.load.batch import Batch, StartedBatch
 from pipeline.load.dataset import Dataset
 from pipeline.load.device_copy import DeviceCopy
@@ -45,6 +46,7 @@ class Loader:
         order: Order,
         *,
         image_shape: tuple[int, int],
+        channels: int = RGB_CHANNELS,
         rank: int,
         world_size: int,
         seed: int,
@@ -62,6 +64,7 @@ class Loader:
             dataset: Where the images are.
             order: Which of them make up a step; must be over this dataset.
             image_shape: Height and width of the images, in pixels.
+            channels: To which images are decoded.
             rank: Of this process, in [0, world_size).
             world_size: Number of processes that share a step.
             seed: Of the augmentation.
@@ -82,7 +85,7 @@ class Loader:
             raise OrderError("samples", f"must be the dataset's {dataset.samples}", order.samples, remedy)
         self._dataset = dataset
         self._order = order
-        self._image_shape = image_shape
+        self._shape = (channels, *image_shape)
         self._seed = seed
         self._lanes = order.rank_lanes(rank, world_size)
         self._threads = threads
@@ -92,7 +95,7 @@ class Loader:
         self._watch = StallWatch(stall_seconds, dataset.activities)
         self._augmentation = augmentation or RandomCrops()
         self._maker = ImageMaker(
-            dataset, order, image_shape, seed=seed, policy=self._policy, augmentation=self._augmentation
+            dataset, order, self._shape, seed=seed, policy=self._policy, augmentation=self._augmentation
         )
         window_bytes = int(len(self._lanes) * order.window_samples * dataset.mean_sample_bytes)
         self._whole_windows = min(window_bytes, dataset.manifest.tar_bytes) <= open_bytes
@@ -139,7 +142,7 @@ class Loader:
         pending = ahead.request(step)
         sample_ids = np.array([item.sample_id for item in pending])
         draws = self._augmentation.draws(self._seed, self._order.epoch(step), sample_ids)
-        batch = StartedBatch(step, pending, draws, self._image_shape, device_copy)
+        batch = StartedBatch(step, pending, draws, self._shape, device_copy)
         for place in range(len(pending)):
             decoders.start(partial(self._fill, batch, place))
         return batch

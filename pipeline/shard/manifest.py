@@ -7,19 +7,23 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
 
 import google_crc32c
 
 from pipeline.access.urls import is_local
 from pipeline.errors import DamagedManifestError, DatasetError, StorageError, clipped
+from pipeline.image.channels import CHANNELS, RGB_CHANNELS
 from pipeline.shard.index import Skipped
+from pipeline.shard.pixel_statistics import PixelStatistics
 from pipeline.shard.table import CONTENT_COLUMNS, ShardReport, ShardTable, leads_away
 from pipeline.store.json_text import parsed_object
 from pipeline.store.storage import Storage
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+UNMEASURED_VERSION = 2
+"""Of manifests that do not say what pixels are like: those of earlier releases."""
 MANIFEST_NAME = "manifest.json"
 SKIPPED_NAME = "skipped.jsonl"
 
@@ -47,6 +51,8 @@ class Manifest:
     skipped: int
     """Images that were skipped; skipped.jsonl beside the manifest names them."""
     shards: ShardTable
+    pixels: PixelStatistics | None = None
+    """What the pixels are like, of as many channels as images are decoded to. None: unknown, and images are RGB."""
 
     @functools.cached_property
     def samples(self) -> int:
@@ -76,7 +82,16 @@ class Manifest:
         ordered = sorted(reports, key=lambda report: report.name)
         shards = ShardTable.of(report.entry for report in ordered)
         skipped = sum(len(report.skipped) for report in ordered)
-        return cls(FORMAT_VERSION, sources_digest(tasks), classes, skipped, shards)
+        return cls(UNMEASURED_VERSION, sources_digest(tasks), classes, skipped, shards)
+
+    def measured(self, pixels: PixelStatistics) -> Manifest:
+        """The same data set, with what its pixels are like."""
+        return replace(self, format_version=FORMAT_VERSION, pixels=pixels)
+
+    @property
+    def channels(self) -> int:
+        """Of the images as they are decoded."""
+        return self.pixels.channels if self.pixels else RGB_CHANNELS
 
     def to_bytes(self) -> bytes:
         """Canonical JSON; the shards as columns, and last the CRC32C of what the file would be without it."""
@@ -109,17 +124,19 @@ class Manifest:
             fields = parsed_object(text)
             del text
             version = fields["format_version"]
-            if type(version) is int and version == FORMAT_VERSION:
+            if type(version) is int and version in (UNMEASURED_VERSION, FORMAT_VERSION):
                 shards = ShardTable.from_json(fields.pop("shards"))
+                pixels = PixelStatistics.from_json(fields.pop("pixels")) if version == FORMAT_VERSION else None
+                _check_channels(pixels)
                 _check_fields(fields)
                 _refuse_odd_tars(shards, url)
-                return cls(**fields | {"classes": tuple(fields["classes"])}, shards=shards)
+                return cls(**fields | {"classes": tuple(fields["classes"])}, shards=shards, pixels=pixels)
         except DatasetError:
             raise
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             remedy = f"restore it, or make the dataset again in another place ({type(error).__name__}: {error})"
             raise DamagedManifestError("manifest", "must be readable", place, remedy) from error
-        rule = f"must have format_version {FORMAT_VERSION}"
+        rule = f"must have format_version {UNMEASURED_VERSION} or {FORMAT_VERSION}"
         remedy = f"read {place} with the release that wrote it, or shard the dataset again into another place"
         raise DatasetError("manifest", rule, version, remedy)
 
@@ -129,7 +146,13 @@ class Manifest:
             "sources_digest": self.sources_digest,
             "classes": list(self.classes),
             "skipped": self.skipped,
+            **({"pixels": self.pixels.to_json()} if self.pixels else {}),
         }
+
+
+def _check_channels(pixels: PixelStatistics | None) -> None:
+    if pixels and pixels.channels not in CHANNELS:
+        raise ValueError(f"pixels must have 1 or 3 channels, have {pixels.channels}")
 
 
 def _check_fields(fields: dict[str, Any]) -> None:
@@ -183,6 +206,23 @@ def _checked(data: bytes) -> bytes:
 
 def _canonical(fields: dict[str, Any]) -> bytes:
     return json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+
+
+@dataclass(frozen=True)
+class ChannelMark:
+    """That images are decoded to another number of channels than usual: the same bytes are then another data set."""
+
+    channels: int
+
+    @property
+    def digest(self) -> str:
+        """As of `Made`."""
+        return f"channels {self.channels}"
+
+
+def channel_marks(channels: int) -> tuple[ChannelMark, ...]:
+    """What to put beside the tasks of a data set; nothing for RGB, as before there was another."""
+    return () if channels == RGB_CHANNELS else (ChannelMark(channels),)
 
 
 def sources_digest(tasks: Iterable[Made]) -> str:

@@ -23,6 +23,7 @@ from pipeline.load.dataset import Dataset
 from pipeline.shard.index import ShardIndex
 from pipeline.shard.index_pages import HEAD, Pages, row_type
 from pipeline.shard.manifest import Manifest
+from pipeline.shard.pixel_statistics import PixelStatistics
 from pipeline.shard.verify import verify_shard
 from pipeline.store.parted_journal import PartedJournal
 from pipeline.store.storage import Storage
@@ -49,7 +50,8 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sources = find_sources(storage, str(folder / "photographs"))
     tasks = plan_shards(sources, Sharding(4))
     reports = [write_shard(storage, url, task) for task in tasks]
-    Manifest.of(tasks, reports, sources.classes).save(storage, url, [])
+    pixels = PixelStatistics(4, (0.5, 0.4, 0.3), (0.3, 0.2, 0.1))
+    Manifest.of(tasks, reports, sources.classes).measured(pixels).save(storage, url, [])
     return Path(url)
 
 

@@ -58,3 +58,20 @@ def test_before_the_first_step_the_moments_are_zero(device: torch.device) -> Non
     assert part.optimizer_step == 0
     assert not any(found[key].any() for key in found if key.startswith(MOMENTS))
     assert any(found[key].any() for key in found if key.startswith("weight/"))
+
+
+def test_a_copy_that_is_needed_is_not_written_over(device: torch.device) -> None:
+    rank = Rank(recipe_for(device), device)
+    file = RankFile(rank.engine, 0)
+    first = file.copied()
+    first.claim()
+    before = bytes(first.content)
+    rank.train(1)
+
+    second = file.copied()
+
+    assert bytes(first.content) == before != bytes(second.content)
+    assert second.room is not first.room
+    first.release()
+    assert file.copied().room is first.room
+    assert len(second.content) == file.bytes

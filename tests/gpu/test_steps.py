@@ -40,7 +40,7 @@ def plain_losses(rank: Rank, steps: int) -> list[float]:
     for rank.done in range(steps):
         batch = rank.batch()
         noise = mask_noise(recipe.seed, batch.epoch, batch.sample_ids.to(device), recipe.model.mask_patches, device)
-        loss = model(normalise(batch.images), noise=noise).loss
+        loss = model(normalise(batch.images, recipe.statistics), noise=noise).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -16,6 +16,7 @@ from prometheus_server import PROMTOOL
 
 COMPOSE = json.loads((SCHEMAS / "compose" / "compose-spec.json").read_text())
 DOCKERFILE = INFRA / "docker" / "Dockerfile"
+AMTOOL = shutil.which("amtool")
 HADOLINT = shutil.which("hadolint", path=str(Path(sys.executable).parent))
 
 
@@ -73,6 +74,67 @@ def test_mounted_files_exist() -> None:
                 assert (INFRA / "compose" / source).exists(), source
             else:
                 assert source in compose()["volumes"]
+
+
+def alertmanager() -> Any:
+    (found,) = documents("compose/alertmanager.yml")
+    return found
+
+
+def test_prometheus_sends_alerts_to_the_alertmanager_beside_it() -> None:
+    (prometheus,) = documents("compose/prometheus.yml")
+    (target,) = prometheus["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"]
+    name, _, port = target.partition(":")
+    service = compose()["services"][name]
+
+    assert service["ports"] == [f"127.0.0.1:{port}:{port}"]
+    (given,) = [option.partition("=")[2] for option in service["command"] if option.startswith("--config.file=")]
+    assert f"./alertmanager.yml:{given}:ro" in service["volumes"]
+
+
+def test_the_alertmanagers_webhook_is_a_secret_and_it_alone_has_a_way_out() -> None:
+    document = compose()
+    (receiver,) = alertmanager()["receivers"]
+    (hook,) = receiver["slack_configs"]
+    (secret,) = document["services"]["alertmanager"]["secrets"]
+
+    assert hook["api_url_file"] == f"/run/secrets/{secret}" and "api_url" not in hook
+    assert document["secrets"][secret]["file"].endswith(":-/dev/null}"), "it starts without one"
+    assert alertmanager()["route"]["receiver"] == receiver["name"]
+    assert [name for name, service in document["services"].items() if "networks" in service] == ["alertmanager"]
+    networks = document["services"]["alertmanager"]["networks"]
+    assert networks == sorted(networks) == ["alerts", "default"], "the first is the way out"
+
+
+def test_the_alertmanager_knows_alerts_and_severities_of_the_rules() -> None:
+    (rules,) = documents("prometheus/convmae.rules.yml")
+    alerts = [rule for group in rules["groups"] for rule in group["rules"] if "alert" in rule]
+    known = {
+        "alertname": {rule["alert"] for rule in alerts},
+        "severity": {rule["labels"]["severity"] for rule in alerts},
+    }
+    matchers = [matcher for route in alertmanager()["route"]["routes"] for matcher in route["matchers"]]
+    for rule in alertmanager()["inhibit_rules"]:
+        matchers += rule["source_matchers"] + rule["target_matchers"]
+
+    assert matchers
+    for matcher in matchers:
+        label, value = re.fullmatch(r'(\w+)="(\w+)"', matcher).groups()  # type: ignore[union-attr]
+        assert value in known[label]
+
+
+@pytest.mark.skipif(AMTOOL is None, reason="amtool is not installed")
+@pytest.mark.parametrize(("change", "code"), [({}, 0), ({"route": {"receiver": "nobody"}}, 1), ({"inhibit": []}, 1)])
+def test_amtool_accepts_the_alertmanagers_configuration_and_finds_what_is_wrong(
+    tmp_path: Path, change: dict[str, Any], code: int
+) -> None:
+    assert AMTOOL
+    file = tmp_path / "alertmanager.yml"
+    file.write_text(json.dumps(alertmanager() | change))
+
+    checked = subprocess.run([AMTOOL, "check-config", str(file)], capture_output=True, text=True, check=False)
+
+    assert checked.returncode == code, checked.stdout + checked.stderr
 
 
 @pytest.mark.skipif(PROMTOOL is None, reason="promtool is not installed")

@@ -41,7 +41,7 @@ def services_of(read: subprocess.CompletedProcess[str]) -> dict[str, Any]:
 def test_compose_reads_the_file_and_fills_it_in(tmp_path: Path) -> None:
     services = services_of(read_by_compose(tmp_path, "compose.yml", HEAD_CPUS="3"))
 
-    assert set(services) == {"s3", "ray-head", "ray-worker", "prometheus", "grafana"}
+    assert set(services) == {"s3", "ray-head", "ray-worker", "prometheus", "alertmanager", "grafana"}
     for name in ("s3", "ray-head", "ray-worker"):
         assert services[name]["environment"]["AWS_SECRET_ACCESS_KEY"] == "filled-in-s3_secret_key"
         build = services[name]["build"]

@@ -23,6 +23,9 @@ VARIANTS = [
     {"masking": "random"},
     {"masking": "random", "mask_ratio": 0.6, "loss": "l1", "fusion": False, "position": "learned"},
     {"masking": "random", "norm_pix": False, "kernel_size": 7, "depth": (2, 1, 1)},
+    {"in_channels": 1},
+    {"in_channels": 5, "masking": "random", "loss": "l1"},
+    {"in_channels": 1, "embed_dim": (0, 0, 16), "depth": (0, 0, 2), "fusion": False},
     {"decoder_depth": 1},
     {"decoder_depth": 3, "mask_ratio": 0.04},
     {"embed_dim": (0, 0, 16), "depth": (0, 0, 2), "fusion": False},
@@ -188,7 +191,9 @@ def test_loss_is_the_error_of_masked_pixels_of_the_reconstruction(changes: dict[
         prediction = model.reconstruct(images, noise=noise)
 
     rows, columns = config.grid
-    pixels = torch.einsum("nhwpqc->nchpwq", prediction.reshape(3, rows, columns, 16, 16, 3)).reshape(images.shape)
+    pixels = torch.einsum("nhwpqc->nchpwq", prediction.reshape(3, rows, columns, 16, 16, config.in_channels)).reshape(
+        images.shape
+    )
     side = config.image_shape[0] // config.noise_shape[0]
     hidden = out.mask.reshape(3, 1, *config.noise_shape).repeat_interleave(side, 2).repeat_interleave(side, 3)
     difference = (pixels - images)[hidden.expand_as(images) == 1]

@@ -20,6 +20,8 @@ CONFIGS = [
     ConvMAEConfig.preset("mae_base"),
     ConvMAEConfig(embed_dim=(0, 0, 32), depth=(0, 0, 2), fusion=False, image_size=(64, 96), decoder_depth=1),
     ConvMAEConfig(views=4),
+    ConvMAEConfig(in_channels=1),
+    ConvMAEConfig(in_channels=5, embed_dim=(0, 0, 32), depth=(0, 0, 2), fusion=False, image_size=64),
     ConvMAEConfig(views=3, mask_ratio=2 / 3, masking="random", image_size=96),
     ConvMAEConfig(views=2, mask_ratio=0.5, embed_dim=(0, 0, 32), depth=(0, 0, 2), fusion=False, image_size=64),
 ]
@@ -29,7 +31,10 @@ def counted(config: ConvMAEConfig, size: int) -> tuple[dict[str, int], int]:
     """Per module forward, and in total forward and backward, by PyTorch's counter on tensors without values."""
     with torch.device("meta"):
         model = ConvMAE(config)
-        images, noise = torch.empty(size, 3, *config.image_shape), torch.empty(size, config.mask_patches)
+        images, noise = (
+            torch.empty(size, config.in_channels, *config.image_shape),
+            torch.empty(size, config.mask_patches),
+        )
     mapping = {torch.ops.aten.convolution_backward: convolution_backward_flops}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         loss = model(images, noise=noise).loss
@@ -109,7 +114,10 @@ def test_masked_patches_cost_nothing_in_the_convolution_stages() -> None:
 def test_a_classifiers_flops_and_parameters_are_those_that_pytorch_counts(config: ConvMAEConfig, kind: str) -> None:
     size, classes = 3, 7
     with torch.device("meta"):
-        model, images = Classifier(config, classes, kind=kind), torch.empty(size, 3, *config.image_shape)
+        model, images = (
+            Classifier(config, classes, kind=kind),
+            torch.empty(size, config.in_channels, *config.image_shape),
+        )
     mapping = {torch.ops.aten.convolution_backward: convolution_backward_flops}
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False, custom_mapping=mapping) as counter:
         logits = model.train()(images)

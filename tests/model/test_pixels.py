@@ -1,31 +1,34 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
-from model import denormalise, normalise
-from model.pixels import IMAGENET_MEAN, IMAGENET_STD, patch_moments, patchify, unpatchify
+from model import ChannelStatistics, denormalise, normalise
+from model.pixels import patch_moments, patchify, unpatchify
+
+STATISTICS = ChannelStatistics((0.485, 0.25, 0.406), (0.229, 0.5, 0.225))
 
 
-def test_normalise_is_imagenets_mean_and_deviation() -> None:
+def test_normalise_takes_mean_and_deviation_of_each_channel() -> None:
     grey = torch.full((2, 3, 4, 4), 51, dtype=torch.uint8)
 
-    result = normalise(grey)
+    result = normalise(grey, STATISTICS)
 
     assert result.dtype == torch.float32
     for channel in range(3):
-        expected = (51 / 255 - IMAGENET_MEAN[channel]) / IMAGENET_STD[channel]
+        expected = (51 / 255 - STATISTICS.mean[channel]) / STATISTICS.std[channel]
         torch.testing.assert_close(result[:, channel], torch.full((2, 4, 4), expected))
 
 
 def test_denormalise_takes_back_every_value() -> None:
     every_value = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
 
-    assert torch.equal(denormalise(normalise(every_value)), every_value)
+    assert torch.equal(denormalise(normalise(every_value, STATISTICS), STATISTICS), every_value)
 
 
 def test_denormalise_clips_what_no_pixel_can_be() -> None:
-    assert denormalise(torch.full((1, 3, 1, 1), 9.0)).flatten().tolist() == [255] * 3
-    assert denormalise(torch.full((1, 3, 1, 1), -9.0)).flatten().tolist() == [0] * 3
+    assert denormalise(torch.full((1, 3, 1, 1), 9.0), STATISTICS).flatten().tolist() == [255] * 3
+    assert denormalise(torch.full((1, 3, 1, 1), -9.0), STATISTICS).flatten().tolist() == [0] * 3
 
 
 def test_a_patch_is_laid_out_row_column_channel() -> None:
@@ -54,3 +57,23 @@ def test_patch_moments_make_a_patch_standard() -> None:
     torch.testing.assert_close(standard.mean(-1), torch.zeros(2, 4), atol=1e-5, rtol=0)
     torch.testing.assert_close(standard.std(-1), torch.ones(2, 4))
     assert torch.isfinite(torch.zeros(1, 1, 768) / patch_moments(torch.zeros(1, 1, 768))[1]).all()
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5])
+def test_patches_of_any_channels_become_images_again(channels: int) -> None:
+    images = torch.randn(2, channels, 32, 48, generator=torch.Generator().manual_seed(0))
+
+    patches = patchify(images)
+
+    assert patches.shape == (2, 6, 256 * channels)
+    assert torch.equal(unpatchify(patches, (2, 3)), images)
+
+
+def test_gray_images_are_normalised_by_one_mean_and_deviation() -> None:
+    every_value = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    gray = ChannelStatistics((0.5,), (0.25,))
+
+    result = normalise(every_value, gray)
+
+    torch.testing.assert_close(result.flatten()[[0, 255]], torch.tensor([-2.0, 2.0]))
+    assert torch.equal(denormalise(result, gray), every_value)

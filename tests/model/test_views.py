@@ -16,6 +16,7 @@ VARIANTS = [
     {"views": 3, "mask_ratio": 0.667, "kernel_size": 7, "depth": (2, 2, 1)},
     {"views": 24, "mask_ratio": 23 / 24, "fusion": False, "decoder_depth": 1},
     {"views": 4, "masking": "random", "loss": "l1"},
+    {"views": 4, "in_channels": 1},
     {"views": 6, "mask_ratio": 5 / 6, "masking": "random", "norm_pix": False},
     {"views": 4, "embed_dim": (0, 0, 16), "depth": (0, 0, 2), "fusion": False},
 ]

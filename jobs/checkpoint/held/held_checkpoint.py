@@ -143,8 +143,10 @@ def copies_of(run_url: str, held: HeldCheckpoint, here: str) -> Sequence[HolderR
     return [HolderReads(run_url, held, here, nearest=nearest) for nearest in (True, False)]
 
 
-def forget(run_url: str, nodes: Sequence[str], find: Callable[[str], Any] = find_holder) -> None:
-    """Have holders let go of what they have; those that are gone have done so."""
+def end_holders(run_url: str, nodes: Sequence[str]) -> None:
+    """End the holders of nodes, with all that they have; a node that is drained goes only when nothing works on it."""
+    import ray
+
     for node in nodes:
-        with contextlib.suppress(Exception):
-            find(holder_name(run_url, node)).drop.remote()
+        with contextlib.suppress(Exception):  # it is gone
+            ray.kill(find_holder(holder_name(run_url, node)))

@@ -157,10 +157,6 @@ class MemoryHolder:
             raise FileNotFoundError(f"{part.generation}/{part.file} in memory")
         return np.frombuffer(memory, np.uint8)[offset : offset + length]
 
-    async def drop(self) -> None:
-        """Let go of everything."""
-        self._parts.clear()
-
     async def holding(self) -> Holding:
         """What is held here."""
         return Holding(self._run_url, os.getpid(), self._bytes(), self._limit_bytes, len(self._parts))

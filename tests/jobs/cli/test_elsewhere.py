@@ -164,6 +164,16 @@ def test_an_evaluation_is_sent_there_with_places_that_the_cluster_reaches(sent: 
         sent("evaluate", "mine.pth", *there)
 
 
+@pytest.mark.parametrize("words", [("submit", "tiny", "data=s3://b/d"), ("resume", "first")])
+def test_the_address_of_a_webhook_is_in_no_command_line(sent: Any, words: tuple[str, ...]) -> None:
+    there = [*words, "--run-root=s3://b/runs"] if words[0] == "resume" else [*words, "run_root=s3://b/runs"]
+    with pytest.raises(UserError, match=r"notify_url: must be env:NAME") as refused:
+        sent(*there, "notify_url=https://hooks.slack.com/s3cr3t")
+    assert "s3cr3t" not in str(refused.value)
+
+    assert "notify_url=env:CONVMAE_NOTIFY_URL" in sent(*there, "notify_url=env:CONVMAE_NOTIFY_URL")[0]
+
+
 def test_verbose_may_be_given_anywhere() -> None:
     assert main.verbose_first(["list", "--verbose", "--json"]) == ["--verbose", "list", "--json"]
     assert main.verbose_first(["shard", "--", "--verbose"]) == ["shard", "--", "--verbose"]
@@ -172,7 +182,7 @@ def test_verbose_may_be_given_anywhere() -> None:
 
 def test_every_command_that_takes_a_run_can_be_sent_there() -> None:
     group: Any = get_command(main.app)
-    here = {"up", "down", "demo", "drive"}
+    here = {"up", "down", "demo", "drive", "ui"}
     for name, command in group.commands.items():
         takes_context = any("ctx" in str(parameter) for parameter in typing_names(command.callback))
         assert name in here or type(command).__name__ == "Elsewhere" or takes_context, name

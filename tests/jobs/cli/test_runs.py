@@ -84,6 +84,8 @@ def test_an_unknown_run_is_answered_with_the_nearest(typed: Typed, root: str) ->
 
 def test_requests_that_do_not_fit_the_run_are_refused(typed: Typed, root: str) -> None:
     assert_refused(typed("stop", "first", "--run-root", root), "first (finished)", "nothing to stop")
+    ended = typed("set", "first", "loader_threads=3", "--run-root", root)
+    assert_refused(ended, "first (finished)", "`convmae resume first loader_threads=3`")
     assert_refused(typed("consolidate", "first", "--run-root", root), "committed checkpoint", "first")
     assert_refused(typed("consolidate", "first", "--step", "3", "--run-root", root), "step", "none yet")
     assert_refused(typed("consolidate", "first", "--dtype", "fp8", "--run-root", root), "--dtype", "'fp8'")
@@ -205,3 +207,15 @@ def test_the_history_has_mfu_where_the_attempt_recorded_its_devices(typed: Typed
     assert ["mfu 50.0%" in line for line in lines] == [False] + [True] * 4
     assert [row.get("mfu_ratio") for row in found] == [None] + [0.5] * 4
     assert found[1]["device_flops_per_second"] == 6e12
+
+
+def test_ui_refuses_a_token_that_can_be_guessed_and_an_address_that_it_cannot_have(typed: Typed, root: str) -> None:
+    for token in ("short", "with spaces and more", "x" * 15):
+        ended = typed("ui", "--root", root, "--token", token)
+        assert_refused(ended, "--token", "at least 16", "one is made up")
+        assert token not in ended.error
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        assert_refused(typed("ui", "--root", root, "--port", port), "--port", port, "0 for any free one")
+    assert_refused(typed("ui", "--root", root, "--host", "203.0.113.7"), "--host", "203.0.113.7")
+    assert_refused(typed("ui", "nobody", "--root", root), "run", "must exist")

@@ -14,6 +14,7 @@ import pytest
 
 from jobs.cluster import job_store
 from jobs.cluster.session import Session
+from jobs.cluster.store_choice import STORE_VARIABLE
 from jobs.errors import ClusterError
 from pipeline.errors import StorageError
 from pipeline.store.storage import Storage
@@ -47,7 +48,7 @@ def test_the_job_is_given_only_a_name_and_the_settings_are_sent_apart(session: S
     assert told.keys() == {job_store.VARIABLE} and told != again
     assert "secret" not in str(told)
     content = head.taken[f"/api/packages/gcs/{told[job_store.VARIABLE]}"]
-    assert Storage.from_json(json.loads(content)) == OWN
+    assert Storage.from_json(json.loads(content)["store"]) == OWN
 
 
 @pytest.mark.parametrize("storage", [Storage(), Storage(region="eu-west-1")])
@@ -57,6 +58,36 @@ def test_without_endpoint_and_keys_the_clusters_own_settings_are_used(session: S
     assert job_store.send(replace(session, storage=storage), head) == {} and not head.taken
     role = replace(session, storage=replace(storage, endpoint_url="http://a.test"))
     assert job_store.send(role, head).keys() == {job_store.VARIABLE}, "the endpoint is sent without keys, too"
+
+
+def test_variables_of_trackers_and_webhooks_travel_beside_the_store_or_alone(session: Session) -> None:
+    head = Head()
+    shell = {"WANDB_API_KEY": "a-key", "MLFLOW_TRACKING_URI": "http://m", "CONVMAE_NOTIFY_URL": "http://h/token"}
+    shells = replace(session, storage=Storage(), environ={**session.environ, **shell, "WANDB_MODE": "", "OTHER": "x"})
+
+    told = job_store.send(shells, head)
+
+    assert told.keys() == {job_store.VARIABLE}
+    assert json.loads(head.taken[f"/api/packages/gcs/{told[job_store.VARIABLE]}"]) == {
+        "store": None,
+        "variables": shell,
+    }
+
+
+def test_a_job_has_the_variables_that_were_sent_and_a_store_only_if_one_was(tmp_path: Path) -> None:
+    for store in (None, OWN.to_json()):
+        program = tmp_path / "python"
+        parcel = {"store": store, "variables": {"WANDB_API_KEY": "a-key"}}
+        program.write_text(f"#!/bin/sh\necho '{json.dumps(parcel)}'\n")
+        program.chmod(0o755)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "executable", str(program))
+            found = job_store.received({job_store.VARIABLE: "convmae-x.zip", "PATH": "/bin"})
+
+        assert found["WANDB_API_KEY"] == "a-key"
+        assert (STORE_VARIABLE in found) == (store is not None)
+        assert store is None or Storage.from_json(json.loads(found[STORE_VARIABLE])) == OWN
 
 
 def test_a_fault_is_reported_before_anything_is_sent(session: Session) -> None:

@@ -13,7 +13,13 @@ from testbed import Command, family, losses, processes, ranks, small_recipe
 
 from jobs.stack.record import Stack
 
-FIELDS = {"epochs": 12, "checkpoint_every_steps": 10, "max_restarts_without_progress": 5, "standby": True}
+FIELDS = {
+    "epochs": 12,
+    "checkpoint_every_steps": 10,
+    "memory_checkpoint_every_steps": 2,
+    "max_restarts_without_progress": 5,
+    "standby": True,
+}
 
 TRACES = "s3://convmae/traces/"
 
@@ -70,6 +76,8 @@ def test_worker_driver_and_s3_server_are_killed_and_the_run_goes_on_by_itself(
     assert [event["attempt"] for event in starts] == [1, 2, 3]
     assert "rank" in starts[1]["reason"]
     assert starts[2]["reason"] == "resumed by a new driver"
+    assert [event["restored_from"] for event in starts] == ["", "memory", "store"]
+    assert starts[1]["steps_redone"] <= 2 * FIELDS["memory_checkpoint_every_steps"]
     recovered = [event for event in run.read_events() if event["kind"] == "recovered"]
     assert [event["attempt"] for event in recovered] == [2, 3]
     assert all(0 < event["start_seconds"] < event["down_seconds"] < 120 for event in recovered)

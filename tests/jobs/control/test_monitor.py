@@ -297,7 +297,9 @@ def test_rates_are_those_of_the_last_steps(start: Start, clock: FakeClock) -> No
     for step in range(1, 101):
         clock.seconds += 2.0 if step < 50 else 0.5
         row = {"step": step, "epoch": 0, "loss": 1.0, "learning_rate": 0.1, "world_size": 2, "attempt": 1}
-        monitor.record(row | {"data_wait_seconds": 0.1}, gradient_norm=1.0, reading=READING, ranks=RANKS)
+        monitor.record(
+            row | {"step_seconds": 0.5, "data_wait_seconds": 0.1}, gradient_norm=1.0, reading=READING, ranks=RANKS
+        )
 
     status = monitor.status()
 

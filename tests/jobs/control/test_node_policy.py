@@ -12,6 +12,7 @@ import ray
 from jobs.cluster.ray_internals.train import NoopDecision, ResizeDecision, ScalingConfig
 from jobs.control import node_policy
 from jobs.control.node_policy import FollowNodes, PolicyCluster
+from jobs.control.settings import Settings
 from jobs.step.instruction import PAUSE_SECONDS
 
 
@@ -23,9 +24,12 @@ class Monitor:
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.stands_still = False
+        self.changed = Settings()
 
     def __getattr__(self, name: str) -> Any:
-        def remote(*_: object) -> bool:
+        def remote(*_: object) -> Any:
+            if name == "settings":
+                return self.changed
             self.asked.append(name)
             return self.stands_still
 
@@ -328,3 +332,49 @@ def test_the_policy_travels_to_the_controller_by_name_and_takes_no_state_of_ray_
     assert there._answer is sent._answer
     assert there._now is sent._now
     assert len(ray.cloudpickle.dumps(sent)) < 4096
+
+
+def test_what_was_set_begins_another_attempt_of_as_many_workers_as_it_allows(
+    monitor: Monitor, policy: Policy, decide: Callable[[int], int | None]
+) -> None:
+    policy.there = rooms(1, 1, 1, 1)
+    monitor.changed = Settings(min_workers=2, max_workers=2, resize_seconds=7.0, version=1)
+
+    assert decide(3) is None
+    assert monitor.asked == ["pause"]
+    monitor.stands_still = True
+    assert decide(3) == 2, "fewer than there is room for"
+    assert policy.scaling_config.elastic_resize_monitor_interval_s == 7.0
+
+    assert [decide(2), decide(2)] == [None, None], "also before the new ranks have spoken"
+    monitor.changed = monitor.changed._replace(version=2)
+    assert decide(2) == 2
+
+
+def test_the_same_number_of_workers_begins_anew_with_what_was_set(
+    monitor: Monitor, decide: Callable[[int], int | None]
+) -> None:
+    monitor.changed = Settings(min_workers=1, max_workers=3, resize_seconds=0.0, version=1)
+    monitor.stands_still = True
+
+    assert decide(2) == 2
+
+
+def test_a_minimum_that_there_is_no_room_for_stops_no_training(
+    monitor: Monitor, decide: Callable[[int], int | None]
+) -> None:
+    monitor.changed = Settings(min_workers=3, max_workers=3, resize_seconds=0.0, version=1)
+
+    assert [decide(2), decide(2)] == [None, None]
+    assert monitor.asked == []
+
+
+def test_a_group_that_was_started_after_a_change_has_followed_it(
+    monitor: Monitor, policy: Policy, decide: Callable[[int], int | None]
+) -> None:
+    monitor.changed = Settings(min_workers=1, max_workers=2, resize_seconds=0.0, version=1)
+    monitor.stands_still = True
+    decision = policy.make_decision_for_non_running_worker_group()
+
+    assert decision.num_workers == 2
+    assert decide(2) is None

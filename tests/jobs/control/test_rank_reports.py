@@ -20,6 +20,8 @@ from monitored_runs import (
     scraped,
 )
 
+from jobs.checkpoint.commit import CheckpointFile, Commit
+from jobs.checkpoint.held.held_checkpoint import HeldCheckpoint
 from jobs.run.directory import RunDirectory
 
 
@@ -186,7 +188,7 @@ def test_skipped_steps_are_rows_events_and_a_counter(start: Start, run: RunDirec
     begin(monitor)
     record(monitor, range(1, 3))
     row = {"step": 3, "epoch": 0, "loss": None, "learning_rate": 1e-3, "world_size": 2, "attempt": 1}
-    row |= {"data_wait_seconds": 0.0, "skipped": "the loss of rank 1"}
+    row |= {"step_seconds": 0.5, "data_wait_seconds": 0.0, "skipped": "the loss of rank 1"}
     monitor.record(row, gradient_norm=float("inf"), reading=READING, ranks=RANKS)
     monitor.flush()
     assert run.read_heartbeat()["loss"] is None
@@ -257,3 +259,106 @@ def test_a_new_driver_tells_how_long_the_run_was_down(start: Start, run: RunDire
     (event,) = (event for event in run.read_events() if event["kind"] == "recovered")
     assert (event["down_seconds"], event["start_seconds"]) == (60.0, 60.0)
     assert "detect_seconds" not in event
+
+
+def held(step: int, *nodes: tuple[str, ...]) -> HeldCheckpoint:
+    """A memory checkpoint of as many ranks as there are nodes."""
+    files = tuple(CheckpointFile(f"000001-0001/rank-{rank:05d}.safetensors", 100, 0) for rank in range(len(nodes)))
+    of_run = Commit(
+        step=step, epoch=0, world_size=len(nodes), zero_stage=1, precision="fp32", recipe_digest="a",
+        dataset_digest="b", order_version=1, seed=0, attempt=1, created_at_seconds=1.0, milestone=False, counters={},
+        versions={}, files=files, claim=1,
+    )  # fmt: skip
+    return HeldCheckpoint(of_run, nodes)
+
+
+def test_a_restart_is_fed_by_the_newest_memory_checkpoint(start: Start, run: RunDirectory) -> None:
+    monitor = start()
+    begin(monitor)
+    record(monitor, range(1, 31))
+    commit(monitor, 10)
+    monitor.memory_held(held(20, ("a", "b"), ("b", "a")), stall_seconds=0.25)
+    newest = held(28, ("a", "b"), ("b", "a"))
+    monitor.memory_held(newest, stall_seconds=0.5)
+    monitor.flush()
+    series = scraped(monitor)
+    assert (series["convmae_memory_checkpoint_step"], series["convmae_memory_checkpoint_bytes"]) == (28, 200)
+    assert series["convmae_memory_checkpoints_total"] == 2
+    assert series["convmae_memory_checkpoint_last_stall_seconds"] == 0.5
+
+    monitor.worker_failed("rank 1: lost", remedy="restart")
+    assert monitor.memory_checkpoint() == newest
+    begin(monitor, resume_step=28, source="memory")
+
+    event = last_event(run)
+    assert (event["kind"], event["restored_from"], event["steps_redone"]) == ("restart", "memory", 2)
+    assert monitor.memory_checkpoint() == newest
+    # The step of the newest commit: what is consolidated and probed must be in the store.
+    assert (monitor.status()["checkpoint_step"], monitor.status()["step"]) == (10, 28)
+
+
+def test_memory_that_cannot_be_read_is_forgotten(start: Start, run: RunDirectory) -> None:
+    monitor = start()
+    begin(monitor)
+    record(monitor, range(1, 31))
+    monitor.memory_held(held(28, ("a", "b"), ("b", "a")), stall_seconds=0.5)
+
+    monitor.memory_lost(step=28, reason="it is missing")
+    begin(monitor, resume_step=20)
+
+    assert monitor.memory_checkpoint() is None
+    assert monitor.status()["memory_checkpoint_step"] is None
+    lost, restart = run.read_events()[-2:]
+    assert (lost["kind"], lost["step"], lost["reason"]) == ("memory-checkpoint-lost", 28, "it is missing")
+    assert restart["restored_from"] == "store"
+
+
+def test_what_was_rolled_back_is_not_resumed_from(start: Start) -> None:
+    monitor = start()
+    begin(monitor)
+    record(monitor, range(1, 31))
+    monitor.memory_held(held(20, ("a",)), stall_seconds=0.5)
+
+    monitor.roll_back(first_step=11, last_step=31, reason="loss is not finite")
+
+    assert monitor.memory_checkpoint() is None
+
+
+def test_memory_checkpoints_are_progress_as_long_as_they_advance(start: Start) -> None:
+    monitor = start(max_restarts=2)
+    begin(monitor)
+    for step in range(1, 6):
+        monitor.memory_held(held(step, ("a",)), stall_seconds=0.5)
+        assert monitor.worker_failed("rank 0: lost", remedy="restart") == ""
+        begin(monitor, resume_step=step, source="memory")
+
+    verdicts = []
+    for _ in range(2):  # after the one that followed the last progress
+        monitor.memory_held(held(5, ("a",)), stall_seconds=0.5)
+        verdicts.append(monitor.worker_failed("rank 0: lost", remedy="restart"))
+        begin(monitor, resume_step=5, source="memory")
+    assert verdicts == ["", "3 failures without a new checkpoint; the last: rank 0: lost"]
+
+
+def test_holders_on_nodes_that_the_run_has_left_end(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    left: list[list[str]] = []
+    monkeypatch.setattr("jobs.control.run_memory.end_holders", lambda url, nodes: left.append(list(nodes)))
+    monitor = start()
+    begin(monitor)
+    monitor.memory_held(held(10, ("a", "b"), ("b", "c"), ("c", "a")), stall_seconds=0.5)
+
+    monitor.memory_held(held(20, ("b", "c"), ("c", "b")), stall_seconds=0.5)
+
+    assert left == [[], ["a"]]
+
+
+def test_a_memory_checkpoint_that_fails_is_reported(start: Start, run: RunDirectory) -> None:
+    monitor = start()
+    begin(monitor)
+    monitor.memory_not_held(step=7, error="rank 1: HolderFullError: no memory", is_off=True)
+    monitor.flush()
+
+    event = last_event(run)
+    assert (event["kind"], event["step"]) == ("memory-checkpoint-failed", 7)
+    assert event["reason"] == "rank 1: HolderFullError: no memory; no others are made in this attempt"
+    assert scraped(monitor)["convmae_memory_checkpoint_failures_total"] == 1

@@ -56,7 +56,7 @@ def other_driver(run: RunDirectory) -> Iterator[None]:
 
 
 def ended_by(run: RunDirectory, error: Exception) -> None:
-    with pytest.raises(type(error)), end_noted(run):
+    with pytest.raises(type(error)), end_noted(run, {}):
         raise error
 
 
@@ -86,7 +86,7 @@ def test_a_resumed_run_keeps_its_figures_and_its_events(run: RunDirectory) -> No
 
 
 def test_a_monitor_that_has_spoken_has_the_last_word(run: RunDirectory) -> None:
-    with pytest.raises(DatasetError), end_noted(run):
+    with pytest.raises(DatasetError), end_noted(run, {}):
         tell(run, time.time())
         raise GONE
 
@@ -95,7 +95,7 @@ def test_a_monitor_that_has_spoken_has_the_last_word(run: RunDirectory) -> None:
 
 
 def test_the_run_of_a_living_driver_goes_on(run: RunDirectory, other_driver: None) -> None:
-    note_end(run, time.time(), "another one")
+    note_end(run, time.time(), "another one", {})
 
     assert run.read_heartbeat()["state"] == "running"
     assert run.read_events() == []
@@ -108,6 +108,6 @@ def test_a_driver_that_was_overtaken_says_nothing(run: RunDirectory) -> None:
 
 
 def test_a_directory_that_is_no_run_stays_empty(tmp_path: Path) -> None:
-    note_end(RunDirectory.of(Storage(), str(tmp_path), "none"), 0.0, "it was never claimed")
+    note_end(RunDirectory.of(Storage(), str(tmp_path), "none"), 0.0, "it was never claimed", {})
 
     assert list(tmp_path.iterdir()) == []

@@ -58,6 +58,10 @@ def test_foreign_tars_are_indexed_trained_from_and_verified(
     s3.write(f"{url}/part/00001.tar", tars[1])
     out, _ = convmae("index", url)
     assert f"{TILES} images in 3 shards (1 read, 2 kept), 0 sources skipped" in out
+    out, _ = convmae("stats", url, "--samples", "0", "--json")
+    measured = json.loads(out)
+    assert measured["manifest"] == {name: measured[name] for name in ("images", "mean", "std")}
+    assert (measured["images"], measured["channels"]) == (TILES, 3)
     dataset = Dataset.open(s3, url)
     assert [sample.data for sample in dataset.read(np.arange(TILES))] == [data for _, data in images]
 

@@ -19,6 +19,7 @@ from jobs.evaluate.labels import LabelledSamples
 from jobs.evaluate.scores import Scores
 from jobs.evaluate.subject import Subject
 from jobs.weights.consolidated import ClassifierHead
+from jobs.weights.file_statistics import IMAGENET
 from jobs.weights.weight_files import model_json, write_tensors
 from model import Classifier, ConvMAEConfig, normalise
 from pipeline.load.center_crops import center_crops
@@ -72,7 +73,7 @@ def predicted(model: Classifier, dataset: Dataset) -> np.ndarray:
     """The class of each image, by a forward pass of all of them at once."""
     [pixels] = center_crops(dataset, [np.arange(dataset.samples)], model.config.image_shape, threads=1)
     with torch.no_grad():
-        return model(normalise(torch.from_numpy(pixels))).argmax(1).numpy()
+        return model(normalise(torch.from_numpy(pixels), IMAGENET)).argmax(1).numpy()
 
 
 @pytest.mark.parametrize("kind", ["full", "linear"])
@@ -111,9 +112,9 @@ def test_features_of_a_classifier_are_those_that_its_head_sees(
     subject = Subject.of_file(STORAGE, official_file(tmp_path, model, "module."), small, encoder_alone=True)
     pixels = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
 
-    found = subject.encoder().built("cpu")(normalise(pixels))
+    found = subject.encoder().built("cpu")(normalise(pixels, IMAGENET))
 
-    assert torch.equal(found, model.features(normalise(pixels)))
+    assert torch.equal(found, model.features(normalise(pixels, IMAGENET)))
 
 
 def test_a_head_that_does_not_fit_is_refused(tmp_path: Path, dataset: Dataset, small: ConvMAEConfig) -> None:

@@ -18,6 +18,7 @@ from jobs.errors import EvaluationError, WeightsFileError
 from jobs.evaluate.encoder import Float32s, FrozenEncoder, chosen_device
 from jobs.evaluate.features import FeaturePlan, Runner, features, here
 from jobs.evaluate.subject import Subject
+from jobs.weights.file_statistics import IMAGENET
 from model import ConvMAE, ConvMAEConfig, normalise
 from pipeline.errors import DatasetError
 from pipeline.image.augment import center_crop
@@ -74,7 +75,7 @@ def test_features_are_those_of_a_forward_by_hand(dataset: Dataset, encoder: Froz
     model = ConvMAE(encoder.config).eval()
     crops = [center_crop(decode(sample.data), (32, 32)) for sample in dataset.read(np.arange(dataset.samples))]
     with torch.no_grad():
-        maps = model.encode_dense(normalise(torch.from_numpy(np.stack(crops)))).stage3
+        maps = model.encode_dense(normalise(torch.from_numpy(np.stack(crops)), IMAGENET)).stage3
     mean = maps.double().mean((2, 3))
     variance = mean.var(1, unbiased=False, keepdim=True)
     expected = (mean - mean.mean(1, keepdim=True)) / (variance + 1e-6).sqrt()

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -138,6 +139,62 @@ def test_the_hugging_face_folder_is_loaded_as_its_card_says(run: RunDirectory, t
     assert "![loss over steps](loss.png)" in card and "(reconstructions.png)" in card
     assert "| `data` | s3://bucket/photographs\\|1 |" in card and "| `model.depth` | [1, 1, 2] |" in card
     assert Image.open(folder / "loss.png").size == (1200, 450)
+
+
+MEAN, STD = [0.5, 0.25, 0.125], [0.3, 0.2, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("record", "mean", "std"),
+    [
+        ({"image_mean": json.dumps(MEAN), "image_std": json.dumps(STD)}, MEAN, STD),
+        ({}, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]),
+    ],
+    ids=["measured", "of an earlier release"],
+)
+def test_every_export_says_what_its_images_are_normalised_by(
+    record: dict[str, str], mean: list[float], std: list[float], tmp_path: Path
+) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    weights = dataclasses.replace(random_weights(SMALL), metadata={"run": "first", **record})
+    written = {
+        name: export(Source.of(weights, None), name, Storage(), str(tmp_path / name))
+        for name in ("official", "backbone", "hf", "onnx")
+    }
+
+    preprocessor = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
+    with safe_open(written["backbone"][0].url, "pt") as file:
+        backbone = file.metadata()
+    records = [
+        torch.load(written["official"][0].url, weights_only=True)["convmae_pretrain"],
+        backbone,
+        json.loads((tmp_path / "hf" / "config.json").read_text())["pretraining"],
+        {prop.key: prop.value for prop in onnx.load(written["onnx"][0].url).metadata_props},
+    ]
+    assert (preprocessor["image_mean"], preprocessor["image_std"]) == (mean, std)
+    for found in records:
+        assert (json.loads(found["image_mean"]), json.loads(found["image_std"])) == (mean, std)
+
+
+def test_a_model_of_gray_images_is_exported_as_such(tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    record = {"run": "first", "image_mean": "[0.4]", "image_std": "[0.2]"}
+    weights = dataclasses.replace(random_weights(dataclasses.replace(SMALL, in_channels=1)), metadata=record)
+    source = Source.of(weights, None)
+
+    export(source, "hf", Storage(), str(tmp_path / "hf"))
+    (onnx,) = export(source, "onnx", Storage(), str(tmp_path / "onnx"))
+
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["num_channels"] == 1
+    assert json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())["image_mean"] == [0.4]
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "Images are gray" in card and "(B, 1, H, W)" in card
+    (given,) = onnxruntime.InferenceSession(onnx.url).get_inputs()
+    assert given.shape[1:] == [1, 64, 64]
+    with pytest.raises(ExportError, match=r"model.in_channels: must be 3 in the official code, got 1"):
+        export(source, "official", Storage(), str(tmp_path / "official"))
 
 
 def test_a_file_on_its_own_has_a_card_without_pictures(weights: Weights, tmp_path: Path) -> None:

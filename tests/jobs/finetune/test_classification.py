@@ -148,7 +148,7 @@ def test_a_linear_heads_statistics_are_the_means_over_grains() -> None:
 
     from model.pixels import normalise
 
-    features = model.features(normalise(batch.images)).detach().double().view(12, 2, -1)
+    features = model.features(normalise(batch.images, given.statistics)).detach().double().view(12, 2, -1)
     mean, variance = features.mean((0, 1)), features.var(1).mean(0)
     torch.testing.assert_close(model.head[0].running_mean.double(), 0.1 * mean, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(model.head[0].running_var.double(), 0.9 + 0.1 * variance, rtol=1e-4, atol=1e-5)

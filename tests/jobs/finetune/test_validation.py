@@ -47,7 +47,7 @@ def test_ranks_count_what_the_model_gets_right_each_in_its_share(tmp_path: Path)
 
     crops = [center_crop(decode(found.data), (32, 32)) for found in dataset.read(samples.sample_ids)]
     with torch.no_grad():
-        logits = model.eval()(normalise(torch.from_numpy(np.stack(crops))))
+        logits = model.eval()(normalise(torch.from_numpy(np.stack(crops)), recipe.statistics))
     first = logits.argmax(1).numpy() == samples.labels
     among = (logits.topk(5).indices.numpy() == samples.labels[:, None]).any(1)
     assert [share["validation_samples"] for share in shares] == [64, 13]

@@ -94,7 +94,7 @@ def test_every_step_that_is_due_is_probed_once_with_its_own_weights(run: RunDire
     assert bench.done[0] == 6  # begun late, it begins with the newest
     assert bench.failed == []
     places = dict(zip(bench.done, bench.asked, strict=True))
-    assert places[0] == ProbedWeights("", PROBES.control.model, RECIPE.seed)
+    assert places[0] == ProbedWeights("", PROBES.control.model, RECIPE.seed, *RECIPE.statistics)
     names = {2: "probes", 3: "consolidated", 4: "probes", 6: "consolidated"}
     assert {step: places[step].url for step in names} == {
         step: run.path(folder, f"step-0000000{step}.safetensors") for step, folder in names.items()

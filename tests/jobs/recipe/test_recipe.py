@@ -10,6 +10,7 @@ import pytest
 
 from jobs.errors import RecipeError
 from jobs.recipe import finetune
+from jobs.recipe.image_statistics import IMAGENET_MEAN, IMAGENET_STD
 from jobs.recipe.named_recipes import named_recipe, recipe_names
 from jobs.recipe.overrides import parse_overrides
 from jobs.recipe.recipe import PLACEMENT_FIELDS, Recipe, difference
@@ -27,6 +28,7 @@ OTHER_VALUES: dict[str, Any] = {
     "run_root": "s3://bucket/runs",
     "model.mask_ratio": 0.6,
     "model.views": 4,
+    "model.in_channels": 1,
     "finetune.kind": "linear",
     "finetune.labels": "s3://bucket/labels.txt",
     "finetune.label_fraction": 0.05,
@@ -101,6 +103,11 @@ OTHER_VALUES: dict[str, Any] = {
     "probe_samples": 100,
     "probe_wait_seconds": 0.0,
     "metrics_port": 9000,
+    "image_mean": [0.5, 0.5, 0.5],
+    "image_std": [0.5, 0.5, 0.5],
+    "tracker": ["tensorboard", "mlflow"],
+    "notify_url": "env:CONVMAE_NOTIFY_URL",
+    "notify_format": "slack",
 }
 
 
@@ -139,13 +146,18 @@ def test_resuming_may_change_how_a_run_executes_and_nothing_else() -> None:
 
     probing = {"probes", *(f"probe_{name}" for name in ("data", "labels", "epochs", "samples", "wait_seconds"))}
 
-    assert workers | computing | saving | watching | reading | probing | {"run_root", "max_steps"} == PLACEMENT_FIELDS
+    telling = {"tracker", "notify_url", "notify_format"}
+
+    known = workers | computing | saving | watching | reading | probing | telling
+    assert known | {"run_root", "max_steps"} == PLACEMENT_FIELDS
     assert set(Recipe.model_fields) >= PLACEMENT_FIELDS
 
 
 @pytest.mark.parametrize("key", OTHER_VALUES)
 def test_a_field_changes_the_digest_unless_it_is_placement(key: str) -> None:
     before = FINETUNE if key.startswith("finetune.") else TINY
+    if key.startswith("image_"):  # one is not given without the other
+        before = TINY.with_statistics(IMAGENET_MEAN, IMAGENET_STD)
     changed = before.amended({key: OTHER_VALUES[key]})
     is_placement = key in PLACEMENT_FIELDS | {f"finetune.{name}" for name in finetune.PLACEMENT_FIELDS}
 
@@ -170,6 +182,52 @@ def test_a_pretraining_has_the_digest_that_it_had_before_there_were_probes_and_f
     name: str, changes: dict[str, object], digest: str
 ) -> None:
     assert named_recipe(name).amended(changes).digest() == digest
+
+
+def test_imagenets_statistics_are_what_runs_were_before_there_were_others() -> None:
+    given = TINY.with_statistics(IMAGENET_MEAN, IMAGENET_STD)
+
+    assert given.trajectory() == TINY.trajectory()
+    assert TINY.statistics == given.statistics == (IMAGENET_MEAN, IMAGENET_STD)
+    assert "image_mean" in given.with_statistics((0.5,) * 3, (0.5,) * 3).to_json()
+
+
+def test_a_recipe_keeps_the_statistics_that_it_has() -> None:
+    own = TINY.amended({"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]})
+
+    assert own.with_statistics(IMAGENET_MEAN, IMAGENET_STD) is own
+    assert own.statistics == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert Recipe.from_json(own.to_json()) == own
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if not name.startswith("tiny")])
+def test_recipes_of_papers_normalise_as_those_did(name: str) -> None:
+    assert (named_recipe(name).image_mean, named_recipe(name).image_std) == (IMAGENET_MEAN, IMAGENET_STD)
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "field"),
+    [
+        ([0.5] * 3, [], "image_std"),
+        ([], [0.5] * 3, "image_std"),
+        ([0.5], [0.5], "image_mean"),
+        ([0.5, 0.5, 1.5], [0.5] * 3, "image_mean"),
+        ([0.5] * 3, [0.5, 0.0, 0.5], "image_std"),
+        ([124, 116, 104], [58, 57, 57], "image_mean"),
+    ],
+)
+def test_statistics_that_cannot_be_are_refused(mean: list[float], std: list[float], field: str) -> None:
+    assert refused({"image_mean": mean, "image_std": std}).field == field
+
+
+def test_a_model_of_gray_images_has_one_mean_and_deviation() -> None:
+    gray = TINY.amended({"model.in_channels": 1, "image_mean": [0.4], "image_std": [0.2]})
+
+    assert gray.statistics == ((0.4,), (0.2,))
+    with pytest.raises(RecipeError, match=r"image_mean: must have a number for each channel, 1, .*image_mean=\[\]"):
+        named_recipe("convmae_base").amended({"model.in_channels": 1})
+    with pytest.raises(RecipeError, match=r"model.in_channels: must be one of 1, 3, .* got 5"):
+        TINY.amended({"model.in_channels": 5})
 
 
 @pytest.mark.parametrize(
@@ -225,7 +283,7 @@ def test_fields_of_a_finetuning_are_refused_in_a_pretraining() -> None:
 
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(ConvMAEConfig)])
 def test_every_field_of_the_model_is_part_of_the_trajectory(field: str) -> None:
-    assert field in TINY.amended({"model.views": 4}).trajectory()["model"]
+    assert field in TINY.amended({"model.views": 4, "model.in_channels": 1}).trajectory()["model"]
 
 
 def test_one_view_is_what_it_was_before_there_were_several() -> None:
@@ -237,6 +295,14 @@ def test_one_view_is_what_it_was_before_there_were_several() -> None:
     assert older == TINY
     assert "views" not in TINY.trajectory()["model"]
     assert difference(TINY.trajectory(), TINY.amended({"model.views": 4}).trajectory()) == ["model.views: None -> 4"]
+
+
+def test_rgb_is_what_it_was_before_there_was_gray() -> None:
+    fields = TINY.to_json()
+    assert fields["model"].pop("in_channels") == 3
+
+    assert Recipe.from_json(fields) == TINY
+    assert "in_channels" not in TINY.trajectory()["model"]
 
 
 def test_two_spellings_of_a_ratio_that_views_make_are_one_recipe() -> None:
@@ -282,6 +348,13 @@ def test_a_recipe_cannot_be_changed() -> None:
         ({"epochs": 0}, "epochs", "greater than 0", 0, "epochs=<int>"),
         ({"seed": -1}, "seed", "greater than or equal to 0", -1, "seed=<int>"),
         ({"metrics_port": 65536}, "metrics_port", "less than or equal to 65535", 65536, "metrics_port=<int>"),
+        (
+            {"tracker": ["mlflow", "mlflow"]},
+            "tracker",
+            "must name each tracker once",
+            ["mlflow", "mlflow"],
+            'write ["mlflow"]',
+        ),
         ({"base_learning_rate": float("inf")}, "base_learning_rate", "finite", float("inf"), "<float>"),
         ({"epochs": "many"}, "epochs", "valid integer", "many", "epochs=<int>"),
         ({"epochs": 4.0}, "epochs", "valid integer", 4.0, "epochs=<int>"),
@@ -465,3 +538,13 @@ def test_what_is_on_or_off_is_taken_as_people_write_it(field: str, written: str,
 def test_what_is_neither_on_nor_off_is_refused(field: str, written: str) -> None:
     with pytest.raises(RecipeError, match=rf"{field}: .*boolean"):
         named_recipe("tiny").amended(parse_overrides([f"{field}={written}"]))
+
+
+@pytest.mark.parametrize(
+    "text", ["https://hooks.slack.com/services/T0/B0/s3cr3t", "env:HOME", "env:CONVMAE_NOTIFY_", "CONVMAE_NOTIFY_URL"]
+)
+def test_a_webhook_is_named_by_a_variable_and_never_quoted(text: str) -> None:
+    error = refused({"notify_url": text})
+
+    assert error.field == "notify_url" and "notify_url=env:CONVMAE_NOTIFY_URL" in error.remedy
+    assert text not in str(error).replace("env:CONVMAE_NOTIFY_URL", "") or text == "CONVMAE_NOTIFY_URL"

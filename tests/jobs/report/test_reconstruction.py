@@ -20,6 +20,7 @@ from jobs.report.reconstruction import (
     write_reconstructions,
 )
 from jobs.run.directory import RunDirectory
+from jobs.weights.file_statistics import IMAGENET
 from model import ConvMAE, ConvMAEConfig
 from model.masking import draw_mask
 from model.noise import mask_noise
@@ -77,7 +78,7 @@ def test_exact_prediction_reproduces_the_original_within_rounding(
     monkeypatch.setattr(ConvMAE, "reconstruct", exact)
     config = small(masking=masking, norm_pix=norm_pix)
 
-    panels = reconstruct_panels(ConvMAE(config).eval(), noisy_images(3), noise_for(config, 3))
+    panels = reconstruct_panels(ConvMAE(config).eval(), IMAGENET, noisy_images(3), noise_for(config, 3))
 
     assert (panels.reconstruction.int() - panels.original.int()).abs().max() <= 1
 
@@ -97,7 +98,7 @@ def test_hidden_patches_are_gray_and_predicted_and_the_rest_is_original(
     mask = draw_mask(noise, config.kept).mask.view(2, *config.noise_shape)
     side = SHAPE[0] // config.noise_shape[0]
 
-    panels = reconstruct_panels(model, images, noise)
+    panels = reconstruct_panels(model, IMAGENET, images, noise)
 
     assert torch.equal(panels.original, images)
     for image in range(2):
@@ -116,7 +117,7 @@ def test_reconstruction_is_the_models_own_prediction() -> None:
     torch.manual_seed(0)
     first, second = ConvMAE(config).eval(), ConvMAE(config).eval()
 
-    panels = [reconstruct_panels(model, noisy_images(2), noise_for(config, 2)) for model in (first, second)]
+    panels = [reconstruct_panels(model, IMAGENET, noisy_images(2), noise_for(config, 2)) for model in (first, second)]
 
     assert torch.equal(panels[0].masked, panels[1].masked)
     assert not torch.equal(panels[0].reconstruction, panels[1].reconstruction)
@@ -186,15 +187,18 @@ def test_same_run_gives_the_same_picture_bytes(tmp_path: Path, dataset: Dataset,
 
     assert url == run.path("reconstructions.png")
     assert STORAGE.read(url) == first
-    assert Image.open(io.BytesIO(first)).size == reconstruction_grid(recipe.model, stages, dataset, seed=4).size
+    assert (
+        Image.open(io.BytesIO(first)).size
+        == reconstruction_grid(recipe.model, recipe.statistics, stages, dataset, seed=4).size
+    )
 
 
 def test_seed_changes_the_picture_and_few_samples_make_fewer_columns(dataset: Dataset) -> None:
     config = small()
     stages = [Stage("untrained", ConvMAE(config).state_dict())]
 
-    pictures = [reconstruction_grid(config, stages, dataset, seed=seed, count=4).tobytes() for seed in (0, 1)]
-    wide = reconstruction_grid(config, stages, dataset, seed=0, count=99)
+    pictures = [reconstruction_grid(config, IMAGENET, stages, dataset, seed=seed, count=4).tobytes() for seed in (0, 1)]
+    wide = reconstruction_grid(config, IMAGENET, stages, dataset, seed=0, count=99)
 
     assert pictures[0] != pictures[1]
     assert (wide.width - 8) % dataset.samples == 0
@@ -205,11 +209,11 @@ def test_each_stage_has_a_row_below_the_same_images_and_masks(dataset: Dataset) 
     torch.manual_seed(0)
     stages = [Stage(f"after {epoch} epochs", ConvMAE(config).state_dict()) for epoch in (1, 2)]
 
-    both = np.asarray(reconstruction_grid(config, iter(stages), dataset, seed=0))
+    both = np.asarray(reconstruction_grid(config, IMAGENET, iter(stages), dataset, seed=0))
 
     row_height = both.shape[0] // 4
     for number, stage in enumerate(stages):
-        alone = np.asarray(reconstruction_grid(config, [stage], dataset, seed=0))
+        alone = np.asarray(reconstruction_grid(config, IMAGENET, [stage], dataset, seed=0))
         np.testing.assert_array_equal(both[: 2 * row_height], alone[: 2 * row_height])
         np.testing.assert_array_equal(both[(2 + number) * row_height :][:row_height], alone[2 * row_height :])
     assert (both[2 * row_height : 3 * row_height] != both[3 * row_height :]).any()

@@ -3,7 +3,6 @@ import html
 import io
 import json
 import re
-import shutil
 import subprocess
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import CHROMIUM, needs_browser
 from PIL import Image
 from probe_events import probe_events
 
@@ -166,7 +166,7 @@ def report_of(run: RunDirectory) -> tuple[Page, str]:
 
 
 def attempt_cells(page: Page) -> list[Sequence[str]]:
-    return [cells for cells in page.cells if len(cells) == 7]
+    return [cells for cells in page.cells if len(cells) == 8]
 
 
 def checkpoint_cells(page: Page) -> list[Sequence[str]]:
@@ -239,7 +239,7 @@ def test_every_attempt_is_listed_with_its_workers_steps_and_reason(tmp_path: Pat
 
     listed = [
         (kind, reason, int(step), int(redone), int(workers))
-        for _, _, kind, workers, step, redone, reason in attempt_cells(page)[:-1]
+        for _, _, kind, workers, step, _, redone, reason in attempt_cells(page)[:-1]
     ]
     assert listed == ATTEMPTS
     assert attempt_cells(page)[-1][2] == "finished"
@@ -266,7 +266,7 @@ def test_whatever_comes_from_outside_is_escaped(tmp_path: Path) -> None:
     assert "<script" not in text
     assert RUN_NAME in "".join(page.texts)
     assert not [tag for tag, _ in page.tags if tag == "script"]
-    assert attempt_cells(page)[1][6] == f"rank 1: {SCRIPT}"
+    assert attempt_cells(page)[1][7] == f"rank 1: {SCRIPT}"
     assert [f"{SCRIPT}.jpg", SCRIPT] in page.cells
     assert page.facts["name"] == SCRIPT
 
@@ -455,7 +455,6 @@ def test_report_of_an_unknown_run_is_refused(tmp_path: Path) -> None:
         write_report(RunDirectory.of(STORAGE, str(tmp_path), "nobody"))
 
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium-headless-shell", "chromium", "google-chrome"))), "")
 LAID_OUT = """<script>
 const hidden = element => getComputedStyle(element).display === "none";
 const wide = [...document.querySelectorAll("body *")].filter(element => {
@@ -491,7 +490,7 @@ def page_of_a_run(tmp_path: Path) -> Path:
     return page
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
+@needs_browser
 @pytest.mark.parametrize(("width", "charts"), [(360, "narrow"), (1280, "wide")])
 def test_report_is_readable_on_a_phone_and_on_a_desk(page_of_a_run: Path, width: int, charts: str) -> None:
     text = page_of_a_run.read_text()
@@ -511,7 +510,7 @@ def test_report_is_readable_on_a_phone_and_on_a_desk(page_of_a_run: Path, width:
     assert found["pictures"] == [True]
 
 
-@pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
+@needs_browser
 def test_report_prints_and_loads_nothing_from_elsewhere(page_of_a_run: Path) -> None:
     printed = page_of_a_run.with_suffix(".pdf")
 

@@ -206,3 +206,24 @@ def test_an_argument_that_is_too_much_is_refused() -> None:
 def test_an_absurd_count_is_refused(field: str) -> None:
     with pytest.raises(RecipeError, match=field):
         named_recipe("tiny").amended({field: 2**63})
+
+
+@pytest.mark.parametrize(
+    "data",
+    [b"", b"[]", DEEP, b'{"id": "a b", "step": 1, "at_seconds": 0}', b'{"id": "a", "step": "1", "at_seconds": 0}'],
+)
+def test_what_is_kept_of_a_tracker_is_checked(run: RunDirectory, data: bytes) -> None:
+    assert run.read_tracked("mlflow") == {}
+    run.storage.write(run.path("trackers", "mlflow.json"), data)
+
+    with pytest.raises(RunError, match=r"trackers/mlflow\.json"):
+        run.read_tracked("mlflow")
+
+
+@pytest.mark.parametrize("data", [b"", b"5", b"{}", b'{"at_seconds": -1}', b'{"at_seconds": NaN}'])
+def test_what_is_kept_of_notices_is_checked(run: RunDirectory, data: bytes) -> None:
+    assert run.read_notified() == {}
+    run.storage.write(run.path("notices.json"), data)
+
+    with pytest.raises(RunError, match=r"notices\.json"):
+        run.read_notified()

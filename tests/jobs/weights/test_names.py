@@ -22,6 +22,7 @@ from jobs.weights import consolidated
 from jobs.weights.initial import Imported, import_weights, pinned
 from jobs.weights.weight_files import model_json
 from model import ConvMAE, ConvMAEConfig
+from model.weights import to_gray
 from pipeline.store.storage import Storage
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -283,3 +284,34 @@ def test_the_command_says_what_it_did_in_a_line_each(tmp_path: Path) -> None:
     torch.manual_seed(5)
     fresh = ConvMAE(model).state_dict()["decoder.mask_token"]
     assert torch.equal(load_file(tmp_path / "a.safetensors")["decoder.mask_token"], fresh)
+
+
+def test_official_weights_become_those_of_a_model_for_gray_images(tmp_path: Path) -> None:
+    source, out = tmp_path / "official.pth", str(tmp_path / "gray.safetensors")
+    torch.save({"model": OFFICIAL}, source)
+    config = ConvMAEConfig(in_channels=1)
+
+    import_weights(Storage(), str(source), out, config)
+
+    weights = consolidated.of_file(Storage(), out)
+    assert weights.config == config and weights.statistics == ((0.449,), (0.226,))
+    embedding, prediction = OFFICIAL["patch_embed1.proj.weight"], OFFICIAL["decoder_pred.weight"]
+    found = weights.tensors
+    torch.testing.assert_close(found["encoder.patch_embed1.proj.weight"], embedding.sum(1, keepdim=True))
+    expected = torch.stack([prediction[channel::3] for channel in range(3)]).mean(0)
+    torch.testing.assert_close(found["decoder.decoder_pred.weight"], expected)
+    ConvMAE(config).load_state_dict(dict(found), strict=True)
+
+
+def test_our_own_file_becomes_gray_in_the_same_way(tmp_path: Path) -> None:
+    source, out = tmp_path / "ours.safetensors", str(tmp_path / "gray.safetensors")
+    model = ConvMAE(CONFIG)
+    record = {"image_mean": "[0.5, 0.4, 0.3]", "image_std": "[0.3, 0.2, 0.1]"}
+    save_file(model.state_dict(), source, metadata={"model": model_json(CONFIG), **record})
+
+    import_weights(Storage(), str(source), out, ConvMAEConfig(in_channels=1))
+
+    weights = consolidated.of_file(Storage(), out)
+    assert weights.statistics == ((0.4,), (0.2,))
+    expected = to_gray(model.state_dict())
+    assert all(torch.equal(value, expected[name]) for name, value in weights.tensors.items())

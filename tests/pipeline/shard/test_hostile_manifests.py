@@ -96,6 +96,47 @@ def test_a_field_of_another_type_is_refused_by_its_name(tmp_path: Path, field: s
         loaded(tmp_path, fields)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("pixels", None),
+        ("pixels", [1]),
+        ("pixels", {"images": 8, "mean": [0.5], "std": [0.2], "more": 1}),
+        ("images", 0),
+        ("images", 8.0),
+        ("images", True),
+        ("mean", "0.5"),
+        ("mean", [0.5, 0.5]),
+        ("mean", [0.5, 0.5, True]),
+        ("mean", [0.5, 0.5, 1.01]),
+        ("mean", []),
+        ("std", [0.2, 0.2, 0]),
+        ("std", [0.2, 0.2, -0.1]),
+        ("std", [0.2, 0.2, 10**400]),
+        ("std", None),
+    ],
+)
+def test_pixels_that_cannot_be_are_refused(tmp_path: Path, field: str, value: object) -> None:
+    fields = manifest(tmp_path) | {"format_version": 3}
+    fields["pixels"] = {"images": 8, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2]}
+    assert loaded(tmp_path, fields).channels == 3
+
+    if field == "pixels":
+        fields["pixels"] = value
+    else:
+        fields["pixels"][field] = value
+
+    with pytest.raises(DamagedManifestError, match="pixels"):
+        loaded(tmp_path, fields)
+
+
+def test_a_manifest_of_one_version_with_the_fields_of_the_other_is_refused(tmp_path: Path) -> None:
+    pixels = {"images": 8, "mean": [0.5], "std": [0.2]}
+    for version, more in ((3, {}), (2, {"pixels": pixels})):
+        with pytest.raises(DamagedManifestError, match="pixels"):
+            loaded(tmp_path, manifest(tmp_path) | {"format_version": version} | more)
+
+
 @pytest.mark.parametrize("field", ["name", "etag", "tar"])
 def test_one_long_name_does_not_make_all_shards_as_long(tmp_path: Path, field: str) -> None:
     """50,001 shards, a megabyte: 49 GB, if the column were as wide."""

@@ -14,6 +14,7 @@ from pipeline.ingest.sources import Source, find_sources
 from pipeline.load.dataset import Dataset
 from pipeline.shard.index import Skipped
 from pipeline.shard.manifest import MANIFEST_NAME, SKIPPED_NAME, Manifest, existing_manifest
+from pipeline.shard.pixel_statistics import PixelStatistics
 from pipeline.shard.table import ShardEntry, ShardReport, ShardTable
 from pipeline.store.storage import Storage
 
@@ -32,6 +33,20 @@ def test_a_saved_manifest_loads_as_it_was(tmp_path: Path) -> None:
     assert loaded.digest == manifest.digest
     assert (loaded.samples, loaded.tar_bytes) == (30, 6144)
     assert json.loads((tmp_path / SKIPPED_NAME).read_text()) == {"path": "x.jpg", "reason": "cut"}
+
+
+def test_what_was_measured_is_part_of_the_data_set(tmp_path: Path) -> None:
+    plain = Manifest.of(TASKS, REPORTS, ())
+    pixels = PixelStatistics(30, (0.5, 0.25, 0.125), (0.3, 0.2, 0.1))
+    measured = plain.measured(pixels)
+    measured.save(Storage(), str(tmp_path), [])
+
+    loaded = Manifest.load(Storage(), str(tmp_path))
+
+    assert loaded == measured and loaded.pixels == pixels
+    assert (plain.format_version, plain.pixels, measured.format_version) == (2, None, 3)
+    assert (plain.channels, measured.channels) == (3, 3)
+    assert len({plain.digest, measured.digest, plain.measured(replace(pixels, images=29)).digest}) == 3
 
 
 def test_the_digest_ignores_who_finished_first_and_sees_every_change() -> None:
@@ -118,7 +133,7 @@ def test_an_unreadable_manifest_is_refused(tmp_path: Path, content: bytes) -> No
 def test_another_version_is_refused(tmp_path: Path, version: int) -> None:
     (tmp_path / MANIFEST_NAME).write_text(json.dumps({"format_version": version, "shards": [{"name": "a"}]}))
 
-    with pytest.raises(DatasetError, match=f"format_version 2, got {version}"):
+    with pytest.raises(DatasetError, match=f"format_version 2 or 3, got {version}"):
         Manifest.load(Storage(), str(tmp_path))
 
 

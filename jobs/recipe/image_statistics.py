@@ -1,0 +1,36 @@
+"""What images are normalised by, where neither recipe, data set nor weights say it: ImageNet's mean and deviation.
+
+Every run before data sets were measured was trained with them, and so were the official weights. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeline.shard.manifest import Manifest
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+"""Of each channel, RGB in 0..1; torchvision's and the official code's."""
+IMAGENET_STD = (0.229, 0.224, 0.225)
+MEAN_KEY, STD_KEY = "image_mean", "image_std"
+"""Names of fields of a recipe, and of the metadata of files of weights, where each is a JSON list."""
+
+
+def recorded_statistics(manifest: Manifest) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of a data set's pixels, as its manifest has them; ImageNet's where it was never measured."""
+    pixels = manifest.pixels
+    return (pixels.mean, pixels.std) if pixels else (IMAGENET_MEAN, IMAGENET_STD)
+
+
+def gray_statistics(mean: Sequence[float], std: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """For weights of several channels that were trained with these, made into weights of one: the means."""
+    return (round(sum(mean) / len(mean), 6),), (round(sum(std) / len(std), 6),)
+
+
+def statistics_metadata(mean: Sequence[float], std: Sequence[float]) -> dict[str, str]:
+    """What the metadata of a file say of them; of empty ones ImageNet's."""
+    given = {MEAN_KEY: mean or IMAGENET_MEAN, STD_KEY: std or IMAGENET_STD}
+    return {key: json.dumps(list(values)) for key, values in given.items()}
