@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -30,11 +31,7 @@ class MonitorLine:
 
     def __init__(self, monitor: ActorHandle[Any]) -> None:
         """Keep the monitor's handle; nothing is sent."""
-        import ray
-
         self._monitor = monitor
-        self.node_id: str = ray.get_runtime_context().get_node_id()
-        """Of the node of this rank."""
         self._reply: Any = None
         self._quarantined: list[Any] = []
 
@@ -66,6 +63,13 @@ class MonitorLine:
             )
         )
         return number
+
+    @functools.cached_property
+    def node_id(self) -> str:
+        """Of the node of this rank."""
+        import ray
+
+        return str(ray.get_runtime_context().get_node_id())
 
     @property
     def monitor(self) -> ActorHandle[Any]:

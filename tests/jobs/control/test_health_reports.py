@@ -34,7 +34,9 @@ def train(monitor: RunMonitor, steps: range, *compute_seconds: float) -> None:
     ranks = [RankFigures(step_seconds=0.5, compute_seconds=seconds, images=32) for seconds in compute_seconds]
     for step in steps:
         row = {"step": step, "epoch": 0, "loss": 1.0, "learning_rate": 1e-3, "world_size": len(ranks), "attempt": 1}
-        monitor.record({**row, "data_wait_seconds": 0.0}, gradient_norm=0.5, reading=READING, ranks=ranks)
+        monitor.record(
+            {**row, "step_seconds": 0.5, "data_wait_seconds": 0.0}, gradient_norm=0.5, reading=READING, ranks=ranks
+        )
 
 
 def speak(monitor: RunMonitor, rank: int, attempt: int = 1) -> None:

@@ -144,14 +144,12 @@ def test_a_page_whose_run_is_gone_says_so(start: Start, run: RunDirectory, brows
 MONITORING = """
 import sys, time
 sys.path[:0] = {paths!r}
-from jobs.control.monitor import RunMonitor
-from jobs.control.run_memory import MonitorConfig
 from jobs.run.directory import RunDirectory
-from monitored_runs import EVERY_TEN, SCHEDULE, begin, record
+from monitored_runs import begin, record, start_monitor
 from pipeline.access.profile_keys import Keys
 from pipeline.store.storage import Storage
 run = RunDirectory(Storage(), {url!r})
-monitor = RunMonitor(MonitorConfig(run, SCHEDULE, 64, 2, 3, EVERY_TEN, "cpu", 30.0, "127.0.0.1", 0, "", 0.2))
+monitor = start_monitor(run, flush_seconds=0.2)
 begin(monitor)
 record(monitor, range(1, 31))
 print(monitor.status()["page_url"], flush=True)
