@@ -197,6 +197,7 @@ def _start_monitor(session: Session, plan: RunPlan, lease: Lease) -> Any:
         hang_seconds=plan.recipe.hang_seconds,
         metrics_port=plan.recipe.metrics_port,
         targets_folder=str(session.stack.targets_dir) if session.is_local and session.stack else "",
+        claim=lease.number,
     )
     patience_seconds = plan.run.storage.retry_seconds
     monitor = persevere(lambda: _new_monitor(plan.run, config, lease), MonitorLivesError, patience_seconds)

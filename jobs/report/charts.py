@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -19,8 +18,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
+from jobs.run.step_table import StepTable
+
 Floats = npt.NDArray[np.float64]
 
+CHARTED = ("step", "loss", "learning_rate", "world_size", "step_seconds")
+"""Columns of a history that charts show."""
 RAW_POINTS = 1800
 """Most points of a series as recorded: a lowest and a highest for each pixel of the wide canvas."""
 TREND_POINTS = 120
@@ -48,11 +51,17 @@ class History:
     """NaN where it is not known."""
 
     @classmethod
-    def of(cls, rows: Sequence[Mapping[str, Any]]) -> History:
-        """Take the columns from history rows, with the figures of `with_utilization`, but those of skipped steps."""
-        rows = [row for row in rows if row["loss"] is not None]
-        names = ("step", "loss", "learning_rate", "world_size", "step_seconds", "mfu_ratio")
-        return cls(*(np.fromiter((row.get(name, np.nan) for row in rows), np.float64, len(rows)) for name in names))
+    def of(cls, steps: StepTable, mfu_ratios: Floats | None = None) -> History:
+        """Take the columns of steps, but those of skipped ones.
+
+        Args:
+            steps: One row a step, by step, with CHARTED columns.
+            mfu_ratios: Of the same steps, (n,), as `Utilization` has them; None: not known.
+        """
+        columns = [steps.numbers(name) for name in CHARTED]
+        columns.append(np.full(len(steps), np.nan) if mfu_ratios is None else mfu_ratios)
+        is_done = np.isfinite(steps.numbers("loss"))
+        return cls(*(column[is_done] for column in columns))
 
     def __len__(self) -> int:
         return len(self.steps)

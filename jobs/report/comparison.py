@@ -11,12 +11,14 @@ import numpy as np
 from jobs.recipe.differences import differing_fields
 from jobs.recipe.recipe import Recipe
 from jobs.report.accuracy import accuracy_curve
+from jobs.report.charts import CHARTED
 from jobs.report.page import page, paragraph, section, table
 from jobs.report.run_figures import RunFigures
 from jobs.report.series_charts import Curve, curves_chart
 from jobs.run.accuracy_rows import AccuracyCurve
 from jobs.run.directory import RunDirectory
 from jobs.run.evaluations import accuracies, list_evaluations
+from jobs.run.validation_rows import VALIDATION_COLUMNS
 from jobs.terminal import figure
 
 MARKS = (0.1, 0.25, 0.5, 0.75, 1.0)
@@ -48,14 +50,15 @@ class ComparedRun:
         Raises:
             RunError: There is no such run, or it is damaged.
         """
-        recipe, heartbeat, history = run.read_recipe(), run.read_heartbeat(), run.read_history()
+        recipe, heartbeat = run.read_recipe(), run.read_heartbeat()
+        steps = run.read_latest_steps({*CHARTED, *VALIDATION_COLUMNS})
         return cls(
             run.name,
             run.url,
             recipe,
-            RunFigures.of(recipe, heartbeat, history),
+            RunFigures.of(recipe, heartbeat, steps),
             list_evaluations(run.storage, run.url),
-            accuracy_curve(recipe, run.read_events(), history),
+            accuracy_curve(recipe, run.read_events(), steps),
             heartbeat.get("steps_per_epoch") or 0,
         )
 

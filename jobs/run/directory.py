@@ -4,6 +4,8 @@
         recipe.json                 the resolved recipe; its presence makes the run exist
         events/attempt-0001.jsonl   events, one JSON line each: start, restart, checkpoint, finish ...
         history/0001-00000001.jsonl one JSON line per step, in parts: attempt, then first step
+        history/compacted-*.npz     what many parts were compacted to, as history/compacted.json says;
+                                    events/ and quarantine/ have such files, too (jobs.run.parts)
         quarantine/attempt-0001.jsonl  samples first found unusable in this attempt, one JSON line each
         left-out.json               steps that rollbacks skipped, if there were any
         heartbeat.json              the latest status of the live run
@@ -24,23 +26,30 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jobs.errors import RunError
-from jobs.run.rows import checked, parsed
+from jobs.run.parts import Parts, RowCodec
+from jobs.run.rows import Row, checked, json_lines, parsed
 from pipeline.access.places import normal
 from pipeline.store.storage import Storage
 
-if TYPE_CHECKING:  # it imports torch, for which commands that only read should not wait
+if TYPE_CHECKING:  # commands that only look at a status should wait for neither
     from jobs.recipe.recipe import Recipe
+    from jobs.run.step_table import StepTable
 
 REPORT_NAME = "report.html"
+RECONSTRUCTIONS_NAME = "reconstructions.png"
 STOP_REQUEST_NAME = "stop-request.json"
 SET_REQUEST_NAME = "set-request.json"
 HISTORY_PART_STEPS = 1000
 """Steps in one part of the history, which is the most that one flush rewrites."""
+
+LOOKS_AT_ONCE = 16
+"""Directories that are looked for side by side."""
 
 FINAL_STATES = frozenset({"finished", "stopped", "failed"})
 """States of a heartbeat after which no driver works on the run."""
@@ -48,7 +57,6 @@ FINAL_STATES = frozenset({"finished", "stopped", "failed"})
 _ATTEMPT_NAME = re.compile(r"attempt-\d{4,9}\.jsonl")
 """Names of files of one attempt; other files in these folders are not this program's."""
 _PART_NAME = re.compile(r"\d{4,9}-\d{8,12}\.jsonl")
-_NAMES = {"events": _ATTEMPT_NAME, "quarantine": _ATTEMPT_NAME, "history": _PART_NAME}
 RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 
@@ -157,28 +165,63 @@ class RunDirectory:
 
     def read_events(self) -> list[dict[str, Any]]:
         """Every event, oldest first."""
-        return [event for name in self._parts("events") for event in self._read_lines("events", name)]
+        return _flat(self._rows("events").read())
+
+    def read_newest_events(self, count: int) -> list[dict[str, Any]]:
+        """The `count` newest events, oldest first, of as few files as have them."""
+        return _flat(self._rows("events").newest(count))[-count:]
 
     def write_events(self, attempt: int, events: Iterable[dict[str, Any]]) -> None:
         """Replace the events of one attempt."""
         self._write_lines("events", f"attempt-{attempt:04d}.jsonl", events)
 
-    def read_history(self) -> list[dict[str, Any]]:
-        """One row per step, by step; for a step that was redone after a restart, that of the last attempt."""
-        rows = {row["step"]: row for row in self.read_every_row()}
-        return [rows[step] for step in sorted(rows)]
+    def read_steps(self, columns: Collection[str] | None = None) -> StepTable:
+        """The history, as it was written, also steps that were redone: by attempt, then by step.
 
-    def read_every_row(self) -> list[dict[str, Any]]:
-        """Every row of the history as it was written, also of steps that were redone: by attempt, then by step."""
-        return [row for name in self._parts("history") for row in self._read_lines("history", name)]
+        Every reader of the history is served by this.
+
+        Args:
+            columns: Those that are needed; None: all.
+
+        Raises:
+            RunError: A part is damaged; names it.
+        """
+        from jobs.run.step_table import StepCodec, StepTable
+
+        return StepTable.joined(Parts(self.storage, self.path("history"), _PART_NAME, StepCodec(columns)).read())
+
+    def read_latest_steps(self, columns: Collection[str] | None = None) -> StepTable:
+        """One row per step, by step; for a step that was redone after a restart, that of the last attempt."""
+        return self.read_steps(columns).latest()
+
+    def read_history(self) -> list[dict[str, Any]]:
+        """The rows of `read_latest_steps`, as they were written; a kilobyte of memory each."""
+        return list(self.read_latest_steps().rows())
 
     def write_history(self, attempt: int, first_step: int, rows: Iterable[dict[str, Any]]) -> None:
         """Replace one part of the history."""
         self._write_lines("history", f"{attempt:04d}-{first_step:08d}.jsonl", rows)
 
+    def compact(self, attempt: int, first_step: int, is_ours: Callable[[], bool]) -> bool:
+        """Compact what is settled, once; returns whether there was enough. May be killed anywhere (jobs.run.parts).
+
+        Args:
+            attempt: Files of earlier attempts will never be written again.
+            first_step: Nor will parts of the history of this attempt that begin before this step.
+            is_ours: Whether the run is still that of the caller's driver.
+
+        Raises:
+            RunError: A part is damaged.
+        """
+        from jobs.run.step_table import StepCodec
+
+        steps = Parts(self.storage, self.path("history"), _PART_NAME, StepCodec())
+        done = [steps.compact((attempt, first_step), is_ours)]
+        return any(done + [self._rows(kind).compact((attempt,), is_ours) for kind in ("events", "quarantine")])
+
     def read_quarantine(self) -> list[dict[str, Any]]:
         """Every sample that was found unusable, once, in the order of discovery."""
-        return [row for name in self._parts("quarantine") for row in self._read_lines("quarantine", name)]
+        return _flat(self._rows("quarantine").read())
 
     def write_quarantine(self, attempt: int, rows: Iterable[dict[str, Any]]) -> None:
         """Replace the samples first found unusable in one attempt."""
@@ -199,8 +242,7 @@ class RunDirectory:
 
     def last_attempt(self) -> int:
         """The number of the newest attempt; 0 if there was none."""
-        names = self._parts("events")
-        return int(names[-1].removeprefix("attempt-").removesuffix(".jsonl")) if names else 0
+        return next(iter(self._rows("events").last_key()), 0)
 
     def write_heartbeat(self, status: dict[str, Any]) -> None:
         """Replace the status of the live run."""
@@ -268,28 +310,21 @@ class RunDirectory:
             return {}
         return found if isinstance(found, dict) else {}
 
-    def _parts(self, folder: str) -> list[str]:
-        names = filter(_NAMES[folder].fullmatch, self.storage.list_names(self.path(folder)))
-        return sorted(names, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
-
-    def _read_lines(self, folder: str, name: str) -> list[dict[str, Any]]:
-        url = self.path(folder, name)
-        try:
-            data = self.storage.read(url)
-        except FileNotFoundError:  # object stores list deleted names for a while
-            return []
-        return [checked(folder, parsed(line, url), url) for line in data.splitlines()]
+    def _rows(self, kind: str) -> Parts[list[Row]]:
+        """The parts of events or of a quarantine."""
+        return Parts(self.storage, self.path(kind), _ATTEMPT_NAME, RowCodec(kind))
 
     def _write_lines(self, folder: str, name: str, rows: Iterable[dict[str, Any]]) -> None:
-        data = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
-        self.storage.write(self.path(folder, name), data.encode())
+        self.storage.write(self.path(folder, name), json_lines(rows))
 
 
 def list_runs(storage: Storage, run_root: str) -> list[RunDirectory]:
     """Every run under `run_root`, by name."""
     names = filter(RUN_NAME.fullmatch, storage.list_names(run_root))
     directories = [RunDirectory(storage, storage.join(run_root, name)) for name in names]
-    return [directory for directory in directories if directory.exists()]
+    with ThreadPoolExecutor(LOOKS_AT_ONCE) as threads:
+        exist = list(threads.map(RunDirectory.exists, directories))
+    return [directory for directory, exists in zip(directories, exist, strict=True) if exists]
 
 
 def unknown_run(directory: RunDirectory, known: Sequence[str]) -> RunError:
@@ -297,6 +332,10 @@ def unknown_run(directory: RunDirectory, known: Sequence[str]) -> RunError:
     nearest = difflib.get_close_matches(directory.name, known, n=1)
     remedy = f"did you mean {nearest[0]}?" if nearest else f"runs there: {', '.join(known) or 'none'}"
     return RunError("run", "must exist", directory.url, remedy)
+
+
+def _flat(parts: Iterable[list[Row]]) -> list[Row]:
+    return [row for part in parts for row in part]
 
 
 def _json_bytes(value: dict[str, Any]) -> bytes:

@@ -29,12 +29,12 @@ from jobs.weights.weight_files import (
     model_config,
     model_json,
     opened_file,
-    sha256_of,
     shapes_of,
     write_tensors,
 )
 from model import ConvMAEConfig
 from model.config import ENCODER_FIELDS, PATCH_PIXELS
+from pipeline.host.local_files import sha256_of
 from pipeline.host.scratch import scratch_folder
 from pipeline.store.storage import Storage
 

@@ -41,6 +41,8 @@ def start(run: RunDirectory) -> Start:
         targets_folder: str = "",
         interval: IntervalRule = EVERY_TEN,
         flush_seconds: float = 3600.0,
+        compact_seconds: float = 3600.0,
+        claim: int = 1,
         wall: Callable[[], float] = time.time,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> RunMonitor:
@@ -57,6 +59,8 @@ def start(run: RunDirectory) -> Start:
             metrics_port=0,
             targets_folder=targets_folder,
             flush_seconds=flush_seconds,
+            compact_seconds=compact_seconds,
+            claim=claim,
         )
         return RunMonitor(config, Clock(wall, monotonic))
 
