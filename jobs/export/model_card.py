@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from jobs.report.charts import CHARTED, History, thinned, trend
+from jobs.report.curves import CHARTED, History, thinned, trend
 from jobs.run.directory import RECONSTRUCTIONS_NAME, RunDirectory
 from jobs.weights.consolidated import Weights
 

@@ -165,7 +165,7 @@ def _column(values: Sequence[Any]) -> pa.Array:
 
 
 def _write_parquet(table: pa.Table, path: Path) -> None:
-    parquet.write_table(table, path, compression="zstd")
+    parquet.write_table(table, path, compression="zstd", row_group_size=_BLOCK_ROWS)
 
 
 def _write_csv(table: pa.Table, path: Path) -> None:

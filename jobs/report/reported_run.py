@@ -11,8 +11,7 @@ from jobs.checkpoint import checkpoint
 from jobs.checkpoint.commit import Commit
 from jobs.metrics.utilization import GroupCompute, Utilization
 from jobs.recipe.recipe import Recipe
-from jobs.report.accuracy import accuracy_curve
-from jobs.report.charts import CHARTED, History
+from jobs.report.curves import CHARTED, History, accuracy_curve
 from jobs.run.accuracy_rows import AccuracyCurve
 from jobs.run.directory import RECONSTRUCTIONS_NAME, RunDirectory
 from jobs.run.validation_rows import VALIDATION_COLUMNS

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from jobs.recipe.recipe import Recipe
-from jobs.report.charts import CHARTED, TREND_POINTS, History, trend
+from jobs.report.curves import CHARTED, TREND_POINTS, History, trend
 from jobs.run.directory import RunDirectory
 from jobs.run.step_table import StepTable
 

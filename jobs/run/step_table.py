@@ -158,13 +158,14 @@ class StepTable:
         Raises:
             RunError: It is not what compaction writes.
         """
+        wanted = set(COLUMNS if columns is None else columns)
         try:
             with zipfile.ZipFile(io.BytesIO(data)) as archive:
                 most = (count + 1) * (LONGEST_TEXT + 8) + 4096
                 if any(each.file_size > most for each in archive.infolist() if not each.filename.startswith("rest_")):
                     raise ValueError(f"an array is longer than {count:,} rows")
             with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-                names = [name for name in COLUMNS if name in arrays and (columns is None or name in columns)]
+                names = [name for name in COLUMNS if name in arrays and name in wanted]
                 found = cls(count, {name: arrays[name] for name in names})
                 if columns is None and _REST_PLACES in arrays:
                     lines = arrays[_REST_LINES].tobytes().splitlines()
@@ -174,7 +175,7 @@ class StepTable:
         except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zipfile.LargeZipFile) as error:
             rule = f"must be an .npz file of {count:,} steps ({str(error).splitlines()[0]})"
             raise RunError("run directory", rule, url, RESTORE) from None
-        _check(found, url)
+        _check(found, wanted, url)
         return found
 
     def _taken(self, name: str) -> Column:
@@ -270,12 +271,20 @@ def _values(column: Column, name: str) -> list[Any]:
     return [None if value != value else value for value in found] if np.isnan(column).any() else found  # noqa: PLR0124
 
 
-def _check(steps: StepTable, url: str) -> None:
+def _check(steps: StepTable, wanted: Collection[str], url: str) -> None:
     """Refuse what no checked row has: it would be of a foreign file, since a damaged one has another checksum.
+
+    Args:
+        steps: As they were read.
+        wanted: The columns that were asked for.
+        url: Where they lie, for the message.
 
     Raises:
         RunError: Names the first.
     """
+    for name in (*_REQUIRED, "loss"):
+        if steps.count and name in wanted and name not in steps.columns:
+            raise RunError("run directory", f"must give {name} in every row", url, RESTORE)
     for name, column in steps.columns.items():
         kind = COLUMNS[name]
         if column.shape != (steps.count,) or column.dtype.kind != _DTYPE_KINDS[kind]:
@@ -289,7 +298,7 @@ def _check(steps: StepTable, url: str) -> None:
         low, high = _BOUNDS.get(name, (1 - LARGEST, LARGEST - 1))
         if len(numbers) and not low <= numbers.min() <= numbers.max() <= high:
             raise RunError("run directory", f"must give {name} as a number from {low} to {high}", url, RESTORE)
-    if {MAIN_VALIDATION, "validation_samples"} <= steps.columns.keys():
+    if {MAIN_VALIDATION, "validation_samples"} <= set(wanted):
         measured = np.isfinite(steps.numbers(MAIN_VALIDATION))
         if np.isnan(steps.numbers("validation_samples")[measured]).any():
             raise RunError("run directory", "must give validation_samples", url, RESTORE)
