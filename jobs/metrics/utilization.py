@@ -73,20 +73,20 @@ class Utilization:
     @classmethod
     def of(cls, steps: StepTable, events: Iterable[Mapping[str, Any]]) -> Utilization:
         """Of steps of a history, by the run's events; with columns `attempt`, `world_size` and `step_seconds`."""
-        attempts, seconds = steps.numbers("attempt"), steps.numbers("step_seconds")
-        world_sizes = steps.numbers("world_size")
-        flops, peaks = np.full(len(steps), np.nan), np.full(len(steps), np.nan)
-        known, places = np.unique(attempts, return_inverse=True)
+        known, places = np.unique(steps.numbers("attempt"), return_inverse=True)
         of_attempts = GroupCompute.of_attempts(events)
-        for number, attempt in enumerate(known):
-            if compute := of_attempts.get(int(attempt)):
-                flops[places == number] = compute.step_flops
-                peaks[places == number] = compute.peak_flops_per_second or np.nan
+        computes = [of_attempts.get(int(attempt)) for attempt in known]
+        flops = np.array([compute.step_flops if compute else np.nan for compute in computes], np.float64)
+        peaks = np.array([compute and compute.peak_flops_per_second or np.nan for compute in computes], np.float64)
+        seconds, world_sizes = steps.numbers("step_seconds"), steps.numbers("world_size")
         with np.errstate(all="ignore"):
-            reached = np.where((seconds > 0) & (world_sizes >= 1), flops / seconds, np.nan)
-            devices, ratios = reached / world_sizes, reached / peaks
+            reached = flops[places] / seconds
+            reached[~((seconds > 0) & (world_sizes >= 1))] = np.nan
+            ratios = reached / peaks[places]
+            devices = np.divide(reached, world_sizes, out=reached)
         is_finite = np.isfinite(devices) & ~np.isinf(ratios)
-        return cls(np.where(is_finite, devices, np.nan), np.where(is_finite, ratios, np.nan))
+        devices[~is_finite] = ratios[~is_finite] = np.nan
+        return cls(devices, ratios)
 
     def rows(self, steps: StepTable) -> Iterator[dict[str, Any]]:
         """The rows of the same steps, each with its figures where there are any."""

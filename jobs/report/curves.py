@@ -52,7 +52,7 @@ class History:
         columns = [steps.numbers(name) for name in CHARTED]
         columns.append(np.full(len(steps), np.nan) if mfu_ratios is None else mfu_ratios)
         is_done = np.isfinite(steps.numbers("loss"))
-        return cls(*(column[is_done] for column in columns))
+        return cls(*(columns if is_done.all() else [column[is_done] for column in columns]))
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 INDEX_NAME = "compacted.json"
 FORMAT_VERSION = 1
-READS_AHEAD = 6
+READS_AHEAD = 4
 """Files that are fetched before they are parsed, which bounds the memory for them."""
 COMPACTED_PARTS = 16
 """Settled parts that are worth a compaction: readers find fewer of them, and those that are being written."""
