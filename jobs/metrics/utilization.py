@@ -77,7 +77,7 @@ class Utilization:
         of_attempts = GroupCompute.of_attempts(events)
         computes = [of_attempts.get(int(attempt)) for attempt in known]
         flops = np.array([compute.step_flops if compute else np.nan for compute in computes], np.float64)
-        peaks = np.array([compute and compute.peak_flops_per_second or np.nan for compute in computes], np.float64)
+        peaks = np.array([(compute and compute.peak_flops_per_second) or np.nan for compute in computes], np.float64)
         seconds, world_sizes = steps.numbers("step_seconds"), steps.numbers("world_size")
         with np.errstate(all="ignore"):
             reached = flops[places] / seconds
