@@ -6,20 +6,12 @@ Letters: B images, C channels, L patches, P = 256 * C values of a patch, laid ou
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from model.channel_statistics import ChannelStatistics
 from model.config import PATCH_PIXELS
-
-
-class ChannelStatistics(NamedTuple):
-    """What the pixels of a data set are like, each channel for itself; of pixels in 0..1."""
-
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    """Deviation, above 0."""
 
 
 def normalise(images: Tensor, statistics: ChannelStatistics) -> Tensor:

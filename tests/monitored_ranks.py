@@ -93,6 +93,7 @@ class MonitoredRanks:
             hang_seconds=recipe.hang_seconds,
             straggler_factor=recipe.straggler_factor,
             leave_out_stragglers=recipe.leave_out_stragglers,
+            claim=1,
             host="127.0.0.1",
             metrics_port=0,
             targets_folder="",

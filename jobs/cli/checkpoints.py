@@ -198,10 +198,7 @@ def export(
     `metrics`, `metrics-csv`: a folder of tables, Parquet or CSV, of all attempts of a run: history (a row a step,
     `superseded` where it was done again), accuracies and events.
     """
-    from jobs.export.formats import FORMATS, Source, check_format
-    from jobs.export.formats import export as export_weights
     from jobs.export.run_tables import TABLE_SUFFIXES, export_tables
-    from jobs.weights import consolidated
     from pipeline.access.places import is_place, normal
 
     session = open_session()
@@ -214,6 +211,10 @@ def export(
         target = out or directory.path("exports", f"{directory.name}-{name}")
         _say_exported(name, export_tables(directory, name, session.storage, target, force=force))
         return
+    from jobs.export.formats import FORMATS, Source, check_format  # tables need no PyTorch
+    from jobs.export.formats import export as export_weights
+    from jobs.weights import consolidated
+
     check_format(name)
     if is_place(checkpoint):
         checkpoint = normal(checkpoint)

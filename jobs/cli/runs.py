@@ -24,12 +24,14 @@ from jobs.cli.shared import (
     open_session,
 )
 from jobs.errors import RunError, RunFailedError
-from jobs.terminal import figure, print_json, print_pairs, print_table, say, shown, whole_lines
+from jobs.terminal import print_json, print_pairs, print_table, say, shown, whole_lines
 from pipeline.access.places import normal
 from pipeline.errors import UserError
 
 app = typer.Typer()
 
+EVENTS_SHOWN = 10
+"""Newest events below a status."""
 SET_SECONDS = 30.0
 """For a live run to hear of changed fields."""
 
@@ -180,14 +182,14 @@ def resume(
 @app.command(name="list", cls=at_run())
 def list_command(run_root: RunRoot = "", as_json: AsJson = False) -> None:
     """List the runs, with the state of each."""
-    from jobs.report.status import list_cells, status_or_error
+    from jobs.report.status import list_cells, statuses
     from jobs.run.directory import list_runs
 
     session = open_session()
     root = session.run_root(run_root)
     session.storage.check(root, write=False)
     session.remember_run_root(root)
-    rows = [status_or_error(run) for run in list_runs(session.storage, root)]
+    rows = statuses(list_runs(session.storage, root))
     if as_json:
         print_json(rows)
         return
@@ -224,7 +226,7 @@ def status(
         print_json({**current, "events": directory.read_events()})
         return
     print_pairs(status_lines(current))
-    for event in directory.read_events()[-10:]:
+    for event in directory.read_newest_events(EVENTS_SHOWN):
         say(event_line(event))
 
 
@@ -348,26 +350,10 @@ def history(run: RunName, run_root: RunRoot = "", as_json: AsJson = False) -> No
     Some lines end with a digest of all weights and moments: equal runs have equal ones, at any world size; some with
     the accuracy of the encoder, by kNN and a linear probe, or that of a fine-tuning on its validation samples.
     """
-    from jobs.metrics.utilization import with_utilization
-    from jobs.run.accuracy_text import accuracies_text
-    from jobs.run.probe_rows import ProbeCurve
+    from jobs.report.history_lines import history_blocks
 
-    directory = existing_run(open_session(), run, run_root)
-    events = directory.read_events()
-    probed = {row.step: dict(row.accuracies) for row in ProbeCurve.of(events).rows}
-    for row in with_utilization(directory.read_history(), events):
-        accuracies = probed.get(row["step"])
-        if as_json:
-            sys.stdout.write(json.dumps({**row, **({"accuracies": accuracies} if accuracies else {})}) + "\n")
-        else:
-            line = (
-                f"step {row['step']:>8}  epoch {row['epoch']:>4}  loss {figure(row['loss'], '.6f')}  "
-                f"lr {row['learning_rate']:.3e}  world {row['world_size']:>3}  attempt {row['attempt']:>3}"
-            )
-            mfu = f"  mfu {row['mfu_ratio']:.1%}" if "mfu_ratio" in row else ""
-            digest = f"  digest {row['digest']}" if "digest" in row else ""
-            measured = accuracies_text({**row, **(accuracies or {})})
-            say(line + mfu + digest + (f"  {measured}" if measured else ""))
+    for block in history_blocks(existing_run(open_session(), run, run_root), as_json=as_json):
+        sys.stdout.write(shown(block, sys.stdout))
 
 
 @app.command(cls=at_store("url", "other"))

@@ -203,6 +203,7 @@ def _start_monitor(session: Session, plan: RunPlan, lease: Lease) -> Any:
         targets_folder=str(session.stack.targets_dir) if session.is_local and session.stack else "",
         trackers=TrackerSettings.of(plan.recipe, session.environ),
         webhook=Webhook.of(plan.recipe.to_json(), session.environ, plan.run),
+        claim=lease.number,
     )
     patience_seconds = plan.run.storage.retry_seconds
     monitor = persevere(lambda: _new_monitor(plan.run, config, lease), MonitorLivesError, patience_seconds)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jobs.checkpoint import checkpoint
 from jobs.consolidation.consolidate import consolidate
 from jobs.errors import WeightsFileError
-from jobs.report.reconstruction import Stage, write_reconstructions
 from jobs.report.report import write_report
 from jobs.run.directory import RunDirectory
-from jobs.weights import consolidated
 from pipeline.errors import UserError
 from pipeline.load.dataset import Dataset
+
+if TYPE_CHECKING:  # it imports torch, for which a report of a run without a checkpoint should not wait
+    from jobs.report.reconstruction import Stage
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +51,8 @@ def _report(run: RunDirectory, step: int) -> str:
     recipe = run.read_recipe()
     if recipe.finetune:  # a classifier reconstructs nothing
         return write_report(run)
+    from jobs.report.reconstruction import write_reconstructions
+
     dataset = Dataset.open(run.storage, recipe.data, check_etags=recipe.check_etags)
     write_reconstructions(run, _stages(run, step), dataset)
     return write_report(run)
@@ -56,6 +60,9 @@ def _report(run: RunDirectory, step: int) -> str:
 
 def _stages(run: RunDirectory, newest: int) -> Iterator[Stage]:
     """Steps whose weights were written, as of milestones, spread evenly where they are many; up to the newest."""
+    from jobs.report.reconstruction import Stage
+    from jobs.weights import consolidated
+
     steps = sorted(step for step in consolidated.urls_by_step(run) if step <= newest)
     for place in sorted({round(place) for place in np.linspace(0, len(steps) - 1, MOST_STAGES)}):
         try:

@@ -30,7 +30,8 @@ WATCH_INTERVAL_SECONDS = 1.0
 class RunMonitor(RankReports, GroupReports):
     """Record of one run. A plain class: jobs.control.driver makes an actor of it; tests call it directly.
 
-    Owns: two threads, that flush and look for hangs; all else is `RunMemory`, and the threads of trackers and notices.
+    Owns: three threads, that flush, compact, and look for hangs; all else is `RunMemory`, and the threads of trackers
+        and notices.
     Failure: dies with its process; a new one continues from the run directory. What was unwritten is of steps after
         the last commit (`flush` precedes every commit): rank 0 sees the death and fails, and they are done again.
     """
@@ -43,6 +44,7 @@ class RunMonitor(RankReports, GroupReports):
             self._figures.announce(Path(config.targets_folder))
         threading.Thread(target=self._flush_forever, name="monitor-flush", daemon=True).start()
         threading.Thread(target=self._watch_forever, name="monitor-watch", daemon=True).start()
+        threading.Thread(target=self._compact_forever, name="monitor-compact", daemon=True).start()
 
     def consolidated(self, *, step: int, url: str, size_bytes: int, seconds: float) -> None:
         """Note that the weights of a step were written."""
@@ -153,3 +155,14 @@ class RunMonitor(RankReports, GroupReports):
         while not self._outcome:
             time.sleep(WATCH_INTERVAL_SECONDS)
             self.look_for_hangs(self._clock.monotonic(), examined_on_its_node)
+
+    def _compact_forever(self) -> None:
+        done: tuple[int, int] | None = None
+        while not self._outcome:
+            time.sleep(self._config.compact_seconds)
+            try:
+                if (settled := self.settled()) != done:
+                    self.compact(*settled)
+                    done = settled
+            except Exception:
+                logger.warning("history, events and quarantine could not be compacted; trying again", exc_info=True)

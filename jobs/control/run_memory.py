@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from jobs.checkpoint.checkpoint import CLAIMS
 from jobs.checkpoint.held.held_checkpoint import HeldCheckpoint, end_holders
 from jobs.control.checkpoint_clock import CheckpointClock
 from jobs.control.failures import Failures
@@ -30,9 +31,12 @@ from jobs.run.profile_request import ProfileRequest
 from jobs.run.record import RunRecord
 from jobs.step.instruction import Instructions
 from jobs.trackers.trackers import Trackers, TrackerSettings
+from pipeline.store.lease import current_lease
 
 FLUSH_INTERVAL_SECONDS = 2.0
 """Between heartbeats; each is one PUT."""
+COMPACT_INTERVAL_SECONDS = 60.0
+"""Between two looks whether anything has settled; if so, each lists three folders."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class MonitorConfig:
     straggler_factor: float
     """Of the recipe, as the next."""
     leave_out_stragglers: bool
+    claim: int
+    """Number of the lease under which the driver works."""
     trackers: TrackerSettings = field(default_factory=TrackerSettings)
     webhook: Webhook | None = None
     """Where notices go; None: nowhere."""
@@ -73,6 +79,8 @@ class MonitorConfig:
     """With that webhook."""
     flush_seconds: float = FLUSH_INTERVAL_SECONDS
     """Between two writes to storage."""
+    compact_seconds: float = COMPACT_INTERVAL_SECONDS
+    """Between two looks whether there is enough to compact."""
 
 
 class RunMemory:
@@ -81,7 +89,7 @@ class RunMemory:
     Owns: `RunFigures`, what the heartbeat and the metrics say; `RunRecord`, what is to be written; never weights.
     Concurrency: methods may run in parallel; a lock guards the state, and storage is written outside of it.
     Failure: dies with its process; a new one continues from the run directory.
-    Blocking: `flush` waits for storage; nothing else does.
+    Blocking: `flush` and `compact` wait for storage; nothing else does.
     """
 
     def __init__(self, config: MonitorConfig, clock: Clock) -> None:
@@ -167,6 +175,30 @@ class RunMemory:
             with self._lock:
                 self._record.written(tail)
                 self._figures.saved(heartbeat)
+
+    def settled(self) -> tuple[int, int]:
+        """What nobody writes any more: the arguments of `compact`. Waits for a flush in progress."""
+        with self._flushing, self._lock:  # a flush may be writing parts of the attempt before
+            return self._record.settled()
+
+    def compact(self, attempt: int, first_step: int) -> None:
+        """Compact all that is settled. Delays no step and no flush; may be killed anywhere (jobs.run.parts).
+
+        Args:
+            attempt: As of `RunDirectory.compact`.
+            first_step: As of `RunDirectory.compact`.
+
+        Raises:
+            UserError: A part is damaged, or storage refuses.
+            OSError: Storage cannot be reached.
+        """
+        while self._config.run.compact(attempt, first_step, self._is_driver):  # more than once after an older release
+            pass
+
+    def _is_driver(self) -> bool:
+        """Whether no other driver has taken over the run: one that has been cut off must not judge what is settled."""
+        ruler = current_lease(self._config.run.storage, self._config.run.path(CLAIMS))
+        return ruler is None or ruler.number <= self._config.claim
 
     def _end_holders(self, nodes: Sequence[str]) -> None:
         """End the holders of nodes that the run has left."""

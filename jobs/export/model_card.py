@@ -10,15 +10,14 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from jobs.report.charts import History, thinned, trend
-from jobs.run.directory import RunDirectory
+from jobs.report.curves import CHARTED, History, thinned, trend
+from jobs.run.directory import RECONSTRUCTIONS_NAME, RunDirectory
 from jobs.weights.consolidated import Weights
 from pipeline.image.channels import RGB_CHANNELS
 
 RAW_POINTS = 1200
 TREND_POINTS = 120
 LOSS_PICTURE = "loss.png"
-RECONSTRUCTIONS = "reconstructions.png"
 
 _CARD = """\
 ---
@@ -85,25 +84,25 @@ def write_card(folder: Path, weights: Weights, run: RunDirectory | None) -> None
         weights: What the card describes.
         run: Whose recipe, history and reconstructions are shown; None if it is unknown.
     """
-    rows = _history_until(run, weights.metadata) if run else []
-    if rows:
-        (folder / LOSS_PICTURE).write_bytes(loss_picture(History.of(rows)))
-    if run and run.storage.exists(picture := run.path(RECONSTRUCTIONS)):
-        (folder / RECONSTRUCTIONS).write_bytes(run.storage.read(picture))
-    has_picture = (folder / RECONSTRUCTIONS).exists()
-    (folder / "README.md").write_text(card(weights, run, rows, has_picture=has_picture), "utf-8")
+    history = _history_until(run, weights.metadata) if run else None
+    if history:
+        (folder / LOSS_PICTURE).write_bytes(loss_picture(history))
+    if run and run.storage.exists(picture := run.path(RECONSTRUCTIONS_NAME)):
+        (folder / RECONSTRUCTIONS_NAME).write_bytes(run.storage.read(picture))
+    has_picture = (folder / RECONSTRUCTIONS_NAME).exists()
+    (folder / "README.md").write_text(card(weights, run, history, has_picture=has_picture), "utf-8")
 
 
-def card(weights: Weights, run: RunDirectory | None, rows: list[dict[str, Any]], *, has_picture: bool) -> str:
+def card(weights: Weights, run: RunDirectory | None, history: History | None, *, has_picture: bool) -> str:
     """The text of the README."""
     recipe: Mapping[str, Any] = run.read_recipe().to_json() if run else {}
     metadata, channels = dict(weights.metadata), weights.config.in_channels
     fields = {**{key: value for key, value in recipe.items() if key not in ("model", "run_root")}, **_model(weights)}
-    pictures = [f"![loss over steps]({LOSS_PICTURE})"] if rows else []
-    pictures += [f"![originals, masked images and reconstructions]({RECONSTRUCTIONS})"] if has_picture else []
+    pictures = [f"![loss over steps]({LOSS_PICTURE})"] if history else []
+    pictures += [f"![originals, masked images and reconstructions]({RECONSTRUCTIONS_NAME})"] if has_picture else []
     return Template(_CARD).substitute(
         name=metadata.get("run") or "ConvMAE",
-        facts="\n".join(f"- {line}" for line in _facts(weights, rows)),
+        facts="\n".join(f"- {line}" for line in _facts(weights, history)),
         backbone=Template(_BACKBONE).substitute(channels=channels) if weights.config.has_convolutions else "",
         colours="RGB" if channels == RGB_CHANNELS else "gray",
         results="\n## Pretraining\n\n" + "\n\n".join(pictures) + "\n" if pictures else "",
@@ -130,21 +129,23 @@ def loss_picture(history: History) -> bytes:
     return png.getvalue()
 
 
-def _history_until(run: RunDirectory, metadata: Mapping[str, str]) -> list[dict[str, Any]]:
-    """The history rows up to the step of the weights."""
-    last = int(metadata["step"]) if metadata.get("step", "").isdecimal() else None
-    return [row for row in run.read_history() if last is None or row["step"] <= last]
+def _history_until(run: RunDirectory, metadata: Mapping[str, str]) -> History:
+    """The history up to the step of the weights."""
+    steps = run.read_latest_steps(CHARTED)
+    if metadata.get("step", "").isdecimal():
+        steps = steps.where(steps.steps <= int(metadata["step"]))
+    return History.of(steps)
 
 
-def _facts(weights: Weights, rows: list[dict[str, Any]]) -> Iterator[str]:
+def _facts(weights: Weights, history: History | None) -> Iterator[str]:
     config, metadata = weights.config, weights.metadata
     numbers = sum(tensor.numel() for tensor in weights.tensors.values())
     yield f"{numbers:,} numbers, images of {' x '.join(map(str, config.image_shape))} pixels"
     if "step" in metadata:
         yield f"{metadata['step']} steps, {metadata.get('epoch', '?')} epochs"
-    if rows:
+    if history:
         pixels = "normalised pixels" if config.norm_pix else "pixels"
-        yield f"loss at the last step: {rows[-1]['loss']:.4f} ({config.loss} on {pixels})"
+        yield f"loss at the last step: {history.losses[-1]:.4f} ({config.loss} on {pixels})"
 
 
 def _model(weights: Weights) -> dict[str, object]:

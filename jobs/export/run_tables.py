@@ -12,15 +12,17 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from pyarrow import csv, parquet
 
 from jobs.export.written import Exported, written_files
-from jobs.metrics.utilization import with_utilization
+from jobs.metrics.utilization import Utilization
 from jobs.run.accuracy_rows import AccuracyCurve, AccuracyRow
 from jobs.run.directory import RunDirectory
 from jobs.run.probe_rows import PROBE_EVENT, ProbeCurve
-from jobs.run.validation_rows import MAIN_VALIDATION, ValidationCurve
+from jobs.run.step_table import COLUMNS, StepTable
+from jobs.run.validation_rows import ValidationCurve
 from pipeline.access.places import normal
 from pipeline.store.storage import Storage
 
@@ -39,6 +41,8 @@ _ACCURACIES = {
     "step": _WHOLE, "epoch": _WHOLE, "plan": _TEXT, "tested": _WHOLE, "method": _TEXT, "accuracy": _NUMBER,
     "low": _NUMBER, "high": _NUMBER,
 }  # fmt: skip
+_BLOCK_ROWS = 1 << 16
+"""Texts that are Python objects at a time."""
 _EVENTS = {"time": _TIME, "attempt": _WHOLE, "kind": _TEXT, "step": _WHOLE, "reason": _TEXT}
 
 Row = Mapping[str, Any]
@@ -70,11 +74,11 @@ def export_tables(run: RunDirectory, name: str, storage: Storage, out: str, *, f
 
 def run_tables(run: RunDirectory) -> dict[str, pa.Table]:
     """The tables of a run, by name: `history`, `accuracies` and `events`."""
-    rows, events = run.read_every_row(), run.read_events()
+    steps, events = run.read_steps(), run.read_events()
     about = {"run": run.name, "url": run.url, "recipe": run.read_recipe_fields()}
     tables = {
-        "history": _table(_HISTORY, _marked(with_utilization(rows, events))),
-        "accuracies": _table(_ACCURACIES, _accuracies(rows, events)),
+        "history": _history(steps, Utilization.of(steps, events)),
+        "accuracies": _table(_ACCURACIES, _accuracies(list(steps.measured().rows()), events)),
         "events": _table(_EVENTS, map(_timed, events)),
     }
     metadata = {METADATA_NAME: json.dumps(about, sort_keys=True)}
@@ -86,17 +90,41 @@ def _timed(event: Row) -> Row:
     return {"time": round(1000 * event["at_seconds"]), **rest}
 
 
-def _marked(rows: Iterable[Row]) -> Iterator[Row]:
-    """Rows that say whether a later one is of the same step, whose result then counts."""
-    kept = list(rows)
-    last = {row["step"]: number for number, row in enumerate(kept)}
-    return ({**row, "superseded": last[row["step"]] != number} for number, row in enumerate(kept))
+def _history(steps: StepTable, figures: Utilization) -> pa.Table:
+    """Each row, and whether a later one is of the same step, whose result then counts."""
+    made = {
+        "superseded": pa.array(steps.superseded()),
+        "device_flops_per_second": pa.array(figures.device_flops_per_second, from_pandas=True),
+        "mfu_ratio": pa.array(figures.mfu_ratios, from_pandas=True),
+    }
+    columns = {name: made[name] if name in made else _known(steps, name) for name in _HISTORY}
+    columns |= {name: _known(steps, name) for name in steps.columns if name not in _HISTORY}
+    return pa.table(columns | _others(steps))
 
 
-def _accuracies(rows: Sequence[Row], events: Sequence[Row]) -> Iterator[Row]:
+def _known(steps: StepTable, name: str) -> pa.ChunkedArray:
+    """A column of every history."""
+    kind = {int: _WHOLE, float: _NUMBER, str: _TEXT}[COLUMNS[name]]
+    if name not in steps.columns:
+        return pa.chunked_array([pa.nulls(len(steps), kind)])
+    if kind != _TEXT:
+        values = steps.columns[name]
+        return pa.chunked_array([pa.array(values, kind, mask=np.isnan(steps.numbers(name)))])
+    texts = steps.texts(name)
+    blocks = (texts[first : first + _BLOCK_ROWS].tolist() for first in range(0, len(texts), _BLOCK_ROWS))
+    return pa.chunked_array([pa.array([text.decode() or None for text in block], _TEXT) for block in blocks], _TEXT)
+
+
+def _others(steps: StepTable) -> dict[str, pa.Array]:
+    """Columns of fields that this release does not know."""
+    known = {*COLUMNS, *_HISTORY}
+    names = dict.fromkeys(name for fields in steps.rest.values() for name in fields if name not in known)
+    return {name: _column([steps.rest.get(place, {}).get(name) for place in range(len(steps))]) for name in names}
+
+
+def _accuracies(validated: Sequence[Row], events: Sequence[Row]) -> Iterator[Row]:
     """One row for each accuracy, whoever measured it and on whichever samples, by plan, then by step."""
     probed = [event for event in events if event["kind"] == PROBE_EVENT]
-    validated = [row for row in rows if MAIN_VALIDATION in row]
     for plan in dict.fromkeys(event["plan"] for event in probed):
         yield from _accuracy_rows(ProbeCurve.of(event for event in probed if event["plan"] == plan))
     for plan in dict.fromkeys(row.get("validation_plan", "") for row in validated):
@@ -137,7 +165,7 @@ def _column(values: Sequence[Any]) -> pa.Array:
 
 
 def _write_parquet(table: pa.Table, path: Path) -> None:
-    parquet.write_table(table, path, compression="zstd")
+    parquet.write_table(table, path, compression="zstd", row_group_size=_BLOCK_ROWS)
 
 
 def _write_csv(table: pa.Table, path: Path) -> None:

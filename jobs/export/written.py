@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from jobs.errors import ExportError
-from jobs.weights.weight_files import sha256_of
+from pipeline.host.local_files import sha256_of
 from pipeline.host.scratch import scratch_folder
 from pipeline.store.storage import Storage
 

@@ -15,6 +15,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
+from jobs.run.step_table import StepTable
+
+Floats = npt.NDArray[np.float64]
+
 
 @dataclass(frozen=True)
 class GroupCompute:
@@ -56,18 +63,43 @@ class GroupCompute:
         return found if all(map(math.isfinite, found.values())) else {}
 
 
-def with_utilization(
-    rows: Iterable[Mapping[str, Any]], events: Iterable[Mapping[str, Any]]
-) -> Iterator[dict[str, Any]]:
-    """Rows of a history, each with the figures of its step where its attempt has recorded what they need."""
-    attempts = GroupCompute.of_attempts(events)
-    for row in rows:
-        compute = attempts.get(row["attempt"])
-        yield {**row, **(compute.figures(row["world_size"], row.get("step_seconds", 0.0)) if compute else {})}
+@dataclass(frozen=True, eq=False)
+class Utilization:
+    """The figures of steps, each (n,); NaN where the attempt has not recorded what they need."""
 
+    device_flops_per_second: Floats
+    mfu_ratios: Floats
 
-def mean_mfu(rows: Iterable[Mapping[str, Any]]) -> float | None:
-    """MFU over all steps of rows that `with_utilization` gives: by their time; None where no step has one."""
-    timed = [(row["mfu_ratio"], row["step_seconds"]) for row in rows if "mfu_ratio" in row]
-    seconds = sum(each for _, each in timed)
-    return sum(ratio * each for ratio, each in timed) / seconds if seconds else None
+    @classmethod
+    def of(cls, steps: StepTable, events: Iterable[Mapping[str, Any]]) -> Utilization:
+        """Of steps of a history, by the run's events; with columns `attempt`, `world_size` and `step_seconds`."""
+        known, places = np.unique(steps.numbers("attempt"), return_inverse=True)
+        of_attempts = GroupCompute.of_attempts(events)
+        computes = [of_attempts.get(int(attempt)) for attempt in known]
+        flops = np.array([compute.step_flops if compute else np.nan for compute in computes], np.float64)
+        peaks = np.array([(compute and compute.peak_flops_per_second) or np.nan for compute in computes], np.float64)
+        seconds, world_sizes = steps.numbers("step_seconds"), steps.numbers("world_size")
+        with np.errstate(all="ignore"):
+            reached = flops[places] / seconds
+            reached[~((seconds > 0) & (world_sizes >= 1))] = np.nan
+            ratios = reached / peaks[places]
+            devices = np.divide(reached, world_sizes, out=reached)
+        is_finite = np.isfinite(devices) & ~np.isinf(ratios)
+        devices[~is_finite] = ratios[~is_finite] = np.nan
+        return cls(devices, ratios)
+
+    def rows(self, steps: StepTable) -> Iterator[dict[str, Any]]:
+        """The rows of the same steps, each with its figures where there are any."""
+        columns = (self.device_flops_per_second, self.mfu_ratios)
+        for row, flops, ratio in zip(steps.rows(), *map(np.ndarray.tolist, columns), strict=True):
+            if not math.isnan(flops):
+                row["device_flops_per_second"] = flops
+            if not math.isnan(ratio):
+                row["mfu_ratio"] = ratio
+            yield row
+
+    def mean_mfu(self, steps: StepTable) -> float | None:
+        """MFU over all of the steps that have one, by their time; None where none has."""
+        seconds, is_known = steps.numbers("step_seconds"), np.isfinite(self.mfu_ratios)
+        whole = float(seconds[is_known].sum())
+        return float((self.mfu_ratios * seconds)[is_known].sum()) / whole if whole else None

@@ -99,10 +99,12 @@ def replay(run: RunDirectory, first: int, steps: int, *, device: str, threads: i
     if first and first not in committed:
         remedy = f"the run has those of steps {', '.join(map(str, committed)) or 'none'}, and its begin, 0"
         raise CheckpointError("--from", "must be a step with a checkpoint", first, remedy)
-    noted = {row["step"]: row for row in run.read_history()}
-    if first + steps > max(noted, default=0):
-        remedy = f"lower --steps; the run has made {max(noted, default=0)} steps"
+    history = run.read_latest_steps(("step", "loss", "digest"))
+    if first + steps > (made := int(history.steps.max(initial=0))):
+        remedy = f"lower --steps; the run has made {made} steps"
         raise RunError("--steps", f"must end within the run, from step {first}", steps, remedy)
+    is_asked = (first < history.steps) & (history.steps <= first + steps)
+    noted = {row["step"]: row for row in history.where(is_asked).rows()}
     torch.set_num_threads(threads)
     compute_as(recipe)
     with _group_of_one(device) as place:

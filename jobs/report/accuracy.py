@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
-from jobs.recipe.recipe import Recipe
 from jobs.report.charts import ACCENT, FAINT, MARK, Canvas, drawn_svg, prepare
 from jobs.run.accuracy_rows import AccuracyCurve, AccuracyRow
-from jobs.run.probe_rows import ProbeCurve
-from jobs.run.validation_rows import ValidationCurve
 
 MOST_ROWS = 60
 """Newest ones that are listed."""
-
-
-def accuracy_curve(
-    recipe: Recipe, events: Iterable[Mapping[str, Any]], history: Iterable[Mapping[str, Any]]
-) -> AccuracyCurve:
-    """The accuracies of a run: of a pretraining by its probes, of a fine-tuning on its validation samples."""
-    return ValidationCurve.of(history) if recipe.finetune else ProbeCurve.of(events)
 
 
 def accuracy_chart(curve: AccuracyCurve, *, epoch_steps: int | None, control: str, canvas: Canvas) -> str:

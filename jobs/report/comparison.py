@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jobs.recipe.differences import differing_fields
 from jobs.recipe.recipe import Recipe
-from jobs.report.accuracy import accuracy_curve
+from jobs.report.curves import CHARTED, accuracy_curve
 from jobs.report.page import page, paragraph, section, table
 from jobs.report.run_figures import RunFigures
-from jobs.report.series_charts import Curve, curves_chart
 from jobs.run.accuracy_rows import AccuracyCurve
 from jobs.run.directory import RunDirectory
 from jobs.run.evaluations import accuracies, list_evaluations
+from jobs.run.validation_rows import VALIDATION_COLUMNS
 from jobs.terminal import figure
+
+if TYPE_CHECKING:  # it imports matplotlib, which a comparison on a terminal does not need
+    from jobs.report.series_charts import Curve
 
 MARKS = (0.1, 0.25, 0.5, 0.75, 1.0)
 """Shares of the longest run's epochs at which losses are listed."""
@@ -48,14 +51,15 @@ class ComparedRun:
         Raises:
             RunError: There is no such run, or it is damaged.
         """
-        recipe, heartbeat, history = run.read_recipe(), run.read_heartbeat(), run.read_history()
+        recipe, heartbeat = run.read_recipe(), run.read_heartbeat()
+        steps = run.read_latest_steps({*CHARTED, *VALIDATION_COLUMNS})
         return cls(
             run.name,
             run.url,
             recipe,
-            RunFigures.of(recipe, heartbeat, history),
+            RunFigures.of(recipe, heartbeat, steps),
             list_evaluations(run.storage, run.url),
-            accuracy_curve(recipe, run.read_events(), history),
+            accuracy_curve(recipe, run.read_events(), steps),
             heartbeat.get("steps_per_epoch") or 0,
         )
 
@@ -92,6 +96,8 @@ ACCURACY_COLUMNS = ("run", "step", "method", "accuracy", "tested on")
 
 def accuracy_curves(runs: Sequence[ComparedRun]) -> dict[str, list[Curve]]:
     """The accuracies over epochs of the runs that have them, by what was measured."""
+    from jobs.report.series_charts import Curve
+
     found: dict[str, list[Curve]] = {}
     for name, run in zip(named_apart(runs), runs, strict=True):
         for key, text in run.accuracies.shown.items() if run.accuracies.rows else ():
@@ -172,6 +178,8 @@ def _measured_json(run: ComparedRun) -> dict[str, Sequence[float]]:
 
 def comparison_html(runs: Sequence[ComparedRun]) -> str:
     """The page as HTML; all outside text is escaped."""
+    from jobs.report.series_charts import Curve, curves_chart
+
     names = named_apart(runs)
     fields = [(name, *map(str, values)) for name, values in differing_fields([run.recipe for run in runs]).items()]
     differences = table(("field", *names), fields) if fields else paragraph("Their recipes are the same.")

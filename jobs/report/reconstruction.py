@@ -16,7 +16,7 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from jobs.run.directory import RunDirectory
+from jobs.run.directory import RECONSTRUCTIONS_NAME, RunDirectory
 from model import ChannelStatistics, ConvMAE, ConvMAEConfig
 from model.masking import draw_mask
 from model.noise import mask_noise
@@ -28,7 +28,6 @@ from pipeline.load.dataset import Dataset
 from pipeline.load.shard_reader import Sample
 from pipeline.order import hashing
 
-RECONSTRUCTIONS_NAME = "reconstructions.png"
 HIDDEN_GRAY = 127
 CANDIDATES = 4
 """Images considered for each one shown, so that those shown are of different classes."""

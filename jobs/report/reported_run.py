@@ -9,13 +9,12 @@ from typing import Any
 
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.commit import Commit
-from jobs.metrics.utilization import GroupCompute, mean_mfu, with_utilization
+from jobs.metrics.utilization import GroupCompute, Utilization
 from jobs.recipe.recipe import Recipe
-from jobs.report.accuracy import accuracy_curve
-from jobs.report.charts import History
-from jobs.report.reconstruction import RECONSTRUCTIONS_NAME
+from jobs.report.curves import CHARTED, History, accuracy_curve
 from jobs.run.accuracy_rows import AccuracyCurve
-from jobs.run.directory import RunDirectory
+from jobs.run.directory import RECONSTRUCTIONS_NAME, RunDirectory
+from jobs.run.validation_rows import VALIDATION_COLUMNS
 from pipeline.shard.manifest import SKIPPED_NAME
 from pipeline.store.json_text import parsed_object
 
@@ -55,7 +54,8 @@ class ReportedRun:
         """
         recipe = run.read_recipe()
         events = run.read_events()
-        rows = list(with_utilization(run.read_history(), events))
+        steps = run.read_latest_steps({*CHARTED, *VALIDATION_COLUMNS, "attempt"})
+        utilization = Utilization.of(steps, events)
         skipped = _read_or_none(run, run.storage.join(recipe.data, SKIPPED_NAME)) if recipe.data else None
         return cls(
             name=run.name,
@@ -63,9 +63,9 @@ class ReportedRun:
             recipe=recipe,
             heartbeat=run.read_heartbeat(),
             events=events,
-            history=History.of(rows),
-            mfu_ratio=mean_mfu(rows),
-            accuracies=accuracy_curve(recipe, events, rows),
+            history=History.of(steps, utilization.mfu_ratios),
+            mfu_ratio=utilization.mean_mfu(steps),
+            accuracies=accuracy_curve(recipe, events, steps),
             kept_steps=frozenset(checkpoint.committed_steps(run)),
             commit=checkpoint.latest_commit(run),
             faults=run.read_quarantine(),

@@ -7,6 +7,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.commit import Commit
 from jobs.metrics.utilization import GroupCompute
@@ -14,6 +17,7 @@ from jobs.recipe.differences import differing_fields, is_default, is_placement
 from jobs.recipe.recipe import Recipe
 from jobs.report.status import world_sizes_text
 from jobs.run.directory import RunDirectory
+from jobs.run.step_table import COLUMNS, StepTable
 from jobs.terminal import figure
 from pipeline.errors import UserError
 from pipeline.shard.manifest import Manifest
@@ -28,8 +32,10 @@ COMPARED = {
 """What of a step is compared, and its name for people."""
 SPARSE = frozenset({"samples", "digest"})
 """Not in every row: compared where both have it."""
+_COLUMNS = ("step", *COMPARED)
 
 Row = Mapping[str, Any]
+Places = npt.NDArray[np.intp] | slice
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class DiffedRun:
     """Empty before the run first started."""
     attempts: Sequence[Row]
     """Events that began one."""
-    history: Mapping[int, Row]
+    history: StepTable
     """By step; of a step that was done again, the last time."""
     commit: Commit | None
     """The newest."""
@@ -61,18 +67,18 @@ class DiffedRun:
             recipe=run.read_recipe(),
             heartbeat=run.read_heartbeat(),
             attempts=[event for event in run.read_events() if "steps_redone" in event],
-            history={row["step"]: row for row in run.read_history()},
+            history=run.read_latest_steps(_COLUMNS),
             commit=checkpoint.latest_commit(run),
         )
 
     def final_state(self) -> dict[str, Any]:
         """How far it came, and in how many attempts."""
-        last = max(self.history, default=None)
+        losses = self.history.numbers("loss")[-1:]
         return {
             "state": self.heartbeat.get("state", "not started"),
             "step": self.heartbeat.get("step", 0),
             "total_steps": self.heartbeat.get("total_steps", 0),
-            "loss": None if last is None else self.history[last]["loss"],
+            "loss": float(losses[0]) if np.isfinite(losses).any() else None,
             "checkpoint_step": self.commit.step if self.commit else None,
             "attempts": len(self.attempts),
             "workers": [event["world_size"] for event in self.attempts],
@@ -105,11 +111,17 @@ class HistoryDifference:
     """By COMPARED; empty where the histories agree."""
 
     @classmethod
-    def of(cls, one: Mapping[int, Row], other: Mapping[int, Row]) -> HistoryDifference:
-        """Compare the rows of two runs, by step, exactly."""
-        common = sorted(one.keys() & other.keys())
-        partings = tuple(parting for what in COMPARED if (parting := _parting(what, common, one, other)) is not None)
-        return cls(len(common), sum("digest" in one[step] and "digest" in other[step] for step in common), partings)
+    def of(cls, one: StepTable, other: StepTable) -> HistoryDifference:
+        """Compare two runs exactly, given one row a step, by step."""
+        places: list[Places]
+        if np.array_equal(one.steps, other.steps):
+            steps, places = one.steps, [slice(None)] * 2  # views, where copies would take 100 MB
+        else:
+            steps, *places = np.intersect1d(one.steps, other.steps, assume_unique=True, return_indices=True)
+        both = list(zip((one, other), places, strict=True))
+        partings = tuple(parting for what in COMPARED if (parting := _parting(what, steps, both)) is not None)
+        has_digest = [side.texts("digest")[place] != b"" for side, place in both]
+        return cls(len(steps), int(np.sum(has_digest[0] & has_digest[1])), partings)
 
     @property
     def first_step(self) -> int | None:
@@ -130,12 +142,26 @@ class HistoryDifference:
             yield f"history: step {parting.step:,} is the first with another {what}: {one} and {other}"
 
 
-def _parting(what: str, common: Sequence[int], one: Mapping[int, Row], other: Mapping[int, Row]) -> Parting | None:
-    for step in common:
-        values = (one[step].get(what), other[step].get(what))
-        if values[0] != values[1] and (what not in SPARSE or None not in values):
-            return Parting(what, step, values)
-    return None
+def _parting(what: str, steps: npt.NDArray[np.int64], both: Sequence[tuple[StepTable, Places]]) -> Parting | None:
+    """The first of the common steps at which a column differs.
+
+    Args:
+        what: Its name.
+        steps: (n,).
+        both: Of each run its table, and the places of these steps there.
+    """
+    is_text = COLUMNS[what] is str
+    one, other = ((side.texts(what) if is_text else side.numbers(what))[place] for side, place in both)
+    missing = [column == b"" if is_text else np.isnan(column) for column in (one, other)]
+    differs = (one != other) & ~(missing[0] | missing[1])
+    if what not in SPARSE:
+        differs |= missing[0] ^ missing[1]
+    if not differs.any():
+        return None
+    first = int(differs.argmax())
+    values = [None if none[first] else column[first].item() for column, none in zip((one, other), missing, strict=True)]
+    texts = [value.decode() if isinstance(value, bytes) else value for value in values]
+    return Parting(what, int(steps[first]), (texts[0], texts[1]))
 
 
 @dataclass(frozen=True)

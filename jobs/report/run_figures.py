@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from jobs.recipe.recipe import Recipe
-from jobs.report.charts import TREND_POINTS, History, trend
+from jobs.report.curves import CHARTED, TREND_POINTS, History, trend
 from jobs.run.directory import RunDirectory
+from jobs.run.step_table import StepTable
 
 FINAL_SHARE = 0.02
 """Of a run's steps: the last ones, whose mean loss is its final loss."""
@@ -28,20 +29,20 @@ class Cost:
     """With steps that were redone, restarts, waits and saves; None where the run has not reported it."""
 
     @classmethod
-    def of(cls, recipe: Recipe, rows: Sequence[Mapping[str, Any]], heartbeat: Mapping[str, Any]) -> Cost:
+    def of(cls, recipe: Recipe, steps: StepTable, heartbeat: Mapping[str, Any]) -> Cost:
         """The cost of a run.
 
         Args:
             recipe: Says what a worker has.
-            rows: Its history.
+            steps: Its history, one row a step.
             heartbeat: Its newest.
         """
         is_gpu = recipe.device == "cuda"
         each = 1.0 if is_gpu else max(1.0, recipe.cpus_per_worker)
-        steps = sum(row["world_size"] * row.get("step_seconds", 0.0) for row in rows)
+        productive = float(np.nansum(steps.numbers("world_size") * steps.numbers("step_seconds")))
         worker_seconds = heartbeat.get("worker_seconds_total")
         whole = None if worker_seconds is None else each * worker_seconds / 3600
-        return cls("GPU-hours" if is_gpu else "core-hours", each * steps / 3600, whole)
+        return cls("GPU-hours" if is_gpu else "core-hours", each * productive / 3600, whole)
 
 
 @dataclass(frozen=True)
@@ -61,25 +62,25 @@ class RunFigures:
     @classmethod
     def read(cls, run: RunDirectory, recipe: Recipe) -> RunFigures:
         """Read history and heartbeat."""
-        return cls.of(recipe, run.read_heartbeat(), run.read_history())
+        return cls.of(recipe, run.read_heartbeat(), run.read_latest_steps(CHARTED))
 
     @classmethod
-    def of(cls, recipe: Recipe, heartbeat: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> RunFigures:
-        """Compute them; arguments as of `Cost.of`."""
-        history = History.of(rows)
+    def of(cls, recipe: Recipe, heartbeat: Mapping[str, Any], steps: StepTable) -> RunFigures:
+        """Compute them; arguments as of `Cost.of`. The columns that are needed are CHARTED."""
+        history = History.of(steps)
         steps_per_epoch = heartbeat.get("steps_per_epoch") or 0
         epochs: tuple[float, ...] = ()
         losses: tuple[float, ...] = ()
         if len(history):
-            steps, means = trend(history.steps, history.losses, TREND_POINTS)
-            epochs = tuple((steps / steps_per_epoch if steps_per_epoch else steps).tolist())
+            places, means = trend(history.steps, history.losses, TREND_POINTS)
+            epochs = tuple((places / steps_per_epoch if steps_per_epoch else places).tolist())
             losses = tuple(means.tolist())
         last = max(1, round(len(history) * FINAL_SHARE))
         return cls(
             state=str(heartbeat.get("state", "not started")),
             step=int(heartbeat.get("step", 0)),
             total_steps=int(heartbeat.get("total_steps", 0)),
-            cost=Cost.of(recipe, rows, heartbeat),
+            cost=Cost.of(recipe, steps, heartbeat),
             final_loss=float(np.mean(history.losses[-last:])) if len(history) else None,
             epochs=epochs,
             losses=losses,

@@ -35,7 +35,7 @@ def watch_run(run: RunDirectory, show: ShowStatus, pause: Callable[[float], None
         pause: Waits some seconds.
     """
     while True:
-        status = {**run_status(run), "events": run.read_events()[-EVENTS_SHOWN:]}
+        status = {**run_status(run), "events": run.read_newest_events(EVENTS_SHOWN)}
         show(status)
         if status["state"] in FINAL_STATES:
             return

@@ -4,6 +4,8 @@
         recipe.json                 the resolved recipe; its presence makes the run exist
         events/attempt-0001.jsonl   events, one JSON line each: start, restart, checkpoint, finish ...
         history/0001-00000001.jsonl one JSON line per step, in parts: attempt, then first step
+        history/compacted-*.npz     what many parts were compacted to, as history/compacted.json says;
+                                    events/ and quarantine/ have such files, too (jobs.run.parts)
         quarantine/attempt-0001.jsonl  samples first found unusable in this attempt, one JSON line each
         left-out.json               steps that rollbacks skipped, if there were any
         heartbeat.json              the latest status of the live run
@@ -30,20 +32,24 @@ from __future__ import annotations
 import difflib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from jobs.errors import RunError
+from jobs.run.parts import Parts, RowCodec
 from jobs.run.profile_request import ProfileRequest
-from jobs.run.rows import checked, parsed
+from jobs.run.rows import Row, checked, json_lines, parsed
 from pipeline.access.places import normal
 from pipeline.store.storage import Storage
 
-if TYPE_CHECKING:  # it imports torch, for which commands that only read should not wait
+if TYPE_CHECKING:  # commands that only look at a status should wait for neither
     from jobs.recipe.recipe import Recipe
+    from jobs.run.step_table import StepTable
 
 REPORT_NAME = "report.html"
+RECONSTRUCTIONS_NAME = "reconstructions.png"
 STOP_REQUEST_NAME = "stop-request.json"
 PROFILE_REQUEST_NAME = "profile-request.json"
 SET_REQUEST_NAME = "set-request.json"
@@ -51,13 +57,15 @@ PAGE_TOKEN_NAME = "page-token.json"
 HISTORY_PART_STEPS = 1000
 """Steps in one part of the history, which is the most that one flush rewrites."""
 
+LOOKS_AT_ONCE = 16
+"""Directories that are looked for side by side."""
+
 FINAL_STATES = frozenset({"finished", "stopped", "failed"})
 """States of a heartbeat after which no driver works on the run."""
 
 _ATTEMPT_NAME = re.compile(r"attempt-\d{4,9}\.jsonl")
 """Names of files of one attempt; other files in these folders are not this program's."""
 _PART_NAME = re.compile(r"\d{4,9}-\d{8,12}\.jsonl")
-_NAMES = {"events": _ATTEMPT_NAME, "quarantine": _ATTEMPT_NAME, "history": _PART_NAME}
 RUN_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 
@@ -171,33 +179,71 @@ class RunDirectory:
 
     def read_events(self) -> list[dict[str, Any]]:
         """Every event, oldest first."""
-        return [event for name in self.part_names("events") for event in self.read_part("events", name)]
+        return _flat(self.row_parts("events").read())
+
+    def read_newest_events(self, count: int) -> list[dict[str, Any]]:
+        """The `count` newest events, oldest first, of as few files as have them."""
+        return _flat(self.row_parts("events").newest(count))[-count:]
 
     def write_events(self, attempt: int, events: Iterable[dict[str, Any]]) -> None:
         """Replace the events of one attempt."""
         self._write_lines("events", f"attempt-{attempt:04d}.jsonl", events)
 
-    def read_history(self, after: int = 0) -> list[dict[str, Any]]:
-        """One row per step, by step; for a step that was redone after a restart, that of the last attempt.
+    def read_steps(self, columns: Collection[str] | None = None) -> StepTable:
+        """The history, as it was written, also steps that were redone: by attempt, then by step.
+
+        Every reader of the history is served by this.
 
         Args:
-            after: Only of steps after this one; parts that hold none of them are not read.
-        """
-        names = _parts_after(self.part_names("history"), after)
-        rows = {row["step"]: row for name in names for row in self.read_part("history", name)}
-        return [rows[step] for step in sorted(rows) if step > after]
+            columns: Those that are needed; None: all.
 
-    def read_every_row(self) -> list[dict[str, Any]]:
-        """Every row of the history as it was written, also of steps that were redone: by attempt, then by step."""
-        return [row for name in self.part_names("history") for row in self.read_part("history", name)]
+        Raises:
+            RunError: A part is damaged; names it.
+        """
+        from jobs.run.step_table import StepTable
+
+        return StepTable.joined(self.step_parts(columns).read())
+
+    def step_parts(self, columns: Collection[str] | None = None) -> Parts[StepTable]:
+        """The files of the history, as tables with some columns; None: all."""
+        from jobs.run.step_table import StepCodec
+
+        return Parts(self.storage, self.path("history"), _PART_NAME, StepCodec(columns))
+
+    def read_latest_steps(self, columns: Collection[str] | None = None) -> StepTable:
+        """One row per step, by step; for a step that was redone after a restart, that of the last attempt."""
+        return self.read_steps(columns).latest()
+
+    def read_history(self, after: int = 0) -> list[dict[str, Any]]:
+        """The rows of `read_latest_steps`, as they were written; a kilobyte of memory each.
+
+        Args:
+            after: Only of steps after this one.
+        """
+        steps = self.read_latest_steps()
+        return list((steps.where(steps.steps > after) if after else steps).rows())
 
     def write_history(self, attempt: int, first_step: int, rows: Iterable[dict[str, Any]]) -> None:
         """Replace one part of the history."""
         self._write_lines("history", f"{attempt:04d}-{first_step:08d}.jsonl", rows)
 
+    def compact(self, attempt: int, first_step: int, is_ours: Callable[[], bool]) -> bool:
+        """Compact what is settled, once; returns whether there was enough. May be killed anywhere (jobs.run.parts).
+
+        Args:
+            attempt: Files of earlier attempts will never be written again.
+            first_step: Nor will parts of the history of this attempt that begin before this step.
+            is_ours: Whether the run is still that of the caller's driver.
+
+        Raises:
+            RunError: A part is damaged.
+        """
+        done = [self.step_parts().compact((attempt, first_step), is_ours)]
+        return any(done + [self.row_parts(kind).compact((attempt,), is_ours) for kind in ("events", "quarantine")])
+
     def read_quarantine(self) -> list[dict[str, Any]]:
         """Every sample that was found unusable, once, in the order of discovery."""
-        return [row for name in self.part_names("quarantine") for row in self.read_part("quarantine", name)]
+        return _flat(self.row_parts("quarantine").read())
 
     def write_quarantine(self, attempt: int, rows: Iterable[dict[str, Any]]) -> None:
         """Replace the samples first found unusable in one attempt."""
@@ -218,8 +264,7 @@ class RunDirectory:
 
     def last_attempt(self) -> int:
         """The number of the newest attempt; 0 if there was none."""
-        names = self.part_names("events")
-        return int(names[-1].removeprefix("attempt-").removesuffix(".jsonl")) if names else 0
+        return next(iter(self.row_parts("events").last_key()), 0)
 
     def write_heartbeat(self, status: dict[str, Any]) -> None:
         """Replace the status of the live run."""
@@ -322,22 +367,9 @@ class RunDirectory:
         except FileNotFoundError:
             return {}
 
-    def part_names(self, folder: str) -> list[str]:
-        """Names of the files in `events`, `history` or `quarantine`, by attempt, then by step.
-
-        All but the last stay as they are.
-        """
-        names = filter(_NAMES[folder].fullmatch, self.storage.list_names(self.path(folder)))
-        return sorted(names, key=lambda name: [int(number) for number in re.findall(r"\d+", name)])
-
-    def read_part(self, folder: str, name: str) -> list[dict[str, Any]]:
-        """The rows of one of these files; none if it is gone."""
-        url = self.path(folder, name)
-        try:
-            data = self.storage.read(url)
-        except FileNotFoundError:  # object stores list deleted names for a while
-            return []
-        return [checked(folder, parsed(line, url), url) for line in data.splitlines()]
+    def row_parts(self, kind: str) -> Parts[list[Row]]:
+        """The parts of events or of a quarantine."""
+        return Parts(self.storage, self.path(kind), _ATTEMPT_NAME, RowCodec(kind))
 
     def read_page_token(self) -> str:
         """What the live page asks for where others than this machine reach it; empty if there is none.
@@ -357,26 +389,16 @@ class RunDirectory:
         self.storage.write(self.path(PAGE_TOKEN_NAME), _json_bytes({"token": token}))
 
     def _write_lines(self, folder: str, name: str, rows: Iterable[dict[str, Any]]) -> None:
-        data = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
-        self.storage.write(self.path(folder, name), data.encode())
-
-
-def _parts_after(names: Sequence[str], step: int) -> list[str]:
-    """The parts of a history, in order, that may hold later steps: a part ends where the next of its attempt begins."""
-    numbers = [[int(number) for number in re.findall(r"\d+", name)] for name in names]
-    ended = {
-        name
-        for name, (attempt, _), (next_attempt, next_step) in zip(names, numbers, numbers[1:], strict=False)
-        if attempt == next_attempt and next_step <= step + 1
-    }
-    return [name for name in names if name not in ended]
+        self.storage.write(self.path(folder, name), json_lines(rows))
 
 
 def list_runs(storage: Storage, run_root: str) -> list[RunDirectory]:
     """Every run under `run_root`, by name."""
     names = filter(RUN_NAME.fullmatch, storage.list_names(run_root))
     directories = [RunDirectory(storage, storage.join(run_root, name)) for name in names]
-    return [directory for directory in directories if directory.exists()]
+    with ThreadPoolExecutor(LOOKS_AT_ONCE) as threads:
+        exist = list(threads.map(RunDirectory.exists, directories))
+    return [directory for directory, exists in zip(directories, exist, strict=True) if exists]
 
 
 def unknown_run(directory: RunDirectory, known: Sequence[str]) -> RunError:
@@ -384,6 +406,10 @@ def unknown_run(directory: RunDirectory, known: Sequence[str]) -> RunError:
     nearest = difflib.get_close_matches(directory.name, known, n=1)
     remedy = f"did you mean {nearest[0]}?" if nearest else f"runs there: {', '.join(known) or 'none'}"
     return RunError("run", "must exist", directory.url, remedy)
+
+
+def _flat(parts: Iterable[list[Row]]) -> list[Row]:
+    return [row for part in parts for row in part]
 
 
 def _json_bytes(value: dict[str, Any]) -> bytes:

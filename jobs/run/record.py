@@ -110,6 +110,10 @@ class RunRecord:
         parts = {start: list(rows) for start, rows in self._parts.items()}
         return Tail(self.attempt, is_new, list(self._events), parts, list(self._quarantine))
 
+    def settled(self) -> tuple[int, int]:
+        """The part of the history before which none will be written again: attempt and first step."""
+        return self.attempt, min(self._parts, default=0)
+
     def written(self, tail: Tail) -> None:
         """Drop what need not be written again."""
         for start in sorted(tail.parts)[:-1]:  # full, and written

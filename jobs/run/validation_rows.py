@@ -10,6 +10,8 @@ from jobs.run.accuracy_rows import AccuracyCurve, AccuracyRow
 VALIDATION_NAMES = {"validation_top1": "top-1", "validation_top5": "top-5"}
 """For people, by the name that history, heartbeat and metrics have; the second one with more than five classes."""
 MAIN_VALIDATION = "validation_top1"
+VALIDATION_COLUMNS = ("step", "epoch", *VALIDATION_NAMES, "validation_samples", "validation_plan")
+"""Of a history, from which a curve is made."""
 
 
 class ValidationCurve(AccuracyCurve):

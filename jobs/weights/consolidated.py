@@ -24,12 +24,13 @@ from jobs.recipe.image_statistics import statistics_metadata
 from jobs.run.directory import RunDirectory
 from jobs.weights.file_statistics import image_statistics
 from jobs.weights.weight_checks import check_against, check_dtypes
-from jobs.weights.weight_files import SUFFIX, local_copy, model_config, opened_file, sha256_of, tensors_in
+from jobs.weights.weight_files import SUFFIX, local_copy, model_config, opened_file, tensors_in
 from model import ChannelStatistics, Classifier, ConvMAEConfig
 from model.classifier import KINDS
 from model.errors import WeightsError, listed
 from model.weights import check_names
 from pipeline.errors import clipped
+from pipeline.host.local_files import sha256_of
 from pipeline.store.json_text import parsed_object
 from pipeline.store.storage import Storage
 

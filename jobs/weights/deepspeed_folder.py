@@ -17,8 +17,8 @@ from jobs.checkpoint.rank_group import RankGroup
 from jobs.checkpoint.state_reading import read_zero_state
 from jobs.errors import WeightsFileError
 from jobs.run.directory import RunDirectory
-from jobs.weights.weight_files import sha256_of
 from pipeline.access.urls import is_local
+from pipeline.host.local_files import sha256_of
 from pipeline.host.scratch import scratch_folder
 from pipeline.store.storage import Storage
 

@@ -31,7 +31,6 @@ from jobs.weights.weight_files import (
     model_config,
     model_json,
     opened_file,
-    sha256_of,
     shapes_of,
     tensors_in,
     write_tensors,
@@ -39,6 +38,7 @@ from jobs.weights.weight_files import (
 from model import ConvMAEConfig
 from model.config import ENCODER_FIELDS, PATCH_PIXELS
 from model.weights import to_gray
+from pipeline.host.local_files import sha256_of
 from pipeline.host.scratch import scratch_folder
 from pipeline.image.channels import GRAY_CHANNELS
 from pipeline.store.storage import Storage

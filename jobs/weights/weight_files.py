@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -109,9 +108,3 @@ def local_copy(storage: Storage, url: str) -> Iterator[Path]:
             remedy = "`convmae checkpoints RUN` shows which steps a run has; `convmae consolidate` writes the file"
             raise WeightsFileError("weights", "must exist", url, remedy) from None
         yield path
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a local file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

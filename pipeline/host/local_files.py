@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import secrets
 import stat
@@ -101,3 +102,9 @@ def _file_bytes(path: Path) -> int | None:
     except OSError:
         return 0
     return status.st_size if stat.S_ISREG(status.st_mode) else None
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a local file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -10,7 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from jobs.errors import RunError
-from jobs.report.live.followed_run import READERS, SELDOM_SECONDS
+from jobs.report.live.followed_run import SELDOM_SECONDS
 from jobs.report.live.live_parts import Drawn
 from jobs.report.page import Link, paragraph, table
 from jobs.report.report import time_text
@@ -22,6 +22,8 @@ from jobs.run.validation_rows import MAIN_VALIDATION
 from jobs.terminal import duration_text, figure
 from pipeline.store.storage import Storage
 
+READERS = 8
+"""Runs that are read at once."""
 LIST_PARTS = ("title", "runs")
 """Parts of the page of several runs, in its order."""
 

@@ -201,6 +201,7 @@ def config_of(run: RunDirectory, port: int = 0) -> MonitorConfig:
         host="127.0.0.1",
         metrics_port=port,
         targets_folder="",
+        claim=1,
     )
 
 

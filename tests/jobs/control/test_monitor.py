@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +30,9 @@ from monitored_runs import (
 )
 from probe_events import probe_event
 
+from jobs.checkpoint.checkpoint import CLAIMS
 from jobs.run.directory import HISTORY_PART_STEPS, RunDirectory
+from pipeline.store.lease import hold_lease
 
 
 def eventually(condition: Callable[[], bool]) -> bool:
@@ -383,3 +386,72 @@ def test_accuracies_are_kept_over_drivers_and_a_late_probe_is_not_the_newest(sta
 def fields_of(step: int, accuracy: float) -> dict[str, Any]:
     event = probe_event(step, accuracy) | {"epoch": step // SCHEDULE.steps_per_epoch}
     return {key: value for key, value in event.items() if key not in ("at_seconds", "attempt", "kind", "step")}
+
+
+def test_parts_are_compacted_in_the_background_and_a_store_that_hangs_meanwhile_delays_no_step_and_no_flush(
+    start: Start, run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached, released = threading.Event(), threading.Event()
+
+    def hangs(url: str) -> None:
+        if "compacted-" in url:
+            reached.set()
+            assert released.wait(30)
+
+    write = FlakyStorage.write
+    monkeypatch.setattr(FlakyStorage, "write", lambda self, url, data: (hangs(url), write(self, url, data))[1])
+    monitor = start(compact_seconds=0.02)
+    for attempt in range(1, 20):
+        begin(monitor, resume_step=attempt - 1)
+        record(monitor, range(attempt, attempt + 3), attempt=attempt)
+    assert reached.wait(10)
+
+    began = time.monotonic()
+    record(monitor, range(22, 25), attempt=19)
+    monitor.flush()
+    assert time.monotonic() - began < 5
+    assert steps_of(run) == list(range(1, 25))
+
+    released.set()
+    assert eventually(lambda: "compacted.json" in run.storage.list_names(run.path("events")))
+    assert steps_of(run) == list(range(1, 25))
+    assert [event["attempt"] for event in run.read_events() if "steps_redone" in event] == list(range(1, 20))
+    assert len(run.storage.list_names(run.path("history"))) < 19
+
+
+def test_full_parts_of_the_attempt_that_trains_are_compacted(start: Start, run: RunDirectory) -> None:
+    monitor = start()
+    begin(monitor)
+    steps = 18 * HISTORY_PART_STEPS
+    for first in range(1, steps, HISTORY_PART_STEPS):
+        record(monitor, range(first, first + HISTORY_PART_STEPS))
+        monitor.flush()
+    record(monitor, range(steps + 1, steps + 4))  # not written yet
+
+    monitor.compact(*monitor.settled())
+
+    names = [name for name in run.storage.list_names(run.path("history")) if name.endswith(".jsonl")]
+    assert names == [
+        f"0001-{first:08d}.jsonl" for first in range(17 * HISTORY_PART_STEPS + 1, steps, HISTORY_PART_STEPS)
+    ]
+    monitor.flush()
+    assert steps_of(run) == list(range(1, steps + 4))
+
+
+def test_a_driver_that_was_cut_off_compacts_nothing(start: Start, run: RunDirectory) -> None:
+    monitor = start(claim=1)
+    for attempt in range(1, 20):
+        begin(monitor)
+        record(monitor, range(1, 3), attempt=attempt)
+    before = run.storage.list_names(run.path("history"))
+
+    with hold_lease(run.storage, run.path(CLAIMS), "drives the run", keeps_number=True, on_wait=lambda _: None) as mine:
+        assert mine.number == 1
+    with hold_lease(
+        run.storage, run.path(CLAIMS), "drives the run", keeps_number=True, on_wait=lambda _: None
+    ) as newer:
+        assert newer.number == 2
+        monitor.compact(*monitor.settled())
+        assert run.storage.list_names(run.path("history")) == before
+        start(claim=2).compact(19, 0)
+    assert "compacted.json" in run.storage.list_names(run.path("history"))

@@ -21,9 +21,10 @@ from jobs.run.directory import RunDirectory
 from jobs.weights import consolidated
 from jobs.weights.consolidated import ClassifierHead, Weights
 from jobs.weights.initial import import_weights, load_initial_weights, pinned
-from jobs.weights.weight_files import model_json, sha256_of
+from jobs.weights.weight_files import model_json
 from model import Backbone, Classifier, ConvMAE, ConvMAEConfig
 from pipeline.errors import UserError
+from pipeline.host.local_files import sha256_of
 from pipeline.store.storage import Storage
 
 GOLDEN = Path(__file__).parents[2] / "golden"

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
 
-from jobs.metrics.utilization import GroupCompute, mean_mfu, with_utilization
+from jobs.metrics.utilization import GroupCompute, Utilization
+from jobs.run.step_table import StepTable
 
 EVENT = {"at_seconds": 1.0, "kind": "start", "step": 0, "steps_redone": 0}
 TWO = GroupCompute(step_flops=6e12, peak_flops_per_second=20e12, devices="2 x A (data sheet)")
@@ -12,7 +14,7 @@ TWO = GroupCompute(step_flops=6e12, peak_flops_per_second=20e12, devices="2 x A 
 
 
 def row(step: int, attempt: int, world_size: int = 2, **more: Any) -> dict[str, Any]:
-    return {"step": step, "attempt": attempt, "world_size": world_size, **more}
+    return {"step": step, "loss": 0.5, "world_size": world_size, "attempt": attempt, **more}
 
 
 def test_mfu_is_a_steps_operations_over_the_peak_of_all_devices() -> None:
@@ -48,10 +50,26 @@ def test_each_row_has_the_figures_of_its_own_attempt_and_older_ones_have_none() 
         row(4, 3, world_size=1, step_seconds=3.0),
     ]
 
-    found = list(with_utilization(rows, events))
+    steps = StepTable.of(rows)
+    utilization = Utilization.of(steps, events)
+    found = list(utilization.rows(steps))
 
     assert [each.get("mfu_ratio") for each in found] == [None, pytest.approx(0.3), None, pytest.approx(0.4)]
     assert [each.get("device_flops_per_second") for each in found] == [None, 3e12, None, 2e12]
     assert found[0] == rows[0]
-    assert mean_mfu(found) == pytest.approx((0.3 * 1 + 0.4 * 3) / 4)
-    assert mean_mfu(rows) is None
+    assert utilization.mean_mfu(steps) == pytest.approx((0.3 * 1 + 0.4 * 3) / 4)
+    assert Utilization.of(steps, events[:1]).mean_mfu(steps) is None
+
+
+@pytest.mark.parametrize("peak", [None, 7e12, 1e-300])
+def test_the_figures_of_many_steps_are_those_of_each_to_the_bit(peak: float | None) -> None:
+    compute = GroupCompute(step_flops=61_234_567_890_123, peak_flops_per_second=peak, devices="")
+    draw = random.Random(0)
+    timed = [(draw.randrange(4), draw.choice([0.0, -1.0, 5e-324, 1e-300, draw.random()])) for _ in range(500)]
+    rows = [row(number, 1, world_size=size, step_seconds=taken) for number, (size, taken) in enumerate(timed, 1)]
+    steps = StepTable.of(rows)
+
+    found = Utilization.of(steps, [{**EVENT, "attempt": 1, **compute.to_json()}]).rows(steps)
+
+    expected = [{**row, **compute.figures(size, taken)} for row, (size, taken) in zip(rows, timed, strict=True)]
+    assert list(found) == expected

@@ -4,7 +4,9 @@ import xml.etree.ElementTree as ET
 import numpy as np
 import pytest
 
-from jobs.report.charts import CANVASES, Canvas, History, speeds, thinned, training_chart, trend
+from jobs.report.charts import CANVASES, Canvas, training_chart
+from jobs.report.curves import History, speeds, thinned, trend
+from jobs.run.step_table import StepTable
 
 Series = tuple[np.ndarray, np.ndarray]
 
@@ -19,10 +21,10 @@ def noisy(length: int) -> Series:
 
 def history(length: int, world_sizes: tuple[int, ...] = (2,)) -> History:
     return History.of(
-        [
+        StepTable.of(
             {"step": step, "loss": 1 / step, "learning_rate": 1e-3, "world_size": world_sizes[step % len(world_sizes)]}
             for step in range(1, length + 1)
-        ]
+        )
     )
 
 
@@ -91,22 +93,22 @@ def test_each_step_of_a_restart_is_marked_once_in_every_panel() -> None:
 def test_speed_is_that_of_the_steps_that_were_timed() -> None:
     rows = [{"step": step, "loss": 1.0, "learning_rate": 1e-3, "world_size": 2} for step in range(1, 41)]
     timed = [row | {"step_seconds": 0.5 if row["step"] <= 20 else 2.0} for row in rows]
-    mixed = History.of(rows[:10] + timed[10:])
+    mixed = History.of(StepTable.of(rows[:10] + timed[10:]))
 
     steps, images_per_second = speeds(mixed, global_batch_size=64)
 
     assert steps.tolist() == list(range(11, 41))
     assert images_per_second.tolist() == [128.0] * 10 + [32.0] * 20
     assert 'aria-label="loss, learning rate, images/s over 40 steps"' in chart(mixed, [], CANVASES[0])
-    assert ">images/s<" not in chart(History.of(rows), [], CANVASES[0])
+    assert ">images/s<" not in chart(History.of(StepTable.of(rows)), [], CANVASES[0])
 
 
 def test_mfu_is_drawn_where_steps_have_one() -> None:
     rows = [{"step": step, "loss": 1.0, "learning_rate": 1e-3, "world_size": 2} for step in range(1, 41)]
-    some = History.of(rows[:10] + [row | {"mfu_ratio": 0.4} for row in rows[10:]])
+    some = History.of(StepTable.of(rows), np.where(np.arange(len(rows)) < 10, np.nan, 0.4))
 
     assert 'aria-label="loss, learning rate, MFU over 40 steps"' in chart(some, [], CANVASES[0])
-    assert ">MFU<" not in chart(History.of(rows), [], CANVASES[0])
+    assert ">MFU<" not in chart(History.of(StepTable.of(rows)), [], CANVASES[0])
 
 
 def test_workers_are_drawn_only_where_their_number_changed() -> None:

@@ -11,6 +11,7 @@ from jobs.recipe.differences import is_default, is_placement, recipe_fields
 from jobs.recipe.named_recipes import named_recipe, recipe_names
 from jobs.report.run_difference import HistoryDifference, RunDifference
 from jobs.run.directory import RunDirectory
+from jobs.run.step_table import StepTable
 from pipeline.shard.manifest import Manifest
 from pipeline.shard.table import ShardEntry, ShardTable
 from pipeline.store.storage import Storage
@@ -24,6 +25,10 @@ def rows(*changed: dict[str, Any], steps: int = 6) -> dict[int, dict[str, Any]]:
     for row, change in zip(plain[steps - len(changed) :], changed, strict=True):
         row.update(change)
     return {row["step"]: row for row in plain}
+
+
+def difference(one: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]]) -> HistoryDifference:
+    return HistoryDifference.of(StepTable.of(one.values()), StepTable.of(other.values()))
 
 
 def run_of(
@@ -56,7 +61,7 @@ def test_equal_histories_have_no_first_step_whatever_their_lengths_and_world_siz
     one = rows({"digest": "ab"})
     other[6] |= {"digest": "ab"}
 
-    found = HistoryDifference.of(one, other)
+    found = difference(one, other)
 
     assert (found.common_steps, found.digests, found.first_step) == (6, 1, None)
     (line,) = found.lines()
@@ -67,7 +72,7 @@ def test_each_part_of_a_step_has_its_own_first_difference() -> None:
     one = rows({"digest": "ab"}, {}, {"digest": "cd"}, {"samples": "64-x", "digest": "ef"})
     other = rows({"digest": "ab"}, {}, {"digest": "cx", "loss": 0.51}, {"loss": 0.52})
 
-    found = HistoryDifference.of(one, other)
+    found = difference(one, other)
 
     assert [(parting.what, parting.step, parting.values) for parting in found.partings] == [
         ("samples", 6, ("64-x", "64-6")),
@@ -85,9 +90,9 @@ def test_each_part_of_a_step_has_its_own_first_difference() -> None:
 def test_the_smallest_difference_of_a_loss_counts_and_a_skipped_step_is_one() -> None:
     above = 0.5 + 2**-53
     assert above != 0.5
-    assert HistoryDifference.of(rows({"loss": 0.5}), rows({"loss": above})).first_step == 6
+    assert difference(rows({"loss": 0.5}), rows({"loss": above})).first_step == 6
 
-    found = HistoryDifference.of(rows(), rows({"loss": None, "skipped": "the gradient"}))
+    found = difference(rows(), rows({"loss": None, "skipped": "the gradient"}))
     assert {parting.what for parting in found.partings} == {"loss", "skipped"}
 
 
@@ -95,11 +100,11 @@ def test_rows_of_older_releases_without_samples_and_digests_are_compared_by_the_
     one = rows({"digest": "ab"})
     other = {step: {key: value for key, value in row.items() if key != "samples"} for step, row in rows().items()}
 
-    assert HistoryDifference.of(one, other).partings == ()
+    assert difference(one, other).partings == ()
 
 
 def test_histories_without_a_step_in_common_say_so() -> None:
-    found = HistoryDifference.of(rows(), {})
+    found = difference(rows(), {})
 
     assert list(found.lines()) == ["history: no step that both have"]
 

@@ -12,9 +12,10 @@ from jobs.recipe.recipe import Recipe
 from jobs.run.directory import RunDirectory
 from jobs.weights.initial import load_pretrained_encoder, pinned
 from jobs.weights.named_weights import check_is_finetuning, resolved_weights
-from jobs.weights.weight_files import model_json, sha256_of, write_tensors
+from jobs.weights.weight_files import model_json, write_tensors
 from model import Classifier, ConvMAE, ConvMAEConfig
 from model.position import interpolated
+from pipeline.host.local_files import sha256_of
 from pipeline.store.storage import Storage
 
 CONFIG = ConvMAEConfig.preset("tiny", image_size=64, depth=(1, 1, 1), position="learned")
