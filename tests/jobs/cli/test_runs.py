@@ -12,6 +12,7 @@ from command_line import Typed, assert_refused
 from jobs.cluster.session import Session
 from jobs.control import workflow
 from jobs.errors import RunFailedError
+from jobs.recipe.image_statistics import IMAGENET_MEAN, IMAGENET_STD
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
 from pipeline.store.storage import Storage
@@ -124,7 +125,8 @@ def test_resume_takes_the_runs_own_recipe_and_changes_only_where_it_executes(
     assert_refused(typed("resume", "secnod", *place), "did you mean second?")
 
     ((plan, follow),) = asked
-    assert (plan.run.url, plan.recipe, follow) == (run.url, recipe.amended({"max_workers": 4}), True)
+    expected = recipe.amended({"max_workers": 4}).with_statistics(IMAGENET_MEAN, IMAGENET_STD)
+    assert (plan.run.url, plan.recipe, follow) == (run.url, expected, True)
 
 
 def test_a_failed_run_is_reported_in_one_line_with_exit_code_1(
