@@ -127,8 +127,8 @@ def open_s3() -> Iterator[Storage]:
     moto.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """A headless browser, for tests that `needs_browser` marks."""
+    """A headless browser, for tests that `needs_browser` marks; not for longer, since it runs an event loop here."""
     with chromium() as started:
         yield started

@@ -7,6 +7,7 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from jobs.checkpoint.held.held_checkpoint import find_holder
 from jobs.checkpoint.held.holder import MemoryHolder, holder_name
 from jobs.cluster.ray_internals.train import WorkerGroupCallback
 from jobs.run.directory import RunDirectory
@@ -34,12 +35,18 @@ class MemoryHolders(WorkerGroupCallback):
         if not self._run.read_recipe_fields().get("memory_checkpoint_every_steps", "auto"):
             return
         for node in {worker.metadata.node_id for worker in worker_group.get_workers()}:
+            name = holder_name(self._run.url, node)
+            if node in self._holders and _exists(name):
+                continue  # the first handle is kept: with it the actor would go
             actor: Any = ray.remote(MemoryHolder)
-            options = {
-                "name": holder_name(self._run.url, node),
-                "get_if_exists": True,  # else it was ended when the run left the node
-                "num_cpus": 0,
-                "max_restarts": -1,
-                "scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False),
-            }
+            there = NodeAffinitySchedulingStrategy(node, soft=False)
+            options = {"name": name, "num_cpus": 0, "max_restarts": -1, "scheduling_strategy": there}
             self._holders[node] = actor.options(**options).remote(self._run.url)
+
+
+def _exists(name: str) -> bool:
+    try:
+        find_holder(name)
+    except ValueError:  # it was ended when the run left the node
+        return False
+    return True

@@ -100,6 +100,13 @@ def started(slurm: StandIns, *, nodes: int = 3, words: list[str] = WORDS, **envi
     return slurm.started(command, environment)
 
 
+def end_run(slurm: StandIns, code: str) -> None:
+    """Have the stand-in of `convmae` end; it reads the file as soon as it is there."""
+    new = slurm.home / "new-run-code"
+    new.write_text(code)
+    new.rename(slurm.home / "run-code")
+
+
 def ended(script: subprocess.Popen[str]) -> tuple[int, str]:
     """Exit code and standard error."""
     _, errors = script.communicate(timeout=20)
@@ -121,7 +128,7 @@ def ray_nodes(slurm: StandIns) -> Mapping[str, Mapping[str, Any]]:
 def test_the_head_is_on_the_first_node_and_workers_are_on_the_others(slurm: StandIns) -> None:
     script = running(slurm)
     slurm.wait_for(lambda: len(ray_nodes(slurm)) == 3)
-    (slurm.home / "run-code").write_text("0")
+    end_run(slurm, "0")
     code, errors = ended(script)
 
     assert code == 0, errors
@@ -142,7 +149,7 @@ def test_the_head_is_on_the_first_node_and_workers_are_on_the_others(slurm: Stan
 
 def test_the_address_of_the_head_can_be_given(slurm: StandIns) -> None:
     script = running(slurm, HEAD_ADDRESS="192.168.4.1")
-    (slurm.home / "run-code").write_text("0")
+    end_run(slurm, "0")
 
     assert ended(script)[0] == 0
     assert slurm.calls("convmae")[0]["address"].startswith("192.168.4.1:")
@@ -151,7 +158,7 @@ def test_the_address_of_the_head_can_be_given(slurm: StandIns) -> None:
 def test_every_process_has_the_same_token_which_is_in_no_command_line(slurm: StandIns) -> None:
     script = running(slurm)
     slurm.wait_for(lambda: len(ray_nodes(slurm)) == 3)
-    (slurm.home / "run-code").write_text("0")
+    end_run(slurm, "0")
     ended(script)
 
     (token,) = {call["token"] for call in [*slurm.calls("ray"), *slurm.calls("convmae")]}
@@ -162,7 +169,7 @@ def test_every_process_has_the_same_token_which_is_in_no_command_line(slurm: Sta
 
 def test_the_head_has_the_health_checks_of_the_other_clusters(slurm: StandIns) -> None:
     script = running(slurm)
-    (slurm.home / "run-code").write_text("0")
+    end_run(slurm, "0")
     ended(script)
 
     health = ray_nodes(slurm)["node1"]["health"]
@@ -171,7 +178,7 @@ def test_the_head_has_the_health_checks_of_the_other_clusters(slurm: StandIns) -
 
 def test_one_node_is_head_and_all(slurm: StandIns) -> None:
     script = running(slurm, nodes=1)
-    (slurm.home / "run-code").write_text("0")
+    end_run(slurm, "0")
 
     assert ended(script)[0] == 0
     assert set(ray_nodes(slurm)) == {"node1"}
@@ -204,7 +211,7 @@ def test_a_job_that_is_asked_to_end_saves_and_is_not_queued_again(slurm: StandIn
 
 def test_a_run_that_fails_gives_its_code_and_is_not_queued_again(slurm: StandIns) -> None:
     script = running(slurm)
-    (slurm.home / "run-code").write_text("1")
+    end_run(slurm, "1")
     code, _ = ended(script)
 
     assert code == 1

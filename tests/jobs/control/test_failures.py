@@ -76,6 +76,7 @@ def test_worker_driver_and_s3_server_are_killed_and_the_run_goes_on_by_itself(
     assert [event["attempt"] for event in starts] == [1, 2, 3]
     assert "rank" in starts[1]["reason"]
     assert starts[2]["reason"] == "resumed by a new driver"
+    assert [event["kind"] for event in run.read_events() if event["kind"].startswith("memory")] == []
     # From memory, unless the newest commit is of a later step than the newest memory checkpoint.
     assert [event["restored_from"] for event in starts] in (["", "memory", "store"], ["", "store", "store"])
     assert starts[1]["steps_redone"] <= 3 * FIELDS["memory_checkpoint_every_steps"]

@@ -76,7 +76,11 @@ def test_photographs_become_a_dataset(cluster: None, photographs: Path, tmp_path
     assert {data: dataset.manifest.classes[label] for data, label in found.items()} == originals
     assert report.manifest == dataset.manifest
     assert (report.shards_written, report.shards_kept, report.skipped) == (5, 0, 1)
-    assert progress[-1] == ("shards", Progress(done=5, total=5, samples=24, bad=1))
+    assert [each for each in progress if each[0] == "shards"][-1] == (
+        "shards",
+        Progress(done=5, total=5, samples=24, bad=1),
+    )
+    assert progress[-1][0] == "statistics"
     skipped = json.loads((tmp_path / "out" / SKIPPED_NAME).read_text())
     assert skipped["path"] == "class-0/cut.jpg" and "Premature end" in skipped["reason"]
 

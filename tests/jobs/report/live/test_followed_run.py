@@ -109,7 +109,7 @@ def test_what_cannot_change_is_read_once(run: RunDirectory) -> None:
     found = followed.read()
 
     names = [url.removeprefix(f"{run.url}/") for url in CountingStorage.read_urls]
-    assert names == ["heartbeat.json", "events/attempt-0002.jsonl", "history/0002-00000021.jsonl"]
+    assert names == ["heartbeat.json", "history/0002-00000021.jsonl", "events/attempt-0002.jsonl"]
     assert len(found.history) == 70
     seconds[0] += SELDOM_SECONDS
     CountingStorage.read_urls.clear()
