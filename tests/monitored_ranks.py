@@ -19,8 +19,8 @@ from typing import Any
 from testbed import SMALL
 from zero_groups import FOLDERS, PROJECT
 
-from jobs.control.monitor import RunMonitor
-from jobs.control.run_memory import MonitorConfig
+from jobs.monitor.monitor import RunMonitor
+from jobs.monitor.run_memory import MonitorConfig
 from jobs.recipe.checkpoint_interval import IntervalRule
 from jobs.recipe.named_recipes import named_recipe
 from jobs.recipe.recipe import Recipe

@@ -10,10 +10,10 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from jobs.checkpoint.restore import Source
-from jobs.control.monitor import RunMonitor
-from jobs.control.run_memory import Clock, MonitorConfig
 from jobs.metrics.rank_figures import RankFigures
 from jobs.metrics.utilization import GroupCompute
+from jobs.monitor.monitor import RunMonitor
+from jobs.monitor.run_memory import Clock, MonitorConfig
 from jobs.notices.notifier import Patience
 from jobs.notices.webhook import Webhook
 from jobs.recipe.checkpoint_interval import IntervalRule

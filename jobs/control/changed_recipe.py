@@ -7,7 +7,8 @@ from typing import Any
 
 from jobs.errors import RunError
 from jobs.recipe.overrides import parse_overrides
-from jobs.recipe.recipe import LIVE_FIELDS, PLACEMENT_FIELDS, Recipe, difference
+from jobs.recipe.placement import LIVE_FIELDS, PLACEMENT_FIELDS
+from jobs.recipe.recipe import Recipe, difference
 from jobs.run.directory import RunDirectory
 
 

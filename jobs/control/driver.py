@@ -18,13 +18,13 @@ from typing import Any
 from jobs.cluster.ray_internals.table import check_ray
 from jobs.cluster.session import Session
 from jobs.consolidation.target import ConsolidatedWeights
-from jobs.control.failure_cause import root_cause
 from jobs.control.lease import is_committed_to_the_end, overtaken
 from jobs.control.milestones import MilestoneConsolidator
-from jobs.control.monitor import RunMonitor
-from jobs.control.run_memory import MonitorConfig
 from jobs.control.run_plan import RunPlan
 from jobs.errors import DependencyError, MonitorLivesError, OvertakenError, RunFailedError
+from jobs.monitor.failure_cause import root_cause
+from jobs.monitor.monitor import RunMonitor
+from jobs.monitor.run_memory import MonitorConfig
 from jobs.notices.webhook import Webhook
 from jobs.probes.probe_tasks import ProbeTasks
 from jobs.probes.prober import Prober

@@ -9,9 +9,9 @@ from typing import Literal
 
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.checkpoint import CLAIMS
-from jobs.control.run_memory import FLUSH_INTERVAL_SECONDS
 from jobs.control.run_plan import RunPlan
 from jobs.errors import OvertakenError, RunError
+from jobs.monitor.run_memory import FLUSH_INTERVAL_SECONDS
 from jobs.run.directory import FINAL_STATES, REPORT_NAME, RunDirectory
 from pipeline.errors import LeaseHeldError
 from pipeline.store.lease import BEAT_SECONDS, Lease, current_lease, hold_lease

@@ -24,7 +24,7 @@ from jobs.cluster.ray_internals.core import (
     own_environment,
 )
 from jobs.cluster.ray_internals.train import ElasticPolicy, NoopDecision, ResizeDecision
-from jobs.control.settings import Settings
+from jobs.monitor.settings import Settings
 from jobs.rank.standby import Newcomers, start_standbys
 from jobs.step.instruction import PAUSE_SECONDS
 

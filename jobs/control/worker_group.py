@@ -27,10 +27,10 @@ from jobs.cluster.ray_internals.train import (
     TrainerWithPolicy,
     WorkerGroupStartupFailedError,
 )
-from jobs.control.failure_cause import Failure, describe_failure, describe_start_failure
 from jobs.control.memory_holders import MemoryHolders
 from jobs.control.node_policy import FollowNodes
 from jobs.errors import RunFailedError
+from jobs.monitor.failure_cause import Failure, describe_failure, describe_start_failure
 from jobs.rank.preflight import Preflight
 from jobs.rank.process_group import RanksOverNodes
 from jobs.rank.standby import rank_environment
@@ -53,7 +53,7 @@ def fit(job: TrainJob) -> None:
     Not on the main thread, where Ray Train would take SIGINT for itself.
 
     Raises:
-        Exception: What Ray Train raises when it gives up; jobs.control.failure_cause finds the reason in it.
+        Exception: What Ray Train raises when it gives up; jobs.monitor.failure_cause finds the reason in it.
     """
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_TIMEOUT_SECONDS))
     recipe = job.recipe

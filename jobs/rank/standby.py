@@ -28,7 +28,7 @@ IMPORTS = (
     "deepspeed",
     "deepspeed.module_inject",
     "deepspeed.runtime.zero.muon.original_muon",
-    "jobs.control.monitor",
+    "jobs.monitor.monitor",
     "jobs.control.worker_group",
     "ray.train.torch",
     "s3fs",

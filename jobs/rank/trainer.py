@@ -39,7 +39,8 @@ from jobs.rank.resumable import check_resumable, software_versions
 from jobs.rank.standby import ask_for_successor
 from jobs.rank.step_profile import StepProfile
 from jobs.rank.watchdog import COMPILE_ALLOWED_SECONDS, SAVE_ALLOWED_SECONDS
-from jobs.recipe.recipe import LIVE_FIELDS, Recipe
+from jobs.recipe.placement import LIVE_FIELDS
+from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import Schedule
 from jobs.run.directory import RunDirectory
 from jobs.run.shared_folder import Landmarks, check_seen_here

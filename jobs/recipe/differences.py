@@ -9,7 +9,8 @@ from typing import Any
 
 from jobs.recipe import finetune
 from jobs.recipe.finetune import Finetune
-from jobs.recipe.recipe import PLACEMENT_FIELDS, Recipe
+from jobs.recipe.placement import PLACEMENT_FIELDS
+from jobs.recipe.recipe import Recipe
 from model import ConvMAEConfig
 
 

@@ -35,6 +35,7 @@ from jobs.recipe import finetune
 from jobs.recipe.carried import NOTIFY_PREFIX
 from jobs.recipe.finetune import Finetune
 from jobs.recipe.image_statistics import IMAGENET_MEAN, IMAGENET_STD
+from jobs.recipe.placement import PLACEMENT_FIELDS
 from model import ChannelStatistics, ConvMAEConfig
 from model.config import SWITCHES
 from model.errors import ModelConfigError
@@ -56,85 +57,6 @@ TrackerName = Literal["tensorboard", "mlflow", "wandb"]
 NotifyFormat = Literal["auto", "slack", "json"]
 OnNonFinite = Literal["stop", "skip_batch", "rollback"]
 """What to do with a step whose loss or gradient is not finite: see `jobs.step.non_finite`."""
-
-# Where and how a run executes, not what it computes: these may change when a run is resumed.
-PLACEMENT_FIELDS = frozenset(
-    {
-        "run_root",
-        "max_steps",
-        "min_workers",
-        "max_workers",
-        "micro_batch_size",
-        "recompute",
-        "compile",
-        "checkpoint_interval",
-        "checkpoint_every_steps",
-        "checkpoint_every_seconds",
-        "checkpoint_min_seconds",
-        "checkpoint_max_seconds",
-        "keep_checkpoints",
-        "memory_checkpoint_every_steps",
-        "digest_every_steps",
-        "on_damaged_checkpoint",
-        "cpus_per_worker",
-        "loader_threads",
-        "on_bad_sample",
-        "max_consecutive_bad_samples",
-        "check_etags",
-        "cache_dir",
-        "cache_bytes",
-        "stall_seconds",
-        "hang_seconds",
-        "resize_seconds",
-        "standby",
-        "preflight",
-        "straggler_factor",
-        "leave_out_stragglers",
-        "verify_steps_every",
-        "on_nonfinite_loss",
-        "max_nonfinite_in_a_row",
-        "max_restarts_without_progress",
-        "probes",
-        "probe_data",
-        "probe_labels",
-        "probe_epochs",
-        "probe_samples",
-        "probe_wait_seconds",
-        "metrics_port",
-        "tracker",
-        "notify_url",
-        "notify_format",
-    }
-)
-
-# Of these, those that belong to the run's driver, or to the process group that it starts; the others may change while
-# it trains (`convmae set`).
-DRIVER_FIELDS = frozenset(
-    {
-        "run_root",
-        "max_steps",
-        "compile",
-        "cpus_per_worker",
-        "stall_seconds",
-        "hang_seconds",
-        "standby",
-        "preflight",
-        "straggler_factor",
-        "leave_out_stragglers",
-        "probes",
-        "probe_data",
-        "probe_labels",
-        "probe_epochs",
-        "probe_samples",
-        "probe_wait_seconds",
-        "metrics_port",
-        "tracker",
-        "notify_url",
-        "notify_format",
-    }
-)
-LIVE_FIELDS = PLACEMENT_FIELDS - DRIVER_FIELDS
-
 
 _OLDER_PRECISIONS = {"bf16_pure": "bf16", "bf16": "bf16_autocast"}
 """What precisions are called in the trajectory of a run without grains: once `bf16` was that of the weights, too."""

@@ -149,7 +149,7 @@ class TrackerFeed:
                 return
             try:
                 self._deliver(self._outcome)
-            except Exception as error:  # whatever a library raises, the run goes on
+            except Exception as error:  # whatever a library raises, the run continues
                 self._lose(error)
                 pause_seconds = min(2 * pause_seconds, MOST_PAUSE_SECONDS) if not self._outcome else 1.0
             else:

@@ -7,33 +7,17 @@ import shutil
 import socket
 import subprocess
 import urllib.request
-from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
 import pytest
-from loopback_server import LoopbackServer
+from json_hook import JsonHook
 from manifests import INFRA
 from patience import wait_until
 
 ALERTMANAGER = shutil.which("alertmanager") or shutil.which("prometheus-alertmanager")
 
 pytestmark = pytest.mark.skipif(ALERTMANAGER is None, reason="Alertmanager is not installed")
-
-
-class Hook(LoopbackServer):
-    """A webhook in Slack's format."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.taken: list[dict[str, Any]] = []
-
-    def serve(self, handler: BaseHTTPRequestHandler) -> None:
-        self.taken.append(json.loads(handler.rfile.read(int(handler.headers["Content-Length"]))))
-        handler.send_response(200)
-        handler.send_header("Content-Length", "2")
-        handler.end_headers()
-        handler.wfile.write(b"ok")
 
 
 def post(url: str, value: Any) -> None:
@@ -60,7 +44,7 @@ def test_alerts_of_a_run_reach_the_webhook_together_and_what_follows_from_anothe
         url = f"127.0.0.1:{probe.getsockname()[1]}"
     options = [f"--config.file={tmp_path / 'alertmanager.yml'}", f"--storage.path={tmp_path}"]
     command = [ALERTMANAGER, *options, f"--web.listen-address={url}", "--cluster.listen-address="]
-    with Hook().running() as hook, (tmp_path / "log").open("w") as log:
+    with JsonHook().running() as hook, (tmp_path / "log").open("w") as log:
         secret.write_text(f"{hook.endpoint}/T0")
         server = subprocess.Popen(command, stdout=log, stderr=log)
         try:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from manifests import ROOT
 
-from jobs.recipe.recipe import PLACEMENT_FIELDS, Recipe
+from jobs.recipe.placement import PLACEMENT_FIELDS
+from jobs.recipe.recipe import Recipe
 
 PAGES = [*sorted((ROOT / "docs").rglob("*.md")), ROOT / "infra" / "README.md", ROOT / "examples" / "README.md"]
 FOLDERS = "jobs|pipeline|model|tests|infra|benchmarks|examples|docs"

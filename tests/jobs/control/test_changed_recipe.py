@@ -10,8 +10,8 @@ import pytest
 from monitored_runs import Start, begin, last_event, record, scraped
 
 from jobs.control.changed_recipe import changed_live
-from jobs.control.settings import Settings
 from jobs.errors import RecipeError, RunError
+from jobs.monitor.settings import Settings
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
 from pipeline.store.storage import Storage

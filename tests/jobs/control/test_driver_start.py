@@ -18,11 +18,11 @@ from ray_here import ray_here
 
 from jobs.cluster.session import Session
 from jobs.control import driver, workflow
-from jobs.control.monitor import RunMonitor
-from jobs.control.run_memory import MonitorConfig
 from jobs.control.run_plan import RunPlan, plan_run
 from jobs.errors import ClusterError, MonitorLivesError, OvertakenError, PortTakenError
 from jobs.metrics.exporter import RunExporter
+from jobs.monitor.monitor import RunMonitor
+from jobs.monitor.run_memory import MonitorConfig
 from jobs.recipe.checkpoint_interval import IntervalRule
 from jobs.recipe.named_recipes import named_recipe
 from jobs.recipe.recipe import Recipe

@@ -12,7 +12,7 @@ import ray
 from jobs.cluster.ray_internals.train import NoopDecision, ResizeDecision, ScalingConfig
 from jobs.control import node_policy
 from jobs.control.node_policy import FollowNodes, PolicyCluster
-from jobs.control.settings import Settings
+from jobs.monitor.settings import Settings
 from jobs.step.instruction import PAUSE_SECONDS
 
 

@@ -18,9 +18,9 @@ from monitored_runs import Start, begin, commit, record
 from patience import wait_until
 
 from jobs.control import unreported_end
-from jobs.control.monitor import RunMonitor
 from jobs.control.unreported_end import end_noted
 from jobs.metrics.speed_watch import BLOCK_STEPS, LEAST_BLOCKS
+from jobs.monitor.monitor import RunMonitor
 from jobs.notices.notice_rules import Notice
 from jobs.notices.notifier import Patience
 from jobs.notices.webhook import Webhook

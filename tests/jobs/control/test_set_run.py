@@ -6,12 +6,11 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 import pytest
 from followed_runs import has_trained, trains, until
-from loopback_server import LoopbackServer
+from json_hook import JsonHook
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from testbed import Command, family, losses, processes, small_recipe
 
@@ -24,23 +23,9 @@ SECRET = "secret-of-the-hook"
 FIELDS = {"epochs": 1000, "checkpoint_every_steps": 100, "max_workers": 2, "resize_seconds": 2.0}
 
 
-class Hook(LoopbackServer):
-    """A webhook that keeps what it is sent."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.taken: list[dict[str, Any]] = []
-
-    def serve(self, handler: BaseHTTPRequestHandler) -> None:
-        self.taken.append(json.loads(handler.rfile.read(int(handler.headers["Content-Length"]))))
-        handler.send_response(200)
-        handler.send_header("Content-Length", "0")
-        handler.end_headers()
-
-
 @pytest.fixture
-def hook() -> Iterator[Hook]:
-    with Hook().running() as hook:
+def hook() -> Iterator[JsonHook]:
+    with JsonHook().running() as hook:
         yield hook
 
 
@@ -51,7 +36,7 @@ def resized(run: RunDirectory, workers: int, attempt: int) -> dict[str, Any]:
 
 
 def test_a_live_run_is_changed_without_losing_a_step(
-    convmae: Command, data: str, local_stack: Stack, hook: Hook
+    convmae: Command, data: str, local_stack: Stack, hook: JsonHook
 ) -> None:
     watching = {"tracker": ["tensorboard"], "notify_url": "env:CONVMAE_NOTIFY_TEST"}
     secret = {"CONVMAE_NOTIFY_TEST": f"{hook.endpoint}/{SECRET}"}
@@ -87,7 +72,7 @@ def test_a_live_run_is_changed_without_losing_a_step(
     assert_watched(run, hook, local_stack)
 
 
-def assert_watched(run: RunDirectory, hook: Hook, stack: Stack) -> None:
+def assert_watched(run: RunDirectory, hook: JsonHook, stack: Stack) -> None:
     """One run in TensorBoard, with every step once; a notice of each thing once; the address nowhere."""
     assert [(each["run"], each["kind"]) for each in hook.taken] == [("left-alone", "finished")]
     folder = stack.settings.home / "tensorboard-copy"

@@ -22,7 +22,7 @@ from probe_events import probe_event
 from tensorboard.backend.event_processing.event_accumulator import STORE_EVERYTHING_SIZE_GUIDANCE, EventAccumulator
 from wandb_files import offline_runs
 
-from jobs.control.monitor import RunMonitor
+from jobs.monitor.monitor import RunMonitor
 from jobs.recipe.named_recipes import named_recipe
 from jobs.recipe.recipe import TrackerName
 from jobs.run.directory import RunDirectory

@@ -11,8 +11,8 @@ from ray.train.v2.api.exceptions import ControllerError
 
 from jobs.cluster.interfaces import UNREACHED_REMEDY
 from jobs.cluster.ray_internals.train import WorkerGroupStartupFailedError
-from jobs.control.failure_cause import describe_start_failure
 from jobs.errors import PreflightError
+from jobs.monitor.failure_cause import describe_start_failure
 from jobs.rank.preflight import RankNode
 from jobs.rank.process_group import RanksBackend, RanksOverNodes, make_ready
 

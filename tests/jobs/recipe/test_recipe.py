@@ -13,7 +13,8 @@ from jobs.recipe import finetune
 from jobs.recipe.image_statistics import IMAGENET_MEAN, IMAGENET_STD
 from jobs.recipe.named_recipes import named_recipe, recipe_names
 from jobs.recipe.overrides import parse_overrides
-from jobs.recipe.recipe import PLACEMENT_FIELDS, Recipe, difference
+from jobs.recipe.placement import PLACEMENT_FIELDS
+from jobs.recipe.recipe import Recipe, difference
 from model import ConvMAEConfig
 
 TINY = named_recipe("tiny")

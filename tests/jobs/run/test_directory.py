@@ -7,7 +7,7 @@ import pytest
 
 from jobs.errors import RunError
 from jobs.recipe.named_recipes import named_recipe
-from jobs.recipe.recipe import PLACEMENT_FIELDS
+from jobs.recipe.placement import PLACEMENT_FIELDS
 from jobs.run.directory import RunDirectory, list_runs, unknown_run
 from jobs.run.profile_request import ProfileRequest
 from pipeline.store.storage import Storage

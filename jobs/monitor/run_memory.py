@@ -10,14 +10,14 @@ from typing import Any
 
 from jobs.checkpoint.checkpoint import CLAIMS
 from jobs.checkpoint.held.held_checkpoint import HeldCheckpoint, end_holders
-from jobs.control.checkpoint_clock import CheckpointClock
-from jobs.control.failures import Failures
-from jobs.control.settings import ChangedSettings
 from jobs.health.stragglers import StragglerWatch
 from jobs.metrics.exporter import RunExporter
 from jobs.metrics.recovery import Recovery
 from jobs.metrics.run_figures import RunFigures
 from jobs.metrics.speed_watch import SpeedWatch
+from jobs.monitor.checkpoint_clock import CheckpointClock
+from jobs.monitor.failures import Failures
+from jobs.monitor.settings import ChangedSettings
 from jobs.notices.notifier import Notifier, Patience
 from jobs.notices.webhook import Webhook
 from jobs.rank.watchdog import HangWatch

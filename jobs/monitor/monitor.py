@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jobs.control.group_reports import GroupReports
-from jobs.control.rank_reports import RankReports
-from jobs.control.run_memory import Clock, MonitorConfig
-from jobs.control.settings import Settings
 from jobs.errors import RunError
+from jobs.monitor.group_reports import GroupReports
+from jobs.monitor.rank_reports import RankReports
+from jobs.monitor.run_memory import Clock, MonitorConfig
+from jobs.monitor.settings import Settings
 from jobs.rank.watchdog import examined_on_its_node
 from jobs.recipe.checkpoint_interval import IntervalRule
 from jobs.run.probe_rows import PROBE_EVENT, ProbeCurve

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from monitored_runs import Start, begin, last_event, record
 
-from jobs.control.monitor import RunMonitor
+from jobs.monitor.monitor import RunMonitor
 from jobs.run.directory import RunDirectory
 from jobs.run.profile_request import ProfileRequest
 

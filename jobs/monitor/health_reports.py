@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jobs.control.run_memory import RunMemory
 from jobs.health.stragglers import Spell
 from jobs.metrics.rank_figures import FigureTable, RankFigures
+from jobs.monitor.run_memory import RunMemory
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from monitored_runs import (
     scraped,
 )
 
-from jobs.control.group_reports import LEAST_SAVE_SECONDS
+from jobs.monitor.group_reports import LEAST_SAVE_SECONDS
 from jobs.rank.watchdog import Examined, Pulse
 from jobs.run.directory import RunDirectory
 from pipeline.host.process_identity import ProcessIdentity

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 from monitored_runs import READING, FakeClock, Start, begin, scraped
 
-from jobs.control.monitor import RunMonitor
 from jobs.health.stragglers import WINDOW_STEPS
 from jobs.metrics.rank_figures import RankFigures
+from jobs.monitor.monitor import RunMonitor
 from jobs.rank.watchdog import Pulse
 from jobs.run.directory import RunDirectory
 from pipeline.host.process_identity import ProcessIdentity

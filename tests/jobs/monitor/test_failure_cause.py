@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 
 from jobs.cluster.interfaces import UNREACHED_REMEDY
-from jobs.control.failure_cause import describe_failure, describe_start_failure, failure_cause
 from jobs.errors import CheckpointError, NotCommittedError, RecipeError
+from jobs.monitor.failure_cause import describe_failure, describe_start_failure, failure_cause
 from pipeline.errors import CredentialsError, DatasetError, ReplacedError, StorageError, UnreachableError
 
 COLLATERAL = RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer [127.0.0.1]:4242")

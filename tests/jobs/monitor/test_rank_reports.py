@@ -342,7 +342,7 @@ def test_memory_checkpoints_are_progress_as_long_as_they_advance(start: Start) -
 
 def test_holders_on_nodes_that_the_run_has_left_end(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     left: list[list[str]] = []
-    monkeypatch.setattr("jobs.control.run_memory.end_holders", lambda url, nodes: left.append(list(nodes)))
+    monkeypatch.setattr("jobs.monitor.run_memory.end_holders", lambda url, nodes: left.append(list(nodes)))
     monitor = start()
     begin(monitor)
     monitor.memory_held(held(10, ("a", "b"), ("b", "c"), ("c", "a")), stall_seconds=0.5)

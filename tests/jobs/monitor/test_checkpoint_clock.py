@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from jobs.control.checkpoint_clock import REMEMBERED, CheckpointClock
+from jobs.monitor.checkpoint_clock import REMEMBERED, CheckpointClock
 from jobs.recipe.checkpoint_interval import IntervalRule
 
 STEPS = IntervalRule("steps", every_steps=10, every_seconds=100.0, min_seconds=10.0, max_seconds=1000.0)

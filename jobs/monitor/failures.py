@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jobs.control.failure_cause import Remedy, failure_cause
+from jobs.monitor.failure_cause import Remedy, failure_cause
 
 
 class Failures:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from jobs.control.run_memory import RunMemory
+from jobs.monitor.run_memory import RunMemory
 from jobs.run.profile_request import ProfileRequest
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 
-from jobs.control.failure_cause import Remedy
-from jobs.control.run_memory import RunMemory
+from jobs.monitor.failure_cause import Remedy
+from jobs.monitor.run_memory import RunMemory
 from jobs.rank.watchdog import Examined, Hang, Pulse, hang_text, training_stack
 
 logger = logging.getLogger(__name__)

@@ -7,11 +7,11 @@ from typing import Any
 
 from jobs.checkpoint.held.held_checkpoint import HeldCheckpoint, nodes_of
 from jobs.checkpoint.restore import Source
-from jobs.control.health_reports import HealthReports
-from jobs.control.profile_reports import ProfileReports
 from jobs.metrics.rank_figures import FigureTable, RankFigures
 from jobs.metrics.recovery import Recovery
 from jobs.metrics.utilization import GroupCompute
+from jobs.monitor.health_reports import HealthReports
+from jobs.monitor.profile_reports import ProfileReports
 from jobs.rank.watchdog import Pulse
 from jobs.step.instruction import Instruction
 
