@@ -28,8 +28,8 @@ def changed_live(run: RunDirectory, changes: Sequence[str], word: str) -> dict[s
 
     def changed(recipe: Recipe) -> Recipe:
         after = recipe.amended(given)
-        for name in given:
-            _check_live(name, word, changes)
+        for name, value in given.items():
+            _check_live(name, value, word, changes)
         if not after.micro_batch_size:
             rule, remedy = "must be a number in a run that has begun", "`auto` is found before a run's first step"
             raise RunError("micro_batch_size", rule, "auto", remedy)
@@ -43,11 +43,11 @@ def changed_live(run: RunDirectory, changes: Sequence[str], word: str) -> dict[s
     return {name: (old[name], new[name]) for name in sorted(given) if old[name] != new[name]}
 
 
-def _check_live(name: str, word: str, changes: Sequence[str]) -> None:
+def _check_live(name: str, value: Any, word: str, changes: Sequence[str]) -> None:
     if name in LIVE_FIELDS:
         return
     if name in PLACEMENT_FIELDS:
         remedy = f"`convmae stop {word}`, then `convmae resume {word} {' '.join(changes)}`: no step is lost"
-        raise RunError(name, "must stay as it is while the run's driver lives", word, remedy)
+        raise RunError(name, "must stay as it is while the run's driver lives", value, remedy)
     remedy = "begin another run with it: --run NAME"
-    raise RunError(name, "must stay as it is for the life of a run, since it decides what is computed", word, remedy)
+    raise RunError(name, "must stay as it is for the life of a run, since it decides what is computed", value, remedy)

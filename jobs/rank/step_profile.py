@@ -165,6 +165,5 @@ class FlameGraph:
             said = self._process.communicate()[0].strip().splitlines() or ["py-spy did not end"]
         if self._path.is_file():
             return ""
-        return (
-            f"no {FLAME_NAME}: {next((line for line in said if 'rror' in line), said[-1] if said else 'py-spy failed')}"
-        )
+        nothing = "py-spy saw nothing in so short a time; profile more steps"
+        return f"no {FLAME_NAME}: {next((line for line in said if 'rror' in line), nothing)}"

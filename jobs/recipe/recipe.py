@@ -15,7 +15,8 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, get_args, get_origin
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 from pydantic import (
     BaseModel,
@@ -556,9 +557,12 @@ def _first_fault(error: ValidationError, of: type[BaseModel], prefix: str = "") 
     if isinstance(cause, RecipeError):
         return cause
     field = str(fault["loc"][0])
-    rule = fault["msg"].replace("Input should", "should").replace("Field required", "is required")
+    annotation = of.model_fields[field].annotation
+    faults = error.errors() if get_origin(annotation) in _UNIONS else [fault]  # one of each kind that may be given
+    rules = [each["msg"].replace("Input should", "should") for each in faults if each["loc"][0] == field]
+    rule = " or ".join(rules).replace("Field required", "is required")
     value = None if fault["type"] == "missing" else fault["input"]
-    remedy = f"give {prefix}{field}=<{_type_name(of.model_fields[field].annotation)}>"
+    remedy = f"give {prefix}{field}=<{_type_name(annotation)}>"
     return RecipeError(f"{prefix}{field}", rule, value, remedy)
 
 
@@ -581,11 +585,18 @@ def _normal_field(name: str, url: str) -> str:
     return place
 
 
+_UNIONS = (Union, UnionType)
+
+
 def _type_name(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return "|".join(str(choice) for choice in get_args(annotation))
     if get_origin(annotation) is tuple:
         return f"[{_type_name(get_args(annotation)[0])}, ...]"
+    if get_origin(annotation) is Annotated:
+        return _type_name(get_args(annotation)[0])
+    if get_origin(annotation) in _UNIONS:
+        return "|".join(map(_type_name, get_args(annotation)))
     return str(annotation.__name__)
 
 

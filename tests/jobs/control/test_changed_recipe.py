@@ -50,7 +50,7 @@ def test_what_no_recipe_can_have_is_refused(begun: RunDirectory, change: str, me
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("seed=3", "seed: must stay as it is for the life of a run, since it decides what is computed"),
+        ("seed=3", "seed: must stay as it is for the life of a run, since it decides what is computed, got 3"),
         ("cpus_per_worker=2", "`convmae stop first`, then `convmae resume first cpus_per_worker=2`: no step is lost"),
         ("metrics_port=9000", "must stay as it is while the run's driver lives"),
         ("model.mask_ratio=0.5", "model.mask_ratio: must stay as it is for the life of a run"),

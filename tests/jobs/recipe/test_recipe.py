@@ -549,3 +549,11 @@ def test_a_webhook_is_named_by_a_variable_and_never_quoted(text: str) -> None:
 
     assert error.field == "notify_url" and "notify_url=env:CONVMAE_NOTIFY_URL" in error.remedy
     assert text not in str(error).replace("env:CONVMAE_NOTIFY_URL", "") or text == "CONVMAE_NOTIFY_URL"
+
+
+@pytest.mark.parametrize("value", ["often", -1])
+def test_where_a_number_or_a_word_may_stand_both_are_named(value: object) -> None:
+    error = refused({"memory_checkpoint_every_steps": value})
+
+    assert "or should be 'auto'" in error.rule
+    assert error.remedy == "give memory_checkpoint_every_steps=<int|auto>"
