@@ -22,6 +22,8 @@ from jobs.run.directory import RunDirectory
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 EVERY = 4
+STEPS = 1000
+"""With which runs are compared; they are ended sooner, on the machines that this was tried on."""
 FIELDS = {
     **SPREAD, "standby": True, "memory_checkpoint_every_steps": EVERY, "checkpoint_every_steps": 100_000,
     "digest_every_steps": 1, "max_restarts_without_progress": 2,
@@ -52,7 +54,7 @@ def data(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def undisturbed(cluster: Cluster, data: str) -> Mapping[int, tuple[float, str]]:
     """Loss and digest by step of a run that nothing happens to, on one rank."""
-    fields = {**FIELDS, "max_workers": 1, "max_steps": 300, "memory_checkpoint_every_steps": 0}
+    fields = {**FIELDS, "max_workers": 1, "max_steps": STEPS, "memory_checkpoint_every_steps": 0}
     fields |= {"run_root": f"{cluster.s3.url}/runs"}
     done(cluster.convmae("pretrain", *small_recipe(data, **fields), "--run", "undisturbed"))
     return trajectory(cluster.run("undisturbed"))
@@ -60,6 +62,13 @@ def undisturbed(cluster: Cluster, data: str) -> Mapping[int, tuple[float, str]]:
 
 def trajectory(run: RunDirectory) -> dict[int, tuple[float, str]]:
     return {row["step"]: (row["loss"], row["digest"]) for row in run.read_history() if "digest" in row}
+
+
+def assert_equal(found: Mapping[int, tuple[float, str]], undisturbed: Mapping[int, tuple[float, str]]) -> None:
+    """Loss and digest of each step up to STEPS, to the bit."""
+    compared = {step: values for step, values in found.items() if step <= STEPS}
+    assert len(compared) > 30
+    assert compared == {step: undisturbed[step] for step in compared}
 
 
 def begin(cluster: Cluster, data: str, name: str, **fields: object) -> RunDirectory:
@@ -123,9 +132,8 @@ def test_a_rank_a_node_and_a_pair_of_nodes_are_lost(
     assert "it is missing" in lost["reason"]
 
     done(cluster.convmae("stop", run.url))
-    found = trajectory(run)
-    assert len(found) > 30
-    assert found == {step: undisturbed[step] for step in found}
+    assert restart["step"] < STEPS
+    assert_equal(trajectory(run), undisturbed)
     left = alive(cluster) + [node for node in cluster.nodes if node.is_up]
     wait_until("the holders to end with the run", lambda: not any(map(holders, left)), 60)
 
@@ -153,8 +161,8 @@ def test_what_changes_in_memory_is_found_and_the_doctor_counts_it(
 
     assert restart["restored_from"] == "memory", "the other node had a copy"
     done(cluster.convmae("stop", run.url))
-    found_steps = trajectory(run)
-    assert found_steps == {step: undisturbed[step] for step in found_steps}
+    assert restart["step"] < STEPS
+    assert_equal(trajectory(run), undisturbed)
 
 
 def flip(process: psutil.Process, name: str) -> None:
