@@ -231,8 +231,8 @@ class Trainer:
                 if self.recipe.standby and not self._has_successor:
                     ask_for_successor()  # now, when the first step is done that others wait for
                     self._has_successor = True
-                if instruction == "pause" and self._keeper:
-                    self._keeper.settle(self.done_steps)  # else the state that is saved now would not be held, too
+                if instruction == "pause":
+                    self._settle_memory()  # else the state that is saved now would not be held, too
                 if self._is_due(self.done_steps) or instruction in SAVES:
                     self._save()
                 elif instruction == "hold":
@@ -272,8 +272,7 @@ class Trainer:
         """Commit, report it, and wait to be ended; continue training if nobody comes. Collective."""
         self.pulse.at("pause", SAVE_ALLOWED_SECONDS + PAUSE_SECONDS)
         self.saver.settle()
-        if self._keeper:
-            self._keeper.settle(self.done_steps)
+        self._settle_memory()
         if self.place.rank == 0:
             self.line.paused()
         time.sleep(PAUSE_SECONDS)
@@ -299,7 +298,7 @@ class Trainer:
             learning_rate,
             instruction=self._instruction(batch.step + 1) if self.place.rank == 0 else "",
             uploading=self.saver.is_uploading,
-            holding=self._keeper is not None and self._keeper.is_holding,
+            holding=self._is_holding(),
             with_digest=self._undigested is not None,
         )
         self._report_undigested(shared.state)
@@ -443,12 +442,25 @@ class Trainer:
         assert self._keeper
         began = time.monotonic()
         digest = self._settle_digest() if self._undigested else ""
-        counters: dict[str, float] = {}
-        if self.place.rank == 0:
-            self.line.await_reports()  # whoever resumes here finds the history up to here
-            counters = self.line.counters()
+        self.line.await_reports()  # whoever resumes here finds history and ledger up to here
+        counters = self.line.counters() if self.place.rank == 0 else {}
+        if self.trace:
+            self.trace.write()
         part = self._rank_file.copied()
         self._keeper.begin(self._commit(digest, counters), part, time.monotonic() - began)
+
+    def _is_holding(self) -> bool:
+        """Whether the memory checkpoint under way waits for this rank: for its part, or its trace up to there."""
+        if self._keeper is None:
+            return False
+        return self._keeper.is_holding or (self.trace is not None and self.trace.is_writing)
+
+    def _settle_memory(self) -> None:
+        """Wait until the memory checkpoint under way is whole, or has failed. Collective."""
+        if self._keeper:
+            if self.trace:
+                self.trace.flush()
+            self._keeper.settle(self.done_steps)
 
     def _begin_trace(self) -> TraceWriter:
         storage, url, place = self.run_directory.storage, self.job.trace_url, self.place

@@ -5,8 +5,8 @@
         0001-00000001-00000050-rank-00000.jsonl        attempt, first and last step, rank; one JSON line per step
 
 Object stores cannot append, so a rank writes parts that never change: one every PART_STEPS steps, and one with the
-rest before every commit. So the trace up to a checkpoint is in storage before the checkpoint exists. Steps after it are
-redone after a restart; `begin_trace` first removes them from the trace.
+rest at every checkpoint, be it in the store or in memory. So the trace up to a checkpoint is in storage before the
+checkpoint counts. Steps after it are redone after a restart; `begin_trace` first removes them from the trace.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class TraceWriter:
 
     Owns: the rows that are not in storage yet, and the thread that writes them.
     Concurrency: called by the training thread alone.
-    Failure: a part that cannot be written after Storage's retries raises at the next flush.
+    Failure: a part that cannot be written after Storage's retries raises at the next flush, or look whether it is.
     Blocking: `flush` waits for storage; the other methods do not.
     """
 
@@ -81,11 +81,30 @@ class TraceWriter:
             row["skipped"] = skipped
         self._rows.append(row)
         if len(self._rows) >= PART_STEPS:
-            self._write()
+            self.write()
+
+    def write(self) -> None:
+        """Begin to write the rest."""
+        rows, self._rows = self._rows, []
+        if rows:
+            place = self._place
+            part = _TracePart(place["attempt"], rows[0]["step"], rows[-1]["step"], place["rank"])
+            self._writing.append(self._thread.submit(_write_rows, self._storage, self._url, part, rows))
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether storage lacks some of what was given to `write`.
+
+        Raises:
+            StorageError: A part could not be written.
+        """
+        while self._writing and self._writing[0].done():
+            self._writing.pop(0).result()
+        return bool(self._writing)
 
     def flush(self) -> None:
         """Write the rest, and return when storage has all of it."""
-        self._write()
+        self.write()
         writing, self._writing = self._writing, []
         for part in writing:
             part.result()
@@ -94,13 +113,6 @@ class TraceWriter:
         """Flush, and end the thread."""
         self.flush()
         self._thread.shutdown()
-
-    def _write(self) -> None:
-        rows, self._rows = self._rows, []
-        if rows:
-            place = self._place
-            part = _TracePart(place["attempt"], rows[0]["step"], rows[-1]["step"], place["rank"])
-            self._writing.append(self._thread.submit(_write_rows, self._storage, self._url, part, rows))
 
 
 class _TracePart(NamedTuple):

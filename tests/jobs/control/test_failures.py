@@ -15,7 +15,7 @@ from jobs.stack.record import Stack
 
 FIELDS = {
     "epochs": 12,
-    "checkpoint_every_steps": 10,
+    "checkpoint_every_steps": 24,
     "memory_checkpoint_every_steps": 2,
     "max_restarts_without_progress": 5,
     "standby": True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from testbed import small_recipe
 
 from jobs.checkpoint.checkpoint import committed_steps
 from jobs.run.directory import RunDirectory
+from jobs.run.trace import differences, read_trace
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
@@ -56,7 +58,8 @@ def undisturbed(cluster: Cluster, data: str) -> Mapping[int, tuple[float, str]]:
     """Loss and digest by step of a run that nothing happens to, on one rank."""
     fields = {**FIELDS, "max_workers": 1, "max_steps": STEPS, "memory_checkpoint_every_steps": 0}
     fields |= {"run_root": f"{cluster.s3.url}/runs"}
-    done(cluster.convmae("pretrain", *small_recipe(data, **fields), "--run", "undisturbed"))
+    trace = ("--trace", f"{cluster.s3.url}/traces/undisturbed")
+    done(cluster.convmae("pretrain", *small_recipe(data, **fields), "--run", "undisturbed", *trace))
     return trajectory(cluster.run("undisturbed"))
 
 
@@ -67,13 +70,25 @@ def trajectory(run: RunDirectory) -> dict[int, tuple[float, str]]:
 def assert_equal(found: Mapping[int, tuple[float, str]], undisturbed: Mapping[int, tuple[float, str]]) -> None:
     """Loss and digest of each step up to STEPS, to the bit."""
     compared = {step: values for step, values in found.items() if step <= STEPS}
+    assert list(compared) == list(range(1, len(compared) + 1))
     assert len(compared) > 30
     assert compared == {step: undisturbed[step] for step in compared}
 
 
+def assert_same_trace(run: RunDirectory, steps: int) -> None:
+    """What was consumed at each of so many steps, up to STEPS."""
+    traces = run.url.replace(f"/runs/{run.name}", "/traces")
+
+    def first(name: str) -> Iterator[dict[str, Any]]:
+        rows = read_trace(run.storage, f"{traces}/{name}")
+        return itertools.takewhile(lambda row: row["step"] <= min(steps, STEPS), rows)
+
+    assert list(differences(first(run.name), first("undisturbed"))) == []
+
+
 def begin(cluster: Cluster, data: str, name: str, **fields: object) -> RunDirectory:
     recipe = small_recipe(data, **{**FIELDS, "run_root": f"{cluster.s3.url}/runs", **fields})
-    done(cluster.convmae("submit", *recipe, "--run", name))
+    done(cluster.convmae("submit", *recipe, "--run", name, "--trace", f"{cluster.s3.url}/traces/{name}"))
     return cluster.run(name)
 
 
@@ -133,7 +148,9 @@ def test_a_rank_a_node_and_a_pair_of_nodes_are_lost(
 
     done(cluster.convmae("stop", run.url))
     assert restart["step"] < STEPS
-    assert_equal(trajectory(run), undisturbed)
+    found = trajectory(run)
+    assert_equal(found, undisturbed)
+    assert_same_trace(run, len(found))
     left = alive(cluster) + [node for node in cluster.nodes if node.is_up]
     wait_until("the holders to end with the run", lambda: not any(map(holders, left)), 60)
 
@@ -162,7 +179,9 @@ def test_what_changes_in_memory_is_found_and_the_doctor_counts_it(
     assert restart["restored_from"] == "memory", "the other node had a copy"
     done(cluster.convmae("stop", run.url))
     assert restart["step"] < STEPS
-    assert_equal(trajectory(run), undisturbed)
+    trained = trajectory(run)
+    assert_equal(trained, undisturbed)
+    assert_same_trace(run, len(trained))
 
 
 def flip(process: psutil.Process, name: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from patience import wait_until
 
 from jobs.errors import TraceError
 from jobs.run import trace as trace_module
@@ -226,3 +228,32 @@ def test_a_part_that_cannot_be_written_is_reported_before_the_commit(url: str, m
 
     with pytest.raises(OSError, match="the store is gone"):
         writer.flush()
+
+
+def test_it_knows_when_storage_has_what_it_was_given(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = TraceWriter(STORAGE, url, rank=0, world_size=1, attempt=1)
+    is_open = threading.Event()
+    write = Storage.write
+
+    def write_late(*arguments: Any) -> None:
+        assert is_open.wait(60)
+        write(*arguments)
+
+    monkeypatch.setattr(Storage, "write", write_late)
+    writer.add(batch(0, 0, 1), learning_rate=0.1)
+    assert not writer.is_writing
+    writer.write()
+    writer.add(batch(1, 0, 1), learning_rate=0.1)
+    assert writer.is_writing
+    is_open.set()
+    wait_until("the part to be written", lambda: not writer.is_writing, 60)
+    assert [row["step"] for row in raw_rows(url)] == [1]
+
+    monkeypatch.setattr(Storage, "write", lambda *_: (_ for _ in ()).throw(OSError("the store is gone")))
+    writer.write()
+
+    def is_written() -> bool:
+        return not writer.is_writing
+
+    with pytest.raises(OSError, match="the store is gone"):
+        wait_until("the failure", is_written, 60)
