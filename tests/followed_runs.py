@@ -30,16 +30,20 @@ SPREAD: dict[str, object] = {
 """Fields of a small recipe that lasts longer than a test, with a rank on each node of one CPU."""
 
 
-def made_dataset(cluster: Cluster, folder: Path) -> str:
-    """Shard real photographs on the cluster, into its store; returns the URL of the dataset.
+def made_dataset(cluster: Cluster, folder: Path, nodes: int = 1) -> str:
+    """Shard real photographs on a cluster of one node, into its store; returns the URL of the dataset.
 
     Args:
         cluster: Does it.
         folder: Empty; takes the photographs.
+        nodes: That the cluster has when it is done. Those of one machine unpack our code into one folder, and Ray lets
+            one begin to work while another has unpacked a part of it: so they come after the first has.
     """
     cut_tiles(folder, TILES, seed=0)
     url = f"{cluster.s3.url}/data"
     done(cluster.convmae("shard", str(folder), url, "--samples-per-shard", "40"))
+    for _ in range(nodes - 1):
+        cluster.add()
     return url
 
 

@@ -19,13 +19,13 @@ class Ranks:
 
     def __init__(self, world_size: int) -> None:
         self._barrier = threading.Barrier(world_size, timeout=60)
-        self._told: list[Any] = [None] * world_size
+        self._given: list[Any] = [None] * world_size
         self._mine = threading.local()
 
     def all_gather_object(self, by_rank: list[Any], value: Any) -> None:
-        self._told[self._mine.rank] = value
+        self._given[self._mine.rank] = value
         self._barrier.wait()
-        by_rank[:] = self._told
+        by_rank[:] = self._given
         self._barrier.wait()
 
     def broadcast_object_list(self, values: list[Any], src: int) -> None:
@@ -65,8 +65,8 @@ class Ranks:
                 self._barrier.abort()  # the others would wait for it
                 return error
 
-        with ThreadPoolExecutor(len(self._told)) as threads:
-            results = list(threads.map(rank_work, range(len(self._told))))
+        with ThreadPoolExecutor(len(self._given)) as threads:
+            results = list(threads.map(rank_work, range(len(self._given))))
         errors = [result for result in results if isinstance(result, Exception)]
         for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
             raise error

@@ -88,7 +88,10 @@ def up(
                 return running
         stack = running or _plan(home, requested, num_cpus)
         if stack.settings.prometheus_binary is None:
-            on_event("Prometheus is optional and not installed, so no metrics are kept: apt-get install prometheus")
+            on_event(
+                "no Prometheus is installed, so metrics are not kept (apt-get install prometheus); the live page of "
+                "each run, and `convmae ui` for all, need none"
+            )
         try:
             return _start(stack, on_event)
         except BaseException:

@@ -19,17 +19,16 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200), needs_browser]
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A head and two nodes of one CPU."""
+    """A head and a node of one CPU."""
     with ray_cluster(tmp_path_factory.mktemp("cluster")) as cluster:
-        cluster.add()
         cluster.add()
         yield cluster
 
 
 @pytest.fixture(scope="module")
 def data(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """URL of a data set."""
-    return made_dataset(cluster, tmp_path_factory.mktemp("photographs"))
+    """URL of a data set; then there are two nodes."""
+    return made_dataset(cluster, tmp_path_factory.mktemp("photographs"), nodes=2)
 
 
 def test_the_page_of_a_run_follows_a_kill_and_a_resize(cluster: Cluster, data: str, browser: Browser) -> None:

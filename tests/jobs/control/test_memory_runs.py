@@ -43,14 +43,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture(scope="module")
 def data(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """URL of a data set; then there are NODES nodes.
-
-    All at once would unpack our code into one folder, and Ray lets one begin while another has unpacked a part of it.
-    """
-    url = made_dataset(cluster, tmp_path_factory.mktemp("photographs"))
-    for _ in range(NODES - 1):
-        cluster.add()
-    return url
+    """URL of a data set; then there are NODES nodes."""
+    return made_dataset(cluster, tmp_path_factory.mktemp("photographs"), NODES)
 
 
 @pytest.fixture(scope="module")

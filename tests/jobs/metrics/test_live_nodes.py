@@ -8,14 +8,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from followed_runs import SPREAD
+from followed_runs import SPREAD, made_dataset
 from manifests import INFRA
 from patience import done, wait_until
 from prometheus_server import PROMETHEUS, asked, prometheus, wait_for_series
 from ray_nodes import Cluster, ray_cluster
-from testbed import TILES, small_recipe
-
-from pipeline.ingest.photographs import cut_tiles
+from testbed import small_recipe
 
 pytestmark = [
     pytest.mark.slow,
@@ -41,9 +39,7 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
 def test_world_size_follows_the_nodes_and_the_dead_leave_no_series(cluster: Cluster, tmp_path: Path) -> None:
     photographs = tmp_path / "photographs"
     photographs.mkdir()
-    cut_tiles(photographs, TILES, seed=0)
-    data = f"{cluster.s3.url}/data"
-    done(cluster.convmae("shard", str(photographs), data, "--samples-per-shard", "40"))
+    data = made_dataset(cluster, photographs)
     fields = {**FIELDS, "run_root": f"{cluster.s3.url}/runs"}
     done(cluster.convmae("submit", *small_recipe(data, **fields), "--run", "watched"))
     run = cluster.run("watched")
