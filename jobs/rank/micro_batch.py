@@ -75,7 +75,8 @@ def largest_micro_batch(recipe: Recipe, ranks_here: int) -> Fitting:
     meter = _Meter(device)
 
     def attempt(images: int) -> int:
-        pixels = torch.zeros(images, recipe.model.in_channels, *recipe.model.image_shape, dtype=torch.uint8, device=device)
+        shape = (images, recipe.model.in_channels, *recipe.model.image_shape)
+        pixels = torch.zeros(shape, dtype=torch.uint8, device=device)
         batch = Batch(0, 0, torch.arange(images, device="cpu"), pixels, 0.0, np.zeros((images, 5), np.int32))
 
         def passes() -> None:
