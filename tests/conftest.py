@@ -33,6 +33,7 @@ STACK_FILES = frozenset(
         "jobs/control/test_hangs",
         "jobs/control/test_iam_policies",
         "jobs/control/test_main_job",
+        "jobs/control/test_micro_batch_run",
         "jobs/control/test_poisoned_runs",
         "jobs/probes/test_probed_run",
         "jobs/control/test_racing_drivers",
