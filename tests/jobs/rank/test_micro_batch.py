@@ -64,7 +64,8 @@ def test_slow_sizes_are_not_doubled_on() -> None:
 
 @pytest.mark.parametrize("name", ["tiny", "gray", "tiny_finetune", "tiny_linear"])
 def test_real_passes_take_more_for_more_images(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = named_recipe("tiny").amended({"model.in_channels": 1}) if name == "gray" else named_recipe(name)
+    gray = {"model.in_channels": 1, "image_mean": [0.5], "image_std": [0.25]}
+    recipe = named_recipe("tiny").amended(gray) if name == "gray" else named_recipe(name)
     recipe = recipe.amended({"micro_batch_size": "auto", "global_batch_size": 64, "min_workers": 1})
     if recipe.finetune:
         recipe = recipe.amended({"finetune.classes": ["ant", "bee"]})
