@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from labelled_data import labelled_dataset
 from panel_queries import GPU, legends, panel_queries
 from patience import wait_until
 from prometheus_server import PROMETHEUS, asked, wait_for_series
@@ -17,6 +19,10 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(PROMETHEUS is None, reason="Prometheus is not installed"),
 ]
+
+
+ACCURACIES = {"probed": "convmae_probe_", "tuned": "convmae_validation_"}
+"""Series of runs with labelled data, by the names of such runs here."""
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +43,38 @@ def live(convmae: Command, data: str, local_stack: Stack) -> Iterator[tuple[str,
 
 @pytest.mark.parametrize(("query", "legend"), panel_queries())
 def test_a_live_run_answers_every_panel(live: tuple[str, str], query: str, legend: str) -> None:
-    """Except those of GPUs, which are only parsed."""
-    found = asked(live[1], query)
+    """Except those of accuracies, which other runs have, and of GPUs, which are only parsed."""
+    if GPU in query or any(series in query for series in ACCURACIES.values()):
+        asked(live[1], query)
+    else:
+        answered(live[1], query, legend)
 
-    if GPU not in query:
-        assert found, f"no series answers {query}"
-        named = legends(legend, found)
-        assert len(set(named)) == len(named), f"two lines have one name: {named}"
+
+def answered(url: str, query: str, legend: str) -> None:
+    found = asked(url, query)
+    assert found, f"no series answers {query}"
+    named = legends(legend, found)
+    assert len(set(named)) == len(named), f"two lines have one name: {named}"
+
+
+def test_runs_that_measure_accuracies_answer_their_panels(convmae: Command, local_stack: Stack, tmp_path: Path) -> None:
+    url = local_stack.prometheus_url
+    assert url
+    data = labelled_dataset(tmp_path, {"left": 30, "right": 30, "low": 30}).url
+    convmae("submit", *small_recipe(data, epochs=1, warmup_epochs=0.5), "--run", "pre", "--follow")
+    tuning = small_recipe(data, **{"epochs": 5000, "finetune.validate_epochs": 1})[1:]
+    for name, command in {
+        "probed": ("submit", *small_recipe(data, epochs=5000, probes=True, probe_epochs=1)),
+        "tuned": ("finetune", "tiny_finetune", *tuning, "--from", "pre"),
+    }.items():
+        convmae(*command, "--run", name)
+        queries = [found.values for found in panel_queries() if ACCURACIES[name] in found.values[0]]
+        assert queries
+        for query, _ in queries:
+            wait_for_series(url, query, 480)
+        for query, legend in queries:
+            answered(url, query, legend)
+        convmae("stop", name)
 
 
 def test_a_worker_that_dies_leaves_no_series_and_resets_no_counter(
