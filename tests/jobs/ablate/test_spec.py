@@ -11,7 +11,8 @@ from jobs.ablate.spec import Spec, spec_names
 from jobs.errors import AblationError, RecipeError
 from pipeline.store.storage import Storage
 
-SHIPPED = ("epochs", "masking", "kernel", "fusion", "mae", "loss")
+OF_SOURCE = ("epochs", "masking", "kernel", "fusion", "mae", "loss")
+SHIPPED = (*OF_SOURCE, "resolution")
 SOURCE = "review of arXiv:2205.03892 by Zheng, 2022-11-25"
 README = "README of github.com/Alpha-VL/ConvMAE"
 EPOCHS = f"arXiv:2205.03892; epochs: {README}"
@@ -69,6 +70,16 @@ def test_small_specs_train_on_two_cores_for_less_than_two_hours(name: str) -> No
 
     assert {one.images for one in found} == {20_000}
     assert sum(one.hours for one in found) / 2 < 1.75  # the rest is for evaluations and starts
+
+
+@pytest.mark.parametrize("name", ["resolution", "resolution_small"])
+def test_a_schedule_of_sizes_is_compared_at_the_same_epochs_and_at_the_same_cost(name: str) -> None:
+    spec = Spec.load(name)
+    found = {trial.variant.name: one for trial, one in estimates(Storage(), spec).items()}
+    plain, growing, cheap = (found[variant] for variant in ("plain", "growing", "plain-as-costly"))
+
+    assert growing.steps == plain.steps and 0.6 < growing.hours / plain.hours < 0.72
+    assert cheap.hours == pytest.approx(growing.hours, rel=0.06)
 
 
 def test_runs_have_names_that_do_not_change(tmp_path: Path) -> None:
