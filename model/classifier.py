@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Self
 
-import torch
 from torch import Tensor, nn
 
 from model import dense

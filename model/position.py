@@ -38,9 +38,7 @@ def position_parameter(kind: str, dim: int, grid: tuple[int, int], class_tokens:
     return nn.Parameter(nn.init.normal_(position, std=0.02))
 
 
-def interpolated(
-    position: Tensor, grid: tuple[int, int], wanted: tuple[int, int], class_tokens: int = 0
-) -> Tensor:
+def interpolated(position: Tensor, grid: tuple[int, int], wanted: tuple[int, int], class_tokens: int = 0) -> Tensor:
     """An embedding for another grid of patches, bicubic; the same tensor where the grid is the same.
 
     Of rows, then of columns, as products with the weights of ``functional.interpolate``: its own gradient has other

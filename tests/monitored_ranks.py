@@ -152,10 +152,10 @@ class MonitoredRanks:
         self.monitor.request_stop("the test is over")
         self.end()
 
-    def end(self) -> None:
+    def end(self, seconds: float = 60.0) -> None:
         """Wait until the ranks have ended by themselves."""
         for rank, process in enumerate(self.processes):
-            assert process.wait(60) == 0, self._log(rank).read_text()[-3000:]
+            assert process.wait(seconds) == 0, self._log(rank).read_text()[-3000:]
 
     def log(self, rank: int) -> str:
         """What a rank has printed."""

@@ -150,7 +150,8 @@ def _saves(events: Sequence[Mapping[str, Any]]) -> Iterator[_Save]:
 def _breaks(events: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     """Each event that ended the run, and the one by which it was resumed."""
     turns = [event for event in events if "steps_redone" in event or event["kind"] in _ENDINGS]
-    return ((end, start) for end, start in itertools.pairwise(turns) if end["kind"] in _ENDINGS and "steps_redone" in start)
+    pairs = itertools.pairwise(turns)
+    return ((end, start) for end, start in pairs if end["kind"] in _ENDINGS and "steps_redone" in start)
 
 
 def _resumed(events: Sequence[Mapping[str, Any]]) -> frozenset[int]:

@@ -60,7 +60,8 @@ class GroupCompute:
         """Operations of each of some steps, from 1, (n,)."""
         firsts, flops = zip(*(self.step_flops_from or ((0, self.step_flops),)), strict=True)
         places = np.searchsorted(firsts, steps, side="right") - 1
-        return np.array(flops, np.float64)[places.clip(0)]
+        found: Floats = np.array(flops, np.float64)[places.clip(0)]
+        return found
 
     def flops_of_step(self, step: int) -> float:
         """Operations of one step, from 1."""

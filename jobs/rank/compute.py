@@ -27,7 +27,8 @@ def group_compute(recipe: Recipe, group: RankGroup, steps_per_epoch: int) -> Gro
     """
     peaks = group.gathered(_own_peak(recipe, torch.device(group.device)))
     known = [peak.flops_per_second for peak in peaks if peak]
-    batch, changing = recipe.global_batch_size, ()
+    batch = recipe.global_batch_size
+    changing: tuple[tuple[int, float], ...] = ()
     if recipe.resolution_schedule:
         parts = steps_by_size(recipe, steps_per_epoch, recipe.epochs * steps_per_epoch)
         changing = tuple((each.steps.start + 1, round(each.cost.training_flops * batch)) for each in parts)

@@ -42,14 +42,12 @@ class Runs:
         self._attempts += 1
         folder = self.folder / f"attempt-{self._attempts}"  # ranks meet in a file, which serves once
         folder.mkdir()
-        return MonitoredRanks(
-            self.recipe.amended(placement), name, folder, world_size, trace_url=self.trace_url(name)
-        )
+        return MonitoredRanks(self.recipe.amended(placement), name, folder, world_size, trace_url=self.trace_url(name))
 
     def train(self, name: str, world_size: int, **placement: object) -> None:
         """To the end, or to `max_steps`."""
         with self.attempt(name, world_size, **placement) as ranks:
-            ranks.end()
+            ranks.end(seconds=240.0)
 
     def trace_url(self, name: str) -> str:
         return str(self.folder / "traces" / name)
@@ -95,7 +93,10 @@ def test_ranks_that_are_killed_after_the_change_do_the_steps_across_it_again(run
 
 @pytest.mark.parametrize(
     "steps",
-    [pytest.param(each, marks=[pytest.mark.slow] if each != CHANGE else []) for each in (CHANGE - 1, CHANGE, CHANGE + 1)],
+    [
+        pytest.param(each, marks=[pytest.mark.slow] if each != CHANGE else [])
+        for each in (CHANGE - 1, CHANGE, CHANGE + 1)
+    ],
 )
 def test_a_run_that_ends_beside_the_change_continues_with_the_same_bits(runs: Runs, steps: int) -> None:
     name = f"ended-{steps}"

@@ -44,7 +44,7 @@ GROWING = GroupCompute(6e12, 20e12, "2 x A (data sheet)", step_flops_from=((1, 3
 
 def test_a_step_is_measured_by_what_images_of_its_size_need() -> None:
     steps = StepTable.of([row(step, 1, step_seconds=1.0) for step in (1, 4, 5, 8, 9, 20)])
-    event = json.loads(json.dumps({**EVENT, "attempt": 1, **GROWING.to_json()}))
+    event = json.loads(json.dumps({**EVENT, "attempt": 1, "world_size": 2, **GROWING.to_json()}))
 
     found = list(Utilization.of(steps, [checked("events", event, "events")]).rows(steps))
 
@@ -57,7 +57,14 @@ def test_a_step_is_measured_by_what_images_of_its_size_need() -> None:
 
 @pytest.mark.parametrize(
     ("step", "total", "steps"),
-    [(1, 4, 3), (3, 10, 1 + 4 * 4 / 3 + 2 * 2), (4, 10, 4 * 4 / 3 + 2 * 2), (6, 10, 2 + 2 * 1.5), (9, 10, 1), (10, 10, 0)],
+    [
+        (1, 4, 3),
+        (3, 10, 1 + 4 * 4 / 3 + 2 * 2),
+        (4, 10, 4 * 4 / 3 + 2 * 2),
+        (6, 10, 2 + 2 * 1.5),
+        (9, 10, 1),
+        (10, 10, 0),
+    ],
 )
 def test_the_rest_of_a_run_counts_by_what_its_images_need(step: int, total: int, steps: float) -> None:
     assert GROWING.steps_like(step, total) == pytest.approx(steps)
@@ -66,7 +73,7 @@ def test_the_rest_of_a_run_counts_by_what_its_images_need(step: int, total: int,
 
 @pytest.mark.parametrize("faulty", [[], [[1]], [[1, 2e12, 3]], [[1, 0]], [["1", 2e12]], 5, [[1.5, 1e12]]])
 def test_an_event_with_odd_operations_is_refused(faulty: Any) -> None:
-    event = {**EVENT, "attempt": 1, "step_flops": 6e12, "step_flops_from": faulty}
+    event = {**EVENT, "attempt": 1, "world_size": 2, "step_flops": 6e12, "step_flops_from": faulty}
 
     with pytest.raises(RunError, match="step_flops_from"):
         checked("events", event, "events")
@@ -108,5 +115,7 @@ def test_the_figures_of_many_steps_are_those_of_each_to_the_bit(peak: float | No
 
     found = Utilization.of(steps, [{**EVENT, "attempt": 1, **compute.to_json()}]).rows(steps)
 
-    expected = [{**row, **compute.figures(size, taken, row["step"])} for row, (size, taken) in zip(rows, timed, strict=True)]
+    expected = [
+        {**row, **compute.figures(size, taken, row["step"])} for row, (size, taken) in zip(rows, timed, strict=True)
+    ]
     assert list(found) == expected

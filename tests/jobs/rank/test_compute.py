@@ -74,7 +74,9 @@ def test_the_peaks_of_all_ranks_are_added_up_and_all_know_the_sum(monkeypatch: p
     monkeypatch.setattr(rank_group, "dist", ranks)
     monkeypatch.setattr(compute, "device_peak", lambda device, dtype: known[device.type])
 
-    found = ranks.run(lambda rank: group_compute(named_recipe("tiny"), RankGroup(rank, 3, "cpu" if rank else "meta"), 10))
+    found = ranks.run(
+        lambda rank: group_compute(named_recipe("tiny"), RankGroup(rank, 3, "cpu" if rank else "meta"), 10)
+    )
 
     assert [each.peak_flops_per_second for each in found] == [4e12] * 3
     assert {each.devices for each in found} == {"1 x L4 (data sheet); 2 x A10 (data sheet)"}

@@ -52,7 +52,8 @@ def test_a_size_begins_after_its_share_of_the_epochs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("epochs", "share", "first"), [(10, 0.7, 7), (10, 0.26, 3), (10, 0.24, 2), (10, 0.25, 3), (10, 0.35, 4), (3, 0.5, 2)]
+    ("epochs", "share", "first"),
+    [(10, 0.7, 7), (10, 0.26, 3), (10, 0.24, 2), (10, 0.25, 3), (10, 0.35, 4), (3, 0.5, 2)],
 )
 def test_a_share_is_rounded_to_the_nearest_epoch_and_halves_upwards(epochs: int, share: float, first: int) -> None:
     recipe = scheduled(epochs=epochs, warmup_epochs=1, resolution_schedule=[[0, 160], [share, 224]])
@@ -80,11 +81,11 @@ def test_images_need_not_be_square_nor_only_grow() -> None:
 @pytest.mark.parametrize(
     ("schedule", "rule", "value", "remedy"),
     [
-        (160, "must be a list of [share of epochs, image size]", 160, "write resolution_schedule=[[0, 160], [0.7, 224]]"),
+        (160, "must be a list of [share of epochs, image size]", 160, "resolution_schedule=[[0, 160], [0.7, 224]]"),
         ("160", "must be a list of [share of", "160", "or [] for one size"),
         ([160, 224], "must be a list of [share of", 160, "write resolution_schedule"),
         ([[0, 160, 1]], "must be a list of [share of", [0, 160, 1], "write"),
-        ([[0, 160], [280, 224]], "must have shares of the epochs, from 0 up to, but not including, 1", 280, "write 0.7"),
+        ([[0, 160], [280, 224]], "have shares of the epochs, from 0 up to, but not including, 1", 280, "write 0.7"),
         ([[0, 160], [1, 224]], "not including, 1", 1, "write 0.7"),
         ([[0, 160], [-0.1, 224]], "not including, 1", -0.1, "write 0.7"),
         ([[0, 160], ["0.7", 224]], "not including, 1", "0.7", "write 0.7"),

@@ -168,7 +168,9 @@ def test_samples_and_crops_do_not_depend_on_the_size_of_images(straight: list[Ba
         assert np.array_equal(plain.crops, batch.crops)
 
 
-@pytest.mark.parametrize("changes", [{"threads": 5}, {"prefetch_batches": 0}, {"prefetch_batches": 9}, {"open_bytes": 0}])
+@pytest.mark.parametrize(
+    "changes", [{"threads": 5}, {"prefetch_batches": 0}, {"prefetch_batches": 9}, {"open_bytes": 0}]
+)
 def test_reading_ahead_into_an_epoch_of_another_size_changes_nothing(
     dataset: Dataset, sized: list[Batch], changes: dict[str, int]
 ) -> None:
