@@ -140,7 +140,7 @@ class ConvMAE(nn.Module):
 
     def _config_of(self, images: Tensor) -> ConvMAEConfig:
         """That of the images' size."""
-        config = self.configs.get(tuple(images.shape[2:]))  # type: ignore[call-overload]
+        config = self.configs.get(tuple(images.shape[2:]))  # type: ignore[arg-type]
         if images.ndim != 4 or images.shape[1] != self.config.in_channels or config is None:
             shapes = (f"(batch, {self.config.in_channels}, {height}, {width})" for height, width in self.configs)
             rule = f"must have shape {' or '.join(shapes)}"

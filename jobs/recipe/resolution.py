@@ -135,5 +135,5 @@ def _of_size(model: ConvMAEConfig, size: Size) -> ConvMAEConfig:
         raise RecipeError(FIELD, rule, size, f"{error.remedy}, or another size") from error
 
 
-def _written(entries: Entries) -> Sequence[Sequence[float | Size]]:
+def _written(entries: Entries) -> Sequence[Sequence[object]]:
     return [[share, list(size) if isinstance(size, tuple) else size] for share, size in entries]
