@@ -163,6 +163,14 @@ def test_a_run_resumes_at_another_world_size_with_the_same_bits(
     assert groups(reader).digests == calm[step:]
 
 
+def test_larger_images_train_alike_where_weights_are_sharded(groups: Callable[[int], WorkerGroup]) -> None:
+    """ZeRO 3 gathers positions before they are interpolated; its sums are the same within rounding."""
+    changes = {**GROWING, "model.position": "learned", "base_learning_rate": 0.01, "reproducible": "rounding"}
+    alone = groups(1).train(recipe(**changes), ["train"] * STEPS)
+
+    assert groups(2).train(recipe(3, **changes), ["train"] * STEPS) == pytest.approx(alone, rel=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(1800)  # compiling takes minutes
 def test_a_compiled_run_has_the_same_bits_whether_it_was_resumed_after_a_change_of_size_or_not(tmp_path: Path) -> None:
