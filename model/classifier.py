@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Self
 
-import torch
 from torch import Tensor, nn
 
 from model import dense
@@ -117,8 +116,7 @@ class Classifier(nn.Module):
         for name in ("pos_embed", "encoder.pos_embed"):
             position = state.get(name)
             if position is not None and position.shape[1] == ahead + before[0] * before[1]:
-                patches = interpolated(position[:, ahead:], before, self.config.grid)
-                state = {**state, name: torch.cat([position[:, :ahead], patches], dim=1)}
+                state = {**state, name: interpolated(position, before, self.config.grid, ahead)}
         load_encoder(self.encoder, state)
 
     def to_official(self) -> dict[str, Tensor]:

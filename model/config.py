@@ -169,8 +169,13 @@ class ConvMAEConfig:
     @property
     def noise_shape(self) -> tuple[int, int]:
         """Rows and columns of what is drawn from when masking: patches, or cells where masking is random."""
-        fine = 1 if self.masking == "block" else PATCH_PIXELS // CELL_PIXELS
-        return self.grid[0] * fine, self.grid[1] * fine
+        height, width = self.image_shape
+        return height // self.mask_pixels, width // self.mask_pixels
+
+    @property
+    def mask_pixels(self) -> int:
+        """Side in pixels of what is drawn from: a patch, or a cell where masking is random."""
+        return PATCH_PIXELS if self.masking == "block" else CELL_PIXELS
 
     @property
     def mask_patches(self) -> int:

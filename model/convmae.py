@@ -6,6 +6,7 @@ Letters: B images, V views of each (``config.views``), L patches, P values of a 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from model.dense import Features
 from model.encoder import Encoder
 from model.errors import ModelConfigError
 from model.masking import Mask, all_patches, draw_mask
-from model.pixels import patch_moments, patchify, square_pixels
+from model.pixels import patch_grid, patch_moments, patchify, square_pixels
 from model.vit import ViTEncoder
 from model.weights import from_official, to_official
 
@@ -29,7 +30,7 @@ class Output(NamedTuple):
     loss: Tensor
     """Scalar float32, the mean over all masked patches of all views: every image counts the same."""
     mask: Tensor
-    """(B, V * config.mask_patches) float32: 1 where masked, 0 where visible; one view after the other."""
+    """(B, V * draws) float32: 1 where masked, 0 where visible; one view after the other."""
 
 
 class ConvMAE(nn.Module):
@@ -43,16 +44,26 @@ class ConvMAE(nn.Module):
             by operation as the official code does. Slower, the same values: the reference that tests compare with.
         recompute: Of ``stage1``, ``stage2``, ``stage3``, ``decoder``, those whose blocks keep only their inputs for the
             backward pass and are computed again there: less memory, the same values. Not for the dense form.
+        other_sizes: Heights and widths in pixels of images that it takes besides those of ``config.image_size``, to
+            whose patches both position embeddings are interpolated. They change neither parameters nor buffers.
 
     Raises:
-        ModelConfigError: If recompute names no part of the model.
+        ModelConfigError: If recompute names no part of the model, or no image can have one of the sizes.
     """
 
-    def __init__(self, config: ConvMAEConfig, dense: bool = False, recompute: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        config: ConvMAEConfig,
+        dense: bool = False,
+        recompute: Collection[str] = (),
+        other_sizes: Collection[tuple[int, int]] = (),
+    ) -> None:
         super().__init__()
         for part in recompute:
             check_choice("recompute", part, PARTS)
         self.config = config
+        self.configs = {config.image_shape: config} | {size: replace(config, image_size=size) for size in other_sizes}
+        """By height and width of the images."""
         self.dense = dense
         self.encoder: Encoder | ViTEncoder
         if config.has_convolutions:
@@ -68,9 +79,9 @@ class ConvMAE(nn.Module):
         """Mask, encode, predict and compare.
 
         Args:
-            images: (B, in_channels, H, W) float, normalised.
-            noise: (B, config.mask_patches), e.g. ``mask_noise(...)``; the smallest values stay visible, in the second
-                view the next ones, and so on.
+            images: (B, in_channels, H, W) float, normalised; all of one of the sizes that the model takes.
+            noise: (B, mask_patches of the configuration of that size), e.g. ``mask_noise(...)``; the smallest values
+                stay visible, in the second view the next ones, and so on.
 
         Raises:
             ModelConfigError: If a shape does not fit the configuration.
@@ -82,7 +93,7 @@ class ConvMAE(nn.Module):
             loss = self._errors(self._predict(images, mask, mask.hidden), self._targets(images, mask.hidden)).mean()
         else:
             targets = self._normalised(patchify(images)).repeat_interleave(self.config.views, dim=0)
-            errors = self._cell_errors(self._errors(self._predict(images, mask, None), targets))
+            errors = self._cell_errors(self._errors(self._predict(images, mask, None), targets), patch_grid(images))
             loss = errors.gather(1, mask.hidden).mean()
         return Output(loss, mask.mask.view(images.shape[0], -1))
 
@@ -99,7 +110,7 @@ class ConvMAE(nn.Module):
         Raises:
             ModelConfigError: If the model has no convolution stages.
         """
-        self._check_images(images)
+        self._config_of(images)
         self.config.require_convolutions()
         assert isinstance(self.encoder, Encoder)
         return reference.features(self.encoder, self._cast(images))
@@ -120,29 +131,32 @@ class ConvMAE(nn.Module):
         return to_official(self.state_dict())
 
     def _mask(self, images: Tensor, noise: Tensor, views: int) -> Mask:
-        self._check_images(images)
-        expected = (images.shape[0], self.config.mask_patches)
+        config = self._config_of(images)
+        expected = (images.shape[0], config.mask_patches)
         if noise.shape != expected:
             rule = f"must have one draw per maskable patch, shape {expected}"
             raise ModelConfigError("noise", rule, tuple(noise.shape), "draw config.mask_patches values per image")
-        return draw_mask(noise, self.config.kept, views)
+        return draw_mask(noise, config.kept, views)
 
-    def _check_images(self, images: Tensor) -> None:
-        wanted = (self.config.in_channels, *self.config.image_shape)
-        if images.ndim != 4 or images.shape[1:] != wanted:
-            rule = f"must have shape (batch, {', '.join(map(str, wanted))})"
+    def _config_of(self, images: Tensor) -> ConvMAEConfig:
+        """That of the images' size."""
+        config = self.configs.get(tuple(images.shape[2:]))  # type: ignore[arg-type]
+        if images.ndim != 4 or images.shape[1] != self.config.in_channels or config is None:
+            shapes = (f"(batch, {self.config.in_channels}, {height}, {width})" for height, width in self.configs)
+            rule = f"must have shape {' or '.join(shapes)}"
             raise ModelConfigError("images", rule, tuple(images.shape), "resize them or set image_size")
         if not images.is_floating_point():
             raise ModelConfigError("images", "must be normalised floats", images.dtype, "pass them through normalise()")
+        return config
 
     def _predict(self, images: Tensor, mask: Mask, wanted: Tensor | None) -> Tensor:
-        images = self._cast(images)
-        every = all_patches(mask.kept.shape[0], self.config.patches, images.device)
+        images, grid = self._cast(images), patch_grid(images)
+        every = all_patches(mask.kept.shape[0], grid[0] * grid[1], images.device)
         visible = mask.kept if self.config.masking == "block" else every
         if self.dense:
             assert wanted is None
-            return reference.decode(self.decoder, reference.encode(self.encoder, images, mask), visible)
-        prediction: Tensor = self.decoder(self.encoder(images, mask.kept), visible, wanted)
+            return reference.decode(self.decoder, reference.encode(self.encoder, images, mask), visible, grid)
+        prediction: Tensor = self.decoder(self.encoder(images, mask.kept), visible, wanted, grid)
         return prediction
 
     def _cast(self, images: Tensor) -> Tensor:
@@ -152,7 +166,8 @@ class ConvMAE(nn.Module):
     def _dense_loss(self, images: Tensor, mask: Mask) -> Tensor:
         """Of an image for each mask."""
         errors = self._errors(self._predict(images, mask, None), self._normalised(patchify(images)))
-        per_draw = errors.mean(-1) if self.config.masking == "block" else self._cell_errors(errors)
+        is_block = self.config.masking == "block"
+        per_draw = errors.mean(-1) if is_block else self._cell_errors(errors, patch_grid(images))
         return (per_draw * mask.mask).sum() / mask.mask.sum()
 
     def _targets(self, images: Tensor, hidden: Tensor) -> Tensor:
@@ -176,8 +191,8 @@ class ConvMAE(nn.Module):
         difference = prediction.float() - targets
         return difference.abs() if self.config.loss == "l1" else difference.square()
 
-    def _cell_errors(self, errors: Tensor) -> Tensor:
+    def _cell_errors(self, errors: Tensor, grid: tuple[int, int]) -> Tensor:
         """Random masking only: (B * V, L, P) -> mean of each 4x4 cell in raster order, (B * V, 16 * L)."""
         side = PATCH_PIXELS // CELL_PIXELS
-        pixels = errors.view(-1, *self.config.grid, side, CELL_PIXELS, side, CELL_PIXELS, self.config.in_channels)
+        pixels = errors.view(-1, *grid, side, CELL_PIXELS, side, CELL_PIXELS, self.config.in_channels)
         return pixels.mean((4, 6, 7)).transpose(2, 3).flatten(1)

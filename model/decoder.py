@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from model.blocks import TRANSFORMER_EPS, TransformerBlock, initialise_linear, run
 from model.config import ConvMAEConfig
-from model.position import position_parameter
+from model.position import interpolated, position_parameter
 
 
 class Decoder(nn.Module):
@@ -27,6 +27,7 @@ class Decoder(nn.Module):
         super().__init__()
         dim, ratio = config.decoder_dim, config.mlp_ratio[0]
         self.class_tokens = config.class_tokens
+        self.grid = config.grid
         self.recompute = recompute
         self.decoder_embed = nn.Linear(config.embed_dim[2], dim)
         self.mask_token = nn.Parameter(nn.init.normal_(torch.empty(1, 1, dim), std=0.02))
@@ -38,7 +39,7 @@ class Decoder(nn.Module):
         self.decoder_pred = nn.Linear(dim, config.patch_values)
         self.apply(initialise_linear)
 
-    def forward(self, latent_BKC: Tensor, visible: Tensor, wanted: Tensor | None) -> Tensor:
+    def forward(self, latent_BKC: Tensor, visible: Tensor, wanted: Tensor | None, grid: tuple[int, int]) -> Tensor:
         """Predict patches.
 
         Two things are saved. Before the first block mixes tokens, a mask token depends on its place alone: its
@@ -49,13 +50,15 @@ class Decoder(nn.Module):
             latent_BKC: Tokens of the encoder.
             visible: (B, K) patches that they belong to, without the class token.
             wanted: (B, M) patches to predict; None for all of them, in raster order.
+            grid: Rows and columns of patches of the images; positions are interpolated to them.
 
         Returns:
             (B, M, P), pixels in (row, column, channel) order.
         """
         places = functional.pad(visible + self.class_tokens, (self.class_tokens, 0))
-        seen_BKC = self.decoder_embed(latent_BKC) + functional.embedding(places, self.decoder_pos_embed[0])
-        hidden_1LC = self.mask_token + self.decoder_pos_embed
+        position_1LC = self.position(grid)
+        seen_BKC = self.decoder_embed(latent_BKC) + functional.embedding(places, position_1LC[0])
+        hidden_1LC = self.mask_token + position_1LC
         first, *others = self.decoder_blocks
         assert isinstance(first, TransformerBlock)
         x_BLC = _spread(hidden_1LC, seen_BKC, places)
@@ -69,6 +72,10 @@ class Decoder(nn.Module):
             x_BLC = x_BLC[:, self.class_tokens :]
         prediction: Tensor = self.decoder_pred(self.decoder_norm(x_BLC))
         return prediction
+
+    def position(self, grid: tuple[int, int]) -> Tensor:
+        """(1, L, C) embedding of the tokens of a grid of patches."""
+        return interpolated(self.decoder_pos_embed, self.grid, grid, self.class_tokens)
 
 
 def _spread(hidden_1LC: Tensor, seen_BKC: Tensor, places: Tensor) -> Tensor:

@@ -73,13 +73,13 @@ def encode(encoder: Encoder | ViTEncoder, images: Tensor, mask: Mask) -> Tensor:
     return _encode(encoder, images, mask) if isinstance(encoder, Encoder) else _encode_vit(encoder, images, mask)
 
 
-def decode(decoder: Decoder, latent: Tensor, visible: Tensor) -> Tensor:
-    """The result of ``decoder(latent, visible, None)``, each block computed for all tokens of all images."""
-    ahead = decoder.class_tokens
+def decode(decoder: Decoder, latent: Tensor, visible: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The result of ``decoder(latent, visible, None, grid)``, each block computed for all tokens of all images."""
+    ahead, position = decoder.class_tokens, decoder.position(grid)
     places = functional.pad(visible + ahead, (ahead, 0))[..., None]
     x = decoder.decoder_embed(latent)
-    hidden = decoder.mask_token.to(x.dtype).expand(x.shape[0], decoder.decoder_pos_embed.shape[1], -1)
-    x = hidden.scatter(1, places.expand_as(x), x) + decoder.decoder_pos_embed
+    hidden = decoder.mask_token.to(x.dtype).expand(x.shape[0], position.shape[1], -1)
+    x = hidden.scatter(1, places.expand_as(x), x) + position
     for block in decoder.decoder_blocks:
         x = block(x)
     prediction: Tensor = decoder.decoder_pred(decoder.decoder_norm(x))
@@ -87,7 +87,8 @@ def decode(decoder: Decoder, latent: Tensor, visible: Tensor) -> Tensor:
 
 
 def _encode(encoder: Encoder, images: Tensor, mask: Mask) -> Tensor:
-    visible = (1 - mask.mask).to(images.dtype).view(-1, 1, *encoder.config.noise_shape)
+    units = (side // encoder.config.mask_pixels for side in images.shape[2:])
+    visible = (1 - mask.mask).to(images.dtype).view(-1, 1, *units)
     if encoder.config.masking == "block":
         visible1, visible2 = (functional.interpolate(visible, scale_factor=scale) for scale in (4, 2))
         x1 = _stage1(encoder, images, visible1, _of_blocks(None))
@@ -118,11 +119,11 @@ def _encode_vit(encoder: ViTEncoder, images: Tensor, mask: Mask) -> Tensor:
 def _vit_tokens(encoder: ViTEncoder, images: Tensor, kept: Tensor | None, noise: Tensor | None = None) -> Tensor:
     """(B, 1 + K, C) before the final norm, the class token first; every patch where ``kept`` is None."""
     maps = _convolve(encoder.patch_embed.proj, images)
-    first, patches = encoder.pos_embed[:, :1], encoder.pos_embed[:, 1:]
-    x = maps.flatten(2).transpose(1, 2) + interpolated(patches, encoder.grid, (maps.shape[2], maps.shape[3]))
+    position = interpolated(encoder.pos_embed, encoder.grid, (maps.shape[2], maps.shape[3]), class_tokens=1)
+    x = maps.flatten(2).transpose(1, 2) + position[:, 1:]
     if kept is not None:
         x = x.take_along_dim(kept[..., None], dim=1)
-    first = (encoder.cls_token + first).to(x.dtype)
+    first = (encoder.cls_token + position[:, :1]).to(x.dtype)
     x = torch.cat([first.expand(x.shape[0], -1, -1), x], dim=1)
     for block, of_block in zip(encoder.blocks, _of_blocks(noise), strict=False):
         x = run(block, x, None, of_block, recompute=encoder.recompute)

@@ -19,8 +19,8 @@ from model.blocks import TRANSFORMER_EPS, ConvBlock, PatchEmbed, TokenConv, Tran
 from model.config import CELL_PIXELS, PATCH_PIXELS, ConvMAEConfig
 from model.depthwise import surrounding_tokens
 from model.masking import all_patches
-from model.pixels import square_pixels
-from model.position import position_parameter
+from model.pixels import patch_grid, square_pixels
+from model.position import interpolated, position_parameter
 
 
 class Encoder(nn.Module):
@@ -58,22 +58,23 @@ class Encoder(nn.Module):
         """Encode what is visible.
 
         Args:
-            images: (B, in_channels, H, W), normalised.
+            images: (B, in_channels, H, W), normalised; of another size than the model's positions are interpolated.
             kept: (B * V, K) visible patches or, with random masking, visible cells; views of an image one after the
                 other, V as many as there are.
 
         Returns:
             (B * V, K, C) in the order of kept; with random masking (B * V, L, C), every patch.
         """
-        x1_NC = self._stage1(images, kept)
+        x1_NC, grid = self._stage1(images, kept), patch_grid(images)
         if self.config.masking == "block":
             patches = kept
         else:
-            patches, x1_NC = all_patches(kept.shape[0], self.config.patches, kept.device), self._spread(x1_NC, kept)
+            patches = all_patches(kept.shape[0], grid[0] * grid[1], kept.device)
+            x1_NC = _spread(x1_NC, kept, grid)
         x2_NC = self.patch_embed2(x1_NC, 4)
-        surroundings = surrounding_tokens(patches, self.config.grid, 2, self.config.kernel_size)
+        surroundings = surrounding_tokens(patches, grid, 2, self.config.kernel_size)
         x2_NC = self._run("stage2", self.blocks2, x2_NC, surroundings)
-        x3_BNC = self._stage3(x2_NC, patches)
+        x3_BNC = self._stage3(x2_NC, patches, grid)
         if self.config.fusion:
             fused = self.stage1_output_decode(x1_NC, 4) + self.stage2_output_decode(x2_NC, 2)
             x3_BNC = x3_BNC + fused.view_as(x3_BNC)
@@ -81,16 +82,17 @@ class Encoder(nn.Module):
         return out
 
     def _stage1(self, images: Tensor, kept: Tensor) -> Tensor:
-        pixels = self.config.image_shape[0] // self.config.noise_shape[0]
+        pixels = self.config.mask_pixels
         of_images = kept.reshape(images.shape[0], -1)
         x_NC = self.patch_embed1(square_pixels(images, of_images, pixels).flatten(0, 2), pixels)
         side = pixels // CELL_PIXELS
-        surroundings = surrounding_tokens(kept, self.config.noise_shape, side, self.config.kernel_size)
+        units = (images.shape[2] // pixels, images.shape[3] // pixels)
+        surroundings = surrounding_tokens(kept, units, side, self.config.kernel_size)
         return self._run("stage1", self.blocks1, x_NC, surroundings)
 
-    def _stage3(self, x_NC: Tensor, patches: Tensor) -> Tensor:
+    def _stage3(self, x_NC: Tensor, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         x_BNC: Tensor = self.patch_embed4(self.patch_embed3(x_NC, 2)).view(*patches.shape, -1)
-        x_BNC = x_BNC + functional.embedding(patches, self.pos_embed[0])
+        x_BNC = x_BNC + functional.embedding(patches, interpolated(self.pos_embed, self.config.grid, grid)[0])
         return self._run("stage3", self.blocks3, x_BNC)
 
     def _run(self, stage: str, blocks: nn.ModuleList, x: Tensor, *args: Tensor) -> Tensor:
@@ -98,13 +100,15 @@ class Encoder(nn.Module):
             x = run(block, x, *args, recompute=stage in self.recompute)
         return x
 
-    def _spread(self, x_NC: Tensor, cells: Tensor) -> Tensor:
-        """Random masking only: masked cells become zeros, so that stage 2 sees whole patches but no masked pixel."""
-        side, columns = PATCH_PIXELS // CELL_PIXELS, self.config.noise_shape[1]
-        row, column = cells // columns, cells % columns
-        patch = row // side * self.config.grid[1] + column // side
-        first = torch.arange(cells.shape[0], device=cells.device)[:, None] * self.config.patches
-        place = (first + patch) * side**2 + row % side * side + column % side
-        empty = x_NC.new_zeros(cells.shape[0] * self.config.patches * side**2, x_NC.shape[1])
-        spread: Tensor = empty.index_copy(0, place.flatten(), x_NC)
-        return spread
+
+def _spread(x_NC: Tensor, cells: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Random masking only: masked cells become zeros, so that stage 2 sees whole patches but no masked pixel."""
+    side, patches = PATCH_PIXELS // CELL_PIXELS, grid[0] * grid[1]
+    columns = grid[1] * side
+    row, column = cells // columns, cells % columns
+    patch = row // side * grid[1] + column // side
+    first = torch.arange(cells.shape[0], device=cells.device)[:, None] * patches
+    place = (first + patch) * side**2 + row % side * side + column % side
+    empty = x_NC.new_zeros(cells.shape[0] * patches * side**2, x_NC.shape[1])
+    spread: Tensor = empty.index_copy(0, place.flatten(), x_NC)
+    return spread

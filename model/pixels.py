@@ -32,6 +32,12 @@ def _per_channel(values: Sequence[float], images: Tensor) -> Tensor:
     return torch.cat(columns)
 
 
+def patch_grid(images: Tensor) -> tuple[int, int]:
+    """Rows and columns of patches in (B, C, H, W) images."""
+    height, width = images.shape[2:]
+    return height // PATCH_PIXELS, width // PATCH_PIXELS
+
+
 def patchify(images: Tensor) -> Tensor:
     """(B, C, H, W) -> (B, L, P)."""
     return _squares(images, PATCH_PIXELS).flatten(3).flatten(1, 2)

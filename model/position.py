@@ -38,15 +38,27 @@ def position_parameter(kind: str, dim: int, grid: tuple[int, int], class_tokens:
     return nn.Parameter(nn.init.normal_(position, std=0.02))
 
 
-def interpolated(position: Tensor, grid: tuple[int, int], wanted: tuple[int, int]) -> Tensor:
+def interpolated(position: Tensor, grid: tuple[int, int], wanted: tuple[int, int], class_tokens: int = 0) -> Tensor:
     """An embedding for another grid of patches, bicubic; the same tensor where the grid is the same.
 
+    Of rows, then of columns, as products with the weights of ``functional.interpolate``: its own gradient has other
+    bits each time on a GPU. In float64, which autocast leaves alone; these are some thousand numbers.
+
     Args:
-        position: (1, L, C).
+        position: (1, class_tokens + L, C).
         grid: Its rows and columns of patches.
         wanted: Those of the result.
+        class_tokens: Tokens before those of the patches, which stay as they are.
     """
     if grid == wanted:
         return position
-    maps = position.view(1, *grid, -1).permute(0, 3, 1, 2)
-    return functional.interpolate(maps, wanted, mode="bicubic", align_corners=False).flatten(2).mT
+    rows, columns = (_bicubic(*sides, position.device) for sides in zip(grid, wanted, strict=True))
+    maps_HWC = position[0, class_tokens:].double().view(*grid, -1)
+    maps_HWC = columns @ (rows @ maps_HWC.flatten(1)).view(wanted[0], grid[1], -1)
+    return torch.cat([position[:, :class_tokens], maps_HWC.flatten(0, 1)[None].to(position.dtype)], dim=1)
+
+
+def _bicubic(before: int, after: int, device: torch.device) -> Tensor:
+    """(after, before) float64: the weight of each of ``before`` places in a row in each of ``after`` places."""
+    each = torch.eye(before, dtype=torch.float64, device=device).view(1, before, before, 1)
+    return functional.interpolate(each, (after, 1), mode="bicubic", align_corners=False).view(before, after).mT

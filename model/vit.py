@@ -11,8 +11,8 @@ from torch.nn import functional
 
 from model.blocks import TRANSFORMER_EPS, TokenConv, TransformerBlock, initialise_linear, run
 from model.config import PATCH_PIXELS, ConvMAEConfig
-from model.pixels import square_pixels
-from model.position import position_parameter
+from model.pixels import patch_grid, square_pixels
+from model.position import interpolated, position_parameter
 
 
 class PixelEmbed(nn.Module):
@@ -56,14 +56,15 @@ class ViTEncoder(nn.Module):
         """Encode what is visible.
 
         Args:
-            images: (B, in_channels, H, W), normalised.
+            images: (B, in_channels, H, W), normalised; of another size than the model's positions are interpolated.
             kept: (B * V, K) visible patches; views of an image one after the other.
 
         Returns:
             (B * V, 1 + K, C): the class token, then patches in the order of kept.
         """
-        x_BKC = self.patch_embed(images, kept) + functional.embedding(kept + 1, self.pos_embed[0])
-        class_B1C = (self.cls_token + self.pos_embed[:, :1]).expand(kept.shape[0], -1, -1)
+        position = interpolated(self.pos_embed, self.grid, patch_grid(images), class_tokens=1)
+        x_BKC = self.patch_embed(images, kept) + functional.embedding(kept + 1, position[0])
+        class_B1C = (self.cls_token + position[:, :1]).expand(kept.shape[0], -1, -1)
         x_BKC = torch.cat([class_B1C.to(x_BKC.dtype), x_BKC], dim=1)
         for block in self.blocks:
             x_BKC = run(block, x_BKC, recompute=self.recompute)

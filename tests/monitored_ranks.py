@@ -69,7 +69,9 @@ def long_recipe(data: str, run_root: str, **changes: object) -> Recipe:
 class MonitoredRanks:
     """A run whose ranks train, from `__enter__` to `__exit__`."""
 
-    def __init__(self, recipe: Recipe, name: str, folder: Path, world_size: int = 3, **slow: str) -> None:
+    def __init__(
+        self, recipe: Recipe, name: str, folder: Path, world_size: int = 3, trace_url: str = "", **slow: str
+    ) -> None:
         """Start nothing yet.
 
         Args:
@@ -77,6 +79,7 @@ class MonitoredRanks:
             name: Of the run.
             folder: For logs and the place where ranks meet.
             world_size: Ranks.
+            trace_url: Where they write what they consume; empty: nowhere.
             slow: `reading`, `decoding` or `flips`, by `rank_<number>`: what takes that rank longer, or what it does.
         """
         self.run = RunDirectory.of(Storage(), recipe.run_root, name)
@@ -101,6 +104,7 @@ class MonitoredRanks:
         )
         self.monitor = RunMonitor(config)
         self._recipe, self._folder, self._world_size, self._slow = recipe, folder, world_size, slow
+        self._trace_url = trace_url
         self._listener = Listener()
         self.processes: list[subprocess.Popen[bytes]] = []
 
@@ -112,6 +116,7 @@ class MonitoredRanks:
             "WORLD_SIZE": str(self._world_size),
             "OMP_NUM_THREADS": "1",
             "RUN_URL": self.run.url,
+            "TRACE_URL": self._trace_url,
             "MONITOR": str(self._listener.address),
         }
         for rank in range(self._world_size):
@@ -145,8 +150,12 @@ class MonitoredRanks:
     def stop(self) -> None:
         """Have the ranks save and end by themselves."""
         self.monitor.request_stop("the test is over")
+        self.end()
+
+    def end(self, seconds: float = 60.0) -> None:
+        """Wait until the ranks have ended by themselves."""
         for rank, process in enumerate(self.processes):
-            assert process.wait(60) == 0, self._log(rank).read_text()[-3000:]
+            assert process.wait(seconds) == 0, self._log(rank).read_text()[-3000:]
 
     def log(self, rank: int) -> str:
         """What a rank has printed."""

@@ -83,6 +83,7 @@ if __name__ == "__main__":
         torch.autograd.grad = flipped
     dist.init_process_group("gloo", init_method=os.environ["MEETING_POINT"], rank=RANK, world_size=WORLD_SIZE)
     run = RunDirectory(storage, os.environ["RUN_URL"])
-    job = TrainJob(run.read_recipe(), run, Monitor(), claim=0, driver="a test")  # type: ignore[arg-type]
+    trace_url = os.environ["TRACE_URL"]
+    job = TrainJob(run.read_recipe(), run, Monitor(), claim=0, driver="a test", trace_url=trace_url)  # type: ignore[arg-type]
     Trainer(job, RankPlace(RANK, WORLD_SIZE, torch.device("cpu"))).run()
     dist.destroy_process_group()

@@ -30,6 +30,7 @@ from jobs.checkpoint.restore import restore_newest
 from jobs.checkpoint.zero_state import owned_ranges, restore_optimizer
 from jobs.finetune.classification import Classification
 from jobs.recipe.recipe import Recipe
+from jobs.recipe.resolution import resolution_at
 from jobs.recipe.schedule import micro_batches, order_of
 from jobs.run.directory import RunDirectory
 from jobs.step.engine import (
@@ -42,10 +43,16 @@ from jobs.step.engine import (
     set_learning_rate,
 )
 from jobs.step.training_step import RankPlace
+from model import ConvMAEConfig
 from model.noise import mask_noise
 from pipeline.load.batch import Batch
 
 RANK, WORLD_SIZE = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+
+
+def model_at(recipe: Recipe, step: int) -> ConvMAEConfig:
+    """The model of a step, each of which is an epoch here."""
+    return resolution_at(recipe.resolutions, step).model
 
 
 def rank_sizes(batch: int) -> list[int]:
@@ -73,7 +80,7 @@ class ExactSteps:
         self._step.is_poisoned = poison == "loss" and is_last
         lanes, size = self._order.rank_lanes(RANK, WORLD_SIZE), self._recipe.lane_batch_size
         mine = slice(lanes.start * size, lanes.stop * size)
-        shape = (self._recipe.global_batch_size, 3, *self._recipe.model.image_shape)
+        shape = (self._recipe.global_batch_size, 3, *model_at(self._recipe, step).image_shape)
         images = torch.randint(256, shape, generator=torch.Generator().manual_seed(step), dtype=torch.uint8)[mine]
         ids = torch.arange(self._recipe.global_batch_size)[mine]
         batch = Batch(step, step, ids, images, 0.0, np.zeros((len(ids), 5), np.int32))
@@ -90,8 +97,9 @@ def train_step(engine: Any, recipe: Recipe, step: int, poison: str = "") -> floa
     """One step on a global batch that depends on the step alone, weighted as jobs.step.training_step does."""
     engine.poison[0] = math.nan if poison == "gradient" and RANK == WORLD_SIZE - 1 else 1.0
     batch, sizes = recipe.global_batch_size, rank_sizes(recipe.global_batch_size)
-    images = torch.randn(batch, 3, *recipe.model.image_shape, generator=torch.Generator().manual_seed(step))
-    noise = mask_noise(recipe.seed, step, torch.arange(batch), recipe.model.mask_patches, "cpu")
+    model = model_at(recipe, step)
+    images = torch.randn(batch, 3, *model.image_shape, generator=torch.Generator().manual_seed(step))
+    noise = mask_noise(recipe.seed, step, torch.arange(batch), model.mask_patches, "cpu")
     parts = micro_batches(sizes[RANK], max(sizes), recipe.micro_batch_size)
     first, total = sum(sizes[:RANK]), torch.zeros(1)
     set_learning_rate(engine, recipe.learning_rate)

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from jobs.ablate.spec import Spec, Trial
 from jobs.finetune.training_size import trained_size
-from jobs.recipe.cost import RecipeCost
+from jobs.recipe.cost import steps_by_size
 from jobs.recipe.finetune import Finetune
 from jobs.recipe.plan import IMAGENET
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import Schedule, order_of
-from jobs.recipe.sizing import H100_FLOPS_PER_SECOND, NodeType, estimated_step_seconds
+from jobs.recipe.sizing import H100_FLOPS_PER_SECOND, NodeType, timed_steps
 from jobs.terminal import duration_text
 from pipeline.store.storage import Storage
 
@@ -42,15 +42,17 @@ class Estimate:
         Raises:
             UserError: The dataset is too small for a batch.
         """
-        steps = Schedule.of(recipe, order_of(recipe, samples).steps_per_epoch).total_steps
-        workers = recipe.max_workers
+        schedule = Schedule.of(recipe, order_of(recipe, samples).steps_per_epoch)
+        steps, workers = schedule.total_steps, recipe.max_workers
+        length = {"steps_per_epoch": schedule.steps_per_epoch, "total_steps": steps}
         if recipe.device == "cuda":
             node = NodeType(min(NODE.gpus, workers), NODE.flops_per_second)
-            seconds = steps * estimated_step_seconds(recipe, node, math.ceil(workers / NODE.gpus))
+            timed = timed_steps(recipe, node, math.ceil(workers / NODE.gpus), **length)
+            seconds = sum(each.steps * each.step_seconds for each in timed)
             return cls(samples, steps, seconds, workers * seconds / 3600, "GPU-hours")
         cores = workers * max(1.0, recipe.cpus_per_worker)
-        images = steps * recipe.global_batch_size
-        seconds = images * RecipeCost.of(recipe).training_flops / (CORE_FLOPS_PER_SECOND * cores)
+        flops = sum(len(each.steps) * each.cost.training_flops for each in steps_by_size(recipe, **length))
+        seconds = recipe.global_batch_size * flops / (CORE_FLOPS_PER_SECOND * cores)
         return cls(samples, steps, seconds, cores * seconds / 3600, "core-hours")
 
 

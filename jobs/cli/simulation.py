@@ -15,6 +15,7 @@ from pipeline.errors import UserError
 if TYPE_CHECKING:
     from jobs.recipe.recipe import Recipe
     from jobs.recipe.simulation import Prediction, Scenario
+    from jobs.recipe.sizing import TimedSteps
 
 app = typer.Typer()
 
@@ -29,7 +30,8 @@ def simulate(
     step_seconds: Annotated[
         float | None,
         typer.Option(
-            help="Seconds of one step on all nodes, as a short run's history shows. Default: estimated for H100 GPUs."
+            help="Seconds of one step on all nodes, as a short run's history shows; with a resolution_schedule of one "
+            "with images of model.image_size. Default: estimated for H100 GPUs."
         ),
     ] = None,
     min_nodes: Annotated[int, typer.Option(min=1, help="Fewest nodes with which an elastic run trains.")] = 1,
@@ -63,15 +65,18 @@ def simulate(
     from jobs.recipe.checkpoint_interval import IntervalRule
     from jobs.recipe.memory_interval import auto_interval_steps
     from jobs.recipe.simulation import Scenario, predictions
+    from jobs.recipe.sizing import mean_step_seconds
 
     resolved = amended_recipe(recipe, overrides)
-    steps = _total_steps(resolved)
+    if step_seconds is not None and not step_seconds > 0:
+        raise UserError("step_seconds", "must be above 0", step_seconds, "give a larger one")
+    timed = _timed_steps(resolved, nodes, gpus_per_node, step_seconds)
     for option, hours in (("--mtbf-hours", mtbf_hours), ("--spot-mtbf-hours", spot_mtbf_hours)):
         if hours is not None and not hours > 0:
             raise UserError(option, "must be above 0", hours, "give a larger one")
     scenario = Scenario(
-        steps=steps,
-        step_seconds=_estimated_step_seconds(resolved, nodes, gpus_per_node) if step_seconds is None else step_seconds,
+        steps=sum(each.steps for each in timed),
+        step_seconds=mean_step_seconds(timed),
         nodes=nodes,
         min_nodes=min_nodes,
         mtbf_seconds=mtbf_hours * 3600,
@@ -96,39 +101,61 @@ def simulate(
         markets[market] = replace(one, interval_steps=interval)
     found = {market: predictions(one, trials=trials, seed=seed) for market, one in markets.items()}
     is_estimate = step_seconds is None
-    _print_json(markets, found, is_estimate) if as_json else _print_table(markets, found, is_estimate)
+    _print_json(markets, found, timed, is_estimate) if as_json else _print_table(markets, found, timed, is_estimate)
 
 
-def _print_json(markets: Mapping[str, Scenario], found: Mapping[str, Sequence[Prediction]], is_estimate: bool) -> None:
+def _print_json(
+    markets: Mapping[str, Scenario],
+    found: Mapping[str, Sequence[Prediction]],
+    timed: Sequence[TimedSteps],
+    is_estimate: bool,
+) -> None:
     from dataclasses import asdict
 
     print_json(
         {
             "scenarios": {market: asdict(one) for market, one in markets.items()},
+            "resolutions": [
+                {
+                    "image_size": list(each.resolution.model.image_shape),
+                    "steps": each.steps,
+                    "step_seconds": each.step_seconds,
+                }
+                for each in timed
+            ],
             "step_seconds_estimated": is_estimate,
             "predictions": [{"market": market, **asdict(one)} for market in found for one in found[market]],
         }
     )
 
 
-def _print_table(markets: Mapping[str, Scenario], found: Mapping[str, Sequence[Prediction]], is_estimate: bool) -> None:
+def _print_table(
+    markets: Mapping[str, Scenario],
+    found: Mapping[str, Sequence[Prediction]],
+    timed: Sequence[TimedSteps],
+    is_estimate: bool,
+) -> None:
     from jobs.recipe.simulation import prediction_row, scenario_lines
 
-    print_pairs(scenario_lines(markets, is_estimate=is_estimate))
+    parts = [(each.resolution.text, each.steps, each.step_seconds) for each in timed]
+    print_pairs(scenario_lines(markets, parts, is_estimate=is_estimate))
     columns = ("nodes", "policy", "every", "memory", "wall", "goodput", "lost", "restarts", "waiting", "GPU-h")
     print_table(columns, [(market, *prediction_row(one)) for market, ones in found.items() for one in ones])
 
 
-def _total_steps(recipe: Recipe) -> int:
-    """Steps of a run by the recipe."""
+def _timed_steps(recipe: Recipe, nodes: int, gpus_per_node: int, measured: float | None) -> list[TimedSteps]:
+    """Steps of a run by the recipe, by the size of their images."""
     from jobs.finetune.training_size import trained_size
     from jobs.recipe.schedule import Schedule, order_of
+    from jobs.recipe.sizing import H100_FLOPS_PER_SECOND, NodeType, timed_steps
 
     size = trained_size(open_session().storage, recipe)
-    return Schedule.of(recipe, order_of(recipe, size.samples).steps_per_epoch).total_steps
-
-
-def _estimated_step_seconds(recipe: Recipe, nodes: int, gpus_per_node: int) -> float:
-    from jobs.recipe.sizing import H100_FLOPS_PER_SECOND, NodeType, estimated_step_seconds
-
-    return estimated_step_seconds(recipe, NodeType(gpus_per_node, H100_FLOPS_PER_SECOND), nodes)
+    schedule = Schedule.of(recipe, order_of(recipe, size.samples).steps_per_epoch)
+    return timed_steps(
+        recipe,
+        NodeType(gpus_per_node, H100_FLOPS_PER_SECOND),
+        nodes,
+        steps_per_epoch=schedule.steps_per_epoch,
+        total_steps=schedule.total_steps,
+        measured=measured,
+    )

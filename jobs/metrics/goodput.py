@@ -7,12 +7,13 @@ counted.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from statistics import fmean, median
 from typing import Any
 
+from jobs.metrics.utilization import GroupCompute
 from jobs.recipe.simulation import Scenario
 
 _ENDINGS = frozenset({"finished", "stopped", "failed"})
@@ -25,7 +26,7 @@ class Goodput:
     steps: int
     wall_seconds: float
     step_seconds: float
-    """Of an undisturbed step, on the most workers that the run had."""
+    """Of an undisturbed step, on the most workers that the run had; the mean, where images change their size."""
     interval_steps: int
     """Between two checkpoints of one attempt; the median."""
     stall_seconds: float
@@ -83,10 +84,11 @@ def measured_goodput(events: Sequence[Mapping[str, Any]]) -> Goodput | None:
     """
     attempts = [event for event in events if "steps_redone" in event]
     saves = list(_saves(events))
-    stretches = [(a, b) for a, b in pairwise(saves) if a.attempt == b.attempt and a.step < b.step]
+    stretches = [(a, b) for a, b in itertools.pairwise(saves) if a.attempt == b.attempt and a.step < b.step]
     if not stretches or not attempts:
         return None
-    step_seconds, last, resumed = _step_seconds(stretches), saves[-1], _resumed(events)
+    last, resumed = saves[-1], _resumed(events)
+    step_seconds = _step_seconds(stretches, range(attempts[0]["step"], last.step), _size_changes(events))
     restarts = [event for event in attempts[1:] if event["at_seconds"] <= last.began_at]
     recovered = (event for event in events if event["kind"] == "recovered")
     down = [event["down_seconds"] for event in recovered if event["attempt"] not in resumed]
@@ -107,12 +109,33 @@ def measured_goodput(events: Sequence[Mapping[str, Any]]) -> Goodput | None:
     )
 
 
-def _step_seconds(stretches: Sequence[tuple[_Save, _Save]]) -> float:
-    """Of a step between two saves, on the most workers."""
+def _step_seconds(stretches: Sequence[tuple[_Save, _Save]], steps: range, changes: Sequence[int]) -> float:
+    """Of a step between two saves, on the most workers; the mean over the sizes of images.
+
+    Args:
+        stretches: Between two saves each.
+        steps: Of the run, from 0.
+        changes: Those with which images get another size.
+    """
     most = max(a.world_size for a, _ in stretches)
-    return median(
-        (b.began_at - a.began_at - a.stall_seconds) / (b.step - a.step) for a, b in stretches if a.world_size == most
-    )
+    each = [
+        (a.step, b.step, (b.began_at - a.began_at - a.stall_seconds) / (b.step - a.step))
+        for a, b in stretches
+        if a.world_size == most
+    ]
+    changes, total = [step for step in changes if steps.start < step < steps.stop], 0.0
+    whole = steps.stop - steps.start
+    for first, stop in itertools.pairwise([steps.start, *changes, steps.stop]):
+        inside = [seconds for begin, end, seconds in each if first <= begin and end <= stop]
+        seconds = median(inside or [seconds for *_, seconds in each])  # or none was saved twice with this size
+        total += ((stop - first) / whole if whole else 1.0) * seconds
+    return total
+
+
+def _size_changes(events: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The steps, from 0, with which images get another size."""
+    computes = list(GroupCompute.of_attempts(events).values())
+    return [first - 1 for first, _ in computes[-1].step_flops_from if first > 1] if computes else []
 
 
 def _saves(events: Sequence[Mapping[str, Any]]) -> Iterator[_Save]:
@@ -127,7 +150,8 @@ def _saves(events: Sequence[Mapping[str, Any]]) -> Iterator[_Save]:
 def _breaks(events: Sequence[Mapping[str, Any]]) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
     """Each event that ended the run, and the one by which it was resumed."""
     turns = [event for event in events if "steps_redone" in event or event["kind"] in _ENDINGS]
-    return ((end, start) for end, start in pairwise(turns) if end["kind"] in _ENDINGS and "steps_redone" in start)
+    pairs = itertools.pairwise(turns)
+    return ((end, start) for end, start in pairs if end["kind"] in _ENDINGS and "steps_redone" in start)
 
 
 def _resumed(events: Sequence[Mapping[str, Any]]) -> frozenset[int]:

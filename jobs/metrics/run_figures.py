@@ -70,6 +70,8 @@ class RunFigures:
         self._workers_seen_at = monotonic()
         self._stop_asked = False
         self._compute: GroupCompute | None = None
+        self._step_flops = 0.0
+        """Of the last step."""
         self._totals = saved_counters(before)
         self._served: dict[str, float] = {}
         self.saved(before)
@@ -99,6 +101,10 @@ class RunFigures:
     def failures(self) -> int:
         """Failures of the worker group over the whole run."""
         return int(sum(total for key, total in self._totals.items() if key.startswith("failures_total:")))
+
+    def step_flops(self, step: int) -> float:
+        """Operations of the model for a step, from 1; 0 before the first group began."""
+        return self._compute.flops_of_step(step) if self._compute else 0.0
 
     def heartbeat(self) -> dict[str, Any]:
         """All figures, as the heartbeat has them."""
@@ -193,6 +199,10 @@ class RunFigures:
             ranks: The metrics of each rank.
             now: Monotonic seconds.
         """
+        step = int(row["step"])
+        if self._step_flops != (flops := self.step_flops(step)):
+            self._step_flops = flops
+            self._step_times.clear()  # images have another size from here on
         self._step_times.append((now, float(row["data_wait_seconds"])))
         self.count("worker_seconds", int(row["world_size"]) * (now - self._workers_seen_at))
         self._workers_seen_at = now
@@ -201,7 +211,6 @@ class RunFigures:
             self.count(name, reading[name])
         levels = {name: amount for name, amount in reading.items() if name not in COUNTERS}
         norm = {"gradient_norm": gradient_norm} if math.isfinite(gradient_norm) else {}
-        step = int(row["step"])
         is_ending = self._stop_asked or step >= self._status["total_steps"]
         changes = {**row, **levels, **norm, **self._rates(step), **self._validated(row)}
         self.update(**changes, ending=int(is_ending), last_step_at_seconds=self._wall())
@@ -214,11 +223,13 @@ class RunFigures:
         step_seconds = seconds / (len(self._step_times) - 1)
         waited = sum(wait for _, wait in list(self._step_times)[1:])
         compute, world_size = self._compute, int(self._status["world_size"] or 0)
+        total = int(self._status["total_steps"])
+        left = compute.steps_like(step, total) if compute else total - step
         return {
-            **(compute.figures(world_size, step_seconds) if compute else {}),
+            **(compute.figures(world_size, step_seconds, step) if compute else {}),
             "images_per_second": self._global_batch_size / step_seconds,
             "data_wait_ratio": min(1.0, waited / seconds),
-            "eta_seconds": (self._status["total_steps"] - step) * step_seconds,
+            "eta_seconds": left * step_seconds,
         }
 
     def _validated(self, row: Mapping[str, Any]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Whether a run has become slow, by its own past: the speed of each hundred steps against the median of those before.
 
 Speed is images a second and rank, so a resize is not a slowdown. The first hundred steps of an attempt do not count:
-caches are cold.
+caches are cold. Nor is it one when images get larger: with another size the past is forgotten.
 """
 
 from __future__ import annotations
@@ -23,22 +23,27 @@ class SpeedWatch:
         self._global_batch_size = global_batch_size
         self._speeds: list[float] = []
         self._is_slow = False
+        self._step_flops = 0.0
         self.begin_attempt()
 
     def begin_attempt(self) -> None:
         """Leave out the steps that were not a block yet, and the next block."""
         self._steps, self._seconds, self._is_first = 0, 0.0, True
 
-    def step_done(self, step_seconds: float, world_size: int) -> str:
+    def step_done(self, step_seconds: float, world_size: int, step_flops: float) -> str:
         """Take a finished step.
 
         Args:
             step_seconds: Of the slowest rank.
             world_size: Ranks that did it.
+            step_flops: Operations of the model for it; others mean images of another size.
 
         Returns:
             Why the run is slow now, at the end of the block with which it became so; else empty.
         """
+        if step_flops != self._step_flops:
+            self._speeds, self._is_slow, self._step_flops = [], False, step_flops
+            self.begin_attempt()
         self._steps += 1
         self._seconds += step_seconds
         if self._steps < BLOCK_STEPS or self._seconds <= 0:

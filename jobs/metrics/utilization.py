@@ -10,6 +10,7 @@ Source: PaLM, arXiv:2204.02311, appendix B.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -33,30 +34,61 @@ class GroupCompute:
     """Of all devices together; None where that of one is not known."""
     devices: str
     """For people: how many of which, and whether their peak is measured."""
+    step_flops_from: tuple[tuple[int, float], ...] = ()
+    """Where images change their size: the first step, from 1, and the operations of each step from there on, in order.
+    Empty: those of all steps are `step_flops`, else those of the last size."""
 
     @classmethod
     def of_attempts(cls, events: Iterable[Mapping[str, Any]]) -> dict[int, GroupCompute]:
         """That of each attempt that has recorded it, by its number."""
         return {
-            event["attempt"]: cls(event["step_flops"], event.get("peak_flops_per_second"), event.get("devices", ""))
+            event["attempt"]: cls(
+                event["step_flops"],
+                event.get("peak_flops_per_second"),
+                event.get("devices", ""),
+                tuple((first, flops) for first, flops in event.get("step_flops_from", ())),
+            )
             for event in events
             if "step_flops" in event
         }
 
     def to_json(self) -> dict[str, Any]:
         """The fields that are known, as an event has them."""
-        return {name: value for name, value in asdict(self).items() if value is not None}
+        return {name: value for name, value in asdict(self).items() if value is not None and value != ()}
 
-    def figures(self, world_size: int, step_seconds: float) -> dict[str, float]:
+    def flops_of(self, steps: npt.NDArray[np.int64]) -> Floats:
+        """Operations of each of some steps, from 1, (n,)."""
+        firsts, flops = zip(*(self.step_flops_from or ((0, self.step_flops),)), strict=True)
+        places = np.searchsorted(firsts, steps, side="right") - 1
+        found: Floats = np.array(flops, np.float64)[places.clip(0)]
+        return found
+
+    def flops_of_step(self, step: int) -> float:
+        """Operations of one step, from 1."""
+        return float(self.flops_of(np.array([step]))[0])
+
+    def steps_like(self, step: int, total_steps: int) -> float:
+        """How many steps like `step` have as many operations as all that follow it.
+
+        Args:
+            step: From 1.
+            total_steps: Of the run.
+        """
+        changes = [first for first, _ in self.step_flops_from if step + 1 < first <= total_steps]
+        spans = itertools.pairwise([step + 1, *changes, total_steps + 1])
+        return sum((stop - first) * self.flops_of_step(first) for first, stop in spans) / self.flops_of_step(step)
+
+    def figures(self, world_size: int, step_seconds: float, step: int) -> dict[str, float]:
         """FLOP/s of a device, and MFU where a peak is known; nothing of a step that took no time.
 
         Args:
             world_size: Devices.
             step_seconds: Wall time of a step.
+            step: Which one, from 1.
         """
         if step_seconds <= 0 or world_size < 1:
             return {}
-        reached = self.step_flops / step_seconds
+        reached = self.flops_of_step(step) / step_seconds
         found = {"device_flops_per_second": reached / world_size}
         if self.peak_flops_per_second:
             found["mfu_ratio"] = reached / self.peak_flops_per_second
@@ -72,15 +104,19 @@ class Utilization:
 
     @classmethod
     def of(cls, steps: StepTable, events: Iterable[Mapping[str, Any]]) -> Utilization:
-        """Of steps of a history, by the run's events; with columns `attempt`, `world_size` and `step_seconds`."""
+        """Of steps of a history, by the run's events; with columns `step`, `attempt`, `world_size`, `step_seconds`."""
         known, places = np.unique(steps.numbers("attempt"), return_inverse=True)
         of_attempts = GroupCompute.of_attempts(events)
         computes = [of_attempts.get(int(attempt)) for attempt in known]
-        flops = np.array([compute.step_flops if compute else np.nan for compute in computes], np.float64)
+        flops = np.full(len(steps), np.nan)
+        for place, compute in enumerate(computes):
+            if compute:
+                of_attempt = places == place
+                flops[of_attempt] = compute.flops_of(steps.steps[of_attempt])
         peaks = np.array([(compute and compute.peak_flops_per_second) or np.nan for compute in computes], np.float64)
         seconds, world_sizes = steps.numbers("step_seconds"), steps.numbers("world_size")
         with np.errstate(all="ignore"):
-            reached = flops[places] / seconds
+            reached = flops / seconds
             reached[~((seconds > 0) & (world_sizes >= 1))] = np.nan
             ratios = reached / peaks[places]
             devices = np.divide(reached, world_sizes, out=reached)

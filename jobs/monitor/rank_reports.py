@@ -110,7 +110,8 @@ class RankReports(HealthReports, ProfileReports):
             self._instructions.trains()
             self._add_row(row, gradient_norm)
             self._report_recovery(int(row["step"]))
-            if why_slow := self._speed.step_done(row["step_seconds"], row["world_size"]):
+            flops = self._figures.step_flops(int(row["step"]))
+            if why_slow := self._speed.step_done(row["step_seconds"], row["world_size"], flops):
                 self._add_event("slow", step=row["step"], reason=why_slow)
             if "skipped" in row:
                 self._add_event("skipped", step=row["step"], reason=f"{row['skipped']} is not finite")

@@ -10,24 +10,31 @@ import torch
 
 from jobs.checkpoint.rank_group import RankGroup
 from jobs.metrics.utilization import GroupCompute
-from jobs.recipe.cost import RecipeCost
+from jobs.recipe.cost import RecipeCost, steps_by_size
 from jobs.recipe.recipe import Recipe
 from model.device_peak import DevicePeak, device_peak
 
 logger = logging.getLogger(__name__)
 
 
-def group_compute(recipe: Recipe, group: RankGroup) -> GroupCompute:
+def group_compute(recipe: Recipe, group: RankGroup, steps_per_epoch: int) -> GroupCompute:
     """What a group computes and could compute, for its attempt's event. Collective; takes up to a second on CPUs.
 
     Args:
         recipe: Of the run, with the classes of a fine-tuning.
         group: All ranks, each of which looks at its own device.
+        steps_per_epoch: Global batches in an epoch.
     """
     peaks = group.gathered(_own_peak(recipe, torch.device(group.device)))
     known = [peak.flops_per_second for peak in peaks if peak]
+    batch = recipe.global_batch_size
+    changing: tuple[tuple[int, float], ...] = ()
+    if recipe.resolution_schedule:
+        parts = steps_by_size(recipe, steps_per_epoch, recipe.epochs * steps_per_epoch)
+        changing = tuple((each.steps.start + 1, round(each.cost.training_flops * batch)) for each in parts)
     return GroupCompute(
-        step_flops=round(RecipeCost.of(recipe).training_flops * recipe.global_batch_size),
+        step_flops=round(RecipeCost.of(recipe).training_flops * batch),
+        step_flops_from=changing,
         peak_flops_per_second=sum(known) if len(known) == len(peaks) else None,
         devices=devices_text(peaks),
     )

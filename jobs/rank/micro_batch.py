@@ -21,6 +21,7 @@ import torch
 from jobs.errors import RecipeError
 from jobs.finetune.classification import Classification
 from jobs.recipe.recipe import Recipe
+from jobs.recipe.resolution import largest_resolution
 from jobs.step.engine import build_model
 from jobs.step.objective import Objective, Reconstruction
 from model import Classifier
@@ -72,12 +73,12 @@ def largest_micro_batch(recipe: Recipe, ranks_here: int) -> Fitting:
     if isinstance(model, Classifier):
         objective = Classification(recipe, np.zeros(recipe.global_batch_size, np.int64), model, device)
 
-    meter = _Meter(device)
+    meter, largest = _Meter(device), largest_resolution(recipe.resolutions)
+    shape, epoch = (recipe.model.in_channels, *largest.model.image_shape), largest.first_epoch
 
     def attempt(images: int) -> int:
-        shape = (images, recipe.model.in_channels, *recipe.model.image_shape)
-        pixels = torch.zeros(shape, dtype=torch.uint8, device=device)
-        batch = Batch(0, 0, torch.arange(images, device="cpu"), pixels, 0.0, np.zeros((images, 5), np.int32))
+        pixels = torch.zeros(images, *shape, dtype=torch.uint8, device=device)
+        batch = Batch(0, epoch, torch.arange(images, device="cpu"), pixels, 0.0, np.zeros((images, 5), np.int32))
 
         def passes() -> None:
             torch.autograd.backward(objective.output(model, batch, slice(None)).loss)

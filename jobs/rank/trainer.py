@@ -41,6 +41,7 @@ from jobs.rank.step_profile import StepProfile
 from jobs.rank.watchdog import COMPILE_ALLOWED_SECONDS, SAVE_ALLOWED_SECONDS
 from jobs.recipe.placement import LIVE_FIELDS
 from jobs.recipe.recipe import Recipe
+from jobs.recipe.resolution import resolution_at
 from jobs.recipe.schedule import Schedule
 from jobs.run.directory import RunDirectory
 from jobs.run.shared_folder import Landmarks, check_seen_here
@@ -105,10 +106,11 @@ def train_worker(job: TrainJob, step_of: type[TrainingStep] = TrainingStep) -> N
 
 def rank_loader(dataset: Dataset, order: Order, recipe: Recipe, place: RankPlace) -> Loader:
     """The batches of one rank, read as the recipe says."""
+    resolutions = recipe.resolutions
     return Loader(
         dataset,
         order,
-        image_shape=recipe.model.image_shape,
+        image_shape=lambda epoch: resolution_at(resolutions, epoch).model.image_shape,
         channels=recipe.model.in_channels,
         seed=recipe.seed,
         rank=place.rank,
@@ -225,8 +227,7 @@ class Trainer:
         ) as batches:
             self.pulse.at("data", self.recipe.stall_seconds)
             for batch in batches:
-                compiles = self.recipe.compile and batch.step == steps.start
-                self.pulse.at("step", COMPILE_ALLOWED_SECONDS if compiles else 0.0)
+                self.pulse.at("step", COMPILE_ALLOWED_SECONDS if self.step.compiles(batch) else 0.0)
                 instruction = self._train_step(batch).instruction
                 if self.recipe.standby and not self._has_successor:
                     ask_for_successor()  # now, when the first step is done that others wait for
@@ -535,7 +536,7 @@ class Trainer:
     def _begin_attempt(self, found: Restored | None) -> tuple[int, list[SkippedSteps]]:
         """The attempt's number, and the steps that earlier ones rolled back."""
         begun: list[Any] = [0, []]
-        compute = group_compute(self.recipe, self._group)
+        compute = group_compute(self.recipe, self._group, self.schedule.steps_per_epoch)
         if self.place.rank == 0:
             number = self.line.begin_attempt(
                 world_size=self.place.world_size,

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs.recipe.cost import RecipeCost
+from jobs.recipe.cost import RecipeCost, SizedSteps, steps_by_size
 from jobs.recipe.reading_plan import ReadingPlan
 from jobs.recipe.recipe import PARTS, Recipe
 from jobs.recipe.schedule import Schedule, order_of
@@ -67,6 +67,7 @@ def recipe_json(recipe: Recipe, size: DatasetSize) -> dict[str, Any]:
     order = order_of(recipe, size.samples)
     plan = ReadingPlan.of(order, size.shard_samples, size.bytes, recipe.max_workers)
     schedule, cost = Schedule.of(recipe, order.steps_per_epoch), RecipeCost.of(recipe, size.classes)
+    parts = _sizes(recipe, schedule, size)
     return {
         "recipe": recipe.to_json(),
         "samples": size.samples,
@@ -74,6 +75,7 @@ def recipe_json(recipe: Recipe, size: DatasetSize) -> dict[str, Any]:
         **({"classes": size.classes} if recipe.finetune else {}),
         "parameters": cost.parameters.trainable,
         "training_flops_per_image": round(cost.training_flops),
+        **({"resolutions": list(map(_size_json, parts))} if recipe.resolution_schedule else {}),
         "total_steps": schedule.total_steps,
         "plan": plan.to_json(),
     }
@@ -91,20 +93,36 @@ def recipe_lines(recipe: Recipe, size: DatasetSize) -> Iterator[tuple[str, str]]
     yield from _plan_lines(recipe, size)
 
 
+def _sizes(recipe: Recipe, schedule: Schedule, size: DatasetSize) -> list[SizedSteps]:
+    return steps_by_size(recipe, schedule.steps_per_epoch, schedule.total_steps, size.classes)
+
+
+def _size_json(part: SizedSteps) -> dict[str, Any]:
+    return {
+        "image_size": list(part.resolution.model.image_shape),
+        "first_epoch": part.resolution.first_epoch,
+        "steps": len(part.steps),
+        "training_flops_per_image": round(part.cost.training_flops),
+    }
+
+
 def _plan_lines(recipe: Recipe, size: DatasetSize) -> Iterator[tuple[str, str]]:
     cost = RecipeCost.of(recipe, size.classes)
     order = order_of(recipe, size.samples)
     schedule = Schedule.of(recipe, order.steps_per_epoch)
     plan = ReadingPlan.of(order, size.shard_samples, size.bytes, recipe.max_workers)
-    images_per_epoch = plan.samples_per_epoch
+    images_per_epoch, parts = plan.samples_per_epoch, _sizes(recipe, schedule, size)
     yield "", ""
     yield "data set", size.origin
     yield "samples", f"{size.samples:,} ({size.bytes / 1e9:.2f} GB)"
     if recipe.finetune:
         yield "classes", f"{size.classes:,}"
     yield "parameters", _parameters(cost.parameters)
-    forward, whole = (f"{each / 1e9:.2f} G" for each in (cost.forward_flops, cost.training_flops))
-    yield "FLOPs per image", f"{forward} forward, {whole} with backward"
+    yield "FLOPs per image", _image_flops(cost)
+    if recipe.resolution_schedule:
+        for each in parts:
+            begin = f"from epoch {each.resolution.first_epoch:,}, {len(each.steps):,} steps"
+            yield f"  {each.resolution.text}", f"{begin}: {_image_flops(each.cost)}"
     if recipe.model.views > 1 and not recipe.finetune:
         views, images = recipe.model.views, recipe.images_at_once
         yield (
@@ -116,9 +134,17 @@ def _plan_lines(recipe: Recipe, size: DatasetSize) -> Iterator[tuple[str, str]]:
     yield "total steps", f"{schedule.total_steps:,}"
     yield "warm-up steps", f"{schedule.warmup_steps:,.0f}"
     yield "peak learning rate", f"{recipe.learning_rate:g}"
-    yield "training FLOPs", f"{cost.training_flops * schedule.total_steps * recipe.global_batch_size / 1e18:.3f} EFLOP"
+    flops = sum(each.cost.training_flops * len(each.steps) for each in parts) * recipe.global_batch_size
+    plain = cost.training_flops * schedule.total_steps * recipe.global_batch_size
+    share = f", {flops / plain:.1%} of those with one size" if recipe.resolution_schedule else ""
+    yield "training FLOPs", f"{flops / 1e18:.3f} EFLOP{share}"
     yield "same at any world size", _equality(recipe)
     yield from plan.lines()
+
+
+def _image_flops(cost: RecipeCost) -> str:
+    forward, whole = (f"{each / 1e9:.2f} G" for each in (cost.forward_flops, cost.training_flops))
+    return f"{forward} forward, {whole} with backward"
 
 
 def _equality(recipe: Recipe) -> str:

@@ -37,6 +37,8 @@ from jobs.recipe.carried import NOTIFY_PREFIX
 from jobs.recipe.finetune import Finetune
 from jobs.recipe.image_statistics import IMAGENET_MEAN, IMAGENET_STD
 from jobs.recipe.placement import PLACEMENT_FIELDS
+from jobs.recipe.resolution import FIELD as RESOLUTION_FIELD
+from jobs.recipe.resolution import Entries, Resolution, entries_of, resolutions_of
 from model import ChannelStatistics, ConvMAEConfig
 from model.config import SWITCHES
 from model.errors import ModelConfigError
@@ -158,6 +160,9 @@ class Recipe(BaseModel):
 
     epochs: int = Field(gt=0, le=MOST)
     """Passes over the data; the learning-rate schedule spans them."""
+    resolution_schedule: Annotated[Entries, BeforeValidator(entries_of)] = ()
+    """Sizes of images in the order of epochs, `[[0, 160], [0.7, 224]]`: with each the share of `epochs` after which it
+    begins, rounded to whole epochs. The last is `model.image_size`. Empty: that size in all epochs."""
     max_steps: int = Field(default=0, ge=0)
     """Stop after this many steps of that schedule; 0: run all epochs."""
     warmup_epochs: float = Field(default=40.0, ge=0)
@@ -288,6 +293,11 @@ class Recipe(BaseModel):
     """What is posted there: Slack's `slack`, plain `json`, or `auto` by the host."""
 
     @property
+    def resolutions(self) -> tuple[Resolution, ...]:
+        """Sizes of images in the order of epochs, with the model of each; one where there is no schedule."""
+        return resolutions_of(self.resolution_schedule, self.model, self.epochs)
+
+    @property
     def learning_rate(self) -> float:
         """Peak learning rate after warm-up."""
         return self.base_learning_rate * self.global_batch_size / 256
@@ -403,6 +413,7 @@ class Recipe(BaseModel):
             rule = "must be 0 in a fine-tuning, whose grains leave statistics of what was computed"
             raise RecipeError("verify_steps_every", rule, self.verify_steps_every, "set verify_steps_every=0")
         self._check_statistics()
+        self._check_resolutions()
         if self.warmup_epochs >= self.epochs:
             remedy = f"set warmup_epochs={self.epochs / 10:g}, a tenth of the epochs, or train longer"
             raise RecipeError("warmup_epochs", f"must be below epochs = {self.epochs}", self.warmup_epochs, remedy)
@@ -426,6 +437,13 @@ class Recipe(BaseModel):
             raise RecipeError("image_mean", "must be from 0 to 1", list(self.image_mean), "divide by 255")
         if not all(0 < value <= 1 for value in self.image_std):
             raise RecipeError("image_std", "must be above 0, up to 1", list(self.image_std), "divide by 255")
+
+    def _check_resolutions(self) -> None:
+        if self.resolution_schedule and self.finetune:
+            rule = "must be empty in a fine-tuning, whose images have one size"
+            written = self.to_json()[RESOLUTION_FIELD]
+            raise RecipeError(RESOLUTION_FIELD, rule, written, f"set {RESOLUTION_FIELD}=[]")
+        resolutions_of(self.resolution_schedule, self.model, self.epochs)  # raises what is wrong with it
 
     def _check_finetune(self, part: Finetune) -> None:
         if part.mixes and self.mixed_images < 2:
@@ -461,6 +479,8 @@ class Recipe(BaseModel):
             del fields["model"]["views"]  # likewise
         if self.model.in_channels == RGB_CHANNELS:
             del fields["model"]["in_channels"]  # likewise
+        if not self.resolution_schedule:
+            del fields[RESOLUTION_FIELD]  # likewise
         if self.statistics == (IMAGENET_MEAN, IMAGENET_STD):
             del fields["image_mean"], fields["image_std"]  # likewise
         if self.is_exact:

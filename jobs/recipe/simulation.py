@@ -42,7 +42,7 @@ class Scenario:
 
     steps: int
     step_seconds: float
-    """Of one step on all nodes; on fewer it takes proportionally longer."""
+    """Of one step on all nodes, the mean of all steps; on fewer it takes proportionally longer."""
     nodes: int
     min_nodes: int
     """Fewest that the elastic policy trains with."""
@@ -283,16 +283,23 @@ def predictions(scenario: Scenario, *, trials: int, seed: int) -> list[Predictio
     return found
 
 
-def scenario_lines(markets: Mapping[str, Scenario], *, is_estimate: bool) -> Iterator[tuple[str, str]]:
+def scenario_lines(
+    markets: Mapping[str, Scenario], parts: Sequence[tuple[str, int, float]], *, is_estimate: bool
+) -> Iterator[tuple[str, str]]:
     """What is simulated, and the cheapest interval, as fields and values for people.
 
     Args:
         markets: The run on nodes of each kind, which differ in how they fail.
+        parts: The run's steps by the size of their images: the size, how many steps, and seconds of each.
         is_estimate: Whether the time of a step is an estimate rather than measured.
     """
     first = next(iter(markets.values()))
     source = " (an estimate for H100 GPUs: --step-seconds)" if is_estimate else ""
-    yield "steps", f"{first.steps:,} of {first.step_seconds:.3g} s on {first.nodes:,} nodes{source}"
+    mean = " on average" if len(parts) > 1 else ""
+    yield "steps", f"{first.steps:,} of {first.step_seconds:.3g} s{mean} on {first.nodes:,} nodes{source}"
+    if len(parts) > 1:
+        for size, steps, seconds in parts:
+            yield f"  {size}", f"{steps:,} of {seconds:.3g} s"
     yield "without failures", duration_text(first.ideal_seconds)
     for market, scenario in markets.items():
         best = best_interval_steps(scenario)

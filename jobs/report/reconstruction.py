@@ -208,5 +208,5 @@ def draw_grid(rows: Sequence[tuple[str, Tensor]]) -> Image.Image:
 def _hidden_pixels(config: ConvMAEConfig, noise: Tensor) -> Tensor:
     """(B, 1, H, W), True where a pixel's patch (or cell, with random masking) is hidden."""
     mask = draw_mask(noise, config.kept).mask.view(-1, 1, *config.noise_shape).bool()
-    side = config.image_shape[0] // config.noise_shape[0]
+    side = config.mask_pixels
     return mask.repeat_interleave(side, dim=2).repeat_interleave(side, dim=3)

@@ -14,6 +14,7 @@ from html import escape
 
 from jobs.metrics.goodput import measured_goodput
 from jobs.recipe.differences import recipe_fields
+from jobs.recipe.resolution import resolutions_text
 from jobs.report.accuracy import accuracy_chart, accuracy_head, accuracy_rows
 from jobs.report.charts import CANVASES, training_chart
 from jobs.report.page import page, pairs, paragraph, section, table
@@ -94,6 +95,8 @@ def facts(run: ReportedRun) -> Iterable[tuple[str, str]]:
     yield "Images trained", f"{run.step * batch:,}"
     if (views := run.recipe.model.views) > 1 and not run.recipe.finetune:
         yield "Masks of each", f"{views}"
+    if run.recipe.resolution_schedule:
+        yield "Image size", resolutions_text(run.recipe.resolutions)
     yield "Attempts", f"{len(attempts):,}"
     if attempts:
         kinds = [event["kind"] for event in attempts]
@@ -154,6 +157,8 @@ def reconstructions(run: ReportedRun) -> str:
         note += " The model predicts normalised patches: each is shown with mean and variance of the original patch."
     if (views := run.recipe.model.views) > 1:
         note += f" In training an image is masked {views} times, each patch visible once: this is the first mask."
+    if run.recipe.resolution_schedule:
+        note += " Pictures have the last of the run's image sizes."
     image = f'<img src="{source}" alt="Originals, masked images and reconstructions">'
     return f'<div class="picture">{image}</div>{paragraph(note)}'
 

@@ -165,4 +165,6 @@ def event_line(event: Mapping[str, Any]) -> str:
 
 
 def _field_text(key: str, value: Any) -> str:
+    if key == "step_flops_from":
+        return " and ".join(f"{flops:.4g} from step {first:,}" for first, flops in value)
     return f"{value:.4g}" if "flops" in key and isinstance(value, int | float) else str(value)

@@ -53,6 +53,7 @@ class _Event(TypedDict):
     seconds: NotRequired[Number]
     reason: NotRequired[Text]
     step_flops: NotRequired[Flops]
+    step_flops_from: NotRequired[Annotated[list[tuple[Integer, Flops]], Field(min_length=1)]]
     peak_flops_per_second: NotRequired[Flops]
     devices: NotRequired[Text]
     epoch: NotRequired[Integer]

@@ -107,10 +107,20 @@ def build_model(recipe: Recipe) -> ConvMAE | Classifier:
         part, stages = recipe.finetune, tuple(stage for stage in recipe.recompute if stage != "decoder")
         model = Classifier(recipe.model, len(part.classes), kind=part.kind, drop_path=part.drop_path, recompute=stages)
     else:
-        model = ConvMAE(recipe.model, recompute=recipe.recompute)
+        sizes = [each.model.image_shape for each in recipe.resolutions]
+        model = ConvMAE(recipe.model, recompute=recipe.recompute, other_sizes=sizes)
     if recipe.compile:
         model.compile()
     return model
+
+
+def forget_compiled() -> None:
+    """Have what is compiled be compiled anew, as in a process that has just started.
+
+    For images of another size. Else PyTorch would compile for any size, by kernels that compute other bits than those
+    of a rank that begins with this size.
+    """
+    torch.compiler.reset()
 
 
 def build_engine(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from jobs.recipe.recipe import Recipe
+from jobs.recipe.resolution import resolution_at
 from model.convmae import Output
 from model.noise import mask_noise
 from model.pixels import normalise
@@ -55,12 +56,14 @@ class Reconstruction:
             device: Of the rank.
         """
         self._recipe, self._device = recipe, device
+        self._resolutions = recipe.resolutions
 
     def output(self, model: nn.Module, batch: Batch, chosen: slice) -> Output:
         """The error of the predicted pixels, and the masks."""
         device, recipe = self._device, self._recipe
         sample_ids = batch.sample_ids[chosen].to(device, non_blocking=True)
-        noise = mask_noise(recipe.seed, batch.epoch, sample_ids, recipe.model.mask_patches, device)
+        draws = resolution_at(self._resolutions, batch.epoch).model.mask_patches
+        noise = mask_noise(recipe.seed, batch.epoch, sample_ids, draws, device)
         with torch.autocast(device.type, torch.bfloat16, enabled=recipe.precision == "bf16"):
             output: Output = model(normalise(batch.images[chosen], recipe.statistics), noise=noise)
         return output

@@ -23,7 +23,13 @@ from jobs.metrics.rank_figures import FigureTable
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import micro_batches
 from jobs.step.compute_probe import ComputeProbe
-from jobs.step.engine import build_engine, discard_step, has_finite_gradients, set_learning_rate
+from jobs.step.engine import (
+    build_engine,
+    discard_step,
+    forget_compiled,
+    has_finite_gradients,
+    set_learning_rate,
+)
 from jobs.step.exact_gradients import ExactGradients, Forward, OnMask, digest_of, digest_words, grains_of_ranks
 from jobs.step.instruction import INSTRUCTIONS, Instruction
 from jobs.step.non_finite import FAULT_WORDS, NonFiniteLossError, fault_of, write_faults
@@ -233,12 +239,18 @@ class TrainingStep:
         self._of_objective, self._of_state = slice(second, third), slice(third, fourth)
         self._of_verifier = slice(fourth, last)
         self._of_host = slice(last, None)
+        self._shape: torch.Size | None = None
+        """Of the images of the last step."""
         self._statistics: list[float] = []
         """Of the objective, over all ranks, for the update."""
         of_host = _HOST_WORDS + word_count(place.world_size)
         self._words = StepWords(last, of_host, place.device, wait=wait)
         # DeepSpeed's own call would hook into a backward pass that is none of its own.
         self._model = engine.module if recipe.is_exact else engine
+
+    def compiles(self, batch: Batch) -> bool:
+        """Whether the step of this batch compiles the model first, for images of its shape."""
+        return self._recipe.compile and batch.images.shape != self._shape
 
     def gradients(
         self,
@@ -263,6 +275,9 @@ class TrainingStep:
             holding: Whether this rank's part of a memory checkpoint is on its way.
             with_digest: Whether to compute that of the state before the update.
         """
+        if self.compiles(batch) and self._shape:
+            forget_compiled()
+        self._shape = batch.images.shape
         set_learning_rate(self.engine, learning_rate)
         self._write_words_of_host(batch, instruction, uploading=uploading, holding=holding)
         words = self._words.send()

@@ -56,15 +56,15 @@ class ImageMaker:
         self,
         dataset: Dataset,
         order: Order,
-        shape: tuple[int, int, int],
         *,
+        channels: int,
         seed: int,
         policy: BadSamplePolicy,
         augmentation: Augmentation,
     ) -> None:
         self._dataset = dataset
         self._order = order
-        self._channels, self._image_shape = shape[0], shape[1:]
+        self._channels = channels
         self._seed = seed
         self._policy = policy
         self._augmentation = augmentation
@@ -82,7 +82,7 @@ class ImageMaker:
             epoch: Decides the substitute.
             found: What was read.
             draws: Of its crop and flip in the epoch.
-            out: (C, H, W), written.
+            out: (C, H, W), written; its shape is that of the image.
             crop: (5,), written: what was shown of the image that was used.
 
         Returns:
@@ -129,6 +129,6 @@ class ImageMaker:
             except ValueError as error:
                 name = f"{sample.shard}/{sample.member}"
                 return sample.bad("undecodable", f"{name} at offset {sample.offset} does not decode ({error})")
-            out[:], chosen = self._augmentation.image(pixels, draws, self._image_shape)
+            out[:], chosen = self._augmentation.image(pixels, draws, (out.shape[1], out.shape[2]))
             crop[:] = (chosen.top, chosen.left, chosen.height, chosen.width, chosen.flip)
         return None

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from functools import partial
 
 import numpy as np
@@ -45,7 +45,7 @@ class Loader:
         dataset: Dataset,
         order: Order,
         *,
-        image_shape: tuple[int, int],
+        image_shape: tuple[int, int] | Callable[[int], tuple[int, int]],
         channels: int = RGB_CHANNELS,
         rank: int,
         world_size: int,
@@ -63,7 +63,8 @@ class Loader:
         Args:
             dataset: Where the images are.
             order: Which of them make up a step; must be over this dataset.
-            image_shape: Height and width of the images, in pixels.
+            image_shape: Height and width of the images, in pixels; or what gives them for an epoch, from 0. Batches are
+                read ahead across epochs whatever their sizes.
             channels: To which images are decoded.
             rank: Of this process, in [0, world_size).
             world_size: Number of processes that share a step.
@@ -85,7 +86,7 @@ class Loader:
             raise OrderError("samples", f"must be the dataset's {dataset.samples}", order.samples, remedy)
         self._dataset = dataset
         self._order = order
-        self._shape = (channels, *image_shape)
+        self._image_shape, self._channels = image_shape, channels
         self._seed = seed
         self._lanes = order.rank_lanes(rank, world_size)
         self._threads = threads
@@ -95,7 +96,7 @@ class Loader:
         self._watch = StallWatch(stall_seconds, dataset.activities)
         self._augmentation = augmentation or RandomCrops()
         self._maker = ImageMaker(
-            dataset, order, self._shape, seed=seed, policy=self._policy, augmentation=self._augmentation
+            dataset, order, channels=channels, seed=seed, policy=self._policy, augmentation=self._augmentation
         )
         window_bytes = int(len(self._lanes) * order.window_samples * dataset.mean_sample_bytes)
         self._whole_windows = min(window_bytes, dataset.manifest.tar_bytes) <= open_bytes
@@ -140,9 +141,10 @@ class Loader:
 
     def _start(self, step: int, ahead: ReadAhead, decoders: DaemonThreads, device_copy: DeviceCopy) -> StartedBatch:
         pending = ahead.request(step)
-        sample_ids = np.array([item.sample_id for item in pending])
-        draws = self._augmentation.draws(self._seed, self._order.epoch(step), sample_ids)
-        batch = StartedBatch(step, pending, draws, self._shape, device_copy)
+        sample_ids, epoch = np.array([item.sample_id for item in pending]), self._order.epoch(step)
+        draws = self._augmentation.draws(self._seed, epoch, sample_ids)
+        height, width = self._image_shape(epoch) if callable(self._image_shape) else self._image_shape
+        batch = StartedBatch(step, pending, draws, (self._channels, height, width), device_copy)
         for place in range(len(pending)):
             decoders.start(partial(self._fill, batch, place))
         return batch

@@ -15,6 +15,7 @@ from jobs.checkpoint.zero_state import ZeroState, restore_optimizer
 from jobs.rank.gpu import compute_as
 from jobs.recipe.named_recipes import named_recipe
 from jobs.recipe.recipe import Recipe
+from jobs.recipe.resolution import resolution_at
 from jobs.recipe.schedule import order_of
 from jobs.step.engine import build_model
 from jobs.step.step_words import wait_for
@@ -82,9 +83,10 @@ class Rank:
         self.done = int(state.optimizer_step) if state else 0
 
     def batch(self) -> Batch:
-        """The global batch of the next step, which depends on the step alone."""
+        """The global batch of the next step, an epoch of its own, which depends on the step alone."""
         copy = DeviceCopy(self.device)
-        shape = (self.recipe.global_batch_size, 3, *self.recipe.model.image_shape)
+        size = resolution_at(self.recipe.resolutions, self.done).model.image_shape
+        shape = (self.recipe.global_batch_size, 3, *size)
         images, ids = copy.empty(shape, torch.uint8), copy.empty(shape[:1], torch.int64)
         images.random_(0, 256, generator=torch.Generator().manual_seed(self.done))
         ids[:] = torch.arange(len(ids)) + self.done * len(ids)

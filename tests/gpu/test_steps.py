@@ -59,8 +59,17 @@ def test_every_zero_stage_trains_as_plain_pytorch_does(device: torch.device, sta
     assert rank.train(4) == pytest.approx(expected, rel=2e-3)
 
 
+GROWING = {
+    "model.image_size": 64,
+    "model.position": "learned",
+    "epochs": 4,
+    "warmup_epochs": 1,
+    "resolution_schedule": [[0, 32], [0.5, 64]],
+}
+
+
 @pytest.mark.parametrize(
-    "changes", [{}, {"precision": "bf16"}, {"zero_stage": 2, "clip_grad_norm": 0.05}, {"model.views": 4}]
+    "changes", [{}, {"precision": "bf16"}, {"zero_stage": 2, "clip_grad_norm": 0.05}, {"model.views": 4}, GROWING]
 )
 def test_a_saved_and_resumed_run_has_the_bits_of_an_uninterrupted_one(
     device: torch.device, changes: dict[str, Any], tmp_path: Path

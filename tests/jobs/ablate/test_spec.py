@@ -9,9 +9,11 @@ import pytest
 from jobs.ablate.estimate import estimates
 from jobs.ablate.spec import Spec, spec_names
 from jobs.errors import AblationError, RecipeError
+from jobs.recipe.cost import steps_by_size
 from pipeline.store.storage import Storage
 
-SHIPPED = ("epochs", "masking", "kernel", "fusion", "mae", "loss")
+OF_SOURCE = ("epochs", "masking", "kernel", "fusion", "mae", "loss")
+SHIPPED = (*OF_SOURCE, "resolution")
 SOURCE = "review of arXiv:2205.03892 by Zheng, 2022-11-25"
 README = "README of github.com/Alpha-VL/ConvMAE"
 EPOCHS = f"arXiv:2205.03892; epochs: {README}"
@@ -69,6 +71,19 @@ def test_small_specs_train_on_two_cores_for_less_than_two_hours(name: str) -> No
 
     assert {one.images for one in found} == {20_000}
     assert sum(one.hours for one in found) / 2 < 1.75  # the rest is for evaluations and starts
+
+
+@pytest.mark.parametrize("name", ["resolution", "resolution_small"])
+def test_a_schedule_of_sizes_is_compared_at_the_same_epochs_and_at_the_same_cost(name: str) -> None:
+    recipes = {trial.variant.name: trial.recipe for trial in Spec.load(name).trials}
+    flops = {
+        variant: sum(len(part.steps) * part.cost.training_flops for part in steps_by_size(recipe, 1, recipe.epochs))
+        for variant, recipe in recipes.items()
+    }
+
+    assert recipes["growing"].epochs == recipes["plain"].epochs
+    assert 0.64 < flops["growing"] / flops["plain"] < 0.67
+    assert flops["plain-as-costly"] == pytest.approx(flops["growing"], rel=0.002 if name == "resolution" else 0.07)
 
 
 def test_runs_have_names_that_do_not_change(tmp_path: Path) -> None:

@@ -116,6 +116,21 @@ def test_steps_on_fewer_workers_are_measured_by_those_on_most() -> None:
     assert found.ratio == pytest.approx(0.5, abs=0.08)
 
 
+def test_steps_with_larger_images_are_measured_by_those_of_their_size() -> None:
+    story = Story()
+    story.start()
+    sizes = {"step_flops": 2e9, "step_flops_from": [[1, 1e9], [71, 2e9], [5001, 3e9]]}
+    story.events[-1].update(sizes)
+    story.train(70, every=10, step_seconds=1.0)
+    story.train(30, every=10, step_seconds=2.5)
+
+    found = measured_goodput(story.events)
+
+    assert found is not None
+    assert found.step_seconds == pytest.approx((70 * 1.0 + 30 * 2.5) / 100)
+    assert found.ratio == pytest.approx(145 / 150)
+
+
 def test_before_two_checkpoints_of_one_attempt_nothing_is_known() -> None:
     story = Story()
     assert measured_goodput(story.events) is None

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,9 +25,9 @@ def driven(before: Mapping[str, Any]) -> RunFigures:
     return RunFigures(fixed, before, RunExporter("first", "127.0.0.1", 0), global_batch_size=4)
 
 
-def train(figures: RunFigures, step: int, **measured: object) -> None:
+def train(figures: RunFigures, step: int, now: float | None = None, **measured: object) -> None:
     row = {"step": step, "epoch": 0, "world_size": 2, "loss": 1.0, "data_wait_seconds": 0.0, **measured}
-    figures.step_done(row, gradient_norm=1.0, reading={}, ranks=(), now=time.monotonic())
+    figures.step_done(row, gradient_norm=1.0, reading={}, ranks=(), now=time.monotonic() if now is None else now)
 
 
 def test_a_run_is_about_to_end_after_its_last_step(figures: RunFigures) -> None:
@@ -40,6 +41,22 @@ def test_a_run_is_about_to_end_after_its_last_step(figures: RunFigures) -> None:
     figures.group_failed()
     figures.group_began(attempt=2, world_size=2, resume_step=5, compute=COMPUTE)
     assert figures["ending"] == 0
+
+
+def test_larger_images_begin_new_rates_and_are_foreseen_by_the_eta(figures: RunFigures) -> None:
+    compute = replace(COMPUTE, step_flops=3e9, step_flops_from=((1, 1e9), (4, 3e9)))
+    figures.group_began(attempt=1, world_size=2, resume_step=0, compute=compute)
+
+    for step, now in ((1, 0.0), (2, 2.0), (3, 4.0)):
+        train(figures, step, now)
+    assert figures["eta_seconds"] == pytest.approx(7 * 3 * 2.0), "seven steps with three times the operations"
+    assert figures["device_flops_per_second"] == pytest.approx(1e9 / 2.0 / 2)
+    train(figures, 4, 12.0)
+    assert figures["images_per_second"] == pytest.approx(2.0), "no mean of two sizes"
+    train(figures, 5, 20.0)
+    assert figures["images_per_second"] == pytest.approx(4 / 8.0)
+    assert figures["device_flops_per_second"] == pytest.approx(3e9 / 8.0 / 2)
+    assert figures["eta_seconds"] == pytest.approx(5 * 8.0)
 
 
 def test_a_run_that_was_asked_to_stop_is_about_to_end_whatever_happens(figures: RunFigures) -> None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from jobs.metrics.speed_watch import BLOCK_STEPS, LEAST_BLOCKS, SpeedWatch
 
 
-def blocks(watch: SpeedWatch, *seconds: float, world_size: int = 2) -> list[str]:
+def blocks(watch: SpeedWatch, *seconds: float, world_size: int = 2, flops: float = 1e9) -> list[str]:
     """What is found in blocks whose steps take so many seconds."""
-    return ["".join(watch.step_done(each, world_size) for _ in range(BLOCK_STEPS)) for each in seconds]
+    return ["".join(watch.step_done(each, world_size, flops) for _ in range(BLOCK_STEPS)) for each in seconds]
 
 
 def usual() -> SpeedWatch:
@@ -34,6 +34,15 @@ def test_a_resize_is_no_slowdown_and_the_first_block_of_an_attempt_does_not_coun
     found += blocks(watch, 20.0, 4.1, world_size=1)
 
     assert found == ["", "", "", "15.6 images/s and rank over 100 steps, 49% of the usual 32.0"]
+
+
+def test_larger_images_are_no_slowdown_and_are_compared_with_each_other_alone() -> None:
+    watch = usual()
+
+    found = blocks(watch, 9.0, *([3.0] * LEAST_BLOCKS), 6.5, flops=2e9)
+
+    slow = "4.9 images/s and rank over 100 steps, 46% of the usual 10.7"
+    assert found == [*([""] * (LEAST_BLOCKS + 1)), slow], "the first block compiles"
 
 
 def test_nothing_is_slow_before_there_is_a_past() -> None:

@@ -6,11 +6,13 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import pytest
+from torch import Tensor
 
 from jobs.errors import RecipeError
 from jobs.rank import micro_batch
 from jobs.rank.micro_batch import fitted, largest_micro_batch
 from jobs.recipe.named_recipes import named_recipe
+from model import ConvMAE, Output
 
 MB = 10**6
 
@@ -79,6 +81,28 @@ def test_real_passes_take_more_for_more_images(name: str, monkeypatch: pytest.Mo
     assert name == "tiny_linear" or found.trials[-1].bytes > found.trials[0].bytes
     assert found.limit_bytes < 600 * MB
     assert 1 <= found.images <= 64
+
+
+@pytest.mark.parametrize("schedule", [[[0, 32], [0.5, 96]], [[0, 96], [0.3, 32], [0.6, 48]]])
+def test_passes_are_tried_with_the_largest_images_of_a_schedule(
+    schedule: list[list[float]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gray ones, too."""
+    gray = {"model.in_channels": 1, "image_mean": [0.5], "image_std": [0.25]}
+    batch = {"micro_batch_size": "auto", "global_batch_size": 2, "lanes": 2, "max_workers": 1}
+    sizes = {"model.image_size": schedule[-1][1], "resolution_schedule": schedule}
+    recipe = named_recipe("tiny").amended({**batch, **gray, **sizes})
+    monkeypatch.setattr(micro_batch, "free_memory_bytes", lambda: 2000 * MB)
+    shapes, forward = set(), ConvMAE.forward
+
+    def noting(model: ConvMAE, images: Tensor, noise: Tensor) -> Output:
+        shapes.add(tuple(images.shape[1:]))
+        return forward(model, images, noise)
+
+    monkeypatch.setattr(ConvMAE, "forward", noting)
+    largest_micro_batch(recipe, ranks_here=1)
+
+    assert shapes == {(1, 96, 96)}
 
 
 def found_with(free: int) -> int:

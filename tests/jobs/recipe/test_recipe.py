@@ -49,6 +49,7 @@ OTHER_VALUES: dict[str, Any] = {
     "finetune.layer_decay": 0.75,
     "finetune.min_learning_rate": 1e-7,
     "epochs": 50,
+    "resolution_schedule": [[0, 64], [0.5, 128]],
     "max_steps": 7,
     "warmup_epochs": 1.5,
     "base_learning_rate": 1e-3,
@@ -304,6 +305,14 @@ def test_rgb_is_what_it_was_before_there_was_gray() -> None:
 
     assert Recipe.from_json(fields) == TINY
     assert "in_channels" not in TINY.trajectory()["model"]
+
+
+def test_one_size_of_images_is_what_it_was_before_there_were_several() -> None:
+    fields = TINY.to_json()
+    assert fields.pop("resolution_schedule") == []
+
+    assert Recipe.from_json(fields) == TINY
+    assert "resolution_schedule" not in TINY.trajectory()
 
 
 def test_two_spellings_of_a_ratio_that_views_make_are_one_recipe() -> None:

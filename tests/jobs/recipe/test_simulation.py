@@ -211,6 +211,37 @@ def test_the_command_prints_a_table_or_json(
     assert "spot" in said("--spot-mtbf-hours", "24")
 
 
+def test_the_command_counts_cheaper_epochs_of_small_images(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without failures, checkpoints and restarts GPU-hours are those of the steps."""
+    monkeypatch.setenv("CONVMAE_HOME", "/nonexistent")
+    arguments = ["simulate", "convmae_base", "epochs=10", "warmup_epochs=0", "--nodes", "2", "--mtbf-hours", "1e9"]
+    arguments += ["--step-seconds", "2", "--trials", "1", "--restart-seconds", "0", "--stall-seconds", "0"]
+
+    def said(*more: str) -> str:
+        monkeypatch.setattr("sys.argv", ["convmae", *arguments, *more])
+        with pytest.raises(SystemExit) as ended:
+            main.main()
+        assert ended.value.code == 0
+        return capsys.readouterr().out
+
+    plain, schedule = json.loads(said("--json")), "resolution_schedule=[[0, 160], [0.7, 224]]"
+    found, table = json.loads(said(schedule, "--json")), said(schedule)
+
+    small, large = found["resolutions"]
+    assert (small["image_size"], large["image_size"], large["step_seconds"]) == ([160, 160], [224, 224], 2.0)
+    assert (small["steps"], large["steps"]) == (7 * 312, 3 * 312)
+    hours, expected = (2 * 8 * sum(each["steps"] * each["step_seconds"] for each in these) / 3600
+                       for these in (found["resolutions"], plain["resolutions"]))  # fmt: skip
+    for one, other in zip(found["predictions"], plain["predictions"], strict=True):
+        assert one["outcome"]["gpu_hours"] == pytest.approx(hours)
+        assert other["outcome"]["gpu_hours"] == pytest.approx(expected)
+    assert plain["resolutions"] == [{"image_size": [224, 224], "steps": 3120, "step_seconds": 2.0}]
+    assert 0.6 < hours / expected < 0.7
+    assert f"  160x160         2,184 of {small['step_seconds']:.3g} s" in table and " s on average on 2 nodes" in table
+
+
 def test_a_step_that_was_not_measured_is_estimated_as_in_the_guide() -> None:
     """docs/cluster.md: 4096 images in a step, 23,593 and 87,227 images/s on one node and on four, by EFA."""
     recipe, node = named_recipe("convmae_base"), NodeType(8, H100_FLOPS_PER_SECOND)

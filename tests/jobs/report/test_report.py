@@ -234,6 +234,21 @@ def test_images_are_counted_once_and_their_masks_named(tmp_path: Path, views: in
     assert page.facts["model.views"] == str(views)
 
 
+def test_sizes_of_images_are_named_where_there_are_several(tmp_path: Path) -> None:
+    run = finished_run(tmp_path / "plain")
+    assert "Image size" not in report_of(run)[0].facts
+
+    changes = {"epochs": 10, "warmup_epochs": 1.0, "resolution_schedule": [[0, 160], [0.7, 224]]}
+    recipe = run.read_recipe().amended({**changes, "model.image_size": 224})
+    run.storage.write(run.path("recipe.json"), json.dumps(recipe.to_json()).encode())
+    run.storage.write(run.path("reconstructions.png"), b"png")
+    page, text = report_of(run)
+
+    assert page.facts["Image size"] == "160x160; 224x224 from epoch 7"
+    assert page.facts["resolution_schedule"] == "[[0.0, 160], [0.7, 224]]"
+    assert "Pictures have the last of the run&#x27;s image sizes" in text
+
+
 def test_every_attempt_is_listed_with_its_workers_steps_and_reason(tmp_path: Path) -> None:
     page, _ = report_of(finished_run(tmp_path))
 

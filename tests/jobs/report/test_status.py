@@ -118,6 +118,12 @@ def test_operations_in_an_event_have_few_digits() -> None:
     assert line.endswith("start: step 0, step_flops 2.691e+14, peak_flops_per_second 7.915e+15")
 
 
+def test_operations_that_change_with_the_size_of_images_are_named_by_their_steps() -> None:
+    event = {"at_seconds": NOW, "attempt": 1, "kind": "start", "step": 0, "step_flops_from": [[1, 1e12], [2801, 2e12]]}
+
+    assert event_line(event).endswith("start: step 0, step_flops_from 1e+12 from step 1 and 2e+12 from step 2,801")
+
+
 def test_age_of_the_checkpoint_and_hours_are_shown(run: RunDirectory) -> None:
     spoken = heartbeat("running", 1) | {
         "checkpoint_at_seconds": NOW - 125,

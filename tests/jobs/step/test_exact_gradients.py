@@ -6,6 +6,7 @@ import functools
 import math
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -40,6 +41,15 @@ def recipe(stage: int = 1, **changes: object) -> Recipe:
     )
 
 
+GROWING: dict[str, object] = {
+    "model.image_size": 64,
+    "epochs": STEPS,
+    "warmup_epochs": 1,
+    "resolution_schedule": [[0, 32], [0.5, 64]],
+}
+"""Each step is an epoch here, and two have small images."""
+
+
 @pytest.fixture(scope="module")
 def groups(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[int], WorkerGroup]]:
     folder, made = tmp_path_factory.mktemp("exact"), []
@@ -68,6 +78,10 @@ def trained(group: WorkerGroup, recipe: Recipe, actions: list[str]) -> tuple[lis
         pytest.param({"clip_grad_norm": CLIPPED}, id="fp32"),
         pytest.param({"precision": "bf16"}, id="bf16"),
         pytest.param({"model.views": 4}, id="four views"),
+        pytest.param({**GROWING, "clip_grad_norm": CLIPPED}, id="larger images"),
+        pytest.param(
+            {**GROWING, "precision": "bf16", "model.position": "learned"}, id="learned", marks=pytest.mark.slow
+        ),
         pytest.param({}, id="not clipped", marks=pytest.mark.slow),
         pytest.param({"lanes": 24, "grain_size": 1}, id="smaller grains", marks=pytest.mark.slow),
         pytest.param({"recompute": ["stage3", "decoder"]}, id="recomputed", marks=pytest.mark.slow),
@@ -86,12 +100,15 @@ def test_losses_norms_and_digests_have_the_same_bits_at_every_world_size(
         assert trained(groups(world_size), recipe(stage, **changes), ["train"] * STEPS) == alone, (world_size, stage)
 
 
-def test_verified_steps_have_the_same_bits_and_no_rank_is_blamed(groups: Callable[[int], WorkerGroup]) -> None:
+@pytest.mark.parametrize("changes", [{}, GROWING], ids=["one size", "larger images"])
+def test_verified_steps_have_the_same_bits_and_no_rank_is_blamed(
+    groups: Callable[[int], WorkerGroup], changes: dict[str, object]
+) -> None:
     """Of one rank, of two and of three, which find their three digests in different ways."""
-    alone = trained(groups(1), recipe(), ["train"] * STEPS)
+    alone = trained(groups(1), recipe(**changes), ["train"] * STEPS)
 
     for world_size, stage in ((1, 1), (2, 2), (3, 1)):
-        verified = recipe(stage, verify_steps_every=2)
+        verified = recipe(stage, **changes, verify_steps_every=1)
         assert trained(groups(world_size), verified, ["train"] * STEPS) == alone, world_size
 
 
@@ -117,19 +134,60 @@ def test_a_step_that_is_discarded_leaves_no_trace(groups: Callable[[int], Worker
     assert norms[1] == math.inf
 
 
-@pytest.mark.parametrize(("writer", "reader"), [(2, 3), (3, 1)])
+@pytest.mark.parametrize(
+    ("writer", "reader", "step", "changes"),
+    [
+        pytest.param(2, 3, 2, {}, id="2 to 3"),
+        pytest.param(3, 1, 2, {}, id="3 to 1"),
+        pytest.param(2, 3, 1, GROWING, id="before a change of size"),
+        pytest.param(3, 2, 2, GROWING, id="at a change of size"),
+        pytest.param(1, 3, 3, GROWING, id="after a change of size"),
+    ],
+)
 def test_a_run_resumes_at_another_world_size_with_the_same_bits(
-    groups: Callable[[int], WorkerGroup], writer: int, reader: int, tmp_path_factory: pytest.TempPathFactory
+    groups: Callable[[int], WorkerGroup],
+    writer: int,
+    reader: int,
+    step: int,
+    changes: dict[str, object],
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    _, _, calm = trained(groups(1), recipe(), ["train"] * 4)
-    folder = tmp_path_factory.mktemp("saved") / "step2"
-    trained(groups(writer), recipe(2), ["train", "train", str(folder)])
+    _, _, calm = trained(groups(1), recipe(**changes), ["train"] * STEPS)
+    folder = tmp_path_factory.mktemp("saved") / "step"
+    trained(groups(writer), recipe(2, **changes), [*(["train"] * step), str(folder)])
     run = RunDirectory.of(Storage(), str(folder.parent / "runs"), "resized")
-    commit_parts(run, recipe(2), folder, step=2, stage=2, world_size=writer, chunk_bytes=1 << 12)
+    commit_parts(run, recipe(2, **changes), folder, step=step, stage=2, world_size=writer, chunk_bytes=1 << 12)
 
-    groups(reader).train(recipe(1), ["train", "train"], resume=run)
+    groups(reader).train(recipe(1, **changes), ["train"] * (STEPS - step), resume=run)
 
-    assert groups(reader).digests == calm[2:]
+    assert groups(reader).digests == calm[step:]
+
+
+def test_larger_images_train_alike_where_weights_are_sharded(groups: Callable[[int], WorkerGroup]) -> None:
+    """ZeRO 3 gathers positions before they are interpolated; its sums are the same within rounding."""
+    changes = {**GROWING, "model.position": "learned", "base_learning_rate": 0.01, "reproducible": "rounding"}
+    alone = groups(1).train(recipe(**changes), ["train"] * STEPS)
+
+    assert groups(2).train(recipe(3, **changes), ["train"] * STEPS) == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)  # compiling takes minutes
+def test_a_compiled_run_has_the_same_bits_whether_it_was_resumed_after_a_change_of_size_or_not(tmp_path: Path) -> None:
+    """In processes of their own, since what one has compiled decides what it compiles next."""
+    compiled, saved = recipe(**GROWING, compile=True), tmp_path / "saved" / "step"
+    for name in ("calm", "resumed"):
+        (tmp_path / name).mkdir()
+    calm, resumed = WorkerGroup(1, tmp_path / "calm"), WorkerGroup(1, tmp_path / "resumed")
+    _, _, digests = trained(calm, compiled, ["train", "train", str(saved), "train", "train"])
+    run = RunDirectory.of(Storage(), str(tmp_path / "runs"), "compiled")
+    commit_parts(run, compiled, saved, step=2, stage=1, world_size=1, chunk_bytes=1 << 12)
+
+    resumed.train(compiled, ["train", "train"], resume=run)
+
+    assert resumed.digests == digests[2:]
+    for group in (calm, resumed):
+        group.close()
 
 
 def test_the_norm_is_that_of_float64_and_does_not_depend_on_how_values_are_dealt() -> None:

@@ -141,6 +141,56 @@ def test_blocks_are_read_whole(dataset: Dataset) -> None:
     assert len(storage.reads) <= blocks_and_shard_edges + first_batch_and_split_blocks
 
 
+def growing(epoch: int) -> tuple[int, int]:
+    """Sizes of images: smaller ones in the first epoch, of other proportions in the third."""
+    return ((16, 16), (32, 32), (32, 48), (32, 32))[epoch]
+
+
+@pytest.fixture(scope="module")
+def sized(dataset: Dataset) -> list[Batch]:
+    """Three epochs and a bit of images whose size changes with the epoch."""
+    return batches(dataset, 0, 17, image_shape=growing)
+
+
+def test_images_have_the_size_of_their_epoch_and_are_those_of_a_loader_of_that_size(
+    dataset: Dataset, sized: list[Batch]
+) -> None:
+    assert {batch.epoch: tuple(batch.images.shape[2:]) for batch in sized} == dict(enumerate(map(growing, range(4))))
+    for batch in sized:
+        (alone,) = batches(dataset, batch.step, batch.step + 1, image_shape=growing(batch.epoch))
+        assert same([batch], [alone])
+        assert np.array_equal(batch.crops, alone.crops)
+
+
+def test_samples_and_crops_do_not_depend_on_the_size_of_images(straight: list[Batch], sized: list[Batch]) -> None:
+    for plain, batch in zip(straight, sized, strict=True):
+        assert torch.equal(plain.sample_ids, batch.sample_ids)
+        assert np.array_equal(plain.crops, batch.crops)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"threads": 5}, {"prefetch_batches": 0}, {"prefetch_batches": 9}, {"open_bytes": 0}]
+)
+def test_reading_ahead_into_an_epoch_of_another_size_changes_nothing(
+    dataset: Dataset, sized: list[Batch], changes: dict[str, int]
+) -> None:
+    assert same(batches(dataset, 0, 17, image_shape=growing, **changes), sized)
+
+
+@pytest.mark.parametrize("start", range(17))
+def test_a_run_resumed_around_a_change_of_size_continues_alike(
+    dataset: Dataset, sized: list[Batch], start: int
+) -> None:
+    assert same(batches(dataset, start, 17, image_shape=growing), sized[start:])
+
+
+def test_every_world_size_sees_the_same_images_of_each_size(dataset: Dataset, sized: list[Batch]) -> None:
+    ranks = [batches(dataset, 0, 17, rank=rank, world_size=3, image_shape=growing) for rank in range(3)]
+
+    for step, whole in enumerate(sized):
+        assert torch.equal(torch.cat([rank[step].images for rank in ranks]), whole.images)
+
+
 def threads_of_loaders() -> set[threading.Thread]:
     return {thread for thread in threading.enumerate() if thread.name.startswith("convmae-")}
 
