@@ -2,9 +2,9 @@
 
 At a restart marker an entropy decoder begins anew. Where every row of the picture is divided by them, the segments
 that a crop needs are copied behind the same tables; then markers are numbered anew, and the frame gets the part's size.
-Every block is decoded as in the whole picture. Only libjpeg's interpolation of chroma looks across blocks, by one sample,
-and at the edges of a picture has none there: so a part has a margin. Its pixels inside the margin are those of the
-whole picture, bit for bit.
+Every block is decoded as in the whole picture. Only libjpeg's interpolation of chroma looks across blocks, by one
+sample, and at the edges of a picture has none there: so a part has a margin. Its pixels inside the margin are those of
+the whole picture, bit for bit.
 
 Hand-written, since no library cuts in this way: jpegtran's crop decodes all that lies before.
 """
@@ -26,8 +26,9 @@ _SKIPPED = frozenset({0xC4, 0xDB, 0xFE, *range(0xE0, 0xF0)})
 _RESTART_INTERVAL, _START_OF_SCAN, _FIRST_RESTART, _END_OF_IMAGE = 0xDD, 0xDA, 0xD0, 0xD9
 _NUMBERS = 8
 """Restart markers are numbered from 0 to 7, and over again."""
+_BLOCK_PIXELS = 8
 _MARGIN_PIXELS = 2
-"""Of the decoded part: one sample of chroma, which may stand for two pixels."""
+"""Of the decoded part, where chroma has fewer samples: one sample, which stands for two pixels."""
 _NARROWEST_PIXELS = 16
 """libjpeg does not interpolate chroma of one or two samples a row, so a part must not be the last few columns alone."""
 _WHOLE_SPECTRUM = b"\0\x3f\0"
@@ -95,11 +96,11 @@ def _mcu_pixels(components: bytes) -> tuple[int, int] | None:
     """Height and width of an MCU in pixels; None for sampling that is not told apart by luma's factors alone."""
     count, rest = components[:1], components[1:]
     if count == b"\x01" and len(rest) == 3:
-        return 8, 8  # whatever the factors: a scan of one component has blocks, not MCUs
+        return _BLOCK_PIXELS, _BLOCK_PIXELS  # whatever the factors: a scan of one component has blocks, not MCUs
     if count != b"\x03" or len(rest) != 9 or rest[4] != 0x11 or rest[7] != 0x11:
         return None
     across, down = rest[1] >> 4, rest[1] & 15
-    return (8 * down, 8 * across) if {across, down} <= _FACTORS else None
+    return (_BLOCK_PIXELS * down, _BLOCK_PIXELS * across) if {across, down} <= _FACTORS else None
 
 
 def _is_whole_scan(components: bytes, scan: bytes) -> bool:
@@ -158,10 +159,11 @@ class MarkedJpeg:
             width: Likewise.
             shrunk: By how much the part will be shrunk as it is decoded: 1, 2, 4 or 8.
         """
-        frame, margin = self.frame, _MARGIN_PIXELS * shrunk
+        frame = self.frame
         segment_width = frame.restart_interval * frame.mcu_width
-        first_row, stop_row = _covering(top, height, margin, frame.mcu_height, len(self.ends))
-        first, stop = _covering(left, width, margin, segment_width, self.ends.shape[1])
+        margins = (_margin(frame.mcu_height, shrunk), _margin(frame.mcu_width, shrunk))
+        first_row, stop_row = _covering(top, height, margins[0], frame.mcu_height, len(self.ends))
+        first, stop = _covering(left, width, margins[1], segment_width, self.ends.shape[1])
         if first and min(frame.width, stop * segment_width) - first * segment_width < _NARROWEST_PIXELS * shrunk:
             first -= 1
         if (stop_row - first_row, stop - first) == self.ends.shape:
@@ -176,8 +178,10 @@ class MarkedJpeg:
     def _segments(self, first_row: int, stop_row: int, first: int, stop: int) -> bytes:
         """The coded data of some segments of some rows, with markers numbered from 0."""
         ends = self.ends[first_row:stop_row, first:stop]
-        before = np.concatenate([[self.frame.data_at - 2], self.ends.ravel()[:-1]]).reshape(self.ends.shape)
-        starts, stops = before[first_row:stop_row, first] + 2, ends[:, -1] + 2
+        before = np.arange(first_row, stop_row) * self.ends.shape[1] + first - 1
+        starts, stops = self.ends.ravel()[before] + 2, ends[:, -1] + 2
+        if before[0] < 0:
+            starts[0] = self.frame.data_at
         places = np.cumsum(stops - starts) - (stops - starts)
         view = memoryview(self.data)
         rows = zip(starts.tolist(), stops.tolist(), strict=True)
@@ -187,6 +191,12 @@ class MarkedJpeg:
         kinds[-1] = _END_OF_IMAGE
         octets[(ends - starts[:, None] + places[:, None]).ravel() + 1] = kinds
         return bytes(joined)
+
+
+def _margin(mcu_pixels: int, shrunk: int) -> int:
+    """Pixels that a part needs beside those that it shows, whose edges are rounded when it is shrunk."""
+    is_interpolated = mcu_pixels > _BLOCK_PIXELS
+    return (_MARGIN_PIXELS if is_interpolated else 0) * shrunk + shrunk // 2
 
 
 def _covering(start: int, length: int, margin: int, unit: int, units: int) -> tuple[int, int]:
