@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from pipeline.image.augment import Crop
 from pipeline.image.decode import Pixels, decode_jpeg
@@ -19,7 +20,7 @@ Choose = Callable[[int, int], Crop]
 def decode_crop(
     data: bytes, channels: int, choose: Choose, *, is_marked: bool, least_shape: tuple[int, int] | None
 ) -> tuple[Pixels, Crop] | None:
-    """(height, width, channels) pixels of a crop, and the crop; None where the whole image has to be decoded.
+    """(height, width, channels) pixels of a crop, and what they show; None where the whole image has to be decoded.
 
     Args:
         data: Of the file.
@@ -28,7 +29,8 @@ def decode_crop(
         is_marked: Whether restart markers may be relied on: the image was decoded whole when they were written. What
             a part does not need is not looked at, so damage there would be missed.
         least_shape: Height and width to which the crop will be resized. Where it has twice as many pixels, or more, the
-            JPEG is decoded at a fraction of its size, which gives other pixels. None: never.
+            JPEG is decoded at a fraction of its size: the crop's edges move to the nearest pixels of that, by up to
+            four, and what it shows is slightly blurred. None: never.
 
     Raises:
         ValueError: The image has more pixels than PIL's guard allows.
@@ -50,8 +52,10 @@ def decode_crop(
         pixels = decode_jpeg(part.data, channels, shrink)
     except ValueError:  # the whole image may be fine without its metadata, or says itself what is wrong with it
         return None
-    rows = _shrunk(crop.top - part.top, crop.height, shrink)
-    return pixels[rows, _shrunk(crop.left - part.left, crop.width, shrink)], crop
+    crop = _aligned(crop, shrink, frame)
+    top, left = (crop.top - part.top) // shrink, (crop.left - part.left) // shrink
+    height, width = -(-crop.height // shrink), -(-crop.width // shrink)
+    return pixels[top : top + height, left : left + width], crop
 
 
 def _shrink(crop: Crop, least_shape: tuple[int, int]) -> int:
@@ -60,6 +64,12 @@ def _shrink(crop: Crop, least_shape: tuple[int, int]) -> int:
     return next(fits, 1)
 
 
-def _shrunk(start: int, length: int, by: int) -> slice:
-    """A range of pixels after shrinking, to the nearest whole ones."""
-    return slice((start + by // 2) // by, (start + length + by // 2) // by)
+def _aligned(crop: Crop, shrink: int, frame: Frame) -> Crop:
+    """The crop with each edge at the nearest one between pixels of the image that was shrunk."""
+    top, left, bottom, right = (
+        (edge + shrink // 2) // shrink * shrink
+        for edge in (crop.top, crop.left, crop.top + crop.height, crop.left + crop.width)
+    )
+    return replace(
+        crop, top=top, left=left, height=min(bottom, frame.height) - top, width=min(right, frame.width) - left
+    )

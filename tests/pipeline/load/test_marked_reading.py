@@ -130,7 +130,8 @@ def test_scaled_decoding_gives_nearly_the_same_images_with_markers_and_without(p
 
     for ours, theirs, whole in zip(in_part, scaled, exact, strict=True):
         assert torch.equal(ours.images, theirs.images)
-        assert np.array_equal(ours.crops, whole.crops)
+        assert np.array_equal(ours.crops, theirs.crops)
+        assert np.abs(ours.crops - whole.crops).max() <= 8
         assert not torch.equal(theirs.images, whole.images)
 
 
@@ -142,7 +143,6 @@ def test_a_scaled_photograph_is_near_to_the_exact_one() -> None:
     data, exact, scaled = output.getvalue(), RandomCrops(), RandomCrops(scaled_decode=True)
     for row in exact.draws(1, 0, np.arange(6)):
         crop = exact.crop(row, 1200, 1600)
-        whole = exact.image(crop.of(decode(data)), crop, row, (224, 224))
         found = decode_crop_module.decode_crop(
             data,
             3,
@@ -151,8 +151,11 @@ def test_a_scaled_photograph_is_near_to_the_exact_one() -> None:
             least_shape=(224, 224),  # type: ignore[misc]
         )
         assert found is not None and max(found[0].shape) <= max(crop.height, crop.width) / 2 + 1
-        difference = np.abs(scaled.image(found[0], crop, row, (224, 224)).astype(int) - whole)
-        assert 0 < difference.mean() < 4
+        shown, moved = found
+        assert np.abs(np.array([crop.top - moved.top, crop.left - moved.left])).max() <= 4
+        whole = exact.image(moved.of(decode(data)), moved, row, (224, 224))
+        difference = np.abs(scaled.image(shown, moved, row, (224, 224)).astype(int) - whole)
+        assert 0 < difference.mean() < 2
 
 
 def test_shrinking_rounds_sizes_up(tmp_path: Path) -> None:
