@@ -193,7 +193,7 @@ class Recipe(BaseModel):
     """Determines order, crops, flips, masks and initial weights."""
     scaled_decode: Switch = False
     """Decode a JPEG at 1/2, 1/4 or 1/8 of its size where the crop still has a pixel for each of the image's: faster for
-    photographs of several megapixels, with slightly other pixels."""
+    photographs of several megapixels, with slightly other pixels. The crop's edges move by up to four pixels."""
 
     precision: Literal["fp32", "bf16", "bf16_pure"] = "bf16"
     """`bf16`: matrix products in bf16 over fp32 weights (autocast), norms and softmax in fp32, as the released code
