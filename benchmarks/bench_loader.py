@@ -31,6 +31,7 @@ from loader_measures import request
 from loader_sides import BATCH, Place
 from local_s3 import local_s3
 
+from pipeline.image.restart_markers import PROGRAM
 from pipeline.load.dataset import Dataset
 from pipeline.store.storage import Storage
 
@@ -60,6 +61,8 @@ class Bench:
 
     def __init__(self, material: Material, storage: Storage, bucket: str, server: int) -> None:
         self.material = material
+        self.has_marked = Path(material.marked).exists()
+        """Whether there is a program that writes restart markers."""
         self.cores = os.cpu_count() or 1
         self._storage = storage
         self._bucket = bucket
@@ -74,6 +77,9 @@ class Bench:
         peers = [side for side in PEERS if installed(side)]
         yield Run("ours", "disk", self.cores)
         yield Run("bare", "memory", self.cores)
+        if self.has_marked:
+            yield Run("ours marked", "disk", self.cores)
+            yield Run("bare marked", "memory", self.cores)
         yield Run("ours", "s3", self.cores)
         for side in peers:
             yield Run(side, "disk", self.cores)
@@ -128,6 +134,7 @@ class Bench:
         place = Place(
             paths=tuple(material.paths()),
             shards=material.shards,
+            marked=material.marked,
             tars=tuple(tars),
             streaming=material.streaming,
             litdata=material.litdata,
@@ -176,6 +183,8 @@ def print_speeds(bench: Bench) -> None:
     for side in PEERS:
         if not installed(side):
             print(f"{side:<12}not installed")
+    if not bench.has_marked:
+        print(f"{'ours marked':<12}{PROGRAM} is not installed")
 
 
 def print_seconds(bench: Bench) -> None:

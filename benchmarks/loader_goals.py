@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+OWN_SIDES = ("ours", "bare", "ours marked", "bare marked")
 SETTLED_EPOCHS = 4
 """Before that pools and caches fill."""
 
@@ -85,19 +86,22 @@ def goals(medians: Medians, megabytes: Sequence[float], pixel_difference: float)
 
 def _ratios(speeds: Speeds, cores: int) -> list[tuple[str, float, float]]:
     """Name, bound and figure of the goals that are ratios of two speeds on all cores."""
-    ours, s3 = speeds["ours", "disk", cores], speeds["ours", "s3", cores]
-    return [
+    ours, s3, bare = speeds["ours", "disk", cores], speeds["ours", "s3", cores], speeds["bare", "memory", cores]
+    found = [
         ("speed over webdataset, local disk", 3.0, ours / speeds["webdataset", "disk", cores]),
         ("speed over webdataset, local S3", 3.0, s3 / speeds["webdataset", "s3", cores]),
         ("speed over the best peer, local disk", 2.5, ours / _best_peer(speeds, "disk")),
         ("speed over the best peer, local S3", 2.5, s3 / _best_peer(speeds, "s3")),
-        ("share of the bare loop's speed", 0.8, ours / speeds["bare", "memory", cores]),
+        ("share of the bare loop's speed", 0.92, ours / bare),
         ("local S3's share of local disk's speed", 0.8, s3 / ours),
     ]
+    if marked := speeds.get(("ours marked", "disk", cores)):
+        found.append(("with restart markers, over the bare loop", 1.0, marked / bare))
+    return found
 
 
 def _best_peer(speeds: Speeds, where: str) -> float:
-    return max(speed for (side, place, _), speed in speeds.items() if place == where and side not in ("ours", "bare"))
+    return max(speed for (side, place, _), speed in speeds.items() if place == where and side not in OWN_SIDES)
 
 
 def growth(megabytes: Sequence[float]) -> float:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import s3fs
 
+from jobs.recipe.image_statistics import IMAGENET_MEAN, IMAGENET_STD
+from pipeline.image.photo import ORIGINAL, Encoding
+from pipeline.image.restart_markers import PROGRAM
 from pipeline.ingest.photographs import cut_tiles
 from pipeline.ingest.plan import Sharding, plan_shards
 from pipeline.ingest.source import Sources
 from pipeline.ingest.sources import find_sources
 from pipeline.ingest.writer import write_shard
 from pipeline.shard.manifest import Manifest
+from pipeline.shard.pixel_statistics import PixelStatistics
 from pipeline.store.storage import Storage
 
 SAMPLES_PER_SHARD = 256
@@ -39,6 +44,11 @@ class Material:
     def shards(self) -> str:
         """Our dataset, which webdataset reads too."""
         return str(self.root / "shards")
+
+    @property
+    def marked(self) -> str:
+        """The same with restart markers; not there where no program writes them."""
+        return str(self.root / "marked")
 
     @property
     def streaming(self) -> str:
@@ -70,8 +80,10 @@ def make_material(images: str | None, count: int, root: Path) -> Material:
     assert isinstance(found, Sources)
     copies = -(-count // len(found.images))
     sources = Sources(found.root, found.classes, tuple(image for _ in range(copies) for image in found.images))
-    write_shards(Storage(), sources, str(root / "shards"))
     material = Material(found.root, tuple(image.path.text for image in sources.images), root)
+    write_shards(Storage(), sources, material.shards)
+    if shutil.which(PROGRAM):
+        write_shards(Storage(), sources, material.marked, Encoding(restart_markers=True))
     if installed("streaming"):
         _write_streaming(material)
     if installed("litdata"):
@@ -79,11 +91,14 @@ def make_material(images: str | None, count: int, root: Path) -> Material:
     return material
 
 
-def write_shards(storage: Storage, sources: Sources, url: str) -> None:
-    """Our dataset, in this process: what `convmae shard` does in Ray tasks."""
-    tasks = plan_shards(sources, Sharding(SAMPLES_PER_SHARD))
+def write_shards(storage: Storage, sources: Sources, url: str, encoding: Encoding = ORIGINAL) -> None:
+    """Our dataset, in this process: what `convmae shard` does in Ray tasks, but for the statistics of its pixels."""
+    tasks = plan_shards(sources, Sharding(SAMPLES_PER_SHARD, encoding=encoding))
     reports = [write_shard(storage, url, task) for task in tasks]
-    Manifest.of(tasks, reports, sources.classes).save(storage, url, [])
+    manifest = Manifest.of(tasks, reports, sources.classes)
+    if encoding.restart_markers:
+        manifest = manifest.measured(PixelStatistics(1, IMAGENET_MEAN, IMAGENET_STD)).marked()
+    manifest.save(storage, url, [])
 
 
 def installed(package: str) -> bool:

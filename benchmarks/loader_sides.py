@@ -3,7 +3,8 @@
 The others run as their documentation shows it, in as many worker processes as there are cores, with the MAE recipe in
 PIL. PIL gets the crop as a box of `resize`, which spares it a copy; `draft` is not used, since torchvision's recipe
 does not use it either. No side normalises, and all give uint8. Side `bare` reads nothing: it decodes, crops and
-resizes what lies in memory, in plain threads, each with a share of its own.
+resizes what lies in memory, in plain threads, each with a share of its own. Sides that are `marked` read the dataset
+whose JPEGs have restart markers, and decode of each image what its crop needs.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import math
 import random
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
-from pipeline.image.augment import augmented, crop_draws, random_crop
-from pipeline.image.decode import decode
+from pipeline.image.augment import Crop, crop_draws, random_crop, resized
+from pipeline.image.decode import Pixels, decode
+from pipeline.image.decode_crop import decode_crop
 from pipeline.load.dataset import Dataset as OurDataset
 from pipeline.load.loader import Loader
 from pipeline.order.sample_order import Order
@@ -46,6 +48,8 @@ class Place:
     """Of single files."""
     shards: str
     """Our dataset, on disk or on S3."""
+    marked: str
+    """The same with restart markers, on disk."""
     tars: tuple[str, ...]
     """Its tars, as webdataset opens them."""
     streaming: str
@@ -76,9 +80,34 @@ def ours(place: Place) -> Iterator[int]:
         yield len(batch.images)
 
 
+def ours_marked(place: Place) -> Iterator[int]:
+    """As `ours`, of the dataset with restart markers."""
+    yield from ours(replace(place, shards=place.marked))
+
+
 def bare(place: Place) -> Iterator[int]:
     """Decode, crop, resize: what a loader cannot do without."""
     images = [Path(path).read_bytes() for path in place.paths]
+
+    def shown(data: bytes, crop: Crop) -> Pixels:
+        return crop.of(decode(data))
+
+    yield from _bare_loop(place, images, shown)
+
+
+def bare_marked(place: Place) -> Iterator[int]:
+    """The same of JPEGs with restart markers, of which it decodes what the crop needs."""
+    dataset = OurDataset.open(place.storage, place.marked)
+    images = [sample.data for sample in dataset.read(np.arange(dataset.samples))]
+
+    def shown(data: bytes, crop: Crop) -> Pixels:
+        found = decode_crop(data, 3, lambda *_: crop, is_marked=True, least_shape=None)
+        return crop.of(decode(data)) if found is None else found[0]
+
+    yield from _bare_loop(place, images, shown)
+
+
+def _bare_loop(place: Place, images: list[bytes], shown: Callable[[bytes, Crop], Pixels]) -> Iterator[int]:
     sizes = [decode(data).shape[:2] for data in images]
     draws = crop_draws(SEED, 0, np.arange(len(images)))
     crops = [random_crop(row, *size) for row, size in zip(draws, sizes, strict=True)]
@@ -87,7 +116,7 @@ def bare(place: Place) -> Iterator[int]:
     def work(first: int) -> None:
         out = np.empty((3, SIDE, SIDE), np.uint8)
         for number in range(first, len(images), place.threads):
-            out[:] = augmented(decode(images[number]), crops[number], (SIDE, SIDE))
+            out[:] = resized(shown(images[number], crops[number]), crops[number], (SIDE, SIDE))
 
     threads = [threading.Thread(target=work, args=(number,)) for number in range(place.threads)]
     for thread in threads:
@@ -201,6 +230,8 @@ def litdata(place: Place) -> Iterator[int]:
 SIDES: dict[str, Callable[[Place], Iterator[int]]] = {
     "ours": ours,
     "bare": bare,
+    "ours marked": ours_marked,
+    "bare marked": bare_marked,
     "webdataset": webdataset,
     "torch": torch_folder,
     "streaming": streaming,

@@ -61,6 +61,13 @@ def shard(
         int | None, typer.Option(help="Re-encode every image at this JPEG quality; default: keep the original bytes.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the shuffle before images are dealt to shards.")] = 0,
+    restart_markers: Annotated[
+        bool,
+        typer.Option(
+            "--restart-markers",
+            help="Rewrite JPEGs without a change to their pixels, so that crops of them decode faster. Needs jpegtran.",
+        ),
+    ] = False,
     gray: AsGray = False,
     salvage: Salvage = False,
     upload: Annotated[
@@ -98,7 +105,7 @@ def shard(
         session,
         source,
         normal(dest),
-        Sharding(samples_per_shard, size, seed, Encoding(max_side, quality)),
+        Sharding(samples_per_shard, size, seed, Encoding(max_side, quality, restart_markers)),
         salvage=salvage,
         channels=GRAY_CHANNELS if gray else RGB_CHANNELS,
     )

@@ -140,6 +140,8 @@ def _made(
         landmarks=landmarks,
     )
     manifest = manifest.measured(pixels)
+    if job.sharding.encoding.restart_markers:
+        manifest = manifest.marked()
     lease.check()
     manifest.save(storage, destination, skipped)
     for listing in resolved.listings:

@@ -127,8 +127,8 @@ def augmentation_of(recipe: Recipe) -> Augmentation:
     """What makes an image of a batch out of a photograph."""
     part = recipe.finetune
     if part is None:
-        return RandomCrops()
-    crops = RandomCrops((part.least_crop, 1.0))
+        return RandomCrops(scaled_decode=recipe.scaled_decode)
+    crops = RandomCrops((part.least_crop, 1.0), recipe.scaled_decode)
     if not part.randaugment_operations:
         return crops
     return RandAugmented(crops, part.randaugment_operations, part.randaugment_magnitude)

@@ -196,6 +196,9 @@ class Recipe(BaseModel):
     """Blocks of one lane that are open at once and shuffled together."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Determines order, crops, flips, masks and initial weights."""
+    scaled_decode: Switch = False
+    """Decode a JPEG at 1/2, 1/4 or 1/8 of its size where the crop still has a pixel for each of the image's: faster for
+    photographs of several megapixels, with slightly other pixels. The crop's edges move by up to four pixels."""
 
     precision: Literal["fp32", "bf16", "bf16_pure"] = "bf16"
     """`bf16`: matrix products in bf16 over fp32 weights (autocast), norms and softmax in fp32, as the released code
@@ -481,6 +484,8 @@ class Recipe(BaseModel):
             del fields["model"]["in_channels"]  # likewise
         if not self.resolution_schedule:
             del fields[RESOLUTION_FIELD]  # likewise
+        if not self.scaled_decode:
+            del fields["scaled_decode"]  # likewise
         if self.statistics == (IMAGENET_MEAN, IMAGENET_STD):
             del fields["image_mean"], fields["image_std"]  # likewise
         if self.is_exact:

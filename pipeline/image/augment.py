@@ -41,6 +41,10 @@ class Crop:
     width: int
     flip: bool
 
+    def of(self, pixels: Pixels) -> Pixels:
+        """The rectangle as a view of (H, W, C) pixels, not mirrored."""
+        return pixels[self.top : self.top + self.height, self.left : self.left + self.width]
+
 
 def crop_draws(seed: int, epoch: int, samples: npt.NDArray[np.int64]) -> Draws:
     """Draws that decide the crops of some samples in one epoch, once their sizes are known.
@@ -94,11 +98,25 @@ class Augmentation(Protocol):
             samples: (n,) ids in the dataset.
         """
 
-    def image(self, pixels: Pixels, draws: Draws, image_shape: tuple[int, int]) -> tuple[Pixels, Crop]:
-        """(C, H, W), and what it shows.
+    @property
+    def scaled_decode(self) -> bool:
+        """Whether a JPEG is decoded at a fraction of its size where that still has more pixels than are wanted."""
+
+    def crop(self, draws: Draws, height: int, width: int) -> Crop:
+        """What to show of an image.
 
         Args:
-            pixels: (height, width, C).
+            draws: The sample's row.
+            height: Of the image, in pixels.
+            width: Likewise.
+        """
+
+    def image(self, shown: Pixels, crop: Crop, draws: Draws, image_shape: tuple[int, int]) -> Pixels:
+        """(C, H, W) of what is shown.
+
+        Args:
+            shown: (height, width, C) pixels of the crop, which may have been shrunk.
+            crop: Where they were.
             draws: The sample's row.
             image_shape: H and W, in pixels.
         """
@@ -110,29 +128,52 @@ class RandomCrops:
 
     scale: tuple[float, float] = SCALE
     """Range of the crop's share of the image's area."""
+    scaled_decode: bool = False
+    """As of `Augmentation`."""
 
     def draws(self, seed: int, epoch: int, samples: npt.NDArray[np.int64]) -> Draws:
         """As `crop_draws`."""
         return crop_draws(seed, epoch, samples)
 
-    def image(self, pixels: Pixels, draws: Draws, image_shape: tuple[int, int]) -> tuple[Pixels, Crop]:
+    def crop(self, draws: Draws, height: int, width: int) -> Crop:
+        """As `Augmentation.crop`."""
+        return random_crop(draws, height, width, self.scale)
+
+    def image(self, shown: Pixels, crop: Crop, draws: Draws, image_shape: tuple[int, int]) -> Pixels:  # noqa: ARG002
         """As `Augmentation.image`."""
-        height, width = pixels.shape[:2]
-        crop = random_crop(draws, height, width, self.scale)
-        return augmented(pixels, crop, image_shape), crop
+        return resized(shown, crop, image_shape)
 
 
 def augmented(pixels: Pixels, crop: Crop, image_shape: tuple[int, int]) -> Pixels:
-    """(C, H, W) of the crop; a view where it is mirrored.
+    """(C, H, W) of the crop.
 
     Args:
         pixels: (height, width, C).
         crop: What to show.
         image_shape: H and W of the result, in pixels.
     """
-    cut = pixels[crop.top : crop.top + crop.height, crop.left : crop.left + crop.width]
-    resized = resize(cut, *image_shape)
-    return resized[:, :, ::-1] if crop.flip else resized
+    return resized(crop.of(pixels), crop, image_shape)
+
+
+def resized(shown: Pixels, crop: Crop, image_shape: tuple[int, int]) -> Pixels:
+    """(C, H, W) of the pixels of a crop.
+
+    Args:
+        shown: (height, width, C).
+        crop: Where they were.
+        image_shape: H and W of the result, in pixels.
+    """
+    result = resize(shown, *image_shape)
+    return _mirrored(result) if crop.flip else result
+
+
+def _mirrored(pixels: Pixels) -> Pixels:
+    """(C, H, W) with left and right exchanged: eight bytes at once where rows have that many: a fifth of the time."""
+    if pixels.shape[2] % 8 or not pixels.flags.c_contiguous:
+        return pixels[:, :, ::-1]
+    result = np.empty_like(pixels)
+    result.view(">u8")[:] = pixels.view("<u8")[:, :, ::-1]
+    return result
 
 
 def center_crop(pixels: Pixels, image_shape: tuple[int, int]) -> Pixels:

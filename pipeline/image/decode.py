@@ -56,8 +56,13 @@ def readable_jpeg(data: bytes, channels: int = RGB_CHANNELS) -> tuple[bytes, Pix
     return bare, decode_jpeg(bare, channels)
 
 
-def decode_jpeg(data: bytes, channels: int = RGB_CHANNELS) -> Pixels:
+def decode_jpeg(data: bytes, channels: int = RGB_CHANNELS, shrink: int = 1) -> Pixels:
     """(H, W, channels) pixels of a gray, YCbCr or RGB JPEG of 8 bits.
+
+    Args:
+        data: Of the file.
+        channels: 3 for RGB, 1 for the brightness.
+        shrink: 1, or 2, 4 or 8 to decode at this fraction of height and width, which are rounded up.
 
     Raises:
         ValueError: The bytes are no such JPEG, a damaged one, or one of more pixels than PIL's guard or more scans than
@@ -68,7 +73,8 @@ def decode_jpeg(data: bytes, channels: int = RGB_CHANNELS) -> Pixels:
     with contextlib.suppress(ValueError, KeyError):  # the decoder says it better
         height, width, *_ = simplejpeg.decode_jpeg_header(data, strict=False)
     other_formats.refuse_bomb(height, width)  # before memory is asked for
-    pixels: Pixels = simplejpeg.decode_jpeg(data, colorspace=_COLOURSPACES[channels], strict=True)
+    least = {"min_height": -(-height // shrink), "min_width": -(-width // shrink)} if shrink > 1 else {}
+    pixels: Pixels = simplejpeg.decode_jpeg(data, colorspace=_COLOURSPACES[channels], strict=True, **least)
     return pixels
 
 

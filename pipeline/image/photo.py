@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
@@ -12,6 +13,7 @@ from pipeline.errors import SourceError
 from pipeline.image import other_formats
 from pipeline.image.bare_image import JPEG_START, bare_image
 from pipeline.image.decode import KEPT_COLOURSPACES, is_convertible, readable_jpeg
+from pipeline.image.restart_markers import with_restart_markers
 
 CONVERTED_QUALITY = 95
 LONGEST_JPEG_SIDE = 65500
@@ -39,12 +41,21 @@ class Encoding:
     """Larger images are shrunk until their longer side has this many pixels."""
     quality: int | None = None
     """JPEG quality, 1 to 100, at which every image is encoded again; None: only those that must be, at 95."""
+    restart_markers: bool = False
+    """Whether JPEGs get restart markers, without a change to their pixels, so that crops of them decode faster."""
 
     def __post_init__(self) -> None:
         if self.max_side is not None and self.max_side < 1:
             raise SourceError("max_side", "must be at least 1 pixel", self.max_side, "omit it to keep sizes")
         if self.quality is not None and not 1 <= self.quality <= 100:
             raise SourceError("quality", "must be from 1 to 100", self.quality, "omit it to keep original bytes")
+
+    def identity(self) -> dict[str, Any]:
+        """What a digest has of it; without markers the same as before there were any."""
+        fields = asdict(self)
+        if not self.restart_markers:
+            del fields["restart_markers"]
+        return fields
 
 
 ORIGINAL = Encoding()
@@ -55,17 +66,19 @@ def photo_from(data: bytes, encoding: Encoding = ORIGINAL) -> Photo:
 
     Gray, YCbCr and RGB JPEGs keep their bytes, unless the encoding says otherwise, or lose the metadata that decoders
     stumble over. PNG, WebP, CMYK, 12 and 16 bit, EXIF-rotated and the like become gray or RGB JPEGs. Transparent pixels
-    are laid on white; of an animation the first frame counts.
+    are laid on white; of an animation the first frame counts. Restart markers come last, where they can be set.
 
     Raises:
         CorruptImage: It does not decode whole, has more pixels than PIL's guard against decompression bombs allows, or
             more scans than any encoder makes.
+        SourceError: Restart markers are wanted, and what writes them is not installed.
     """
     try:
         kept = _kept(data, encoding.max_side) if encoding.quality is None else None
-        return kept or _converted(data, encoding)
+        photo = kept or _converted(data, encoding)
     except Exception as error:  # decoders raise whatever a damaged file leads them into
         raise CorruptImage(_reason(error, data)) from error
+    return replace(photo, data=with_restart_markers(photo.data) or photo.data) if encoding.restart_markers else photo
 
 
 def _reason(error: Exception, data: bytes) -> str:

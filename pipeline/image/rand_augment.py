@@ -107,18 +107,30 @@ class RandAugmented:
 
     def draws(self, seed: int, epoch: int, samples: npt.NDArray[np.int64]) -> Draws:
         """Those of the crop, then those of the operations; arguments as of `RandomCrops.draws`."""
-        own = hashing.uniforms(hashing.key(_STREAM, seed, epoch), samples, _DRAWS * self.operations)
+        own = hashing.uniforms(hashing.key(_STREAM, seed, epoch), samples, self._own_draws)
         return np.concatenate([self.crops.draws(seed, epoch, samples), own], axis=1)
 
-    def image(self, pixels: Pixels, draws: Draws, image_shape: tuple[int, int]) -> tuple[Pixels, Crop]:
-        """(C, H, W) and what it shows; arguments as of `RandomCrops.image`."""
-        of_operations = len(draws) - _DRAWS * self.operations
-        cropped, crop = self.crops.image(pixels, draws[:of_operations], image_shape)
+    @property
+    def _own_draws(self) -> int:
+        return _DRAWS * self.operations
+
+    @property
+    def scaled_decode(self) -> bool:
+        """As of `RandomCrops`."""
+        return self.crops.scaled_decode
+
+    def crop(self, draws: Draws, height: int, width: int) -> Crop:
+        """As of `RandomCrops`."""
+        return self.crops.crop(draws[: -self._own_draws or None], height, width)
+
+    def image(self, shown: Pixels, crop: Crop, draws: Draws, image_shape: tuple[int, int]) -> Pixels:
+        """(C, H, W) of what is shown; arguments as of `RandomCrops.image`."""
+        cropped = self.crops.image(shown, crop, draws, image_shape)
         image = Image.fromarray(np.ascontiguousarray(cropped[0] if len(cropped) == 1 else cropped.transpose(1, 2, 0)))
-        for operation in self.chosen(draws[of_operations:]):
+        for operation in self.chosen(draws[len(draws) - self._own_draws :]):
             image = operation.applied(image)
-        shown = np.asarray(image)
-        return (shown[None] if shown.ndim == 2 else shown.transpose(2, 0, 1)), crop
+        changed = np.asarray(image)
+        return changed[None] if changed.ndim == 2 else changed.transpose(2, 0, 1)
 
     def chosen(self, draws: Draws) -> list[Operation]:
         """The operations on one image.

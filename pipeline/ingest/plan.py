@@ -52,6 +52,10 @@ class Sharding:
             if size < 1:
                 raise SourceError(name, "must be at least 1", size, "give a larger one")
 
+    def identity(self) -> dict[str, Any]:
+        """What a digest has of it."""
+        return asdict(self) | {"encoding": self.encoding.identity()}
+
 
 @dataclass(frozen=True)
 class Ingest:
@@ -65,7 +69,7 @@ class Ingest:
     @property
     def digest(self) -> str:
         """Two ingests with one digest make the same dataset."""
-        digest = hashlib.sha256(json.dumps([SHARD_VERSION, asdict(self.sharding)]).encode())
+        digest = hashlib.sha256(json.dumps([SHARD_VERSION, self.sharding.identity()]).encode())
         if isinstance(self.found, Tars):
             rows: Iterator[list[Any]] = ([_identity(tar.path), tar.size_bytes] for tar in self.found.tars)
         else:
@@ -93,7 +97,7 @@ class ShardTask:
     def digest(self) -> str:
         """Identifies the sources, their order and encoding; two tasks with one digest write the same shard."""
         rows = [[_identity(source.path), source.size_bytes, source.label, source.offset] for source in self.sources]
-        parts = [SHARD_VERSION, self.first_key, asdict(self.encoding), rows]
+        parts = [SHARD_VERSION, self.first_key, self.encoding.identity(), rows]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

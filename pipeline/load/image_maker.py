@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.errors import DatasetError
-from pipeline.image.augment import Augmentation, CropRow, Draws
+from pipeline.image.augment import Augmentation, Crop, CropRow, Draws
 from pipeline.image.decode import Pixels, decode
+from pipeline.image.decode_crop import decode_crop
 from pipeline.load.bad_sample import MAX_CONSECUTIVE_BAD_SAMPLES, BadSample, OnBadSample
 from pipeline.load.dataset import Dataset
 from pipeline.load.shard_reader import Sample
@@ -68,6 +69,7 @@ class ImageMaker:
         self._seed = seed
         self._policy = policy
         self._augmentation = augmentation
+        self._is_marked = dataset.manifest.restart_markers
         self._known_bad: set[int] = set()
 
     def fill(
@@ -123,12 +125,27 @@ class ImageMaker:
         return bad
 
     def _drawn(self, sample: Sample, draws: Draws, out: Pixels, crop: CropRow) -> BadSample | None:
+        image_shape = (out.shape[1], out.shape[2])
         with self._dataset.activities.doing("decode", f"{sample.member} at offset {sample.offset} of {sample.url}"):
             try:
-                pixels = decode(sample.data, self._channels)
+                shown, chosen = self._decoded(sample.data, draws, image_shape)
             except ValueError as error:
                 name = f"{sample.shard}/{sample.member}"
                 return sample.bad("undecodable", f"{name} at offset {sample.offset} does not decode ({error})")
-            out[:], chosen = self._augmentation.image(pixels, draws, (out.shape[1], out.shape[2]))
+            out[:] = self._augmentation.image(shown, chosen, draws, image_shape)
             crop[:] = (chosen.top, chosen.left, chosen.height, chosen.width, chosen.flip)
         return None
+
+    def _decoded(self, data: bytes, draws: Draws, image_shape: tuple[int, int]) -> tuple[Pixels, Crop]:
+        """The pixels of the crop, and the crop; raises ValueError as `decode`."""
+
+        def choose(height: int, width: int) -> Crop:
+            return self._augmentation.crop(draws, height, width)
+
+        least_shape = image_shape if self._augmentation.scaled_decode else None
+        found = decode_crop(data, self._channels, choose, is_marked=self._is_marked, least_shape=least_shape)
+        if found is not None:
+            return found
+        pixels = decode(data, self._channels)
+        crop = choose(*pixels.shape[:2])
+        return crop.of(pixels), crop

@@ -22,8 +22,11 @@ from pipeline.store.json_text import parsed_object
 from pipeline.store.storage import Storage
 
 FORMAT_VERSION = 3
+MARKED_VERSION = 4
+"""Of manifests that say that images have restart markers; releases that know none refuse them."""
 UNMEASURED_VERSION = 2
 """Of manifests that do not say what pixels are like: those of earlier releases."""
+_VERSIONS = (UNMEASURED_VERSION, FORMAT_VERSION, MARKED_VERSION)
 MANIFEST_NAME = "manifest.json"
 SKIPPED_NAME = "skipped.jsonl"
 
@@ -53,6 +56,8 @@ class Manifest:
     shards: ShardTable
     pixels: PixelStatistics | None = None
     """What the pixels are like, of as many channels as images are decoded to. None: unknown, and images are RGB."""
+    restart_markers: bool = False
+    """Whether JPEGs were given restart markers as they were ingested, and decoded whole when they had them."""
 
     @functools.cached_property
     def samples(self) -> int:
@@ -87,6 +92,10 @@ class Manifest:
     def measured(self, pixels: PixelStatistics) -> Manifest:
         """The same data set, with what its pixels are like."""
         return replace(self, format_version=FORMAT_VERSION, pixels=pixels)
+
+    def marked(self) -> Manifest:
+        """The same data set, which was measured, as one whose images have restart markers."""
+        return replace(self, format_version=MARKED_VERSION, restart_markers=True)
 
     @property
     def channels(self) -> int:
@@ -124,9 +133,11 @@ class Manifest:
             fields = parsed_object(text)
             del text
             version = fields["format_version"]
-            if type(version) is int and version in (UNMEASURED_VERSION, FORMAT_VERSION):
+            if type(version) is int and version in _VERSIONS:
                 shards = ShardTable.from_json(fields.pop("shards"))
-                pixels = PixelStatistics.from_json(fields.pop("pixels")) if version == FORMAT_VERSION else None
+                is_measured = version != UNMEASURED_VERSION
+                pixels = PixelStatistics.from_json(fields.pop("pixels")) if is_measured else None
+                _check_markers(fields, version)
                 _check_channels(pixels)
                 _check_fields(fields)
                 _refuse_odd_tars(shards, url)
@@ -136,7 +147,7 @@ class Manifest:
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             remedy = f"restore it, or make the dataset again in another place ({type(error).__name__}: {error})"
             raise DamagedManifestError("manifest", "must be readable", place, remedy) from error
-        rule = f"must have format_version {UNMEASURED_VERSION} or {FORMAT_VERSION}"
+        rule = f"must have format_version {UNMEASURED_VERSION}, {FORMAT_VERSION} or {MARKED_VERSION}"
         remedy = f"read {place} with the release that wrote it, or shard the dataset again into another place"
         raise DatasetError("manifest", rule, version, remedy)
 
@@ -147,12 +158,18 @@ class Manifest:
             "classes": list(self.classes),
             "skipped": self.skipped,
             **({"pixels": self.pixels.to_json()} if self.pixels else {}),
+            **({"restart_markers": True} if self.restart_markers else {}),
         }
 
 
 def _check_channels(pixels: PixelStatistics | None) -> None:
     if pixels and pixels.channels not in CHANNELS:
         raise ValueError(f"pixels must have 1 or 3 channels, have {pixels.channels}")
+
+
+def _check_markers(fields: dict[str, Any], version: int) -> None:
+    if ("restart_markers" in fields) != (version == MARKED_VERSION) or fields.get("restart_markers", True) is not True:
+        raise ValueError(f"restart_markers must be true in format {MARKED_VERSION}, and is in no other")
 
 
 def _check_fields(fields: dict[str, Any]) -> None:

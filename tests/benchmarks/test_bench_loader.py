@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,9 +20,11 @@ from loader_sides import Place
 from local_s3 import local_s3
 from PIL import Image
 
+from pipeline.image.restart_markers import PROGRAM
 from pipeline.store.storage import Storage
 
 COUNT = 256
+needs_jpegtran = pytest.mark.skipif(shutil.which(PROGRAM) is None, reason="no jpegtran here")
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +38,7 @@ def place(material: Material) -> Place:
     return Place(
         paths=tuple(material.paths()),
         shards=material.shards,
+        marked=material.marked,
         tars=tars,
         streaming=material.streaming,
         litdata=material.litdata,
@@ -58,6 +62,12 @@ def no_worker_processes(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("side", ["bare", "webdataset", "torch"])
 def test_a_side_makes_every_image_once(place: Place, side: str) -> None:
     assert sum(loader_sides.SIDES[side](place)) == COUNT
+
+
+@needs_jpegtran
+def test_sides_with_restart_markers_make_as_many(place: Place) -> None:
+    assert sum(loader_sides.SIDES["bare marked"](place)) == COUNT
+    assert sum(loader_sides.SIDES["ours marked"](place)) == sum(loader_sides.ours(place))
 
 
 def test_ours_makes_two_epochs(place: Place) -> None:
@@ -129,7 +139,7 @@ def test_growth_is_the_slope_after_the_first_epochs() -> None:
 def test_goals_compare_with_the_fastest_of_the_others() -> None:
     speed = {(side, where, 2): 100.0 for side in ("webdataset", "torch") for where in ("disk", "s3")}
     speed |= {("torch", "disk", 2): 125.0, ("ours", "disk", 2): 350.0, ("ours", "s3", 2): 315.0}
-    speed |= {("bare", "memory", 2): 400.0, ("ours", "disk", 1): 200.0}
+    speed |= {("bare", "memory", 2): 400.0, ("ours", "disk", 1): 200.0, ("ours marked", "disk", 2): 500.0}
     seconds = {"ours, first batch at step 0": 0.2, "ours, first batch at the middle": 0.4}
     seconds["webdataset, batches up to the middle"] = 3.0
 
@@ -138,8 +148,10 @@ def test_goals_compare_with_the_fastest_of_the_others() -> None:
     assert found["speed over webdataset, local disk"] == Goal("speed over webdataset, local disk", 3.0, 3.5, 3.5)
     assert found["speed over the best peer, local disk"].found == pytest.approx(2.8)
     assert found["local S3's share of local disk's speed"].found == pytest.approx(0.9)
+    assert found["with restart markers, over the bare loop"].found == 1.25
     missed = {name for name, goal in found.items() if not goal.reached}
     assert missed == {
+        "share of the bare loop's speed",
         "thread scaling, 1 to 2",
         "first batch, middle of an epoch over step 0",
         "first batch at the middle, webdataset over ours",
@@ -158,5 +170,5 @@ def test_the_benchmark_prints_every_goal(arguments: None, capsys: pytest.Capture
     bench_loader.main()
 
     out = capsys.readouterr().out
-    assert out.count("reached") == 11
+    assert out.count("reached") == (12 if shutil.which(PROGRAM) else 11)
     assert "webdataset  s3" in out and "MB at the end of each of 6 epochs" in out

@@ -27,7 +27,9 @@ from odd_files import (
 from PIL import Image
 
 from pipeline.image import other_formats
+from pipeline.image.augment import Crop
 from pipeline.image.decode import decode
+from pipeline.image.decode_crop import decode_crop
 from pipeline.image.photo import CorruptImage, Photo, photo_from
 
 Draw = Callable[[st.SearchStrategy[Any]], Any]
@@ -39,6 +41,12 @@ JPEGS = [
     picture(4, "JPEG", "CMYK"),
     picture(5, "JPEG", subsampling=1, restart_marker_blocks=1),
     picture(6, "JPEG", quality=100, optimize=True, icc_profile=b"x" * 300, comment=b"hello"),
+]
+MARKED = [
+    picture(1, "JPEG", subsampling=2, restart_marker_blocks=1),
+    picture(2, "JPEG", subsampling=1, restart_marker_blocks=1),
+    picture(3, "JPEG", subsampling=0, restart_marker_blocks=1),
+    picture(4, "JPEG", "L", restart_marker_blocks=1),
 ]
 PNGS = [
     picture(1, "PNG"),
@@ -130,6 +138,32 @@ def test_a_jpeg_of_any_bytes_is_an_image_or_refused(fuzz: Fuzz) -> None:
         check_decoders(data)
 
     fuzz(jpeg_bytes, _damaged_files(JPEGS, jpeg_parts, jpeg_of), batch=80, most_bytes=MOST_BYTES)
+
+
+def check_crops(data: bytes, place: tuple[int, int, int, int]) -> None:
+    """A part of a JPEG is decoded as it is in the whole, or not at all."""
+
+    def choose(height: int, width: int) -> Crop:
+        top, left, tall, wide = (part % side for part, side in zip(place, (height, width, height, width), strict=True))
+        return Crop(top, left, min(tall + 1, height - top), min(wide + 1, width - left), flip=False)
+
+    found = _or_refused(lambda: decode_crop(data, 3, choose, is_marked=True, least_shape=None), ValueError)
+    scaled = _or_refused(lambda: decode_crop(data, 3, choose, is_marked=True, least_shape=(2, 2)), ValueError)
+    whole = _or_refused(lambda: decode(data), ValueError)
+    for pixels, crop in (each for each in (found, scaled) if each is not None):
+        assert pixels.size and pixels.shape[0] <= crop.height and pixels.shape[1] <= crop.width
+    if found is not None and whole is not None:
+        pixels, crop = found
+        assert np.array_equal(pixels, crop.of(whole))
+
+
+def test_a_crop_of_a_jpeg_of_any_bytes_is_that_of_the_whole(fuzz: Fuzz) -> None:
+    def jpeg_crops(example: tuple[bytes, tuple[int, int, int, int]]) -> None:
+        check_crops(*example)
+
+    place = st.tuples(*(st.integers(0, 200) for _ in range(4)))
+    files = _damaged_files(MARKED, jpeg_parts, jpeg_of)
+    fuzz(jpeg_crops, st.tuples(files, place), batch=80, most_bytes=MOST_BYTES)
 
 
 def test_a_png_of_any_bytes_is_an_image_or_refused(fuzz: Fuzz) -> None:

@@ -40,7 +40,8 @@ def test_it_runs_as_a_user_without_rights_under_an_init(engine: Engine, image: s
 
 def test_the_programs_that_nodes_and_probes_call_are_there(engine: Engine, image: str) -> None:
     script = (
-        "weed version; ray --version; gcc --version; wget --version; for d in /data /scratch /ray; do touch $d/x; done"
+        "weed version; ray --version; gcc --version; wget --version; jpegtran -version 2>&1; "
+        "for d in /data /scratch /ray; do touch $d/x; done"
     )
     said = engine.run(image, "bash", "-ec", script)
 
@@ -51,6 +52,7 @@ def test_the_programs_that_nodes_and_probes_call_are_there(engine: Engine, image
     assert re.search(rf"version \S*\s*{re.escape(weed)}\b", said), said
     assert "gcc (" in said
     assert "GNU Wget" in said
+    assert "libjpeg-turbo version" in said
 
 
 def test_packages_have_their_pinned_versions(engine: Engine, image: str) -> None:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import shutil
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -19,6 +20,9 @@ from jobs.cluster.fan_out import Progress
 from jobs.data import ingest as ingest_module
 from jobs.data.ingest import IngestReport, ingest
 from pipeline.errors import DamagedTarsError, DatasetError, SourceError, StorageError
+from pipeline.image.jpeg_parts import MarkedJpeg
+from pipeline.image.photo import Encoding
+from pipeline.image.restart_markers import PROGRAM
 from pipeline.ingest.plan import Ingest, Sharding
 from pipeline.ingest.sources import find_sources
 from pipeline.ingest.writer import write_shard
@@ -83,6 +87,23 @@ def test_photographs_become_a_dataset(cluster: None, photographs: Path, tmp_path
     assert progress[-1][0] == "statistics"
     skipped = json.loads((tmp_path / "out" / SKIPPED_NAME).read_text())
     assert skipped["path"] == "class-0/cut.jpg" and "Premature end" in skipped["reason"]
+
+
+@pytest.mark.skipif(shutil.which(PROGRAM) is None, reason="no jpegtran here")
+def test_restart_markers_are_in_the_images_and_in_the_manifest(
+    cluster: None, photographs: Path, tmp_path: Path
+) -> None:
+    marked = Encoding(restart_markers=True)
+    plain, _ = run(photographs, str(tmp_path / "plain"))
+
+    report, _ = run(photographs, str(tmp_path / "marked"), encoding=marked)
+
+    dataset = Dataset.open(Storage(), str(tmp_path / "marked"))
+    assert dataset.manifest.restart_markers and dataset.manifest == report.manifest
+    assert dataset.manifest.pixels == plain.manifest.pixels
+    assert all(MarkedJpeg.of(sample.data) for sample in dataset.read(np.arange(dataset.samples)))
+    with pytest.raises(DatasetError, match="other images or options"):
+        run(photographs, str(tmp_path / "plain"), encoding=marked)
 
 
 def test_a_restart_keeps_what_is_finished_and_ends_in_the_same_bytes(

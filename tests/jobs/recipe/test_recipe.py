@@ -64,6 +64,7 @@ OTHER_VALUES: dict[str, Any] = {
     "block_samples": 4,
     "window_blocks": 4,
     "seed": 1,
+    "scaled_decode": True,
     "precision": "bf16",
     "zero_stage": 2,
     "recompute": ["stage1", "decoder"],

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.image.augment import RandomCrops
+from pipeline.image.augment import Augmentation, Draws, RandomCrops
+from pipeline.image.decode import Pixels
 from pipeline.image.rand_augment import FILL, MOST, OPERATIONS, Operation, RandAugmented
 
 
@@ -74,13 +75,18 @@ def test_draws_have_the_published_distribution() -> None:
     assert np.mean([operation.sign for operation in every]) == pytest.approx(0.0, abs=0.05)
 
 
+def shown(augmentation: Augmentation, pixels: Pixels, draws: Draws, image_shape: tuple[int, int]) -> Pixels:
+    crop = augmentation.crop(draws, *pixels.shape[:2])
+    return augmentation.image(crop.of(pixels), crop, draws, image_shape)
+
+
 def test_an_image_depends_on_seed_epoch_and_sample_alone() -> None:
     augmentation = RandAugmented(RandomCrops((0.08, 1.0)))
     pixels = np.random.default_rng(1).integers(0, 256, (40, 50, 3), np.uint8)
     samples = np.array([4, 7, 1])
 
     def images(seed: int, epoch: int, of: np.ndarray) -> list[np.ndarray]:  # type: ignore[type-arg]
-        return [augmentation.image(pixels, row, (24, 32))[0] for row in augmentation.draws(seed, epoch, of)]
+        return [shown(augmentation, pixels, row, (24, 32)) for row in augmentation.draws(seed, epoch, of)]
 
     together, alone = images(1, 0, samples), images(1, 0, samples[1:2])
     assert np.array_equal(together[1], alone[0])
@@ -94,7 +100,15 @@ def test_without_operations_the_crop_is_left() -> None:
     pixels = np.random.default_rng(1).integers(0, 256, (40, 50, 3), np.uint8)
     (row,) = crops.draws(1, 0, np.array([5]))
 
-    found, crop = RandAugmented(crops, operations=0).image(pixels, row, (16, 16))
+    augmentation = RandAugmented(crops, operations=0)
 
-    assert np.array_equal(found, crops.image(pixels, row, (16, 16))[0])
-    assert crop == crops.image(pixels, row, (16, 16))[1]
+    assert np.array_equal(shown(augmentation, pixels, row, (16, 16)), shown(crops, pixels, row, (16, 16)))
+    assert augmentation.crop(row, 40, 50) == crops.crop(row, 40, 50)
+
+
+def test_operations_do_not_change_what_is_cropped() -> None:
+    crops = RandomCrops((0.08, 1.0))
+    augmentation = RandAugmented(crops)
+    (row,), (alone,) = (each.draws(1, 0, np.array([5])) for each in (augmentation, crops))
+
+    assert augmentation.crop(row, 40, 50) == crops.crop(alone, 40, 50)

@@ -90,10 +90,11 @@ def test_every_option_makes_another_data_set() -> None:
         Sharding(5, seed=1),
         Sharding(5, encoding=Encoding(max_side=100)),
         Sharding(5, encoding=Encoding(quality=80)),
+        Sharding(5, encoding=Encoding(restart_markers=True)),
     ]
     digests = {Ingest(found(10), sharding).digest for sharding in shardings}
 
-    assert len(digests) == 6
+    assert len(digests) == 7
     assert Ingest(found(10), Sharding(5)).digest in digests
     assert Ingest(found(11), Sharding(5)).digest not in digests
     assert Ingest(found(10, 999), Sharding(5)).digest not in digests
@@ -103,3 +104,11 @@ def test_tasks_of_another_encoding_are_not_kept() -> None:
     plans = [plan_shards(found(5), Sharding(5, encoding=Encoding(quality=quality))) for quality in (None, 80)]
 
     assert plans[0][0].digest != plans[1][0].digest
+
+
+def test_shards_without_markers_are_those_of_releases_that_knew_none() -> None:
+    job = Ingest(found(10), Sharding(5, encoding=Encoding(max_side=100)))
+
+    (task,) = plan_shards(found(5), Sharding(5))
+    assert task.digest == "a82e7e39fad4fad9ce4a2480d1692a1f4f7edd827ba688389032a4647d90dab2"
+    assert job.digest == "88ca7049a9d47f7a83f75235b179fbe1abf6c348bf567393e3cd57a5230f2361"

@@ -128,5 +128,6 @@ def test_gray_images_are_augmented_to_gray_ones() -> None:
     draws = augmentation.draws(0, 0, np.arange(40))
 
     for row in draws:
-        out, _ = augmentation.image(np.full((24, 32, 1), GRAY_FILL, np.uint8), row, (16, 16))
+        crop = augmentation.crop(row, 24, 32)
+        out = augmentation.image(crop.of(np.full((24, 32, 1), GRAY_FILL, np.uint8)), crop, row, (16, 16))
         assert out.shape == (1, 16, 16)

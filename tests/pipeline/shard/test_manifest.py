@@ -49,6 +49,30 @@ def test_what_was_measured_is_part_of_the_data_set(tmp_path: Path) -> None:
     assert len({plain.digest, measured.digest, plain.measured(replace(pixels, images=29)).digest}) == 3
 
 
+def test_that_images_have_restart_markers_is_part_of_the_data_set(tmp_path: Path) -> None:
+    measured = Manifest.of(TASKS, REPORTS, ()).measured(PixelStatistics(30, (0.5, 0.25, 0.125), (0.3, 0.2, 0.1)))
+    marked = measured.marked()
+    marked.save(Storage(), str(tmp_path), [])
+
+    loaded = Manifest.load(Storage(), str(tmp_path))
+
+    assert loaded == marked and loaded.restart_markers and not measured.restart_markers
+    assert (measured.format_version, marked.format_version) == (3, 4)
+    assert marked.digest != measured.digest
+
+
+@pytest.mark.parametrize(("version", "fields"), [(4, {}), (4, {"restart_markers": 1}), (3, {"restart_markers": True})])
+def test_markers_are_said_in_their_format_alone(tmp_path: Path, version: int, fields: dict[str, object]) -> None:
+    measured = Manifest.of(TASKS, REPORTS, ()).measured(PixelStatistics(30, (0.5, 0.25, 0.125), (0.3, 0.2, 0.1)))
+    measured.save(Storage(), str(tmp_path), [])
+    found = json.loads((tmp_path / MANIFEST_NAME).read_text())
+    del found["crc32c"]
+    (tmp_path / MANIFEST_NAME).write_text(json.dumps(found | {"format_version": version} | fields))
+
+    with pytest.raises(DatasetError, match="restart_markers must be true in format 4"):
+        Manifest.load(Storage(), str(tmp_path))
+
+
 def test_the_digest_ignores_who_finished_first_and_sees_every_change() -> None:
     manifest = Manifest.of(TASKS, REPORTS, ())
     changed = [replace(REPORTS[0], entry=replace(ENTRIES[0], index_sha256="cd" * 32)), *REPORTS[1:]]
@@ -133,7 +157,7 @@ def test_an_unreadable_manifest_is_refused(tmp_path: Path, content: bytes) -> No
 def test_another_version_is_refused(tmp_path: Path, version: int) -> None:
     (tmp_path / MANIFEST_NAME).write_text(json.dumps({"format_version": version, "shards": [{"name": "a"}]}))
 
-    with pytest.raises(DatasetError, match=f"format_version 2 or 3, got {version}"):
+    with pytest.raises(DatasetError, match=f"format_version 2, 3 or 4, got {version}"):
         Manifest.load(Storage(), str(tmp_path))
 
 
