@@ -117,8 +117,8 @@ def build_model(recipe: Recipe) -> ConvMAE | Classifier:
 def forget_compiled() -> None:
     """Have what is compiled be compiled anew, as in a process that has just started.
 
-    For images of another size. Else PyTorch would compile for any size, by kernels that compute other bits than those
-    of a rank that begins with this size.
+    For images of another size. Else PyTorch would compile for any size, by other kernels, which may compute other bits,
+    than in a rank that begins with this size.
     """
     torch.compiler.reset()
 
