@@ -55,9 +55,9 @@ class SlowStorage(Storage):
         return super().read_range(*words, **named)
 
 
-def slow_decode(data: bytes) -> Any:
+def slow_decode(*words: Any) -> Any:
     time.sleep(DECODE_SECONDS)
-    return decode(data)
+    return decode(*words)
 
 
 def flipped(*words: Any, **named: Any) -> Any:

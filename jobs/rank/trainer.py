@@ -114,6 +114,7 @@ def rank_loader(dataset: Dataset, order: Order, recipe: Recipe, place: RankPlace
         rank=place.rank,
         world_size=place.world_size,
         threads=recipe.loader_threads,
+        in_processes=recipe.loader_processes,
         device=place.device,
         policy=BadSamplePolicy(recipe.on_bad_sample, recipe.max_consecutive_bad_samples),
         stall_seconds=recipe.stall_seconds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,13 +62,26 @@ class ImageMaker:
         seed: int,
         policy: BadSamplePolicy,
         augmentation: Augmentation,
+        refused: Mapping[int, str],
     ) -> None:
+        """Do no I/O.
+
+        Args:
+            dataset: Where substitutes are read.
+            order: Decides them.
+            shape: C, H and W of an image.
+            seed: Decides them, too.
+            policy: What to do with samples that cannot be used.
+            augmentation: What is made of a decoded image.
+            refused: Ids of samples that are not to be decoded, since that ended a process, and why.
+        """
         self._dataset = dataset
         self._order = order
         self._channels, self._image_shape = shape[0], shape[1:]
         self._seed = seed
         self._policy = policy
         self._augmentation = augmentation
+        self._refused = refused
         self._known_bad: set[int] = set()
 
     def fill(
@@ -123,12 +137,19 @@ class ImageMaker:
         return bad
 
     def _drawn(self, sample: Sample, draws: Draws, out: Pixels, crop: CropRow) -> BadSample | None:
-        with self._dataset.activities.doing("decode", f"{sample.member} at offset {sample.offset} of {sample.url}"):
+        if sample.id in self._refused:
+            return _undecodable(sample, self._refused[sample.id])
+        what = f"{sample.member} at offset {sample.offset} of {sample.url}"
+        with self._dataset.activities.doing("decode", what, sample.id):
             try:
                 pixels = decode(sample.data, self._channels)
             except ValueError as error:
-                name = f"{sample.shard}/{sample.member}"
-                return sample.bad("undecodable", f"{name} at offset {sample.offset} does not decode ({error})")
+                return _undecodable(sample, str(error))
             out[:], chosen = self._augmentation.image(pixels, draws, self._image_shape)
             crop[:] = (chosen.top, chosen.left, chosen.height, chosen.width, chosen.flip)
         return None
+
+
+def _undecodable(sample: Sample, why: str) -> BadSample:
+    name = f"{sample.shard}/{sample.member}"
+    return sample.bad("undecodable", f"{name} at offset {sample.offset} does not decode ({why})")
