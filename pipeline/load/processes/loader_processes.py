@@ -41,8 +41,8 @@ from pipeline.order.shares import Share
 logger = logging.getLogger(__name__)
 
 SWITCH_SECONDS = 0.0005
-"""How soon a thread of the rank that runs Python lets another one in. Python's own 5 ms would be waited for a few times a
-batch, by threads that run for microseconds, beside a main thread that launches."""
+"""How soon a thread of the rank that runs Python lets another one in. Python's own 5 ms would be waited for a few times
+a batch, by threads that run for microseconds, beside a main thread that launches."""
 LEAST_READ_THREADS = 2
 """Of one process: while one waits for the store, another may be served."""
 MOST_DEATHS_ON_SAMPLE = 3
