@@ -18,7 +18,7 @@ NEWEST_TESTS := tests/jobs/cluster/test_ray_internals.py tests/jobs/checkpoint/t
 	tests/jobs/checkpoint/test_zero_state.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain down fix check test test-pythons test-newest test-gpu bench-gpu test-slow test-hosts soak fuzz bench-recovery bench-hosts bench-plan bench-model bench-loader bench-checkpoint bench-consolidate bench-scale bench-grains bench-probes bench-history
+.PHONY: help install pretrain down fix check test test-pythons test-newest test-gpu bench-gpu test-slow test-hosts soak fuzz bench-recovery bench-hosts bench-plan bench-model bench-loader bench-busy-loader bench-checkpoint bench-consolidate bench-scale bench-grains bench-probes bench-history
 
 help:  ## Show these lines
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -108,6 +108,9 @@ bench-model: $(INSTALLED)  ## Forward and backward of the model, against its den
 
 bench-loader: $(INSTALLED)  ## Images a second beside other loaders; IMAGES=DIR takes your own, QUICK=1 is a first look
 	$(BIN)/python benchmarks/bench_loader.py $(if $(IMAGES),--images "$(IMAGES)") $(if $(QUICK),--quick)
+
+bench-busy-loader: $(INSTALLED)  ## The loader beside a busy main thread, by threads and by processes; on an idle machine of two cores or more
+	$(BIN)/python benchmarks/bench_busy_loader.py $(if $(IMAGES),--images "$(IMAGES)")
 
 bench-checkpoint: $(INSTALLED)  ## How long training stands still for a checkpoint, beside DeepSpeed's own save
 	$(BIN)/python benchmarks/bench_checkpoint.py

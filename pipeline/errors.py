@@ -89,3 +89,7 @@ class OrderError(UserError):
 
 class StalledError(RuntimeError):
     """A batch that did not come in time; says which stage hangs. Not the user's to fix: a restart may get past it."""
+
+
+class LoaderProcessError(RuntimeError):
+    """Processes of a loader that die again and again. Not the user's to fix: a restart may get past it."""

@@ -41,7 +41,6 @@ from jobs.rank.step_profile import StepProfile
 from jobs.rank.watchdog import COMPILE_ALLOWED_SECONDS, SAVE_ALLOWED_SECONDS
 from jobs.recipe.placement import LIVE_FIELDS
 from jobs.recipe.recipe import Recipe
-from jobs.recipe.resolution import resolution_at
 from jobs.recipe.schedule import Schedule
 from jobs.run.directory import RunDirectory
 from jobs.run.shared_folder import Landmarks, check_seen_here
@@ -106,16 +105,16 @@ def train_worker(job: TrainJob, step_of: type[TrainingStep] = TrainingStep) -> N
 
 def rank_loader(dataset: Dataset, order: Order, recipe: Recipe, place: RankPlace) -> Loader:
     """The batches of one rank, read as the recipe says."""
-    resolutions = recipe.resolutions
     return Loader(
         dataset,
         order,
-        image_shape=lambda epoch: resolution_at(resolutions, epoch).model.image_shape,
+        image_shape={each.first_epoch: each.model.image_shape for each in recipe.resolutions},
         channels=recipe.model.in_channels,
         seed=recipe.seed,
         rank=place.rank,
         world_size=place.world_size,
         threads=recipe.loader_threads,
+        in_processes=recipe.loader_processes,
         device=place.device,
         policy=BadSamplePolicy(recipe.on_bad_sample, recipe.max_consecutive_bad_samples),
         stall_seconds=recipe.stall_seconds,

@@ -18,6 +18,7 @@ LIVE_FIELDS = frozenset(
         "digest_every_steps",
         "on_damaged_checkpoint",
         "loader_threads",
+        "loader_processes",
         "on_bad_sample",
         "max_consecutive_bad_samples",
         "check_etags",

@@ -219,6 +219,8 @@ class Recipe(BaseModel):
     """Logical CPUs that Ray reserves for one worker."""
     loader_threads: int = Field(default=8, gt=0, le=MOST)
     """Decoding threads in one worker."""
+    loader_processes: Switch = False
+    """Give each of these threads a process of its own, which shares no interpreter lock with the one that trains."""
     on_bad_sample: OnBadSample = "fail"
     """What to do with a sample that is not as it was ingested: `fail`, or `skip` it for another of its block."""
     max_consecutive_bad_samples: int = Field(default=MAX_CONSECUTIVE_BAD_SAMPLES, gt=0, le=MOST)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
 import torch
 
-from pipeline.load.device_copy import DeviceCopy, StartedCopy
+from pipeline.load.device_copy import StartedCopy
 
 if TYPE_CHECKING:
-    from pipeline.image.augment import CropRow, Draws
+    from pipeline.image.augment import CropRow
     from pipeline.load.image_maker import Substitution
-    from pipeline.load.read_ahead import Pending
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,11 +33,26 @@ class Batch:
     """(n, 5): what each image shows of the one that it was cut from."""
     substitutions: tuple[Substitution, ...] = ()
     read_wait_seconds: float = 0.0
-    """Of `wait_seconds`, for bytes; the rest for decoding. By what the decoding threads were busy with."""
+    """Of `wait_seconds`, for bytes; the rest for decoding. By what the decoders were busy with."""
+
+
+class Unfinished(NamedTuple):
+    """An image of a batch that is not ready."""
+
+    sample_id: int
+    is_read: bool
+    """Whether its bytes are there, so that decoding is what it lacks."""
+
+
+class SentBatch(NamedTuple):
+    """The images of a batch, on their way to the device, and what they show."""
+
+    copy: StartedCopy
+    crops: CropRow
 
 
 class StartedBatch:
-    """A batch on its way; the last of its images to be ready sends it to the device.
+    """A batch on its way; the last of its parts to be ready sends it to the device.
 
     One future for the whole batch: one an image would cost a lock and a wake-up of the consumer for each.
     """
@@ -46,44 +60,45 @@ class StartedBatch:
     def __init__(
         self,
         step: int,
-        pending: list[Pending],
-        draws: Draws,
-        image_shape: tuple[int, int, int],
-        device_copy: DeviceCopy,
+        sample_ids: torch.Tensor,
+        *,
+        parts: int,
+        send: Callable[[], SentBatch],
+        unfinished: Callable[[], list[Unfinished]],
     ) -> None:
-        self.step = step
-        self.pending = pending
-        self.draws = draws
-        """(n, ...), of the images' crops."""
-        self.sample_ids = device_copy.empty((len(pending),), torch.int64)
-        self.sample_ids[:] = torch.tensor([item.sample_id for item in pending], device="cpu")
-        self.images = device_copy.empty((len(pending), *image_shape), torch.uint8)
-        self.pixels = self.images.numpy()
-        """The same memory."""
-        self.crops: CropRow = np.zeros((len(pending), 5), dtype=np.int32)
-        self.substitutions: list[Substitution | None] = [None] * len(pending)
-        self.done = [False] * len(pending)
-        self.read_seconds = self.decode_seconds = 0.0
-        """Of all threads: how long they waited for bytes, and how long they made images of these."""
-        self.copy: Future[StartedCopy] = Future()
-        """Done when the copy to the device has started, or when the first image failed."""
-        self._device_copy = device_copy
-        self._left = len(pending)
-        self._lock = threading.Lock()
-
-    def image_done(
-        self, place: int, substitution: Substitution | None, *, read_seconds: float, decode_seconds: float
-    ) -> None:
-        """Note that one more image is ready; called by the thread that made it.
+        """Wait for its parts.
 
         Args:
-            place: In the batch.
-            substitution: How it was replaced.
-            read_seconds: For which the thread waited for its bytes.
+            step: Whose batch it is.
+            sample_ids: (n,) int64.
+            parts: How often part_done() is called: once an image, or once a process that makes several.
+            send: Starts the copy to the device; called once, by the thread that notes the last part.
+            unfinished: The images that are not ready now, in the order of the batch.
+        """
+        self.step = step
+        self.sample_ids = sample_ids
+        self.substitutions: list[Substitution | None] = [None] * len(sample_ids)
+        self.unfinished = unfinished
+        self.read_seconds = self.decode_seconds = 0.0
+        """Of all decoders: how long they waited for bytes, and how long they made images of these."""
+        self.sent: Future[SentBatch] = Future()
+        """Done when the copy to the device has started, or when the first image failed."""
+        self._send = send
+        self._left = parts
+        self._lock = threading.Lock()
+
+    def part_done(
+        self, substitutions: Iterable[tuple[int, Substitution]], *, read_seconds: float, decode_seconds: float
+    ) -> None:
+        """Note that one more part is ready; called by any thread.
+
+        Args:
+            substitutions: What was replaced in it, each with its place in the batch.
+            read_seconds: For which its decoder waited for bytes.
             decode_seconds: For which it then worked.
         """
-        self.substitutions[place] = substitution
-        self.done[place] = True
+        for place, substitution in substitutions:
+            self.substitutions[place] = substitution
         with self._lock:
             self._left -= 1
             self.read_seconds += read_seconds
@@ -91,12 +106,12 @@ class StartedBatch:
             last = self._left == 0
         if last:
             try:
-                self.copy.set_result(self._device_copy.start(self.images))
+                self.sent.set_result(self._send())
             except BaseException as error:
                 self.fail(error)
 
     def fail(self, error: BaseException) -> None:
         """Note that an image cannot be made; only the first one counts."""
         with self._lock:
-            if not self.copy.done():
-                self.copy.set_exception(error)
+            if not self.sent.done():
+                self.sent.set_exception(error)

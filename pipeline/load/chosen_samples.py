@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from pipeline.load.bad_sample import BadSample
 from pipeline.load.dataset import Dataset
 from pipeline.load.shard_reader import Sample
+from pipeline.store.storage import Storage
 
 DENSE_RATIO = 0.5
 """Share of a block's span that has to be chosen for the disk cache to keep the span."""
@@ -33,6 +35,10 @@ class ChosenSamples(Dataset):
         """
         self.__dict__.update(dataset.__dict__)
         self._ids = sample_ids
+
+    def opener(self) -> Callable[[Storage], Dataset]:
+        """As of a whole dataset."""
+        return functools.partial(_chosen, super().opener(), self._ids)
 
     @property
     def samples(self) -> int:
@@ -63,3 +69,7 @@ class ChosenSamples(Dataset):
         first, last = self._ids[block.start], self._ids[block.stop - 1]
         span = range(int(first), int(last) + 1)
         return span if len(block) >= DENSE_RATIO * len(span) else None
+
+
+def _chosen(opener: Callable[[Storage], Dataset], sample_ids: Int64s, storage: Storage) -> ChosenSamples:
+    return ChosenSamples(opener(storage), sample_ids)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -61,6 +62,7 @@ class Dataset:
         self._starts = self._ends - manifest.shards.samples
         self._indexes = IndexReader(storage, url, manifest.shards)
         self._check_etags = check_etags
+        self._cache_place = cache
         self.counters = ReadCounters()
         self.activities = ThreadActivities()
         self.cache = BlockCache(cache, self.digest) if cache else None
@@ -75,6 +77,12 @@ class Dataset:
         """
         url = normal(url)
         return cls(storage, url, Manifest.load(storage, url), cache=cache, check_etags=check_etags)
+
+    def opener(self) -> Callable[[Storage], Dataset]:
+        """What opens the same dataset through a storage, in another process; picklable, and shares nothing."""
+        return functools.partial(
+            Dataset, url=self.url, manifest=self.manifest, cache=self._cache_place, check_etags=self._check_etags
+        )
 
     def __len__(self) -> int:
         return self.samples

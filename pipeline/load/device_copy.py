@@ -6,8 +6,12 @@ does not wait for it. On the CPU the same calls pass the host's tensor on.
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 
@@ -33,6 +37,25 @@ class DeviceCopy:
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """Host memory to fill; pinned where a GPU will copy it. PyTorch's own allocator pools pinned memory."""
         return torch.empty(shape, dtype=dtype, pin_memory=self._stream is not None)
+
+    @contextlib.contextmanager
+    def pinned(self, memory: npt.NDArray[np.uint8]) -> Iterator[None]:
+        """Pin memory that other processes write, while the block runs, where a GPU copies it."""
+        if self._stream is None:
+            yield
+            return
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        torch.cuda.check_error(runtime.cudaHostRegister(memory.ctypes.data, memory.nbytes, 0))
+        try:
+            yield
+        finally:
+            self._stream.synchronize()  # the copy that is under way reads it
+            torch.cuda.check_error(runtime.cudaHostUnregister(memory.ctypes.data))
+
+    def start_from(self, reused: npt.NDArray[np.uint8]) -> StartedCopy:
+        """Begin to copy memory that will be written again: once this copy is done on a GPU, at once on the CPU."""
+        # NumPy copies in this thread, torch with several of its own.
+        return self.start(torch.from_numpy(reused.copy() if self._stream is None else reused))
 
     def start(self, host: torch.Tensor) -> StartedCopy:
         """Begin to copy; returns at once."""

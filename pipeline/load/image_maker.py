@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +63,19 @@ class ImageMaker:
         seed: int,
         policy: BadSamplePolicy,
         augmentation: Augmentation,
+        refused: Mapping[int, str],
     ) -> None:
+        """Do no I/O.
+
+        Args:
+            dataset: Where substitutes are read.
+            order: Decides them.
+            channels: To which images are decoded.
+            seed: Decides them, too.
+            policy: What to do with samples that cannot be used.
+            augmentation: What is made of a decoded image.
+            refused: Ids of samples that are not to be decoded, since that ended a process, and why.
+        """
         self._dataset = dataset
         self._order = order
         self._channels = channels
@@ -70,6 +83,7 @@ class ImageMaker:
         self._policy = policy
         self._augmentation = augmentation
         self._is_marked = dataset.manifest.restart_markers
+        self._refused = refused
         self._known_bad: set[int] = set()
 
     def fill(
@@ -125,13 +139,15 @@ class ImageMaker:
         return bad
 
     def _drawn(self, sample: Sample, draws: Draws, out: Pixels, crop: CropRow) -> BadSample | None:
+        if sample.id in self._refused:
+            return _undecodable(sample, self._refused[sample.id])
         image_shape = (out.shape[1], out.shape[2])
-        with self._dataset.activities.doing("decode", f"{sample.member} at offset {sample.offset} of {sample.url}"):
+        what = f"{sample.member} at offset {sample.offset} of {sample.url}"
+        with self._dataset.activities.doing("decode", what, sample.id):
             try:
                 shown, chosen = self._decoded(sample.data, draws, image_shape)
             except ValueError as error:
-                name = f"{sample.shard}/{sample.member}"
-                return sample.bad("undecodable", f"{name} at offset {sample.offset} does not decode ({error})")
+                return _undecodable(sample, str(error))
             out[:] = self._augmentation.image(shown, chosen, draws, image_shape)
             crop[:] = (chosen.top, chosen.left, chosen.height, chosen.width, chosen.flip)
         return None
@@ -149,3 +165,8 @@ class ImageMaker:
         pixels = decode(data, self._channels)
         crop = choose(*pixels.shape[:2])
         return crop.of(pixels), crop
+
+
+def _undecodable(sample: Sample, why: str) -> BadSample:
+    name = f"{sample.shard}/{sample.member}"
+    return sample.bad("undecodable", f"{name} at offset {sample.offset} does not decode ({why})")

@@ -21,6 +21,7 @@ from pipeline.load.bad_sample import BadSample
 from pipeline.load.dataset import Dataset
 from pipeline.load.shard_reader import Sample
 from pipeline.order.sample_order import Order
+from pipeline.order.shares import ALL, Share
 
 OPEN_BYTES = 2 << 30
 """Memory of one rank for images that were read and not used yet, unless the loader is given another limit."""
@@ -36,6 +37,8 @@ class Pending:
     """A sample that is being read."""
 
     sample_id: int
+    place: int
+    """In the rank's batch."""
     block: Future[Found]
 
     def result(self) -> Sample | BadSample:
@@ -68,14 +71,34 @@ class ReadAhead:
     """
 
     def __init__(
-        self, dataset: Dataset, order: Order, lanes: range, steps: range, executor: Executor, *, whole_windows: bool
+        self,
+        dataset: Dataset,
+        order: Order,
+        lanes: range,
+        steps: range,
+        executor: Executor,
+        *,
+        whole_windows: bool,
+        share: Share = ALL,
     ) -> None:
+        """Begin with the first of the steps.
+
+        Args:
+            dataset: What is read.
+            order: Decides the steps' samples.
+            lanes: Of the rank.
+            steps: That will be requested.
+            executor: Reads.
+            whole_windows: Whether there is memory for whole windows.
+            share: The blocks that are read here.
+        """
         self._dataset = dataset
         self._order = order
         self._lanes = lanes
         self._steps = steps
         self._executor = executor
         self._whole_windows = whole_windows
+        self._share = share
         self._reading: dict[tuple[int, int], Future[Found]] = {}
         self._windows = self._all_windows()
         self._current: _Window | None = None
@@ -84,13 +107,22 @@ class ReadAhead:
     def request(self, step: int) -> list[Pending]:
         """Start reading what a step needs and what is due by then; steps must be requested in order."""
         epoch = self._order.epoch(step)
-        ids = np.concatenate([self._order.lane_batch(step, lane) for lane in self._lanes])
+        batch = np.concatenate([self._order.lane_batch(step, lane) for lane in self._lanes])
+        places = np.flatnonzero(self._owned(step))
+        ids = batch[places]
         if not self._whole_windows or step == self._steps.start:
             self._read(epoch, [ids[place : place + 1] for place in range(len(ids))], whole_blocks=False)
         # The window waits for the second step: it is hundreds of times the first batch, and would only delay it.
         if (self._whole_windows or self._dataset.cache) and step != self._steps.start:
             self._advance(epoch, step)
-        return [Pending(sample, self._reading.pop((epoch, sample))) for sample in ids.tolist()]
+        return [
+            Pending(sample, place, self._reading.pop((epoch, sample)))
+            for sample, place in zip(ids.tolist(), places.tolist(), strict=True)
+        ]
+
+    def _owned(self, step: int) -> npt.NDArray[np.bool_]:
+        """(n,) whether each sample of the rank's batch is read here."""
+        return np.concatenate([self._share.has_lane_batch(self._order, step, lane) for lane in self._lanes])
 
     def _advance(self, epoch: int, step: int) -> None:
         last = (step - epoch * self._order.steps_per_epoch + 1) * self._order.lane_batch_size
@@ -121,9 +153,11 @@ class ReadAhead:
     def _keep_the_rest(self, epoch: int) -> None:
         """Fetch what later epochs will want and this one omitted: blocks that pause, and those of the first batch."""
         if self._dataset.cache:
-            first = [self._order.lane_batch(self._steps.start, lane) for lane in self._lanes]
-            paused = [self._order.paused_blocks(epoch, lane) for lane in self._lanes]
-            self._keep(np.unique(np.concatenate([self._order.block_of(np.concatenate(first)), *paused])).tolist())
+            batch = np.concatenate([self._order.lane_batch(self._steps.start, lane) for lane in self._lanes])
+            first = self._order.block_of(batch[self._owned(self._steps.start)])
+            paused = np.concatenate([self._order.paused_blocks(epoch, lane) for lane in self._lanes])
+            paused = paused[paused % self._share.of == self._share.number]
+            self._keep(np.unique(np.concatenate([first, paused])).tolist())
 
     def _keep(self, blocks: list[int]) -> None:
         for block in blocks:
@@ -148,6 +182,7 @@ class ReadAhead:
         found: list[tuple[int, Int64s]] = []
         for lane in self._lanes:
             ids = self._order.lane_range(epoch, lane, positions.start, positions.stop)
+            ids = ids[self._share.has_range(self._order, epoch, lane, positions.start, positions.stop)]
             blocks = self._order.block_of(ids)
             _, first_uses = np.unique(blocks, return_index=True)
             found += [(int(use), np.sort(ids[blocks == blocks[use]])) for use in first_uses]

@@ -8,10 +8,10 @@ import sys
 import threading
 import time
 import traceback
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from pipeline.errors import StalledError
-from pipeline.load.thread_activity import Stage, ThreadActivities
+from pipeline.load.thread_activity import Stage
 
 if TYPE_CHECKING:
     from pipeline.load.batch import StartedBatch
@@ -22,18 +22,28 @@ STALL_SECONDS = 300.0
 """Longer than Storage retries, so that a storage server that comes back is no stall."""
 
 
+class BatchMakers(Protocol):
+    """What makes batches, and can say what it is at."""
+
+    def oldest(self, stage: Stage) -> str:
+        """The activity that has taken longest in a stage, for messages."""
+
+    def log_stacks(self) -> None:
+        """Write down where each of its threads is."""
+
+
 class StallWatch:
     """A watch over the batches of one loader."""
 
-    def __init__(self, stall_seconds: float, activities: ThreadActivities) -> None:
+    def __init__(self, stall_seconds: float, makers: BatchMakers) -> None:
         """Decide how long to wait.
 
         Args:
             stall_seconds: For one batch; half-way there is a warning.
-            activities: Of the threads that make batches.
+            makers: Of the batches.
         """
         self._stall_seconds = stall_seconds
-        self._activities = activities
+        self._makers = makers
 
     def wait(self, batch: StartedBatch, began: float) -> None:
         """Return when the batch is ready, or an image of it failed.
@@ -46,31 +56,32 @@ class StallWatch:
             StalledError: Neither came in time.
         """
         warned = False
-        while not batch.copy.done():
+        while not batch.sent.done():
             waited = time.monotonic() - began
             if waited >= self._stall_seconds:
-                _log_stacks()
+                self._makers.log_stacks()
                 raise StalledError(self._report(batch, waited))
             if waited >= self._stall_seconds / 2 and not warned:
                 logger.warning("%s", self._report(batch, waited))
                 warned = True
             with contextlib.suppress(TimeoutError):
-                batch.copy.exception((self._stall_seconds if warned else self._stall_seconds / 2) - waited)
+                batch.sent.exception((self._stall_seconds if warned else self._stall_seconds / 2) - waited)
 
     def _report(self, batch: StartedBatch, waited: float) -> str:
-        hanging = [item for item, done in zip(batch.pending, batch.done, strict=True) if not done]
+        hanging = batch.unfinished()
         if not hanging:
             return f"no batch for {waited:.0f} s: step {batch.step} hangs in stage hand-over to the device"
-        unread = [item.sample_id for item in hanging if not item.block.done()]
+        unread = [item.sample_id for item in hanging if not item.is_read]
         stage: Stage = "read" if unread else "decode"
         ids = unread or [item.sample_id for item in hanging]
         return (
             f"no batch for {waited:.0f} s: step {batch.step} hangs in stage {stage}; {len(ids)} of its images are not "
-            f"there, the first is sample {ids[0]}; running longest: {self._activities.oldest(stage)}"
+            f"there, the first is sample {ids[0]}; running longest: {self._makers.oldest(stage)}"
         )
 
 
-def _log_stacks() -> None:
+def log_thread_stacks() -> None:
+    """Log where each of this process's loader threads is."""
     frames = sys._current_frames()
     for thread in threading.enumerate():
         if thread.name.startswith("convmae-") and thread.ident in frames:

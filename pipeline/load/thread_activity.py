@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, NamedTuple
 
 Stage = Literal["read", "decode"]
+NO_SAMPLE = -1
 
 
 class ThreadActivity(NamedTuple):
@@ -18,6 +19,8 @@ class ThreadActivity(NamedTuple):
     what: str
     since_seconds: float
     """By the clock."""
+    sample_id: int = NO_SAMPLE
+    """That is being decoded."""
 
 
 class ThreadActivities:
@@ -28,23 +31,38 @@ class ThreadActivities:
         self._now: dict[int, ThreadActivity] = {}
 
     @contextlib.contextmanager
-    def doing(self, stage: Stage, what: str) -> Iterator[None]:
+    def doing(self, stage: Stage, what: str, sample_id: int = NO_SAMPLE) -> Iterator[None]:
         """Note it while the block runs."""
         thread = threading.get_ident()
         outer = self._now.get(thread)
-        self._now[thread] = ThreadActivity(stage, what, self.clock())
+        self.note(thread, ThreadActivity(stage, what, self.clock(), sample_id))
         try:
             yield
         finally:
-            if outer:
-                self._now[thread] = outer
-            else:
-                del self._now[thread]
+            self.note(thread, outer)
+
+    def note(self, thread: int, activity: ThreadActivity | None) -> None:
+        """What a thread is doing from now on; None: nothing."""
+        if activity:
+            self._now[thread] = activity
+        else:
+            del self._now[thread]
 
     def oldest(self, stage: Stage) -> str:
         """The activity that has taken longest in a stage, for messages."""
-        activities = [activity for activity in list(self._now.values()) if activity.stage == stage]
-        if not activities:
-            return "no thread is in this stage"
-        activity = min(activities, key=lambda activity: activity.since_seconds)
-        return f"{activity.what}, for {self.clock() - activity.since_seconds:.0f} s"
+        return oldest(list(self._now.values()), stage, self.clock())
+
+
+def oldest(activities: Iterable[ThreadActivity], stage: Stage, now: float) -> str:
+    """The activity that has taken longest in a stage, for messages.
+
+    Args:
+        activities: Of all threads.
+        stage: The one that is meant.
+        now: By the clock.
+    """
+    found = [activity for activity in activities if activity.stage == stage]
+    if not found:
+        return "no thread is in this stage"
+    activity = min(found, key=lambda activity: activity.since_seconds)
+    return f"{activity.what}, for {now - activity.since_seconds:.0f} s"

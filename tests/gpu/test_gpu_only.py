@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+
+import numpy as np
 import pytest
 import torch
 from steps import Rank, recipe_for
@@ -32,6 +35,23 @@ def test_batches_are_pinned_and_copied_on_a_stream_of_their_own(device: torch.de
     assert host.is_pinned() and images.device == device
     assert ready_while_busy
     assert torch.equal(images.cpu(), host)
+
+
+def test_memory_that_other_processes_write_is_pinned_while_it_is_used(device: torch.device) -> None:
+    device_copy = DeviceCopy(device)
+    shared = np.frombuffer(mmap.mmap(-1, 64 * 3 * 224 * 224), np.uint8).reshape(64, 3, 224, 224)
+    with device_copy.pinned(shared):
+        shared[:] = np.random.default_rng(0).integers(0, 256, shared.shape, np.uint8)
+        assert torch.from_numpy(shared).is_pinned()
+        copy = device_copy.start_from(shared)
+        assert copy.copied is not None
+        copy.copied.synchronize()
+        expected = shared.copy()
+        shared[:] = 0
+        images = device_copy.finish(copy)
+
+    assert torch.equal(images.cpu(), torch.from_numpy(expected))
+    assert not torch.from_numpy(shared).is_pinned()
 
 
 @pytest.mark.usefixtures("group")

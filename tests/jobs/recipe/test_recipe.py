@@ -74,6 +74,7 @@ OTHER_VALUES: dict[str, Any] = {
     "max_workers": 4,
     "cpus_per_worker": 1.0,
     "loader_threads": 2,
+    "loader_processes": True,
     "on_bad_sample": "skip",
     "max_consecutive_bad_samples": 7,
     "check_etags": False,
@@ -125,7 +126,14 @@ def test_every_field_has_another_value_below() -> None:
 
 
 def test_resuming_may_change_how_a_run_executes_and_nothing_else() -> None:
-    workers = {"min_workers", "max_workers", "cpus_per_worker", "loader_threads", "micro_batch_size"}
+    workers = {
+        "min_workers",
+        "max_workers",
+        "cpus_per_worker",
+        "loader_threads",
+        "loader_processes",
+        "micro_batch_size",
+    }
     computing = {"recompute", "compile", "on_nonfinite_loss", "max_nonfinite_in_a_row"}
     interval = {"interval", "every_steps", "every_seconds", "min_seconds", "max_seconds"}
     saving = {

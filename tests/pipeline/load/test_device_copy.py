@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,10 +22,22 @@ def test_on_the_cpu_the_hosts_own_tensor_is_handed_over_unpinned() -> None:
     assert not host.is_pinned()
 
 
+def test_on_the_cpu_memory_that_is_written_again_is_copied() -> None:
+    device_copy = DeviceCopy(torch.device("cpu"))
+    memory = np.arange(6, dtype=np.uint8)
+    with device_copy.pinned(memory):
+        images = device_copy.finish(device_copy.start_from(memory))
+        memory[:] = 0
+
+    assert images.tolist() == list(range(6))
+
+
 @needs_gpu
-def test_batches_on_a_gpu_are_those_of_the_host(dataset: Dataset) -> None:
+@pytest.mark.parametrize("in_processes", [False, True])
+def test_batches_on_a_gpu_are_those_of_the_host(dataset: Dataset, in_processes: bool) -> None:
     def batches(device: str) -> list[torch.Tensor]:
         options = {"image_shape": (16, 16), "rank": 0, "world_size": 1, "seed": 5, "threads": 2}
+        options["in_processes"] = in_processes
         loader = Loader(dataset, ORDER, device=torch.device(device), **options)
         return [batch.images.cpu() for batch in loader.batches(0, 15)]
 

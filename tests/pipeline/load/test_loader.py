@@ -141,23 +141,22 @@ def test_blocks_are_read_whole(dataset: Dataset) -> None:
     assert len(storage.reads) <= blocks_and_shard_edges + first_batch_and_split_blocks
 
 
-def growing(epoch: int) -> tuple[int, int]:
-    """Sizes of images: smaller ones in the first epoch, of other proportions in the third."""
-    return ((16, 16), (32, 32), (32, 48), (32, 32))[epoch]
+GROWING = {0: (16, 16), 1: (32, 32), 2: (32, 48), 3: (32, 32)}
+"""Sizes of images by epoch: smaller ones in the first, of other proportions in the third."""
 
 
 @pytest.fixture(scope="module")
 def sized(dataset: Dataset) -> list[Batch]:
     """Three epochs and a bit of images whose size changes with the epoch."""
-    return batches(dataset, 0, 17, image_shape=growing)
+    return batches(dataset, 0, 17, image_shape=GROWING)
 
 
 def test_images_have_the_size_of_their_epoch_and_are_those_of_a_loader_of_that_size(
     dataset: Dataset, sized: list[Batch]
 ) -> None:
-    assert {batch.epoch: tuple(batch.images.shape[2:]) for batch in sized} == dict(enumerate(map(growing, range(4))))
+    assert {batch.epoch: tuple(batch.images.shape[2:]) for batch in sized} == GROWING
     for batch in sized:
-        (alone,) = batches(dataset, batch.step, batch.step + 1, image_shape=growing(batch.epoch))
+        (alone,) = batches(dataset, batch.step, batch.step + 1, image_shape=GROWING[batch.epoch])
         assert same([batch], [alone])
         assert np.array_equal(batch.crops, alone.crops)
 
@@ -174,18 +173,18 @@ def test_samples_and_crops_do_not_depend_on_the_size_of_images(straight: list[Ba
 def test_reading_ahead_into_an_epoch_of_another_size_changes_nothing(
     dataset: Dataset, sized: list[Batch], changes: dict[str, int]
 ) -> None:
-    assert same(batches(dataset, 0, 17, image_shape=growing, **changes), sized)
+    assert same(batches(dataset, 0, 17, image_shape=GROWING, **changes), sized)
 
 
 @pytest.mark.parametrize("start", range(17))
 def test_a_run_resumed_around_a_change_of_size_continues_alike(
     dataset: Dataset, sized: list[Batch], start: int
 ) -> None:
-    assert same(batches(dataset, start, 17, image_shape=growing), sized[start:])
+    assert same(batches(dataset, start, 17, image_shape=GROWING), sized[start:])
 
 
 def test_every_world_size_sees_the_same_images_of_each_size(dataset: Dataset, sized: list[Batch]) -> None:
-    ranks = [batches(dataset, 0, 17, rank=rank, world_size=3, image_shape=growing) for rank in range(3)]
+    ranks = [batches(dataset, 0, 17, rank=rank, world_size=3, image_shape=GROWING) for rank in range(3)]
 
     for step, whole in enumerate(sized):
         assert torch.equal(torch.cat([rank[step].images for rank in ranks]), whole.images)
