@@ -199,7 +199,8 @@ def measure(shards: str, side: str, seconds: float, launches_per_second: float) 
     with contextlib.closing(Consumer(loader, 10**6)) as consumer:
         consumer.warm()
         time.sleep(1.0)  # what is read ahead of the warm batches
-        os.sched_setaffinity(threading.get_native_id(), [first])
+        for thread in _pinned(side):
+            os.sched_setaffinity(thread, [first])
         launcher = Launcher(launches_per_second)
         before, own_before, began = _busy_seconds(), _own_seconds(), time.perf_counter()
         steps, launched = [launcher.steps(seconds)], []
@@ -265,6 +266,17 @@ def report(rounds: Mapping[str, Sequence[Found]], cores: int) -> list[str]:
 
 def _median(found: Sequence[Found]) -> Found:
     return Found(**{name: statistics.median(asdict(one)[name] for one in found) for name in asdict(found[0])})
+
+
+def _pinned(side: str) -> list[int]:
+    """Ids of the threads that get the main thread's core.
+
+    With processes those that hand batches over, too: they never run Python beside the main thread, and on a core that
+    a loader process fills the scheduler lets each of their many short turns wait.
+    """
+    if side == "threads":
+        return [threading.get_native_id()]
+    return [thread.id for thread in psutil.Process().threads()]
 
 
 def _images_alone(consumer: Consumer, seconds: float) -> tuple[float, float]:
