@@ -24,7 +24,7 @@ from jobs.run.trace import check_trace
 from jobs.trackers.trackers import check_trackers
 from jobs.weights.initial import pinned
 from pipeline.access.places import normal
-from pipeline.image.channels import RGB_CHANNELS
+from pipeline.image.channels import PHOTOGRAPH_BITS, RGB_CHANNELS
 from pipeline.shard.manifest import Manifest
 from pipeline.store.lease import Lease
 from pipeline.store.storage import Storage
@@ -75,7 +75,7 @@ def plan_run(
     patience_seconds = run.storage.retry_seconds if is_patient else 0.0
     session.storage.check(recipe.data, write=False, is_patient=is_patient)
     manifest = Manifest.load(session.storage, recipe.data)
-    recipe = _with_channels(recipe, manifest)
+    recipe = _with_pixels(recipe, manifest)
     _check_capacity(session, recipe)
     if drives or session.is_local:
         persevere(lambda: _check_port(recipe.metrics_port), PortTakenError, patience_seconds)
@@ -83,6 +83,8 @@ def plan_run(
     session.remember_run_root(run.root)
     recipe, samples = _with_labels(session.storage, recipe, run, manifest.samples)
     order = order_of(recipe, samples)
+    if not manifest.kind.is_photographic:  # a share of the largest value means something else in other data
+        recipe = _with_statistics(recipe, run, manifest)
     recipe = _with_statistics(pinned(session.storage, recipe, run), run, manifest)
     recipe = begun_way(run, recipe)
     run.check_recipe(recipe)
@@ -133,19 +135,24 @@ def _with_labels(storage: Storage, recipe: Recipe, run: RunDirectory, samples: i
     return labels.pinned(recipe), len(labels.train)
 
 
-def _with_channels(recipe: Recipe, manifest: Manifest) -> Recipe:
+def _with_pixels(recipe: Recipe, manifest: Manifest) -> Recipe:
     """The recipe with a model for images as the data set has them.
 
     Raises:
-        RecipeError: The model is for gray images, and they are not; or what they are normalised by is for others.
+        RecipeError: The model is for images of other channels; or what they are normalised by is, or how they are
+            augmented.
     """
-    given = recipe.model.in_channels
-    if given == manifest.channels:
-        return recipe
-    if given != RGB_CHANNELS:
-        remedy = "make the data set with --gray, or leave the field out"
-        raise RecipeError("model.in_channels", f"must be the data set's {manifest.channels}", given, remedy)
-    return recipe.amended({"model.in_channels": manifest.channels})
+    given, kind = recipe.model.in_channels, manifest.kind
+    if given not in (kind.channels, RGB_CHANNELS):
+        remedy = "make the data set with --gray or --bands, or leave the field out"
+        raise RecipeError("model.in_channels", f"must be the data set's {kind.channels}", given, remedy)
+    if given != kind.channels:
+        recipe = recipe.amended({"model.in_channels": kind.channels})
+    if recipe.finetune and recipe.finetune.randaugment_operations and kind.bits != PHOTOGRAPH_BITS:
+        rule = f"must be 0 with images of {kind.bits} bits: its operations are for photographs"
+        operations = recipe.finetune.randaugment_operations
+        raise RecipeError("finetune.randaugment_operations", rule, operations, "set it to 0")
+    return recipe
 
 
 def _with_statistics(recipe: Recipe, run: RunDirectory, manifest: Manifest) -> Recipe:

@@ -25,9 +25,11 @@ def recorded_statistics(manifest: Manifest) -> tuple[tuple[float, ...], tuple[fl
     return (pixels.mean, pixels.std) if pixels else (IMAGENET_MEAN, IMAGENET_STD)
 
 
-def gray_statistics(mean: Sequence[float], std: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """For weights of several channels that were trained with these, made into weights of one: the means."""
-    return (round(sum(mean) / len(mean), 6),), (round(sum(std) / len(std), 6),)
+def band_statistics(
+    mean: Sequence[float], std: Sequence[float], bands: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """For weights that were trained with these, made into weights for other bands: the means, for each band."""
+    return (round(sum(mean) / len(mean), 6),) * bands, (round(sum(std) / len(std), 6),) * bands
 
 
 def statistics_metadata(mean: Sequence[float], std: Sequence[float]) -> dict[str, str]:

@@ -43,7 +43,7 @@ from model.errors import ModelConfigError
 from pipeline.access.places import normal
 from pipeline.access.urls import is_local, is_web
 from pipeline.errors import StorageError
-from pipeline.image.channels import CHANNELS, RGB_CHANNELS
+from pipeline.image.channels import GRAY_CHANNELS, RGB_CHANNELS
 from pipeline.load.bad_sample import MAX_CONSECUTIVE_BAD_SAMPLES, OnBadSample
 from pipeline.load.stall_watch import STALL_SECONDS
 
@@ -415,9 +415,10 @@ class Recipe(BaseModel):
             rule = f"must have as many numbers as image_mean, {len(self.image_mean)}"
             raise RecipeError("image_std", rule, list(self.image_std), "give both, or neither")
         channels = self.model.in_channels
-        if channels not in CHANNELS:
-            rule = f"must be one of {', '.join(map(str, CHANNELS))}, to which images are decoded"
-            raise RecipeError("model.in_channels", rule, channels, "use 3 for RGB and 1 for gray")
+        operations = self.finetune.randaugment_operations if self.finetune else 0
+        if operations and channels not in (GRAY_CHANNELS, RGB_CHANNELS):
+            rule = f"must be 0 with model.in_channels = {channels}: its operations are for photographs"
+            raise RecipeError("finetune.randaugment_operations", rule, operations, "set it to 0")
         if self.image_mean and len(self.image_mean) != channels:
             rule = f"must have a number for each channel, {channels}"
             remedy = "set image_mean=[] image_std=[] to take the data set's"

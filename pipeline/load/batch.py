@@ -27,7 +27,7 @@ class Batch:
     sample_ids: torch.Tensor
     """(n,) int64, on the host; lane after lane. What the order dealt, also where a substitute stands in."""
     images: torch.Tensor
-    """(n, C, H, W) uint8, on the device; safe to use on its current stream."""
+    """(n, C, H, W) uint8 or uint16, on the device; safe to use on its current stream."""
     wait_seconds: float
     """How long the consumer waited for it; near zero where loading keeps up."""
     crops: CropRow
@@ -50,6 +50,8 @@ class StartedBatch:
         draws: Draws,
         image_shape: tuple[int, int, int],
         device_copy: DeviceCopy,
+        *,
+        dtype: torch.dtype,
     ) -> None:
         self.step = step
         self.pending = pending
@@ -57,7 +59,7 @@ class StartedBatch:
         """(n, ...), of the images' crops."""
         self.sample_ids = device_copy.empty((len(pending),), torch.int64)
         self.sample_ids[:] = torch.tensor([item.sample_id for item in pending], device="cpu")
-        self.images = device_copy.empty((len(pending), *image_shape), torch.uint8)
+        self.images = device_copy.empty((len(pending), *image_shape), dtype)
         self.pixels = self.images.numpy()
         """The same memory."""
         self.crops: CropRow = np.zeros((len(pending), 5), dtype=np.int32)

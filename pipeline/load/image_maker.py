@@ -64,7 +64,7 @@ class ImageMaker:
     ) -> None:
         self._dataset = dataset
         self._order = order
-        self._channels, self._image_shape = shape[0], shape[1:]
+        self._kind, self._image_shape = dataset.pixel_kind(shape[0]), shape[1:]
         self._seed = seed
         self._policy = policy
         self._augmentation = augmentation
@@ -125,7 +125,7 @@ class ImageMaker:
     def _drawn(self, sample: Sample, draws: Draws, out: Pixels, crop: CropRow) -> BadSample | None:
         with self._dataset.activities.doing("decode", f"{sample.member} at offset {sample.offset} of {sample.url}"):
             try:
-                pixels = decode(sample.data, self._channels)
+                pixels = decode(sample.data, self._kind.channels, self._kind.bits)
             except ValueError as error:
                 name = f"{sample.shard}/{sample.member}"
                 return sample.bad("undecodable", f"{name} at offset {sample.offset} does not decode ({error})")

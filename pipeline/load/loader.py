@@ -1,8 +1,8 @@
 """The loader of one rank: reads ahead, decodes and augments in threads, and gives batches in order.
 
 Threads, not processes: simplejpeg and torch release the GIL, and neither s3fs nor DeepSpeed survives a fork. Batches
-stay uint8 until they are on the device. What a batch holds depends on (dataset, order, seed, step, rank,
-world size), and on which samples are unusable, alone.
+stay integers of 8 or 16 bits until they are on the device. What a batch holds depends on (dataset, order, seed, step,
+rank, world size), and on which samples are unusable, alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from pipeline.errors import OrderError
 from pipeline.host.daemon_threads import DaemonThreads
 from pipeline.image.augment import Augmentation, RandomCrops
-from pipeline.image.channels import RGB_CHANNELS
+from pipeline.image.channels import PHOTOGRAPH_BITS, RGB_CHANNELS
 from pipeline.load.batch import Batch, StartedBatch
 from pipeline.load.dataset import Dataset
 from pipeline.load.device_copy import DeviceCopy
@@ -79,6 +79,7 @@ class Loader:
 
         Raises:
             OrderError: The order is over another number of samples.
+            DatasetError: The data set's images have no such channels.
         """
         if order.samples != dataset.samples:
             remedy = "make the order from the dataset that it reads"
@@ -86,6 +87,7 @@ class Loader:
         self._dataset = dataset
         self._order = order
         self._shape = (channels, *image_shape)
+        self._dtype = torch.uint8 if dataset.manifest.kind.bits == PHOTOGRAPH_BITS else torch.uint16
         self._seed = seed
         self._lanes = order.rank_lanes(rank, world_size)
         self._threads = threads
@@ -142,7 +144,7 @@ class Loader:
         pending = ahead.request(step)
         sample_ids = np.array([item.sample_id for item in pending])
         draws = self._augmentation.draws(self._seed, self._order.epoch(step), sample_ids)
-        batch = StartedBatch(step, pending, draws, self._shape, device_copy)
+        batch = StartedBatch(step, pending, draws, self._shape, device_copy, dtype=self._dtype)
         for place in range(len(pending)):
             decoders.start(partial(self._fill, batch, place))
         return batch

@@ -14,7 +14,7 @@ import google_crc32c
 
 from pipeline.access.urls import is_local
 from pipeline.errors import DamagedManifestError, DatasetError, StorageError, clipped
-from pipeline.image.channels import CHANNELS, RGB_CHANNELS
+from pipeline.image.channels import MOST_CHANNELS, PHOTOGRAPH_BITS, RGB_PIXELS, PixelKind
 from pipeline.shard.index import Skipped
 from pipeline.shard.pixel_statistics import PixelStatistics
 from pipeline.shard.table import CONTENT_COLUMNS, ShardReport, ShardTable, leads_away
@@ -24,6 +24,8 @@ from pipeline.store.storage import Storage
 FORMAT_VERSION = 3
 UNMEASURED_VERSION = 2
 """Of manifests that do not say what pixels are like: those of earlier releases."""
+BANDS_VERSION = 4
+"""Of manifests of images that are no photographs, which earlier releases would not read right."""
 MANIFEST_NAME = "manifest.json"
 SKIPPED_NAME = "skipped.jsonl"
 
@@ -86,12 +88,18 @@ class Manifest:
 
     def measured(self, pixels: PixelStatistics) -> Manifest:
         """The same data set, with what its pixels are like."""
-        return replace(self, format_version=FORMAT_VERSION, pixels=pixels)
+        version = FORMAT_VERSION if pixels.kind.is_photographic else BANDS_VERSION
+        return replace(self, format_version=version, pixels=pixels)
+
+    @property
+    def kind(self) -> PixelKind:
+        """What the images are decoded to."""
+        return self.pixels.kind if self.pixels else RGB_PIXELS
 
     @property
     def channels(self) -> int:
         """Of the images as they are decoded."""
-        return self.pixels.channels if self.pixels else RGB_CHANNELS
+        return self.kind.channels
 
     def to_bytes(self) -> bytes:
         """Canonical JSON; the shards as columns, and last the CRC32C of what the file would be without it."""
@@ -124,10 +132,10 @@ class Manifest:
             fields = parsed_object(text)
             del text
             version = fields["format_version"]
-            if type(version) is int and version in (UNMEASURED_VERSION, FORMAT_VERSION):
+            if type(version) is int and version in (UNMEASURED_VERSION, FORMAT_VERSION, BANDS_VERSION):
                 shards = ShardTable.from_json(fields.pop("shards"))
-                pixels = PixelStatistics.from_json(fields.pop("pixels")) if version == FORMAT_VERSION else None
-                _check_channels(pixels)
+                pixels = None if version == UNMEASURED_VERSION else PixelStatistics.from_json(fields.pop("pixels"))
+                _check_pixels(pixels, version)
                 _check_fields(fields)
                 _refuse_odd_tars(shards, url)
                 return cls(**fields | {"classes": tuple(fields["classes"])}, shards=shards, pixels=pixels)
@@ -136,7 +144,7 @@ class Manifest:
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             remedy = f"restore it, or make the dataset again in another place ({type(error).__name__}: {error})"
             raise DamagedManifestError("manifest", "must be readable", place, remedy) from error
-        rule = f"must have format_version {UNMEASURED_VERSION} or {FORMAT_VERSION}"
+        rule = f"must have format_version {UNMEASURED_VERSION}, {FORMAT_VERSION} or {BANDS_VERSION}"
         remedy = f"read {place} with the release that wrote it, or shard the dataset again into another place"
         raise DatasetError("manifest", rule, version, remedy)
 
@@ -150,9 +158,14 @@ class Manifest:
         }
 
 
-def _check_channels(pixels: PixelStatistics | None) -> None:
-    if pixels and pixels.channels not in CHANNELS:
-        raise ValueError(f"pixels must have 1 or 3 channels, have {pixels.channels}")
+def _check_pixels(pixels: PixelStatistics | None, version: int) -> None:
+    if pixels is None:
+        return
+    if pixels.channels > MOST_CHANNELS:
+        raise ValueError(f"pixels must have at most {MOST_CHANNELS} channels, have {pixels.channels}")
+    if pixels.kind.is_photographic != (version == FORMAT_VERSION):
+        kind = "1 or 3 channels of 8 bits" if version == FORMAT_VERSION else "others than 1 or 3 channels of 8 bits"
+        raise ValueError(f"pixels must have {kind}, have {pixels.channels} of {pixels.bits}")
 
 
 def _check_fields(fields: dict[str, Any]) -> None:
@@ -210,19 +223,20 @@ def _canonical(fields: dict[str, Any]) -> bytes:
 
 @dataclass(frozen=True)
 class ChannelMark:
-    """That images are decoded to another number of channels than usual: the same bytes are then another data set."""
+    """That images are decoded to something else than usual: the same bytes are then another data set."""
 
-    channels: int
+    pixels: PixelKind
 
     @property
     def digest(self) -> str:
         """As of `Made`."""
-        return f"channels {self.channels}"
+        deep = "" if self.pixels.bits == PHOTOGRAPH_BITS else f" of {self.pixels.bits} bits"
+        return f"channels {self.pixels.channels}{deep}"
 
 
-def channel_marks(channels: int) -> tuple[ChannelMark, ...]:
-    """What to put beside the tasks of a data set; nothing for RGB, as before there was another."""
-    return () if channels == RGB_CHANNELS else (ChannelMark(channels),)
+def channel_marks(pixels: PixelKind) -> tuple[ChannelMark, ...]:
+    """What to put beside the tasks of a data set; nothing for RGB of 8 bits, as before there was another."""
+    return () if pixels == RGB_PIXELS else (ChannelMark(pixels),)
 
 
 def sources_digest(tasks: Iterable[Made]) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model import Backbone, Classifier, ConvMAE, ConvMAEConfig, ModelConfigError, PooledEncoder
-from model.weights import to_gray
+from model.weights import to_bands
 
 CONVMAE = ConvMAEConfig(
     image_size=64, embed_dim=(8, 12, 16), num_heads=2, decoder_dim=16, decoder_num_heads=2, depth=(1, 1, 2)
@@ -26,7 +26,7 @@ def pair(config: ConvMAEConfig) -> tuple[ConvMAE, ConvMAE]:
     torch.manual_seed(0)
     colour = ConvMAE(config).eval()
     gray = ConvMAE(dataclasses.replace(config, in_channels=1)).eval()
-    gray.load_state_dict(to_gray(colour.state_dict()))
+    gray.load_state_dict(to_bands(colour.state_dict(), 1))
     return colour, gray
 
 
@@ -46,7 +46,7 @@ def test_weights_made_gray_encode_a_gray_image_as_the_others_did_in_every_channe
 def test_official_names_are_known_too() -> None:
     colour, gray = pair(CONVMAE)
 
-    made = to_gray(colour.official_state_dict())
+    made = to_bands(colour.official_state_dict(), 1)
 
     assert made.keys() == gray.official_state_dict().keys()
     assert all(torch.equal(made[name], value) for name, value in gray.official_state_dict().items())
@@ -55,7 +55,7 @@ def test_official_names_are_known_too() -> None:
 def test_gray_weights_stay_as_they_are() -> None:
     state = ConvMAE(dataclasses.replace(CONVMAE, in_channels=1)).state_dict()
 
-    assert all(torch.equal(value, state[name]) for name, value in to_gray(state).items())
+    assert all(torch.equal(value, state[name]) for name, value in to_bands(state, 1).items())
 
 
 @pytest.mark.parametrize("kind", ["convmae", "backbone", "pooled", "classifier"])

@@ -133,7 +133,7 @@ def test_an_unreadable_manifest_is_refused(tmp_path: Path, content: bytes) -> No
 def test_another_version_is_refused(tmp_path: Path, version: int) -> None:
     (tmp_path / MANIFEST_NAME).write_text(json.dumps({"format_version": version, "shards": [{"name": "a"}]}))
 
-    with pytest.raises(DatasetError, match=f"format_version 2 or 3, got {version}"):
+    with pytest.raises(DatasetError, match=f"format_version 2, 3 or 4, got {version}"):
         Manifest.load(Storage(), str(tmp_path))
 
 
