@@ -24,7 +24,7 @@ from jobs.run.trace import check_trace
 from jobs.trackers.trackers import check_trackers
 from jobs.weights.initial import pinned
 from pipeline.access.places import normal
-from pipeline.image.channels import PHOTOGRAPH_BITS, RGB_CHANNELS
+from pipeline.image.channels import RGB_CHANNELS
 from pipeline.shard.manifest import Manifest
 from pipeline.store.lease import Lease
 from pipeline.store.storage import Storage
@@ -146,13 +146,9 @@ def _with_pixels(recipe: Recipe, manifest: Manifest) -> Recipe:
     if given not in (kind.channels, RGB_CHANNELS):
         remedy = "make the data set with --gray or --bands, or leave the field out"
         raise RecipeError("model.in_channels", f"must be the data set's {kind.channels}", given, remedy)
-    if given != kind.channels:
-        recipe = recipe.amended({"model.in_channels": kind.channels})
-    if recipe.finetune and recipe.finetune.randaugment_operations and kind.bits != PHOTOGRAPH_BITS:
-        rule = f"must be 0 with images of {kind.bits} bits: its operations are for photographs"
-        operations = recipe.finetune.randaugment_operations
-        raise RecipeError("finetune.randaugment_operations", rule, operations, "set it to 0")
-    return recipe
+    if (given, recipe.image_bits) == (kind.channels, kind.bits):
+        return recipe
+    return recipe.amended({"model.in_channels": kind.channels, "image_bits": kind.bits})
 
 
 def _with_statistics(recipe: Recipe, run: RunDirectory, manifest: Manifest) -> Recipe:

@@ -25,6 +25,7 @@ from jobs.step.engine import build_model
 from jobs.step.objective import Objective, Reconstruction
 from model import Classifier
 from pipeline.host.free_memory import free_memory_bytes
+from pipeline.image.channels import PHOTOGRAPH_BITS
 from pipeline.load.batch import Batch
 
 SAFE_SHARE = {"cpu": 0.6, "cuda": 0.9}
@@ -75,8 +76,9 @@ def largest_micro_batch(recipe: Recipe, ranks_here: int) -> Fitting:
     meter = _Meter(device)
 
     def attempt(images: int) -> int:
+        dtype = torch.uint8 if recipe.image_bits == PHOTOGRAPH_BITS else torch.uint16
         shape = (images, recipe.model.in_channels, *recipe.model.image_shape)
-        pixels = torch.zeros(shape, dtype=torch.uint8, device=device)
+        pixels = torch.zeros(shape, dtype=dtype, device=device)
         batch = Batch(0, 0, torch.arange(images, device="cpu"), pixels, 0.0, np.zeros((images, 5), np.int32))
 
         def passes() -> None:

@@ -52,6 +52,22 @@ def test_official_names_are_known_too() -> None:
     assert all(torch.equal(made[name], value) for name, value in gray.official_state_dict().items())
 
 
+@pytest.mark.parametrize("config", [CONVMAE, MAE], ids=["convmae", "mae"])
+def test_weights_for_more_bands_encode_an_image_whose_bands_are_alike_as_the_others_did(config: ConvMAEConfig) -> None:
+    torch.manual_seed(0)
+    colour = ConvMAE(config).eval()
+    bands = ConvMAE(dataclasses.replace(config, in_channels=5)).eval()
+    bands.load_state_dict(to_bands(colour.state_dict(), 5))
+    images, noise = gray_images(), torch.rand(3, config.mask_patches, generator=torch.Generator().manual_seed(3))
+
+    with torch.no_grad():
+        expected = colour.reconstruct(images.expand(-1, 3, -1, -1), noise=noise)
+        found = bands.reconstruct(images.expand(-1, 5, -1, -1), noise=noise)
+
+    mean = expected.unflatten(2, (256, 3)).mean(3, keepdim=True).expand(-1, -1, -1, 5).flatten(2)
+    torch.testing.assert_close(found, mean, rtol=1e-4, atol=1e-5)
+
+
 def test_gray_weights_stay_as_they_are() -> None:
     state = ConvMAE(dataclasses.replace(CONVMAE, in_channels=1)).state_dict()
 
