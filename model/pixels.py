@@ -15,9 +15,10 @@ from model.config import PATCH_PIXELS
 
 
 def normalise(images: Tensor, statistics: ChannelStatistics) -> Tensor:
-    """uint8 (B, C, H, W) -> float32, of mean 0 and deviation 1 where the images are such, on the images' device."""
+    """uint8 or uint16 (B, C, H, W) -> float32, of mean 0 and deviation 1 where images are such, on their device."""
     mean, std = _per_channel(statistics.mean, images), _per_channel(statistics.std, images)
-    return (images.to(torch.float32) - 255 * mean) / (255 * std)
+    most = torch.iinfo(images.dtype).max
+    return (images.to(torch.float32) - most * mean) / (most * std)
 
 
 def denormalise(images: Tensor, statistics: ChannelStatistics) -> Tensor:

@@ -40,22 +40,25 @@ _PREDICTION = ("decoder_pred.weight", "decoder_pred.bias")
 """(P, dim) and (P,), the channels of a pixel beside each other."""
 
 
-def to_gray(state: Mapping[str, Tensor], channels: int = 3) -> dict[str, Tensor]:
-    """Weights of a model for images of several channels, as one for gray images.
+def to_bands(state: Mapping[str, Tensor], bands: int, channels: int = 3) -> dict[str, Tensor]:
+    """Weights of a model for RGB images, as one for images of other bands, gray ones among them.
 
-    An embedding gets the sum over its channels: of a gray image it then computes what the other one does of that image
-    in every channel, normalised alike. The prediction gets the mean over the channels of a pixel.
+    Each band's embedding gets an equal part of the sum over the channels: of an image whose bands are alike it then
+    computes what the other one does of that image in every channel, normalised alike. Each band's prediction gets the
+    mean over the channels of a pixel. No band takes after one colour, since nobody knows which is which.
 
     Args:
         state: By our names or the official ones.
-        channels: Of the images; weights of another number are left as they are.
+        bands: Of the images that the model is to take.
+        channels: Of the images that it took; weights of another number are left as they are.
     """
     made = dict(state)
     for name, tensor in state.items():
         if name.endswith(_EMBEDDINGS) and tensor.ndim == 4 and tensor.shape[1] == channels:
-            made[name] = tensor.sum(1, keepdim=True)
+            made[name] = (tensor.sum(1, keepdim=True) / bands).repeat(1, bands, 1, 1)
         elif name.endswith(_PREDICTION) and tensor.shape[0] == PATCH_PIXELS**2 * channels:
-            made[name] = tensor.reshape(PATCH_PIXELS**2, channels, *tensor.shape[1:]).mean(1)
+            mean = tensor.reshape(PATCH_PIXELS**2, channels, *tensor.shape[1:]).mean(1)
+            made[name] = mean.repeat_interleave(bands, dim=0)
     return made
 
 

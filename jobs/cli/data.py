@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,9 @@ from jobs.cli.shared import AsJson, Overrides, amended_recipe, open_session
 from jobs.terminal import print_json, print_pairs, say
 from pipeline.access.places import normal
 from pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from pipeline.image.channels import PixelKind
 
 app = typer.Typer()
 
@@ -30,6 +33,18 @@ AsGray = Annotated[
     typer.Option(
         "--gray", help="Images are gray: read one channel of each, its brightness. Their bytes stay as they are."
     ),
+]
+BandCount = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Images are TIFF or PNG with this many bands, which are read as they are; with --bits 16 also 1 or 3.",
+        show_default=False,
+    ),
+]
+BandBits = Annotated[
+    int | None,
+    typer.Option(help="Bits of a value in each band, 8 or 16, unsigned; default: 8.", show_default=False),
 ]
 
 
@@ -69,6 +84,8 @@ def shard(
         ),
     ] = False,
     gray: AsGray = False,
+    bands: BandCount = None,
+    bits: BandBits = None,
     salvage: Salvage = False,
     upload: Annotated[
         str,
@@ -79,7 +96,8 @@ def shard(
 ) -> None:
     """Make a data set: WebDataset tars, their indexes, and a manifest, in parallel Ray tasks.
 
-    JPEGs keep their bytes, other formats become JPEG. An image that does not decode is skipped, counted and listed.
+    JPEGs keep their bytes, other formats become JPEG; with --bands they become TIFFs of the same values. An image that
+    does not decode, or has other bands or bits, is skipped, counted and listed.
     If it is interrupted, the same command resumes it; once it is done, it says that there is nothing to do.
     """
     from jobs.terminal import parsed_bytes
@@ -87,6 +105,7 @@ def shard(
     from pipeline.image.photo import Encoding
     from pipeline.ingest.plan import Sharding
 
+    encoding = Encoding(max_side, quality, restart_markers, _given_bands(bands, bits, gray=gray))
     session = open_session()
     if upload:
         from jobs.remote.uploads import upload_and_say
@@ -105,7 +124,7 @@ def shard(
         session,
         source,
         normal(dest),
-        Sharding(samples_per_shard, size, seed, Encoding(max_side, quality, restart_markers)),
+        Sharding(samples_per_shard, size, seed, encoding),
         salvage=salvage,
         channels=GRAY_CHANNELS if gray else RGB_CHANNELS,
     )
@@ -122,10 +141,13 @@ def index(
     out: Annotated[
         str, typer.Option(help="URL for indexes and manifest; default: beside the tars.", show_default=False)
     ] = "",
+    *,
     deep: Annotated[
         bool, typer.Option("--deep", help="Decode every image, and skip those that do not decode.")
     ] = False,
     gray: AsGray = False,
+    bands: BandCount = None,
+    bits: BandBits = None,
     salvage: Salvage = False,
 ) -> None:
     """Make a data set from tars that were made elsewhere, without rewriting them: indexes and a manifest.
@@ -134,10 +156,12 @@ def index(
     offset. If it is interrupted, the same command resumes it.
     """
     from jobs.data.datasets import index_and_say
-    from pipeline.image.channels import GRAY_CHANNELS, RGB_CHANNELS
+    from pipeline.image.channels import GRAY_CHANNELS, RGB_PIXELS, PixelKind
+    from pipeline.image.photo import Encoding
 
-    channels = GRAY_CHANNELS if gray else RGB_CHANNELS
-    index_and_say(open_session(), url, out and normal(out), deep=deep, salvage=salvage, channels=channels)
+    encoding = Encoding(bands=_given_bands(bands, bits, gray=gray))
+    pixels = encoding.bands or (PixelKind(GRAY_CHANNELS) if gray else RGB_PIXELS)
+    index_and_say(open_session(), url, out and normal(out), deep=deep, salvage=salvage, pixels=pixels)
 
 
 @app.command(cls=at_cluster("url"))
@@ -253,6 +277,20 @@ def order(
             say(json.dumps(row))
         else:
             say(f"step {row['step']}  epoch {row['epoch']}  rank {row['rank']}  " + " ".join(row["keys"]))
+
+
+def _given_bands(bands: int | None, bits: int | None, *, gray: bool) -> PixelKind | None:
+    """What images have to hold by these options; None for photographs."""
+    from pipeline.image.channels import PHOTOGRAPH_BITS, PixelKind
+
+    if bands is None:
+        if bits is not None:
+            raise UserError("--bits", "must be given with --bands", bits, "add --bands 1 for gray images")
+        return None
+    if gray:
+        remedy = "give --bands 1 --bits 16 for gray images of 16 bits"
+        raise UserError("--gray", "must not be given with --bands", f"--bands {bands}", remedy)
+    return PixelKind(bands, PHOTOGRAPH_BITS if bits is None else bits)
 
 
 def _is_dataset(target: str) -> bool:

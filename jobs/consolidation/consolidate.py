@@ -28,9 +28,10 @@ from jobs.consolidation.file_layout import DTYPES, PART_BYTES, WeightFile, one_f
 from jobs.consolidation.target import ONE_FILE, ConsolidatedWeights, Target
 from jobs.consolidation.writer import Show, WeightWriter
 from jobs.errors import CheckpointError
-from jobs.recipe.image_statistics import MEAN_KEY, STD_KEY, statistics_metadata
+from jobs.recipe.image_statistics import BITS_KEY, MEAN_KEY, STD_KEY, statistics_metadata
 from jobs.run.directory import RunDirectory
 from pipeline.access.urls import is_local
+from pipeline.image.channels import PHOTOGRAPH_BITS
 from pipeline.store.lease import hold_lease
 from pipeline.store.storage import Storage
 
@@ -159,7 +160,7 @@ def _metadata(run: RunDirectory, commit: Commit, target: Target) -> dict[str, st
         "dataset_digest": commit.dataset_digest,
         "model": json.dumps(model, sort_keys=True),
         "versions": json.dumps(dict(commit.versions), sort_keys=True),
-        **statistics_metadata(fields.get(MEAN_KEY, ()), fields.get(STD_KEY, ())),
+        **statistics_metadata(fields.get(MEAN_KEY, ()), fields.get(STD_KEY, ()), fields.get(BITS_KEY, PHOTOGRAPH_BITS)),
         **({"git_commit": git} if git else {}),
         **({"classifier": json.dumps(classifier, sort_keys=True)} if classifier else {}),
     }

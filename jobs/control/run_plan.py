@@ -75,7 +75,7 @@ def plan_run(
     patience_seconds = run.storage.retry_seconds if is_patient else 0.0
     session.storage.check(recipe.data, write=False, is_patient=is_patient)
     manifest = Manifest.load(session.storage, recipe.data)
-    recipe = _with_channels(recipe, manifest)
+    recipe = _with_pixels(recipe, manifest)
     _check_capacity(session, recipe)
     if drives or session.is_local:
         persevere(lambda: _check_port(recipe.metrics_port), PortTakenError, patience_seconds)
@@ -83,6 +83,8 @@ def plan_run(
     session.remember_run_root(run.root)
     recipe, samples = _with_labels(session.storage, recipe, run, manifest.samples)
     order = order_of(recipe, samples)
+    if not manifest.kind.is_photographic:  # a share of the largest value means something else in other data
+        recipe = _with_statistics(recipe, run, manifest)
     recipe = _with_statistics(pinned(session.storage, recipe, run), run, manifest)
     recipe = begun_way(run, recipe)
     run.check_recipe(recipe)
@@ -133,19 +135,20 @@ def _with_labels(storage: Storage, recipe: Recipe, run: RunDirectory, samples: i
     return labels.pinned(recipe), len(labels.train)
 
 
-def _with_channels(recipe: Recipe, manifest: Manifest) -> Recipe:
+def _with_pixels(recipe: Recipe, manifest: Manifest) -> Recipe:
     """The recipe with a model for images as the data set has them.
 
     Raises:
-        RecipeError: The model is for gray images, and they are not; or what they are normalised by is for others.
+        RecipeError: The model is for images of other channels; or what they are normalised by is, or how they are
+            augmented.
     """
-    given = recipe.model.in_channels
-    if given == manifest.channels:
+    given, kind = recipe.model.in_channels, manifest.kind
+    if given not in (kind.channels, RGB_CHANNELS):
+        remedy = "make the data set with --gray or --bands, or leave the field out"
+        raise RecipeError("model.in_channels", f"must be the data set's {kind.channels}", given, remedy)
+    if (given, recipe.image_bits) == (kind.channels, kind.bits):
         return recipe
-    if given != RGB_CHANNELS:
-        remedy = "make the data set with --gray, or leave the field out"
-        raise RecipeError("model.in_channels", f"must be the data set's {manifest.channels}", given, remedy)
-    return recipe.amended({"model.in_channels": manifest.channels})
+    return recipe.amended({"model.in_channels": kind.channels, "image_bits": kind.bits})
 
 
 def _with_statistics(recipe: Recipe, run: RunDirectory, manifest: Manifest) -> Recipe:

@@ -16,7 +16,7 @@ from jobs.terminal import bytes_text, duration_text, print_json, progress_bar, s
 from pipeline.access.places import normal
 from pipeline.access.urls import is_local
 from pipeline.errors import DamagedManifestError, DamagedTarsError, SourceError
-from pipeline.image.channels import RGB_CHANNELS
+from pipeline.image.channels import RGB_CHANNELS, RGB_PIXELS, PixelKind
 from pipeline.ingest.plan import Ingest, Sharding
 from pipeline.ingest.source import Sources, Tars
 from pipeline.ingest.sources import find_sources
@@ -60,7 +60,7 @@ def shard_and_say(
 
 
 def index_and_say(
-    session: Session, url: str, out: str, *, deep: bool, salvage: bool, channels: int = RGB_CHANNELS
+    session: Session, url: str, out: str, *, deep: bool, salvage: bool, pixels: PixelKind = RGB_PIXELS
 ) -> Manifest:
     """Index the tars at `url`, and print the result.
 
@@ -85,7 +85,7 @@ def index_and_say(
             destination,
             deep=deep,
             salvage=salvage,
-            channels=channels,
+            pixels=pixels,
             on_progress=show,
             on_wait=_say_waiting,
         )
@@ -148,7 +148,8 @@ def measure_and_say(session: Session, url: str, *, samples: int, as_json: bool) 
         print_json({**about, **pixels.to_json(), "manifest": recorded, "seconds": round(result.seconds, 3)})
         return
     read = "all" if pixels.images == manifest.samples else f"{pixels.images} of"
-    say(f"{url}: {read} {manifest.samples} images read in {duration_text(result.seconds)}, {pixels.channels} channels")
+    kind = f"{pixels.channels} channels" + ("" if pixels.kind.is_photographic else f" of {pixels.bits} bits")
+    say(f"{url}: {read} {manifest.samples} images read in {duration_text(result.seconds)}, {kind}")
     say(f"image_mean={list(pixels.mean)} image_std={list(pixels.std)}".replace(", ", ","))
     if manifest.pixels is None:
         say("its manifest says nothing of them: runs take ImageNet's, unless their recipe has these two fields")

@@ -13,7 +13,7 @@ from jobs.data.statistics import SAMPLED_IMAGES, measured_pixels
 from jobs.run.shared_folder import Landmarks, lease_landmarks
 from pipeline.access.places import normal
 from pipeline.errors import DamagedTarsError, SourceError
-from pipeline.image.channels import RGB_CHANNELS
+from pipeline.image.channels import RGB_PIXELS, PixelKind
 from pipeline.ingest.index_tar import IndexTask, TarReport, index_tar
 from pipeline.ingest.source import Tar, Tars
 from pipeline.shard.index import Skipped
@@ -48,7 +48,7 @@ def index_dataset(
     *,
     deep: bool = False,
     salvage: bool = False,
-    channels: int = RGB_CHANNELS,
+    pixels: PixelKind = RGB_PIXELS,
     on_progress: Show,
     on_wait: Callable[[str], None] = logger.warning,
 ) -> IndexingReport:
@@ -62,7 +62,7 @@ def index_dataset(
         destination: Where indexes and manifest go; may be the tars' own folder.
         deep: Decode every image, and skip those that fail; otherwise only their headers are read.
         salvage: Index what is left of damaged tars.
-        channels: To which images are to be decoded.
+        pixels: To what images are to be decoded.
         on_progress: Called in this process.
         on_wait: Called with who seems to work there, when it takes time to find out whether they are alive.
 
@@ -74,9 +74,9 @@ def index_dataset(
     """
     began = time.monotonic()
     destination = normal(destination)
-    tasks = [_task(tars, tar, deep=deep, salvage=salvage) for tar in tars.tars]
+    tasks = [_task(tars, tar, deep=deep, salvage=salvage, pixels=pixels) for tar in tars.tars]
     work = Storage.join(destination, WORK_FOLDER)
-    made: list[Made] = [*tasks, *channel_marks(channels)]
+    made: list[Made] = [*tasks, *channel_marks(pixels)]
     manifest, done, skipped = existing_manifest(storage, destination, made), [], list[Skipped]()
     if manifest is None:
         with hold_lease(storage, work, "convmae index", on_wait=on_wait) as lease:
@@ -91,16 +91,16 @@ def index_dataset(
 
                 done = _indexed(storage, destination, tasks, show, landmarks=landmarks)
                 manifest, skipped = _manifest(tars, made, done)
-                pixels = measured_pixels(
+                measured = measured_pixels(
                     storage,
                     destination,
                     manifest,
-                    channels=channels,
+                    pixels=pixels,
                     samples=SAMPLED_IMAGES,
                     on_progress=show,
                     landmarks=landmarks,
                 )
-                manifest = manifest.measured(pixels)
+                manifest = manifest.measured(measured)
                 lease.check()
                 manifest.save(storage, destination, skipped)
         sweep(work)
@@ -111,9 +111,9 @@ def index_dataset(
     return IndexingReport(manifest, read, kept, manifest.skipped, bad_labels, seconds, unread_kinds(skipped))
 
 
-def _task(tars: Tars, tar: Tar, *, deep: bool, salvage: bool) -> IndexTask:
+def _task(tars: Tars, tar: Tar, *, deep: bool, salvage: bool, pixels: PixelKind) -> IndexTask:
     """The task for one tar, whose name becomes that of a shard and of its index."""
-    task = IndexTask(tars.root, tar, deep, salvage)
+    task = IndexTask(tars.root, tar, deep, salvage, pixels)
     if leads_away(task.name):
         remedy = "copy it to a key that begins with no slash, and has no '.', '..' or '://' in it"
         raise SourceError("tar", f"must have a name that is a path below {tars.root}", str(tar.path), remedy)

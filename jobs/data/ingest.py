@@ -134,7 +134,7 @@ def _made(
         storage,
         destination,
         manifest,
-        channels=job.channels,
+        pixels=job.pixels,
         samples=SAMPLED_IMAGES,
         on_progress=show,
         landmarks=landmarks,

@@ -11,6 +11,7 @@ import numpy as np
 from jobs.cluster.fan_out import Progress, Show, fan_out
 from jobs.run.shared_folder import Landmarks, manifest_landmarks
 from pipeline.errors import DatasetError
+from pipeline.image.channels import PixelKind
 from pipeline.load.pixel_sums import PixelTask, shard_sums
 from pipeline.shard.manifest import Manifest
 from pipeline.shard.pixel_statistics import PixelStatistics, PixelSums, spread_places
@@ -50,7 +51,7 @@ def measure_dataset(storage: Storage, url: str, *, samples: int, on_progress: Sh
         storage,
         url,
         manifest,
-        channels=manifest.channels,
+        pixels=manifest.kind,
         samples=samples,
         on_progress=on_progress,
         landmarks=landmarks,
@@ -63,7 +64,7 @@ def measured_pixels(
     url: str,
     manifest: Manifest,
     *,
-    channels: int,
+    pixels: PixelKind,
     samples: int,
     on_progress: Show,
     landmarks: Landmarks,
@@ -74,7 +75,7 @@ def measured_pixels(
         storage: Reaches it from every node.
         url: Of the data set.
         manifest: What lies there.
-        channels: To which images are decoded.
+        pixels: To what images are decoded.
         samples: Most images to read; 0: all.
         on_progress: Called in this process.
         landmarks: Of folders on local disks.
@@ -82,8 +83,8 @@ def measured_pixels(
     Raises:
         DatasetError: None of the images decodes.
     """
-    tasks = list(_tasks(manifest, samples, channels))
-    progress, sums = Progress(total=len(tasks)), PixelSums.none(channels)
+    tasks = list(_tasks(manifest, samples, pixels))
+    progress, sums = Progress(total=len(tasks)), PixelSums.none(pixels)
 
     def tick() -> None:
         on_progress("statistics", progress)
@@ -97,11 +98,11 @@ def measured_pixels(
     return sums.statistics()
 
 
-def _tasks(manifest: Manifest, samples: int, channels: int) -> Iterator[PixelTask]:
+def _tasks(manifest: Manifest, samples: int, pixels: PixelKind) -> Iterator[PixelTask]:
     """The chosen images, by shard."""
     ends = np.cumsum(manifest.shards.samples)
     chosen = spread_places(manifest.samples, samples)
     parts = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
     for entry, end, part in zip(manifest.shards, ends.tolist(), parts, strict=True):
         if len(part):
-            yield PixelTask(entry, tuple((part - (end - entry.samples)).tolist()), channels)
+            yield PixelTask(entry, tuple((part - (end - entry.samples)).tolist()), pixels)

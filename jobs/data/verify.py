@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from jobs.cluster.fan_out import Progress, Show, fan_out
 from jobs.run.shared_folder import manifest_landmarks
+from pipeline.image.channels import PixelKind
 from pipeline.shard.manifest import Manifest
 from pipeline.shard.table import ShardEntry
 from pipeline.shard.verify import Fault, Verdict, verify_shard
@@ -44,7 +45,7 @@ def verify_dataset(storage: Storage, url: str, *, deep: bool, on_progress: Show)
     def tick() -> None:
         on_progress("shards", progress)
 
-    tasks = ((entry, deep) for entry in manifest.shards)
+    tasks = ((entry, deep, manifest.kind) for entry in manifest.shards)
     landmarks = manifest_landmarks(storage, url)
     verdicts: list[Verdict] = []
     for verdict in fan_out(_verified, storage, url, tasks, on_tick=tick, landmarks=landmarks):
@@ -55,6 +56,6 @@ def verify_dataset(storage: Storage, url: str, *, deep: bool, on_progress: Show)
     return Verification(manifest, faults, time.monotonic() - began)
 
 
-def _verified(storage: Storage, url: str, task: tuple[ShardEntry, bool]) -> Verdict:
-    entry, deep = task
-    return verify_shard(storage, url, entry, deep=deep)
+def _verified(storage: Storage, url: str, task: tuple[ShardEntry, bool, PixelKind]) -> Verdict:
+    entry, deep, pixels = task
+    return verify_shard(storage, url, entry, deep=deep, pixels=pixels)

@@ -133,7 +133,7 @@ def encode(encoder: FrozenEncoder, pixels: Pixels, device: str) -> Float32s:
 
     Args:
         encoder: Gives them.
-        pixels: (B, in_channels, H, W) uint8.
+        pixels: (B, in_channels, H, W) uint8 or uint16.
         device: `cpu` or `cuda`.
 
     Raises:

@@ -17,6 +17,7 @@ from model.noise import mask_noise
 from pipeline.access.places import Given, Listed
 from pipeline.errors import clipped
 from pipeline.image.augment import center_crop
+from pipeline.image.bands import file_bits
 from pipeline.image.decode import Pixels, decode
 from pipeline.ingest.source import IMAGE_SUFFIXES, suffix
 from pipeline.store.storage import Storage
@@ -61,7 +62,7 @@ def reconstructed(
 
     Args:
         storage: Reaches the pictures.
-        urls: Of image files of any format that `convmae shard` reads.
+        urls: Of image files of any format that `convmae shard` reads, those with the model's bands and 16 bits too.
         model: In evaluation mode.
         statistics: By which its images were normalised.
         seed: Chooses the masks, each by the seed and the place of its picture.
@@ -70,7 +71,7 @@ def reconstructed(
         EvaluationError: One does not decode.
     """
     config = model.config
-    images = torch.from_numpy(np.stack([_cropped(storage, url, config) for url in urls]))
+    images = torch.from_numpy(np.stack(_alike([_cropped(storage, url, config) for url in urls])))
     noise = mask_noise(seed, 0, torch.arange(len(urls), device="cpu"), config.mask_patches, "cpu")
     grids = []
     for start in range(0, len(urls), COLUMNS):
@@ -95,10 +96,17 @@ def png(picture: Image.Image) -> bytes:
 def _cropped(storage: Storage, url: str, config: ConvMAEConfig) -> Pixels:
     data = storage.read(url)
     try:
-        return center_crop(decode(data, config.in_channels), config.image_shape)
+        return center_crop(decode(data, config.in_channels, file_bits(data, config.in_channels)), config.image_shape)
     except ValueError as error:
         rule = f"must be images that decode ({clipped(str(error))})"
         raise EvaluationError("PICTURES", rule, url, "leave it out, or save it again") from None
+
+
+def _alike(images: Sequence[Pixels]) -> list[Pixels]:
+    """All with as many bits: 257 times a value of 8 bits is the same share of the largest of 16."""
+    if len({image.dtype for image in images}) == 1:
+        return list(images)
+    return [image if image.dtype == np.uint16 else image.astype(np.uint16) * np.uint16(257) for image in images]
 
 
 def _filled(images: Tensor, count: int) -> Tensor:

@@ -167,7 +167,7 @@ def _write_hugging_face(source: Source, folder: Path, _: str) -> None:
             "size": {"height": height, "width": width},
             "resample": 3,
             "do_rescale": True,
-            "rescale_factor": 1 / 255,
+            "rescale_factor": 1 / ((1 << weights.image_bits) - 1),
             "do_normalize": True,
             "image_mean": weights.statistics.mean,
             "image_std": weights.statistics.std,
@@ -210,7 +210,7 @@ def _write_onnx(source: Source, folder: Path, name: str) -> None:
 
 def _statistics(weights: Weights) -> dict[str, str]:
     """What images must be normalised by, also where the weights are older than its record."""
-    return statistics_metadata(*weights.statistics)
+    return statistics_metadata(*weights.statistics, weights.image_bits)
 
 
 def _backbone(weights: Weights) -> Backbone:

@@ -13,7 +13,7 @@ from typing import Any
 from jobs.report.curves import CHARTED, History, thinned, trend
 from jobs.run.directory import RECONSTRUCTIONS_NAME, RunDirectory
 from jobs.weights.consolidated import Weights
-from pipeline.image.channels import RGB_CHANNELS
+from pipeline.image.channels import GRAY_CHANNELS, RGB_CHANNELS
 
 RAW_POINTS = 1200
 TREND_POINTS = 120
@@ -104,7 +104,7 @@ def card(weights: Weights, run: RunDirectory | None, history: History | None, *,
         name=metadata.get("run") or "ConvMAE",
         facts="\n".join(f"- {line}" for line in _facts(weights, history)),
         backbone=Template(_BACKBONE).substitute(channels=channels) if weights.config.has_convolutions else "",
-        colours="RGB" if channels == RGB_CHANNELS else "gray",
+        colours={GRAY_CHANNELS: "gray", RGB_CHANNELS: "RGB"}.get(channels, f"{channels} bands"),
         results="\n## Pretraining\n\n" + "\n\n".join(pictures) + "\n" if pictures else "",
         recipe="\n".join(_row(key, value) for key, value in fields.items()),
         provenance="\n".join(_row(key, value) for key, value in metadata.items()),

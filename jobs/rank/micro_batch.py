@@ -26,6 +26,7 @@ from jobs.step.engine import build_model
 from jobs.step.objective import Objective, Reconstruction
 from model import Classifier
 from pipeline.host.free_memory import free_memory_bytes
+from pipeline.image.channels import PHOTOGRAPH_BITS
 from pipeline.load.batch import Batch
 
 SAFE_SHARE = {"cpu": 0.6, "cuda": 0.9}
@@ -77,7 +78,8 @@ def largest_micro_batch(recipe: Recipe, ranks_here: int) -> Fitting:
     shape, epoch = (recipe.model.in_channels, *largest.model.image_shape), largest.first_epoch
 
     def attempt(images: int) -> int:
-        pixels = torch.zeros(images, *shape, dtype=torch.uint8, device=device)
+        dtype = torch.uint8 if recipe.image_bits == PHOTOGRAPH_BITS else torch.uint16
+        pixels = torch.zeros(images, *shape, dtype=dtype, device=device)
         batch = Batch(0, epoch, torch.arange(images, device="cpu"), pixels, 0.0, np.zeros((images, 5), np.int32))
 
         def passes() -> None:

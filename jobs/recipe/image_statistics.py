@@ -9,14 +9,16 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from pipeline.image.channels import PHOTOGRAPH_BITS
+
 if TYPE_CHECKING:
     from pipeline.shard.manifest import Manifest
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 """Of each channel, RGB in 0..1; torchvision's and the official code's."""
 IMAGENET_STD = (0.229, 0.224, 0.225)
-MEAN_KEY, STD_KEY = "image_mean", "image_std"
-"""Names of fields of a recipe, and of the metadata of files of weights, where each is a JSON list."""
+MEAN_KEY, STD_KEY, BITS_KEY = "image_mean", "image_std", "image_bits"
+"""Names of fields of a recipe, and of the metadata of files of weights, where the first two are JSON lists."""
 
 
 def recorded_statistics(manifest: Manifest) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -25,12 +27,15 @@ def recorded_statistics(manifest: Manifest) -> tuple[tuple[float, ...], tuple[fl
     return (pixels.mean, pixels.std) if pixels else (IMAGENET_MEAN, IMAGENET_STD)
 
 
-def gray_statistics(mean: Sequence[float], std: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """For weights of several channels that were trained with these, made into weights of one: the means."""
-    return (round(sum(mean) / len(mean), 6),), (round(sum(std) / len(std), 6),)
+def band_statistics(
+    mean: Sequence[float], std: Sequence[float], bands: int
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """For weights that were trained with these, made into weights for other bands: the means, for each band."""
+    return (round(sum(mean) / len(mean), 6),) * bands, (round(sum(std) / len(std), 6),) * bands
 
 
-def statistics_metadata(mean: Sequence[float], std: Sequence[float]) -> dict[str, str]:
-    """What the metadata of a file say of them; of empty ones ImageNet's."""
+def statistics_metadata(mean: Sequence[float], std: Sequence[float], bits: int = PHOTOGRAPH_BITS) -> dict[str, str]:
+    """What the metadata of a file say of them; of empty ones ImageNet's. Nothing of 8 bits, as before there were 16."""
+    deep = {} if bits == PHOTOGRAPH_BITS else {BITS_KEY: str(bits)}
     given = {MEAN_KEY: mean or IMAGENET_MEAN, STD_KEY: std or IMAGENET_STD}
-    return {key: json.dumps(list(values)) for key, values in given.items()}
+    return {key: json.dumps(list(values)) for key, values in given.items()} | deep

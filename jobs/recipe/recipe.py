@@ -45,7 +45,7 @@ from model.errors import ModelConfigError
 from pipeline.access.places import normal
 from pipeline.access.urls import is_local, is_web
 from pipeline.errors import StorageError
-from pipeline.image.channels import CHANNELS, RGB_CHANNELS
+from pipeline.image.channels import PHOTOGRAPH_BITS, RGB_CHANNELS, PixelKind
 from pipeline.load.bad_sample import MAX_CONSECUTIVE_BAD_SAMPLES, OnBadSample
 from pipeline.load.stall_watch import STALL_SECONDS
 
@@ -150,6 +150,8 @@ class Recipe(BaseModel):
     starts from, or else of the data set, as its manifest says; determined when a run begins."""
     image_std: tuple[float, ...] = ()
     """Deviation of each channel likewise."""
+    image_bits: Literal[8, 16] = 8
+    """Of a value of the images, as the data set has them; determined when a run begins."""
     finetune: FinetuneField = None
     """What makes the run a fine-tuning (`finetune.<field>`); only recipes that are made for it have it."""
     init_from: str = ""
@@ -431,9 +433,15 @@ class Recipe(BaseModel):
             rule = f"must have as many numbers as image_mean, {len(self.image_mean)}"
             raise RecipeError("image_std", rule, list(self.image_std), "give both, or neither")
         channels = self.model.in_channels
-        if channels not in CHANNELS:
-            rule = f"must be one of {', '.join(map(str, CHANNELS))}, to which images are decoded"
-            raise RecipeError("model.in_channels", rule, channels, "use 3 for RGB and 1 for gray")
+        kind = PixelKind(channels, self.image_bits)
+        operations = self.finetune.randaugment_operations if self.finetune else 0
+        if operations and not kind.is_photographic:
+            rule = f"must be 0 with images of {channels} channels of {self.image_bits} bits, which are no photographs"
+            raise RecipeError("finetune.randaugment_operations", rule, operations, "set it to 0")
+        if self.image_mean == IMAGENET_MEAN and not kind.is_photographic:
+            rule = f"must not be ImageNet's with images of {self.image_bits} bits"
+            remedy = "set image_mean=[] image_std=[] to take the data set's"
+            raise RecipeError("image_mean", rule, list(self.image_mean), remedy)
         if self.image_mean and len(self.image_mean) != channels:
             rule = f"must have a number for each channel, {channels}"
             remedy = "set image_mean=[] image_std=[] to take the data set's"
@@ -488,6 +496,8 @@ class Recipe(BaseModel):
             del fields[RESOLUTION_FIELD]  # likewise
         if not self.scaled_decode:
             del fields["scaled_decode"]  # likewise
+        if self.image_bits == PHOTOGRAPH_BITS:
+            del fields["image_bits"]  # likewise
         if self.statistics == (IMAGENET_MEAN, IMAGENET_STD):
             del fields["image_mean"], fields["image_std"]  # likewise
         if self.is_exact:

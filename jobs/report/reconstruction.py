@@ -1,6 +1,6 @@
 """Pictures of what a model has learned: photographs, what it sees of them, and how it reconstructs the rest.
 
-Letters: B images, C channels, 1 or 3, H and W pixels.
+Letters: B images, C channels, of pictures 1 or 3, H and W pixels.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import io
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -22,13 +23,16 @@ from model.masking import draw_mask
 from model.noise import mask_noise
 from model.pixels import denormalise, normalise, patch_moments, patchify, unpatchify
 from pipeline.image.augment import center_crop
-from pipeline.image.decode import decode
+from pipeline.image.channels import GRAY_CHANNELS, RGB_CHANNELS, PixelKind
+from pipeline.image.decode import Decoder, decode
 from pipeline.load.bad_sample import BadSample
 from pipeline.load.dataset import Dataset
 from pipeline.load.shard_reader import Sample
 from pipeline.order import hashing
 
 HIDDEN_GRAY = 127
+SHOWN_DEVIATIONS = 2.0
+"""From the mean to black and to white, where images are no photographs; of these every value is shown as it is."""
 CANDIDATES = 4
 """Images considered for each one shown, so that those shown are of different classes."""
 
@@ -84,8 +88,10 @@ def reconstruction_grid(
         count: Columns; fewer where the data set has fewer images.
     """
     model = ConvMAE(config).eval()
-    samples = varied(usable(dataset, spread_samples(dataset.samples, CANDIDATES * count, seed)), count)
-    crops = [center_crop(decode(sample.data, config.in_channels), config.image_shape) for sample in samples]
+    kind = dataset.pixel_kind(config.in_channels)
+    decoded = partial(decode, channels=kind.channels, bits=kind.bits)
+    samples = varied(usable(dataset, spread_samples(dataset.samples, CANDIDATES * count, seed), decoded), count)
+    crops = [center_crop(decoded(sample.data), config.image_shape) for sample in samples]
     noise = mask_noise(
         seed, 0, torch.tensor([sample.id for sample in samples], device="cpu"), config.mask_patches, "cpu"
     )
@@ -126,7 +132,7 @@ def spread_samples(samples: int, count: int, seed: int) -> list[int]:
     return [start + int(place * (end - start)) for start, end, place in zip(ends, ends[1:], places, strict=False)]
 
 
-def usable(dataset: Dataset, sample_ids: Sequence[int]) -> list[Sample]:
+def usable(dataset: Dataset, sample_ids: Sequence[int], decoded: Decoder) -> list[Sample]:
     """The samples that are as they were ingested and that decode.
 
     Raises:
@@ -138,7 +144,7 @@ def usable(dataset: Dataset, sample_ids: Sequence[int]) -> list[Sample]:
             bad.append(found)
             continue
         try:
-            decode(found.data)
+            decoded(found.data)
         except ValueError as error:
             bad.append(found.bad("undecodable", f"{found.member} does not decode ({error})"))
         else:
@@ -163,10 +169,13 @@ def varied(samples: Sequence[Sample], count: int) -> list[Sample]:
 def reconstruct_panels(model: ConvMAE, statistics: ChannelStatistics, images: Tensor, noise: Tensor) -> Panels:
     """Mask images, and fill what was hidden with the model's prediction.
 
+    Of images that are no photographs the first three bands are shown as RGB, or the first as gray, from
+    SHOWN_DEVIATIONS below the mean to as much above it.
+
     Args:
         model: In evaluation mode.
         statistics: By which its images were normalised.
-        images: (B, C, H, W) uint8.
+        images: (B, C, H, W) uint8 or uint16.
         noise: (B, draws), what the model masks by.
     """
     config, inputs = model.config, normalise(images, statistics)
@@ -175,9 +184,13 @@ def reconstruct_panels(model: ConvMAE, statistics: ChannelStatistics, images: Te
         mean, deviation = patch_moments(patchify(inputs))
         prediction = prediction * deviation + mean
     hidden = _hidden_pixels(config, noise)
-    masked = images.masked_fill(hidden, HIDDEN_GRAY)
-    filled = denormalise(unpatchify(prediction, config.grid), statistics)
-    return Panels(images, masked, torch.where(hidden, filled, images))
+    filled = unpatchify(prediction, config.grid)
+    if PixelKind(images.shape[1], torch.iinfo(images.dtype).bits).is_photographic:
+        original, filled = images, denormalise(filled, statistics)
+    else:
+        original, filled = _stretched(inputs), _stretched(filled)
+    masked = original.masked_fill(hidden, HIDDEN_GRAY)
+    return Panels(original, masked, torch.where(hidden, filled, original))
 
 
 def draw_grid(rows: Sequence[tuple[str, Tensor]]) -> Image.Image:
@@ -203,6 +216,12 @@ def draw_grid(rows: Sequence[tuple[str, Tensor]]) -> Image.Image:
             cell = Image.fromarray(shown.permute(1, 2, 0).numpy()).resize((cell_width, cell_height), method)
             picture.paste(cell, (_GAP_PIXELS + column * (cell_width + _GAP_PIXELS), top + _CAPTION_PIXELS))
     return picture
+
+
+def _stretched(images: Tensor) -> Tensor:
+    """Normalised (B, C, H, W) as uint8 of 1 or 3 channels."""
+    shown = images[:, : RGB_CHANNELS if images.shape[1] >= RGB_CHANNELS else GRAY_CHANNELS]
+    return ((shown / SHOWN_DEVIATIONS + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def _hidden_pixels(config: ConvMAEConfig, noise: Tensor) -> Tensor:

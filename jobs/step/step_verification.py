@@ -146,6 +146,12 @@ class StepVerifier:
         received, received_ids = torch.empty_like(images), torch.empty_like(sent_ids)
         for got, sent in ((received, images.contiguous()), (received_ids, sent_ids)):
             from_each, to_each = [0] * ranks, [0] * ranks
-            from_each[(rank - hop) % ranks] = to_each[(rank + hop) % ranks] = sent.numel()
-            dist.all_to_all_single(got.view(-1), sent.view(-1), from_each, to_each)
+            from_each[(rank - hop) % ranks] = to_each[(rank + hop) % ranks] = sent.nbytes
+            # As bytes: not every backend sends uint16.
+            dist.all_to_all_single(_octets(got), _octets(sent), from_each, to_each)
         return received, received_ids.cpu()
+
+
+def _octets(values: Tensor) -> Tensor:
+    """The memory of a contiguous tensor."""
+    return values.view(-1).view(torch.uint8)

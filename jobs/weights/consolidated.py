@@ -20,7 +20,7 @@ from jobs.checkpoint.state_reading import read_zero_state
 from jobs.consolidation.file_layout import FILE_NAME, INDEX_NAME
 from jobs.consolidation.target import SEVERAL_FILES, recorded_sha256
 from jobs.errors import CheckpointError, WeightsFileError
-from jobs.recipe.image_statistics import statistics_metadata
+from jobs.recipe.image_statistics import BITS_KEY, statistics_metadata
 from jobs.run.directory import RunDirectory
 from jobs.weights.file_statistics import image_statistics
 from jobs.weights.weight_checks import check_against, check_dtypes
@@ -31,6 +31,7 @@ from model.errors import WeightsError, listed
 from model.weights import check_names
 from pipeline.errors import clipped
 from pipeline.host.local_files import sha256_of
+from pipeline.image.channels import DEEP_BITS, PHOTOGRAPH_BITS
 from pipeline.store.json_text import parsed_object
 from pipeline.store.storage import Storage
 
@@ -87,6 +88,11 @@ class Weights:
             WeightsFileError: The metadata are damaged.
         """
         return image_statistics(self.metadata, self.metadata.get("run", "weights"))
+
+    @property
+    def image_bits(self) -> int:
+        """Of a value of the images with which they were trained."""
+        return DEEP_BITS if self.metadata.get(BITS_KEY) == str(DEEP_BITS) else PHOTOGRAPH_BITS
 
     def classifier(self) -> Classifier:
         """The model of a fine-tuning, with these weights, in evaluation mode."""
@@ -231,7 +237,7 @@ def _of_checkpoint(run: RunDirectory, commit: Commit) -> Weights:
         "recipe_digest": commit.recipe_digest,
         "dataset_digest": commit.dataset_digest,
         "versions": json.dumps(dict(commit.versions), sort_keys=True),
-        **statistics_metadata(*recipe.statistics),
+        **statistics_metadata(*recipe.statistics, recipe.image_bits),
     }
     head = ClassifierHead(part.kind, part.classes) if part else None
     weights = Weights(config, tensors, metadata, head)

@@ -11,14 +11,14 @@ from jobs.recipe.image_statistics import (
     IMAGENET_STD,
     MEAN_KEY,
     STD_KEY,
-    gray_statistics,
+    band_statistics,
     statistics_metadata,
 )
 from jobs.weights.torch_file import is_safetensors
 from jobs.weights.weight_files import opened_file
 from model import ChannelStatistics, ConvMAEConfig
 from pipeline.errors import clipped
-from pipeline.image.channels import GRAY_CHANNELS
+from pipeline.image.channels import RGB_CHANNELS
 from pipeline.store.json_text import parsed_json
 
 IMAGENET = ChannelStatistics(IMAGENET_MEAN, IMAGENET_STD)
@@ -42,9 +42,10 @@ def image_statistics(metadata: Mapping[str, str], url: str) -> ChannelStatistics
 
 
 def statistics_for(config: ConvMAEConfig, statistics: ChannelStatistics) -> ChannelStatistics:
-    """What to normalise by when a model takes weights that were trained with these; see `model.weights.to_gray`."""
-    is_made_gray = config.in_channels == GRAY_CHANNELS != len(statistics.mean)
-    return ChannelStatistics(*gray_statistics(*statistics)) if is_made_gray else statistics
+    """What to normalise by when a model takes weights that were trained with these; see `model.weights.to_bands`."""
+    bands = config.in_channels
+    is_adapted = bands != RGB_CHANNELS == len(statistics.mean)
+    return ChannelStatistics(*band_statistics(*statistics, bands)) if is_adapted else statistics
 
 
 def statistics_in(path: Path, url: str, config: ConvMAEConfig) -> ChannelStatistics:

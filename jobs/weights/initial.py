@@ -37,10 +37,10 @@ from jobs.weights.weight_files import (
 )
 from model import ConvMAEConfig
 from model.config import ENCODER_FIELDS, PATCH_PIXELS
-from model.weights import to_gray
+from model.weights import to_bands
 from pipeline.host.local_files import sha256_of
 from pipeline.host.scratch import scratch_folder
-from pipeline.image.channels import GRAY_CHANNELS
+from pipeline.image.channels import RGB_CHANNELS
 from pipeline.store.storage import Storage
 
 KINDS = ("file", "deepspeed")
@@ -151,7 +151,7 @@ def _taken(
     with opened_file(path, url) as file:
         if "model" in (metadata := dict(file.metadata() or {})):
             check_heads(model_config(metadata, url), config, url)
-        if config.in_channels == GRAY_CHANNELS:
+        if config.in_channels != RGB_CHANNELS:
             state = dict(tensors_in(file, url))
             return _chosen(state, url, config, fresh_decoder=fresh_decoder, encoder_alone=encoder_alone)
         names = weight_names(shapes_of(file), config, url, fresh_decoder=fresh_decoder, encoder_alone=encoder_alone)
@@ -162,9 +162,9 @@ def _taken(
 def _chosen(
     state: Mapping[str, Tensor], url: str, config: ConvMAEConfig, *, fresh_decoder: bool, encoder_alone: bool = False
 ) -> tuple[dict[str, Tensor], WeightNames]:
-    """The tensors of a state dict by our names, each of a type that weights may have; RGB ones as gray, if need be."""
-    if config.in_channels == GRAY_CHANNELS:
-        state = to_gray(state)
+    """The tensors of a state dict by our names, each of a type that weights may have; RGB ones for other bands."""
+    if config.in_channels != RGB_CHANNELS:
+        state = to_bands(state, config.in_channels)
     names = weight_names(state, config, url, fresh_decoder=fresh_decoder, encoder_alone=encoder_alone)
     tensors = {name: state[theirs] for name, theirs in names.places.items()}
     check_dtypes({name: tensor.dtype for name, tensor in tensors.items()}, url)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
-from pipeline.image import other_formats
+from pipeline.image import bands, other_formats
 from pipeline.image.bare_image import JPEG_START, bare_image
-from pipeline.image.channels import GRAY_CHANNELS, RGB_CHANNELS
+from pipeline.image.channels import GRAY_CHANNELS, PHOTOGRAPH_BITS, RGB_CHANNELS, PixelKind
 from pipeline.image.jpeg_scans import refuse_scan_bomb
 
-Pixels = npt.NDArray[np.uint8]
+Pixels = npt.NDArray[np.uint8 | np.uint16]
+"""Of 8 or of 16 bits, each value a share of the largest."""
+Decoder = Callable[[bytes], Pixels]
+"""(H, W, C) of a file; raises ValueError as `decode` does."""
 _COLOURSPACES = {GRAY_CHANNELS: "Gray", RGB_CHANNELS: "RGB"}
 
 KEPT_COLOURSPACES = frozenset({"YCbCr", "Gray", "RGB"})
@@ -21,16 +25,21 @@ KEPT_COLOURSPACES = frozenset({"YCbCr", "Gray", "RGB"})
 _CONVERTIBLE = ("extraneous bytes", "Unsupported", "Could not determine subsampling")
 
 
-def decode(data: bytes, channels: int = RGB_CHANNELS) -> Pixels:
+def decode(data: bytes, channels: int = RGB_CHANNELS, bits: int = PHOTOGRAPH_BITS) -> Pixels:
     """(H, W, channels) pixels of an image: our own JPEGs by libjpeg-turbo, other formats in slower ways.
+
+    With 16 bits, or with other channels than 1 or 3, the bands of a TIFF or PNG as they are; see `bands`.
 
     Args:
         data: Of the file.
         channels: 3 for RGB, of gray images too; 1 for the brightness, of coloured images too (ITU-R 601).
+        bits: Of a value, 8 or 16.
 
     Raises:
         ValueError: The bytes are no image, or a damaged one; nothing is patched up with grey.
     """
+    if not PixelKind(channels, bits).is_photographic:
+        return bands.band_values(data, channels, bits)
     if not data.startswith(JPEG_START):
         return other_formats.pixels_of(data, channels)
     try:
@@ -96,6 +105,12 @@ def resize(pixels: Pixels, height: int, width: int) -> Pixels:
     """
     import torch  # seconds, and 200 MB, which those who only decode are spared
 
+    if pixels.dtype != np.uint8:  # torch resizes no other integers
+        values = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None]
+        scaled = torch.nn.functional.interpolate(values, (height, width), mode="bicubic", antialias=True)
+        most = np.iinfo(pixels.dtype).max
+        deep: Pixels = scaled[0].round().clamp(0, most).numpy().astype(pixels.dtype)
+        return deep
     # A channels-last view: torch has a uint8 kernel for it that resizes interleaved pixels in place.
     image = torch.from_numpy(np.ascontiguousarray(pixels)).permute(2, 0, 1)[None]
     resized = torch.nn.functional.interpolate(image, (height, width), mode="bicubic", antialias=True)

@@ -91,7 +91,7 @@ def size_of(data: bytes) -> tuple[int, int]:
 
 def upright(image: Image.Image) -> Image.Image:
     """An opened image as its EXIF says that it is to be shown; as it is where that says nothing sound."""
-    method = _TURNS.get(_orientation(image.getexif))
+    method = _TURNS.get(orientation_of(image.getexif))
     return image if method is None else image.transpose(method)
 
 
@@ -103,7 +103,7 @@ def is_upright(data: bytes) -> bool:
         exif.load(bare_image(data).exif)
         return exif
 
-    return _orientation(loaded) not in _TURNS
+    return orientation_of(loaded) not in _TURNS
 
 
 def plain(image: Image.Image) -> Image.Image:
@@ -165,7 +165,7 @@ def _silence_pil() -> None:
         warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
-def _orientation(exif: Callable[[], Image.Exif]) -> int:
+def orientation_of(exif: Callable[[], Image.Exif]) -> int:
     """As EXIF has it; 1, which is upright, where it has none or cannot be read."""
     _silence_pil()
     try:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import partial
 
 import google_crc32c
 
 from pipeline.errors import DatasetError
-from pipeline.image import other_formats
+from pipeline.image import bands, other_formats
+from pipeline.image.channels import RGB_PIXELS, PixelKind
 from pipeline.image.decode import decode
 from pipeline.image.photo import CorruptImage
 from pipeline.ingest.source import Tar
@@ -34,6 +36,8 @@ class IndexTask:
     """Decode every image, and skip those that do not decode; else only their headers are read."""
     salvage: bool
     """Index what is left of a damaged tar; else it is not indexed."""
+    pixels: PixelKind = RGB_PIXELS
+    """To what images are to be decoded; those of other bands or bits are skipped, but for photographs."""
 
     @property
     def name(self) -> str:
@@ -44,6 +48,8 @@ class IndexTask:
     def digest(self) -> str:
         """Identifies the tar and how it is indexed."""
         parts = [INDEXING_VERSION, self.tar.path.text, self.tar.size_bytes, self.deep]
+        if not self.pixels.is_photographic:
+            parts += [self.pixels.channels, self.pixels.bits]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @property
@@ -90,8 +96,9 @@ def index_tar(storage: Storage, destination: str, task: IndexTask) -> TarReport:
     if (kept := _kept(storage, destination, task, url)) is not None:
         return TarReport(task.name, ShardReport(ShardEntry.of(kept, entry_tar), kept.skipped, kept=True))
     etag, size = storage.etag(url), storage.size(url)
+    measure = partial(_measured_deep if task.deep else _measured, pixels=task.pixels)
     with RangedFile(lambda offset, length: storage.read_range(url, offset, length), size) as file:
-        contents = read_samples(file, salvage=task.salvage, measure=_measured_deep if task.deep else _measured)
+        contents = read_samples(file, salvage=task.salvage, measure=measure)
     if contents.faults and not task.salvage:
         return TarReport(task.name, None, tuple(contents.faults))
     if (storage.etag(url), storage.size(url)) != (etag, size):
@@ -133,8 +140,10 @@ def _index(task: IndexTask, contents: TarContents, size: int, etag: str | None) 
     return ShardIndex.from_rows(task.name, size, digest, tuple(skipped), rows, tar_etag=etag)
 
 
-def _measured(data: bytes) -> Measured:
+def _measured(data: bytes, pixels: PixelKind) -> Measured:
     try:
+        if not pixels.is_photographic:
+            return Measured(google_crc32c.value(data), *bands.band_size(data, pixels.channels, pixels.bits))
         height, width = other_formats.size_of(data)
         other_formats.refuse_bomb(height, width)
     except ValueError as error:
@@ -142,9 +151,9 @@ def _measured(data: bytes) -> Measured:
     return Measured(google_crc32c.value(data), height, width)
 
 
-def _measured_deep(data: bytes) -> Measured:
+def _measured_deep(data: bytes, pixels: PixelKind) -> Measured:
     try:
-        height, width, _ = decode(data).shape
+        height, width, _ = decode(data, pixels.channels, pixels.bits).shape
     except ValueError as error:
         raise CorruptImage(str(error)) from error
     return Measured(google_crc32c.value(data), height, width)

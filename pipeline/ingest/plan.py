@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from pipeline.access.places import Given, Listed
 from pipeline.errors import SourceError
-from pipeline.image.channels import RGB_CHANNELS
+from pipeline.image.channels import RGB_CHANNELS, PixelKind
 from pipeline.image.photo import ORIGINAL, Encoding
 from pipeline.ingest.source import Source, Sources, Tars
 from pipeline.order import hashing
@@ -52,9 +52,9 @@ class Sharding:
             if size < 1:
                 raise SourceError(name, "must be at least 1", size, "give a larger one")
 
-    def identity(self) -> dict[str, Any]:
-        """What a digest has of it."""
-        return asdict(self) | {"encoding": self.encoding.identity()}
+    def to_json(self) -> dict[str, Any]:
+        """The fields as plain values."""
+        return {**asdict(self), "encoding": self.encoding.to_json()}
 
 
 @dataclass(frozen=True)
@@ -64,12 +64,17 @@ class Ingest:
     found: Sources | Tars
     sharding: Sharding
     channels: int = RGB_CHANNELS
-    """To which images are to be decoded; their bytes do not depend on it."""
+    """To which photographs are to be decoded; their bytes do not depend on it."""
+
+    @property
+    def pixels(self) -> PixelKind:
+        """To what images are to be decoded."""
+        return self.sharding.encoding.bands or PixelKind(self.channels)
 
     @property
     def digest(self) -> str:
         """Two ingests with one digest make the same dataset."""
-        digest = hashlib.sha256(json.dumps([SHARD_VERSION, self.sharding.identity()]).encode())
+        digest = hashlib.sha256(json.dumps([SHARD_VERSION, self.sharding.to_json()]).encode())
         if isinstance(self.found, Tars):
             rows: Iterator[list[Any]] = ([_identity(tar.path), tar.size_bytes] for tar in self.found.tars)
         else:
@@ -77,7 +82,7 @@ class Ingest:
             rows = ([_identity(image.path), image.size_bytes, image.label] for image in self.found.images)
         for row in rows:
             digest.update(json.dumps(row).encode())
-        for mark in channel_marks(self.channels):
+        for mark in channel_marks(self.pixels):
             digest.update(mark.digest.encode())
         return digest.hexdigest()
 
@@ -97,7 +102,7 @@ class ShardTask:
     def digest(self) -> str:
         """Identifies the sources, their order and encoding; two tasks with one digest write the same shard."""
         rows = [[_identity(source.path), source.size_bytes, source.label, source.offset] for source in self.sources]
-        parts = [SHARD_VERSION, self.first_key, self.encoding.identity(), rows]
+        parts = [SHARD_VERSION, self.first_key, self.encoding.to_json(), rows]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

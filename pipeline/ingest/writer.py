@@ -85,7 +85,7 @@ def _finished(storage: Storage, destination: str, task: ShardTask) -> ShardRepor
 def is_unchanged(storage: Storage, url: str, index: ShardIndex) -> bool:
     """Whether a tar still has the bytes that its index was made of."""
     if index.tar_etag is None:
-        return not tar_faults(storage, url, index, deep=False)
+        return not tar_faults(storage, url, index)
     try:  # the store vouches for the bytes that it named so when they were written
         return (storage.size(url), storage.etag(url)) == (index.tar_bytes, index.tar_etag)
     except FileNotFoundError:
@@ -113,7 +113,7 @@ def _write_tar(storage: Storage, task: ShardTask, path: Path) -> ShardIndex:
                 skipped.append(Skipped(source.name, str(error)))
                 continue
             key = f"{number:08d}"
-            writer.write({"__key__": key, "jpg": photo.data} | _label_member(source))
+            writer.write({"__key__": key, photo.extension: photo.data} | _label_member(source))
             rows.append(_row(key, photo, source))
         writer.close()
     reader.check()
@@ -143,11 +143,11 @@ def _label_member(source: Source) -> dict[str, bytes]:
 def _row(key: str, photo: Photo, source: Source) -> IndexRow:
     label = NO_LABEL if source.label is None else source.label
     crc = google_crc32c.value(photo.data)
-    return IndexRow(key, 0, len(photo.data), crc, photo.height, photo.width, label)
+    return IndexRow(key, 0, len(photo.data), crc, photo.height, photo.width, label, photo.extension)
 
 
 def _located(path: Path, rows: list[IndexRow]) -> list[IndexRow]:
     """Fill in the offsets, as a reader of the finished tar finds them."""
     with tarfile.open(path) as tar:
         offsets = {member.name: member.offset_data for member in tar}
-    return [row._replace(offset=offsets[f"{row.key}.jpg"]) for row in rows]
+    return [row._replace(offset=offsets[row.member]) for row in rows]

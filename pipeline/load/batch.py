@@ -26,7 +26,7 @@ class Batch:
     sample_ids: torch.Tensor
     """(n,) int64, on the host; lane after lane. What the order dealt, also where a substitute stands in."""
     images: torch.Tensor
-    """(n, C, H, W) uint8, on the device; safe to use on its current stream. H and W are those of the epoch."""
+    """(n, C, H, W) uint8 or uint16, on the device; safe to use on its current stream. H and W are of the epoch."""
     wait_seconds: float
     """How long the consumer waited for it; near zero where loading keeps up."""
     crops: CropRow

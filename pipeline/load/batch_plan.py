@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.image.augment import Augmentation, Draws
+from pipeline.image.channels import PHOTOGRAPH_BITS, PixelKind
 from pipeline.load.dataset import Dataset
 from pipeline.load.image_maker import BadSamplePolicy, ImageMaker
 from pipeline.order.sample_order import Order
@@ -23,8 +24,8 @@ class BatchPlan:
     order: Order
     lanes: range
     """Of the rank."""
-    channels: int
-    """C, to which images are decoded."""
+    kind: PixelKind
+    """To what images are decoded; C are its channels."""
     image_shapes: Mapping[int, tuple[int, int]]
     """H and W of the images from each epoch on where they change, by the epoch, from 0."""
     seed: int
@@ -39,14 +40,23 @@ class BatchPlan:
         return len(self.lanes) * self.order.lane_batch_size
 
     @property
+    def dtype(self) -> np.dtype[np.uint8 | np.uint16]:
+        """Of the pixels."""
+        return np.dtype(np.uint8 if self.kind.bits == PHOTOGRAPH_BITS else np.uint16)
+
+    @property
     def largest_image_bytes(self) -> int:
         """Of the pixels of one image, in whichever epoch it has the most."""
-        return self.channels * max(height * width for height, width in self.image_shapes.values())
+        return (
+            self.kind.channels
+            * self.dtype.itemsize
+            * max(height * width for height, width in self.image_shapes.values())
+        )
 
     def shape(self, step: int) -> tuple[int, int, int]:
         """C, H and W of the images of a batch."""
         epoch = self.order.epoch(step)
-        return (self.channels, *self.image_shapes[max(first for first in self.image_shapes if first <= epoch)])
+        return (self.kind.channels, *self.image_shapes[max(first for first in self.image_shapes if first <= epoch)])
 
     def sample_ids(self, step: int) -> Int64s:
         """(n,) ids of the samples of a batch, lane after lane."""
@@ -66,7 +76,7 @@ class BatchPlan:
         return ImageMaker(
             dataset,
             self.order,
-            channels=self.channels,
+            kind=self.kind,
             seed=self.seed,
             policy=self.policy,
             augmentation=self.augmentation,

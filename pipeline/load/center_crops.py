@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.image.augment import center_crop
-from pipeline.image.channels import RGB_CHANNELS
+from pipeline.image.channels import RGB_CHANNELS, PixelKind
 from pipeline.image.decode import Pixels, decode
 from pipeline.load.bad_sample import BadSample
 from pipeline.load.dataset import Dataset
@@ -28,7 +28,7 @@ def center_crops(
     threads: int,
     channels: int = RGB_CHANNELS,
 ) -> Iterator[Pixels]:
-    """Pixels of each group, (n, C, H, W) uint8; the next group is read and decoded meanwhile.
+    """Pixels of each group, (n, C, H, W) of 8 or 16 bits; the next group is read and decoded meanwhile.
 
     Args:
         dataset: Where the images are.
@@ -38,13 +38,15 @@ def center_crops(
         channels: C, to which images are decoded.
 
     Raises:
-        DatasetError: A sample is not as it was ingested, or does not decode; names shard, image and offset.
+        DatasetError: The images have no such channels. A sample is not as it was ingested, or does not decode; names
+            shard, image and offset.
     """
+    kind = dataset.pixel_kind(channels)
     with ThreadPoolExecutor(1, "convmae-read") as reader, ThreadPoolExecutor(threads, "convmae-decode") as decoders:
 
         def made(sample_ids: Int64s) -> Pixels:
             found = dataset.read_each(sample_ids)
-            return np.stack(list(decoders.map(lambda sample: _cropped(sample, image_shape, channels), found)))
+            return np.stack(list(decoders.map(lambda sample: _cropped(sample, image_shape, kind), found)))
 
         if not groups:
             return
@@ -56,11 +58,11 @@ def center_crops(
             yield pixels
 
 
-def _cropped(found: Sample | BadSample, image_shape: tuple[int, int], channels: int) -> Pixels:
+def _cropped(found: Sample | BadSample, image_shape: tuple[int, int], kind: PixelKind) -> Pixels:
     if isinstance(found, BadSample):
         raise found.error(_REMEDY)
     try:
-        pixels = decode(found.data, channels)
+        pixels = decode(found.data, kind.channels, kind.bits)
     except ValueError as error:
         name = f"{found.shard}/{found.member}"
         reason = f"{name} at offset {found.offset} does not decode ({error})"

@@ -1,4 +1,4 @@
-"""A dataset opened for reading: sample ids in, checked JPEG bytes out."""
+"""A dataset opened for reading: sample ids in, checked bytes of images out."""
 
 from __future__ import annotations
 
@@ -6,12 +6,14 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.access.places import normal
 from pipeline.errors import DatasetError
+from pipeline.image.channels import PixelKind
 from pipeline.load.bad_sample import BadSample
 from pipeline.load.block_cache import BlockCache, CachePlace
 from pipeline.load.read_counters import ReadCounters
@@ -96,6 +98,22 @@ class Dataset:
     def mean_sample_bytes(self) -> float:
         """Bytes of tar per sample."""
         return self.manifest.tar_bytes / max(1, self.samples)
+
+    def pixel_kind(self, channels: int) -> PixelKind:
+        """What samples are decoded to for a model.
+
+        Args:
+            channels: That it takes: of photographs 1 or 3, else as many as images have bands.
+
+        Raises:
+            DatasetError: The images do not have them.
+        """
+        kind = self.manifest.kind
+        wanted = replace(kind, channels=channels)
+        if wanted != kind and not (kind.is_photographic and wanted.is_photographic):
+            rule = f"must have images of {channels} channels, as the model takes them"
+            raise DatasetError("dataset", rule, f"{kind.channels} in {self.url}", "take other data or another model")
+        return wanted
 
     def read(self, sample_ids: Sequence[int] | Int64s) -> list[Sample]:
         """Read samples by ranged requests; neighbours in a shard share one.

@@ -55,7 +55,7 @@ class DecodeThreads:
         """Begin to read and decode the next batch."""
         pending, plan = self._ahead.request(step), self._plan
         sample_ids = np.array([item.sample_id for item in pending])
-        images = _Images(pending, plan.draws(step, sample_ids), plan.shape(step), self._device_copy)
+        images = _Images(pending, plan.draws(step, sample_ids), plan, step, self._device_copy)
         on_host = self._device_copy.empty((len(pending),), torch.int64)
         on_host[:] = torch.from_numpy(sample_ids)
         batch = StartedBatch(step, on_host, parts=len(pending), send=images.send, unfinished=images.unfinished)
@@ -98,12 +98,14 @@ class _Images:
     """Where the threads write a batch."""
 
     def __init__(
-        self, pending: list[Pending], draws: Draws, shape: tuple[int, int, int], device_copy: DeviceCopy
+        self, pending: list[Pending], draws: Draws, plan: BatchPlan, step: int, device_copy: DeviceCopy
     ) -> None:
         self.pending = pending
         self.draws = draws
         """(n, ...), of the images' crops."""
-        self._host = device_copy.empty((len(pending), *shape), torch.uint8)
+        self._host = device_copy.empty(
+            (len(pending), *plan.shape(step)), torch.uint8 if plan.dtype == np.uint8 else torch.uint16
+        )
         self.pixels: Pixels = self._host.numpy()
         """The same memory."""
         self.crops: CropRow = np.zeros((len(pending), 5), dtype=np.int32)

@@ -52,7 +52,7 @@ class DeviceCopy:
             self._stream.synchronize()  # the copy that is under way reads it
             torch.cuda.check_error(runtime.cudaHostUnregister(memory.ctypes.data))
 
-    def start_from(self, reused: npt.NDArray[np.uint8]) -> StartedCopy:
+    def start_from(self, reused: npt.NDArray[np.uint8 | np.uint16]) -> StartedCopy:
         """Begin to copy memory that will be written again: once this copy is done on a GPU, at once on the CPU."""
         # NumPy copies in this thread, torch with several of its own.
         return self.start(torch.from_numpy(reused.copy() if self._stream is None else reused))

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.errors import DatasetError
 from pipeline.image.augment import Augmentation, Crop, CropRow, Draws
+from pipeline.image.channels import PixelKind
 from pipeline.image.decode import Pixels, decode
 from pipeline.image.decode_crop import decode_crop
 from pipeline.load.bad_sample import MAX_CONSECUTIVE_BAD_SAMPLES, BadSample, OnBadSample
@@ -59,7 +60,7 @@ class ImageMaker:
         dataset: Dataset,
         order: Order,
         *,
-        channels: int,
+        kind: PixelKind,
         seed: int,
         policy: BadSamplePolicy,
         augmentation: Augmentation,
@@ -70,7 +71,7 @@ class ImageMaker:
         Args:
             dataset: Where substitutes are read.
             order: Decides them.
-            channels: To which images are decoded.
+            kind: To what images are decoded.
             seed: Decides them, too.
             policy: What to do with samples that cannot be used.
             augmentation: What is made of a decoded image.
@@ -78,7 +79,7 @@ class ImageMaker:
         """
         self._dataset = dataset
         self._order = order
-        self._channels = channels
+        self._kind = kind
         self._seed = seed
         self._policy = policy
         self._augmentation = augmentation
@@ -159,10 +160,10 @@ class ImageMaker:
             return self._augmentation.crop(draws, height, width)
 
         least_shape = image_shape if self._augmentation.scaled_decode else None
-        found = decode_crop(data, self._channels, choose, is_marked=self._is_marked, least_shape=least_shape)
+        found = decode_crop(data, self._kind.channels, choose, is_marked=self._is_marked, least_shape=least_shape)
         if found is not None:
             return found
-        pixels = decode(data, self._channels)
+        pixels = decode(data, self._kind.channels, self._kind.bits)
         crop = choose(*pixels.shape[:2])
         return crop.of(pixels), crop
 

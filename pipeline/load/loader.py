@@ -1,8 +1,8 @@
 """The loader of one rank: has images read ahead, decoded and augmented, and gives batches in order.
 
-That is done by threads of the rank's process, or by processes beside it. Batches stay uint8 until they are on the
-device. What a batch holds depends on (dataset, order, seed, step, rank, world size), and on which samples are unusable,
-alone.
+That is done by threads of the rank's process, or by processes beside it. Batches stay integers of 8 or 16 bits until
+they are on the device. What a batch holds depends on (dataset, order, seed, step, rank, world size), and on which
+samples are unusable, alone.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ class Loader:
 
         Raises:
             OrderError: The order is over another number of samples.
+            DatasetError: The data set's images have no such channels.
         """
         if order.samples != dataset.samples:
             remedy = "make the order from the dataset that it reads"
@@ -95,7 +96,7 @@ class Loader:
         self._plan = BatchPlan(
             order,
             lanes,
-            channels,
+            dataset.pixel_kind(channels),
             dict(image_shape) if isinstance(image_shape, Mapping) else {0: image_shape},
             seed=seed,
             policy=policy or BadSamplePolicy(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.image.channels import RGB_CHANNELS
+from pipeline.image.channels import RGB_PIXELS, PixelKind
 from pipeline.image.decode import decode
 from pipeline.load.bad_sample import BadSample
 from pipeline.load.dataset import Dataset
@@ -24,8 +24,8 @@ class PixelTask:
     entry: ShardEntry
     places: tuple[int, ...]
     """Of the images in the shard, ascending."""
-    channels: int = RGB_CHANNELS
-    """To which images are decoded."""
+    pixels: PixelKind = RGB_PIXELS
+    """To what images are decoded."""
 
 
 def shard_sums(storage: Storage, url: str, task: PixelTask) -> PixelSums:
@@ -38,13 +38,13 @@ def shard_sums(storage: Storage, url: str, task: PixelTask) -> PixelSums:
     """
     alone = Manifest(UNMEASURED_VERSION, "", (), 0, ShardTable.of([task.entry]))
     dataset = Dataset(storage, url, alone)
-    sums = PixelSums.none(task.channels)
+    sums = PixelSums.none(task.pixels)
     for first in range(0, len(task.places), _AT_ONCE):
         for found in dataset.read_each(task.places[first : first + _AT_ONCE]):
             if isinstance(found, BadSample):
                 continue
             try:
-                pixels = decode(found.data, task.channels)
+                pixels = decode(found.data, task.pixels.channels, task.pixels.bits)
             except ValueError:
                 continue
             sums += PixelSums.of(pixels)

@@ -14,7 +14,7 @@ import google_crc32c
 
 from pipeline.access.urls import is_local
 from pipeline.errors import DamagedManifestError, DatasetError, StorageError, clipped
-from pipeline.image.channels import CHANNELS, RGB_CHANNELS
+from pipeline.image.channels import MOST_CHANNELS, PHOTOGRAPH_BITS, RGB_PIXELS, PixelKind
 from pipeline.shard.index import Skipped
 from pipeline.shard.pixel_statistics import PixelStatistics
 from pipeline.shard.table import CONTENT_COLUMNS, ShardReport, ShardTable, leads_away
@@ -22,11 +22,11 @@ from pipeline.store.json_text import parsed_object
 from pipeline.store.storage import Storage
 
 FORMAT_VERSION = 3
-MARKED_VERSION = 4
-"""Of manifests that say that images have restart markers; releases that know none refuse them."""
+EXTENDED_VERSION = 4
+"""Of manifests by which earlier releases would not read images right: with restart markers, or no photographs."""
 UNMEASURED_VERSION = 2
 """Of manifests that do not say what pixels are like: those of earlier releases."""
-_VERSIONS = (UNMEASURED_VERSION, FORMAT_VERSION, MARKED_VERSION)
+_VERSIONS = (UNMEASURED_VERSION, FORMAT_VERSION, EXTENDED_VERSION)
 MANIFEST_NAME = "manifest.json"
 SKIPPED_NAME = "skipped.jsonl"
 
@@ -91,16 +91,22 @@ class Manifest:
 
     def measured(self, pixels: PixelStatistics) -> Manifest:
         """The same data set, with what its pixels are like."""
-        return replace(self, format_version=FORMAT_VERSION, pixels=pixels)
+        version = EXTENDED_VERSION if self.restart_markers or not pixels.kind.is_photographic else FORMAT_VERSION
+        return replace(self, format_version=version, pixels=pixels)
+
+    @property
+    def kind(self) -> PixelKind:
+        """What the images are decoded to."""
+        return self.pixels.kind if self.pixels else RGB_PIXELS
 
     def marked(self) -> Manifest:
         """The same data set, which was measured, as one whose images have restart markers."""
-        return replace(self, format_version=MARKED_VERSION, restart_markers=True)
+        return replace(self, format_version=EXTENDED_VERSION, restart_markers=True)
 
     @property
     def channels(self) -> int:
         """Of the images as they are decoded."""
-        return self.pixels.channels if self.pixels else RGB_CHANNELS
+        return self.kind.channels
 
     def to_bytes(self) -> bytes:
         """Canonical JSON; the shards as columns, and last the CRC32C of what the file would be without it."""
@@ -135,10 +141,8 @@ class Manifest:
             version = fields["format_version"]
             if type(version) is int and version in _VERSIONS:
                 shards = ShardTable.from_json(fields.pop("shards"))
-                is_measured = version != UNMEASURED_VERSION
-                pixels = PixelStatistics.from_json(fields.pop("pixels")) if is_measured else None
-                _check_markers(fields, version)
-                _check_channels(pixels)
+                pixels = None if version == UNMEASURED_VERSION else PixelStatistics.from_json(fields.pop("pixels"))
+                _check_version(fields, pixels, version)
                 _check_fields(fields)
                 _refuse_odd_tars(shards, url)
                 return cls(**fields | {"classes": tuple(fields["classes"])}, shards=shards, pixels=pixels)
@@ -147,7 +151,7 @@ class Manifest:
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             remedy = f"restore it, or make the dataset again in another place ({type(error).__name__}: {error})"
             raise DamagedManifestError("manifest", "must be readable", place, remedy) from error
-        rule = f"must have format_version {UNMEASURED_VERSION}, {FORMAT_VERSION} or {MARKED_VERSION}"
+        rule = f"must have format_version {UNMEASURED_VERSION}, {FORMAT_VERSION} or {EXTENDED_VERSION}"
         remedy = f"read {place} with the release that wrote it, or shard the dataset again into another place"
         raise DatasetError("manifest", rule, version, remedy)
 
@@ -162,14 +166,17 @@ class Manifest:
         }
 
 
-def _check_channels(pixels: PixelStatistics | None) -> None:
-    if pixels and pixels.channels not in CHANNELS:
-        raise ValueError(f"pixels must have 1 or 3 channels, have {pixels.channels}")
-
-
-def _check_markers(fields: dict[str, Any], version: int) -> None:
-    if ("restart_markers" in fields) != (version == MARKED_VERSION) or fields.get("restart_markers", True) is not True:
-        raise ValueError(f"restart_markers must be true in format {MARKED_VERSION}, and is in no other")
+def _check_version(fields: dict[str, Any], pixels: PixelStatistics | None, version: int) -> None:
+    """Raise ValueError for what a manifest of this version does not say, or leaves out."""
+    is_marked = fields.get("restart_markers", False)
+    if is_marked is not ("restart_markers" in fields):
+        raise ValueError("restart_markers must be true, or absent")
+    if pixels and pixels.channels > MOST_CHANNELS:
+        raise ValueError(f"pixels must have at most {MOST_CHANNELS} channels, have {pixels.channels}")
+    is_extended = is_marked or (pixels is not None and not pixels.kind.is_photographic)
+    if is_extended != (version == EXTENDED_VERSION):
+        rule = "restart_markers, or pixels of other than 1 or 3 channels of 8 bits"
+        raise ValueError(f"a manifest must have {rule} in format {EXTENDED_VERSION}, and in no other")
 
 
 def _check_fields(fields: dict[str, Any]) -> None:
@@ -227,19 +234,20 @@ def _canonical(fields: dict[str, Any]) -> bytes:
 
 @dataclass(frozen=True)
 class ChannelMark:
-    """That images are decoded to another number of channels than usual: the same bytes are then another data set."""
+    """That images are decoded to something else than usual: the same bytes are then another data set."""
 
-    channels: int
+    pixels: PixelKind
 
     @property
     def digest(self) -> str:
         """As of `Made`."""
-        return f"channels {self.channels}"
+        deep = "" if self.pixels.bits == PHOTOGRAPH_BITS else f" of {self.pixels.bits} bits"
+        return f"channels {self.pixels.channels}{deep}"
 
 
-def channel_marks(channels: int) -> tuple[ChannelMark, ...]:
-    """What to put beside the tasks of a data set; nothing for RGB, as before there was another."""
-    return () if channels == RGB_CHANNELS else (ChannelMark(channels),)
+def channel_marks(pixels: PixelKind) -> tuple[ChannelMark, ...]:
+    """What to put beside the tasks of a data set; nothing for RGB of 8 bits, as before there was another."""
+    return () if pixels == RGB_PIXELS else (ChannelMark(pixels),)
 
 
 def sources_digest(tasks: Iterable[Made]) -> str:

@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipeline.image.channels import DEEP_BITS, PHOTOGRAPH_BITS, PixelKind
+
 if TYPE_CHECKING:
     from pipeline.image.decode import Pixels
 
-_LEVELS = 256
 _UNIT = 1 << 40
 """An image's mean is a whole number of this part of 1; what is cut off is far below what is written down."""
-_DIGITS = 6
-LEAST_STD = 1 / 255
-"""One step of an image of 8 bits, so that what is divided by it stays finite where all pixels are alike."""
+_DIGITS = {8: 6, 16: 9}
+"""That are written, by the bits of a value: values of 16 bits often use a small part of their range."""
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,23 @@ class PixelStatistics:
     """Of which they were measured."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    bits: int = PHOTOGRAPH_BITS
+    """Of a value."""
 
     @property
     def channels(self) -> int:
         """C."""
         return len(self.mean)
 
+    @property
+    def kind(self) -> PixelKind:
+        """What the images were decoded to."""
+        return PixelKind(self.channels, self.bits)
+
     def to_json(self) -> dict[str, Any]:
         """The fields as plain values."""
-        return {"images": self.images, "mean": list(self.mean), "std": list(self.std)}
+        deep = {} if self.bits == PHOTOGRAPH_BITS else {"bits": self.bits}
+        return {"images": self.images, "mean": list(self.mean), "std": list(self.std), **deep}
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> PixelStatistics:
@@ -50,8 +58,11 @@ class PixelStatistics:
         Raises:
             ValueError: A field is missing, unknown, of another type, or out of its range.
         """
-        if not isinstance(fields, dict) or set(fields) != {"images", "mean", "std"}:
+        if not isinstance(fields, dict) or set(fields) - {"bits"} != {"images", "mean", "std"}:
             raise ValueError("pixels must have images, mean and std")
+        bits = fields.get("bits", PHOTOGRAPH_BITS)
+        if "bits" in fields and (type(bits) is not int or bits != DEEP_BITS):
+            raise ValueError(f"pixels.bits must be {DEEP_BITS}, or left out for {PHOTOGRAPH_BITS}")
         images, mean, std = fields["images"], fields["mean"], fields["std"]
         if type(images) is not int or images < 1:
             raise ValueError("pixels.images must be an integer of at least 1")
@@ -62,7 +73,7 @@ class PixelStatistics:
             raise ValueError("pixels.mean and pixels.std must have a number for each channel")
         if not all(0 <= value <= 1 for value in mean) or not all(0 < value <= 1 for value in std):
             raise ValueError("pixels.mean must be from 0 to 1, and pixels.std above 0 up to 1")
-        return cls(images, tuple(map(float, mean)), tuple(map(float, std)))
+        return cls(images, tuple(map(float, mean)), tuple(map(float, std)), bits)
 
 
 @dataclass(frozen=True)
@@ -74,37 +85,42 @@ class PixelSums:
     """Of the images' means, in parts of _UNIT."""
     squares: tuple[int, ...]
     """Of the means of squares."""
+    bits: int = PHOTOGRAPH_BITS
+    """Of a value."""
 
     @classmethod
-    def none(cls, channels: int) -> PixelSums:
+    def none(cls, kind: PixelKind) -> PixelSums:
         """Of no image."""
-        return cls(0, (0,) * channels, (0,) * channels)
+        return cls(0, (0,) * kind.channels, (0,) * kind.channels, kind.bits)
 
     @classmethod
     def of(cls, pixels: Pixels) -> PixelSums:
-        """Of one image, (H, W, C) of 8 bits."""
-        values = np.arange(_LEVELS, dtype=np.int64)
+        """Of one image, (H, W, C) of 8 or 16 bits."""
+        bits = 8 * pixels.dtype.itemsize
+        values = np.arange(1 << bits, dtype=np.int64)
         # A histogram: exact, and faster than squares of so many pixels.
-        counts = [np.bincount(plane.ravel(), minlength=_LEVELS) for plane in np.moveaxis(pixels, -1, 0)]
-        pixel_count, most = pixels.shape[0] * pixels.shape[1], _LEVELS - 1
+        counts = [np.bincount(plane.ravel(), minlength=len(values)) for plane in np.moveaxis(pixels, -1, 0)]
+        pixel_count, most = pixels.shape[0] * pixels.shape[1], len(values) - 1
         sums = tuple(int(count @ values) * _UNIT // (pixel_count * most) for count in counts)
         squares = tuple(int(count @ values**2) * _UNIT // (pixel_count * most**2) for count in counts)
-        return cls(1, sums, squares)
+        return cls(1, sums, squares, bits)
 
     def __add__(self, other: PixelSums) -> PixelSums:
         sums = tuple(one + two for one, two in zip(self.sums, other.sums, strict=True))
         squares = tuple(one + two for one, two in zip(self.squares, other.squares, strict=True))
-        return PixelSums(self.images + other.images, sums, squares)
+        return PixelSums(self.images + other.images, sums, squares, self.bits)
 
     def statistics(self) -> PixelStatistics:
-        """Of at least one image, to six digits."""
+        """Of at least one image, to six digits; to nine of 16 bits. No deviation is less than one step of a value."""
+        least, digits = 1 / ((1 << self.bits) - 1), _DIGITS[self.bits]
         means = [Fraction(total, self.images * _UNIT) for total in self.sums]
         of_squares = [Fraction(total, self.images * _UNIT) for total in self.squares]
         variances = [max(Fraction(0), square - mean**2) for square, mean in zip(of_squares, means, strict=True)]
         return PixelStatistics(
             self.images,
-            tuple(round(float(mean), _DIGITS) for mean in means),
-            tuple(round(max(math.sqrt(variance), LEAST_STD), _DIGITS) for variance in variances),
+            tuple(round(float(mean), digits) for mean in means),
+            tuple(round(max(math.sqrt(variance), least), digits) for variance in variances),
+            self.bits,
         )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 
 import google_crc32c
 
 from pipeline.errors import DatasetError, clipped
-from pipeline.image.decode import decode
+from pipeline.image.channels import RGB_PIXELS, PixelKind
+from pipeline.image.decode import Decoder, decode
 from pipeline.shard.index import NO_LABEL, IndexRow, ShardIndex
 from pipeline.shard.table import ShardEntry
 from pipeline.shard.tar_samples import cls_label
@@ -46,7 +48,9 @@ class Verdict:
     faults: tuple[Fault, ...]
 
 
-def verify_shard(storage: Storage, url: str, entry: ShardEntry, *, deep: bool) -> Verdict:
+def verify_shard(
+    storage: Storage, url: str, entry: ShardEntry, *, deep: bool, pixels: PixelKind = RGB_PIXELS
+) -> Verdict:
     """Read a shard and its index from the first byte to the last; memory stays within a few chunks and the index.
 
     Args:
@@ -54,6 +58,7 @@ def verify_shard(storage: Storage, url: str, entry: ShardEntry, *, deep: bool) -
         url: Of the dataset.
         entry: The shard as the manifest lists it.
         deep: Also decode every image.
+        pixels: To what.
 
     Raises:
         StorageError: The store cannot be reached; that says nothing about the shard.
@@ -67,13 +72,14 @@ def verify_shard(storage: Storage, url: str, entry: ShardEntry, *, deep: bool) -
     else:
         faults = list(_index_faults(index, entry))
         index = replace(index, tar_bytes=entry.tar_bytes, tar_etag=entry.etag)
-        faults += tar_faults(storage, entry.tar_url(url), index, deep=deep)
+        decoder = partial(decode, channels=pixels.channels, bits=pixels.bits) if deep else None
+        faults += tar_faults(storage, entry.tar_url(url), index, decoder)
         return Verdict(entry.name, entry.samples, entry.tar_bytes, tuple(_named(entry, fault) for fault in faults))
     faults += list(_structure_alone(storage, entry, url))
     return Verdict(entry.name, entry.samples, entry.tar_bytes, tuple(faults))
 
 
-def tar_faults(storage: Storage, url: str, index: ShardIndex, *, deep: bool) -> list[Fault]:
+def tar_faults(storage: Storage, url: str, index: ShardIndex, decoder: Decoder | None = None) -> list[Fault]:
     """Differences of a tar from its index: size, ETag, headers, names, labels and CRC32C of every sample."""
     name = index.shard
     try:
@@ -86,10 +92,10 @@ def tar_faults(storage: Storage, url: str, index: ShardIndex, *, deep: bool) -> 
     if index.tar_etag is not None and etag != index.tar_etag:
         faults.append(Fault(name, None, None, f"was replaced: its ETag is {etag} instead of {index.tar_etag}"))
     with RangedFile(lambda offset, length: storage.read_range(url, offset, length), size) as file:
-        return faults + list(_content_faults(file, index, deep))
+        return faults + list(_content_faults(file, index, decoder))
 
 
-def _content_faults(file: RangedFile, index: ShardIndex, deep: bool) -> Iterator[Fault]:
+def _content_faults(file: RangedFile, index: ShardIndex, decoder: Decoder | None) -> Iterator[Fault]:
     """Scan the tar once, checking the images of the index where they are met; then the others."""
     rows: dict[int, IndexRow] = {}
     for listed in map(index.row, range(len(index))):
@@ -113,29 +119,29 @@ def _content_faults(file: RangedFile, index: ShardIndex, deep: bool) -> Iterator
                 found = f"{clipped(item.name)} of {item.size}"
                 what = f"the index has {row.member} of {row.length} bytes, the tar {found}"
                 yield Fault(index.shard, row.key, row.offset, what)
-            yield from _image_faults(file, index.shard, row, deep)
+            yield from _image_faults(file, index.shard, row, decoder)
         elif item.name.endswith(".cls") and not item.obstacle and item.size <= LARGEST_LABEL_BYTES:
             yield from _label_faults(file, index.shard, labels, item)
     for row in rows.values():
         # Readers find an image by the index alone, so that a damaged header loses it only for others.
         lost = Fault(index.shard, row.key, row.offset, f"the tar has no member {row.member} here, though its bytes are")
-        yield from list(_image_faults(file, index.shard, row, deep)) or [lost]
+        yield from list(_image_faults(file, index.shard, row, decoder)) or [lost]
 
 
-def _image_faults(file: RangedFile, shard: str, row: IndexRow, deep: bool) -> Iterator[Fault]:
+def _image_faults(file: RangedFile, shard: str, row: IndexRow, decoder: Decoder | None) -> Iterator[Fault]:
     file.seek(row.offset)
     data = file.read(row.length)
     if len(data) != row.length:
         yield Fault(shard, row.key, row.offset, f"{row.member} ends after {len(data)} of {row.length} bytes")
     elif google_crc32c.value(data) != row.crc:
         yield Fault(shard, row.key, row.offset, f"{row.member} does not have the CRC32C of the index")
-    elif deep:
-        yield from _pixel_faults(data, shard, row)
+    elif decoder:
+        yield from _pixel_faults(data, shard, row, decoder)
 
 
-def _pixel_faults(data: bytes, shard: str, row: IndexRow) -> Iterator[Fault]:
+def _pixel_faults(data: bytes, shard: str, row: IndexRow, decoder: Decoder) -> Iterator[Fault]:
     try:
-        height, width, _ = decode(data).shape
+        height, width, _ = decoder(data).shape
     except ValueError as error:
         yield Fault(shard, row.key, row.offset, f"{row.member} does not decode: {error}")
         return

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from model import Backbone, Classifier, ConvMAE, ConvMAEConfig, ModelConfigError, PooledEncoder
-from model.weights import to_gray
+from model.weights import to_bands
 
 CONVMAE = ConvMAEConfig(
     image_size=64, embed_dim=(8, 12, 16), num_heads=2, decoder_dim=16, decoder_num_heads=2, depth=(1, 1, 2)
@@ -26,7 +26,7 @@ def pair(config: ConvMAEConfig) -> tuple[ConvMAE, ConvMAE]:
     torch.manual_seed(0)
     colour = ConvMAE(config).eval()
     gray = ConvMAE(dataclasses.replace(config, in_channels=1)).eval()
-    gray.load_state_dict(to_gray(colour.state_dict()))
+    gray.load_state_dict(to_bands(colour.state_dict(), 1))
     return colour, gray
 
 
@@ -46,16 +46,32 @@ def test_weights_made_gray_encode_a_gray_image_as_the_others_did_in_every_channe
 def test_official_names_are_known_too() -> None:
     colour, gray = pair(CONVMAE)
 
-    made = to_gray(colour.official_state_dict())
+    made = to_bands(colour.official_state_dict(), 1)
 
     assert made.keys() == gray.official_state_dict().keys()
     assert all(torch.equal(made[name], value) for name, value in gray.official_state_dict().items())
 
 
+@pytest.mark.parametrize("config", [CONVMAE, MAE], ids=["convmae", "mae"])
+def test_weights_for_more_bands_encode_an_image_whose_bands_are_alike_as_the_others_did(config: ConvMAEConfig) -> None:
+    torch.manual_seed(0)
+    colour = ConvMAE(config).eval()
+    bands = ConvMAE(dataclasses.replace(config, in_channels=5)).eval()
+    bands.load_state_dict(to_bands(colour.state_dict(), 5))
+    images, noise = gray_images(), torch.rand(3, config.mask_patches, generator=torch.Generator().manual_seed(3))
+
+    with torch.no_grad():
+        expected = colour.reconstruct(images.expand(-1, 3, -1, -1), noise=noise)
+        found = bands.reconstruct(images.expand(-1, 5, -1, -1), noise=noise)
+
+    mean = expected.unflatten(2, (256, 3)).mean(3, keepdim=True).expand(-1, -1, -1, 5).flatten(2)
+    torch.testing.assert_close(found, mean, rtol=1e-4, atol=1e-5)
+
+
 def test_gray_weights_stay_as_they_are() -> None:
     state = ConvMAE(dataclasses.replace(CONVMAE, in_channels=1)).state_dict()
 
-    assert all(torch.equal(value, state[name]) for name, value in to_gray(state).items())
+    assert all(torch.equal(value, state[name]) for name, value in to_bands(state, 1).items())
 
 
 @pytest.mark.parametrize("kind", ["convmae", "backbone", "pooled", "classifier"])

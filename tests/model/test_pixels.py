@@ -77,3 +77,12 @@ def test_gray_images_are_normalised_by_one_mean_and_deviation() -> None:
 
     torch.testing.assert_close(result.flatten()[[0, 255]], torch.tensor([-2.0, 2.0]))
     assert torch.equal(denormalise(result, gray), every_value)
+
+
+def test_16_bits_are_normalised_as_shares_of_their_largest_value() -> None:
+    values = torch.tensor([0, 1, 1311, 65535], dtype=torch.int32).to(torch.uint16).view(1, 1, 2, 2)
+
+    found = normalise(values, ChannelStatistics((0.02,), (0.01,))).flatten().double()
+
+    expected = (torch.tensor([0.0, 1.0, 1311.0, 65535.0], dtype=torch.float64) / 65535 - 0.02) / 0.01
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)

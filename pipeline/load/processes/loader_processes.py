@@ -137,7 +137,9 @@ class LoaderProcesses:
         on_host[:] = torch.from_numpy(sample_ids)
 
         def send() -> SentBatch:
-            copy = self._copies[place] = self._device_copy.start_from(slot.pixels(self._plan.shape(step)))
+            copy = self._copies[place] = self._device_copy.start_from(
+                slot.pixels(self._plan.shape(step), self._plan.dtype)
+            )
             return SentBatch(copy, slot.crops.copy())
 
         def unfinished() -> list[Unfinished]:

@@ -126,12 +126,12 @@ class _PartMaker:
         threading.Event().wait()
 
     def _requested(self, step: int) -> _Part:
-        assignment = self._assignment
-        pending = self._ahead.request(step)
-        slot = self._ring.slot(step - assignment.first_step)
+        plan, pending = self._assignment.plan, self._ahead.request(step)
+        slot = self._ring.slot(step - self._assignment.first_step)
         slot.states[[item.place for item in pending]] = UNREAD
-        draws = assignment.plan.draws(step, np.array([item.sample_id for item in pending], np.int64))
-        return _Part(step, pending, draws, slot, slot.pixels(assignment.plan.shape(step)), unread=pending)
+        draws = plan.draws(step, np.array([item.sample_id for item in pending], np.int64))
+        pixels = slot.pixels(plan.shape(step), plan.dtype)
+        return _Part(step, pending, draws, slot, pixels, unread=pending)
 
     def _make_one(self, part: _Part) -> None:
         number, slot = part.next, part.slot

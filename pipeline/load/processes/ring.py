@@ -73,19 +73,21 @@ class Slot:
 
     def __init__(self, layout: RingLayout, memory: mmap.mmap, number: int) -> None:
         start, n = number * layout.slot_bytes, layout.batch_size
-        self._pixels: Pixels = np.frombuffer(memory, np.uint8, layout.pixel_bytes, start)
+        self._octets = np.frombuffer(memory, np.uint8, layout.pixel_bytes, start)
         self._images = n
         start += -(-layout.pixel_bytes // 4) * 4
         self.crops: CropRow = np.frombuffer(memory, np.int32, n * 5, start).reshape(n, 5)
         self.states: npt.NDArray[np.uint8] = np.frombuffer(memory, np.uint8, n, start + n * 5 * 4)
 
-    def pixels(self, shape: tuple[int, int, int]) -> Pixels:
+    def pixels(self, shape: tuple[int, int, int], dtype: np.dtype[np.uint8 | np.uint16]) -> Pixels:
         """(n, C, H, W), in the first bytes of those that there are.
 
         Args:
             shape: C, H and W.
+            dtype: Of a value.
         """
-        return self._pixels[: self._images * math.prod(shape)].reshape(self._images, *shape)
+        size = self._images * math.prod(shape) * dtype.itemsize
+        return self._octets[:size].view(dtype).reshape(self._images, *shape)
 
 
 class Board:

@@ -109,6 +109,7 @@ OTHER_VALUES: dict[str, Any] = {
     "metrics_port": 9000,
     "image_mean": [0.5, 0.5, 0.5],
     "image_std": [0.5, 0.5, 0.5],
+    "image_bits": 16,
     "tracker": ["tensorboard", "mlflow"],
     "notify_url": "env:CONVMAE_NOTIFY_URL",
     "notify_format": "slack",
@@ -237,8 +238,27 @@ def test_a_model_of_gray_images_has_one_mean_and_deviation() -> None:
     assert gray.statistics == ((0.4,), (0.2,))
     with pytest.raises(RecipeError, match=r"image_mean: must have a number for each channel, 1, .*image_mean=\[\]"):
         named_recipe("convmae_base").amended({"model.in_channels": 1})
-    with pytest.raises(RecipeError, match=r"model.in_channels: must be one of 1, 3, .* got 5"):
-        TINY.amended({"model.in_channels": 5})
+
+
+@pytest.mark.parametrize(
+    "kind", [{"image_bits": 16}, {"model.in_channels": 1, "image_bits": 16}, {"model.in_channels": 5}]
+)
+def test_images_that_are_no_photographs_are_part_of_what_a_run_computes(kind: dict[str, int]) -> None:
+    given = TINY.amended(kind)
+
+    assert given.digest() != TINY.digest() and Recipe.from_json(given.to_json()) == given
+    with pytest.raises(RecipeError, match=r"finetune.randaugment_operations: must be 0 with images of \d channels of"):
+        named_recipe("tiny_finetune").amended({**kind, "finetune.randaugment_operations": 2})
+
+
+def test_images_of_16_bits_are_not_normalised_as_photographs() -> None:
+    assert "image_bits" not in TINY.trajectory()
+    with pytest.raises(
+        RecipeError, match=r"image_mean: must not be ImageNet's with images of 16 bits, .*image_mean=\[\]"
+    ):
+        named_recipe("convmae_base").amended({"image_bits": 16})
+    with pytest.raises(RecipeError, match="image_bits"):
+        TINY.amended({"image_bits": 12})
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from jobs.weights import consolidated
 from jobs.weights.initial import Imported, import_weights, pinned
 from jobs.weights.weight_files import model_json
 from model import ConvMAE, ConvMAEConfig
-from model.weights import to_gray
+from model.weights import to_bands
 from pipeline.store.storage import Storage
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -313,5 +313,5 @@ def test_our_own_file_becomes_gray_in_the_same_way(tmp_path: Path) -> None:
 
     weights = consolidated.of_file(Storage(), out)
     assert weights.statistics == ((0.4,), (0.2,))
-    expected = to_gray(model.state_dict())
+    expected = to_bands(model.state_dict(), 1)
     assert all(torch.equal(value, expected[name]) for name, value in weights.tensors.items())

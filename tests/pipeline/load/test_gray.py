@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from pipeline.image.augment import RandomCrops
+from pipeline.image.channels import PixelKind
 from pipeline.image.decode import decode
 from pipeline.image.rand_augment import GRAY_FILL, OPERATIONS, Operation, RandAugmented
 from pipeline.ingest.plan import Ingest, Sharding
@@ -92,7 +93,7 @@ def test_evaluation_reads_gray_too(dataset: Dataset) -> None:
 
 
 def test_gray_images_are_measured_in_one_channel(dataset: Dataset) -> None:
-    found = shard_sums(Storage(), dataset.url, PixelTask(dataset.manifest.shards[0], (0, 1, 2), channels=1))
+    found = shard_sums(Storage(), dataset.url, PixelTask(dataset.manifest.shards[0], (0, 1, 2), PixelKind(1)))
 
     images = [decode(sample.data, 1) / 255 for sample in dataset.read([0, 1, 2])]
     assert found.statistics().mean == pytest.approx((np.mean([each.mean() for each in images]),), abs=1e-6)

@@ -6,7 +6,7 @@ import operator
 import numpy as np
 import pytest
 
-from pipeline.shard.pixel_statistics import LEAST_STD, PixelStatistics, PixelSums, spread_places
+from pipeline.shard.pixel_statistics import PixelStatistics, PixelSums, spread_places
 
 
 def noise(seed: int, shape: tuple[int, int, int]) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
@@ -48,7 +48,7 @@ def test_images_of_one_colour_do_not_lead_to_a_division_by_zero() -> None:
     found = summed([np.full((4, 4, 3), 51, np.uint8)] * 3).statistics()
 
     assert found.mean == (0.2, 0.2, 0.2)
-    assert found.std == (round(LEAST_STD, 6),) * 3
+    assert found.std == (round(1 / 255, 6),) * 3
 
 
 def test_statistics_are_read_as_they_were_written() -> None:

@@ -18,7 +18,7 @@ def test_no_two_parts_of_the_memory_overlap(shape: tuple[int, int, int]) -> None
     ring = Ring(layout, mmap.mmap(-1, layout.size))
     written = []
     for slot in ring.slots:
-        for part in (slot.pixels(shape), slot.crops, slot.states):
+        for part in (slot.pixels(shape, np.dtype(np.uint8)), slot.crops, slot.states):
             part[:] = len(written) + 1
             written.append(part)
     for board in ring.boards:
@@ -44,12 +44,12 @@ def test_what_one_view_writes_another_one_reads() -> None:
     ours, theirs = Ring(layout, memory.memory), Ring.open(layout, str(memory.path))
     activities = SharedActivities(theirs.boards[0])
 
-    theirs.slots[0].pixels((1, 2, 2))[1] = 9
+    theirs.slots[0].pixels((1, 2, 2), np.dtype(np.uint8))[1] = 9
     with activities.doing("read", "an index"), activities.doing("decode", "a.jpg — of s3://b", 42):
         during = ours.boards[0].read()
         assert ours.boards[0].decoded_sample() == 42
 
-    assert (ours.slots[0].pixels((1, 2, 2))[1] == 9).all()
+    assert (ours.slots[0].pixels((1, 2, 2), np.dtype(np.uint8))[1] == 9).all()
     assert [(item.stage, item.what) for item in during] == [("decode", "a.jpg — of s3://b")]
     assert ours.boards[0].read() == [] and ours.boards[0].decoded_sample() is None
 
