@@ -133,7 +133,7 @@ def test_evaluation_sees_the_values(dataset: Dataset, kind: PixelKind) -> None:
 
 
 def test_a_model_of_other_channels_is_refused(dataset: Dataset, kind: PixelKind, tmp_path: Path) -> None:
-    rule = f"must have images of 7 channels, as the model takes them, got {kind.channels} in"
+    rule = f"must have images of 7 channels, as the model takes them, got '{kind.channels} in"
     with pytest.raises(DatasetError, match=rule):
         list(center_crops(dataset, [np.arange(4)], (48, 48), threads=1, channels=7))
     rule = rf"model.in_channels: must be the data set's {kind.channels}, got 7; .*--bands"

@@ -14,6 +14,7 @@ from labelled_data import STORAGE, labelled_dataset
 from jobs.cluster.fan_out import Progress, fan_out_locally
 from jobs.data.statistics import measure_dataset, measured_pixels
 from pipeline.errors import DatasetError
+from pipeline.image.channels import RGB_PIXELS
 from pipeline.image.decode import decode
 from pipeline.load.dataset import Dataset
 from pipeline.shard.pixel_statistics import PixelStatistics
@@ -69,7 +70,7 @@ def test_progress_counts_shards_and_images(dataset: Dataset) -> None:
         STORAGE,
         dataset.url,
         dataset.manifest,
-        channels=3,
+        pixels=RGB_PIXELS,
         samples=2,
         on_progress=lambda _, progress: seen.append(progress),
         landmarks=(),

@@ -160,10 +160,10 @@ def test_an_image_that_does_not_decode_is_replaced(own_dataset: Dataset, monkeyp
     broken = own_dataset.read([30])[0].data
     decode = image_maker.decode
 
-    def refuse(data: bytes, channels: int) -> Any:
+    def refuse(data: bytes, channels: int, bits: int) -> Any:
         if data == broken:
             raise ValueError("Premature end of JPEG file")
-        return decode(data, channels)
+        return decode(data, channels, bits)
 
     monkeypatch.setattr(image_maker, "decode", refuse)
     found = [item for batch in batches(own_dataset) for item in batch.substitutions]

@@ -119,9 +119,9 @@ def test_nothing_is_read_beside_the_first_batch_until_it_is_decoded(
 ) -> None:
     storage, reads_before = CountingStorage(), []
 
-    def noting(data: bytes, channels: int) -> Any:
+    def noting(data: bytes, channels: int, bits: int) -> Any:
         reads_before.append(len(storage.reads))
-        return decode(data, channels)
+        return decode(data, channels, bits)
 
     monkeypatch.setattr("pipeline.load.image_maker.decode", noting)
     batches(Dataset(storage, dataset.url, dataset.manifest), 1, 4)
@@ -221,7 +221,7 @@ def test_an_error_in_a_thread_reaches_the_consumer(own_dataset: Dataset) -> None
 
 
 def test_an_undecodable_sample_is_named(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(data: bytes, channels: int) -> None:
+    def refuse(data: bytes, channels: int, bits: int) -> None:
         raise ValueError("Premature end of JPEG file")
 
     monkeypatch.setattr("pipeline.load.image_maker.decode", refuse)

@@ -72,10 +72,10 @@ def test_decoding_that_hangs_is_reported(dataset: Dataset, monkeypatch: pytest.M
     hanging = dataset.read([int(ORDER.batch(0)[5])])[0]
     decode = image_maker.decode
 
-    def slow(data: bytes, channels: int) -> Any:
+    def slow(data: bytes, channels: int, bits: int) -> Any:
         if data == hanging.data:
             RELEASE.wait(30)
-        return decode(data, channels)
+        return decode(data, channels, bits)
 
     monkeypatch.setattr(image_maker, "decode", slow)
     message = stalled(dataset)
