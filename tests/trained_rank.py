@@ -55,9 +55,9 @@ class SlowStorage(Storage):
         return super().read_range(*words, **named)
 
 
-def slow_decode(data: bytes) -> Any:
+def slow_decode(data: bytes, channels: int, bits: int) -> Any:
     time.sleep(DECODE_SECONDS)
-    return decode(data)
+    return decode(data, channels, bits)
 
 
 def flipped(*words: Any, **named: Any) -> Any:
