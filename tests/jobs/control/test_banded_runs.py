@@ -170,6 +170,23 @@ def test_a_run_trains_on_them_and_what_comes_of_it_says_so(dataset: Dataset, kin
     assert picture[34:200, 8:200].std() > 30, "values are shown with contrast, though they fill a part of the range"
 
 
+def test_processes_make_of_them_what_threads_make_at_each_size(
+    dataset: Dataset, kind: PixelKind, tmp_path: Path
+) -> None:
+    growing = {"epochs": 2, "warmup_epochs": 0, "model.image_size": 48, "resolution_schedule": [[0, 32], [0.5, 48]]}
+    recipe = planned(dataset, tmp_path, **growing)
+    order, place = order_of(recipe, dataset.samples), RankPlace(0, 1, torch.device("cpu"))
+    threads, processes = (
+        list(rank_loader(dataset, order, recipe.amended({"loader_processes": given}), place).batches(0, 4))
+        for given in (False, True)
+    )
+
+    dtype = torch.uint8 if kind.bits == 8 else torch.uint16
+    assert [(batch.images.shape[2], batch.images.dtype) for batch in threads] == [(32, dtype)] * 2 + [(48, dtype)] * 2
+    for one, other in zip(threads, processes, strict=True):
+        assert torch.equal(one.images, other.images) and np.array_equal(one.crops, other.crops)
+
+
 def test_own_pictures_are_reconstructed_with_their_bits(dataset: Dataset, tmp_path: Path) -> None:
     given = planned(dataset, tmp_path)
     urls = [str(tmp_path / "set" / "images" / f"{number:02d}.tif") for number in range(3)]

@@ -64,11 +64,9 @@ def test_slow_sizes_are_not_doubled_on() -> None:
     assert found.images == 512, "the line is enough"
 
 
-@pytest.mark.parametrize("name", ["tiny", "gray", "tiny_finetune", "tiny_linear"])
+@pytest.mark.parametrize("name", ["tiny", "tiny_finetune", "tiny_linear"])
 def test_real_passes_take_more_for_more_images(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    gray = {"model.in_channels": 1, "image_mean": [0.5], "image_std": [0.25]}
-    recipe = named_recipe("tiny").amended(gray) if name == "gray" else named_recipe(name)
-    recipe = recipe.amended({"micro_batch_size": "auto", "global_batch_size": 64, "min_workers": 1})
+    recipe = named_recipe(name).amended({"micro_batch_size": "auto", "global_batch_size": 64, "min_workers": 1})
     if recipe.finetune:
         recipe = recipe.amended({"finetune.classes": ["ant", "bee"]})
     monkeypatch.setattr(micro_batch, "free_memory_bytes", lambda: 2000 * MB)

@@ -218,3 +218,8 @@ def test_bands_that_cannot_be_are_refused(given: dict[str, Any], field: str) -> 
     with pytest.raises(SourceError) as error:
         Encoding(**given)
     assert error.value.field == field and error.value.remedy
+
+
+def test_shards_of_photographs_are_those_that_they_were_before_there_were_bands() -> None:
+    assert Encoding(quality=90).to_json() == {"max_side": None, "quality": 90}
+    assert Encoding(bands=PixelKind(4)).to_json()["bands"] == {"channels": 4, "bits": 8}

@@ -79,9 +79,9 @@ def whole_decodes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with each image that is decoded whole."""
     seen: list[int] = []
 
-    def noting(data: bytes, channels: int) -> Any:
+    def noting(data: bytes, *words: int) -> Any:
         seen.append(len(data))
-        return decode(data, channels)
+        return decode(data, *words)
 
     monkeypatch.setattr(image_maker, "decode", noting)
     return seen
