@@ -62,9 +62,13 @@ def test_slow_sizes_are_not_doubled_on() -> None:
     assert found.images == 512, "the line is enough"
 
 
-@pytest.mark.parametrize("name", ["tiny", "gray", "tiny_finetune", "tiny_linear"])
+@pytest.mark.parametrize("name", ["tiny", "gray", "gray of 16 bits", "tiny_finetune", "tiny_linear"])
 def test_real_passes_take_more_for_more_images(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = named_recipe("tiny").amended({"model.in_channels": 1}) if name == "gray" else named_recipe(name)
+    recipe = named_recipe("tiny" if name.startswith("gray") else name)
+    if name.startswith("gray"):
+        bits = 16 if name.endswith("16 bits") else 8
+        gray = {"model.in_channels": 1, "image_mean": [0.4], "image_std": [0.2], "image_bits": bits}
+        recipe = recipe.amended(gray)
     recipe = recipe.amended({"micro_batch_size": "auto", "global_batch_size": 64, "min_workers": 1})
     if recipe.finetune:
         recipe = recipe.amended({"finetune.classes": ["ant", "bee"]})
