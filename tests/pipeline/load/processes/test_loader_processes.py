@@ -352,9 +352,9 @@ def test_a_decoder_that_never_lets_go_of_the_lock_is_reported_by_its_sample(
     dataset: Dataset, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.load.processes.loader_processes.END_SECONDS", 0.5)
-    hanging = dataset.read([int(ORDER.batch(0)[5])])[0]
-    size = sizes(dataset)[hanging.id]
-    message = stalled(dataset, augmentation=LockedImages(size=size))
+    size = sizes(dataset)[int(ORDER.batch(0)[-1])]
+    # Of each process's images the last one: none is left that it would have to read, for which it lacks the lock, too.
+    message = stalled(dataset, augmentation=LockedImages(size=size), prefetch_batches=0)
 
     assert "stage decode" in message
     named = [sample for sample, other in sizes(dataset).items() if other == size]
