@@ -91,13 +91,8 @@ def test_ranks_that_are_killed_after_the_change_do_the_steps_across_it_again(run
     runs.check_same("killed", "calm")
 
 
-@pytest.mark.parametrize(
-    "steps",
-    [
-        pytest.param(each, marks=[pytest.mark.slow] if each != CHANGE else [])
-        for each in (CHANGE - 1, CHANGE, CHANGE + 1)
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [CHANGE - 1, CHANGE, CHANGE + 1])
 def test_a_run_that_ends_beside_the_change_continues_with_the_same_bits(runs: Runs, steps: int) -> None:
     name = f"ended-{steps}"
     runs.train(name, 2, max_steps=steps)

@@ -100,7 +100,10 @@ def test_losses_norms_and_digests_have_the_same_bits_at_every_world_size(
         assert trained(groups(world_size), recipe(stage, **changes), ["train"] * STEPS) == alone, (world_size, stage)
 
 
-@pytest.mark.parametrize("changes", [{}, GROWING], ids=["one size", "larger images"])
+@pytest.mark.parametrize(
+    "changes",
+    [pytest.param({}, id="one size"), pytest.param(GROWING, id="larger images", marks=pytest.mark.slow)],
+)
 def test_verified_steps_have_the_same_bits_and_no_rank_is_blamed(
     groups: Callable[[int], WorkerGroup], changes: dict[str, object]
 ) -> None:
@@ -139,9 +142,9 @@ def test_a_step_that_is_discarded_leaves_no_trace(groups: Callable[[int], Worker
     [
         pytest.param(2, 3, 2, {}, id="2 to 3"),
         pytest.param(3, 1, 2, {}, id="3 to 1"),
-        pytest.param(2, 3, 1, GROWING, id="before a change of size"),
+        pytest.param(2, 3, 1, GROWING, id="before a change of size", marks=pytest.mark.slow),
         pytest.param(3, 2, 2, GROWING, id="at a change of size"),
-        pytest.param(1, 3, 3, GROWING, id="after a change of size"),
+        pytest.param(1, 3, 3, GROWING, id="after a change of size", marks=pytest.mark.slow),
     ],
 )
 def test_a_run_resumes_at_another_world_size_with_the_same_bits(

@@ -348,6 +348,7 @@ def test_a_read_that_hangs_is_reported_with_shard_image_and_offset(
     assert "in read_range" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_decoder_that_never_lets_go_of_the_lock_is_reported_by_its_sample(
     dataset: Dataset, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -362,6 +363,7 @@ def test_a_decoder_that_never_lets_go_of_the_lock_is_reported_by_its_sample(
     assert "loader_faults.py" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_process_that_was_stopped_is_reported(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.load.processes.loader_processes.END_SECONDS", 0.5)
     generator = loader(dataset, stall_seconds=STALL_SECONDS, prefetch_batches=0).batches(0, STEPS)

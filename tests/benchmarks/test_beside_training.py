@@ -3,9 +3,11 @@ from __future__ import annotations
 import itertools
 from pathlib import Path
 
-import bench_probes
+import beside_training
 import pytest
-from bench_probes import SIDES, WARM_STEPS, Training, labelled, measure, report, slowdowns, watched
+from bench_memory import memory_checkpoints
+from bench_probes import labelled, probes_every
+from beside_training import SIDES, WARM_STEPS, Training, measure, report, slowdowns, watched
 from probe_events import probe_events
 from ray_nodes import ray_cluster
 from testbed import SMALL
@@ -13,6 +15,8 @@ from testbed import SMALL
 from jobs.recipe.named_recipes import named_recipe
 from jobs.run.directory import RunDirectory
 from pipeline.store.storage import Storage
+
+PROBES = probes_every(2)
 
 
 def run(mean_seconds: float, cpu_seconds: float = 2.0, probes: int = 0) -> Training:
@@ -26,7 +30,7 @@ def test_the_slowdown_is_the_median_of_the_rounds_each_of_which_has_both_sides()
         "with": [run(1.01, 2.02, 4), run(2.01, 2.0, 4), run(2.06, 2.0, 4)],
     }
 
-    lines = report(rounds, cpus=2, cores=8)
+    lines = report(rounds, PROBES, cpus=2, cores=8)
 
     assert slowdowns(rounds, "mean_seconds") == pytest.approx([0.01, 0.005, 0.03])
     assert "training on 2 of 8 cores; medians of 3 runs of each kind" in lines[0]
@@ -37,7 +41,7 @@ def test_the_slowdown_is_the_median_of_the_rounds_each_of_which_has_both_sides()
 
 
 def test_a_goal_that_is_missed_and_cores_that_are_not_free_are_told() -> None:
-    lines = report({"without": [run(1.0)], "with": [run(1.05, 2.0, 1)]}, cpus=4, cores=4)
+    lines = report({"without": [run(1.0)], "with": [run(1.05, 2.0, 1)]}, PROBES, cpus=4, cores=4)
 
     assert "goal <= 2%: NOT reached" in lines
     assert lines[-1].startswith("no core is free beside the training")
@@ -63,15 +67,29 @@ def test_what_a_run_took_is_read_from_its_history_and_its_processes(
         return step
 
     run.write_heartbeat({**beat, "state": "running"})
-    monkeypatch.setattr(bench_probes, "POLL_SECONDS", 0.0)
-    monkeypatch.setattr(bench_probes, "live_step", live)
+    monkeypatch.setattr(beside_training, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(beside_training, "live_step", live)
     used = itertools.count(start=10.0, step=3.0)  # at each look, of which only those at a new step count
-    monkeypatch.setattr(bench_probes, "cpu_seconds", lambda _, title: next(used) if title == "RayTrainWorker" else 7.5)
+    monkeypatch.setattr(
+        beside_training, "cpu_seconds", lambda _, title: next(used) if title == "RayTrainWorker" else 7.5
+    )
 
-    found = watched(None, run)  # type: ignore[arg-type]  # its processes are made up
+    found = watched(None, run, PROBES)  # type: ignore[arg-type]  # its processes are made up
 
     # Steps 6 and 8 were met at the third and the fifth look.
     assert found == Training(7 / 4, 1.0, 2 * 3.0 / 2, 2, 7.5)
+
+
+def test_memory_checkpoints_are_counted_as_a_run_counts_them(tmp_path: Path) -> None:
+    run = RunDirectory.of(Storage(), str(tmp_path), "with-0")
+    run.claim(named_recipe("tiny"))
+    work = memory_checkpoints("auto")
+    assert (work.with_it, work.without_it) == ("memory_checkpoint_every_steps=auto", "memory_checkpoint_every_steps=0")
+    beat = {"state": "finished", "step": 9, "total_steps": 9, "updated_at_seconds": 1.7e9}
+    run.write_heartbeat(beat)
+    assert work.count(run) == 0
+    run.write_heartbeat({**beat, "memory_checkpoints_total": 4.0})
+    assert work.count(run) == 4
 
 
 @pytest.mark.slow
@@ -95,10 +113,10 @@ def test_both_kinds_of_runs_are_measured(tmp_path: Path) -> None:
             *(f"{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in fields.items()),
         )
 
-        rounds = measure(cluster, recipe, every=2, rounds=1)
+        rounds = measure(cluster, recipe, PROBES, rounds=1)
 
     (plain,), (probed,) = (rounds[side] for side in SIDES)
-    assert (plain.probes, plain.probe_cpu_seconds) == (0, 0.0)
-    assert probed.probes == 3  # before the first step, after two epochs, and at the end
+    assert (plain.made, plain.made_cpu_seconds) == (0, 0.0)
+    assert probed.made == 3  # before the first step, after two epochs, and at the end
     for training in (plain, probed):
         assert training.cpu_seconds > 0 and 0 < training.median_seconds <= 10 * training.mean_seconds
