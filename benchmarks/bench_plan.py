@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.load.dataset import Dataset
-from pipeline.load.loader import READ_THREADS  # brings torch, so that the peak is that of a rank
+from pipeline.load.decode_threads import READ_THREADS  # brings torch, so that the peak is that of a rank
 from pipeline.load.read_ahead import ReadAhead
 from pipeline.load.shard_reader import Sample
 from pipeline.order.sample_order import Order

@@ -446,16 +446,16 @@ def test_processes_end_with_their_rank_however_it_ends(dataset: Dataset, ends: s
 
 def test_memory_is_that_of_the_ring_and_does_not_grow(dataset: Dataset, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "pipeline.load.processes.loader_processes"):
-        generator = loader(dataset, image_shape=(64, 64)).batches(0, 400)
+        generator = loader(dataset, image_shape=(64, 64)).batches(0, 800)
         sums = []
         for batch in generator:
-            if batch.step in (100, 399):
+            if batch.step in (300, 799):  # pages that were shared with the server are copied for a while
                 sums.append(sum(process.memory_full_info().uss for process in loader_processes()))
 
     slot = 12 * 3 * 64 * 64
     (size,) = [int(str(record.args[1])) for record in caplog.records if record.args and "share a ring" in record.msg]  # type: ignore[index]
     assert 3 * slot < size < 3 * (slot + 8192) + 2 * 8 * 1024
-    assert sums[1] - sums[0] < 5e6
+    assert sums[1] - sums[0] < 15e6, "the images of these batches are 74 MB"
 
 
 def test_a_dataset_is_opened_elsewhere_as_it_is_here(dataset: Dataset, tmp_path: Path) -> None:
