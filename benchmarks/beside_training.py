@@ -100,7 +100,7 @@ def watched(cluster: Cluster, run: RunDirectory, work: Work) -> Training:
                 seen.append((step, used))
                 working = cpu_seconds(cluster, work.process) or working
             time.sleep(POLL_SECONDS)
-    assert heartbeat["state"] == "finished", f"{run.name} {heartbeat['state']}"
+    assert heartbeat["state"] == "finished", f"{run.name} {heartbeat['state']}: {run.read_events()[-3:]}"
     assert len(seen) > 1, f"{run.name} was too short to be measured: give it more epochs"
     steps = [row["step_seconds"] for row in run.read_history()][WARM_STEPS:]
     (first, before), (last, after) = seen[0], seen[-1]
