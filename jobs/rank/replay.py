@@ -23,9 +23,10 @@ from jobs.checkpoint.restore import restore_step
 from jobs.errors import CheckpointError, RecipeError, RunError
 from jobs.rank.gpu import compute_as
 from jobs.rank.rank_data import RankData
+from jobs.rank.rank_loader import rank_loader
 from jobs.rank.restored_engine import restored_engine, values_of_rank
 from jobs.rank.resumable import check_resumable
-from jobs.rank.trainer import objective_of, rank_loader
+from jobs.rank.trainer import objective_of
 from jobs.recipe.recipe import Recipe
 from jobs.recipe.schedule import Schedule
 from jobs.run.directory import RunDirectory

@@ -34,6 +34,7 @@ from jobs.rank.gpu import check_given, compute_as
 from jobs.rank.history_row import done_row, skipped_row
 from jobs.rank.monitor_line import MonitorLine
 from jobs.rank.rank_data import RankData
+from jobs.rank.rank_loader import rank_loader
 from jobs.rank.restored_engine import restored_engine, values_of_rank
 from jobs.rank.resumable import check_resumable, software_versions
 from jobs.rank.standby import ask_for_successor
@@ -53,13 +54,8 @@ from jobs.step.step_reading import RankReading
 from jobs.step.step_verification import CorruptGradientError, Verdict
 from jobs.step.training_step import RankPlace, SharedStep, TrainingStep
 from model import Classifier
-from pipeline.image.augment import Augmentation, RandomCrops
-from pipeline.image.rand_augment import RandAugmented
 from pipeline.load.batch import Batch
-from pipeline.load.dataset import Dataset
-from pipeline.load.image_maker import BadSamplePolicy
-from pipeline.load.loader import Loader
-from pipeline.order.sample_order import ORDER_VERSION, Order
+from pipeline.order.sample_order import ORDER_VERSION
 
 if TYPE_CHECKING:
     from ray.actor import ActorHandle
@@ -101,36 +97,6 @@ def train_worker(job: TrainJob, step_of: type[TrainingStep] = TrainingStep) -> N
         device = ray.train.torch.get_device()
         check_given(device, os.environ.get("CUDA_VISIBLE_DEVICES", ""), given)
     Trainer(job, RankPlace(context.get_world_rank(), context.get_world_size(), device), step_of).run()
-
-
-def rank_loader(dataset: Dataset, order: Order, recipe: Recipe, place: RankPlace) -> Loader:
-    """The batches of one rank, read as the recipe says."""
-    return Loader(
-        dataset,
-        order,
-        image_shape={each.first_epoch: each.model.image_shape for each in recipe.resolutions},
-        channels=recipe.model.in_channels,
-        seed=recipe.seed,
-        rank=place.rank,
-        world_size=place.world_size,
-        threads=recipe.loader_threads,
-        in_processes=recipe.loader_processes,
-        device=place.device,
-        policy=BadSamplePolicy(recipe.on_bad_sample, recipe.max_consecutive_bad_samples),
-        stall_seconds=recipe.stall_seconds,
-        augmentation=augmentation_of(recipe),
-    )
-
-
-def augmentation_of(recipe: Recipe) -> Augmentation:
-    """What makes an image of a batch out of a photograph."""
-    part = recipe.finetune
-    if part is None:
-        return RandomCrops(scaled_decode=recipe.scaled_decode)
-    crops = RandomCrops((part.least_crop, 1.0), recipe.scaled_decode)
-    if not part.randaugment_operations:
-        return crops
-    return RandAugmented(crops, part.randaugment_operations, part.randaugment_magnitude)
 
 
 def objective_of(recipe: Recipe, model: nn.Module, labels: TrainingLabels | None, device: torch.device) -> Objective:

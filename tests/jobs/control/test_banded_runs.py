@@ -19,7 +19,7 @@ from jobs.cluster.session import Session
 from jobs.control.run_plan import plan_run
 from jobs.errors import RecipeError
 from jobs.evaluate.pictures import reconstructed
-from jobs.rank.trainer import rank_loader
+from jobs.rank.rank_loader import rank_loader
 from jobs.recipe.image_statistics import statistics_metadata
 from jobs.recipe.named_recipes import named_recipe
 from jobs.recipe.recipe import Recipe

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from jobs.cluster.session import Session
 from jobs.control.run_plan import plan_run
 from jobs.errors import RecipeError, RunError
-from jobs.rank.trainer import rank_loader
+from jobs.rank.rank_loader import rank_loader
 from jobs.recipe.image_statistics import IMAGENET_MEAN, IMAGENET_STD
 from jobs.recipe.named_recipes import named_recipe
 from jobs.recipe.recipe import Recipe
