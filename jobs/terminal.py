@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, Protocol, TextIO, runtime_checkable
+from typing import Any, NoReturn, Protocol, TextIO, runtime_checkable
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -83,6 +83,15 @@ def close_streams() -> bool:
             with contextlib.suppress(OSError, ValueError):  # Python flushes once more at exit
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     return is_written
+
+
+def leave(code: int) -> NoReturn:
+    """End this process at once, once what it has printed is written, with `code`, or 1 where that cannot be written.
+
+    Threads at work are left where they are, and what libraries do at exit is not done: an interpreter that winds up
+    beside a thread that loads libraries or waits for a store may wait for it, or never end.
+    """
+    os._exit(code if close_streams() else code or 1)
 
 
 def has_reader(stream: TextIO) -> bool:

@@ -10,7 +10,6 @@ import contextlib
 import io
 import logging
 import os
-import sys
 import threading
 from collections.abc import Mapping
 
@@ -40,13 +39,6 @@ def run_names(ctx: typer.Context, incomplete: str) -> list[str]:
         looking.start()
         looking.join(PATIENCE_SECONDS)
     return list(found)
-
-
-def leave(code: int) -> None:
-    """End this process at once: threads that wait for a store, and what libraries have to say at exit, are left."""
-    with contextlib.suppress(OSError, ValueError):
-        sys.stdout.flush()
-    os._exit(code)
 
 
 def _listed(run_root: str, incomplete: str) -> list[str]:

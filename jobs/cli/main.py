@@ -17,9 +17,9 @@ import typer
 from typer.exceptions import TyperException
 
 from jobs.cli import ablation, checkpoints, data, evaluation, pages, runs, simulation, stack
-from jobs.cli.completion import completes, leave
+from jobs.cli.completion import completes
 from jobs.errors import RunFailedError
-from jobs.terminal import close_streams, has_reader, open_streams, write_line
+from jobs.terminal import close_streams, has_reader, leave, open_streams, write_line
 from pipeline.errors import UserError
 
 app = typer.Typer(

@@ -9,7 +9,7 @@ import typer
 
 from jobs.cli.completion import run_names
 from jobs.cli.shared import AsJson, existing_run, open_session
-from jobs.terminal import print_json, say
+from jobs.terminal import leave, print_json, say
 from pipeline.errors import UserError
 
 app = typer.Typer()
@@ -95,6 +95,7 @@ def ui(
         else:
             say(f"{len(listed.runs)} runs: {url}")
         threading.Event().wait()
+    leave(0)  # threads may be drawing pages, or loading what draws them
 
 
 def check_token(token: str) -> None:

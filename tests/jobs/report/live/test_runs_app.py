@@ -64,7 +64,16 @@ def ui(root: str, *arguments: str, **environ: str) -> Iterator[tuple[str, subpro
         yield json.loads(text)["url"], process
     finally:
         process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
+        try:
+            assert process.wait(30) == 0
+        except subprocess.TimeoutExpired:  # what it waits for is known to it alone
+            dump = ["py-spy", "dump", "--pid", str(process.pid)]
+            stacks = subprocess.run(dump, check=False, capture_output=True, text=True)
+            process.kill()
+            raise AssertionError(f"it does not end: {stacks.stdout}{stacks.stderr}") from None
+        finally:
+            process.wait()
+            process.stdout.close()
 
 
 @needs_browser
@@ -194,6 +203,17 @@ def test_elsewhere_a_token_is_asked_for_and_printed_or_taken(tmp_path: Path) -> 
         assert printed.endswith(f"/?token={mine}")
         assert status(printed.partition("?")[0]) == 401
         assert status(printed.partition("?")[0], Authorization=f"Bearer {mine}") == 200
+
+
+def test_what_libraries_do_at_exit_does_not_hold_it(tmp_path: Path) -> None:
+    root = str(tmp_path / "runs")
+    make_run(Storage(), root, "ended", "finished")
+    (tmp_path / "sitecustomize.py").write_text("import atexit, time\natexit.register(time.sleep, 3600)\n")
+    with (
+        ui(root, PYTHONPATH=str(tmp_path)) as (url, _),
+        urllib.request.urlopen(f"{url}runs/ended/", timeout=60) as page,
+    ):
+        assert page.status == 200
 
 
 def test_runs_with_one_name_have_keys_of_their_own(tmp_path: Path) -> None:
