@@ -17,6 +17,8 @@ app = typer.Typer()
 TOKEN_VARIABLE = "CONVMAE_UI_TOKEN"
 LEAST_TOKEN = 16
 """Characters; what can be guessed protects nothing."""
+LATE_SECONDS = 0.5
+"""After which an interrupt is noticed at the latest."""
 
 
 @app.command()
@@ -60,7 +62,7 @@ def ui(
 
     It is kept up to date while it is open. What the store does not answer stays as it was, and is called old.
     """
-    import threading
+    import time
     from dataclasses import replace
 
     from jobs.metrics.endpoint import served, url_of
@@ -94,7 +96,8 @@ def ui(
             print_json({"url": url, "runs": [run.url for run in listed.runs.values()]})
         else:
             say(f"{len(listed.runs)} runs: {url}")
-        threading.Event().wait()
+        while True:
+            time.sleep(LATE_SECONDS)  # an interrupt that comes right before a wait is noticed after it
     leave(0)  # threads may be drawing pages, or loading what draws them
 
 

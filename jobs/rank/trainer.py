@@ -479,7 +479,6 @@ class Trainer:
                 every=every,
                 part_bytes=self._rank_file.bytes,
                 whole=whole,
-                counts_cpu=self.place.device.type == "cpu",
             )
         except ValueError as error:
             missing = str(error)

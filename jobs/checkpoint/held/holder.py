@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import mmap
 import os
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,14 +53,6 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Sent:
-    """A part that is held, with its checksums, and what that took."""
-
-    file: CheckpointFile
-    cpu_seconds: float
-
-
-@dataclass(frozen=True)
 class Holding:
     """What a holder has."""
 
@@ -92,7 +83,7 @@ class MemoryHolder:
         self._limit_bytes = int(SHARE_OF_FREE * free_bytes())
         self._parts: dict[Part, mmap.mmap] = {}
 
-    async def hold(self, part: Part, path: str, places: CheckpointFile, keep: str) -> Sent:
+    async def hold(self, part: Part, path: str, places: CheckpointFile, keep: str) -> CheckpointFile:
         """Take over what a rank of this node has written.
 
         Args:
@@ -101,17 +92,19 @@ class MemoryHolder:
             places: Where values lie in it.
             keep: The newest checkpoint that is whole; of all others but that of `part` everything is dropped.
 
+        Returns:
+            `places` with size and checksums.
+
         Raises:
             HolderFullError: There is no memory for it.
         """
         self._drop_all_but(keep, part.generation)
         memory = _opened(Path(path))
         self._add(part, memory)
-        measured, seconds = await asyncio.to_thread(_measured, part.file, memory)
-        file = replace(measured, data_offset=places.data_offset, trained=places.trained, fixed=places.fixed)
-        return Sent(file, seconds)
+        measured = await asyncio.to_thread(_measured, part.file, memory)
+        return replace(measured, data_offset=places.data_offset, trained=places.trained, fixed=places.fixed)
 
-    async def copy(self, part: Part, source: Any, sent: Sent, keep: str) -> Sent:
+    async def copy(self, part: Part, source: Any, sent: CheckpointFile, keep: str) -> CheckpointFile:
         """Copy a part that another holder has.
 
         Args:
@@ -125,26 +118,25 @@ class MemoryHolder:
             DamagedCheckpointError: What came is not what was sent.
         """
         self._drop_all_but(keep, part.generation)
-        room = MemoryFile(HELD_FILE, sent.file.bytes)
+        room = MemoryFile(HELD_FILE, sent.bytes)
         # Counted before it is filled, so that all copies under way are.
         self._add(part, room.memory)
         at_once = asyncio.Semaphore(FETCHES)
-        checksums, taken = sent.file.chunk_checksums(), 0.0
+        checksums = sent.chunk_checksums()
 
         async def fetch(offset: int) -> None:
-            nonlocal taken
             async with at_once:
-                data = await source.read.remote(part, offset, min(FETCH_BYTES, sent.file.bytes - offset))
+                data = await source.read.remote(part, offset, min(FETCH_BYTES, sent.bytes - offset))
                 first = offset // CHUNK_BYTES
                 wanted = checksums[first : first + FETCH_BYTES // CHUNK_BYTES]
-                taken += await asyncio.to_thread(_place, room.memory, offset, data, wanted, part)
+                await asyncio.to_thread(_place, room.memory, offset, data, wanted, part)
 
         try:
-            await asyncio.gather(*(fetch(offset) for offset in range(0, sent.file.bytes, FETCH_BYTES)))
+            await asyncio.gather(*(fetch(offset) for offset in range(0, sent.bytes, FETCH_BYTES)))
         except BaseException:
             self._parts.pop(part, None)
             raise
-        return replace(sent, cpu_seconds=sent.cpu_seconds + taken)
+        return sent
 
     async def read(self, part: Part, offset: int, length: int) -> NDArray[np.uint8]:
         """(length,) bytes of a part; fewer where it ends before.
@@ -185,20 +177,19 @@ def _opened(path: Path) -> mmap.mmap:
         os.close(handle)
 
 
-def _measured(name: str, memory: mmap.mmap) -> tuple[CheckpointFile, float]:
-    """A part's size and checksums, and the CPU seconds that they took."""
-    began, content = time.thread_time(), memoryview(memory)
+def _measured(name: str, memory: mmap.mmap) -> CheckpointFile:
+    """A part's size and checksums."""
+    content = memoryview(memory)
     chunks = (bytes(content[start : start + CHUNK_BYTES]) for start in range(0, len(content), CHUNK_BYTES))
-    return checksummed(name, chunks, CHUNK_BYTES), time.thread_time() - began
+    return checksummed(name, chunks, CHUNK_BYTES)
 
 
-def _place(room: mmap.mmap, offset: int, data: NDArray[np.uint8], checksums: list[int], part: Part) -> float:
-    """Copy what came to where it belongs, if it is what was sent; returns the CPU seconds that it took."""
-    began, content = time.thread_time(), data.tobytes()
+def _place(room: mmap.mmap, offset: int, data: NDArray[np.uint8], checksums: list[int], part: Part) -> None:
+    """Copy what came to where it belongs, if it is what was sent."""
+    content = data.tobytes()
     for number, checksum in enumerate(checksums):
         start = number * CHUNK_BYTES
         if google_crc32c.value(content[start : start + CHUNK_BYTES]) != checksum:
             rule = f"must arrive as it was sent, and differs from byte {offset + start} on"
             raise DamagedCheckpointError("memory checkpoint", rule, part.file, "the next one replaces it")
     room[offset : offset + len(content)] = content
-    return time.thread_time() - began

@@ -30,6 +30,7 @@ class MemoryClock:
         self._every = every
         self._costs: deque[float] = deque([part_bytes / FIRST_BYTES_PER_SECOND], maxlen=REMEMBERED)
         self._steps: deque[float] = deque(maxlen=REMEMBERED)
+        self._beside: list[float] = []
         self._newest: int | None = None
         self._lag = 0
 
@@ -42,26 +43,41 @@ class MemoryClock:
             return REMEMBERED
         return auto_interval_steps(median(self._costs), median(self._steps))
 
-    def stepped(self, seconds: float) -> None:
-        """Note how long a step took, without what was saved after it."""
-        self._steps.append(seconds)
+    def stepped(self, seconds: float, *, beside: bool) -> None:
+        """Note a step.
+
+        Args:
+            seconds: That it took, without what was saved after it.
+            beside: Whether a memory checkpoint was under way meanwhile.
+        """
+        (self._beside if beside else self._steps).append(seconds)
 
     def is_due(self, step: int) -> bool:
-        """Whether to keep the state after this many steps. So early that it is whole when the interval is over."""
+        """Whether to keep the state after this many steps.
+
+        A given number of steps is over when the next one is whole, which thus begins earlier. By itself at least one
+        step passes without: it shows how long steps are.
+        """
         if self._newest is None:
             self._newest = step - 1
-        return step - self._newest >= max(1, self.interval - self._lag)
+        if self._every == "auto":
+            return step - self._newest >= max(self.interval, self._lag + 1)
+        return step - self._newest >= max(1, self._every - self._lag)
 
     def began(self, step: int) -> None:
         """Note that one was begun after `step`."""
         self._newest = step
+        self._beside = []
 
-    def ended(self, step: int, cost_seconds: float) -> None:
+    def ended(self, step: int, stall_seconds: float) -> None:
         """Note that the newest one is whole, or has failed.
+
+        What it cost is what training stood still for it, and by how much the steps beside it were longer than others.
 
         Args:
             step: Steps done by now.
-            cost_seconds: Of all that training stood still for it, and of what it took from the ranks' cores.
+            stall_seconds: For which training stood still for it.
         """
         self._lag = step - self._newest if self._newest is not None else 0
-        self._costs.append(cost_seconds)
+        slower = sum(self._beside) - len(self._beside) * median(self._steps) if self._steps else 0.0
+        self._costs.append(stall_seconds + max(0.0, slower))

@@ -15,9 +15,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jobs.checkpoint.commit import Commit
+from jobs.checkpoint.commit import CheckpointFile, Commit
 from jobs.checkpoint.held.held_checkpoint import HeldCheckpoint, find_holder, generation_of
-from jobs.checkpoint.held.holder import Part, Sent, holder_name
+from jobs.checkpoint.held.holder import Part, holder_name
 from jobs.checkpoint.held.memory_clock import Every, MemoryClock
 from jobs.checkpoint.rank_file import RankPart
 from jobs.checkpoint.rank_group import RankGroup
@@ -80,7 +80,6 @@ class MemoryKeeper:
         every: Every,
         part_bytes: int,
         whole: HeldCheckpoint | None,
-        counts_cpu: bool,
         find: Callable[[str], Any] = find_holder,
         ready: Callable[[Any], bool] = is_ready,
         wait: Callable[[Any], Any] = wait_for,
@@ -95,13 +94,12 @@ class MemoryKeeper:
             every: Steps between two, as the recipe says; not 0.
             part_bytes: Of this rank's part.
             whole: The newest one, of an attempt before this.
-            counts_cpu: Whether what holders compute is taken from the ranks' cores.
             find: Gives a holder's handle by its name.
             ready: Whether a reply is there.
             wait: Waits for a reply.
         """
         self._monitor, self._group, self._nodes = monitor, group, nodes
-        self._ready, self._wait, self._counts_cpu = ready, wait, counts_cpu
+        self._ready, self._wait = ready, wait
         here = nodes[group.rank]
         partner = partner_of(here, nodes)
         self._here = find(holder_name(run_url, here))
@@ -135,7 +133,7 @@ class MemoryKeeper:
             step: Steps done by now.
             holding: Whether some rank's part was still on its way when the ranks exchanged their sums.
         """
-        self._clock.stepped(seconds)
+        self._clock.stepped(seconds, beside=self.is_under_way)
         self._is_busy = holding
         if not holding:
             self.finish(step)
@@ -185,10 +183,9 @@ class MemoryKeeper:
             self._fail(commit.step, failures)
         else:
             self._replace(part, generation_of(commit))
-            self._report(commit, [found for found in by_rank if isinstance(found, Sent)])
+            self._report(commit, [found for found in by_rank if isinstance(found, CheckpointFile)])
         self._stall_seconds += time.monotonic() - began
-        taken = outcome.cpu_seconds if self._counts_cpu and isinstance(outcome, Sent) else 0.0
-        self._clock.ended(step, self._stall_seconds + taken)
+        self._clock.ended(step, self._stall_seconds)
 
     def settle(self, step: int) -> None:
         """Wait until the one that is under way is whole, or has failed. Collective."""
@@ -196,9 +193,9 @@ class MemoryKeeper:
         if self._reported is not None:
             self._wait(self._reported)
 
-    def _outcome(self) -> Sent | NotHeld:
+    def _outcome(self) -> CheckpointFile | NotHeld:
         try:
-            sent: Sent = self._wait(self._sent)
+            sent: CheckpointFile = self._wait(self._sent)
         except Exception as error:  # of Ray, or what the holder raised
             cause = getattr(error, "cause", error)
             return NotHeld(f"{type(cause).__name__}: {cause}", isinstance(error, HolderFullError))
@@ -211,11 +208,11 @@ class MemoryKeeper:
             self._whole.release()
         self._whole, self._whole_generation = part, generation
 
-    def _report(self, commit: Commit, by_rank: Sequence[Sent]) -> None:
+    def _report(self, commit: Commit, by_rank: Sequence[CheckpointFile]) -> None:
         if self._group.rank:
             return
         owner = generation_of(commit).rpartition("/")[2]
-        files = tuple(dataclasses.replace(sent.file, name=f"{owner}/{sent.file.name}") for sent in by_rank)
+        files = tuple(dataclasses.replace(file, name=f"{owner}/{file.name}") for file in by_rank)
         nodes = tuple(
             (node, partner) if (partner := partner_of(node, self._nodes)) else (node,) for node in self._nodes
         )

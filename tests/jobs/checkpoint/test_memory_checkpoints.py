@@ -27,7 +27,7 @@ from zero_material import Material, commit_state, random_material, state_parts
 from jobs.checkpoint import rank_group
 from jobs.checkpoint.commit import CHUNK_BYTES, CheckpointFile, Commit
 from jobs.checkpoint.held.held_checkpoint import HeldCheckpoint, copies_of, end_holders, find_holder
-from jobs.checkpoint.held.holder import HELD_FILE, Holding, MemoryHolder, Part, Sent, holder_name
+from jobs.checkpoint.held.holder import HELD_FILE, Holding, MemoryHolder, Part, holder_name
 from jobs.checkpoint.held.memory_clock import MemoryClock
 from jobs.checkpoint.held.memory_keeper import MemoryKeeper, partner_of
 from jobs.checkpoint.rank_file import CopyRoom, RankPart
@@ -121,7 +121,7 @@ class Group:
         self.keepers = [
             MemoryKeeper(
                 run.url, self.monitor, RankGroup(rank, len(nodes)), nodes,
-                every=every, part_bytes=1, whole=None, counts_cpu=True, wait=lambda reply: reply and ray.get(reply),
+                every=every, part_bytes=1, whole=None, wait=lambda reply: reply and ray.get(reply),
             )
             for rank in range(len(nodes))
         ]  # fmt: skip
@@ -281,14 +281,14 @@ def test_what_a_killed_rank_wrote_stays(hold_on: Any, run: RunDirectory) -> None
     assert rank.stdout
     path = rank.stdout.readline().strip()
     part = Part("step-00000007/000003-0001", "rank-00000.safetensors")
-    sent: Sent = ray.get(handle.hold.remote(part, path, CheckpointFile(part.file, 0, 0), ""))
+    held: CheckpointFile = ray.get(handle.hold.remote(part, path, CheckpointFile(part.file, 0, 0), ""))
     rank.kill()
     rank.wait()
 
     assert not Path(path).exists()
     data: np.ndarray[Any, Any] = ray.get(handle.read.remote(part, 0, 10_000))
     assert data.tobytes() == bytes(range(250)) * 4
-    assert sent.file.bytes == 1000
+    assert held.bytes == 1000
 
 
 def test_only_the_newest_and_the_one_being_made_are_kept(hold_on: Any, group: Any) -> None:
@@ -345,7 +345,7 @@ def test_what_changes_on_the_way_to_another_node_is_refused(hold_on: Any, run: R
     file = CheckpointFile(part.file, 2 * CHUNK_BYTES, 0, CHUNK_BYTES, "0000000000000001")
 
     with pytest.raises(Exception, match="must arrive as it was sent, and differs from byte 0"):
-        ray.get(handle.copy.remote(part, source, Sent(file, 0.0), ""))
+        ray.get(handle.copy.remote(part, source, file, ""))
 
     assert holding(handle).bytes == 0
     ray.kill(source)
@@ -389,16 +389,24 @@ def test_a_holder_is_found_by_run_and_node(run: RunDirectory, hold_on: Any) -> N
         find_holder(holder_name(run.url, "b"))
 
 
-def due(clock: MemoryClock, steps: int, *, lag: int = 0, cost: float = 0.0, step_seconds: float = 1.0) -> list[int]:
-    """After which steps a clock has the ranks keep their state, if each is whole `lag` steps later."""
+def due(
+    clock: MemoryClock, steps: int, *, lag: int = 0, stall: float = 0.0, step_seconds: float = 1.0, slower: float = 1.0
+) -> list[int]:
+    """After which steps a clock has the ranks keep their state, if each is whole `lag` steps later.
+
+    Those steps take `slower` times as long as the others.
+    """
     found: list[int] = []
     for step in range(1, steps + 1):
-        if found and step - 1 == found[-1] + lag:
-            clock.ended(step - 1, cost)
-        if clock.is_due(step):
+        beside = bool(found) and step <= found[-1] + lag
+        clock.stepped(step_seconds * (slower if beside else 1), beside=beside)
+        if beside and step == found[-1] + lag:
+            clock.ended(step, stall)
+        if not (found and step < found[-1] + lag) and clock.is_due(step):
             clock.began(step)
             found.append(step)
-        clock.stepped(step_seconds)
+            if not lag:
+                clock.ended(step, stall)
     return found
 
 
@@ -415,9 +423,21 @@ def test_it_begins_so_early_that_it_is_whole_in_time() -> None:
 
 
 def test_by_itself_it_costs_a_hundredth_of_the_time() -> None:
-    found = due(MemoryClock("auto", 1), 1000, cost=0.5, step_seconds=2.0)
+    found = due(MemoryClock("auto", 1), 1000, lag=3, stall=0.5, step_seconds=2.0)
 
     assert {after - before for before, after in pairwise(found[9:])} == {25}  # 0.5 s of 50 s
+
+
+def test_what_steps_beside_it_take_longer_counts() -> None:
+    found = due(MemoryClock("auto", 1), 1000, lag=3, stall=0.1, step_seconds=2.0, slower=1.15)
+
+    assert {after - before for before, after in pairwise(found[9:])} == {50}  # 0.1 s and 3 times 0.3 s of 100 s
+
+
+def test_steps_that_happen_to_be_shorter_beside_it_do_not_make_it_cheaper() -> None:
+    found = due(MemoryClock("auto", 1), 1000, lag=3, stall=0.5, step_seconds=2.0, slower=0.9)
+
+    assert {after - before for before, after in pairwise(found[9:])} == {25}
 
 
 def test_time_is_not_waited_for(hold_on: Any, group: Any) -> None:
