@@ -56,7 +56,7 @@ check: $(INSTALLED)  ## Lint, format, types, layers
 	$(BIN)/lint-imports
 
 test: check  ## Checks, then all tests but the slow ones
-	@infra/local/bring prometheus ip chromium amtool jpegtran
+	@infra/local/bring prometheus ip chromium amtool jpegtran azurite
 	$(BIN)/python -m pytest -n 2
 
 test-pythons:  ## The fast tests on each other Python that is found, or in PYTHONS="/path/to/python3.13 ..."

@@ -56,6 +56,25 @@ def test_root_gets_what_is_missing(path: Path) -> None:
     assert brought(path, "prometheus", "ip") == ""
 
 
+def test_what_the_distribution_lacks_npm_brings_where_it_is_there(path: Path) -> None:
+    apt(path)
+    assert brought(path, "azurite") == "azurite cannot be installed here, so tests of Azure's store are skipped\n"
+    log, command = path.parent / "npm.log", path / "azurite-blob"
+    program(path / "npm", f'echo "$@" >>"{log}"; echo "#!/bin/sh" >"{command}"; chmod +x "{command}"')
+
+    (line,) = brought(path, "azurite").splitlines()
+    assert line.startswith("installing azurite@3.")
+    assert log.read_text().split()[:2] == ["install", "-g"]
+    assert brought(path, "azurite") == ""
+
+
+def test_without_root_it_says_how_npm_would_bring_it(path: Path) -> None:
+    program(path / "id", "echo 1000")
+    apt(path)
+
+    assert "as root: npm install -g azurite@3." in brought(path, "azurite")
+
+
 def test_the_next_package_is_tried_where_a_distribution_lacks_one(path: Path) -> None:
     apt(path, "chromium=chromium")
 
