@@ -20,9 +20,9 @@ from jobs.checkpoint.state_reading import read_zero_state
 from jobs.consolidation.file_layout import FILE_NAME, INDEX_NAME
 from jobs.consolidation.target import SEVERAL_FILES, recorded_sha256
 from jobs.errors import CheckpointError, WeightsFileError
-from jobs.recipe.image_statistics import BITS_KEY, statistics_metadata
+from jobs.recipe.image_statistics import statistics_metadata
 from jobs.run.directory import RunDirectory
-from jobs.weights.file_statistics import image_statistics
+from jobs.weights.file_statistics import image_bits, image_statistics
 from jobs.weights.weight_checks import check_against, check_dtypes
 from jobs.weights.weight_files import SUFFIX, local_copy, model_config, opened_file, tensors_in
 from model import ChannelStatistics, Classifier, ConvMAEConfig
@@ -31,7 +31,6 @@ from model.errors import WeightsError, listed
 from model.weights import check_names
 from pipeline.errors import clipped
 from pipeline.host.local_files import sha256_of
-from pipeline.image.channels import DEEP_BITS, PHOTOGRAPH_BITS
 from pipeline.store.json_text import parsed_object
 from pipeline.store.storage import Storage
 
@@ -92,7 +91,7 @@ class Weights:
     @property
     def image_bits(self) -> int:
         """Of a value of the images with which they were trained."""
-        return DEEP_BITS if self.metadata.get(BITS_KEY) == str(DEEP_BITS) else PHOTOGRAPH_BITS
+        return image_bits(self.metadata)
 
     def classifier(self) -> Classifier:
         """The model of a fine-tuning, with these weights, in evaluation mode."""

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from jobs.errors import WeightsFileError
 from jobs.recipe.image_statistics import (
+    BITS_KEY,
     IMAGENET_MEAN,
     IMAGENET_STD,
     MEAN_KEY,
@@ -18,7 +19,7 @@ from jobs.weights.torch_file import is_safetensors
 from jobs.weights.weight_files import opened_file
 from model import ChannelStatistics, ConvMAEConfig
 from pipeline.errors import clipped
-from pipeline.image.channels import RGB_CHANNELS
+from pipeline.image.channels import DEEP_BITS, PHOTOGRAPH_BITS, RGB_CHANNELS
 from pipeline.store.json_text import parsed_json
 
 IMAGENET = ChannelStatistics(IMAGENET_MEAN, IMAGENET_STD)
@@ -48,21 +49,35 @@ def statistics_for(config: ConvMAEConfig, statistics: ChannelStatistics) -> Chan
     return ChannelStatistics(*band_statistics(*statistics, bands)) if is_adapted else statistics
 
 
+def image_bits(metadata: Mapping[str, str]) -> int:
+    """Of a value of the images with which weights were trained; 8 where a file does not say."""
+    return DEEP_BITS if metadata.get(BITS_KEY) == str(DEEP_BITS) else PHOTOGRAPH_BITS
+
+
+def metadata_in(path: Path, url: str) -> dict[str, str]:
+    """What a local file of weights says of itself: nothing if it is no safetensors file, as of the official code.
+
+    Raises:
+        WeightsFileError: It is damaged.
+    """
+    if not is_safetensors(path, url):
+        return {}
+    with opened_file(path, url) as file:
+        return dict(file.metadata() or {})
+
+
 def statistics_in(path: Path, url: str, config: ConvMAEConfig) -> ChannelStatistics:
     """What a model that takes the weights in a local file, of any kind, is to normalise by.
 
     Args:
-        path: Of the file; if it is no safetensors file, as of the official code, they are ImageNet's.
+        path: Of the file.
         url: Where it comes from.
         config: Of the model.
 
     Raises:
         WeightsFileError: It is damaged.
     """
-    if not is_safetensors(path, url):
-        return statistics_for(config, IMAGENET)
-    with opened_file(path, url) as file:
-        return statistics_for(config, image_statistics(dict(file.metadata() or {}), url))
+    return statistics_for(config, image_statistics(metadata_in(path, url), url))
 
 
 def _numbers(text: str) -> tuple[float, ...]:

@@ -21,7 +21,7 @@ from jobs.recipe.image_statistics import statistics_metadata
 from jobs.recipe.recipe import Recipe
 from jobs.run.directory import RunDirectory
 from jobs.weights.deepspeed_folder import weights_in_folder
-from jobs.weights.file_statistics import IMAGENET, statistics_for, statistics_in
+from jobs.weights.file_statistics import IMAGENET, image_bits, metadata_in, statistics_for, statistics_in
 from jobs.weights.names import WeightNames, described, fresh_tensors, weight_names
 from jobs.weights.torch_file import is_safetensors, torch_tensors
 from jobs.weights.weight_checks import check_dtypes, check_finite, check_header, check_heads, check_values
@@ -101,7 +101,8 @@ def import_weights(
     else:
         with local_copy(storage, source) as path:
             metadata["source_sha256"] = sha256_of(path)
-            metadata |= statistics_metadata(*statistics_in(path, source, config))
+            bits = image_bits(metadata_in(path, source))
+            metadata |= statistics_metadata(*statistics_in(path, source, config), bits)
             tensors, names = _taken(path, source, config, fresh_decoder=fresh_decoder)
     check_finite(tensors.items(), source)
     notes = names.notes

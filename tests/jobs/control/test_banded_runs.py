@@ -27,6 +27,7 @@ from jobs.recipe.schedule import order_of
 from jobs.report.reconstruction import Stage, reconstruction_grid
 from jobs.step.objective import Reconstruction
 from jobs.step.training_step import RankPlace
+from jobs.weights.consolidated import of_file
 from jobs.weights.initial import import_weights
 from jobs.weights.weight_files import model_json
 from model import ConvMAE
@@ -241,3 +242,17 @@ def test_rgb_weights_are_taken_by_the_rule_and_the_data_sets_statistics_count(tm
     torch.testing.assert_close(made[name], (given[name].sum(1, keepdim=True) / 4).repeat(1, 4, 1, 1))
     begun = planned(dataset, tmp_path, init_from=str(out))
     assert dataset.manifest.pixels and begun.statistics == (dataset.manifest.pixels.mean, dataset.manifest.pixels.std)
+
+
+@pytest.mark.parametrize("kind", [PixelKind(3, 16), PixelKind(5, 16)], ids=["16-bit RGB", "five 16-bit bands"])
+def test_weights_that_are_imported_again_say_of_what_images_they_are(tmp_path: Path, kind: PixelKind) -> None:
+    plan = planned(banded_dataset(tmp_path / "set", kind), tmp_path)
+    source, out = tmp_path / "ours.safetensors", tmp_path / "again.safetensors"
+    metadata = {"format": "pt", "model": model_json(plan.model)}
+    metadata |= statistics_metadata(*plan.statistics, plan.image_bits)
+    save_file(ConvMAE(plan.model).state_dict(), source, metadata=metadata)
+
+    import_weights(STORAGE, str(source), str(out), plan.model)
+
+    again = of_file(STORAGE, str(out))
+    assert again.image_bits == 16 and again.statistics == plan.statistics
