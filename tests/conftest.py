@@ -41,6 +41,7 @@ STACK_FILES = frozenset(
         "jobs/control/test_settings_travel",
         "jobs/control/test_soak",
         "jobs/control/test_trajectory",
+        "jobs/data/test_banded_commands",
         "jobs/data/test_datasets",
         "jobs/evaluate/test_evaluate_command",
         "jobs/metrics/test_live_metrics",

@@ -161,6 +161,19 @@ def dataset_fields(manifest: Manifest) -> dict[str, Any]:
     }
 
 
+def pixel_lines(manifest: Manifest) -> Iterator[tuple[str, str]]:
+    """What the images are decoded to, and what their pixels are like."""
+    pixels = manifest.pixels
+    if pixels is None:
+        yield "pixels", "never measured: runs take ImageNet's mean and deviation, unless their recipe has others"
+        return
+    yield "pixels", f"{pixels.channels} channels of {pixels.bits} bits, measured on {pixels.images:,} images"
+    for name, values in (("mean", pixels.mean), ("deviation", pixels.std)):
+        yield name, " ".join(f"{value:.4f}" for value in values)
+    if manifest.restart_markers:
+        yield "restart markers", "in its JPEGs"
+
+
 def index_line(manifest: Manifest, order: Order) -> tuple[str, str]:
     """How the indexes are read."""
     held = manifest.shards.index_bytes
@@ -196,13 +209,16 @@ class InspectedDataset:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
-        return {**dataset_fields(self.manifest), "plan": self.plan.to_json()}
+        pixels = self.manifest.pixels
+        about = {"pixels": pixels and pixels.to_json(), "restart_markers": self.manifest.restart_markers}
+        return {**dataset_fields(self.manifest), **about, "plan": self.plan.to_json()}
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """Fields and values for people."""
         order = self.plan.order
         for field, value in dataset_fields(self.manifest).items():
             yield field.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value)
+        yield from pixel_lines(self.manifest)
         yield "", ""
         yield "steps per epoch", f"{order.steps_per_epoch:,} of {order.global_batch_size:,} images"
         rest = f"{order.samples - self.plan.samples_per_epoch:,} rest, other ones each epoch"

@@ -13,6 +13,7 @@ from pipeline.load.dataset import Dataset
 from pipeline.order.sample_order import Order
 from pipeline.shard.index import NO_LABEL, IndexRow, ShardIndex
 from pipeline.shard.manifest import Manifest
+from pipeline.shard.pixel_statistics import PixelStatistics
 from pipeline.shard.table import ShardEntry, ShardTable
 from pipeline.store.storage import Storage
 
@@ -130,7 +131,21 @@ def test_a_data_set_is_inspected_in_numbers(dataset: Dataset, tmp_path: Path) ->
     assert plan["label_design_effect"] is None
     lines = dict(inspected.lines())
     assert lines["samples"] == "1,000"
+    assert fields["pixels"] is None and lines["pixels"].startswith("never measured")
     assert lines["design effect"].startswith(f"{plan['design_effect']:.2f} over shards")
+
+
+def test_a_data_set_is_said_to_have_the_pixels_that_were_measured(dataset: Dataset, tmp_path: Path) -> None:
+    pixels = PixelStatistics(900, (0.5, 0.25), (0.125, 0.0625), 16)
+    dataset.manifest.measured(pixels).marked().save(Storage(), str(tmp_path), [])
+
+    inspected = inspected_dataset(Storage(), str(tmp_path), {"batch": 24, "lanes": 6}, labels=False)
+
+    fields, lines = inspected.to_json(), dict(inspected.lines())
+    assert fields["pixels"] == pixels.to_json() and fields["restart_markers"] is True
+    assert lines["pixels"] == "2 channels of 16 bits, measured on 900 images"
+    assert (lines["mean"], lines["deviation"]) == ("0.5000 0.2500", "0.1250 0.0625")
+    assert "restart markers" in lines
 
 
 def test_the_printed_design_effect_is_that_of_the_listed_keys(dataset: Dataset) -> None:
