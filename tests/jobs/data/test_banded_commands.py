@@ -47,4 +47,4 @@ def test_a_folder_becomes_a_data_set_a_run_and_weights(convmae: Command, tmp_pat
     picture = tmp_path / "picture.png"
     convmae("reconstruct", str(folder / "00.tif"), "--weights", weights, "--out", str(picture))
     with Image.open(picture) as image:
-        assert image.width > image.height
+        assert len(image.convert("L").getcolors() or ()) > 100  # shades, thus no empty page
