@@ -17,10 +17,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from torch._C._autograd import DeviceType
 from torch._C._profiler import _ExperimentalConfig
-from torch.autograd import DeviceType
 from torch.autograd.profiler_util import EventList, FunctionEventAvg
-from torch.profiler import ProfilerActivity, _KinetoProfile
+from torch.profiler import ProfilerActivity
+from torch.profiler.profiler import _KinetoProfile
 
 from jobs.rank.profile_process import OperatorTimes, made_files
 from jobs.run.directory import RunDirectory
@@ -139,19 +140,27 @@ def operator_table(times: Sequence[OperatorTimes], is_on_gpu: bool) -> str:
         times: Of each.
         is_on_gpu: Whether what counts is the time of the GPU.
     """
-    averages = EventList([_average(each, is_on_gpu) for each in times])
+    averages = EventList([_average(each, is_on_gpu) for each in times])  # type: ignore[no-untyped-call]
     order = "self_cuda_time_total" if is_on_gpu else "self_cpu_time_total"
-    return averages.table(sort_by=order, row_limit=OPERATORS) + "\n"
+    table: str = averages.table(sort_by=order, row_limit=OPERATORS)  # type: ignore[no-untyped-call]
+    return table + "\n"
 
 
 def _average(times: OperatorTimes, is_on_gpu: bool) -> FunctionEventAvg:
     average = FunctionEventAvg()
-    average.key, average.count, average.node_id = times.name, times.calls, -1
-    average.is_async, average.is_user_annotation = times.is_collective, times.is_annotation
-    average.device_type = DeviceType.CUDA if times.is_on_gpu else DeviceType.CPU
-    average.use_device = "cuda" if is_on_gpu else None
-    average.self_cpu_time_total, average.cpu_time_total = times.self_cpu_ns / 1000, times.cpu_ns / 1000
-    average.self_device_time_total, average.device_time_total = times.self_gpu_ns / 1000, times.gpu_ns / 1000
+    vars(average).update(
+        key=times.name,
+        count=times.calls,
+        node_id=-1,
+        is_async=times.is_collective,
+        is_user_annotation=times.is_annotation,
+        device_type=DeviceType.CUDA if times.is_on_gpu else DeviceType.CPU,
+        use_device="cuda" if is_on_gpu else None,
+        self_cpu_time_total=times.self_cpu_ns / 1000,
+        cpu_time_total=times.cpu_ns / 1000,
+        self_device_time_total=times.self_gpu_ns / 1000,
+        device_time_total=times.gpu_ns / 1000,
+    )
     return average
 
 
