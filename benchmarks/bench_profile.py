@@ -39,13 +39,17 @@ class Cost:
     still_seconds: float
     """By which the first step after the profile is longer."""
     after: float
-    """Median of the steps from the second one."""
+    """Median of the steps from the third one."""
     slower: float
     """Mean of the steps after, the first one too, over that of those before."""
 
 
 def costs(history: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, Any]], apart: int) -> Iterator[Cost]:
     """What each profile of a run cost.
+
+    A rank tells how long a step took with the next one, and the row has the longest: so that of the first step after a
+    profile has the time for which the profiled rank stood still, and that of the second one the same time, for which
+    the others waited. It counts once.
 
     Args:
         history: Of the run.
@@ -56,7 +60,7 @@ def costs(history: Sequence[Mapping[str, Any]], events: Sequence[Mapping[str, An
     for event in (event for event in events if event["kind"] == "profile"):
         last, first = event["step"], event["step"] - event["steps"] + 1
         before = [seconds[step] for step in range(first - apart, first)]
-        after = [seconds[step] for step in range(last + 1, last + 1 + apart)]
+        after = [seconds[last + 1], *(seconds[step] for step in range(last + 3, last + 2 + apart))]
         usual = statistics.median(before)
         profiled = statistics.median(seconds[step] for step in range(first, last + 1))
         slower = statistics.mean(after) / statistics.mean(before) - 1

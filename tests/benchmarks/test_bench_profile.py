@@ -7,7 +7,7 @@ from bench_profile import Cost, costs
 
 
 def test_a_profile_costs_what_the_steps_after_it_take_longer() -> None:
-    seconds = [0.5] * 10 + [0.8] * 3 + [2.5] + [0.5] * 8 + [1.5]
+    seconds = [0.5] * 10 + [0.8] * 3 + [2.5, 2.4] + [0.5] * 7 + [1.5]
     history = [{"step": step, "step_seconds": each} for step, each in enumerate(seconds, 1)]
     events = [{"kind": "start", "step": 0}, {"kind": "profile", "step": 13, "steps": 3}]
 
