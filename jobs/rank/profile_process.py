@@ -1,7 +1,7 @@
 """The process that makes a profile's files from the trace as torch writes it, so that the rank can train meanwhile.
 
-Python's part of torch's profiler holds the interpreter's lock for 50 us an operator. This process reads the trace in its
-place: it compresses it, and adds up the times of each operator as `torch.profiler.profile.key_averages` does. It
+Python's part of torch's profiler holds the interpreter's lock for 50 us an operator. This process works on the trace in
+its place: it compresses it, and adds up the times of each operator as `torch.profiler.profile.key_averages` does. It
 takes what CPU time nothing else wants, imports no torch, and ends with its rank.
 """
 
