@@ -18,7 +18,7 @@ NEWEST_TESTS := tests/jobs/cluster/test_ray_internals.py tests/jobs/checkpoint/t
 	tests/jobs/checkpoint/test_zero_state.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain down fix check test test-pythons test-newest test-gpu bench-gpu test-slow test-hosts soak fuzz bench-recovery bench-hosts bench-plan bench-model bench-loader bench-busy-loader bench-checkpoint bench-consolidate bench-scale bench-grains bench-probes bench-memory bench-history
+.PHONY: help install pretrain down fix check test test-pythons test-newest test-gpu bench-gpu test-slow test-hosts soak fuzz bench-recovery bench-hosts bench-plan bench-model bench-loader bench-busy-loader bench-checkpoint bench-consolidate bench-scale bench-grains bench-probes bench-memory bench-profile bench-history
 
 help:  ## Show these lines
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -132,6 +132,9 @@ bench-probes: $(INSTALLED)  ## How much probes slow the training beside them; CP
 
 bench-memory: $(INSTALLED)  ## What memory checkpoints cost a step, on two nodes of one core
 	$(BIN)/python benchmarks/bench_memory.py
+
+bench-profile: $(INSTALLED)  ## What a profile of a rank costs the steps after it, on two nodes of one core
+	$(BIN)/python benchmarks/bench_profile.py
 
 bench-scale: $(INSTALLED)  ## What grows with the ranks: restoring, figures, deletes, polls; up to 1,024 on paper
 	$(BIN)/python benchmarks/bench_scale.py

@@ -1,6 +1,7 @@
 """A profile of some steps of one rank, asked for while it trains: operators by torch, and a flame graph by py-spy.
 
-Nothing of it exists outside these steps, but for a thread that brings the files to the store.
+Nothing of it exists outside these steps, but for a process that makes the files, and a thread that brings them to the
+store.
 """
 
 from __future__ import annotations
@@ -16,8 +17,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch._C._autograd import DeviceType
+from torch._C._profiler import _ExperimentalConfig
+from torch.autograd.profiler_util import EventList, FunctionEventAvg
+from torch.profiler import ProfilerActivity
+from torch.profiler.profiler import _KinetoProfile
 
+from jobs.rank.profile_process import OperatorTimes, made_files
 from jobs.run.directory import RunDirectory
 from jobs.run.profile_request import ProfileRequest
 from pipeline.host.scratch import scratch_folder
@@ -25,11 +31,14 @@ from pipeline.host.scratch import scratch_folder
 logger = logging.getLogger(__name__)
 
 TRACE_NAME, OPERATORS_NAME, FLAME_NAME = "trace.json.gz", "operators.txt", "flame.svg"
+RAW_NAME = "trace.json"
 OPERATORS = 100
 """Lines of the table."""
 SAMPLES_PER_SECOND = 100
 FLAME_SECONDS = 30.0
 """For py-spy to write what it has seen."""
+CLOSE_SECONDS = 120.0
+"""For which the end of a run waits for its last profile."""
 
 Done = Callable[[int, str, Sequence[str], str], None]
 """Is given the last step, the folder's URL, the names of files, and what is missing."""
@@ -40,9 +49,10 @@ Failed = Callable[[str], None]
 class StepProfile:
     """The profile of a rank, from the end of one step to the end of a later one.
 
-    Owns: torch's profiler and py-spy's process until `finish`; then a thread, until what it writes is in the store.
+    Owns: torch's profiler and py-spy's process until `finish`; then a thread, until all files are in the store.
     Concurrency: called by the training thread, whose operators torch records. Failure: reported, never raised.
-    Blocking: `finish` while the files are made, seconds for many operators; `close` until all is in the store.
+    Blocking: `finish` while torch writes the trace, some 3 us an operator; `close` until all is in the store, or for
+        `CLOSE_SECONDS`.
     """
 
     def __init__(self, request: ProfileRequest, run: RunDirectory, device: torch.device) -> None:
@@ -53,11 +63,14 @@ class StepProfile:
             run: Of the rank; the result goes there.
             device: Where it trains.
         """
-        self.request, self._run, self._device = request, run, device
+        self.request, self._run, self._is_on_gpu = request, run, device.type == "cuda"
         self._steps_left = request.steps
         self._folder = scratch_folder()
-        on_gpu = device.type == "cuda"
-        self._profile = profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])])
+        gpu = [ProfilerActivity.CUDA] if self._is_on_gpu else []
+        # What `torch.profiler.profile` adds is a schedule, and a cycle that keeps all of it until a collection.
+        self._profile: _KinetoProfile | None = _KinetoProfile(
+            activities=[ProfilerActivity.CPU, *gpu], experimental_config=_ExperimentalConfig(trace_only=True)
+        )
         self._profile.start()
         self._flames = FlameGraph(Path(self._folder.name, FLAME_NAME))
         self._thread: threading.Thread | None = None
@@ -65,7 +78,7 @@ class StepProfile:
     @property
     def is_recording(self) -> bool:
         """Whether `finish` is yet to come."""
-        return self._thread is None
+        return self._profile is not None
 
     def stepped(self) -> bool:
         """Note one more step; whether it was the last one."""
@@ -73,46 +86,42 @@ class StepProfile:
         return self._steps_left == 0
 
     def finish(self, step: int, done: Done, failed: Failed) -> None:
-        """Record no more, and have a thread bring what there is to the store.
+        """Record no more, and have the files made and brought to the store, beside the steps that follow.
 
-        The files are made here: while all ranks stand still once, since a thread of Python beside the steps that follow
-        would slow these for longer.
+        What torch holds is written here, since its writer lets no other thread of Python run.
 
         Args:
             step: The last one that was recorded.
             done: Called once all is in the store.
             failed: Called in its place.
         """
+        assert self._profile
         self._flames.stop()
-        made: Exception | None = None
+        fault: Exception | None = None
         try:
             self._profile.stop()
-            self._make_files()
+            self._profile.export_chrome_trace(str(Path(self._folder.name, RAW_NAME)))
         except Exception as error:
-            made = error
+            fault = error
+        self._profile = None  # and with it what was recorded
         self._thread = threading.Thread(
-            target=self._write, args=(made, step, done, failed), name="convmae-profile", daemon=True
+            target=self._write, args=(fault, step, done, failed), name="convmae-profile", daemon=True
         )
         self._thread.start()
 
     def close(self) -> None:
-        """Wait for the thread."""
+        """Wait for the thread, but not without end: what makes the files has only the CPU time that others leave."""
         if self._thread:
-            self._thread.join()
+            self._thread.join(CLOSE_SECONDS)
 
-    def _make_files(self) -> None:
-        folder = Path(self._folder.name)
-        self._profile.export_chrome_trace(str(folder / TRACE_NAME))
-        order = "self_cuda_time_total" if self._device.type == "cuda" else "self_cpu_time_total"
-        table = self._profile.key_averages().table(sort_by=order, row_limit=OPERATORS)
-        (folder / OPERATORS_NAME).write_text(table + "\n", "utf-8")
-
-    def _write(self, made: Exception | None, step: int, done: Done, failed: Failed) -> None:
+    def _write(self, fault: Exception | None, step: int, done: Done, failed: Failed) -> None:
         try:
             with self._folder as name:
                 note = self._flames.missing()
-                if made:
-                    raise made
+                if fault:
+                    raise fault
+                times = made_files(Path(name, RAW_NAME), Path(name, TRACE_NAME))
+                Path(name, OPERATORS_NAME).write_text(operator_table(times, self._is_on_gpu), "utf-8")
                 names = [TRACE_NAME, OPERATORS_NAME, *([] if note else [FLAME_NAME])]
                 url = self._run.path("profiles", f"step-{step:08d}-rank-{self.request.rank:04d}")
                 for each in names:
@@ -122,6 +131,37 @@ class StepProfile:
             failed(f"{type(error).__name__}: {error}")
             return
         done(step, url, names, note)
+
+
+def operator_table(times: Sequence[OperatorTimes], is_on_gpu: bool) -> str:
+    """The operators that take most time by themselves, as torch prints them.
+
+    Args:
+        times: Of each.
+        is_on_gpu: Whether what counts is the time of the GPU.
+    """
+    averages = EventList([_average(each, is_on_gpu) for each in times])  # type: ignore[no-untyped-call]
+    order = "self_cuda_time_total" if is_on_gpu else "self_cpu_time_total"
+    table: str = averages.table(sort_by=order, row_limit=OPERATORS)  # type: ignore[no-untyped-call]
+    return table + "\n"
+
+
+def _average(times: OperatorTimes, is_on_gpu: bool) -> FunctionEventAvg:
+    average = FunctionEventAvg()
+    vars(average).update(
+        key=times.name,
+        count=times.calls,
+        node_id=-1,
+        is_async=times.is_collective,
+        is_user_annotation=times.is_annotation,
+        device_type=DeviceType.CUDA if times.is_on_gpu else DeviceType.CPU,
+        use_device="cuda" if is_on_gpu else None,
+        self_cpu_time_total=times.self_cpu_ns / 1000,
+        cpu_time_total=times.cpu_ns / 1000,
+        self_device_time_total=times.self_gpu_ns / 1000,
+        device_time_total=times.gpu_ns / 1000,
+    )
+    return average
 
 
 class FlameGraph:

@@ -2,17 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
+import threading
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from monitored_ranks import MonitoredRanks, long_recipe, made_dataset
 
 from jobs.control.profiling import profiled
-from jobs.errors import RunError
+from jobs.errors import RunError, RunFailedError
 from jobs.rank.step_profile import FLAME_NAME, OPERATORS_NAME, TRACE_NAME
 from jobs.run.profile_request import MOST_STEPS
+
+
+def kill_what_makes_the_files(rank: int, killed: list[int]) -> None:
+    """Wait for that process of a rank, and kill it."""
+    while not killed:
+        for process in psutil.Process(rank).children():
+            with contextlib.suppress(psutil.NoSuchProcess):  # such as one that looked for py-spy
+                if "jobs.rank.profile_process" in process.cmdline():
+                    process.kill()
+                    killed.append(process.pid)
+        time.sleep(0.001)
 
 
 def test_a_rank_is_profiled_while_it_trains_and_bad_requests_are_refused(tmp_path: Path) -> None:
@@ -32,11 +47,16 @@ def test_a_rank_is_profiled_while_it_trains_and_bad_requests_are_refused(tmp_pat
 
         event = profiled(ranks.run, 1, 3)
 
+        killed: list[int] = []
+        threading.Thread(target=kill_what_makes_the_files, args=(ranks.processes[1].pid, killed), daemon=True).start()
+        with pytest.raises(RunFailedError, match=r"the process that makes the files was killed by SIGKILL"):
+            profiled(ranks.run, 1, 10)
         step = ranks.monitor.status()["step"]
         ranks.until(lambda: ranks.monitor.status()["step"] > step + 3)
         again = profiled(ranks.run, 1, 1)
         ranks.stop()
         assert not ranks.events("restart") and len(ranks.events("profile")) == 2
+        assert len(killed) == len(ranks.events("profile-failed")) == 1
 
     assert (event["rank"], event["steps"]) == (1, 3) and again["step"] > event["step"]
     folder = ranks.run.path("profiles", f"step-{event['step']:08d}-rank-0001")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -51,11 +52,13 @@ def no_command(name: str, path: str | None = None) -> None:
 def test_the_steps_are_recorded_and_no_profiler_is_left(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(step_profile.shutil, "which", no_command)
     profile, count = recorded(run)
+    assert profile._profile
+    recorder = weakref.ref(profile._profile)
     outcome = Outcome()
 
     outcome.finish(profile, step=7)
 
-    assert not torch.autograd._profiler_enabled()
+    assert not torch.autograd._profiler_enabled() and recorder() is None, "nothing waits for a collection"
     ((step, url, files, note),) = outcome.done
     assert (step, count) == (7, 2) and not outcome.failed
     assert url == run.path("profiles", "step-00000007-rank-0003")
@@ -99,3 +102,19 @@ def test_a_store_that_refuses_is_reported_and_raises_nothing(
     outcome.finish(recorded(run)[0], step=1)
 
     assert outcome.failed == ["OSError: the disk is full"] and not outcome.done
+
+
+def test_files_that_could_not_be_made_are_reported(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ending = tmp_path / "python"
+    ending.write_text("#!/bin/sh\nkill -9 $$\n")
+    ending.chmod(0o755)
+    monkeypatch.setattr(step_profile.shutil, "which", no_command)
+    monkeypatch.setattr("sys.executable", str(ending))
+    outcome = Outcome()
+
+    outcome.finish(recorded(run)[0], step=1)
+
+    assert outcome.failed == ["RuntimeError: the process that makes the files was killed by SIGKILL"]
+    assert not outcome.done and not run.storage.exists(run.path("profiles"))
