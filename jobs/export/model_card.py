@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs.report.curves import Floats, Series, thinned, trend
+from jobs.report.curves import Floats, Series, Steps, thinned, trend
 from jobs.run.directory import RECONSTRUCTIONS_NAME, RunDirectory
 from jobs.weights.consolidated import Weights
 from pipeline.image.channels import GRAY_CHANNELS, RGB_CHANNELS
@@ -113,7 +113,7 @@ def card(weights: Weights, run: RunDirectory | None, losses: Series | None, *, h
     )
 
 
-def loss_picture(steps: Floats, losses: Floats) -> bytes:
+def loss_picture(steps: Steps, losses: Floats) -> bytes:
     """The loss over steps as PNG: as recorded, and its trend."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -138,7 +138,7 @@ def _losses_until(run: RunDirectory, metadata: Mapping[str, str]) -> Series | No
         steps = steps.where(steps.steps <= int(metadata["step"]))
     losses = steps.numbers("loss")
     is_done = np.isfinite(losses)
-    return (steps.numbers("step")[is_done], losses[is_done]) if is_done.any() else None
+    return (steps.steps[is_done], losses[is_done]) if is_done.any() else None
 
 
 def _facts(weights: Weights, losses: Series | None) -> Iterator[str]:

@@ -138,12 +138,16 @@ class Utilization:
 
 def mfu_ratios(steps: StoredSteps, events: Sequence[Mapping[str, Any]]) -> Floats:
     """MFU of each step of a history, (n,), as `Utilization` has it."""
-    needed = steps.only(("step", "attempt", "world_size", "step_seconds"))
-    return np.concatenate([np.zeros(0), *(Utilization.of(block, events).mfu_ratios for block in needed.blocks())])
+    found, first = np.empty(len(steps)), 0
+    for block in steps.only(("step", "attempt", "world_size", "step_seconds")).blocks():
+        found[first : first + len(block)] = Utilization.of(block, events).mfu_ratios
+        first += len(block)
+    return found
 
 
 def mean_mfu(ratios: Floats, seconds: Floats) -> float | None:
     """MFU over all steps that have one, by their time; None where none has. Both are (n,)."""
-    is_known = np.isfinite(ratios)
-    whole = float(seconds[is_known].sum())
-    return float((ratios * seconds)[is_known].sum()) / whole if whole else None
+    if not (is_known := np.isfinite(ratios)).all():
+        ratios, seconds = ratios[is_known], seconds[is_known]
+    whole = float(seconds.sum())
+    return float((ratios * seconds).sum()) / whole if whole else None

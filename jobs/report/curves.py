@@ -20,7 +20,8 @@ from jobs.run.stored_steps import StoredSteps
 from jobs.run.validation_rows import ValidationCurve
 
 Floats = npt.NDArray[np.float64]
-Series = tuple[Floats, Floats]
+Steps = npt.NDArray[np.int64] | Floats
+Series = tuple[Steps, Floats]
 """Steps and values, (n,) each."""
 
 CHARTED = ("step", "loss", "learning_rate", "world_size", "step_seconds")
@@ -38,8 +39,12 @@ class Columns(Protocol):
 
     def __len__(self) -> int: ...
 
+    @property
+    def steps(self) -> npt.NDArray[np.int64]:
+        """(n,)."""
+
     def numbers(self, name: str) -> Floats:
-        """A column, (n,); NaN where a row has none."""
+        """Another column, (n,); NaN where a row has none."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,18 +77,21 @@ class History:
         losses = steps.numbers("loss")
         is_done = np.isfinite(losses)
         done = slice(None) if is_done.all() else is_done
-        places, losses = steps.numbers("step")[done], losses[done]
-        ratios = np.full(len(steps), np.nan) if mfu_ratios is None else mfu_ratios
+        places, losses = steps.steps[done], losses[done]
         last = max(1, round(len(places) * FINAL_SHARE))
+        final_loss = float(np.mean(losses[-last:])) if len(losses) else math.nan
+        of_losses = thinned(places, losses, RAW_POINTS), trend(places, losses, TREND_POINTS)
+        del losses
+        ratios = np.full(len(places), np.nan) if mfu_ratios is None else mfu_ratios[done]
         return cls(
             count=len(places),
-            losses=thinned(places, losses, RAW_POINTS),
+            losses=of_losses[0],
             learning_rates=thinned(places, steps.numbers("learning_rate")[done], RAW_POINTS // 6),
             world_sizes=thinned(places, steps.numbers("world_size")[done], RAW_POINTS // 3),
-            mean_losses=trend(places, losses, TREND_POINTS),
+            mean_losses=of_losses[1],
             mean_step_seconds=_trend_where(places, seconds := steps.numbers("step_seconds")[done], seconds > 0),
-            mean_mfu_ratios=_trend_where(places, ratios[done], np.isfinite(ratios[done])),
-            final_loss=float(np.mean(losses[-last:])) if len(losses) else math.nan,
+            mean_mfu_ratios=_trend_where(places, ratios, np.isfinite(ratios)),
+            final_loss=final_loss,
         )
 
     def __len__(self) -> int:
@@ -100,7 +108,7 @@ class History:
         return float(self.losses[1][-1])
 
 
-def thinned(steps: Floats, values: Floats, points: int) -> Series:
+def thinned(steps: Steps, values: Floats, points: int) -> Series:
     """Thin a series without losing the first point, the last, or any extreme of the curve.
 
     The steps are cut into equal stretches, of each of which the lowest and the highest value are kept.
@@ -115,14 +123,15 @@ def thinned(steps: Floats, values: Floats, points: int) -> Series:
     """
     if len(steps) <= points:
         return steps, values
-    kept = {0, len(steps) - 1}
-    for stretch in np.array_split(np.arange(len(steps)), (points - 2) // 2):
-        kept |= {int(stretch[values[stretch].argmin()]), int(stretch[values[stretch].argmax()])}
+    kept, first = {0, len(steps) - 1}, 0
+    for stretch in np.array_split(values, (points - 2) // 2):
+        kept |= {first + int(stretch.argmin()), first + int(stretch.argmax())}
+        first += len(stretch)
     chosen = np.array(sorted(kept))
     return steps[chosen], values[chosen]
 
 
-def trend(steps: Floats, values: Floats, points: int) -> Series:
+def trend(steps: Steps, values: Floats, points: int) -> Series:
     """Means of `points` equal stretches of a series; its values if there are fewer."""
     if not len(steps):
         return steps, values
@@ -131,8 +140,9 @@ def trend(steps: Floats, values: Floats, points: int) -> Series:
     return means[0], means[1]
 
 
-def _trend_where(steps: Floats, values: Floats, is_known: npt.NDArray[np.bool_]) -> Series:
-    return trend(steps[is_known], values[is_known], TREND_POINTS)
+def _trend_where(steps: Steps, values: Floats, is_known: npt.NDArray[np.bool_]) -> Series:
+    known = slice(None) if is_known.all() else is_known
+    return trend(steps[known], values[known], TREND_POINTS)
 
 
 def speeds(history: History, global_batch_size: int) -> Series:

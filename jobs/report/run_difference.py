@@ -72,12 +72,12 @@ class DiffedRun:
 
     def final_state(self) -> dict[str, Any]:
         """How far it came, and in how many attempts."""
-        losses = self.history.where(np.arange(len(self.history))[-1:]).numbers("loss")
+        last = self.history.where(slice(-1, None))
         return {
             "state": self.heartbeat.get("state", "not started"),
             "step": self.heartbeat.get("step", 0),
             "total_steps": self.heartbeat.get("total_steps", 0),
-            "loss": float(losses[0]) if np.isfinite(losses).any() else None,
+            "loss": next((row["loss"] for row in last.rows()), None),
             "checkpoint_step": self.commit.step if self.commit else None,
             "attempts": len(self.attempts),
             "workers": [event["world_size"] for event in self.attempts],

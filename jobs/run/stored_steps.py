@@ -11,6 +11,8 @@ import io
 import zipfile
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +20,7 @@ import numpy.typing as npt
 from jobs.run.rows import Row, checked, row_lines
 from jobs.run.step_table import Floats, StepTable
 
-BLOCK_ROWS = 1 << 16
+BLOCK_ROWS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class StoredSteps:
     files: Sequence[StepFile]
     columns: frozenset[str] | None
     """Those that are decoded; None: all."""
-    places: npt.NDArray[np.intp]
+    places: npt.NDArray[np.int32]
     """Of the rows in the files, one after the other; (n,)."""
     steps: npt.NDArray[np.int64]
     """(n,)."""
@@ -88,8 +90,11 @@ class StoredSteps:
     @classmethod
     def of(cls, files: Sequence[StepFile], columns: Collection[str] | None = None) -> StoredSteps:
         """All rows, as they were written: by attempt, then by step."""
-        steps = np.concatenate([np.zeros(0, np.int64), *(file.only(("step",)).steps for file in files)])
-        return cls(files, None if columns is None else frozenset(columns), np.arange(len(steps)), steps)
+        steps = np.empty(sum(map(len, files)), np.int64)
+        for file, part in _parts_of(steps, files):
+            part[:] = file.only(("step",)).steps
+        places = np.arange(len(steps), dtype=np.int32)
+        return cls(files, None if columns is None else frozenset(columns), places, steps)
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -103,8 +108,8 @@ class StoredSteps:
         """The same rows with some of the columns."""
         return replace(self, columns=frozenset(columns))
 
-    def where(self, chosen: npt.NDArray[np.bool_] | npt.NDArray[np.intp]) -> StoredSteps:
-        """Some of the rows: by a mask, (n,), or by their numbers."""
+    def where(self, chosen: npt.NDArray[np.bool_] | npt.NDArray[np.integer] | slice) -> StoredSteps:
+        """Some of the rows: by a mask, (n,), by their numbers, or in a row."""
         return replace(self, places=self.places[chosen], steps=self.steps[chosen])
 
     def latest(self) -> StoredSteps:
@@ -119,7 +124,10 @@ class StoredSteps:
 
     def numbers(self, name: str) -> Floats:
         """A column of numbers, (n,); NaN where a row has none."""
-        return np.concatenate([np.zeros(0), *(block.numbers(name) for block in self.only((name,)).blocks())])
+        found = np.empty(sum(map(len, self.files)))
+        for file, part in _parts_of(found, self.files):
+            part[:] = file.only((name,)).numbers(name)
+        return found[self.places]
 
     def rows(self) -> Iterator[Row]:
         """The rows as they were written, of the columns that are decoded."""
@@ -127,29 +135,44 @@ class StoredSteps:
 
     def blocks(self, rows: int = BLOCK_ROWS) -> Iterator[StepTable]:
         """The rows in order, so many at a time; only the files of one block are decoded at once."""
-        counts = [len(file) for file in self.files]
-        ends = np.cumsum(counts)
         decoded: dict[int, StepTable] = {}
+        owners = self._owners(0, rows)
         for first in range(0, len(self), rows):
-            places = self.places[first : first + rows]
-            owners = np.searchsorted(ends, places, side="right")
-            needed = np.unique(owners).tolist()
-            for number in decoded.keys() - needed:
-                del decoded[number]
-            for number in needed:
+            following, pieces = self._owners(first + rows, rows), []
+            for number in np.unique(owners).tolist():
                 if number not in decoded:
                     decoded[number] = self.files[number].only(self.columns)
-            starts = {number: int(ends[number]) - counts[number] for number in needed}
-            pieces = [decoded[each].at(places[owners == each] - starts[each]) for each in needed]
+                places = self.places[first : first + rows][owners == number] - self._starts[number]
+                pieces.append(decoded[number].at(places))
+                if number not in following:
+                    del decoded[number]
             block = pieces[0] if len(pieces) == 1 else StepTable.joined(pieces)
             if (owners[1:] < owners[:-1]).any():  # steps that an earlier attempt did last are among those of later ones
                 block = block.at(np.argsort(np.argsort(owners, kind="stable")))
             yield block
+            owners = following
 
-    def _latest(self) -> npt.NDArray[np.intp]:
+    @cached_property
+    def _starts(self) -> npt.NDArray[np.intp]:
+        """Of the files among all rows."""
+        return np.cumsum([0, *map(len, self.files)])[:-1]
+
+    def _owners(self, first: int, rows: int) -> npt.NDArray[np.intp]:
+        """The numbers of the files of some rows in a row."""
+        return np.searchsorted(self._starts, self.places[first : first + rows], side="right") - 1
+
+    def _latest(self) -> npt.NDArray[np.int32]:
         """Numbers of the rows that count, by step."""
-        order = np.argsort(self.steps, kind="stable")
+        order = np.argsort(self.steps, kind="stable").astype(np.int32)
         ordered = self.steps[order]
         is_last = np.ones(len(order), np.bool_)
         is_last[:-1] = ordered[:-1] != ordered[1:]
         return order[is_last]
+
+
+def _parts_of(whole: npt.NDArray[Any], files: Sequence[StepFile]) -> Iterator[tuple[StepFile, npt.NDArray[Any]]]:
+    """Each file, and its part of an array of all rows."""
+    first = 0
+    for file in files:
+        yield file, whole[first : first + len(file)]
+        first += len(file)

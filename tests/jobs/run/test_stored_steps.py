@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jobs.errors import RunError
@@ -22,6 +22,7 @@ def files_of(parts: list[tuple[bool, list[dict[str, Any]]]]) -> list[StepFile]:
     return [PackedSteps(table.to_npz(), len(table), "there") if packed else table for packed, table in tables]
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.tuples(st.booleans(), st.lists(st.integers(1, 9), min_size=1, max_size=6)), max_size=6),
     st.integers(1, 8),
