@@ -344,6 +344,18 @@ def test_a_reader_whose_parts_are_compacted_beneath_it_begins_again(run: RunDire
     assert records(run) == before
 
 
+def test_what_a_reader_still_walks_is_not_changed_by_a_compaction(run: RunDirectory) -> None:
+    run.compact(LAST, 0, lambda: True)
+    before = "".join(history_blocks(run, as_json=True))
+    walked = history_blocks(run, as_json=True)
+    first, files = next(walked), names(run)
+
+    compact(run)
+
+    assert len(set(files) - set(names(run))) > 3
+    assert first + "".join(walked) == before
+
+
 @pytest.mark.parametrize("folder", ["history", "events", "quarantine"])
 @pytest.mark.parametrize("damage", ["flipped", "shorter", "gone", "foreign"])
 def test_a_compacted_file_that_is_damaged_is_refused_by_name(run: RunDirectory, folder: str, damage: str) -> None:
