@@ -40,6 +40,8 @@ COMMANDS = {
     "history": ["history", "{run}"],
     "history --json": ["history", "{run}", "--json"],
 }
+PAGE = "page"
+"""The page of a run, as `convmae ui` draws it; then again, with a step more."""
 _LAUNCHER = """
 import json, os, resource, subprocess, sys, time
 began = time.perf_counter()
@@ -51,10 +53,10 @@ print(json.dumps({"seconds": time.perf_counter() - began, "cpu_seconds": used.ru
 """A process's peak begins with that of the one that started it, so the one that does must be small."""
 
 
-def measured(arguments: list[str], environ: Mapping[str, str], folder: Path) -> dict[str, float]:
+def measured(script: str, arguments: list[str], environ: Mapping[str, str], folder: Path) -> dict[str, float]:
     """One command, in a process of its own."""
     counts = folder / "requests.json"
-    command = [sys.executable, str(Path(__file__).with_name("counted_command.py")), str(counts), *arguments]
+    command = [sys.executable, str(Path(__file__).with_name(script)), str(counts), *arguments]
     launched = subprocess.run(
         [sys.executable, "-c", _LAUNCHER, *command], env=environ, check=True, capture_output=True, text=True
     )
@@ -82,15 +84,18 @@ def environment(server: LocalS3, folder: Path) -> dict[str, str]:
 def bench(names: tuple[str, str], environ: Mapping[str, str], folder: Path, rounds: int, what: str) -> None:
     """Every command on a run, and with another where it takes two."""
     print(f"-- {what}\n{'command':<16} {'seconds':>8} {'CPU s':>8} {'peak MB':>8} {'requests':>9}", flush=True)
-    for title, command in COMMANDS.items():
+    for title, command in {**COMMANDS, PAGE: ["{run}"]}.items():
+        script = "drawn_page.py" if title == PAGE else "counted_command.py"
         arguments = [each.format(run=names[0], other=names[1], folder=folder) for each in command]
-        found = [measured(arguments, environ, folder) for _ in range(rounds)]
+        found = [measured(script, arguments, environ, folder) for _ in range(rounds)]
         middle = {name: statistics.median(each[name] for each in found) for name in found[0]}
         print(
             f"{title:<16} {middle['seconds']:>8.2f} {middle['cpu_seconds']:>8.2f} "
             f"{middle['peak_bytes'] / 1e6:>8.0f} {middle['requests']:>9.0f}",
             flush=True,
         )
+        if title == PAGE:
+            print(f"{'  of it, again':<16} {middle['again_seconds']:>8.2f} {middle['again_cpu_seconds']:>8.2f}")
 
 
 def compact(run: RunDirectory, attempt: int) -> None:

@@ -5,23 +5,29 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from pipeline.store.storage import Storage
 
 
-def main() -> None:
-    """Run it."""
-    _, path, *arguments = sys.argv
+def counted() -> Iterator[int]:
+    """Count the requests from now on; the next number is how many there were."""
     requests, attempt = itertools.count(), Storage.attempt
 
-    def counted(storage: Storage, url: str, call: Callable[[Any, str], Any]) -> Any:
+    def counting(storage: Storage, url: str, call: Callable[[Any, str], Any]) -> Any:
         next(requests)
         return attempt(storage, url, call)
 
-    Storage.attempt = counted  # type: ignore[method-assign,assignment]
+    Storage.attempt = counting  # type: ignore[method-assign,assignment]
+    return requests
+
+
+def main() -> None:
+    """Run it."""
+    _, path, *arguments = sys.argv
+    requests = counted()
     sys.argv = ["convmae", *arguments]
     from jobs.cli.main import main as convmae
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from jobs.report.curves import CHARTED, History, thinned, trend
+import numpy as np
+
+from jobs.report.curves import Floats, Series, Steps, thinned, trend
 from jobs.run.directory import RECONSTRUCTIONS_NAME, RunDirectory
 from jobs.weights.consolidated import Weights
 from pipeline.image.channels import GRAY_CHANNELS, RGB_CHANNELS
@@ -84,25 +86,25 @@ def write_card(folder: Path, weights: Weights, run: RunDirectory | None) -> None
         weights: What the card describes.
         run: Whose recipe, history and reconstructions are shown; None if it is unknown.
     """
-    history = _history_until(run, weights.metadata) if run else None
-    if history:
-        (folder / LOSS_PICTURE).write_bytes(loss_picture(history))
+    losses = _losses_until(run, weights.metadata) if run else None
+    if losses:
+        (folder / LOSS_PICTURE).write_bytes(loss_picture(*losses))
     if run and run.storage.exists(picture := run.path(RECONSTRUCTIONS_NAME)):
         (folder / RECONSTRUCTIONS_NAME).write_bytes(run.storage.read(picture))
     has_picture = (folder / RECONSTRUCTIONS_NAME).exists()
-    (folder / "README.md").write_text(card(weights, run, history, has_picture=has_picture), "utf-8")
+    (folder / "README.md").write_text(card(weights, run, losses, has_picture=has_picture), "utf-8")
 
 
-def card(weights: Weights, run: RunDirectory | None, history: History | None, *, has_picture: bool) -> str:
+def card(weights: Weights, run: RunDirectory | None, losses: Series | None, *, has_picture: bool) -> str:
     """The text of the README."""
     recipe: Mapping[str, Any] = run.read_recipe().to_json() if run else {}
     metadata, channels = dict(weights.metadata), weights.config.in_channels
     fields = {**{key: value for key, value in recipe.items() if key not in ("model", "run_root")}, **_model(weights)}
-    pictures = [f"![loss over steps]({LOSS_PICTURE})"] if history else []
+    pictures = [f"![loss over steps]({LOSS_PICTURE})"] if losses else []
     pictures += [f"![originals, masked images and reconstructions]({RECONSTRUCTIONS_NAME})"] if has_picture else []
     return Template(_CARD).substitute(
         name=metadata.get("run") or "ConvMAE",
-        facts="\n".join(f"- {line}" for line in _facts(weights, history)),
+        facts="\n".join(f"- {line}" for line in _facts(weights, losses)),
         backbone=Template(_BACKBONE).substitute(channels=channels) if weights.config.has_convolutions else "",
         colours={GRAY_CHANNELS: "gray", RGB_CHANNELS: "RGB"}.get(channels, f"{channels} bands"),
         results="\n## Pretraining\n\n" + "\n\n".join(pictures) + "\n" if pictures else "",
@@ -111,7 +113,7 @@ def card(weights: Weights, run: RunDirectory | None, history: History | None, *,
     )
 
 
-def loss_picture(history: History) -> bytes:
+def loss_picture(steps: Steps, losses: Floats) -> bytes:
     """The loss over steps as PNG: as recorded, and its trend."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
@@ -119,8 +121,8 @@ def loss_picture(history: History) -> bytes:
     with mpl.rc_context({"font.size": 9}):
         figure = Figure(figsize=(8, 3), dpi=150, layout="constrained")
         axes = figure.add_subplot()
-        axes.plot(*thinned(history.steps, history.losses, RAW_POINTS), color="#b8c4d6", linewidth=0.7)
-        axes.plot(*trend(history.steps, history.losses, TREND_POINTS), color="#1f4e9c", linewidth=1.5)
+        axes.plot(*thinned(steps, losses, RAW_POINTS), color="#b8c4d6", linewidth=0.7)
+        axes.plot(*trend(steps, losses, TREND_POINTS), color="#1f4e9c", linewidth=1.5)
         axes.set(xlabel="step", ylabel="loss")
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -129,23 +131,25 @@ def loss_picture(history: History) -> bytes:
     return png.getvalue()
 
 
-def _history_until(run: RunDirectory, metadata: Mapping[str, str]) -> History:
-    """The history up to the step of the weights."""
-    steps = run.read_latest_steps(CHARTED)
+def _losses_until(run: RunDirectory, metadata: Mapping[str, str]) -> Series | None:
+    """Steps and losses up to the step of the weights; None without one."""
+    steps = run.read_latest_steps(("step", "loss"))
     if metadata.get("step", "").isdecimal():
         steps = steps.where(steps.steps <= int(metadata["step"]))
-    return History.of(steps)
+    losses = steps.numbers("loss")
+    is_done = np.isfinite(losses)
+    return (steps.steps[is_done], losses[is_done]) if is_done.any() else None
 
 
-def _facts(weights: Weights, history: History | None) -> Iterator[str]:
+def _facts(weights: Weights, losses: Series | None) -> Iterator[str]:
     config, metadata = weights.config, weights.metadata
     numbers = sum(tensor.numel() for tensor in weights.tensors.values())
     yield f"{numbers:,} numbers, images of {' x '.join(map(str, config.image_shape))} pixels"
     if "step" in metadata:
         yield f"{metadata['step']} steps, {metadata.get('epoch', '?')} epochs"
-    if history:
+    if losses:
         pixels = "normalised pixels" if config.norm_pix else "pixels"
-        yield f"loss at the last step: {history.losses[-1]:.4f} ({config.loss} on {pixels})"
+        yield f"loss at the last step: {losses[1][-1]:.4f} ({config.loss} on {pixels})"
 
 
 def _model(weights: Weights) -> dict[str, object]:

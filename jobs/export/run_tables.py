@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import csv, parquet
 
@@ -21,8 +23,9 @@ from jobs.metrics.utilization import Utilization
 from jobs.run.accuracy_rows import AccuracyCurve, AccuracyRow
 from jobs.run.directory import RunDirectory
 from jobs.run.probe_rows import PROBE_EVENT, ProbeCurve
-from jobs.run.step_table import COLUMNS, StepTable
-from jobs.run.validation_rows import ValidationCurve
+from jobs.run.step_table import COLUMNS, REST_LINES, StepTable
+from jobs.run.stored_steps import StoredSteps
+from jobs.run.validation_rows import MAIN_VALIDATION, ValidationCurve
 from pipeline.access.places import normal
 from pipeline.store.storage import Storage
 
@@ -31,6 +34,8 @@ METADATA_NAME = "convmae"
 
 _WHOLE, _NUMBER, _TEXT = pa.int64(), pa.float64(), pa.string()
 _TIME = pa.timestamp("ms", "UTC")
+_KINDS = {int: _WHOLE, float: _NUMBER, str: _TEXT}
+_DTYPES = {_WHOLE: np.int64, _NUMBER: np.float64, _TIME: np.int64, pa.bool_(): np.bool_}
 _HISTORY = {
     "step": _WHOLE, "epoch": _WHOLE, "attempt": _WHOLE, "superseded": pa.bool_(), "world_size": _WHOLE,
     "loss": _NUMBER, "learning_rate": _NUMBER, "step_seconds": _NUMBER, "data_wait_seconds": _NUMBER,
@@ -42,10 +47,19 @@ _ACCURACIES = {
     "low": _NUMBER, "high": _NUMBER,
 }  # fmt: skip
 _BLOCK_ROWS = 1 << 16
-"""Texts that are Python objects at a time."""
+"""Rows in memory at a time, and in a group of a Parquet file."""
 _EVENTS = {"time": _TIME, "attempt": _WHOLE, "kind": _TEXT, "step": _WHOLE, "reason": _TEXT}
 
 Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class RunTable:
+    """One table, a block of rows at a time."""
+
+    schema: pa.Schema
+    blocks: Iterable[pa.Table]
+    """Made as they are walked, once."""
 
 
 def export_tables(run: RunDirectory, name: str, storage: Storage, out: str, *, force: bool = False) -> list[Exported]:
@@ -72,17 +86,28 @@ def export_tables(run: RunDirectory, name: str, storage: Storage, out: str, *, f
     return written_files(storage, normal(out), "", make, force=force)
 
 
-def run_tables(run: RunDirectory) -> dict[str, pa.Table]:
+def run_tables(run: RunDirectory) -> dict[str, RunTable]:
     """The tables of a run, by name: `history`, `accuracies` and `events`."""
     steps, events = run.read_steps(), run.read_events()
     about = {"run": run.name, "url": run.url, "recipe": run.read_recipe_fields()}
-    tables = {
-        "history": _history(steps, Utilization.of(steps, events)),
-        "accuracies": _table(_ACCURACIES, _accuracies(list(steps.measured().rows()), events)),
-        "events": _table(_EVENTS, map(_timed, events)),
+    others, validated = dict[str, list[Any]](), list[Row]()
+    for block in steps.blocks() if steps.names & {REST_LINES, MAIN_VALIDATION} else ():
+        validated += block.measured().rows()
+        for name, value in (item for fields in block.rest.values() for item in fields.items()):
+            if name not in COLUMNS and name not in _HISTORY:
+                others.setdefault(name, []).append(value)
+    kinds = _HISTORY | {name: _KINDS[kind] for name, kind in COLUMNS.items() if name in steps.names - _HISTORY.keys()}
+    kinds |= {name: _kind(values) for name, values in others.items()}
+    schema = _schema(kinds, about)
+    return {
+        "history": RunTable(schema, _history_blocks(steps, events, schema)),
+        "accuracies": _table(_ACCURACIES, _accuracies(validated, events), about),
+        "events": _table(_EVENTS, map(_timed, events), about),
     }
-    metadata = {METADATA_NAME: json.dumps(about, sort_keys=True)}
-    return {title: table.replace_schema_metadata(metadata) for title, table in tables.items()}
+
+
+def _schema(kinds: Mapping[str, pa.DataType], about: Row) -> pa.Schema:
+    return pa.schema(list(kinds.items()), {METADATA_NAME: json.dumps(about, sort_keys=True)})
 
 
 def _timed(event: Row) -> Row:
@@ -90,36 +115,31 @@ def _timed(event: Row) -> Row:
     return {"time": round(1000 * event["at_seconds"]), **rest}
 
 
-def _history(steps: StepTable, figures: Utilization) -> pa.Table:
+def _history_blocks(steps: StoredSteps, events: Sequence[Row], schema: pa.Schema) -> Iterator[pa.Table]:
     """Each row, and whether a later one is of the same step, whose result then counts."""
-    made = {
-        "superseded": pa.array(steps.superseded()),
-        "device_flops_per_second": pa.array(figures.device_flops_per_second, from_pandas=True),
-        "mfu_ratio": pa.array(figures.mfu_ratios, from_pandas=True),
-    }
-    columns = {name: made[name] if name in made else _known(steps, name) for name in _HISTORY}
-    columns |= {name: _known(steps, name) for name in steps.columns if name not in _HISTORY}
-    return pa.table(columns | _others(steps))
+    superseded, first = steps.superseded(), 0
+    for block in steps.blocks(_BLOCK_ROWS):
+        figures = Utilization.of(block, events)
+        made = {
+            "superseded": superseded[first : first + len(block)],
+            "device_flops_per_second": figures.device_flops_per_second,
+            "mfu_ratio": figures.mfu_ratios,
+        }
+        first += len(block)
+        yield pa.table([_history_column(block, field, made) for field in schema], schema)
 
 
-def _known(steps: StepTable, name: str) -> pa.ChunkedArray:
-    """A column of every history."""
-    kind = {int: _WHOLE, float: _NUMBER, str: _TEXT}[COLUMNS[name]]
-    if name not in steps.columns:
-        return pa.chunked_array([pa.nulls(len(steps), kind)])
-    if kind != _TEXT:
-        values = steps.columns[name]
-        return pa.chunked_array([pa.array(values, kind, mask=np.isnan(steps.numbers(name)))])
-    texts = steps.texts(name)
-    blocks = (texts[first : first + _BLOCK_ROWS].tolist() for first in range(0, len(texts), _BLOCK_ROWS))
-    return pa.chunked_array([pa.array([text.decode() or None for text in block], _TEXT) for block in blocks], _TEXT)
-
-
-def _others(steps: StepTable) -> dict[str, pa.Array]:
-    """Columns of fields that this release does not know."""
-    known = {*COLUMNS, *_HISTORY}
-    names = dict.fromkeys(name for fields in steps.rest.values() for name in fields if name not in known)
-    return {name: _column([steps.rest.get(place, {}).get(name) for place in range(len(steps))]) for name in names}
+def _history_column(steps: StepTable, field: pa.Field, made: Mapping[str, npt.NDArray[Any]]) -> pa.Array:
+    name = field.name
+    if (column := made.get(name)) is not None:
+        return _number_array(column, field.type, ~np.isnan(column))
+    if name in steps.columns and field.type == _TEXT:
+        return _text_array(steps.columns[name].tolist(), steps.has_value(name))
+    if name in steps.columns:
+        return _number_array(steps.columns[name], field.type, steps.has_value(name))
+    if name in COLUMNS or not steps.rest:
+        return pa.nulls(len(steps), field.type)
+    return _array_of([steps.rest.get(place, {}).get(name) for place in range(len(steps))], field.type)
 
 
 def _accuracies(validated: Sequence[Row], events: Sequence[Row]) -> Iterator[Row]:
@@ -144,34 +164,67 @@ def _accuracy_row(row: AccuracyRow, method: str) -> Row:
     return {**fixed, "method": method, "accuracy": row.accuracies[method], "low": low, "high": high}
 
 
-def _table(known: Mapping[str, pa.DataType], rows: Iterable[Row]) -> pa.Table:
+def _table(known: Mapping[str, pa.DataType], rows: Iterable[Row], about: Row) -> RunTable:
     """A table of the known columns, and of all others that rows have."""
     kept = list(rows)
     others = [name for name in dict.fromkeys(name for row in kept for name in row) if name not in known]
-    columns = {name: pa.array([row.get(name) for row in kept], kind) for name, kind in known.items()}
-    return pa.table(columns | {name: _column([row.get(name) for row in kept]) for name in others})
+    columns = {name: [row.get(name) for row in kept] for name in (*known, *others)}
+    schema = _schema({name: known.get(name) or _kind(values) for name, values in columns.items()}, about)
+    arrays = [_array_of(columns[field.name], field.type) for field in schema]
+    return RunTable(schema, [pa.table(arrays, schema)])
 
 
-def _column(values: Sequence[Any]) -> pa.Array:
-    """Values as what they all are: true or false, whole numbers, numbers, else text; what is none of these as JSON."""
-    kinds = {type(value) for value in values if value is not None}
+def _kind(values: Iterable[Any]) -> pa.DataType:
+    """What values all are: true or false, whole numbers, numbers, else text."""
+    known = [value for value in values if value is not None]
+    kinds = {type(value) for value in known}
     if kinds == {bool}:
-        return pa.array(values, pa.bool_())
-    if kinds and kinds <= {int, float} and all(value is None or abs(value) < 2**63 for value in values):
-        return pa.array(values, _WHOLE if kinds == {int} else _NUMBER)
-    return pa.array(
-        [value if value is None or isinstance(value, str) else json.dumps(value) for value in values], _TEXT
+        return pa.bool_()
+    if kinds and kinds <= {int, float} and all(abs(value) < 2**63 for value in known):
+        return _WHOLE if kinds == {int} else _NUMBER
+    return _TEXT
+
+
+def _array_of(values: Sequence[Any], kind: pa.DataType) -> pa.Array:
+    """Values that are of a kind, or None; in a column of text, what is none as JSON."""
+    is_there = np.array([value is not None for value in values], np.bool_)
+    if kind == _TEXT:
+        texts = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
+        return _text_array([(text or "").encode() for text in texts], is_there)
+    return _number_array(np.array([value or 0 for value in values], _DTYPES[kind]), kind, is_there)
+
+
+# Arrays are made of memory that is there: `pyarrow.array` would import pandas, of 42 MB, wherever it is installed.
+
+
+def _number_array(values: npt.NDArray[Any], kind: pa.DataType, is_there: npt.NDArray[np.bool_]) -> pa.Array:
+    data = np.packbits(values, bitorder="little") if kind == pa.bool_() else np.ascontiguousarray(values)
+    return pa.Array.from_buffers(kind, len(values), [_bits(is_there), pa.py_buffer(data)])
+
+
+def _text_array(texts: Sequence[bytes], is_there: npt.NDArray[np.bool_]) -> pa.Array:
+    ends = np.cumsum([0, *map(len, texts)], dtype=np.int32)
+    return pa.Array.from_buffers(
+        _TEXT, len(texts), [_bits(is_there), pa.py_buffer(ends), pa.py_buffer(b"".join(texts))]
     )
 
 
-def _write_parquet(table: pa.Table, path: Path) -> None:
-    parquet.write_table(table, path, compression="zstd", row_group_size=_BLOCK_ROWS)
+def _bits(mask: npt.NDArray[np.bool_]) -> pa.Buffer:
+    return pa.py_buffer(np.packbits(mask, bitorder="little"))
 
 
-def _write_csv(table: pa.Table, path: Path) -> None:
-    csv.write_csv(table, path)
+def _write_parquet(table: RunTable, path: Path) -> None:
+    with parquet.ParquetWriter(path, table.schema, compression="zstd") as writer:
+        for block in table.blocks:
+            writer.write_table(block, row_group_size=_BLOCK_ROWS)
 
 
-_WRITERS: Mapping[str, Callable[[pa.Table, Path], None]] = {".parquet": _write_parquet, ".csv": _write_csv}
+def _write_csv(table: RunTable, path: Path) -> None:
+    with csv.CSVWriter(path, table.schema) as writer:
+        for block in table.blocks:
+            writer.write_table(block)
+
+
+_WRITERS: Mapping[str, Callable[[RunTable, Path], None]] = {".parquet": _write_parquet, ".csv": _write_csv}
 TABLE_SUFFIXES = {"metrics": ".parquet", "metrics-csv": ".csv"}
 """Of the files of each format."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jobs.run.step_table import StepTable
+from jobs.run.stored_steps import StoredSteps
 
 Floats = npt.NDArray[np.float64]
 
@@ -134,8 +135,19 @@ class Utilization:
                 row["mfu_ratio"] = ratio
             yield row
 
-    def mean_mfu(self, steps: StepTable) -> float | None:
-        """MFU over all of the steps that have one, by their time; None where none has."""
-        seconds, is_known = steps.numbers("step_seconds"), np.isfinite(self.mfu_ratios)
-        whole = float(seconds[is_known].sum())
-        return float((self.mfu_ratios * seconds)[is_known].sum()) / whole if whole else None
+
+def mfu_ratios(steps: StoredSteps, events: Sequence[Mapping[str, Any]]) -> Floats:
+    """MFU of each step of a history, (n,), as `Utilization` has it."""
+    found, first = np.empty(len(steps)), 0
+    for block in steps.only(("step", "attempt", "world_size", "step_seconds")).blocks():
+        found[first : first + len(block)] = Utilization.of(block, events).mfu_ratios
+        first += len(block)
+    return found
+
+
+def mean_mfu(ratios: Floats, seconds: Floats) -> float | None:
+    """MFU over all steps that have one, by their time; None where none has. Both are (n,)."""
+    if not (is_known := np.isfinite(ratios)).all():
+        ratios, seconds = ratios[is_known], seconds[is_known]
+    whole = float(seconds.sum())
+    return float((ratios * seconds).sum()) / whole if whole else None

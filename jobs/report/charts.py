@@ -1,6 +1,6 @@
 """Charts of a run as SVG for embedding in a page: text stays text, colours are variables of the page.
 
-A run of months has millions of steps and a screen a thousand pixels, so series are thinned before they are drawn.
+A run of months has millions of steps and a screen a thousand pixels, so what is drawn was thinned (`History`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
-from jobs.report.curves import RAW_POINTS, TREND_POINTS, History, speeds, thinned, trend
+from jobs.report.curves import History, speeds
 
 # matplotlib writes fixed colours; these stand for CSS variables and are replaced by them.
 _INK, FAINT, _RULE, ACCENT, MARK = "#010101", "#020202", "#030303", "#040404", "#050505"
@@ -61,11 +61,11 @@ def training_chart(
         ("loss", 1.0, _draw_loss),
         ("learning rate", 0.5, _draw_learning_rate),
     ]
-    if (history.step_seconds > 0).any():
+    if len(history.mean_step_seconds[0]):
         drawn.append(("images/s", 0.5, partial(_draw_speed, global_batch_size=global_batch_size)))
-    if np.isfinite(history.mfu_ratios).any():
+    if len(history.mean_mfu_ratios[0]):
         drawn.append(("MFU", 0.5, _draw_mfu))
-    if len(np.unique(history.world_sizes)) > 1:
+    if np.ptp(history.world_sizes[1]):
         drawn.append(("workers", 0.35, _draw_workers))
     heights = [height for _, height, _ in drawn]
     inches = (canvas.width_pixels / 72, sum(heights) * canvas.panel_pixels / 72)
@@ -77,13 +77,13 @@ def training_chart(
     label = "step" if epoch_steps is None else f"step ({epoch_steps:,} in an epoch)"
     panels[-1].set_xlabel(label, color=FAINT, fontsize=11)
     panels[-1].xaxis.set_major_locator(MaxNLocator(max(3, canvas.width_pixels // 110), integer=True))
-    panels[-1].xaxis.set_major_formatter(EngFormatter(sep="") if history.steps[-1] >= 10_000 else "{x:.0f}")
+    panels[-1].xaxis.set_major_formatter(EngFormatter(sep="") if history.last_step >= 10_000 else "{x:.0f}")
     shown = ", ".join(title for title, *_ in drawn)
     return drawn_svg(figure, canvas, f"{shown} over {len(history):,} steps")
 
 
 def _draw_learning_rate(panel: Axes, history: History) -> None:
-    panel.plot(*thinned(history.steps, history.learning_rates, RAW_POINTS // 6), color=ACCENT, linewidth=1.6)
+    panel.plot(*history.learning_rates, color=ACCENT, linewidth=1.6)
     panel.set_ylim(bottom=0)
     panel.yaxis.set_major_formatter("{x:g}")
 
@@ -95,23 +95,21 @@ def _draw_speed(panel: Axes, history: History, global_batch_size: int) -> None:
 
 
 def _draw_mfu(panel: Axes, history: History) -> None:
-    known = np.isfinite(history.mfu_ratios)
-    panel.plot(*trend(history.steps[known], history.mfu_ratios[known], TREND_POINTS), color=ACCENT, linewidth=1.6)
+    panel.plot(*history.mean_mfu_ratios, color=ACCENT, linewidth=1.6)
     panel.set_ylim(bottom=0)
     panel.yaxis.set_major_formatter(PercentFormatter(1))
 
 
 def _draw_workers(panel: Axes, history: History) -> None:
-    workers = thinned(history.steps, history.world_sizes, RAW_POINTS // 3)
-    panel.plot(*workers, color=ACCENT, linewidth=1.6, drawstyle="steps-post")
+    panel.plot(*history.world_sizes, color=ACCENT, linewidth=1.6, drawstyle="steps-post")
     panel.yaxis.set_major_locator(MaxNLocator(3, integer=True))
-    panel.set_ylim(0, history.world_sizes.max() * 1.2)
+    panel.set_ylim(0, history.world_sizes[1].max() * 1.2)
 
 
 def _draw_loss(panel: Axes, history: History) -> None:
-    panel.plot(*thinned(history.steps, history.losses, RAW_POINTS), color=ACCENT, linewidth=1, alpha=0.3)
-    panel.plot(*trend(history.steps, history.losses, TREND_POINTS), color=ACCENT, linewidth=2)
-    panel.plot(history.steps[-1:], history.losses[-1:], "o", color=ACCENT, markersize=4, clip_on=False)
+    panel.plot(*history.losses, color=ACCENT, linewidth=1, alpha=0.3)
+    panel.plot(*history.mean_losses, color=ACCENT, linewidth=2)
+    panel.plot([history.last_step], [history.last_loss], "o", color=ACCENT, markersize=4, clip_on=False)
 
 
 def prepare(panel: Axes, title: str, restarts: Sequence[int] = ()) -> None:

@@ -15,8 +15,6 @@ from html import escape
 from jobs.metrics.goodput import measured_goodput
 from jobs.recipe.differences import recipe_fields
 from jobs.recipe.resolution import resolutions_text
-from jobs.report.accuracy import accuracy_chart, accuracy_head, accuracy_rows
-from jobs.report.charts import CANVASES, training_chart
 from jobs.report.page import page, pairs, paragraph, section, table
 from jobs.report.reported_run import ReportedRun
 from jobs.report.status import world_sizes_text
@@ -86,7 +84,7 @@ def facts(run: ReportedRun) -> Iterable[tuple[str, str]]:
     if epoch_steps := heartbeat.get("steps_per_epoch"):
         yield "Epoch", f"{run.step / epoch_steps:.4g} / {run.recipe.epochs:,}"
     if len(run.history):
-        yield "Final loss" if finished else "Latest loss", f"{run.history.losses[-1]:.4f}"
+        yield "Final loss" if finished else "Latest loss", f"{run.history.last_loss:.4f}"
     if newest := run.accuracies.newest:
         what = "Validation top-1" if run.recipe.finetune else "kNN accuracy"
         yield what, f"{newest.accuracies[run.accuracies.main]:.1%}"
@@ -114,6 +112,8 @@ def training(run: ReportedRun) -> str:
     """Loss, learning rate, speed, MFU and workers over the steps."""
     if not len(run.history):
         return paragraph("No step was recorded yet.")
+    from jobs.report.charts import CANVASES, training_chart  # matplotlib, when what was read is reduced already
+
     restarts = [event["step"] for event in run.attempts if event["kind"] != "start"]
     epoch_steps = run.heartbeat.get("steps_per_epoch")
     charts = "".join(
@@ -135,6 +135,9 @@ def accuracy(run: ReportedRun) -> str:
     faults = paragraph(f"{failed:,} probes failed: see the events `probe-failed`.") if failed else ""
     if not curve.rows:
         return faults or paragraph("Not measured.")
+    from jobs.report.accuracy import accuracy_chart, accuracy_head, accuracy_rows
+    from jobs.report.charts import CANVASES
+
     control = "weights of init_from" if run.recipe.init_from else "random weights"
     epoch_steps = run.heartbeat.get("steps_per_epoch")
     charts = "".join(

@@ -9,7 +9,7 @@ from typing import Any
 
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.commit import Commit
-from jobs.metrics.utilization import GroupCompute, Utilization
+from jobs.metrics.utilization import GroupCompute, mean_mfu, mfu_ratios
 from jobs.recipe.recipe import Recipe
 from jobs.report.curves import CHARTED, History, accuracy_curve
 from jobs.run.accuracy_rows import AccuracyCurve
@@ -55,7 +55,7 @@ class ReportedRun:
         recipe = run.read_recipe()
         events = run.read_events()
         steps = run.read_latest_steps({*CHARTED, *VALIDATION_COLUMNS, "attempt"})
-        utilization = Utilization.of(steps, events)
+        ratios = mfu_ratios(steps, events)
         skipped = _read_or_none(run, run.storage.join(recipe.data, SKIPPED_NAME)) if recipe.data else None
         return cls(
             name=run.name,
@@ -63,8 +63,8 @@ class ReportedRun:
             recipe=recipe,
             heartbeat=run.read_heartbeat(),
             events=events,
-            history=History.of(steps, utilization.mfu_ratios),
-            mfu_ratio=utilization.mean_mfu(steps),
+            history=History.of(steps, ratios),
+            mfu_ratio=mean_mfu(ratios, steps.numbers("step_seconds")),
             accuracies=accuracy_curve(recipe, events, steps),
             kept_steps=frozenset(checkpoint.committed_steps(run)),
             commit=checkpoint.latest_commit(run),

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from jobs.checkpoint import checkpoint
 from jobs.checkpoint.commit import Commit
@@ -18,6 +17,7 @@ from jobs.recipe.recipe import Recipe
 from jobs.report.status import world_sizes_text
 from jobs.run.directory import RunDirectory
 from jobs.run.step_table import COLUMNS, StepTable
+from jobs.run.stored_steps import StoredSteps
 from jobs.terminal import figure
 from pipeline.errors import UserError
 from pipeline.shard.manifest import Manifest
@@ -35,7 +35,6 @@ SPARSE = frozenset({"samples", "digest"})
 _COLUMNS = ("step", *COMPARED)
 
 Row = Mapping[str, Any]
-Places = npt.NDArray[np.intp] | slice
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ class DiffedRun:
     """Empty before the run first started."""
     attempts: Sequence[Row]
     """Events that began one."""
-    history: StepTable
+    history: StoredSteps
     """By step; of a step that was done again, the last time."""
     commit: Commit | None
     """The newest."""
@@ -73,12 +72,12 @@ class DiffedRun:
 
     def final_state(self) -> dict[str, Any]:
         """How far it came, and in how many attempts."""
-        losses = self.history.numbers("loss")[-1:]
+        last = self.history.where(slice(-1, None))
         return {
             "state": self.heartbeat.get("state", "not started"),
             "step": self.heartbeat.get("step", 0),
             "total_steps": self.heartbeat.get("total_steps", 0),
-            "loss": float(losses[0]) if np.isfinite(losses).any() else None,
+            "loss": next((row["loss"] for row in last.rows()), None),
             "checkpoint_step": self.commit.step if self.commit else None,
             "attempts": len(self.attempts),
             "workers": [event["world_size"] for event in self.attempts],
@@ -111,17 +110,18 @@ class HistoryDifference:
     """By COMPARED; empty where the histories agree."""
 
     @classmethod
-    def of(cls, one: StepTable, other: StepTable) -> HistoryDifference:
+    def of(cls, one: StoredSteps, other: StoredSteps) -> HistoryDifference:
         """Compare two runs exactly, given one row a step, by step."""
-        places: list[Places]
-        if np.array_equal(one.steps, other.steps):
-            steps, places = one.steps, [slice(None)] * 2  # views, where copies would take 100 MB
-        else:
-            steps, *places = np.intersect1d(one.steps, other.steps, assume_unique=True, return_indices=True)
-        both = list(zip((one, other), places, strict=True))
-        partings = tuple(parting for what in COMPARED if (parting := _parting(what, steps, both)) is not None)
-        has_digest = [side.texts("digest")[place] != b"" for side, place in both]
-        return cls(len(steps), int(np.sum(has_digest[0] & has_digest[1])), partings)
+        if not np.array_equal(one.steps, other.steps):
+            _, *places = np.intersect1d(one.steps, other.steps, assume_unique=True, return_indices=True)
+            one, other = (side.where(place) for side, place in zip((one, other), places, strict=True))
+        digests, partings = 0, dict[str, Parting]()
+        for both in zip(one.blocks(), other.blocks(), strict=True):
+            digests += int(np.sum((both[0].texts("digest") != b"") & (both[1].texts("digest") != b"")))
+            for what in COMPARED.keys() - partings:
+                if (parting := _parting(what, *both)) is not None:
+                    partings[what] = parting
+        return cls(len(one), digests, tuple(partings[what] for what in COMPARED if what in partings))
 
     @property
     def first_step(self) -> int | None:
@@ -142,26 +142,20 @@ class HistoryDifference:
             yield f"history: step {parting.step:,} is the first with another {what}: {one} and {other}"
 
 
-def _parting(what: str, steps: npt.NDArray[np.int64], both: Sequence[tuple[StepTable, Places]]) -> Parting | None:
-    """The first of the common steps at which a column differs.
-
-    Args:
-        what: Its name.
-        steps: (n,).
-        both: Of each run its table, and the places of these steps there.
-    """
+def _parting(what: str, one: StepTable, other: StepTable) -> Parting | None:
+    """The first of some common steps at which a column, by its name, differs."""
     is_text = COLUMNS[what] is str
-    one, other = ((side.texts(what) if is_text else side.numbers(what))[place] for side, place in both)
-    missing = [column == b"" if is_text else np.isnan(column) for column in (one, other)]
-    differs = (one != other) & ~(missing[0] | missing[1])
+    columns = [side.texts(what) if is_text else side.numbers(what) for side in (one, other)]
+    missing = [column == b"" if is_text else np.isnan(column) for column in columns]
+    differs = (columns[0] != columns[1]) & ~(missing[0] | missing[1])
     if what not in SPARSE:
         differs |= missing[0] ^ missing[1]
     if not differs.any():
         return None
     first = int(differs.argmax())
-    values = [None if none[first] else column[first].item() for column, none in zip((one, other), missing, strict=True)]
+    values = [None if none[first] else column[first].item() for column, none in zip(columns, missing, strict=True)]
     texts = [value.decode() if isinstance(value, bytes) else value for value in values]
-    return Parting(what, int(steps[first]), (texts[0], texts[1]))
+    return Parting(what, int(one.steps[first]), (texts[0], texts[1]))
 
 
 @dataclass(frozen=True)

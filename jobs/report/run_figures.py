@@ -9,12 +9,9 @@ from typing import Any
 import numpy as np
 
 from jobs.recipe.recipe import Recipe
-from jobs.report.curves import CHARTED, TREND_POINTS, History, trend
+from jobs.report.curves import CHARTED, History
 from jobs.run.directory import RunDirectory
-from jobs.run.step_table import StepTable
-
-FINAL_SHARE = 0.02
-"""Of a run's steps: the last ones, whose mean loss is its final loss."""
+from jobs.run.stored_steps import StoredSteps
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,7 @@ class Cost:
     """With steps that were redone, restarts, waits and saves; None where the run has not reported it."""
 
     @classmethod
-    def of(cls, recipe: Recipe, steps: StepTable, heartbeat: Mapping[str, Any]) -> Cost:
+    def of(cls, recipe: Recipe, steps: StoredSteps, heartbeat: Mapping[str, Any]) -> Cost:
         """The cost of a run.
 
         Args:
@@ -65,23 +62,22 @@ class RunFigures:
         return cls.of(recipe, run.read_heartbeat(), run.read_latest_steps(CHARTED))
 
     @classmethod
-    def of(cls, recipe: Recipe, heartbeat: Mapping[str, Any], steps: StepTable) -> RunFigures:
+    def of(cls, recipe: Recipe, heartbeat: Mapping[str, Any], steps: StoredSteps) -> RunFigures:
         """Compute them; arguments as of `Cost.of`. The columns that are needed are CHARTED."""
         history = History.of(steps)
         steps_per_epoch = heartbeat.get("steps_per_epoch") or 0
         epochs: tuple[float, ...] = ()
         losses: tuple[float, ...] = ()
         if len(history):
-            places, means = trend(history.steps, history.losses, TREND_POINTS)
+            places, means = history.mean_losses
             epochs = tuple((places / steps_per_epoch if steps_per_epoch else places).tolist())
             losses = tuple(means.tolist())
-        last = max(1, round(len(history) * FINAL_SHARE))
         return cls(
             state=str(heartbeat.get("state", "not started")),
             step=int(heartbeat.get("step", 0)),
             total_steps=int(heartbeat.get("total_steps", 0)),
             cost=Cost.of(recipe, steps, heartbeat),
-            final_loss=float(np.mean(history.losses[-last:])) if len(history) else None,
+            final_loss=history.final_loss if len(history) else None,
             epochs=epochs,
             losses=losses,
         )

@@ -46,7 +46,7 @@ from pipeline.store.storage import Storage
 
 if TYPE_CHECKING:  # commands that only look at a status should wait for neither
     from jobs.recipe.recipe import Recipe
-    from jobs.run.step_table import StepTable
+    from jobs.run.stored_steps import StepFile, StoredSteps
 
 REPORT_NAME = "report.html"
 RECONSTRUCTIONS_NAME = "reconstructions.png"
@@ -189,7 +189,7 @@ class RunDirectory:
         """Replace the events of one attempt."""
         self._write_lines("events", f"attempt-{attempt:04d}.jsonl", events)
 
-    def read_steps(self, columns: Collection[str] | None = None) -> StepTable:
+    def read_steps(self, columns: Collection[str] | None = None) -> StoredSteps:
         """The history, as it was written, also steps that were redone: by attempt, then by step.
 
         Every reader of the history is served by this.
@@ -200,17 +200,18 @@ class RunDirectory:
         Raises:
             RunError: A part is damaged; names it.
         """
-        from jobs.run.step_table import StepTable
+        from jobs.run.stored_steps import StoredSteps
 
-        return StepTable.joined(self.step_parts(columns).read())
+        return StoredSteps.of(self.step_parts(columns).read(), columns)
 
-    def step_parts(self, columns: Collection[str] | None = None) -> Parts[StepTable]:
-        """The files of the history, as tables with some columns; None: all."""
-        from jobs.run.step_table import StepCodec
+    def step_parts(self, columns: Collection[str] | None = None) -> Parts[StepFile]:
+        """The files of the history; parts as tables with some columns, None: all."""
+        from jobs.run.stored_steps import StepCodec
 
-        return Parts(self.storage, self.path("history"), _PART_NAME, StepCodec(columns))
+        codec = StepCodec(None if columns is None else {"step", *columns})
+        return Parts(self.storage, self.path("history"), _PART_NAME, codec)
 
-    def read_latest_steps(self, columns: Collection[str] | None = None) -> StepTable:
+    def read_latest_steps(self, columns: Collection[str] | None = None) -> StoredSteps:
         """One row per step, by step; for a step that was redone after a restart, that of the last attempt."""
         return self.read_steps(columns).latest()
 

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from jobs.errors import RunError
-from jobs.run.rows import LARGEST, RESTORE, Row, checked, parsed, row_lines
+from jobs.run.rows import LARGEST, RESTORE, Row, checked, parsed
 from jobs.run.validation_rows import MAIN_VALIDATION
 
 Column = npt.NDArray[Any]
@@ -41,7 +41,7 @@ _NO_INTEGER = np.iinfo(np.int64).min
 _MISSING: Mapping[Kind, Any] = {int: np.int64(_NO_INTEGER), float: np.float64(np.nan), str: np.bytes_(b"")}
 _DTYPE_KINDS: Mapping[Kind, str] = {int: "i", float: "f", str: "S"}
 _BOUNDS = {"validation_top1": (0, 1), "validation_top5": (0, 1), "validation_samples": (1, LARGEST - 1)}
-_REST_PLACES, _REST_LINES = "rest_places", "rest_lines"
+_REST_PLACES, REST_LINES = "rest_places", "rest_lines"
 """Arrays of a compacted file: numbers of the rows that have other fields, and these as JSON lines."""
 _BLOCK_ROWS = 8192
 """Rows that are Python objects at a time."""
@@ -82,8 +82,15 @@ class StepTable:
     def __len__(self) -> int:
         return self.count
 
-    def only(self, columns: Collection[str]) -> StepTable:
-        """Some of the columns, and nothing beside them."""
+    @property
+    def names(self) -> set[str]:
+        """Of its columns; REST_LINES where rows have other fields."""
+        return {*self.columns} | ({REST_LINES} if self.rest else set())
+
+    def only(self, columns: Collection[str] | None) -> StepTable:
+        """Some of the columns, and nothing beside them; None: all of it."""
+        if columns is None:
+            return self
         return StepTable(self.count, {name: column for name, column in self.columns.items() if name in columns})
 
     def numbers(self, name: str) -> Floats:
@@ -92,6 +99,13 @@ class StepTable:
         if column is None:
             return np.full(self.count, np.nan)
         return column if column.dtype.kind == "f" else np.where(column == _NO_INTEGER, np.nan, column)
+
+    def has_value(self, name: str) -> npt.NDArray[np.bool_]:
+        """Whether each row has a value of a column that is here, (n,)."""
+        column = self.columns[name]
+        missing = _MISSING[COLUMNS[name]]
+        found: npt.NDArray[np.bool_] = ~np.isnan(column) if column.dtype.kind == "f" else column != missing
+        return found
 
     def texts(self, name: str) -> npt.NDArray[np.bytes_]:
         """A column of texts, (n,); empty where a row has none, or one that fits no column."""
@@ -104,7 +118,11 @@ class StepTable:
 
     def where(self, mask: npt.NDArray[np.bool_]) -> StepTable:
         """The rows where a mask, (n,), is true."""
-        return self._at(np.flatnonzero(mask), {name: column[mask] for name, column in self.columns.items()})
+        return self.at(np.flatnonzero(mask))
+
+    def at(self, places: npt.NDArray[np.intp]) -> StepTable:
+        """The rows at some places, in their order."""
+        return self._at(places, {name: column[places] for name, column in self.columns.items()})
 
     def slice(self, first: int, count: int) -> StepTable:
         """Some rows in a row; views of the columns."""
@@ -116,21 +134,6 @@ class StepTable:
         """The rows that have accuracies on validation samples."""
         return self.where(np.isfinite(self.numbers(MAIN_VALIDATION)))
 
-    def superseded(self) -> npt.NDArray[np.bool_]:
-        """Whether a later row is of the same step, (n,)."""
-        order = np.argsort(self.steps, kind="stable")
-        found = np.zeros(self.count, np.bool_)
-        found[order[:-1]] = self.steps[order[:-1]] == self.steps[order[1:]]
-        return found
-
-    def latest(self) -> StepTable:
-        """One row a step, by step: the last of each. Takes the columns out of this table, as `joined` does."""
-        if np.all(self.steps[:-1] < self.steps[1:]):
-            return self
-        last = np.flatnonzero(~self.superseded())
-        places = last[np.argsort(self.steps[last], kind="stable")]
-        return self._at(places, {name: self.columns.pop(name)[places] for name in list(self.columns)})
-
     def rows(self) -> Iterator[Row]:
         """The rows as they were written, of the columns that are here."""
         for first in range(0, self.count, _BLOCK_ROWS):
@@ -141,7 +144,7 @@ class StepTable:
         data, arrays = io.BytesIO(), dict(self.columns)
         if self.rest:
             arrays[_REST_PLACES] = np.fromiter(self.rest, np.int64, len(self.rest))
-            arrays[_REST_LINES] = np.frombuffer("\n".join(map(json.dumps, self.rest.values())).encode(), np.uint8)
+            arrays[REST_LINES] = np.frombuffer("\n".join(map(json.dumps, self.rest.values())).encode(), np.uint8)
         np.savez_compressed(data, allow_pickle=False, **arrays)
         return data.getvalue()
 
@@ -168,7 +171,7 @@ class StepTable:
                 names = [name for name in COLUMNS if name in arrays and name in wanted]
                 found = cls(count, {name: arrays[name] for name in names})
                 if columns is None and _REST_PLACES in arrays:
-                    lines = arrays[_REST_LINES].tobytes().splitlines()
+                    lines = arrays[REST_LINES].tobytes().splitlines()
                     places = arrays[_REST_PLACES].tolist()
                     rest = {place: parsed(line, url) for place, line in zip(places, lines, strict=True)}
                     found = cls(count, found.columns, rest)
@@ -193,35 +196,13 @@ class StepTable:
         full = [name for name, column in values.items() if name == "loss" or None not in column]
         rows = [dict(zip(full, each, strict=True)) for each in zip(*(values[name] for name in full), strict=True)]
         rows = rows or [{} for _ in range(self.count)]
-        for name in values.keys() - set(full):
+        for name in [name for name in values if name not in full]:
             for row, value in zip(rows, values[name], strict=True):
                 if value is not None:
                     row[name] = value
         for place, fields in self.rest.items():
             rows[place].update(fields)
         return rows
-
-
-@dataclass(frozen=True)
-class StepCodec:
-    """Parts of a history as tables (jobs.run.parts)."""
-
-    columns: Collection[str] | None = None
-    """Those that are needed; None: all."""
-    suffix: str = ".npz"
-
-    def of_lines(self, data: bytes, url: str) -> StepTable:
-        """Of JSON lines."""
-        whole = StepTable.of(checked("history", row, url) for row in row_lines(data, url))
-        return whole if self.columns is None else whole.only(self.columns)
-
-    def of_compacted(self, data: bytes, rows: int, url: str) -> StepTable:
-        """Of an .npz file."""
-        return StepTable.of_npz(data, rows, url, self.columns)
-
-    def compacted(self, parts: Sequence[StepTable]) -> bytes:
-        """As an .npz file."""
-        return StepTable.joined(parts).to_npz()
 
 
 def _rest(row: Row) -> Row:

@@ -115,7 +115,7 @@ def main() -> None:
 
 
 def _answer(requests: Any, answers: Any) -> None:
-    from jobs.report.live.run_drawing import RunDrawing  # imports matplotlib and torch, with the priority of now
+    from jobs.report.live.run_drawing import RunDrawing  # its imports have the priority of now
 
     run, has_renewal = pickle.load(requests)
     newest: list[_Request] = []

@@ -103,7 +103,7 @@ def charts(run: ReportedRun) -> dict[str, str]:
 
 def _drawn_of(run: ReportedRun) -> tuple[object, ...]:
     """What the charts show: equal ones need not be drawn again."""
-    newest = float(run.history.steps[-1]) if len(run.history) else None
+    newest = run.history.last_step if len(run.history) else None
     failed = sum(event["kind"] == "probe-failed" for event in run.events)
     return len(run.history), newest, len(run.attempts), run.accuracies, failed, run.heartbeat.get("steps_per_epoch")
 

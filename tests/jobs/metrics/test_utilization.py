@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from jobs.errors import RunError
-from jobs.metrics.utilization import GroupCompute, Utilization
+from jobs.metrics.utilization import GroupCompute, Utilization, mean_mfu
 from jobs.run.rows import checked
 from jobs.run.step_table import StepTable
 
@@ -101,8 +101,9 @@ def test_each_row_has_the_figures_of_its_own_attempt_and_older_ones_have_none() 
     assert [each.get("mfu_ratio") for each in found] == [None, pytest.approx(0.3), None, pytest.approx(0.4)]
     assert [each.get("device_flops_per_second") for each in found] == [None, 3e12, None, 2e12]
     assert found[0] == rows[0]
-    assert utilization.mean_mfu(steps) == pytest.approx((0.3 * 1 + 0.4 * 3) / 4)
-    assert Utilization.of(steps, events[:1]).mean_mfu(steps) is None
+    seconds = steps.numbers("step_seconds")
+    assert mean_mfu(utilization.mfu_ratios, seconds) == pytest.approx((0.3 * 1 + 0.4 * 3) / 4)
+    assert mean_mfu(Utilization.of(steps, events[:1]).mfu_ratios, seconds) is None
 
 
 @pytest.mark.parametrize("peak", [None, 7e12, 1e-300])

@@ -118,6 +118,8 @@ def test_workers_are_drawn_only_where_their_number_changed() -> None:
 
 def test_chart_of_a_million_steps_stays_small() -> None:
     steps, values = noisy(1_000_000)
-    long = History(steps, values, np.abs(values), np.full(len(steps), 2.0), np.abs(values), np.abs(values))
+    names = ("step", "loss", "learning_rate", "world_size", "step_seconds")
+    columns = (steps.astype(np.int64), values, np.abs(values), np.full(len(steps), 2), np.abs(values))
+    long = History.of(StepTable(len(steps), dict(zip(names, columns, strict=True))), np.abs(values))
 
     assert len(chart(long, [], CANVASES[0])) < 200_000

@@ -16,7 +16,7 @@ import pytest
             "jobs.report.comparison, jobs.report.run_difference, jobs.report.history_lines",
             "torch ray matplotlib pyarrow",
         ),
-        ("jobs.report.report, jobs.control.finish", "torch ray pyarrow"),
+        ("jobs.report.report, jobs.control.finish", "torch ray pyarrow matplotlib"),
         ("jobs.export.run_tables", "torch ray matplotlib"),
     ],
 )

@@ -12,6 +12,7 @@ from jobs.recipe.named_recipes import named_recipe, recipe_names
 from jobs.report.run_difference import HistoryDifference, RunDifference
 from jobs.run.directory import RunDirectory
 from jobs.run.step_table import StepTable
+from jobs.run.stored_steps import StoredSteps
 from pipeline.shard.manifest import Manifest
 from pipeline.shard.table import ShardEntry, ShardTable
 from pipeline.store.storage import Storage
@@ -27,8 +28,13 @@ def rows(*changed: dict[str, Any], steps: int = 6) -> dict[int, dict[str, Any]]:
     return {row["step"]: row for row in plain}
 
 
+@pytest.fixture(autouse=True)
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(StoredSteps.blocks, "__defaults__", (2,))
+
+
 def difference(one: dict[int, dict[str, Any]], other: dict[int, dict[str, Any]]) -> HistoryDifference:
-    return HistoryDifference.of(StepTable.of(one.values()), StepTable.of(other.values()))
+    return HistoryDifference.of(*(StoredSteps.of([StepTable.of(rows.values())]) for rows in (one, other)))
 
 
 def run_of(

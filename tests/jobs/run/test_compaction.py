@@ -11,13 +11,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from jobs.errors import RunError
+from jobs.export import run_tables as export_tables
 from jobs.export.run_tables import run_tables
+from jobs.metrics.utilization import GroupCompute
 from jobs.recipe.named_recipes import named_recipe
+from jobs.report import history_lines
 from jobs.report.history_lines import history_blocks
 from jobs.report.report import report_html
 from jobs.report.reported_run import ReportedRun
@@ -25,6 +29,7 @@ from jobs.report.run_difference import RunDifference
 from jobs.report.run_figures import RunFigures
 from jobs.run import parts
 from jobs.run.directory import RunDirectory
+from jobs.run.stored_steps import StoredSteps
 from pipeline.store.storage import Storage
 
 ATTEMPTS = 12
@@ -38,6 +43,9 @@ LAST = ATTEMPTS + 1
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "COMPACTED_PARTS", 3)
     monkeypatch.setattr(parts, "FILE_ROWS", 40)
+    monkeypatch.setattr(StoredSteps.blocks, "__defaults__", (11,))
+    monkeypatch.setattr(history_lines, "_BLOCK_STEPS", 7)
+    monkeypatch.setattr(export_tables, "_BLOCK_ROWS", 9)
 
 
 @pytest.fixture
@@ -78,7 +86,9 @@ def made(folder: Path, name: str, attempts: list[tuple[int, int]], part_steps: i
 
 def everything(run: RunDirectory) -> dict[str, Any]:
     """What each reader makes of a run."""
-    tables = run_tables(run)
+    tables = {
+        title: pa.concat_tables([table.schema.empty_table(), *table.blocks]) for title, table in run_tables(run).items()
+    }
     return {
         "history": json.dumps(run.read_history(), sort_keys=True),
         "every row": json.dumps(list(run.read_steps().rows()), sort_keys=True),
@@ -92,6 +102,46 @@ def everything(run: RunDirectory) -> dict[str, Any]:
         "tables": {title: (table.schema.to_string(), table.to_pylist()) for title, table in tables.items()},
         "diff": RunDifference.between(run, run).to_json(),
     }
+
+
+def plainly(run: RunDirectory) -> dict[str, Any]:
+    """What two readers should make of a run without probes, of its parts as they lie there, row by row."""
+    parts = [run.storage.read(run.path("history", name)) for name in sorted(names(run))]
+    computes = GroupCompute.of_attempts(run.read_events())
+    every = [json.loads(line) for part in parts for line in part.splitlines()]
+    for each in every:
+        if compute := computes.get(each["attempt"]):
+            each.update(compute.figures(each["world_size"], each.get("step_seconds", 0), each["step"]))
+    last = {row["step"]: row for row in every}
+    lines = [
+        f"step {row['step']:>8}  epoch {row['epoch']:>4}  loss "
+        + ("-" if row["loss"] is None else f"{row['loss']:.6f}")
+        + f"  lr {row['learning_rate']:.3e}  world {row['world_size']:>3}  attempt {row['attempt']:>3}"
+        + (f"  mfu {row['mfu_ratio']:.1%}" if "mfu_ratio" in row else "")
+        + (f"  digest {row['digest']}" if row.get("digest") else "")
+        for _, row in sorted(last.items())
+    ]
+    return {
+        "lines": lines,
+        "json": json.dumps([row for _, row in sorted(last.items())], sort_keys=True),
+        "table": [(row["step"], row["attempt"], last[row["step"]] is not row, row["loss"]) for row in every],
+    }
+
+
+def test_what_is_made_block_by_block_of_redone_steps_is_what_their_last_rows_give(run: RunDirectory) -> None:
+    expected = plainly(run)
+    assert sum(superseded for _, _, superseded, _ in expected["table"]) > 20
+
+    while True:
+        json_lines = "".join(history_blocks(run, as_json=True)).splitlines()
+        assert json.dumps(list(map(json.loads, json_lines)), sort_keys=True) == expected["json"]
+        assert "".join(history_blocks(run, as_json=False)).splitlines() == expected["lines"]
+        table = [row for block in run_tables(run)["history"].blocks for row in block.to_pylist()]
+        found = [(row["step"], row["attempt"], row["superseded"], row["loss"]) for row in table]
+        assert found == expected["table"]
+        if not run.compact(LAST, 0, lambda: True):
+            break
+    assert not any(name.startswith("0001-") for name in names(run))
 
 
 def compact(run: RunDirectory, attempt: int = LAST, first_step: int = 0) -> int:
@@ -292,6 +342,18 @@ def test_a_reader_whose_parts_are_compacted_beneath_it_begins_again(run: RunDire
         same = list(found.rows()) == list(expected.rows()) if reading == "read_steps" else found == expected
         assert same, reading
     assert records(run) == before
+
+
+def test_what_a_reader_still_walks_is_not_changed_by_a_compaction(run: RunDirectory) -> None:
+    run.compact(LAST, 0, lambda: True)
+    before = "".join(history_blocks(run, as_json=True))
+    walked = history_blocks(run, as_json=True)
+    first, files = next(walked), names(run)
+
+    compact(run)
+
+    assert len(set(files) - set(names(run))) > 3
+    assert first + "".join(walked) == before
 
 
 @pytest.mark.parametrize("folder", ["history", "events", "quarantine"])

@@ -58,17 +58,6 @@ def test_rows_come_back_as_they_were_also_from_files_that_are_joined(parts: list
     assert exactly(joined.slice(1, 3).rows()) == exactly(rows[1:4])
 
 
-@given(st.lists(st.integers(1, 9), max_size=30))
-def test_the_last_row_of_a_step_counts(steps: list[int]) -> None:
-    rows = [{**ROW, "step": step, "loss": float(place), "note": place} for place, step in enumerate(steps)]
-    last = {row["step"]: row for row in rows}
-
-    superseded = StepTable.of(rows).superseded()
-
-    assert superseded.tolist() == [last[row["step"]] is not row for row in rows]
-    assert exactly(StepTable.of(rows).latest().rows()) == exactly(last[step] for step in sorted(last))
-
-
 def test_columns_are_as_this_release_writes_rows() -> None:
     row = {**ROW, "samples": "64-8c1f03b2", "substitutions": 0, "step_seconds": 0.5, "data_wait_seconds": 0.0}
 

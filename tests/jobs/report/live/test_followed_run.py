@@ -11,7 +11,7 @@ from probe_events import probe_events
 
 from jobs.errors import RunError
 from jobs.recipe.named_recipes import named_recipe
-from jobs.report.charts import History
+from jobs.report.curves import History
 from jobs.report.live.followed_run import SELDOM_SECONDS, FollowedRun
 from jobs.report.live.run_drawing import RunDrawing
 from jobs.report.reported_run import ReportedRun
