@@ -110,7 +110,7 @@ def page(
     policy: str = ALONE,
     script: str = "",
 ) -> str:
-    """A whole page.
+    """A whole page; what UTF-8 has no bytes for, as in names of files in other encodings, is in it as escapes.
 
     Args:
         title: Of the window; text.
@@ -120,7 +120,7 @@ def page(
         policy: What the page may load and run.
         script: The `<script>` element of a page that has one.
     """
-    return Template(_PAGE).substitute(
+    text = Template(_PAGE).substitute(
         title=escape(title),
         header=header,
         facts=facts_html(facts),
@@ -128,6 +128,7 @@ def page(
         policy=escape(policy, quote=True),
         script=script,
     )
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def facts_html(facts: Iterable[tuple[str, str]]) -> str:

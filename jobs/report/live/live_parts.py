@@ -153,4 +153,4 @@ def fault_text(error: Exception) -> str:
 
 def _digest(name: str, html: str) -> str:
     """Of a part: two that are empty are not the same."""
-    return hashlib.blake2b(f"{name}\n{html}".encode(), digest_size=6).hexdigest()
+    return hashlib.blake2b(f"{name}\n{html}".encode("utf-8", "surrogatepass"), digest_size=6).hexdigest()

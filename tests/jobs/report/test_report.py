@@ -378,6 +378,17 @@ def test_data_faults_are_named_and_counted_by_kind(tmp_path: Path) -> None:
     assert "<script" not in text
 
 
+def test_a_name_in_another_encoding_is_in_the_report_as_escapes(tmp_path: Path) -> None:
+    run = finished_run(tmp_path)
+    place = {"id": 1, "fault": "missing", "step": 7, "substitute": 2, "attempt": 1}
+    run.write_quarantine(1, [{**place, "url": "s3://b/caf\udce9", "reason": "no such file: caf\udce9.jpg"}])
+
+    page, _ = report_of(run)
+
+    (fault,) = [cells for cells in page.cells if len(cells) == 5]
+    assert fault[3:] == ["s3://b/caf\\udce9", "no such file: caf\\udce9.jpg"]
+
+
 def test_a_run_without_data_faults_says_so(tmp_path: Path) -> None:
     _, text = report_of(finished_run(tmp_path))
 

@@ -91,6 +91,13 @@ def test_what_cannot_be_made_again_stays_and_the_reason_is_given(
     wait_until("its end", lambda: parts.snapshot().fault == "", 10)
 
 
+def test_names_in_other_encodings_are_shown() -> None:
+    shown = Snapshot().with_drawn(Drawn({"faults": "caf\udce9"}, 1.0))
+
+    assert shown.parts["faults"][1] == "caf\udce9"
+    assert shown.parts["faults"][0] != Snapshot().with_drawn(Drawn({"faults": "caf\udce8"}, 1.0)).parts["faults"][0]
+
+
 def test_parts_are_called_old_by_their_age() -> None:
     fresh = Snapshot().with_drawn(Drawn({}, 1_700_000_000.0))
 
