@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from guarded_s3 import GuardedS3, Principal
 
-from pipeline.access.s3_options import S3Options
+from pipeline.access.s3_options import READER, S3Options
 from pipeline.errors import StorageError
 from pipeline.store.storage import Storage
 
@@ -26,11 +26,11 @@ def guard(open_s3: Storage, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guarded
         yield guard
 
 
-def reached(guard: GuardedS3, **variables: str) -> set[tuple[str, str]]:
+def reached(guard: GuardedS3, reader: str, **variables: str) -> set[tuple[str, str]]:
     """Host and path of the requests that write, read, list and delete an object take."""
     keys = {"AWS_ACCESS_KEY_ID": "AKIA", "AWS_SECRET_ACCESS_KEY": "theirs", "AWS_REGION": "us-east-1"}
     # A region of its own, where the same value shall be another client.
-    storage = Storage.from_environment({"AWS_ENDPOINT_URL": "http://s3.test", **keys, **variables})
+    storage = Storage.from_environment({"AWS_ENDPOINT_URL": "http://s3.test", READER: reader, **keys, **variables})
     storage.write(URL, b"data")
     assert storage.read(URL) == b"data" and storage.size(URL) == 4
     assert storage.list_names("s3://bucket/folder") == ["x"]
@@ -40,21 +40,22 @@ def reached(guard: GuardedS3, **variables: str) -> set[tuple[str, str]]:
     return found
 
 
-def test_buckets_are_addressed_as_asked(guard: GuardedS3, tmp_path: Path) -> None:
+def test_buckets_are_addressed_as_asked(guard: GuardedS3, tmp_path: Path, reader: str) -> None:
     path, virtual = {("s3.test", "/bucket")}, {("bucket.s3.test", ""), ("bucket.s3.test", "/")}
 
-    assert reached(guard, CONVMAE_S3_ADDRESSING="path") == path
-    assert reached(guard, CONVMAE_S3_ADDRESSING="virtual") == virtual
+    assert reached(guard, reader, CONVMAE_S3_ADDRESSING="path") == path
+    assert reached(guard, reader, CONVMAE_S3_ADDRESSING="virtual") == virtual
     file = {"AWS_CONFIG_FILE": str(tmp_path / "config")}
     for style, expected in (("path", path), ("virtual", virtual)):
         (tmp_path / "config").write_text(f"[default]\ns3 =\n  addressing_style = {style}\n")
-        assert reached(guard, **file) == expected, "botocore reads it of the profile"
-    assert reached(guard, CONVMAE_S3_ADDRESSING="path", **file) == path, "the variable wins"
+        assert reached(guard, reader, **file) == expected, "botocore reads it of the profile"
+    assert reached(guard, reader, CONVMAE_S3_ADDRESSING="path", **file) == path, "the variable wins"
 
 
-def test_without_options_no_request_has_them(guard: GuardedS3) -> None:
-    storage = Storage("http://s3.test", "AKIA", "theirs", region="us-east-1")
+def test_without_options_no_request_has_them(guard: GuardedS3, reader: str) -> None:
+    storage = Storage("http://s3.test", "AKIA", "theirs", region="us-east-1", s3=S3Options(reader=reader))
     storage.write(URL, b"data")
+    assert storage.read(URL) == b"data"
     storage.delete(URL)
 
     names = {name for seen in guard.seen for name in seen.headers}
@@ -70,6 +71,7 @@ def test_without_options_no_request_has_them(guard: GuardedS3) -> None:
         ({"CONVMAE_S3_KMS_KEY_ID": KEY, "CONVMAE_S3_KMS_BUCKET_KEY": "yes"}, "must be true or false, got 'yes'"),
         ({"CONVMAE_S3_KMS_BUCKET_KEY": "true"}, "CONVMAE_S3_KMS_BUCKET_KEY: must come with a key"),
         ({"CONVMAE_S3_ADDRESSING": "dns"}, "CONVMAE_S3_ADDRESSING: must be a way to address buckets"),
+        ({"CONVMAE_S3_READER": "boto3"}, "CONVMAE_S3_READER: must be s3fs or obstore, got 'boto3'"),
     ],
 )
 def test_what_s3_does_not_know_is_refused_by_the_variables_name(variables: dict[str, str], says: str) -> None:

@@ -15,6 +15,7 @@ import torch
 from chaos_proxy import ChaosProxy
 
 from jobs.stack.record import Stack
+from pipeline.access.s3_options import READER
 from pipeline.errors import DatasetError, StalledError
 from pipeline.host import daemon_threads
 from pipeline.ingest.plan import Sharding, plan_shards
@@ -36,8 +37,8 @@ SKIP = BadSamplePolicy("skip")
 
 
 @pytest.fixture(scope="module")
-def storage(local_stack: Stack) -> Storage:
-    return Storage.from_environment(local_stack.environment())
+def storage(local_stack: Stack, reader: str) -> Storage:
+    return Storage.from_environment({**local_stack.environment(), READER: reader})
 
 
 def make_dataset(storage: Storage, photographs: Path, url: str) -> Dataset:

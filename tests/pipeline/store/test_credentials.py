@@ -13,6 +13,7 @@ import pytest
 from guarded_s3 import GuardedS3, Principal
 from metadata_server import HOUR, ROLE, MetadataServer
 
+from pipeline.access.s3_options import S3Options
 from pipeline.errors import CredentialsError
 from pipeline.store import lease, parted_write
 from pipeline.store.file_systems import RENEW_SECONDS
@@ -41,13 +42,13 @@ def cloud() -> Iterator[MetadataServer]:
 
 
 @pytest.fixture
-def instance(guard: GuardedS3, cloud: MetadataServer, monkeypatch: pytest.MonkeyPatch) -> Storage:
+def instance(guard: GuardedS3, cloud: MetadataServer, monkeypatch: pytest.MonkeyPatch, reader: str) -> Storage:
     """Access of a process on an instance of the cloud, which was given only the address."""
     for name, value in cloud.environment().items():
         monkeypatch.setenv(name, value)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
-    return Storage(guard.endpoint, region="us-east-1", retry_seconds=30)
+    return Storage(guard.endpoint, region="us-east-1", retry_seconds=30, s3=S3Options(reader=reader))
 
 
 @pytest.mark.parametrize("place", ["instance", "container"])
