@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from botocore import exceptions as boto
 from botocore.httpsession import get_cert_path
@@ -23,6 +23,10 @@ from pipeline.access.s3_options import OBSTORE, READER
 from pipeline.access.store_access import StoreAccess
 from pipeline.errors import StorageError
 from pipeline.store import obstore_faults
+
+if TYPE_CHECKING:
+    from obstore import GetOptions
+    from obstore.store import ClientConfig, S3Credential
 
 KEYS_SECONDS = 1.0
 """For which keys that expire are used before they are asked for again; botocore renews them minutes before they do."""
@@ -65,7 +69,7 @@ class ObstoreBodies:
         self, *, proxy: str | None, connect_timeout_seconds: float, read_timeout_seconds: float, requester_pays: bool
     ) -> None:
         self._requester_pays = requester_pays
-        self._client = {
+        self._client: ClientConfig = {
             "allow_http": True,
             "allow_invalid_certificates": False,
             "connect_timeout": f"{connect_timeout_seconds:.3f}s",
@@ -109,11 +113,11 @@ class ObstoreBodies:
         from obstore.exceptions import BaseError
 
         first, end = place
-        condition = {"if_match": etag} if etag else {}
+        options: GetOptions = {"range": {"offset": first} if end is None else (first, end)}
+        if etag:
+            options["if_match"] = etag
         try:
-            answer = get(
-                opened.store, key, options={"range": {"offset": first} if end is None else (first, end), **condition}
-            )
+            answer = get(opened.store, key, options=options)
             begin(answer.meta["e_tag"])
             for piece in answer.stream(min_chunk_size=1):  # a larger one is lost where the body breaks off
                 take(piece)
@@ -140,9 +144,17 @@ class ObstoreBodies:
         """A client; names each setting for which it would else take a variable of this process."""
         from obstore.store import S3Store
 
-        keys = {"access_key_id": way.key, "secret_access_key": way.secret, "token": way.token, "expires_at": None}
-        is_secure = way.address.startswith("https")
-        trusted = {"root_certificate": Path(get_cert_path(True)).read_bytes()} if is_secure else {}
+        keys: S3Credential = {
+            "access_key_id": way.key,
+            "secret_access_key": way.secret,
+            "token": way.token,
+            "expires_at": None,  # another one is made for newer keys
+        }
+        client = self._client.copy()
+        if way.address.startswith("https"):
+            client["root_certificate"] = Path(
+                get_cert_path(True)
+            ).read_bytes()  # botocore's; the machine's come besides
         return S3Store(
             "-",  # the address has it
             endpoint=way.address,
@@ -154,7 +166,7 @@ class ObstoreBodies:
             s3_express=False,
             unsigned_payload=False,
             server_side_encryption="AES256",  # of writes, which there are none; a customer's key would go with reads
-            client_options={**self._client, **trusted},
+            client_options=client,
             retry_config={"max_retries": 0},  # our deadline rules
             credential_provider=lambda: keys,
         )

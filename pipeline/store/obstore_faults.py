@@ -58,29 +58,35 @@ def _answered(status: int, body: str) -> Exception | None:
     from s3fs.errors import translate_boto_error
 
     answer = {"status_code": status, "headers": {}, "body": body.encode(), "context": {}}
+    fault: Exception
     try:
         parsed: dict[str, Any] = create_parser("rest-xml").parse(answer, None)
     except ResponseParserError as error:
-        return error
-    if status in _RETRIED_BY_BOTOCORE:
-        parsed["ResponseMetadata"] |= {"MaxAttemptsReached": True, "RetryAttempts": 0}  # its message says so
-    translated: Exception = translate_boto_error(boto.ClientError(parsed, "GetObject"))
-    return translated
+        fault = error
+    else:
+        if status in _RETRIED_BY_BOTOCORE:
+            parsed["ResponseMetadata"] |= {"MaxAttemptsReached": True, "RetryAttempts": 0}  # its message says so
+        fault = translate_boto_error(boto.ClientError(parsed, "GetObject"))
+    return fault
 
 
 def _failed(url: str, details: str) -> Exception | None:
     kind = found[1] if (found := _KIND.search(details)) else ""
+    fault: Exception | None = None
     if kind == "Timeout":
-        is_connect = "Connect," in details
-        return boto.ConnectTimeoutError(endpoint_url=url) if is_connect else boto.ReadTimeoutError(endpoint_url=url)
-    if kind == "Connect" and any(sign in details for sign in _NOT_CONNECTED):
-        return boto.EndpointConnectionError(endpoint_url=url)
-    if kind == "Request":
-        return boto.ConnectionClosedError(endpoint_url=url)
-    return None
+        timeout = boto.ConnectTimeoutError if "Connect," in details else boto.ReadTimeoutError
+        fault = timeout(endpoint_url=url)
+    elif kind == "Connect" and any(sign in details for sign in _NOT_CONNECTED):
+        fault = boto.EndpointConnectionError(endpoint_url=url)
+    elif kind == "Request":
+        fault = boto.ConnectionClosedError(endpoint_url=url)
+    return fault
 
 
 def _broken_body(details: str) -> Exception | None:
+    fault: Exception | None = None
     if "kind: Timeout" in details:
-        return boto.ReadTimeoutError(endpoint_url="body")
-    return boto.ResponseStreamingError(error="the body broke off") if _BODY_BROKE_OFF.search(details) else None
+        fault = boto.ReadTimeoutError(endpoint_url="body")
+    elif _BODY_BROKE_OFF.search(details):
+        fault = boto.ResponseStreamingError(error="the body broke off")
+    return fault

@@ -13,7 +13,7 @@ import pytest
 from guarded_s3 import GuardedS3, Principal
 from metadata_server import HOUR, ROLE, MetadataServer
 
-from pipeline.access.s3_options import S3Options
+from pipeline.access.s3_options import OBSTORE, S3Options
 from pipeline.errors import CredentialsError
 from pipeline.store import lease, parted_write
 from pipeline.store.file_systems import RENEW_SECONDS
@@ -88,7 +88,7 @@ def test_keys_that_rotate_before_they_expire_are_fetched_again(
 
 
 def test_keys_that_expire_are_renewed_before_and_nothing_is_refused(
-    instance: Storage, guard: GuardedS3, cloud: MetadataServer, monkeypatch: pytest.MonkeyPatch
+    instance: Storage, guard: GuardedS3, cloud: MetadataServer, monkeypatch: pytest.MonkeyPatch, reader: str
 ) -> None:
     for name, value in cloud.container_environment().items():  # an instance's keys are used longer than they say
         monkeypatch.setenv(name, value)
@@ -100,6 +100,7 @@ def test_keys_that_expire_are_renewed_before_and_nothing_is_refused(
     assert instance.read(URL) == b"data"
     assert guard.seen[-1].key_id == new.key_id
     assert not any(seen.refused for seen in guard.seen)
+    assert guard.seen[-1].headers["user-agent"].startswith("object_store") == (reader == OBSTORE)
 
 
 def test_many_threads_that_are_refused_at_once_ask_the_service_seldom(
