@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from loopback_server import LoopbackServer
 
 from pipeline.access.s3_options import OBSTORE, READER, S3FS, S3Options
 from pipeline.errors import StorageError, UnreachableError
-from pipeline.store import obstore_faults
+from pipeline.store import obstore_bodies, obstore_faults
 from pipeline.store.storage import Storage
 
 pytest.importorskip("obstore")
@@ -166,7 +167,8 @@ def certificate(folder: Path) -> Path:
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
     now = datetime.now(UTC)
     made = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number(), now, now + timedelta(1))
-    signed = made.sign(key, hashes.SHA256())
+    named = x509.SubjectAlternativeName([x509.IPAddress(ip_address("127.0.0.1"))])
+    signed = made.add_extension(named, critical=False).sign(key, hashes.SHA256())
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
@@ -174,19 +176,34 @@ def certificate(folder: Path) -> Path:
     return folder / "pem"
 
 
-def test_faults_of_tls_are_reported_alike(server: FaultyS3, tmp_path: Path) -> None:
-    plain = server.endpoint.replace("http", "https")
-    secured = FaultyS3()
+@pytest.fixture
+def secured(tmp_path: Path) -> Iterator[FaultyS3]:
+    """A server with TLS."""
+    server = FaultyS3()
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate(tmp_path))
-    secured._listener.socket = context.wrap_socket(secured._listener.socket, server_side=True)
-    with secured.running():
-        for endpoint in (plain, secured.endpoint.replace("http", "https")):
-            expected = outcome(by(S3FS, endpoint), "s3://bucket/x")
+    server._listener.socket = context.wrap_socket(server._listener.socket, server_side=True)
+    server.endpoint = server.endpoint.replace("http", "https")
+    with server.running():
+        yield server
 
-            assert "SSL" in expected[1]
-            assert outcome(by(OBSTORE, endpoint), "s3://bucket/x") == expected
+
+def test_faults_of_tls_are_reported_alike(server: FaultyS3, secured: FaultyS3) -> None:
+    for endpoint in (server.endpoint.replace("http", "https"), secured.endpoint):
+        expected = outcome(by(S3FS, endpoint), "s3://bucket/x")
+
+        assert "SSL" in expected[1]
+        assert outcome(by(OBSTORE, endpoint), "s3://bucket/x") == expected
     assert not secured.seen
+
+
+def test_a_store_is_read_whose_authority_botocore_trusts(
+    secured: FaultyS3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(obstore_bodies, "get_cert_path", lambda verify: str(tmp_path / "pem"))
+
+    assert by(OBSTORE, secured.endpoint).read("s3://bucket/x") == OBJECT
+    assert [is_obstores(headers) for headers in secured.seen] == [True]
 
 
 @pytest.mark.parametrize("length", [len(OBJECT) - 1, len(OBJECT) + 7, None])
