@@ -83,7 +83,7 @@ class Bench:
             yield Run("bare marked", "memory", self.cores)
         yield Run("ours", "s3", self.cores)
         if installed(OBSTORE):
-            yield Run("ours obstore", "s3", self.cores)
+            yield Run("by obstore", "s3", self.cores)
         for side in peers:
             yield Run(side, "disk", self.cores)
         for side in peers:

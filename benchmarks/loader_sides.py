@@ -236,7 +236,7 @@ def litdata(place: Place) -> Iterator[int]:
 
 SIDES: dict[str, Callable[[Place], Iterator[int]]] = {
     "ours": ours,
-    "ours obstore": ours_by_obstore,
+    "by obstore": ours_by_obstore,
     "bare": bare,
     "ours marked": ours_marked,
     "bare marked": bare_marked,

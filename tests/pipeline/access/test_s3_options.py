@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from guarded_s3 import GuardedS3, Principal
 
-from pipeline.access.s3_options import READER, S3Options
+from pipeline.access.s3_options import OBSTORE, READER, S3Options
 from pipeline.errors import StorageError
 from pipeline.store.storage import Storage
 
@@ -88,3 +89,10 @@ def test_keys_are_named_by_id_alias_or_arn(key: str) -> None:
 
     assert pickle.loads(pickle.dumps(storage)).s3 == S3Options(kms_key_id=key)
     assert storage.s3.call_arguments == {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": key}
+
+
+def test_what_reads_bodies_travels_to_other_processes() -> None:
+    storage = Storage.from_environment({READER: OBSTORE})
+
+    for there in (pickle.loads(pickle.dumps(storage)), Storage.from_json(json.loads(json.dumps(storage.to_json())))):
+        assert there.s3.reader == OBSTORE and there == storage
