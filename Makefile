@@ -18,7 +18,7 @@ NEWEST_TESTS := tests/jobs/cluster/test_ray_internals.py tests/jobs/checkpoint/t
 	tests/jobs/checkpoint/test_zero_state.py
 
 .DEFAULT_GOAL := help
-.PHONY: help install pretrain down fix check test test-pythons test-newest test-gpu bench-gpu test-slow test-hosts soak fuzz bench-recovery bench-hosts bench-plan bench-model bench-loader bench-busy-loader bench-checkpoint bench-consolidate bench-scale bench-grains bench-probes bench-memory bench-profile bench-history
+.PHONY: help install pretrain down fix check test test-pythons test-newest test-gpu bench-gpu test-slow test-hosts soak fuzz bench-recovery bench-hosts bench-plan bench-model bench-loader bench-busy-loader bench-checkpoint bench-consolidate bench-scale bench-grains bench-probes bench-memory bench-profile bench-history bench-store
 
 help:  ## Show these lines
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -126,6 +126,9 @@ bench-grains: $(INSTALLED)  ## The cost of the same bits at any world size
 
 bench-history: $(INSTALLED)  ## Commands on runs of 500,000 steps and 300 attempts, before and after compaction, from a local S3
 	$(BIN)/python benchmarks/bench_history.py
+
+bench-store: $(INSTALLED)  ## CPU time of reading from S3, by s3fs and by obstore
+	$(BIN)/python benchmarks/bench_store.py
 
 bench-probes: $(INSTALLED)  ## How much probes slow the training beside them; CPUS=N for the training, half of the cores by default
 	$(BIN)/python benchmarks/bench_probes.py $(if $(CPUS),--cpus $(CPUS))

@@ -31,6 +31,7 @@ from loader_measures import request
 from loader_sides import BATCH, Place
 from local_s3 import local_s3
 
+from pipeline.access.s3_options import OBSTORE
 from pipeline.image.restart_markers import PROGRAM
 from pipeline.load.dataset import Dataset
 from pipeline.store.storage import Storage
@@ -81,6 +82,8 @@ class Bench:
             yield Run("ours marked", "disk", self.cores)
             yield Run("bare marked", "memory", self.cores)
         yield Run("ours", "s3", self.cores)
+        if installed(OBSTORE):
+            yield Run("by obstore", "s3", self.cores)
         for side in peers:
             yield Run(side, "disk", self.cores)
         for side in peers:

@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 
+from pipeline.access.s3_options import OBSTORE
 from pipeline.image.augment import Crop, crop_draws, random_crop, resized
 from pipeline.image.decode import Pixels, decode
 from pipeline.image.decode_crop import decode_crop
@@ -83,6 +84,12 @@ def ours(place: Place) -> Iterator[int]:
 def ours_marked(place: Place) -> Iterator[int]:
     """As `ours`, of the dataset with restart markers."""
     yield from ours(replace(place, shards=place.marked))
+
+
+def ours_by_obstore(place: Place) -> Iterator[int]:
+    """As `ours`, with the bodies of S3 objects read by obstore."""
+    options = replace(place.storage.s3, reader=OBSTORE)
+    yield from ours(replace(place, storage=replace(place.storage, s3=options)))
 
 
 def bare(place: Place) -> Iterator[int]:
@@ -229,6 +236,7 @@ def litdata(place: Place) -> Iterator[int]:
 
 SIDES: dict[str, Callable[[Place], Iterator[int]]] = {
     "ours": ours,
+    "by obstore": ours_by_obstore,
     "bare": bare,
     "ours marked": ours_marked,
     "bare marked": bare_marked,

@@ -31,6 +31,8 @@ class Request:
     first: int
     """Of the byte range."""
     if_match: str | None
+    agent: str
+    """Who sent it: User-Agent."""
     number: int
     """Of this proxy's GETs of tars, from 0; -1 for other objects."""
     sent: list[int] = field(default_factory=list, compare=False)
@@ -109,7 +111,8 @@ class ChaosProxy(LoopbackServer):
             is_tar = path.endswith(".tar") and handler.command == "GET"
             number = len(self.tar_requests()) if is_tar else -1
             if_match = handler.headers.get("If-Match")
-            request = Request(handler.command, path, handler.client_address[1], first, if_match, number)
+            agent = handler.headers.get("User-Agent", "")
+            request = Request(handler.command, path, handler.client_address[1], first, if_match, agent, number)
             self.requests.append(request)
         return request
 

@@ -1,4 +1,4 @@
-"""Options of requests to S3: who pays, how objects are encrypted, how buckets are addressed."""
+"""Options of requests to S3: who pays, how objects are encrypted, how buckets are addressed, what reads bodies."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ REQUEST_PAYER = "CONVMAE_S3_REQUEST_PAYER"
 KMS_KEY_ID = "CONVMAE_S3_KMS_KEY_ID"
 KMS_BUCKET_KEY = "CONVMAE_S3_KMS_BUCKET_KEY"
 ADDRESSING = "CONVMAE_S3_ADDRESSING"
-VARIABLES = (REQUEST_PAYER, KMS_KEY_ID, KMS_BUCKET_KEY, ADDRESSING)
+READER = "CONVMAE_S3_READER"
+VARIABLES = (REQUEST_PAYER, KMS_KEY_ID, KMS_BUCKET_KEY, ADDRESSING, READER)
+S3FS = "s3fs"
+OBSTORE = "obstore"
 
 _ADDRESSING = ("path", "virtual", "auto")
 _BOOLEANS = {"true": True, "false": False}
@@ -39,6 +42,8 @@ class S3Options:
     """Whether the bucket's own key saves most requests to KMS; None leaves it to the bucket."""
     addressing: str | None = None
     """`path`, `virtual` or `auto`; None leaves it to botocore, which reads `s3.addressing_style` of a profile."""
+    reader: str = S3FS
+    """What fetches the bodies of objects: `s3fs`, or `obstore`, which takes less CPU time."""
 
     def __post_init__(self) -> None:
         if self.kms_key_id is not None and not _KMS_KEY.fullmatch(self.kms_key_id):
@@ -50,6 +55,8 @@ class S3Options:
         if self.addressing is not None and self.addressing not in _ADDRESSING:
             remedy = f"write one of {', '.join(_ADDRESSING)}, or unset it"
             raise StorageError(ADDRESSING, "must be a way to address buckets", clipped(self.addressing), remedy)
+        if self.reader not in (S3FS, OBSTORE):
+            raise StorageError(READER, f"must be {S3FS} or {OBSTORE}", clipped(self.reader), "correct it, or unset it")
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str]) -> S3Options:
@@ -64,6 +71,7 @@ class S3Options:
             kms_key_id=environ.get(KMS_KEY_ID) or None,
             kms_bucket_key=None if bucket_key is None else _BOOLEANS[bucket_key],
             addressing=environ.get(ADDRESSING) or None,
+            reader=environ.get(READER) or S3FS,
         )
 
     @property

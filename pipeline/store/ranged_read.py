@@ -36,12 +36,12 @@ class RangedRead:
     Used by one thread.
     """
 
-    def __init__(self, start: int, length: int, etag: str | None) -> None:
+    def __init__(self, start: int, length: int | None, etag: str | None) -> None:
         """Decide what to read; does no I/O.
 
         Args:
             start: First byte in the object.
-            length: Bytes to read; fewer come where the object ends before that.
+            length: Bytes to read; fewer come where the object ends before that. None: all; not for the web.
             etag: The version that is meant, with the store's quotes; None: whichever answers first.
         """
         self._start = start
@@ -57,30 +57,55 @@ class RangedRead:
             filesystem: An `s3fs.S3FileSystem`; of an `HttpRangedRead` an `HTTPFileSystem`.
             path: Bucket and key, or an address.
         """
-        if self._received_bytes < self._length:
+        if not self._is_whole:
             try:
-                sync(filesystem.loop, self._stream, filesystem, path)
+                is_fetched = self._fetch(filesystem, path)
+                if not (is_fetched or self._is_whole):
+                    sync(filesystem.loop, self._stream, filesystem, path)
             except OSError as error:
                 if not faults.is_behind_the_end(error):
                     raise
         return b"".join(self._parts)[: self._length]
 
+    @property
+    def _is_whole(self) -> bool:
+        return self._length is not None and self._received_bytes >= self._length
+
+    @property
+    def _first(self) -> int:
+        return self._start + self._received_bytes
+
+    @property
+    def _end(self) -> int | None:
+        return None if self._length is None else self._start + self._length
+
+    @property
+    def _range(self) -> str:
+        return f"bytes={self._first}-{'' if self._end is None else self._end - 1}"
+
+    def _fetch(self, filesystem: Any, path: str) -> bool:
+        bodies = getattr(filesystem, "bodies", None)
+        return bodies is not None and bodies.fetch(
+            filesystem, path, (self._first, self._end), etag=self._etag, begin=self._begin, take=self._take
+        )
+
     async def _stream(self, filesystem: Any, path: str) -> None:
         bucket, key, _ = filesystem.split_path(path)
-        first, last = self._start + self._received_bytes, self._start + self._length - 1
+        first = self._first
         condition = {"IfMatch": self._etag} if self._etag else {}
-        answer = await filesystem._call_s3(
-            "get_object", Bucket=bucket, Key=key, Range=f"bytes={first}-{last}", **condition
-        )
+        answer = await filesystem._call_s3("get_object", Bucket=bucket, Key=key, Range=self._range, **condition)
         body = answer["Body"]
         try:
             if first and "ContentRange" not in answer:
                 raise OSError(errno.EPROTO, "the store sent a whole object where a range was asked for")
-            self._etag = self._etag or answer.get("ETag")
+            self._begin(answer.get("ETag"))
             while chunk := await body.read(CHUNK_BYTES):
                 self._take(chunk)
         finally:
             body.close()
+
+    def _begin(self, etag: str | None) -> None:
+        self._etag = self._etag or etag
 
     def _take(self, chunk: bytes) -> None:
         self._parts.append(chunk)
@@ -91,8 +116,9 @@ class HttpRangedRead(RangedRead):
     """A range of what lies behind an http address that is being read."""
 
     async def _stream(self, filesystem: Any, path: str) -> None:
-        first, last = self._start + self._received_bytes, self._start + self._length - 1
-        headers = {"Range": f"bytes={first}-{last}", "Accept-Encoding": "identity"}
+        assert self._length is not None
+        first = self._first
+        headers = {"Range": self._range, "Accept-Encoding": "identity"}
         if self._etag and not self._etag.startswith("W/"):  # a weak one never matches: RFC 9110, section 13.1.1
             headers["If-Match"] = self._etag
         session = await filesystem.set_session()

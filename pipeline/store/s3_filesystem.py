@@ -25,6 +25,7 @@ from pipeline.access.aws_session import PlainSession, ProcessSession, configured
 from pipeline.access.profile_keys import Keys, ProfileKeys, ProfileKeysError
 from pipeline.access.store_access import StoreAccess
 from pipeline.access.urls import kind_of
+from pipeline.store.obstore_bodies import ObstoreBodies, open_bodies
 
 CONNECT_TIMEOUT_SECONDS = 5.0
 READ_TIMEOUT_SECONDS = 30.0
@@ -61,13 +62,21 @@ def open_s3(storage: StoreAccess, renewals: int) -> Any:
         renewals: How often credentials were refused before.
 
     Raises:
-        StorageError: A proxy that is not one.
+        StorageError: A proxy that is not one, or a setting that `CONVMAE_S3_READER` does not go with.
     """
     order = sources(storage)
     source = order[renewals % len(order)]
     keys, session = _keys_of(storage, source, is_renewed=renewals > 0)
     settings = {**dict(storage.client), **_dotted(storage.s3.client_settings)}
     endpoint = storage.endpoint_url or f"https://s3.{storage.region}.amazonaws.com"
+    proxies = storage.proxies_here.for_endpoint(endpoint)
+    read_timeout_seconds = min(READ_TIMEOUT_SECONDS, max(CONNECT_TIMEOUT_SECONDS, storage.retry_seconds))
+    bodies = open_bodies(
+        storage,
+        proxy=proxies.get("http"),
+        connect_timeout_seconds=CONNECT_TIMEOUT_SECONDS,
+        read_timeout_seconds=read_timeout_seconds,
+    )
     filesystem = _exact_kind()(
         endpoint_url=storage.endpoint_url,
         **({"key": keys.key, "secret": keys.secret, "token": keys.token} if keys else {}),
@@ -77,16 +86,17 @@ def open_s3(storage: StoreAccess, renewals: int) -> Any:
         client_kwargs={"region_name": storage.region, **_verify(storage.ca_bundle)},
         config_kwargs={
             "connect_timeout": CONNECT_TIMEOUT_SECONDS,
-            "read_timeout": min(READ_TIMEOUT_SECONDS, max(CONNECT_TIMEOUT_SECONDS, storage.retry_seconds)),
+            "read_timeout": read_timeout_seconds,
             "retries": {"total_max_attempts": 1},
             "max_pool_connections": MAX_CONNECTIONS,
-            "proxies": storage.proxies_here.for_endpoint(endpoint),
+            "proxies": proxies,
             **_nested(settings),
         },
         use_listings_cache=False,
         skip_instance_cache=True,
     )
     filesystem.retries = 1  # one attempt inside s3fs too: our deadline rules
+    filesystem.bodies = bodies
     return filesystem
 
 
@@ -130,6 +140,8 @@ def _exact_kind() -> Any:
 
         s3fs itself takes `?versionId=` and what follows from a key, so that another object is read, or deleted.
         """
+
+        bodies: ObstoreBodies | None
 
         def split_path(self, path: str) -> tuple[str, str, None]:
             """Bucket and key; no version."""

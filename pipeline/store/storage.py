@@ -58,7 +58,8 @@ class Storage(StoreAccess):
         """All bytes of a file or object."""
         if is_local(url):
             return self.attempt(url, lambda _, path: read_part(path, 0, None))
-        # A start spares s3fs the HEAD that it sends before every whole read.
+        if is_s3(url):
+            return self.attempt(url, RangedRead(0, None, None).attempt)
         return self.attempt(url, lambda fs, path: fsspec_read(fs, path, 0, None))
 
     def read_range(self, url: str, offset: int, length: int, etag: str | None = None) -> bytes:

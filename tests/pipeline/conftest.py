@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pipeline.access.s3_options import OBSTORE, S3FS
 from pipeline.ingest.plan import Sharding, plan_shards
 from pipeline.ingest.sources import find_sources
 from pipeline.ingest.writer import write_shard
@@ -16,6 +17,14 @@ from pipeline.shard.manifest import Manifest
 from pipeline.store.storage import Storage
 
 MakeJpeg = Callable[..., bytes]
+
+
+@pytest.fixture(scope="module", params=[S3FS, OBSTORE])
+def reader(request: pytest.FixtureRequest) -> str:
+    """Each of what can read the bodies of S3 objects."""
+    if request.param == OBSTORE:
+        pytest.importorskip("obstore")
+    return str(request.param)
 
 
 @pytest.fixture(scope="session")

@@ -35,7 +35,7 @@ _PR_SET_PDEATHSIG = 1
 _LOADER = "import sys; sys.path[:] = sys.argv[2:]; from {0} import serve; serve(int(sys.argv[1]))"
 _MODULES = ("torch", "pipeline.load.processes.part_maker")
 """Torch resizes images."""
-_CLIENTS = ("s3fs", "aiobotocore.session", "gcsfs", "adlfs")
+_CLIENTS = ("s3fs", "aiobotocore.session", "obstore", "gcsfs", "adlfs")
 """Of stores; imported if the rank has them."""
 
 

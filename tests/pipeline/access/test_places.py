@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from pipeline.access.places import Given, Listed, is_place, normal
+from pipeline.access.s3_options import S3Options
 from pipeline.errors import RefusedError, StorageError
 from pipeline.ingest.source import Sources
 from pipeline.ingest.sources import find_sources
@@ -88,13 +90,13 @@ def read_or_refused(storage: Storage, root: str) -> dict[str, bytes | None]:
 @given(st.sets(KEYS, min_size=1, max_size=4))
 @example(set(ODD_KEYS))
 def test_a_key_is_read_as_the_object_that_it_names_or_is_refused(
-    open_s3: Storage, client: Any, bait: Path, keys: set[str]
+    open_s3: Storage, client: Any, bait: Path, reader: str, keys: set[str]
 ) -> None:
     emptied(client, "root/")
     keys |= {str(bait), f"x/{bait}", f"memory:/{bait}", f"file://{bait}"}
     keys = put(client, "root/", keys - {""})  # which would be an empty object that stands for a folder
 
-    found = read_or_refused(open_s3, "s3://bucket/root")
+    found = read_or_refused(replace(open_s3, s3=S3Options(reader=reader)), "s3://bucket/root")
 
     assert set(found) == keys
     for key, data in found.items():

@@ -18,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.access.proxies import LOOPBACK, Proxies, is_loopback, without_loopback
+from pipeline.access.s3_options import READER
 from pipeline.errors import StorageError, UnreachableError
 from pipeline.ingest.source import Sources
 from pipeline.ingest.source_lists import sized
@@ -238,19 +239,18 @@ def test_a_store_behind_a_proxy_with_a_password(proxy: ForwardProxy, open_s3: St
 
 @pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY"])
 def test_a_store_is_reached_through_it_by_a_name_that_it_alone_knows(
-    proxy: ForwardProxy, open_s3: Storage, variable: str
+    proxy: ForwardProxy, open_s3: Storage, variable: str, reader: str
 ) -> None:
     proxy.hosts["store.test"] = str(open_s3.endpoint_url).removeprefix("http://")
-    storage = Storage.from_environment({**STORE, variable: proxy.endpoint})
-    url = f"s3://bucket/through/{variable}"
+    store = {**STORE, READER: reader, variable: proxy.endpoint}
+    storage = Storage.from_environment(store)
+    url = f"s3://bucket/through/{variable}/{reader}"
 
     storage.write(url, b"data")
     assert storage.read(url) == b"data" and open_s3.read(url) == b"data"
     assert {method for method, asked in proxy.asked if asked.startswith("http://store.test/bucket/")} == {"PUT", "GET"}
     proxy.asked.clear()
-    direct = Storage.from_environment(
-        {**STORE, variable: proxy.endpoint, "AWS_ENDPOINT_URL": str(open_s3.endpoint_url)}
-    )
+    direct = Storage.from_environment({**store, "AWS_ENDPOINT_URL": str(open_s3.endpoint_url)})
     assert direct.read(url) == b"data" and proxy.asked == [], "loopback"
 
 

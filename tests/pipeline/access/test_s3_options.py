@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 from guarded_s3 import GuardedS3, Principal
 
-from pipeline.access.s3_options import S3Options
+from pipeline.access.s3_options import OBSTORE, READER, S3Options
 from pipeline.errors import StorageError
 from pipeline.store.storage import Storage
 
@@ -26,11 +27,11 @@ def guard(open_s3: Storage, monkeypatch: pytest.MonkeyPatch) -> Iterator[Guarded
         yield guard
 
 
-def reached(guard: GuardedS3, **variables: str) -> set[tuple[str, str]]:
+def reached(guard: GuardedS3, reader: str, **variables: str) -> set[tuple[str, str]]:
     """Host and path of the requests that write, read, list and delete an object take."""
     keys = {"AWS_ACCESS_KEY_ID": "AKIA", "AWS_SECRET_ACCESS_KEY": "theirs", "AWS_REGION": "us-east-1"}
     # A region of its own, where the same value shall be another client.
-    storage = Storage.from_environment({"AWS_ENDPOINT_URL": "http://s3.test", **keys, **variables})
+    storage = Storage.from_environment({"AWS_ENDPOINT_URL": "http://s3.test", READER: reader, **keys, **variables})
     storage.write(URL, b"data")
     assert storage.read(URL) == b"data" and storage.size(URL) == 4
     assert storage.list_names("s3://bucket/folder") == ["x"]
@@ -40,21 +41,22 @@ def reached(guard: GuardedS3, **variables: str) -> set[tuple[str, str]]:
     return found
 
 
-def test_buckets_are_addressed_as_asked(guard: GuardedS3, tmp_path: Path) -> None:
+def test_buckets_are_addressed_as_asked(guard: GuardedS3, tmp_path: Path, reader: str) -> None:
     path, virtual = {("s3.test", "/bucket")}, {("bucket.s3.test", ""), ("bucket.s3.test", "/")}
 
-    assert reached(guard, CONVMAE_S3_ADDRESSING="path") == path
-    assert reached(guard, CONVMAE_S3_ADDRESSING="virtual") == virtual
+    assert reached(guard, reader, CONVMAE_S3_ADDRESSING="path") == path
+    assert reached(guard, reader, CONVMAE_S3_ADDRESSING="virtual") == virtual
     file = {"AWS_CONFIG_FILE": str(tmp_path / "config")}
     for style, expected in (("path", path), ("virtual", virtual)):
         (tmp_path / "config").write_text(f"[default]\ns3 =\n  addressing_style = {style}\n")
-        assert reached(guard, **file) == expected, "botocore reads it of the profile"
-    assert reached(guard, CONVMAE_S3_ADDRESSING="path", **file) == path, "the variable wins"
+        assert reached(guard, reader, **file) == expected, "botocore reads it of the profile"
+    assert reached(guard, reader, CONVMAE_S3_ADDRESSING="path", **file) == path, "the variable wins"
 
 
-def test_without_options_no_request_has_them(guard: GuardedS3) -> None:
-    storage = Storage("http://s3.test", "AKIA", "theirs", region="us-east-1")
+def test_without_options_no_request_has_them(guard: GuardedS3, reader: str) -> None:
+    storage = Storage("http://s3.test", "AKIA", "theirs", region="us-east-1", s3=S3Options(reader=reader))
     storage.write(URL, b"data")
+    assert storage.read(URL) == b"data"
     storage.delete(URL)
 
     names = {name for seen in guard.seen for name in seen.headers}
@@ -70,6 +72,7 @@ def test_without_options_no_request_has_them(guard: GuardedS3) -> None:
         ({"CONVMAE_S3_KMS_KEY_ID": KEY, "CONVMAE_S3_KMS_BUCKET_KEY": "yes"}, "must be true or false, got 'yes'"),
         ({"CONVMAE_S3_KMS_BUCKET_KEY": "true"}, "CONVMAE_S3_KMS_BUCKET_KEY: must come with a key"),
         ({"CONVMAE_S3_ADDRESSING": "dns"}, "CONVMAE_S3_ADDRESSING: must be a way to address buckets"),
+        ({"CONVMAE_S3_READER": "boto3"}, "CONVMAE_S3_READER: must be s3fs or obstore, got 'boto3'"),
     ],
 )
 def test_what_s3_does_not_know_is_refused_by_the_variables_name(variables: dict[str, str], says: str) -> None:
@@ -86,3 +89,10 @@ def test_keys_are_named_by_id_alias_or_arn(key: str) -> None:
 
     assert pickle.loads(pickle.dumps(storage)).s3 == S3Options(kms_key_id=key)
     assert storage.s3.call_arguments == {"ServerSideEncryption": "aws:kms", "SSEKMSKeyId": key}
+
+
+def test_what_reads_bodies_travels_to_other_processes() -> None:
+    storage = Storage.from_environment({READER: OBSTORE})
+
+    for there in (pickle.loads(pickle.dumps(storage)), Storage.from_json(json.loads(json.dumps(storage.to_json())))):
+        assert there.s3.reader == OBSTORE and there == storage

@@ -13,6 +13,7 @@ import pytest
 from guarded_s3 import GuardedS3, Principal
 from metadata_server import HOUR, ROLE, MetadataServer
 
+from pipeline.access.s3_options import OBSTORE, S3Options
 from pipeline.errors import CredentialsError
 from pipeline.store import lease, parted_write
 from pipeline.store.file_systems import RENEW_SECONDS
@@ -41,13 +42,13 @@ def cloud() -> Iterator[MetadataServer]:
 
 
 @pytest.fixture
-def instance(guard: GuardedS3, cloud: MetadataServer, monkeypatch: pytest.MonkeyPatch) -> Storage:
+def instance(guard: GuardedS3, cloud: MetadataServer, monkeypatch: pytest.MonkeyPatch, reader: str) -> Storage:
     """Access of a process on an instance of the cloud, which was given only the address."""
     for name, value in cloud.environment().items():
         monkeypatch.setenv(name, value)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
         monkeypatch.delenv(name, raising=False)
-    return Storage(guard.endpoint, region="us-east-1", retry_seconds=30)
+    return Storage(guard.endpoint, region="us-east-1", retry_seconds=30, s3=S3Options(reader=reader))
 
 
 @pytest.mark.parametrize("place", ["instance", "container"])
@@ -87,7 +88,7 @@ def test_keys_that_rotate_before_they_expire_are_fetched_again(
 
 
 def test_keys_that_expire_are_renewed_before_and_nothing_is_refused(
-    instance: Storage, guard: GuardedS3, cloud: MetadataServer, monkeypatch: pytest.MonkeyPatch
+    instance: Storage, guard: GuardedS3, cloud: MetadataServer, monkeypatch: pytest.MonkeyPatch, reader: str
 ) -> None:
     for name, value in cloud.container_environment().items():  # an instance's keys are used longer than they say
         monkeypatch.setenv(name, value)
@@ -99,6 +100,7 @@ def test_keys_that_expire_are_renewed_before_and_nothing_is_refused(
     assert instance.read(URL) == b"data"
     assert guard.seen[-1].key_id == new.key_id
     assert not any(seen.refused for seen in guard.seen)
+    assert guard.seen[-1].headers["user-agent"].startswith("object_store") == (reader == OBSTORE)
 
 
 def test_many_threads_that_are_refused_at_once_ask_the_service_seldom(

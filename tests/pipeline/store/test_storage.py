@@ -16,6 +16,7 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from pipeline.access.places import normal
+from pipeline.access.s3_options import OBSTORE, S3FS, S3Options
 from pipeline.errors import StorageError
 from pipeline.store.storage import Storage
 
@@ -24,7 +25,7 @@ ALLOW_ALL = '{"Version":"2012-10-17","Statement":[{"Effect":"Allow","Action":"*"
 
 
 @pytest.fixture(scope="module")
-def s3() -> Iterator[Storage]:
+def guarded() -> Iterator[Storage]:
     """An S3 server with one bucket, which checks keys and secrets."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
@@ -47,17 +48,24 @@ def s3() -> Iterator[Storage]:
     server.stop()
 
 
+@pytest.fixture(scope="module")
+def s3(guarded: Storage, reader: str) -> Storage:
+    """The same by each reader of bodies."""
+    return replace(guarded, s3=S3Options(reader=reader))
+
+
 def _let_unchecked(endpoint: str, requests: str) -> None:
     """How many requests moto lets through before it checks keys."""
     body, plain = requests.encode(), {"Content-Type": "text/plain"}
     urllib.request.urlopen(urllib.request.Request(f"{endpoint}/moto-api/reset-auth", body, plain)).close()
 
 
-@pytest.fixture(params=["local", "file", "memory", "s3"])
+@pytest.fixture(params=["local", "file", "memory", S3FS, OBSTORE])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Storage, str]:
     """A Storage and an empty folder on it."""
-    if request.param == "s3":
-        return request.getfixturevalue("s3"), f"s3://{BUCKET}/{tmp_path.name}"
+    if request.param in (S3FS, OBSTORE):
+        storage = replace(request.getfixturevalue("guarded"), s3=S3Options(reader=request.param))
+        return storage, f"s3://{BUCKET}/{tmp_path.name}"
     urls = {"local": str(tmp_path), "file": f"file://{tmp_path}", "memory": f"memory://{tmp_path.name}"}
     return Storage(), urls[request.param]
 
