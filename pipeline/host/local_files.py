@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -14,6 +15,8 @@ from pipeline.errors import RefusedError, StorageError
 
 MOST_LEVELS = 100
 """Of folders in each other; a path of this many is far longer than what people make."""
+_NO_LINKS = (errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+"""What file systems answer that have no hard links."""
 
 
 def local_files(root: str) -> Iterator[tuple[str, int]]:
@@ -66,6 +69,29 @@ def read_part(path: str, offset: int, length: int | None) -> bytes:
 
 def write_whole(target: Path, fill: Callable[[Path], object]) -> None:
     """Write a file whole or not at all: `fill` a temporary one beside it, then rename that over the target."""
+    with _filled(target, fill) as temporary:
+        temporary.replace(target)
+
+
+def write_new(target: Path, data: bytes) -> None:
+    """Write a file whole or not at all, if nothing is there yet.
+
+    Raises:
+        FileExistsError: Something is.
+    """
+    with _filled(target, lambda temporary: temporary.write_bytes(data)) as temporary:
+        try:
+            os.link(temporary, target)
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            with target.open("xb") as file:  # for a moment a reader finds less than all of it
+                file.write(data)
+
+
+@contextlib.contextmanager
+def _filled(target: Path, fill: Callable[[Path], object]) -> Iterator[Path]:
+    """A temporary file beside `target`, filled and on the disk; what is left of it goes."""
     target.parent.mkdir(parents=True, exist_ok=True)
     # Not mkstemp, whose files their owner alone may read: who may read ours is up to the umask and the folder.
     temporary = target.with_name(f".convmae-{secrets.token_hex(8)}")
@@ -74,7 +100,7 @@ def write_whole(target: Path, fill: Callable[[Path], object]) -> None:
         fill(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        temporary.replace(target)
+        yield temporary
     finally:
         temporary.unlink(missing_ok=True)
 

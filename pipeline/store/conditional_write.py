@@ -1,8 +1,8 @@
 """Writes that happen only if nothing, or exactly what is expected, lies there: of several at once one succeeds.
 
 Leases and commits rest on them. S3 has If-None-Match and If-Match, Google's store generations, Azure's ETags; a local
-file is created exclusively, and replaced under a lock on its folder. Stores that can only look and then write are
-refused: between the two another process may have written.
+file gets its name once it is whole, if nothing has that name, and is replaced under a lock on its folder. Stores that
+can only look and then write are refused: between the two another process may have written.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from urllib.parse import quote
 from pipeline.access import faults
 from pipeline.access.urls import AZURE, GOOGLE, LOCAL, S3, protocol_of
 from pipeline.errors import StorageError
+from pipeline.host.local_files import write_new
 from pipeline.store.ranged_read import fsspec_read
 
 _CONDITIONAL = (*LOCAL, "memory", *S3, *GOOGLE, *AZURE)
@@ -54,9 +55,7 @@ def create(filesystem: Any, protocol: str, path: str, data: bytes) -> bool:
     """
     try:
         if protocol in LOCAL:
-            Path(path).parent.mkdir(parents=True, exist_ok=True)
-            with Path(path).open("xb") as file:
-                file.write(data)
+            write_new(Path(path), data)
         else:
             with _memory if protocol == "memory" else contextlib.nullcontext():
                 filesystem.pipe_file(path, data, mode="create")
