@@ -22,7 +22,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, TextIO
 
-from jobs.run.own_code import PROJECT, module_command
+from jobs.run.own_code import module_command, module_environ
 from pipeline.host.idle_cpu import take_idle_cpu
 
 _PR_SET_PDEATHSIG = 1
@@ -70,10 +70,8 @@ def made_files(trace: Path, compressed: Path) -> list[OperatorTimes]:
     Raises:
         RuntimeError: Why it could not.
     """
-    path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH", "")]))
-    environ = {**os.environ, "PYTHONPATH": path}
     command = module_command(sys.executable, __name__, str(trace), str(compressed), str(os.getpid()))
-    process = subprocess.run(command, capture_output=True, check=False, text=True, env=environ)
+    process = subprocess.run(command, capture_output=True, check=False, text=True, env=module_environ(os.environ))
     if process.returncode < 0:
         raise RuntimeError(f"the process that makes the files was killed by {signal.Signals(-process.returncode).name}")
     if process.returncode:

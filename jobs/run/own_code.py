@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,12 @@ PROJECT = Path(__file__).resolve().parents[2]
 def module_command(python: str, module: str, *arguments: str) -> list[str]:
     """The command line of a process of ours; `python -m` alone would put the current folder before our packages."""
     return [python, "-P", "-m", module, *arguments]
+
+
+def module_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    """The environment of such a process: it finds our packages, wherever it starts."""
+    path = os.pathsep.join(filter(None, [str(PROJECT), environ.get("PYTHONPATH")]))
+    return {**environ, "PYTHONPATH": path}
 
 
 def git_commit(environ: Mapping[str, str], project: Path = PROJECT) -> str:

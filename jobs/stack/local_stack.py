@@ -22,7 +22,7 @@ from pathlib import Path
 
 import psutil
 
-from jobs.run.own_code import PROJECT, module_command
+from jobs.run.own_code import module_command, module_environ
 from jobs.stack import lock as stack_lock
 from jobs.stack import ports as stack_ports
 from jobs.stack import processes as stack_processes
@@ -226,12 +226,11 @@ def _launch_keeper(stack: Stack) -> ProcessIdentity:
     replace(stack, services=services).save()
     home = stack.settings.home
     (home / "logs").mkdir(exist_ok=True)
-    path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH")]))
     append = os.O_WRONLY | os.O_CREAT | os.O_APPEND
     pid = os.posix_spawn(
         sys.executable,
         module_command(sys.executable, "jobs.stack.keeper", str(home)),
-        {**os.environ, "PYTHONPATH": path, STACK_ID_VARIABLE: stack.settings.stack_id},
+        {**module_environ(os.environ), STACK_ID_VARIABLE: stack.settings.stack_id},
         file_actions=[
             (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
             (os.POSIX_SPAWN_OPEN, 1, str(home / "logs" / "keeper.log"), append, 0o600),

@@ -19,7 +19,7 @@ from typing import Any
 from jobs.report.live.live_figures import LiveFigures
 from jobs.report.live.live_parts import STORE_SECONDS, Drawn, fault_text
 from jobs.run.directory import RunDirectory
-from jobs.run.own_code import PROJECT, module_command
+from jobs.run.own_code import module_command, module_environ
 from pipeline.access.profile_keys import Keys
 
 NICENESS = 10
@@ -89,8 +89,7 @@ class DrawingProcess:
         process.stdout.close()
 
     def _started(self) -> subprocess.Popen[bytes]:
-        path = os.pathsep.join(filter(None, [str(PROJECT), os.environ.get("PYTHONPATH", "")]))
-        command, environ = module_command(sys.executable, __name__), {**os.environ, "PYTHONPATH": path}
+        command, environ = module_command(sys.executable, __name__), module_environ(os.environ)
         process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environ)
         assert process.stdin
         has_renewal = self._run.storage.renewal is not None
