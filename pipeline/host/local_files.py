@@ -85,8 +85,18 @@ def write_new(target: Path, data: bytes) -> None:
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            with target.open("xb") as file:  # for a moment a reader finds less than all of it
-                file.write(data)
+            _write_beside_readers(target, data)
+
+
+def _write_beside_readers(target: Path, data: bytes) -> None:
+    """Write a new file under its own name: for a moment, and after a kill, a reader finds less than all of it."""
+    with target.open("xb") as file:
+        try:
+            file.write(data)
+            file.flush()
+        except BaseException:
+            target.unlink()
+            raise
 
 
 @contextlib.contextmanager

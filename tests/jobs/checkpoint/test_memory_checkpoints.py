@@ -440,6 +440,23 @@ def test_steps_that_happen_to_be_shorter_beside_it_do_not_make_it_cheaper() -> N
     assert {after - before for before, after in pairwise(found[9:])} == {25}
 
 
+def test_the_steps_that_a_checkpoint_was_under_way_in_are_those_beside_it(hold_on: Any, group: Any) -> None:
+    hold_on("a")
+    ranks = group("a", every="auto")
+    (keeper,) = ranks.keepers
+    for step in range(1, 10):
+        keeper.stepped(1.0, step, holding=False)
+
+    keeper.begin(commit(9, 1), in_memory(state_parts(MATERIAL, 2, 1)[0]), 0.0)
+    keeper.stepped(2.5, 10, holding=True)
+    keeper.stepped(2.5, 11, holding=False)
+
+    assert ranks.monitor.held
+    # 3 s more; the median with the guess before the first one, of nothing, is 1.5 s: 1 % of 150 steps.
+    assert not keeper.is_due(9 + 150)
+    assert keeper.is_due(9 + 1000)
+
+
 def test_time_is_not_waited_for(hold_on: Any, group: Any) -> None:
     """Handing over returns before a holder has done anything."""
     hold_on("a", "b")

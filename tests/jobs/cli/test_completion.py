@@ -101,7 +101,7 @@ def test_a_store_that_does_not_answer_is_not_waited_for(complete: Complete, runs
     assert complete("convmae status s", CONVMAE_RUN_ROOT=runs) == ["small"]
     usual_seconds = time.monotonic() - began
 
-    with socket.create_server(("127.0.0.1", 0)) as server:  # connections wait in its backlog for ever
+    with socket.create_server(("127.0.0.1", 0)) as server:  # connections wait in its backlog forever
         address = f"http://127.0.0.1:{server.getsockname()[1]}"
         began = time.monotonic()
         found = complete("convmae status s", CONVMAE_RUN_ROOT="s3://b/runs", AWS_ENDPOINT_URL=address)

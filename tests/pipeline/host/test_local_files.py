@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -67,3 +69,26 @@ def test_a_file_system_without_hard_links_will_do(tmp_path: Path, monkeypatch: p
         write_new(tmp_path / "file", b"other")
 
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"file": b"data"}
+
+
+def test_without_hard_links_a_full_disk_leaves_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.BytesIO):
+        def write(self, _: object) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def refuses(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def opened(path: Path, mode: str = "r") -> Any:
+        if mode != "xb":
+            return real_open(path, mode)
+        path.touch(exist_ok=False)
+        return Full()
+
+    real_open = Path.open
+    monkeypatch.setattr(os, "link", refuses)
+    monkeypatch.setattr(Path, "open", opened)
+    with pytest.raises(OSError, match="No space left"):
+        write_new(tmp_path / "file", b"data")
+
+    assert not list(tmp_path.iterdir())
